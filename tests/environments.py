@@ -1,0 +1,91 @@
+"""Real environments to install the packages into, as people do: from built wheels, away from the workspace."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
+"""From the lowest layer to the highest."""
+
+
+def uv(*args: str | Path) -> str:
+    """Run uv: the one that runs these tests, or the one on PATH.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RuntimeError: uv failed; the message holds what it said.
+    """
+    executable = os.environ.get("UV") or shutil.which("uv")
+    if executable is None:
+        raise FileNotFoundError("these tests need uv: run them with `uv run pytest`, or put uv on PATH")
+    result = subprocess.run([executable, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"uv {' '.join(map(str, args))}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def build_wheels(folder: Path) -> dict[str, Path]:
+    """Build every package of the workspace into ``folder``; the wheels by the package's name."""
+    uv("build", "--all-packages", "--wheel", "--out-dir", folder)
+    return {name: next(folder.glob(f"{name.replace('-', '_')}-*.whl")) for name in PACKAGES}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "Environment":
+        """An empty environment for the Python that runs the tests."""
+        uv("venv", "--quiet", "--python", sys.executable, path)
+        return cls(path)
+
+    def install(self, *args: str | Path) -> None:
+        """`uv pip install` into this environment."""
+        uv("pip", "install", "--quiet", "--python", self.path, *args)
+
+    def check(self) -> None:
+        """`uv pip check`: everything that the installed packages require is there.
+
+        Raises:
+            RuntimeError: something is missing.
+        """
+        uv("pip", "check", "--python", self.path)
+
+    def borrow_third_party(self) -> None:
+        """Link everything of the workspace's environment but the workspace's own packages: no second copy of torch."""
+        there = Path(sysconfig.get_path("purelib"))
+        here = next(self.path.glob("lib/python*/site-packages"))
+        for entry in there.iterdir():
+            target = here / entry.name
+            if entry.name.startswith(("bridge", "_virtualenv")) or target.exists():
+                continue
+            if entry.suffix == ".dist-info":  # uv does not see these through links
+                shutil.copytree(entry, target)
+            else:
+                target.symlink_to(entry)
+
+    def run(self, command: str, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command of this environment, whatever its exit code, with none of the workspace's paths."""
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        return subprocess.run(
+            [self.path / "bin" / command, *args],
+            cwd=cwd or self.path,
+            env={**kept, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def workspace_versions() -> Sequence[str]:
+    """What is installed in the workspace, as constraints: `name==version`."""
+    return uv("pip", "freeze", "--exclude-editable", "--python", sys.executable).splitlines()

@@ -1,0 +1,88 @@
+"""Each package installs and works alone, from its wheel, with the layers below it and nothing above."""
+
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+from environments import PACKAGES, Environment, workspace_versions
+
+BAD_DOCUMENTS = {
+    "not YAML": "a: [1,\n",
+    "a list": "- 1\n- 2\n",
+    "a key twice": "seq_length: 8\nseq_length: 16\n",
+    "a target nobody declared": "_target_: os.system\n",
+}
+
+
+def module(package: str) -> str:
+    return package.replace("-", ".")
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
+    """bridge-config and what it requires, which torch is not."""
+    folder = tmp_path_factory.mktemp("light")
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(workspace_versions()))
+    environment = Environment.create(folder / "venv")
+    environment.install("--constraint", constraints, wheels["bridge-config"])
+    return environment
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_wheel_holds_its_package_only(package: str, wheels: dict[str, Path]) -> None:
+    folder = module(package).replace(".", "/")
+    with zipfile.ZipFile(wheels[package]) as archive:
+        files = {name for name in archive.namelist() if not name.endswith("/")}
+        information = next(name.split("/")[0] for name in files if ".dist-info/" in name)
+        metadata = message_from_bytes(archive.read(f"{information}/METADATA"))
+        licence = archive.read(f"{information}/licenses/LICENSE").decode()
+    assert f"{folder}/py.typed" in files
+    assert all(name.startswith((f"{folder}/", f"{information}/")) for name in files)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_config_installs_without_torch(light: Environment) -> None:
+    heavy = "import importlib.util as u; print([n for n in ('torch', 'megatron', 'numpy') if u.find_spec(n)])"
+    assert light.run("python", "-c", heavy).stdout == "[]\n"
+    light.check()
+    imported = light.run("python", "-W", "error", "-c", "from bridge.config import *")
+    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
+
+
+def test_config_brings_the_command(light: Environment) -> None:
+    helped = light.run("bridge", "--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "validate" in helped.stdout
+
+
+@pytest.mark.parametrize("text", BAD_DOCUMENTS.values(), ids=BAD_DOCUMENTS)
+def test_validate_without_torch_names_the_fault(light: Environment, tmp_path: Path, text: str) -> None:
+    document = tmp_path / "document.yaml"
+    document.write_text(text)
+    validated = light.run("bridge", "validate", document)
+    said = validated.stdout + validated.stderr
+    assert validated.returncode == 1, said
+    assert "document.yaml" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("package", PACKAGES[1:])
+def test_package_needs_only_the_layers_below(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
+    layers = PACKAGES.index(package) + 1
+    environment = Environment.create(tmp_path / "venv")
+    environment.borrow_third_party()
+    environment.install("--no-deps", "--no-index", *(wheels[name] for name in PACKAGES[:layers]))
+    environment.check()
+    program = f"""
+import pkgutil, {module(package)}, bridge
+assert {module(package)}.__file__.startswith({str(environment.path)!r})
+print(sorted(m.name for m in pkgutil.iter_modules(bridge.__path__)))
+"""
+    imported = environment.run("python", "-c", program)
+    assert imported.returncode == 0, imported.stderr
+    assert imported.stdout == f"{sorted(name.removeprefix('bridge-') for name in PACKAGES[:layers])}\n"
+    helped = environment.run("bridge", "--help")
+    assert helped.returncode == 0, helped.stderr
