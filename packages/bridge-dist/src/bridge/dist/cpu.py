@@ -1,0 +1,375 @@
+"""Run megatron-core, and code written for it, on a machine without a GPU.
+
+megatron-core 0.19.2 asks for a CUDA device in a few dozen places. While this runtime is installed there is one pretend
+device, `cuda:0`, and it is the CPU: tensors asked for on CUDA are made in host memory, streams and events do nothing
+because work on a CPU is already in program order, and the CUDA random generator is the CPU's.
+`torch.cuda.is_available()` stays False, so that code which has a way for the CPU takes it. Use the gloo backend for the
+process groups.
+
+`_replacements` lists every name that is replaced; `_REDIRECTED` lists the torch functions that name a device elsewhere
+than in the keyword `device`.
+
+Not covered:
+
+- Threads other than the one that called `install`: the redirection of torch functions is thread-local. Autograd runs
+  the backward pass of CPU tensors in the calling thread, so it is covered.
+- What exists only on a GPU: Transformer Engine, Triton kernels, CUDA graphs, memory pools, FP8.
+- Names that another module bound (`from torch.cuda import Stream`) before `install`, and those that it bound while
+  the runtime was installed and keeps after `uninstall`.
+- The insides of torch functions written in Python: torch switches the redirection off while one runs. The backward
+  pass is one of them, and is covered.
+"""
+
+import contextlib
+import functools
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.autograd.graph
+import torch.cuda.nvtx
+import torch.cuda.random
+from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_MISSING = object()
+
+
+class CpuRuntimeError(RuntimeError):
+    """The CPU runtime cannot be installed, or removed, here."""
+
+
+class _Installation(NamedTuple):
+    undo: contextlib.ExitStack
+    thread: int
+
+
+_installation: _Installation | None = None
+
+
+def is_installed() -> bool:
+    """Whether `cuda:0` is the CPU at present."""
+    return _installation is not None
+
+
+def install() -> None:
+    """Make `cuda:0` the CPU until `uninstall`; does nothing where that is so already.
+
+    Raises:
+        CpuRuntimeError: there is a real GPU, or this version of torch lacks a name that is replaced.
+    """
+    global _installation
+    if is_installed():
+        return
+    if torch.cuda.is_available():
+        raise CpuRuntimeError(
+            f"the CPU runtime refuses to hide a real GPU ({torch.cuda.get_device_name()}): "
+            "leave it out, or start the process with CUDA_VISIBLE_DEVICES='' to compute on the CPU"
+        )
+    with contextlib.ExitStack() as undo:
+        for replacement in _replacements():
+            undo.enter_context(_replaced(replacement))
+        undo.enter_context(_entered(_CudaIsCpu()))
+        _installation = _Installation(undo.pop_all(), threading.get_ident())
+
+
+def uninstall() -> None:
+    """Put every name back; does nothing where the runtime is not installed.
+
+    Raises:
+        CpuRuntimeError: another thread installed it; only that one can remove it.
+    """
+    global _installation
+    if _installation is None:
+        return
+    if _installation.thread != threading.get_ident():
+        raise CpuRuntimeError("the CPU runtime must be uninstalled by the thread that installed it")
+    _installation.undo.close()
+    _installation = None
+
+
+@contextlib.contextmanager
+def cpu_runtime() -> Iterator[None]:
+    """`install`, and on leaving `uninstall`; inside another installation it changes nothing.
+
+    Raises:
+        CpuRuntimeError: as `install`.
+    """
+    if is_installed():
+        yield
+        return
+    install()
+    try:
+        yield
+    finally:
+        uninstall()
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    device = torch.device("cpu")
+    device_index = 0
+    stream_id = 0
+    cuda_stream = 0
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        event = event or _Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Event:
+    """A moment in program order; `elapsed_time` is wall-clock milliseconds."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def record(self, stream: object = None) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def elapsed_time(self, end_event: Self) -> float:
+        return (end_event._recorded_at - self._recorded_at) * 1e3
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _NoContext(contextlib.nullcontext[None]):
+    """`torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+
+class _TypeName(str):
+    """`Tensor.type()` of a CPU tensor, equal to its CUDA spelling too: megatron-core's optimizers compare with that."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) == other.replace("torch.cuda.", "torch.")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _always(value: object) -> Callable[..., Any]:
+    def function(*_: object, **__: object) -> object:
+        return value
+
+    return function
+
+
+_STREAM = _Stream()
+_TORCH_CUDA: Mapping[str, object] = {
+    # The generator of the device is the CPU's, so megatron-core's random state tracker works as it is.
+    "_initialized": True,
+    "_is_in_bad_fork": _always(False),
+    "default_generators": (torch.default_generator,),
+    # An integer: megatron-core formats it into `cuda:{...}`.
+    "current_device": _always(0),
+    "device_count": _always(1),
+    "device": _NoContext,
+    "set_device": _always(None),
+    "get_device_capability": _always((0, 0)),
+    "Stream": _Stream,
+    "ExternalStream": _Stream,
+    "Event": _Event,
+    "stream": _NoContext,
+    "set_stream": _always(None),
+    "current_stream": _always(_STREAM),
+    "default_stream": _always(_STREAM),
+    "synchronize": _always(None),
+    "is_current_stream_capturing": _always(False),
+    "empty_cache": _always(None),
+    "memory_allocated": _always(0),
+    "memory_reserved": _always(0),
+    "max_memory_allocated": _always(0),
+    "max_memory_reserved": _always(0),
+    "reset_peak_memory_stats": _always(None),
+}
+
+
+class _Replacement(NamedTuple):
+    owner: type | ModuleType
+    name: str
+    value: object
+
+
+def _replacements() -> list[_Replacement]:
+    """Every name that is replaced, and by what."""
+    # Imported before anything is replaced, and here: importing this module must stay cheap.
+    moe = [
+        importlib.import_module(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
+    ]
+    backward = _redirected_backward()
+    return [
+        *(_Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
+        *(_Replacement(torch.cuda.random, name, _TORCH_CUDA[name]) for name in ("current_device", "device_count")),
+        *(_Replacement(torch.cuda.nvtx, name, _always(0)) for name in ("range_push", "range_pop")),
+        _Replacement(DeviceMesh, "__init__", _redirected_mesh()),
+        *(_Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
+        *(_Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
+    ]
+
+
+@contextlib.contextmanager
+def _replaced(replacement: _Replacement) -> Iterator[None]:
+    owner, name, value = replacement
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _entered(mode: TorchFunctionMode) -> Iterator[None]:
+    """The mode on torch's stack; taken out from wherever it stands by then, as torch keeps its own modes there."""
+    mode.__enter__()
+    try:
+        yield
+    finally:
+        above = []
+        while (top := torch.overrides._pop_mode()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            torch.overrides._push_mode(other)
+
+
+def _is_cuda(device: object) -> bool:
+    """Whether this names a CUDA device, as a device, text or index."""
+    if isinstance(device, str):
+        return device == "cuda" or device.startswith("cuda:")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int
+
+
+def _device(*args: Any, **kwargs: Any) -> torch.device:
+    named = args[0] if args else kwargs.get("type", kwargs.get("device"))
+    return _CPU if _is_cuda(named) else torch.device(*args, **kwargs)
+
+
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args and _is_cuda(args[0]):
+        args = (_CPU, *args[1:])
+    return tensor.to(*args, **kwargs)
+
+
+def _type(tensor: torch.Tensor, dtype: str | torch.dtype | None = None, **kwargs: Any) -> str | torch.Tensor:
+    if dtype is None:
+        return _TypeName(tensor.type())
+    return tensor.type(dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, **kwargs)
+
+
+def _same(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor
+
+
+_REDIRECTED: Mapping[object, Callable[..., Any]] = {
+    torch.device: _device,
+    torch.Tensor.to: _to,
+    torch.Tensor.type: _type,
+    torch.Tensor.cuda: _same,
+    torch.Tensor.pin_memory: _same,
+    torch.Tensor.record_stream: _always(None),
+}
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if _is_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": _CPU}
+    if kwargs.get("pin_memory"):  # pinning asks for a CUDA driver
+        kwargs = {**kwargs, "pin_memory": False}
+    return kwargs
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Sends every torch function that names the CUDA device to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        redirected = _REDIRECTED.get(func, func)
+        if not kwargs:
+            return redirected(*args)
+        return redirected(*args, **_on_cpu(kwargs))
+
+
+def _redirected_backward() -> Callable[..., Any]:
+    """The backward engine with the redirection on.
+
+    torch switches a function mode off while one of its functions runs, and `Tensor.backward` is one: without this the
+    backward of an `autograd.Function` (megatron-core's sequence and expert parallel mappings) would see no redirection.
+    """
+    try:
+        engine = torch.autograd.graph._engine_run_backward
+    except AttributeError:
+        raise CpuRuntimeError(
+            f"torch {torch.__version__} has no torch.autograd.graph._engine_run_backward, which the CPU runtime wraps "
+            "to redirect the backward pass: use a version of torch that this bridge-dist was tested with"
+        ) from None
+
+    @functools.wraps(engine)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with _CudaIsCpu():
+            return engine(*args, **kwargs)
+
+    return backward
+
+
+def _redirected_mesh() -> Callable[..., None]:
+    original = DeviceMesh.__init__
+
+    @functools.wraps(original)
+    def initialise(self: DeviceMesh, device_type: str, *args: Any, **kwargs: Any) -> None:
+        original(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    return initialise
+
+
+def _maybe_move_tensor_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """megatron-core 0.19.2 converts to numpy only what it moved; a tensor that is on the CPU already stays a tensor."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
