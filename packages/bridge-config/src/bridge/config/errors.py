@@ -1,0 +1,56 @@
+"""The errors of bridge-config: one small tree under `ConfigError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """The user's input is at fault; the message says what, where and what to do."""
+
+
+class TargetError(ConfigError):
+    """A name in a document names nothing that documents may name, or something that does not fit its place."""
+
+
+class OmittedWarning(UserWarning):
+    """A document leaves out a value that has no written form."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a document.
+
+    `path` is where in the document (`$.transformer.num_layers`); `line` and `column` count from 1.
+    `file` is the file, preset or override that the value came from.
+    """
+
+    path: str
+    message: str
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        return f"{place}: {self.path}: {self.message}" if place else f"{self.path}: {self.message}"
+
+
+class DocumentError(ConfigError):
+    """A document cannot be read or does not describe a configuration; `problems` lists everything found."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[DocumentError], tuple[list[Problem]]]:
+        return DocumentError, (self.problems,)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about the unknown `name`: the closest known name, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,77 @@
+"""ModelConfig: the description of a model, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from bridge.config import targets
+from bridge.config.errors import TargetError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+
+@dataclass
+class ModelConfig:
+    """Base of all model configurations: pure data, built by the `ModelBuilder` that `builder` names.
+
+    A subclass is a dataclass and sets `builder`. It is known to documents by being defined, under `module.qualname`.
+    """
+
+    builder: ClassVar[str]
+    """Dotted name of the ModelBuilder class that builds this configuration."""
+
+    restore_modelopt_state: bool = False
+    """Restore the ModelOpt quantisation or sparsity state before the model is wrapped."""
+
+    hf_model_id: str | None = None
+    """The Hugging Face model that this configuration came from."""
+
+    generation_config: Any | None = None
+    """The generation settings to ship with the model."""
+
+    extra_checkpoint_metadata: dict[str, Any] | None = None
+    """More metadata to save with checkpoints."""
+
+    pre_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
+    """Called in order on the list of stages before they are wrapped; each returns the list for the next."""
+
+    post_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
+    """Called in order on the list of stages after they are wrapped."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        targets.register(cls)
+
+    def get_builder_cls(self) -> type:
+        """The ModelBuilder class that builds this configuration.
+
+        Raises:
+            TargetError: the class names no builder, or one that cannot be imported.
+        """
+        builder = getattr(self, "builder", None)
+        if builder is None:
+            raise TargetError(f"{type(self).__qualname__} names no builder: set its `builder` ClassVar")
+        return targets.import_builder(builder)
+
+    def as_dict(self) -> dict[str, Any]:
+        """This configuration as plain data (JSON types only), with `_target_` and `_builder_`.
+
+        A value without a written form (a lambda, a live object) is left out, listed under `_omitted_` and warned about.
+        """
+        from bridge.config.encode import encode_config
+
+        return encode_config(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The configuration that `data` describes: an instance of the class that its `_target_` names.
+
+        Raises:
+            DocumentError: `data` does not describe an instance of this class; lists all problems.
+        """
+        from bridge.config.decode import decode_config
+
+        return decode_config(data, cls)

@@ -1,0 +1,208 @@
+"""The names that documents may use, and the objects they stand for.
+
+A name resolves only if its object was registered in this process, or if an installed distribution declares it in the
+entry-point group `bridge.targets`. Nothing is imported for a name that is neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+from bridge.config.errors import TargetError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from bridge.config.model import ModelConfig
+
+T = TypeVar("T")
+
+GROUP = "bridge.targets"
+
+_registered: dict[str, object] = {}
+_builders: dict[str, tuple[type, type[ModelConfig]]] = {}
+
+# Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
+_HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-models", "torch.": "bridge-models"}
+
+
+def qualified_name(obj: object) -> str | None:
+    """`module.qualname` of a class or function; None for an object that has none."""
+    module = getattr(obj, "__module__", None)
+    qualname = getattr(obj, "__qualname__", None)
+    return f"{module}.{qualname}" if isinstance(module, str) and isinstance(qualname, str) else None
+
+
+def register(obj: T, name: str | None = None) -> T:
+    """Let documents of this process name `obj`: a function, class, dtype, ... Returns `obj`, so it is a decorator too.
+
+    Args:
+        obj: the object; ModelConfig subclasses need no registration.
+        name: the name in documents; by default `module.qualname`.
+
+    Raises:
+        TargetError: `obj` has no name of its own and none is given, or the name already stands for another object.
+    """
+    name = name or qualified_name(obj)
+    if name is None:
+        raise TargetError(f"{obj!r} has no name of its own: give one, register(obj, name='...')")
+    present = _registered.get(name, obj)
+    # A definition that was run again (in a notebook, say) replaces the earlier one of the same name.
+    if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
+        raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
+    _registered[name] = obj
+    return obj
+
+
+def register_builder(cls: type, accepts: type[ModelConfig]) -> None:
+    """Let documents name the builder `cls` under `_builder_`, for configs that are instances of `accepts`."""
+    _builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
+
+
+@cache
+def declared() -> dict[str, list[EntryPoint]]:
+    """What the installed distributions declare, by name. Cached: `declared.cache_clear()` after an installation."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def is_authorised(name: str) -> bool:
+    """Whether a document of this process may use `name`. Imports nothing."""
+    return name in _registered or name in declared()
+
+
+def known_names() -> list[str]:
+    """Every name that a document of this process may use, sorted."""
+    return sorted({*_registered, *declared()})
+
+
+def resolve(name: str) -> object:
+    """The object that `name` stands for in documents of this process.
+
+    Raises:
+        TargetError: the name is neither registered nor declared, or its declaration is broken.
+    """
+    if name in _registered:
+        return _registered[name]
+    points = declared().get(name)
+    if not points:
+        raise TargetError(unknown(name))
+    return _load(name, points)
+
+
+def unknown(name: str) -> str:
+    """What to say about a name that stands for nothing."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    message = f"{name!r} is not a name that documents may use here{nearest(name, known_names())}"
+    for prefix, home in _HOMES.items():
+        if name.startswith(prefix):
+            try:
+                distribution(home)
+            except PackageNotFoundError:
+                return f"{message}; it may be declared by {home}, which is not installed: pip install {home}"
+    return f"{message}; register it (bridge.config.register) or declare it in the entry-point group {GROUP!r}"
+
+
+def name_of(obj: object) -> str | None:
+    """The name under which a document can refer to `obj`: registered, declared, or its own; None if there is none.
+
+    Declared names are compared only where their module is loaded already: looking for a name imports nothing.
+    """
+    for name, present in _registered.items():
+        if present is obj:
+            return name
+    aliases = []
+    for name, points in declared().items():
+        if any(_loaded(point.value) is obj for point in points):
+            if "." in name:
+                return name
+            aliases.append(name)
+    own = qualified_name(obj)
+    # Only the very object counts: a decorated or replaced function must not come back as another one.
+    if own is not None and _walk(own) is obj:
+        return own
+    return aliases[0] if aliases else None
+
+
+def builder_for(name: str, config: ModelConfig) -> type:
+    """The builder that a document names under `_builder_`, checked to accept `config`.
+
+    Raises:
+        TargetError: the name is no registered or declared ModelBuilder, or that builder is for other configs.
+    """
+    if name not in _builders and name in declared():
+        resolve(name)  # defining a ModelBuilder registers it
+    if name not in _builders:
+        if name in declared():
+            raise TargetError(f"{name!r} is not a ModelBuilder")
+        raise TargetError(unknown(name))
+    cls, accepts = _builders[name]
+    if not isinstance(config, accepts):
+        raise TargetError(f"{name} builds {accepts.__name__}, not {type(config).__name__}")
+    return cls
+
+
+def import_builder(name: str) -> type:
+    """The builder class that a config *class* names. That is code, not data, so it is imported if need be.
+
+    Raises:
+        TargetError: there is no such class.
+    """
+    if name in _builders:
+        return _builders[name][0]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TargetError(f"the builder {name!r} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise TargetError(f"the builder {name!r} is {found!r}, not a class")
+    return found
+
+
+def _load(name: str, points: list[EntryPoint]) -> object:
+    if len({point.value for point in points}) > 1:
+        owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
+        raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
+    point = points[0]
+    owner = point.dist.name if point.dist else "an unnamed distribution"
+    # A dotted name means what it says: no distribution may let it stand for something else.
+    if "." in name and point.value.replace(":", ".") != name:
+        raise TargetError(f"{owner} declares {name!r} as {point.value!r}: a dotted name must name its own object")
+    try:
+        return point.load()
+    except Exception as error:
+        raise TargetError(f"{name!r}, declared by {owner}, cannot be loaded: {error}") from error
+
+
+def _loaded(value: str) -> object:
+    """The object of an entry point's value if its module is loaded, else the unique `_NOTHING`."""
+    module, _, attributes = value.partition(":")
+    return _attribute(sys.modules.get(module, _NOTHING), attributes)
+
+
+def _walk(name: str) -> object:
+    """The object at a dotted path below a loaded module, else the unique `_NOTHING`."""
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        if (module := sys.modules.get(".".join(parts[:split]))) is not None:
+            return _attribute(module, ".".join(parts[split:]))
+    return _NOTHING
+
+
+def _attribute(obj: object, path: str) -> object:
+    for part in path.split("."):
+        # vars, not getattr: a module's __getattr__ may import.
+        obj = vars(obj).get(part, _NOTHING) if hasattr(obj, "__dict__") else _NOTHING
+    return obj
+
+
+_NOTHING = object()

@@ -1,0 +1,114 @@
+"""WriteThrough: a config that embeds another one, and reads and writes its fields as if they were its own."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, ClassVar, Self
+
+from bridge.config.errors import ConfigError, nearest
+
+
+class WriteThrough:
+    """Mixin for a dataclass with a required field that holds another dataclass, both read and written through.
+
+    `config.num_layers` reads `config.transformer.num_layers`, and assigning it writes there. One owner per field: a
+    field that both declare is owned by the embedded config for as long as that has it. Assigning a name that neither
+    has is an AttributeError.
+    """
+
+    _embeds: ClassVar[str] = "transformer"
+    """Name of the field that holds the embedded config."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Only a config given to the constructor can be asked, before __init__, which fields it owns.
+        if cls._embeds in vars(cls):
+            raise TypeError(f"{cls.__qualname__}.{cls._embeds} must be a required field: it embeds a config")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        own = getattr(cls, "__dataclass_fields__", {})
+        given = dict(zip((f.name for f in own.values() if f.init and not f.kw_only), args, strict=False)) | kwargs
+        shared = own.keys() & field_names(given.get(cls._embeds))
+        for name in sorted(shared & given.keys()):
+            value, owned = given[name], getattr(given[cls._embeds], name)
+            if value != owned:
+                raise ConfigError(
+                    f"{cls.__qualname__}: {name}={value!r} conflicts with {cls._embeds}.{name}={owned!r}; "
+                    f"{cls._embeds} owns this field, give it there only"
+                )
+        # The generated __init__ assigns each field once; these must not overwrite the owner's values with defaults.
+        if unset := shared - given.keys():
+            self.__dict__["_unset"] = unset
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only when normal lookup failed. Dunder names are never forwarded: copy and pickle probe for them.
+        embedded = self.__dict__.get(type(self)._embeds)
+        if embedded is not None and not (name.startswith("__") and name.endswith("__")):
+            try:
+                return getattr(embedded, name)
+            except AttributeError:
+                pass
+        also = f", nor has its {type(self)._embeds} ({type(embedded).__name__})" if embedded is not None else ""
+        raise AttributeError(f"{type(self).__qualname__!r} has no attribute {name!r}{also}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls = type(self)
+        embedded = self.__dict__.get(cls._embeds)
+        if name in self.__dict__.get("_unset", ()):
+            self._settle(name)
+        elif name == cls._embeds:
+            self._embed(value)
+        elif hasattr(getattr(cls, name, None), "__set__"):
+            object.__setattr__(self, name, value)
+        elif name in field_names(embedded):
+            setattr(embedded, name, value)
+        elif hasattr(cls, name) or name in field_names(self):
+            object.__setattr__(self, name, value)
+        else:
+            known = field_names(self) | field_names(embedded)
+            raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{nearest(name, sorted(known))}")
+
+    def _settle(self, name: str) -> None:
+        """Take note that __init__ has passed the shared field `name`."""
+        unset: set[str] = self.__dict__["_unset"]
+        unset.discard(name)
+        if not unset:
+            del self.__dict__["_unset"]
+
+    def _embed(self, embedded: object) -> None:
+        """Put `embedded` in its place and hand the fields that both declare to it, or back from the one before."""
+        cls = type(self)
+        before = self.__dict__.get(cls._embeds)
+        taken, freed = field_names(embedded), field_names(before)
+        for name in field_names(self) - {cls._embeds}:
+            if name in taken:
+                self.__dict__.pop(name, None)
+                _uncover(cls, name)
+            elif name in freed:
+                self.__dict__[name] = getattr(before, name)
+        object.__setattr__(self, cls._embeds, embedded)
+
+
+def field_names(config: object) -> set[str]:
+    """The names of a dataclass instance's fields; none for anything else."""
+    found: dict[str, object] = getattr(type(config), "__dataclass_fields__", {})
+    return {f.name for f in fields(config)} if found else set()  # type: ignore[arg-type]
+
+
+def shared_names(config: object) -> set[str]:
+    """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
+    if not isinstance(config, WriteThrough):
+        return set()
+    return field_names(config) & field_names(getattr(config, config._embeds))
+
+
+def _uncover(cls: type, name: str) -> None:
+    """Remove a field's default from the class, where a dataclass leaves it: it would hide the embedded config's value.
+
+    The generated __init__ holds its own copy of the default.
+    """
+    for owner in cls.__mro__:
+        if name in vars(owner) and "__dataclass_fields__" in vars(owner):
+            delattr(owner, name)
