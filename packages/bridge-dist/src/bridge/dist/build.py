@@ -1,0 +1,142 @@
+"""The engine: from a stage-building function to the wrapped stages of this rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import cast
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
+from bridge.dist.errors import BuilderContractError
+from bridge.dist.options import BuildOptions, Wrapper
+from bridge.dist.precision import correct_fp8_history, materialize_stages, move_to_device, wrap_mixed_precision
+from bridge.dist.preflight import check_build
+from bridge.dist.stages import BuildStage, build_stages
+from bridge.dist.wrap import wrap_data_parallel
+
+logger = logging.getLogger(__name__)
+
+
+class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
+    """A builder of single-module models: a subclass writes ``build_model`` and has everything else.
+
+    The configuration must embed a ``TransformerConfig`` as ``transformer``; a subclass whose configuration keeps it
+    elsewhere overrides ``transformer_config``.
+    """
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """The Megatron configuration that decides on precision, devices and the virtual pipeline."""
+        transformer = getattr(self._model_config, "transformer", None)
+        if not isinstance(transformer, TransformerConfig):
+            raise BuilderContractError(
+                f"{type(self._model_config).__name__} has no TransformerConfig named 'transformer': "
+                f"add the field, or override {type(self).__name__}.transformer_config"
+            )
+        return transformer
+
+    def build_distributed_models(
+        self,
+        pg_collection: ProcessGroupCollection,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        overlap_param_gather_with_optimizer_step: bool = False,
+        use_megatron_fsdp: bool = False,
+        use_torch_fsdp2: bool = False,
+        wrap_with_ddp: bool = True,
+        data_parallel_random_init: bool = True,
+        mixed_precision_wrapper: MixedPrecisionWrapper | None = Float16Module,
+        model_type: ModelType = ModelType.encoder_or_decoder,
+    ) -> list[ModelT]:
+        """Build all stages of this rank and wrap them for training; see ``ModelBuilder``.
+
+        The order: stages, pre-wrap hooks, tensor-parallel attributes, device, mixed precision, data-parallel wrapper,
+        broadcast, post-wrap hooks. Neither ``ddp_config`` nor the configuration nor its hooks are changed.
+
+        Raises:
+            OptionsError: The options contradict each other.
+            PreflightError: The configuration does not fit the process groups.
+            HookError: A hook returned None.
+        """
+        options = BuildOptions(
+            ddp_config=ddp_config,
+            overlap_param_gather_with_optimizer_step=overlap_param_gather_with_optimizer_step,
+            use_megatron_fsdp=use_megatron_fsdp,
+            use_torch_fsdp2=use_torch_fsdp2,
+            wrap_with_ddp=wrap_with_ddp,
+            data_parallel_random_init=data_parallel_random_init,
+            mixed_precision_wrapper=mixed_precision_wrapper,
+            model_type=model_type,
+        )
+        stages = build_distributed(
+            self.build_model,
+            self.transformer_config,
+            pg_collection,
+            options=options,
+            pre_wrap_hook=compose_hooks(self._model_config.pre_wrap_hooks),
+            post_wrap_hook=compose_hooks(self._model_config.post_wrap_hooks),
+        )
+        # The wrappers forward to the model they hold; the reference API types them as that model.
+        return cast(list[ModelT], stages)
+
+
+def build_distributed(
+    build_stage: BuildStage[MegatronModule],
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    *,
+    options: BuildOptions,
+    pre_wrap_hook: Hook,
+    post_wrap_hook: Hook,
+) -> list[MegatronModule]:
+    """Run the whole build: stages, hooks, placement, precision, wrapping."""
+    check_build(config, pg_collection, options)
+    on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
+    with on_device:
+        built = build_stages(
+            build_stage,
+            pg_collection,
+            vp_size=config.virtual_pipeline_model_parallel_size,
+            model_type=options.model_type,
+        )
+    stages = pre_wrap_hook(list(built))
+    return post_wrap_hook(prepare_stages(stages, config, pg_collection, options))
+
+
+def prepare_stages(
+    stages: list[MegatronModule],
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    options: BuildOptions,
+) -> list[MegatronModule]:
+    """Take built stages through placement, mixed precision and the data-parallel wrapper."""
+    for stage in stages:
+        for parameter in stage.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    _log_parameters(stages, pg_collection)
+
+    on_meta = config.init_model_with_meta_device
+    shards_itself = options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
+    if not (on_meta or config.use_cpu_initialization or options.wrapper is Wrapper.TORCH_FSDP2):
+        move_to_device(stages)
+    stages = wrap_mixed_precision(stages, config, options.mixed_precision_wrapper)
+    if on_meta and not shards_itself:
+        materialize_stages(stages)
+    correct_fp8_history(stages)
+    if options.wrapper is Wrapper.NONE:
+        return stages
+    return wrap_data_parallel(stages, pg_collection, options)
+
+
+def _log_parameters(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> None:
+    if pg_collection.dp.rank() == 0 and pg_collection.cp.rank() == 0:
+        parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
+        coordinates = (pg_collection.tp.rank(), pg_collection.pp.rank())
+        logger.info("parameters on (tensor, pipeline) rank %s: %s", coordinates, f"{parameters:,}")

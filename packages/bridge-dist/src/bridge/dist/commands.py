@@ -1,0 +1,1 @@
+"""The command `bridge build`. Importing it does not import torch."""

@@ -1,0 +1,35 @@
+"""The errors of bridge-dist. Every one is a mistake of the caller or of the configuration, and says what to change."""
+
+from __future__ import annotations
+
+
+class DistError(Exception):
+    """Base of every error that bridge-dist raises."""
+
+
+class OptionsError(DistError, ValueError):
+    """The options of a distributed build contradict each other."""
+
+
+class LayoutError(DistError, ValueError):
+    """A layout does not fit the number of processes, or is not a layout."""
+
+
+class PreflightError(DistError, ValueError):
+    """A configuration cannot be built, or would silently train wrong, under a layout. Lists every problem found."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+class BuilderContractError(DistError, TypeError):
+    """A builder or a model configuration lacks what the engine needs of it."""
+
+
+class TrainingError(DistError, ValueError):
+    """A training run cannot be set up as asked for."""
+
+
+class LaunchError(DistError, RuntimeError):
+    """Local ranks could not be started, or one of them failed. Says which, and why."""

@@ -1,0 +1,126 @@
+"""A cluster layout: how many ranks share each kind of parallelism, and the process groups that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from bridge.dist.errors import LayoutError
+
+# What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world.
+CONFIG_FIELDS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes of tensor, pipeline, virtual pipeline, context, expert, expert-tensor and data parallelism.
+
+    A world holds ``tp * cp * dp * pp`` ranks. For expert layers the same ranks are ``etp * ep`` times their own data
+    parallelism times ``pp``; ``etp`` is ``tp`` unless it is given.
+
+    Raises:
+        LayoutError: A size is not positive, or the expert sizes do not divide the ranks of a pipeline stage.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.etp is None:
+            object.__setattr__(self, "etp", self.tp)
+        assert self.etp is not None
+        for name, size in asdict(self).items():
+            if size < 1:
+                raise LayoutError(f"{name}={size}: a parallel size is at least 1")
+        stage, expert = self.tp * self.cp * self.dp, self.etp * self.ep
+        if stage % expert:
+            raise LayoutError(
+                f"etp x ep = {self.etp} x {self.ep} = {expert} does not divide the {stage} ranks of a pipeline stage "
+                f"(tp x cp x dp = {self.tp} x {self.cp} x {self.dp}): choose ep and etp so that it does"
+            )
+
+    @classmethod
+    def of(cls, config: TransformerConfig, world_size: int, *, dp: int | None = None) -> Layout:
+        """Return the layout of a configuration on ``world_size`` ranks.
+
+        Args:
+            config: Gives every size but dp.
+            world_size: Number of ranks.
+            dp: The data-parallel size that is expected, if one is.
+
+        Raises:
+            LayoutError: ``world_size`` is not a multiple of tp x pp x cp, or leaves another dp than the expected one.
+        """
+        tp, pp, cp = (getattr(config, CONFIG_FIELDS[name]) for name in ("tp", "pp", "cp"))
+        model = tp * pp * cp
+        needed = f"tp x pp x cp = {tp} x {pp} x {cp} = {model}"
+        if world_size % model:
+            raise LayoutError(
+                f"{world_size} ranks do not fit {needed}: start a multiple of {model} ranks, or lower tp, pp or cp"
+            )
+        if dp is not None and world_size != model * dp:
+            raise LayoutError(
+                f"{world_size} ranks do not fit {needed} with dp = {dp}: "
+                f"that takes {model * dp} ranks (dp is {world_size // model} with {world_size})"
+            )
+        return cls(
+            tp=tp,
+            pp=pp,
+            vp=config.virtual_pipeline_model_parallel_size or 1,
+            cp=cp,
+            ep=config.expert_model_parallel_size,
+            etp=config.expert_tensor_parallel_size,
+            dp=world_size // model,
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        """The sizes above one, such as ``tp2 pp2``; ``one rank`` when there are none."""
+        return " ".join(f"{name}{size}" for name, size in asdict(self).items() if size > 1) or "one rank"
+
+
+def create_process_groups(layout: Layout) -> ProcessGroupCollection:
+    """Create Megatron's process groups for a layout in the initialised world, and return this rank's.
+
+    Collective: every rank calls it with the same layout.
+
+    Raises:
+        LayoutError: The world has another size than the layout.
+    """
+    world_size = torch.distributed.get_world_size()
+    if world_size != layout.world_size:
+        raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_process_groups() -> None:
+    """Forget Megatron's process groups; the world stays."""
+    parallel_state.destroy_model_parallel()

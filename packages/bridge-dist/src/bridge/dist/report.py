@@ -1,0 +1,112 @@
+"""What a build made, per rank and stage, as plain data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkReport:
+    """One wrapped stage: its layers (indices in the whole model), its own parameters, its wrappers, outermost first."""
+
+    vp_stage: int
+    layers: list[int]
+    parameters: int
+    wrappers: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """The stages of one rank and its coordinates in the layout."""
+
+    rank: int
+    tp: int
+    pp: int
+    dp: int
+    cp: int
+    ep: int
+    chunks: list[ChunkReport]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """The whole of a build: ``parameters`` are the model's, ``padded_parameters`` count vocabulary padding too."""
+
+    world_size: int
+    layout: dict[str, int]
+    wrap: str
+    parameters: int
+    padded_parameters: int
+    ranks: list[RankReport]
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    tokens_per_second: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return asdict(self)
+
+
+def tables(report: BuildReport) -> list[RenderableType]:
+    """Render a report for a terminal: ranks and stages, then steps if there were any, then the totals."""
+    parts: list[RenderableType] = [_ranks_table(report)]
+    if report.losses:
+        parts.append(_steps_table(report))
+    total = f"parameters of the whole model: {report.parameters:,}"
+    if report.padded_parameters != report.parameters:
+        total += f" ({report.padded_parameters:,} with the padded vocabulary)"
+    parts.append(total)
+    if report.tokens_per_second is not None:
+        parts.append(f"tokens per second: {report.tokens_per_second:,.0f}")
+    return parts
+
+
+def _ranks_table(report: BuildReport) -> RenderableType:
+    from rich.table import Table
+
+    sizes = " ".join(f"{name}={size}" for name, size in report.layout.items())
+    table = Table(title=f"{report.world_size} rank(s): {sizes}, wrapped with {report.wrap}", title_justify="left")
+    # Coordinates along axes of one rank say nothing.
+    axes = [axis for axis in ("tp", "pp", "dp", "cp", "ep") if report.layout[axis] > 1]
+    for name in ("rank", *axes, "stage", "layers", "parameters"):
+        table.add_column(name, justify="right")
+    table.add_column("wrappers")
+    for rank in report.ranks:
+        for chunk in rank.chunks:
+            first = chunk is rank.chunks[0]
+            place = [str(rank.rank), *(str(getattr(rank, axis)) for axis in axes)] if first else [""] * (len(axes) + 1)
+            table.add_row(
+                *place,
+                str(chunk.vp_stage),
+                layer_ranges(chunk.layers),
+                f"{chunk.parameters:,}",
+                " > ".join(chunk.wrappers),
+            )
+    return table
+
+
+def _steps_table(report: BuildReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("step", "loss", "gradient norm"):
+        table.add_column(name, justify="right")
+    for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=1):
+        table.add_row(str(step), f"{loss:.6f}", f"{norm:.6f}")
+    return table
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Write sorted layer indices as ranges: ``0-3, 8-11``; ``none`` for a stage without layers."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges) or "none"

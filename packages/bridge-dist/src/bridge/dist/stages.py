@@ -1,0 +1,61 @@
+"""Building the pipeline stages of this rank."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+
+StageT = TypeVar("StageT", bound=MegatronModule, covariant=True)
+
+
+class BuildStage(Protocol[StageT]):
+    """The signature of ``ModelBuilder.build_model``."""
+
+    def __call__(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> StageT: ...
+
+
+def build_stages(
+    build_stage: BuildStage[StageT],
+    pg_collection: ProcessGroupCollection,
+    *,
+    vp_size: int | None,
+    model_type: ModelType = ModelType.encoder_or_decoder,
+) -> list[StageT]:
+    """Build every stage of this rank, first to last.
+
+    Args:
+        build_stage: Builds one stage.
+        pg_collection: The process groups of this rank; ``pp`` places it in the pipeline.
+        vp_size: Virtual pipeline stages per rank. None, or a pipeline of one rank, gives a single stage.
+        model_type: Set on each stage.
+
+    Returns:
+        ``vp_size`` stages, or one. Only the first stage of the whole pipeline has ``pre_process``, only the last one
+        ``post_process``.
+    """
+    first, last = is_pp_first_stage(pg_collection.pp), is_pp_last_stage(pg_collection.pp)
+    if vp_size is None or pg_collection.pp.size() == 1:
+        stages = [build_stage(pg_collection, pre_process=first, post_process=last)]
+    else:
+        stages = [
+            build_stage(
+                pg_collection,
+                pre_process=first and vp_stage == 0,
+                post_process=last and vp_stage == vp_size - 1,
+                vp_stage=vp_stage,
+            )
+            for vp_stage in range(vp_size)
+        ]
+    for stage in stages:
+        stage.model_type = model_type
+    return stages

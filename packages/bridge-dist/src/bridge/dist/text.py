@@ -1,0 +1,63 @@
+"""A real text as token batches, the same global batch under every layout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bridge.dist.errors import TrainingError
+
+BYTE_VALUES = 256
+
+
+def default_text() -> Path:
+    """Return the path of a text that every installation has: the licence of torch.
+
+    Raises:
+        TrainingError: The installed torch came without one.
+    """
+    for file in importlib.metadata.files("torch") or ():
+        if file.name.startswith("LICENSE"):
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    raise TrainingError("the installed torch has no licence text to train on: name a text with --text FILE")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The bytes of a text as token ids, shape (length,), dtype int64."""
+
+    tokens: torch.Tensor
+
+    @classmethod
+    def read(cls, path: Path, *, vocab_size: int) -> Text:
+        """Read a file as bytes; each byte is a token.
+
+        Raises:
+            TrainingError: The file cannot be read, is empty, or the vocabulary is smaller than its largest byte.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise TrainingError(f"cannot read the text {path}: {error.strerror}") from error
+        if not content:
+            raise TrainingError(f"the text {path} is empty")
+        if max(content) >= vocab_size:
+            raise TrainingError(
+                f"the text {path} has bytes up to {max(content)}, vocab_size is {vocab_size}: "
+                f"set vocab_size to at least {BYTE_VALUES}"
+            )
+        return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long())
+
+    def batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
+        """Return the global batch of a step, shape (size, seq_length + 1): inputs and, shifted by one, labels.
+
+        Consecutive samples are consecutive pieces of the text, which starts over at its end.
+        """
+        starts = torch.arange(size).add(step * size).mul(seq_length)
+        positions = starts[:, None] + torch.arange(seq_length + 1)[None]
+        return self.tokens[positions % len(self.tokens)]

@@ -1,0 +1,199 @@
+"""A few training steps by Megatron's own schedule and optimizer, comparable between layouts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
+
+from bridge.dist.errors import TrainingError
+from bridge.dist.layout import Layout
+from bridge.dist.text import Text
+
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How many steps, and on what: sizes count samples, ``seq_length`` tokens."""
+
+    steps: int
+    seq_length: int
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+
+    def microbatches(self, layout: Layout) -> int:
+        """Return how many microbatches each rank computes per step.
+
+        Raises:
+            TrainingError: The global batch does not divide into microbatches over the data-parallel ranks, or not into
+                the rounds that a virtual pipeline takes.
+        """
+        per_round = self.micro_batch_size * layout.dp
+        if self.global_batch_size % per_round:
+            raise TrainingError(
+                f"the global batch of {self.global_batch_size} samples does not divide into microbatches of "
+                f"{self.micro_batch_size} on dp = {layout.dp} ranks: choose a multiple of {per_round}"
+            )
+        microbatches = self.global_batch_size // per_round
+        if layout.vp > 1 and layout.pp > 1 and microbatches % layout.pp:
+            raise TrainingError(
+                f"a virtual pipeline on pp = {layout.pp} takes a multiple of {layout.pp} microbatches, this run has "
+                f"{microbatches}: choose another global or micro batch size"
+            )
+        return microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one training step gave, the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    seconds: float
+
+
+def train(
+    stages: list[MegatronModule],
+    pg_collection: ProcessGroupCollection,
+    layout: Layout,
+    *,
+    text: Text,
+    options: TrainOptions,
+) -> Iterator[Step]:
+    """Train, one step per item taken. The loss is the mean over the tokens of the global batch, before the step.
+
+    Every rank of the layout must take every step.
+    """
+    microbatches = options.microbatches(layout)
+    optimizer = _optimizer(stages, pg_collection)
+    schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
+    for index in range(options.steps):
+        start = time.perf_counter()
+        batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+        mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
+        for stage in stages:
+            _zero_gradients(stage)
+        optimizer.zero_grad()
+        outputs = schedule(
+            forward_step_func=partial(_forward, pg_collection=pg_collection),
+            data_iterator=[iter(mine) for _ in stages] if len(stages) > 1 else iter(mine),
+            model=stages,
+            num_microbatches=microbatches,
+            seq_length=options.seq_length,
+            micro_batch_size=options.micro_batch_size,
+            forward_only=False,
+        )
+        _, grad_norm, _ = optimizer.step()
+        loss = _global_loss([output["loss"] for output in outputs], pg_collection)
+        yield Step(loss=loss, grad_norm=float(grad_norm), seconds=time.perf_counter() - start)
+
+
+def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Any:
+    """Make Megatron's Adam with a constant rate, and tell the stages' configuration how to finish a step."""
+    config = get_model_config(stages[0])
+    ddp_config: DistributedDataParallelConfig = stages[0].ddp_config
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=_LEARNING_RATE,
+            min_lr=_LEARNING_RATE,
+            fp16=config.fp16,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
+        ),
+        stages,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = _LEARNING_RATE
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [stage.no_sync for stage in stages]
+        config.no_sync_func = no_sync if len(stages) > 1 else no_sync[0]
+    return optimizer
+
+
+def _zero_gradients(stage: MegatronModule) -> None:
+    zero: Callable[[], None] | None = getattr(stage, "zero_grad_buffer", None)
+    if zero is not None:
+        zero()
+
+
+def _forward(
+    samples: Iterator[torch.Tensor], stage: MegatronModule, *, pg_collection: ProcessGroupCollection
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
+    """Run a stage on the next microbatch; Megatron's schedule calls the returned function on the last stage."""
+    device = torch.device("cuda")
+    tokens = next(samples).to(device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs).contiguous()
+    batch = {"inputs": inputs, "labels": labels, "positions": positions}
+    if pg_collection.cp.size() > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, cp_group=pg_collection.cp)
+    output: torch.Tensor = stage(batch["inputs"], batch["positions"], None, labels=batch["labels"])
+
+    def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = losses.float().mean()
+        # The schedule multiplies by the context-parallel size, and works in place (megatron-core 0.19.2): undo the
+        # one, and report a copy because of the other.
+        return loss / pg_collection.cp.size(), {"loss": loss.detach().clone()}
+
+    return output, mean_loss
+
+
+def _global_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupCollection) -> float:
+    """Average over the data-parallel ranks, and tell the ranks that are not on the last stage."""
+    device = torch.device("cuda")
+    loss = torch.stack(list(losses)).mean() if losses else torch.zeros((), device=device)
+    if losses:
+        torch.distributed.all_reduce(loss, group=pg_collection.dp_cp)
+        loss /= pg_collection.dp_cp.size()
+    torch.distributed.broadcast(loss, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)
+    return loss.item()
+
+
+def switch_off_dropout(config: TransformerConfig) -> list[str]:
+    """Set the dropout rates of a configuration to zero and name those that were not.
+
+    Each tensor-parallel rank draws its own dropout masks, so that with dropout the losses depend on the layout.
+    """
+    names = [name for name in ("hidden_dropout", "attention_dropout") if getattr(config, name)]
+    for name in names:
+        setattr(config, name, 0.0)
+    return names
+
+
+def mask_vocabulary_padding(stages: Sequence[MegatronModule], *, vocab_size: int) -> None:
+    """Give the padding of the vocabulary no probability, in stages that hold an output layer.
+
+    How many rows pad the vocabulary depends on the tensor-parallel size, and a padded row takes part in the softmax.
+    """
+    for stage in stages:
+        layer = getattr(unwrap_model(stage), "output_layer", None)
+        if layer is not None:
+            layer.register_forward_hook(partial(_mask_padding, vocab_size=vocab_size))
+
+
+def _mask_padding(
+    layer: Any, _: object, output: tuple[torch.Tensor, torch.Tensor | None], *, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits, bias = output
+    width = logits.shape[-1]
+    real = vocab_size - layer.tp_group.rank() * width if not layer.gather_output else vocab_size
+    if real >= width:
+        return output
+    padding = torch.arange(width, device=logits.device) >= real
+    return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias

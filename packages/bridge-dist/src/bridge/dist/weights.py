@@ -1,0 +1,155 @@
+"""Parameters by their name in the whole model: what a layout must not change.
+
+A pipeline stage counts its layers from zero and a rank its experts; the whole model has one name for each parameter.
+Weights drawn by that name, and totals counted by it, are the same under every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.utils import get_model_config, unwrap_model
+
+_LAYER = re.compile(r"(.*\blayers)\.\d+")
+_EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
+_VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter of one stage, with its place in the whole model."""
+
+    full_name: str
+    parameter: torch.nn.Parameter
+    owner: torch.nn.Module
+    shards: int
+    shard: int
+
+    @property
+    def full_shape(self) -> torch.Size:
+        """The shape of the whole, unsharded parameter."""
+        shape = list(self.parameter.shape)
+        if self.shards > 1:
+            shape[self.parameter.partition_dim] *= self.shards  # type: ignore[attr-defined]
+        return torch.Size(shape)
+
+    def logical_shape(self, vocab_size: int | None) -> torch.Size:
+        """The shape of the whole parameter, without the rows that pad the vocabulary beyond ``vocab_size``."""
+        shape = self.full_shape
+        if vocab_size is not None and _VOCABULARY.fullmatch(self.full_name):
+            return torch.Size((min(shape[0], vocab_size), *shape[1:]))
+        return shape
+
+
+def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
+    """Yield the parameters of a built (not yet sharded by FSDP) stage with their full-model names."""
+    model: torch.nn.Module = unwrap_model(stage)
+    modules = dict(model.named_modules())
+    renamed = _full_module_names(modules, pg_collection)
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        full_name = f"{renamed[path]}.{leaf}".lstrip(".")
+        if tied and full_name == "output_layer.weight":
+            # The last pipeline stage holds a copy of the embedding of the first.
+            full_name = "embedding.word_embeddings.weight"
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
+        yield NamedParameter(
+            full_name=full_name,
+            parameter=parameter,
+            owner=modules[path],
+            shards=group.size() if sharded else 1,
+            shard=group.rank() if sharded else 0,
+        )
+
+
+def layer_indices(stage: MegatronModule) -> list[int]:
+    """Return the decoder layers that a stage holds, counted from zero over the whole model."""
+    model: torch.nn.Module = unwrap_model(stage)
+    return sorted(
+        int(module.layer_number) - 1
+        for name, module in model.named_modules()
+        if re.fullmatch(r"\w+\.layers\.\d+", name) and not name.startswith("mtp.") and hasattr(module, "layer_number")
+    )
+
+
+def _full_module_names(
+    modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection
+) -> dict[str, str]:
+    """Map the name of each module in a stage to its name in the whole model. Parents come before children."""
+    experts = {
+        name: sum(1 for other in modules if re.fullmatch(re.escape(name) + r"\.\d+", other))
+        for name in modules
+        if name.endswith("local_experts")
+    }
+    full: dict[str, str] = {"": ""}
+    for name, module in modules.items():
+        if not name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if _LAYER.fullmatch(name) and hasattr(module, "layer_number"):
+            leaf = str(int(module.layer_number) - 1)
+        elif _EXPERT.fullmatch(name):
+            leaf = str(int(leaf) + pg_collection.ep.rank() * experts[parent])
+        full[name] = f"{full[parent]}.{leaf}".lstrip(".")
+    return full
+
+
+def draw_weights(
+    stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, vocab_size: int | None
+) -> None:
+    """Draw every matrix anew, by the configuration's own initialisers, seeded by its full-model name.
+
+    The whole parameter is drawn on the CPU and each rank keeps its shard, so that a model starts from the same weights
+    under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Vectors (norm
+    weights, biases) are constants and stay as they were built.
+    """
+    for stage in stages:
+        config = get_model_config(stage)
+        for named in named_parameters(stage, pg_collection):
+            if named.parameter.dim() > 1:
+                _draw(named, _initialiser(named.owner, config), vocab_size)
+
+
+def _initialiser(owner: torch.nn.Module, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
+    if isinstance(owner, RowParallelLinear):
+        return config.output_layer_init_method  # type: ignore[no-any-return]
+    if isinstance(owner, VocabParallelEmbedding | torch.nn.Embedding):
+        return config.embedding_init_method  # type: ignore[no-any-return]
+    return config.init_method  # type: ignore[no-any-return]
+
+
+def _draw(named: NamedParameter, initialise: Callable[[torch.Tensor], object], vocab_size: int | None) -> None:
+    drawn = torch.empty(named.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
+    generator = torch.default_generator
+    state = generator.get_state()
+    try:
+        generator.manual_seed(_seed(named.full_name))
+        initialise(drawn)
+    finally:
+        generator.set_state(state)
+    padding = named.full_shape[0] - drawn.shape[0]
+    whole = torch.cat([drawn, drawn.new_zeros(padding, *drawn.shape[1:])]) if padding else drawn
+    with torch.no_grad():
+        named.parameter.copy_(_shard(whole, named))
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def _shard(whole: torch.Tensor, named: NamedParameter) -> torch.Tensor:
+    """Cut this rank's part out of a whole weight, as Megatron does: strided parts (gated layers) are cut one by one."""
+    if named.shards == 1:
+        return whole
+    dim, stride = named.parameter.partition_dim, named.parameter.partition_stride  # type: ignore[attr-defined]
+    pieces = whole.chunk(named.shards * stride, dim=dim)
+    return torch.cat(pieces[named.shard :: named.shards], dim=dim)
