@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bridge.config import BridgeError
 
-class BuilderError(Exception):
+
+class BuilderError(BridgeError):
     """Base of every error that bridge-builders raises."""
 
 

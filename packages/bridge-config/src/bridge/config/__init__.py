@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError
+from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, Problem, TargetError
 from bridge.config.model import ModelConfig
 from bridge.config.protocol import Serializable
 from bridge.config.targets import register
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bridge.config.document import Document, load_config
 
 __all__ = [
+    "BridgeError",
     "ConfigError",
     "Document",
     "DocumentError",

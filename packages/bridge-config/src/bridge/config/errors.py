@@ -1,4 +1,4 @@
-"""The errors of bridge-config: one small tree under `ConfigError`."""
+"""The errors of bridge-config: one small tree under `ConfigError`, and the root of every package's tree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
-class ConfigError(ValueError):
+class BridgeError(Exception):
+    """What a Bridge package, or an extension, says to its user. The command line prints the message alone."""
+
+
+class ConfigError(BridgeError, ValueError):
     """The user's input is at fault; the message says what, where and what to do."""
 
 

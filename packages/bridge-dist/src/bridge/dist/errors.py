@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bridge.config import BridgeError
 
-class DistError(Exception):
+
+class DistError(BridgeError):
     """Base of every error that bridge-dist raises."""
 
 
