@@ -1,0 +1,268 @@
+"""GPT: its configuration, and the builder that makes Megatron-Core's GPTModel from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank
+
+from bridge.config import ModelConfig, WriteThrough
+from bridge.dist import DistributedModelBuilder
+from bridge.models.errors import ModelConfigError
+from bridge.models.layer_specs import layer_spec, mtp_block_spec
+from bridge.models.vocab import pad_vocab_size
+
+
+@dataclass(kw_only=True)
+class GPTModelConfig(WriteThrough, ModelConfig):
+    """A GPT: a ``TransformerConfig`` and what surrounds it, embeddings and output layer.
+
+    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``. A field that both could hold (``rotary_base`` and ``rotary_percent``, with an
+    ``MLATransformerConfig``) belongs to ``transformer``.
+    """
+
+    builder: ClassVar[str] = "bridge.models.gpt.GPTModelBuilder"
+
+    transformer: TransformerConfig
+    """The transformer, and how it is split over ranks."""
+
+    transformer_layer_spec: ModuleSpec | Callable[[GPTModelConfig], ModuleSpec] | None = None
+    """The layers: a spec; a function of this configuration that returns one, and may take ``vp_stage`` by name; None
+    for the default choice."""
+
+    vocab_size: int | None = None
+    """Number of tokens, not padded. Must be set before a model is built."""
+
+    make_vocab_size_divisible_by: int = 128
+    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
+
+    should_pad_vocab: bool = False
+    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
+
+    seq_length: int = 1024
+    """Longest sequence, in tokens; with learned positions, the number of them."""
+
+    fp16_lm_cross_entropy: bool = False
+    """Compute the loss in half precision."""
+
+    parallel_output: bool = True
+    """Leave the logits split over tensor-parallel ranks."""
+
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer's weight to the embedding's."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "mrope", "yarn", "none"] = "learned_absolute"
+    """How positions enter the model."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated, 0 to 1."""
+
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+
+    rope_scaling: bool = False
+    """Scale rotary frequencies as Llama 3.1 does."""
+
+    rope_scaling_factor: float = 8.0
+    """Factor of ``rope_scaling``."""
+
+    scatter_embedding_sequence_parallel: bool = True
+    """With sequence parallelism, split the embedding's output along the sequence."""
+
+    seq_len_interpolation_factor: float | None = None
+    """Divide rotary positions by this, to reach longer sequences."""
+
+    tp_comm_overlap_cfg: str | dict[str, Any] | None = None
+    """Settings of ``tp_comm_overlap``: a file, or its content."""
+
+    use_arbitrary_attention_mask: bool | None = None
+    """With a ModelOpt state: accept any attention mask. None: unless there is context parallelism."""
+
+    def finalize(self) -> None:
+        """Let the transformer finalize itself, if it knows how to, then validate.
+
+        Raises:
+            ModelConfigError: See ``validate``.
+        """
+        finalize = getattr(self.transformer, "finalize", None)
+        if callable(finalize):
+            finalize()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without process groups; nothing is changed.
+
+        Raises:
+            ModelConfigError: A field lacks a value or contradicts another one.
+        """
+        _check_vocabulary(self)
+        _check_positions(self)
+        _check_cuda_graphs(self.transformer)
+        _check_pipeline_split(self.transformer)
+        _check_multi_token_prediction(self.transformer)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+
+        Raises:
+            ModelConfigError: ``vocab_size`` is not set.
+        """
+        if self.vocab_size is None:
+            raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
+        if not self.should_pad_vocab:
+            return self.vocab_size
+        return pad_vocab_size(
+            self.vocab_size,
+            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=self.transformer.tensor_model_parallel_size,
+        )
+
+
+def _check_vocabulary(config: GPTModelConfig) -> None:
+    ranks = config.transformer.tensor_model_parallel_size
+    if config.padded_vocab_size % ranks:
+        raise ModelConfigError(
+            f"vocab_size {config.vocab_size} does not split over tensor_model_parallel_size {ranks}: "
+            "set should_pad_vocab to true"
+        )
+
+
+def _check_positions(config: GPTModelConfig) -> None:
+    positions, transformer = config.position_embedding_type, config.transformer
+    if positions == "mrope" and transformer.mrope_section is None:
+        raise ModelConfigError("position_embedding_type mrope needs transformer.mrope_section: set it")
+    # GPTModel of megatron-core 0.19.2 reads these from the transformer, whose class there does not declare them.
+    if positions == "yarn" and not hasattr(transformer, "yarn_rotary_scaling_factor"):
+        raise ModelConfigError(
+            f"position_embedding_type yarn needs the fields yarn_*, which {type(transformer).__name__} does not have: "
+            "use a transformer configuration that declares them, or another position_embedding_type"
+        )
+
+
+def _check_cuda_graphs(transformer: TransformerConfig) -> None:
+    if transformer.cuda_graph_impl != "none" and not transformer.use_te_rng_tracker:
+        raise ModelConfigError(
+            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} needs Transformer Engine's random number "
+            "tracker: set transformer.use_te_rng_tracker to true, or cuda_graph_impl to none"
+        )
+
+
+def _check_pipeline_split(transformer: TransformerConfig) -> None:
+    explicit = (
+        transformer.pipeline_model_parallel_layout is not None
+        or transformer.account_for_embedding_in_pipeline_split
+        or transformer.account_for_loss_in_pipeline_split
+        or transformer.num_layers_in_first_pipeline_stage is not None
+        or transformer.num_layers_in_last_pipeline_stage is not None
+    )
+    if explicit:
+        return
+    pp = transformer.pipeline_model_parallel_size
+    vp = _virtual_stages(transformer)
+    if transformer.num_layers % (pp * vp):
+        raise ModelConfigError(
+            f"transformer.num_layers {transformer.num_layers} does not divide into {pp * vp} equal chunks, "
+            f"pipeline_model_parallel_size {pp} x virtual_pipeline_model_parallel_size {vp}: "
+            "change one of the three, or give a pipeline_model_parallel_layout"
+        )
+
+
+def _check_multi_token_prediction(transformer: TransformerConfig) -> None:
+    if transformer.mtp_num_layers and transformer.experimental_attention_variant is not None:
+        raise ModelConfigError(
+            f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
+            f"experimental_attention_variant {transformer.experimental_attention_variant}: set one of them to null"
+        )
+
+
+def _virtual_stages(transformer: TransformerConfig) -> int:
+    """Virtual stages per rank; a pipeline of one rank is not divided further, whatever the configuration says."""
+    if transformer.pipeline_model_parallel_size == 1:
+        return 1
+    return transformer.virtual_pipeline_model_parallel_size or 1
+
+
+class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
+    """Builds ``GPTModel`` from a ``GPTModelConfig``.
+
+    Example:
+        >>> transformer = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
+        >>> builder = GPTModelBuilder(GPTModelConfig(transformer=transformer, vocab_size=256))
+        >>> model = builder.build_model(pg_collection)  # one stage, as it is
+        >>> stages = builder.build_distributed_models(pg_collection, ddp_config)  # all stages of this rank, wrapped
+    """
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build one pipeline stage, neither wrapped nor moved to a device.
+
+        Args:
+            pg_collection: The process groups of this rank.
+            pre_process: Whether the stage holds the embedding; None lets the stage's place in the pipeline decide.
+            post_process: Whether the stage holds the output layer; None as above.
+            vp_stage: Index of the virtual pipeline stage, None without a virtual pipeline.
+
+        Raises:
+            ModelConfigError: The configuration does not describe a model, or ``vp_stage`` does not fit it.
+            UnsupportedError: The layers at hand cannot build what the configuration asks for.
+            LayerSpecError: ``transformer_layer_spec`` is not, or does not return, a layer spec.
+        """
+        config = self._model_config
+        config.validate()
+        first, last = _ends(vp_stage, _virtual_stages(config.transformer))
+        if pre_process is None:
+            pre_process = first and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            post_process = last and is_pp_last_stage(pg_collection.pp)
+        pp_rank = get_pg_rank(pg_collection.pp)
+        spec = layer_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        # GPTModel takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
+        return GPTModel(
+            config=config.transformer,
+            transformer_layer_spec=cast(ModuleSpec, spec),
+            mtp_block_spec=cast(ModuleSpec | None, mtp_block_spec(config, spec, vp_stage=vp_stage, pp_rank=pp_rank)),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+
+def _ends(vp_stage: int | None, virtual_stages: int) -> tuple[bool, bool]:
+    """Whether a virtual stage is the first, and the last, of its rank."""
+    if virtual_stages == 1:
+        if vp_stage not in (None, 0):
+            raise ModelConfigError(f"vp_stage is {vp_stage}, but there is no virtual pipeline: pass None")
+        return True, True
+    if vp_stage is None or not 0 <= vp_stage < virtual_stages:
+        raise ModelConfigError(
+            f"vp_stage is {vp_stage}, but virtual_pipeline_model_parallel_size is {virtual_stages}: "
+            f"pass 0 to {virtual_stages - 1}"
+        )
+    return vp_stage == 0, vp_stage == virtual_stages - 1

@@ -1,0 +1,289 @@
+"""Which layers a GPT is built from: Transformer Engine's where it is installed, Megatron-Core's own elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import log_single_rank
+
+from bridge.models.errors import LayerSpecError, UnsupportedError
+
+if TYPE_CHECKING:
+    from bridge.models.gpt import GPTModelConfig
+
+logger = logging.getLogger(__name__)
+
+LayerSpec = ModuleSpec | TransformerBlockSubmodules
+"""One layer, repeated; or the layers of one pipeline stage, one by one."""
+
+
+def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) -> LayerSpec:
+    """Return the layers of one stage: those the configuration gives, or the default ones.
+
+    Raises:
+        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+        LayerSpecError: What the configuration gives is not a layer spec.
+    """
+    given = config.transformer_layer_spec
+    if given is None:
+        spec = default_layer_spec(config, vp_stage, pp_rank=pp_rank)
+    elif isinstance(given, LayerSpec):  # before callable(): a ModuleSpec is also callable
+        spec = given
+    else:
+        spec = _call_spec_function(given, config, vp_stage)
+    if _wants_local_attention(config.transformer):
+        spec = with_local_attention(spec, config.transformer)
+    return spec
+
+
+def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, pp_rank: int | None = None) -> LayerSpec:
+    """Choose the layers of one stage by what the configuration asks for.
+
+    In this order: inference-optimised, ModelOpt, experimental attention, mixture of experts, heterogeneous,
+    Transformer Engine, local.
+
+    Args:
+        config: The model.
+        vp_stage: Virtual pipeline stage, None without a virtual pipeline.
+        pp_rank: Pipeline rank; None asks Megatron's global process groups.
+
+    Raises:
+        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+    """
+    transformer = config.transformer
+    use_te = uses_transformer_engine(transformer)
+    if transformer.transformer_impl == "inference_optimized":
+        _require_transformer_engine("transformer_impl: inference_optimized")
+        return gpt_layer_specs.get_gpt_layer_with_inference_spec(
+            transformer.qk_layernorm, transformer.multi_latent_attention, qk_l2_norm=transformer.qk_l2_norm
+        )
+    if config.restore_modelopt_state and use_te:  # ModelOpt's own spec is Transformer Engine's; it works on any layers
+        return _modelopt_spec(config)
+    if transformer.experimental_attention_variant is not None:
+        _require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
+        return cast(
+            TransformerBlockSubmodules,
+            get_transformer_block_with_experimental_attention_variant_spec(
+                transformer, vp_stage=vp_stage, pp_rank=pp_rank
+            ),
+        )
+    if not use_te:
+        refuse_beyond_local_layers(transformer)
+    if transformer.num_moe_experts is not None:
+        return gpt_layer_specs.get_gpt_decoder_block_spec(
+            transformer,
+            use_transformer_engine=use_te,
+            normalization=transformer.normalization,
+            qk_l2_norm=transformer.qk_l2_norm,
+            vp_stage=vp_stage,
+            pp_rank=pp_rank,
+        )
+    if isinstance(transformer, HeterogeneousTransformerConfig):
+        return get_gpt_heterogeneous_layer_spec(transformer, use_te, vp_stage=vp_stage, pp_rank=pp_rank)
+    return _plain_layer_spec(transformer)
+
+
+def mtp_block_spec(
+    config: GPTModelConfig, spec: LayerSpec, *, vp_stage: int | None, pp_rank: int
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Return the multi-token prediction block of one stage, None where there is none.
+
+    Its transformer layer is the last one of the whole decoder; on a stage without decoder layers, the plain layer.
+    """
+    transformer = config.transformer
+    if not transformer.mtp_num_layers:
+        return None
+    use_te = uses_transformer_engine(transformer)
+    if not use_te:
+        refuse_beyond_local_layers(transformer)
+    if isinstance(spec, TransformerBlockSubmodules) and not spec.layer_specs:
+        layer = _plain_layer_spec(transformer)
+    else:
+        layers = gpt_layer_specs.get_gpt_decoder_layer_specs(
+            transformer,
+            use_transformer_engine=use_te,
+            normalization=transformer.normalization,
+            qk_l2_norm=transformer.qk_l2_norm,
+        )
+        layer = cast(list[ModuleSpec], layers)[-1]  # megatron-core 0.19.2 annotates a block where it returns a list
+    if _wants_local_attention(transformer):
+        layer = _swap_attention(layer)
+    return gpt_layer_specs.get_gpt_mtp_block_spec(
+        transformer, layer, use_transformer_engine=use_te, vp_stage=vp_stage, pp_rank=pp_rank
+    )
+
+
+def uses_transformer_engine(transformer: TransformerConfig) -> bool:
+    """Whether layers come from Transformer Engine: when the configuration asks for it, and it is installed.
+
+    ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine the local layers
+    are taken instead; the log says so once.
+    """
+    if transformer.transformer_impl != "transformer_engine":
+        return False
+    if not HAVE_TE:
+        _report_fallback()
+    return bool(HAVE_TE)
+
+
+@functools.cache
+def _report_fallback() -> None:
+    message = "transformer_impl is transformer_engine, which is not installed: building Megatron-Core's local layers"
+    log_single_rank(logger, logging.WARNING, message)
+
+
+def _call_spec_function(function: Callable[..., Any], config: GPTModelConfig, vp_stage: int | None) -> LayerSpec:
+    if not callable(function):
+        raise LayerSpecError(
+            f"transformer_layer_spec is {function!r}: give a ModuleSpec, a function that returns one, or None"
+        )
+    takes_stage = "vp_stage" in inspect.signature(function).parameters
+    spec = function(config, vp_stage=vp_stage) if takes_stage else function(config)
+    if not isinstance(spec, LayerSpec):
+        raise LayerSpecError(
+            f"transformer_layer_spec {getattr(function, '__qualname__', repr(function))} returned {spec!r}: "
+            "it must return a ModuleSpec or a TransformerBlockSubmodules"
+        )
+    return spec
+
+
+def _plain_layer_spec(transformer: TransformerConfig) -> ModuleSpec:
+    shared: dict[str, Any] = {
+        "num_experts": transformer.num_moe_experts,
+        "moe_grouped_gemm": transformer.moe_grouped_gemm,
+        "qk_layernorm": transformer.qk_layernorm,
+        "multi_latent_attention": transformer.multi_latent_attention,
+        "qk_l2_norm": transformer.qk_l2_norm,
+        "use_kitchen": transformer.use_kitchen,
+        "use_kitchen_attention": transformer.use_kitchen_attention,
+        "kitchen_attention_backend": transformer.kitchen_attention_backend,
+    }
+    if not uses_transformer_engine(transformer):
+        return gpt_layer_specs.get_gpt_layer_local_spec(normalization=transformer.normalization, **shared)
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        use_te_op_fuser=transformer.use_transformer_engine_op_fuser,
+        use_te_activation_func=transformer.use_te_activation_func,
+        mla_down_proj_fusion=getattr(transformer, "mla_down_proj_fusion", False),
+        use_grouped_gemm_for_dense_mlp=transformer.use_grouped_gemm_for_dense_mlp,
+        **shared,
+    )
+
+
+def _modelopt_spec(config: GPTModelConfig) -> LayerSpec:
+    # Imported here: it takes ModelOpt's own dependencies, which only a model with a ModelOpt state needs.
+    from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
+
+    arbitrary_mask = config.use_arbitrary_attention_mask
+    if arbitrary_mask is None:  # speculative decoding trains with one; context parallelism knows only causal masks
+        arbitrary_mask = config.transformer.context_parallel_size == 1
+    return cast(
+        LayerSpec,
+        get_gpt_modelopt_spec(config.transformer, remap_te_layernorm=True, use_arbitrary_attention_mask=arbitrary_mask),
+    )
+
+
+def _wants_local_attention(transformer: TransformerConfig) -> bool:
+    # An experimental attention is a computation of its own, not another way to do the usual one.
+    return transformer.attention_backend == AttnBackend.local and transformer.experimental_attention_variant is None
+
+
+def with_local_attention(spec: LayerSpec, transformer: TransformerConfig) -> LayerSpec:
+    """Return a copy of ``spec`` whose attention is computed by Megatron-Core's own code; ``spec`` itself is left alone.
+
+    Layers that have no such part (no-op or linear attention of heterogeneous models) stay as they are.
+
+    Raises:
+        UnsupportedError: That code cannot do what the configuration asks for.
+    """
+    _refuse(transformer, _BEYOND_LOCAL_ATTENTION, "attention_backend: local")
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[_swap_attention(layer) for layer in spec.layer_specs or []])
+    return _swap_attention(spec)
+
+
+def _swap_attention(layer: ModuleSpec) -> ModuleSpec:
+    parts: Any = layer.submodules
+    attention = getattr(parts, "self_attention", None)
+    if not isinstance(attention, ModuleSpec) or not hasattr(attention.submodules, "core_attention"):
+        return layer
+    attention_parts: Any = attention.submodules
+    attention = replace(attention, submodules=replace(attention_parts, core_attention=DotProductAttention))
+    return replace(layer, submodules=replace(parts, self_attention=attention))
+
+
+# What is asked for, by a field of TransformerConfig, and what to set instead.
+_Refusals = dict[str, tuple[Callable[[TransformerConfig], bool], str]]
+
+_BEYOND_LOCAL_ATTENTION: _Refusals = {
+    "context parallelism": (lambda c: c.context_parallel_size > 1, "set transformer.context_parallel_size to 1"),
+    "multi-latent attention": (lambda c: c.multi_latent_attention, "use a TransformerConfig without it"),
+}
+
+# Layers of megatron-core 0.19.2 that need no Transformer Engine. Each of these fails there in an assertion, an import
+# or a kernel; only 8- and 4-bit floats are passed over in silence.
+_BEYOND_LOCAL_LAYERS: _Refusals = {
+    **_BEYOND_LOCAL_ATTENTION,
+    "sequence parallelism": (lambda c: c.sequence_parallel, "set transformer.sequence_parallel to false"),
+    "zero-centered norm weights": (
+        lambda c: c.layernorm_zero_centered_gamma,
+        "set transformer.layernorm_zero_centered_gamma to false",
+    ),
+    "persistent layer norm": (lambda c: c.persist_layer_norm, "set transformer.persist_layer_norm to false"),
+    "memory-efficient layer norm": (
+        lambda c: c.memory_efficient_layer_norm,
+        "set transformer.memory_efficient_layer_norm to false",
+    ),
+    "8- or 4-bit floats": (lambda c: bool(c.fp8 or c.fp4), "set transformer.fp8 and transformer.fp4 to null"),
+    "fused softmax without its kernels": (
+        # asked for only at 16 bits
+        lambda c: c.masked_softmax_fusion and (c.fp16 or c.bf16) and not _is_installed("scaled_masked_softmax_cuda"),
+        "set transformer.masked_softmax_fusion to false",
+    ),
+    "fused gradient accumulation without its kernel": (
+        lambda c: c.gradient_accumulation_fusion and not _is_installed("fused_weight_gradient_mlp_cuda"),
+        "set transformer.gradient_accumulation_fusion to false",
+    ),
+}
+
+
+def refuse_beyond_local_layers(transformer: TransformerConfig) -> None:
+    """Raise one error for all that Megatron-Core's local layers cannot do of what a configuration asks for.
+
+    Raises:
+        UnsupportedError: There is something.
+    """
+    _refuse(transformer, _BEYOND_LOCAL_LAYERS, "the local layers (Transformer Engine is not in use)")
+
+
+def _refuse(transformer: TransformerConfig, refusals: _Refusals, where: str) -> None:
+    found = [f"{what}: {advice}" for what, (asked, advice) in refusals.items() if asked(transformer)]
+    if found:
+        raise UnsupportedError(f"{where} cannot do:\n  " + "\n  ".join(found))
+
+
+def _require_transformer_engine(what: str) -> None:
+    if not HAVE_TE:
+        raise UnsupportedError(f"{what} needs Transformer Engine, which is not installed: install it, or leave it out")
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

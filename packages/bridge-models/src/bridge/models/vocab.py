@@ -1,0 +1,31 @@
+"""The size of a vocabulary that is split over ranks."""
+
+from __future__ import annotations
+
+from bridge.models.errors import ModelConfigError
+
+
+def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Round a vocabulary up, so that each tensor-parallel rank's share is a multiple of a number.
+
+    Args:
+        vocab_size: Number of tokens.
+        make_vocab_size_divisible_by: What each rank's share must be a multiple of.
+        tensor_model_parallel_size: Number of ranks that share the vocabulary.
+
+    Returns:
+        The smallest multiple of ``make_vocab_size_divisible_by * tensor_model_parallel_size`` that is large enough.
+
+    Raises:
+        ModelConfigError: An argument is not positive.
+    """
+    sizes = {
+        "vocab_size": vocab_size,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelConfigError(f"{name} is {size}: set it to at least 1")
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
