@@ -52,9 +52,9 @@ class DocumentError(ConfigError):
         return DocumentError, (self.problems,)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about the unknown `name`: the closest known name, or nothing."""
+def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """The end of a message about the unknown `name`: the closest known name, with `prefix` before it, or nothing."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""

@@ -168,6 +168,12 @@ def import_builder(name: str) -> type:
     return found
 
 
+def loaded(name: str) -> object | None:
+    """The object at the dotted `name` if its module is loaded already, else None. Imports nothing."""
+    found = _walk(name)
+    return None if found is _NOTHING else found
+
+
 def _load(name: str, points: list[EntryPoint]) -> object:
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)

@@ -1,0 +1,202 @@
+"""Documents as text: YAML 1.2 (its core schema, and nothing beside it) and JSON, with the position of every value.
+
+Text is bounded in size, depth and number of values before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.paths import Path, shown
+
+MAX_BYTES = 10 * 2**20
+MAX_DEPTH = 100
+MAX_VALUES = 200_000
+
+Position = tuple[int, int]
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITY = re.compile(r"([-+]?)\.(inf|Inf|INF)")
+_CONSTANTS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+
+
+@dataclass
+class Parsed:
+    """Plain data, and the line and column (from 1) where each key or item of it stands."""
+
+    data: Any = None
+    positions: dict[Path, Position] = field(default_factory=dict)
+
+
+def parse_yaml(text: str, file: str | None = None) -> Parsed:
+    """The data of a YAML text.
+
+    Raises:
+        DocumentError: it is not YAML, has duplicate keys or tags, or is out of bounds.
+    """
+    _check_size(text, file)
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        node = yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
+        raise DocumentError([Problem("$", f"not YAML: {error.problem or error.context}", file, line, column)]) from error
+    except (YAMLError, ValueError) as error:
+        raise DocumentError([Problem("$", f"not YAML: {error}", file)]) from error
+    except RecursionError:
+        raise DocumentError([Problem("$", "nested too deeply", file)]) from None
+    builder = _Builder(file)
+    parsed = Parsed(builder.value(node, ()) if node is not None else None, builder.positions)
+    if builder.problems:
+        raise DocumentError(builder.problems)
+    return parsed
+
+
+def parse_json(text: str, file: str | None = None) -> Parsed:
+    """The data of a JSON text. The positions are those of the same text read as YAML.
+
+    Raises:
+        DocumentError: it is not JSON, has duplicate keys or NaN, or is out of bounds.
+    """
+    _check_size(text, file)
+    try:
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise DocumentError([Problem("$", f"not JSON: {error.msg}", file, error.lineno, error.colno)]) from error
+    except ValueError as error:
+        raise DocumentError([Problem("$", f"not acceptable JSON: {error}", file)]) from error
+    except RecursionError:
+        raise DocumentError([Problem("$", "nested too deeply", file)]) from None
+    return Parsed(data)
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML text that `parse_yaml` reads back equal."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = 120
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.representer.ignore_aliases = lambda _data: True
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue().removesuffix("...\n")
+
+
+def dump_json(data: Any) -> str:
+    """Plain data as indented JSON text."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+class _Builder:
+    """Makes plain data of YAML nodes, and collects all that is wrong with them."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file
+        self.positions: dict[Path, Position] = {}
+        self.problems: list[Problem] = []
+        self._count = 0
+
+    def value(self, node: Node, path: Path) -> Any:
+        self.positions.setdefault(path, _position(node))
+        self._count += 1
+        # An alias stands for a copy of its anchor: few lines can mean endless data.
+        if self._count > MAX_VALUES or len(path) > MAX_DEPTH:
+            what = f"nested more than {MAX_DEPTH} deep" if len(path) > MAX_DEPTH else f"more than {MAX_VALUES} values"
+            raise DocumentError([self._problem(what, node, path)])
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode):
+            self._check_tag(node, path, "seq")
+            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
+        self._check_tag(node, path, "map")
+        made: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node, path) if isinstance(key_node, ScalarNode) else None
+            if not isinstance(key, str):
+                self.problems.append(self._problem("keys must be text: quote this one", key_node, path))
+                continue
+            if key in made:
+                self.problems.append(self._problem("duplicate key", key_node, (*path, key)))
+                continue
+            self.positions[*path, key] = _position(key_node)
+            made[key] = self.value(value_node, (*path, key))
+        return made
+
+    def _scalar(self, node: ScalarNode, path: Path) -> Any:
+        self._check_tag(node, path, "str" if node.style else "null", "bool", "int", "float", "timestamp", "merge", "value")
+        if node.style:
+            return node.value
+        try:
+            return _core(node.value)
+        except ValueError as error:
+            self.problems.append(self._problem(str(error), node, path))
+            return None
+
+    def _check_tag(self, node: Node, path: Path, *implicit: str) -> None:
+        """Refuse an explicit tag: plain data needs none, and others would be code."""
+        tag = str(node.tag)
+        if tag not in {f"tag:yaml.org,2002:{name}" for name in ("str", *implicit)}:
+            self.problems.append(self._problem(f"tags such as {tag!r} are not allowed", node, path))
+
+    def _problem(self, message: str, node: Node, path: Path) -> Problem:
+        return Problem(shown(path), message, self.file, *_position(node))
+
+
+def _core(text: str) -> Any:
+    """A plain scalar by YAML 1.2's core schema."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _BASED.fullmatch(text):
+        return int(text, 0)
+    if re.fullmatch(r"[-+]?0[0-9_]+", text):
+        raise ValueError(f"{text} may mean an octal or a decimal number: write 0o{text.lstrip('+-0') or '0'}, or no zero")
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if infinity := _INFINITY.fullmatch(text):
+        return float(infinity[1] + "inf")
+    if text in (".nan", ".NaN", ".NAN"):
+        raise ValueError("not a number is not a value")
+    return text
+
+
+def _position(node: Node) -> Position:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _check_size(text: str, file: str | None) -> None:
+    if len(text) > MAX_BYTES:
+        raise DocumentError([Problem("$", f"larger than {MAX_BYTES // 2**20} MiB", file)])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,36 @@
+"""Paths into a document: `$.transformer.num_layers` in messages, `transformer.num_layers` on the command line."""
+
+from __future__ import annotations
+
+import re
+
+from bridge.config.errors import ConfigError
+
+Path = tuple[str | int, ...]
+
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]")
+
+
+def shown(path: Path) -> str:
+    """`path` as messages show it."""
+    plain = [isinstance(step, str) and re.fullmatch(r"[\w-]+", step) for step in path]
+    return "$" + "".join(f".{step}" if bare else f"[{step!r}]" for step, bare in zip(path, plain, strict=True))
+
+
+def parsed(text: str) -> Path:
+    """The path that `text` stands for: keys joined by dots, list indices in brackets, with or without `$.` before.
+
+    Raises:
+        ConfigError: `text` is no path.
+    """
+    rest = text.removeprefix("$").removeprefix(".") if text.startswith("$") else text
+    path: list[str | int] = []
+    position = 0
+    while position < len(rest):
+        step = _STEP.match(rest, position)
+        if step is None or (position == 0 and rest.startswith(".")):
+            raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
+        key, index, quoted = step.groups()
+        path.append(int(index) if index is not None else quoted if quoted is not None else key)
+        position = step.end()
+    return tuple(path)
