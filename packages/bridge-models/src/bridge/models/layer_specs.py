@@ -80,11 +80,8 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
         return _modelopt_spec(config)
     if transformer.experimental_attention_variant is not None:
         _require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
-        return cast(
-            TransformerBlockSubmodules,
-            get_transformer_block_with_experimental_attention_variant_spec(
-                transformer, vp_stage=vp_stage, pp_rank=pp_rank
-            ),
+        return get_transformer_block_with_experimental_attention_variant_spec(
+            transformer, vp_stage=vp_stage, pp_rank=pp_rank
         )
     if not use_te:
         refuse_beyond_local_layers(transformer)
@@ -98,7 +95,8 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
             pp_rank=pp_rank,
         )
     if isinstance(transformer, HeterogeneousTransformerConfig):
-        return get_gpt_heterogeneous_layer_spec(transformer, use_te, vp_stage=vp_stage, pp_rank=pp_rank)
+        block = get_gpt_heterogeneous_layer_spec(transformer, use_te, vp_stage=vp_stage, pp_rank=pp_rank)
+        return cast(TransformerBlockSubmodules, block)
     return _plain_layer_spec(transformer)
 
 

@@ -1,0 +1,71 @@
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.models.gpt import GPTModelConfig
+
+TransformerFactory = Callable[..., TransformerConfig]
+GPTFactory = Callable[..., GPTModelConfig]
+
+# Four layers, each of another kind: grouped queries, no attention, linear attention and no MLP, linear MLP.
+BLOCKS = [
+    {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 48}},
+    {"attention": {"no_op": True, "num_query_groups": None}, "mlp": {"ffn_hidden_size": 64}},
+    {
+        "attention": {"replace_with_linear": True, "num_query_groups": None},
+        "mlp": {"no_op": True, "ffn_hidden_size": None},
+    },
+    {"attention": {"num_query_groups": 4}, "mlp": {"replace_with_linear": True, "ffn_hidden_size": None}},
+]
+
+
+@pytest.fixture(scope="module")
+def pg_collection() -> Iterator[ProcessGroupCollection]:
+    """The process groups of a world of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield ProcessGroupCollection.use_mpu_process_groups()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _no_attention_backend_chosen() -> None:
+    """megatron-core 0.19.2 notes a model's attention backend in the environment, and refuses another one after that."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
+
+
+def make_transformer(cls: type[TransformerConfig] = TransformerConfig, **given: Any) -> TransformerConfig:
+    small = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "use_cpu_initialization": True}
+    if cls is HeterogeneousTransformerConfig:
+        given.setdefault("heterogeneous_layers_config_encoded_json", json.dumps({"block_configs": BLOCKS}))
+    return cls(**small | given)
+
+
+@pytest.fixture(scope="session")
+def transformer() -> TransformerFactory:
+    """Makes small transformers: ``transformer(cls, num_layers=2, ...)``."""
+    return make_transformer
+
+
+@pytest.fixture(scope="session")
+def gpt() -> GPTFactory:
+    """Makes small GPTs from the fields of the transformer: ``gpt(num_layers=2, ...)``, other fields in ``outer``."""
+
+    def make(
+        cls: type[TransformerConfig] = TransformerConfig, *, outer: dict[str, Any] | None = None, **given: Any
+    ) -> GPTModelConfig:
+        return GPTModelConfig(
+            transformer=make_transformer(cls, **given), **{"vocab_size": 96, "seq_length": 16} | (outer or {})
+        )
+
+    return make

@@ -1,0 +1,208 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
+from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
+from ranks import run_ranks
+from torch.nn.functional import silu
+
+from bridge.config import ModelConfig
+from bridge.dist.layout import Layout, create_process_groups
+from bridge.models.errors import ModelConfigError
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+
+GPT = Callable[..., GPTModelConfig]
+Transformer = Callable[..., TransformerConfig]
+
+MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "add_bias_linear": False}
+LLAMA = {
+    "normalization": "RMSNorm",
+    "activation_func": silu,
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+}
+ROPE = {"position_embedding_type": "rope"}
+
+# Class of the transformer, its fields, the fields around it.
+MODELS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, Any]]] = {
+    "plain": (TransformerConfig, {}, {}),
+    "tied": (TransformerConfig, {}, {"share_embeddings_and_output_weights": True}),
+    "padded": (TransformerConfig, {}, {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64}),
+    "llama": (TransformerConfig, LLAMA, {**ROPE, "rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
+    "bf16": (TransformerConfig, {**LLAMA, "bf16": True, "params_dtype": torch.bfloat16}, ROPE),
+    "no positions": (TransformerConfig, {"add_qkv_bias": True}, {"position_embedding_type": "none"}),
+    "normed queries": (TransformerConfig, {"qk_layernorm": True}, {}),
+    "experts": (TransformerConfig, MOE, {}),
+    "experts in every other layer": (TransformerConfig, {**MOE, "moe_layer_freq": [0, 1, 0, 1]}, {}),
+    "shared experts": (TransformerConfig, {**MOE, "moe_shared_expert_intermediate_size": 16}, {}),
+    "heterogeneous": (HeterogeneousTransformerConfig, {}, {}),
+    "two tokens ahead": (TransformerConfig, {"mtp_num_layers": 1}, {}),
+    "two tokens ahead, experts": (TransformerConfig, {**MOE, "mtp_num_layers": 1, "moe_layer_freq": [1, 1, 1, 0]}, {}),
+    "heterogeneous with experts": (HeterogeneousTransformerConfig, MOE, {}),
+    "local attention": (TransformerConfig, {"attention_backend": AttnBackend.local}, {}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_builds_what_the_reference_builds(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, model: str
+) -> None:
+    cls, inner, outer = MODELS[model]
+    outer = {"vocab_size": 96, "seq_length": 16} | outer
+    local = transformer(cls, transformer_impl="local", **inner)
+    theirs = drawn(lambda: ReferenceBuilder(ReferenceConfig(transformer=local, **outer)).build_model(pg_collection))
+    config = GPTModelConfig(transformer=transformer(cls, transformer_impl="local", **inner), **outer)
+    ours = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
+    assert state(ours) == state(theirs)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_builder_builds_the_same_twice_and_leaves_its_config_alone(
+    pg_collection: ProcessGroupCollection, gpt: GPT, model: str
+) -> None:
+    cls, inner, outer = MODELS[model]
+    config = gpt(cls, outer=outer, **inner)
+    before = repr(config)
+    builder = GPTModelBuilder(config)
+    first, second = (drawn(lambda: builder.build_model(pg_collection)) for _ in range(2))
+    assert state(first) == state(second)
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    assert repr(config) == before
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_config_read_back_builds_the_same_model(pg_collection: ProcessGroupCollection, gpt: GPT, model: str) -> None:
+    cls, inner, outer = MODELS[model]
+    config = gpt(cls, outer=outer, **inner)
+    read = ModelConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert type(read) is GPTModelConfig
+    assert type(read.transformer) is cls
+    assert read.as_dict() == config.as_dict()
+    first = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
+    second = drawn(lambda: GPTModelBuilder(read).build_model(pg_collection))
+    assert state(first) == state(second)
+
+
+def test_what_surrounds_the_transformer_reaches_the_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    outer = {
+        "vocab_size": 100,
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": 32,
+        "seq_length": 24,
+        "fp16_lm_cross_entropy": True,
+        "parallel_output": False,
+        "share_embeddings_and_output_weights": True,
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "rotary_base": 5000,
+        "rope_scaling": True,
+        "seq_len_interpolation_factor": 2.0,
+    }
+    model = GPTModelBuilder(gpt(outer=outer)).build_model(pg_collection)
+    assert model.vocab_size == 128
+    assert model.max_sequence_length == 24
+    assert model.fp16_lm_cross_entropy
+    assert not model.parallel_output
+    assert model.share_embeddings_and_output_weights
+    assert model.rotary_scaling
+    # 8 channels a head, half of them rotated: 4 rotated channels are two pairs, of frequencies 1 and 5000 ** -1/2.
+    assert model.rotary_pos_emb.inv_freq.shape == (2,)
+    assert model.rotary_pos_emb.inv_freq[0] == 1.0
+    assert model.rotary_pos_emb.seq_len_interpolation_factor == 2.0
+
+
+@pytest.mark.parametrize(("pre", "post"), [(False, False), (False, True), (True, False), (True, True)])
+def test_an_explicit_place_is_preserved(pg_collection: ProcessGroupCollection, gpt: GPT, pre: bool, post: bool) -> None:
+    model = GPTModelBuilder(gpt()).build_model(pg_collection, pre_process=pre, post_process=post)
+    assert (model.pre_process, model.post_process) == (pre, post)
+    names = {name for name, _ in model.named_parameters()}
+    assert ("embedding.word_embeddings.weight" in names) == pre
+    assert ("output_layer.weight" in names) == post
+
+
+def test_one_stage_is_first_and_last(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    model = GPTModelBuilder(gpt()).build_model(pg_collection)
+    assert (model.pre_process, model.post_process) == (True, True)
+
+
+def test_a_pipeline_of_one_rank_has_no_virtual_stages(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    model = GPTModelBuilder(gpt(virtual_pipeline_model_parallel_size=3)).build_model(pg_collection)
+    assert (model.pre_process, model.post_process) == (True, True)
+    assert len(model.decoder.layers) == 4
+
+
+@pytest.mark.parametrize(
+    ("vp", "vp_stage", "message"),
+    [(None, 1, "no virtual pipeline"), (2, None, "pass 0 to 1"), (2, 2, "pass 0 to 1"), (2, -1, "pass 0 to 1")],
+)
+def test_a_virtual_stage_that_there_is_not(
+    pg_collection: ProcessGroupCollection, gpt: GPT, vp: int | None, vp_stage: int | None, message: str
+) -> None:
+    config = gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=vp, pipeline_dtype=torch.float32)
+    with pytest.raises(ModelConfigError, match=message):
+        GPTModelBuilder(config).build_model(pg_collection, vp_stage=vp_stage)
+
+
+def test_no_vocabulary_no_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    with pytest.raises(ModelConfigError, match="vocab_size is not set"):
+        GPTModelBuilder(gpt(outer={"vocab_size": None})).build_model(pg_collection)
+
+
+Stage = tuple[bool, bool, list[tuple[int, str]], bool]
+
+
+@pytest.mark.parametrize("model", ["experts in every other layer", "heterogeneous", "two tokens ahead, experts"])
+def test_stages_of_a_pipeline_make_up_the_model(pg_collection: ProcessGroupCollection, gpt: GPT, model: str) -> None:
+    """Two ranks with two virtual stages each hold the layers of the whole model, one each and in order."""
+    cls, inner, outer = MODELS[model]
+    whole = GPTModelBuilder(gpt(cls, outer=outer, **inner)).build_model(pg_collection)
+    split = {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+    }
+    ranks = run_ranks(stages_of_rank, 2, gpt(cls, outer=outer, **split, **inner))
+    in_order = [ranks[pp_rank][vp_stage] for vp_stage in range(2) for pp_rank in range(2)]
+    assert [(pre, post) for pre, post, _, _ in in_order] == [
+        (True, False),
+        (False, False),
+        (False, False),
+        (False, True),
+    ]
+    assert [layer for _, _, layers, _ in in_order for layer in layers] == layers_of(whole)
+    assert [mtp for _, _, _, mtp in in_order] == [False, False, False, hasattr(whole, "mtp")]
+
+
+def stages_of_rank(config: GPTModelConfig) -> list[Stage]:
+    groups = create_process_groups(Layout(pp=2, vp=2))
+    stages = [GPTModelBuilder(config).build_model(groups, vp_stage=vp_stage) for vp_stage in range(2)]
+    return [(stage.pre_process, stage.post_process, layers_of(stage), hasattr(stage, "mtp")) for stage in stages]
+
+
+def layers_of(model: GPTModel) -> list[tuple[int, str]]:
+    """Number of each layer, and what it is made of."""
+    return [
+        (layer.layer_number, str([(name, tuple(p.shape)) for name, p in layer.named_parameters()]))
+        for layer in model.decoder.layers
+    ]
+
+
+def drawn(build: Callable[[], GPTModel]) -> GPTModel:
+    """Build from a known state of the random generator."""
+    torch.manual_seed(1234)
+    return build()
+
+
+def state(model: GPTModel) -> dict[str, tuple[torch.dtype, list[Any]]]:
+    """Every parameter by name, with its type and values."""
+    return {name: (p.dtype, p.tolist()) for name, p in model.named_parameters()}

@@ -1,0 +1,212 @@
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from bridge.config import ConfigError, ModelConfig
+from bridge.models.errors import ModelConfigError
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+
+GPT = Callable[..., GPTModelConfig]
+Transformer = Callable[..., TransformerConfig]
+
+
+def test_defaults(transformer: Transformer) -> None:
+    config = GPTModelConfig(transformer=transformer())
+    expected = {
+        "transformer_layer_spec": None,
+        "vocab_size": None,
+        "make_vocab_size_divisible_by": 128,
+        "should_pad_vocab": False,
+        "seq_length": 1024,
+        "fp16_lm_cross_entropy": False,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": False,
+        "position_embedding_type": "learned_absolute",
+        "rotary_percent": 1.0,
+        "rotary_base": 10000,
+        "rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "scatter_embedding_sequence_parallel": True,
+        "seq_len_interpolation_factor": None,
+        "tp_comm_overlap_cfg": None,
+        "use_arbitrary_attention_mask": None,
+    }
+    own = {field.name for field in fields(GPTModelConfig)} - {field.name for field in fields(ModelConfig)}
+    assert {name: getattr(config, name) for name in own - {"transformer"}} == expected
+
+
+def test_it_names_its_builder(gpt: GPT) -> None:
+    assert gpt().get_builder_cls() is GPTModelBuilder
+
+
+def test_no_field_has_two_owners() -> None:
+    assert not {field.name for field in fields(GPTModelConfig)} & {field.name for field in fields(TransformerConfig)}
+
+
+def test_the_transformer_is_read_through(gpt: GPT) -> None:
+    config = gpt(hidden_size=32)
+    assert config.hidden_size == 32
+    assert config.ffn_hidden_size == 128
+
+
+def test_writing_through_changes_the_transformer_and_nothing_else(gpt: GPT) -> None:
+    config = gpt()
+    before = dict(vars(config))
+    config.hidden_dropout = 0.25
+    assert config.transformer.hidden_dropout == 0.25
+    assert vars(config) == before
+
+
+def test_an_own_field_is_not_written_to_the_transformer(gpt: GPT) -> None:
+    config = gpt()
+    config.seq_length = 512
+    assert config.seq_length == 512
+    assert not hasattr(config.transformer, "seq_length")
+
+
+def test_reading_an_unknown_name_names_it(gpt: GPT) -> None:
+    with pytest.raises(AttributeError, match="no_such_field"):
+        _ = gpt().no_such_field
+
+
+def test_writing_an_unknown_name_suggests_the_nearest(gpt: GPT) -> None:
+    config = gpt()
+    with pytest.raises(AttributeError, match=r"hidden_dropuot.*hidden_dropout"):
+        config.hidden_dropuot = 0.1
+    with pytest.raises(AttributeError, match=r"vocabsize.*vocab_size"):
+        config.vocabsize = 5
+
+
+def test_mla_owns_the_rotary_fields(transformer: Transformer) -> None:
+    config = GPTModelConfig(transformer=transformer(MLATransformerConfig, rotary_base=50000, rotary_percent=0.5))
+    assert (config.rotary_base, config.rotary_percent) == (50000, 0.5)
+    assert (config.transformer.rotary_base, config.transformer.rotary_percent) == (50000, 0.5)
+    config.rotary_base = 70000
+    assert config.transformer.rotary_base == 70000
+
+
+def test_a_second_owner_is_an_error(transformer: Transformer) -> None:
+    mla = transformer(MLATransformerConfig, rotary_base=50000)
+    with pytest.raises(ConfigError, match="rotary_base"):
+        GPTModelConfig(transformer=mla, rotary_base=10000)
+    assert mla.rotary_base == 50000
+
+
+def test_mla_does_not_take_the_defaults_of_other_models(transformer: Transformer) -> None:
+    GPTModelConfig(transformer=transformer(MLATransformerConfig))
+    assert GPTModelConfig(transformer=transformer()).rotary_base == 10000
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_are_independent(gpt: GPT, duplicate: Callable[[GPTModelConfig], GPTModelConfig]) -> None:
+    config = gpt()
+    twin = duplicate(config)
+    twin.hidden_dropout = 0.75
+    assert twin.transformer.hidden_dropout == 0.75
+    assert config.transformer.hidden_dropout == 0.1
+
+
+def test_six_layers_do_not_make_two_by_two_chunks(gpt: GPT) -> None:
+    config = gpt(num_layers=6, **pipeline(2, 2))
+    with pytest.raises(ModelConfigError, match=r"num_layers 6 .* 4 equal chunks.* 2 x .* 2"):
+        config.finalize()
+
+
+def test_eight_layers_make_two_by_two_chunks(gpt: GPT) -> None:
+    gpt(num_layers=8, **pipeline(2, 2)).finalize()
+
+
+@given(num_layers=st.integers(1, 24), pp=st.integers(1, 6), vp=st.none() | st.integers(1, 4))
+def test_layers_are_accepted_when_megatron_can_place_them(gpt: GPT, num_layers: int, pp: int, vp: int | None) -> None:
+    config = gpt(num_layers=num_layers, **pipeline(pp, vp))
+    try:
+        get_num_layers_to_build(config.transformer, vp_stage=0, pp_rank=0)
+    except AssertionError:
+        with pytest.raises(ModelConfigError, match="equal chunks"):
+            config.finalize()
+    else:
+        config.finalize()
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"num_layers": 7, "num_layers_in_first_pipeline_stage": 3},
+        {"num_layers": 7, "num_layers_in_last_pipeline_stage": 3},
+        {"num_layers": 5, "account_for_embedding_in_pipeline_split": True},
+        {"num_layers": 5, "account_for_loss_in_pipeline_split": True},
+        {"num_layers": 5, "pipeline_model_parallel_layout": "Ettt|ttL"},
+    ],
+)
+def test_uneven_splits_are_left_to_megatron(gpt: GPT, split: dict[str, Any]) -> None:
+    gpt(**split, **pipeline(2, None)).finalize()
+
+
+def test_cuda_graphs_need_the_random_number_tracker_of_transformer_engine(gpt: GPT) -> None:
+    config = gpt(cuda_graph_impl="local")
+    with pytest.raises(ModelConfigError, match="use_te_rng_tracker"):
+        config.finalize()
+    config.use_te_rng_tracker = True
+    config.finalize()
+
+
+@dataclass
+class FinalizingTransformerConfig(TransformerConfig):
+    finalized: int = 0
+
+    def finalize(self) -> None:
+        self.finalized += 1
+
+
+def test_finalize_calls_the_transformers_own(gpt: GPT) -> None:
+    config = gpt(FinalizingTransformerConfig)
+    config.finalize()
+    assert config.transformer.finalized == 1
+    config.validate()
+    assert config.transformer.finalized == 1
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "message"),
+    [
+        ({"vocab_size": None}, {}, "vocab_size is not set"),
+        ({"vocab_size": 97}, {"tensor_model_parallel_size": 2}, "vocab_size 97 .* 2: set should_pad_vocab"),
+        ({"position_embedding_type": "mrope"}, {}, "mrope_section"),
+        ({"position_embedding_type": "yarn"}, {}, r"yarn_\*"),
+        (
+            {},
+            {
+                "mtp_num_layers": 1,
+                "experimental_attention_variant": "gated_delta_net",
+                "linear_attention_freq": 2,
+            },
+            "mtp_num_layers 1 .* gated_delta_net",
+        ),
+    ],
+)
+def test_what_does_not_describe_a_model(gpt: GPT, outer: dict[str, Any], inner: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelConfigError, match=message):
+        gpt(outer=outer, **inner).validate()
+
+
+def test_a_padded_vocabulary_splits(gpt: GPT) -> None:
+    config = gpt(outer={"vocab_size": 97, "should_pad_vocab": True}, tensor_model_parallel_size=2)
+    config.validate()
+    assert config.padded_vocab_size == 256
+
+
+def pipeline(pp: int, vp: int | None) -> dict[str, Any]:
+    return {
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+        "pipeline_dtype": torch.float32,
+    }
