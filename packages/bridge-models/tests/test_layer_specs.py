@@ -1,0 +1,280 @@
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
+from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
+
+from bridge.models import layer_specs
+from bridge.models.errors import LayerSpecError, UnsupportedError
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+
+GPT = Callable[..., GPTModelConfig]
+Transformer = Callable[..., TransformerConfig]
+
+without_te = pytest.mark.skipif(HAVE_TE, reason="says what happens where Transformer Engine is not installed")
+
+
+class OtherAttention(DotProductAttention):
+    """Stands for the attention of another backend."""
+
+
+def other_spec() -> ModuleSpec:
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention.submodules.core_attention = OtherAttention
+    return spec
+
+
+def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
+    model = GPTModelBuilder(config).build_model(pg_collection)
+    return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
+
+
+def test_a_spec_passes_through(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    config = gpt(outer={"transformer_layer_spec": other_spec()})
+    assert attention_of(config, pg_collection) == [OtherAttention] * 4
+
+
+def test_a_function_of_the_config_gives_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    asked = []
+
+    def spec(config: GPTModelConfig) -> ModuleSpec:
+        asked.append(config)
+        return other_spec()
+
+    config = gpt(outer={"transformer_layer_spec": spec})
+    assert attention_of(config, pg_collection) == [OtherAttention] * 4
+    assert asked == [config]
+    assert asked[0] is config
+
+
+def test_a_function_that_takes_the_virtual_stage_gets_it(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    asked = []
+
+    def spec(config: GPTModelConfig, vp_stage: int | None) -> ModuleSpec:
+        asked.append(vp_stage)
+        return other_spec()
+
+    two = {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+    }
+    builder = GPTModelBuilder(gpt(outer={"transformer_layer_spec": spec}, **two))
+    for vp_stage in (1, 0):
+        builder.build_model(pg_collection, vp_stage=vp_stage)
+    assert asked == [1, 0]
+
+
+def test_a_partial_may_give_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    spec = partial(layer_specs.default_layer_spec, pp_rank=0)
+    config = gpt(outer={"transformer_layer_spec": spec})
+    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+
+
+@pytest.mark.parametrize("given", [lambda config: None, lambda config: DotProductAttention, "local"])
+def test_what_is_no_spec_is_refused(pg_collection: ProcessGroupCollection, gpt: GPT, given: object) -> None:
+    with pytest.raises(LayerSpecError, match="transformer_layer_spec"):
+        GPTModelBuilder(gpt(outer={"transformer_layer_spec": given})).build_model(pg_collection)
+
+
+def test_local_attention_is_swapped_in_on_a_copy(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    spec = other_spec()
+    before = repr(spec)
+    config = gpt(outer={"transformer_layer_spec": spec}, attention_backend=AttnBackend.local)
+    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert repr(spec) == before
+
+
+def test_local_attention_is_swapped_in_every_layer_of_a_block(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    block = TransformerBlockSubmodules(layer_specs=[other_spec() for _ in range(4)], layer_norm=L2Norm)
+    config = gpt(outer={"transformer_layer_spec": lambda config: block}, attention_backend=AttnBackend.local)
+    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert repr(block.layer_specs) == repr([other_spec() for _ in range(4)])
+
+
+def test_layers_without_attention_stay_as_they_are(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    backends = AttnBackend.auto, AttnBackend.local
+    configs = [gpt(HeterogeneousTransformerConfig, attention_backend=backend) for backend in backends]
+    specs = [layer_specs.layer_spec(config, vp_stage=None, pp_rank=0) for config in configs]
+    assert repr(specs[0]) == repr(specs[1])
+
+
+def test_experts_come_before_heterogeneous_blocks(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    config = gpt(HeterogeneousTransformerConfig, num_moe_experts=2, moe_ffn_hidden_size=16, add_bias_linear=False)
+    model = GPTModelBuilder(config).build_model(pg_collection)
+    assert all(isinstance(layer.mlp, MoELayer) for layer in model.decoder.layers)
+
+
+def test_normalised_queries_are_normalised(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    # The reference forgets qk_l2_norm where layers are local and all alike.
+    model = GPTModelBuilder(gpt(qk_l2_norm=True)).build_model(pg_collection)
+    assert all(isinstance(layer.self_attention.q_layernorm, L2Norm) for layer in model.decoder.layers)
+
+
+def test_no_multi_token_prediction_no_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    config = gpt()
+    spec = layer_specs.layer_spec(config, vp_stage=None, pp_rank=0)
+    assert layer_specs.mtp_block_spec(config, spec, vp_stage=None, pp_rank=0) is None
+
+
+@pytest.mark.parametrize(("frequency", "experts"), [([0, 0, 0, 1], True), ([1, 1, 1, 0], False)])
+def test_multi_token_prediction_repeats_the_last_decoder_layer(
+    pg_collection: ProcessGroupCollection, gpt: GPT, frequency: list[int], experts: bool
+) -> None:
+    moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": frequency}
+    model = GPTModelBuilder(gpt(mtp_num_layers=1, **moe)).build_model(pg_collection)
+    assert isinstance(model.mtp.layers[0].mtp_model_layer.mlp, MoELayer) == experts
+
+
+def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [1, 1, 1, 0]}
+    config = gpt(mtp_num_layers=1, **moe)
+    empty = TransformerBlockSubmodules(layer_specs=[])
+    block = layer_specs.mtp_block_spec(config, empty, vp_stage=None, pp_rank=0)
+    assert block is not None
+    plain = get_gpt_layer_local_spec(num_experts=2)
+    assert repr(block.layer_specs[0].submodules.mtp_model_layer) == repr(plain)
+
+
+@without_te
+def test_the_fallback_to_local_layers_is_said_once(
+    pg_collection: ProcessGroupCollection, gpt: GPT, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer_specs._report_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="bridge.models.layer_specs"):
+        GPTModelBuilder(gpt(transformer_impl="local")).build_model(pg_collection)
+        assert not [record for record in caplog.records if record.name == "bridge.models.layer_specs"]
+        for _ in range(2):
+            GPTModelBuilder(gpt(mtp_num_layers=1)).build_model(pg_collection)
+    said = [record.getMessage() for record in caplog.records if record.name == "bridge.models.layer_specs"]
+    assert len(said) == 1
+    assert "transformer_engine, which is not installed" in said[0]
+
+
+# What the local layers of megatron-core 0.19.2 cannot do, and how we say so. The second test tells when they can.
+BEYOND_LOCAL: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+    "sequence parallelism": (
+        TransformerConfig,
+        {"sequence_parallel": True, "tensor_model_parallel_size": 2},
+        r"sequence_parallel to false",
+    ),
+    "context parallelism": (TransformerConfig, {"context_parallel_size": 2}, r"context_parallel_size to 1"),
+    "multi-latent attention": (MLATransformerConfig, {}, r"multi-latent attention"),
+    "zero-centered norms": (
+        TransformerConfig,
+        {"layernorm_zero_centered_gamma": True},
+        r"zero_centered_gamma to false",
+    ),
+    "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, r"persist_layer_norm to false"),
+    "saving norms": (TransformerConfig, {"memory_efficient_layer_norm": True}, r"memory_efficient_layer_norm to false"),
+    "fused gradients": (
+        TransformerConfig,
+        {"gradient_accumulation_fusion": True},
+        r"gradient_accumulation_fusion to false",
+    ),
+}
+
+
+@without_te
+@pytest.mark.parametrize("case", BEYOND_LOCAL)
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_what_local_layers_cannot_do_is_refused(
+    pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
+) -> None:
+    cls, inner, message = BEYOND_LOCAL[case]
+    with pytest.raises(UnsupportedError, match=message):
+        GPTModelBuilder(gpt(cls, transformer_impl=implementation, **inner)).build_model(pg_collection)
+
+
+@without_te
+@pytest.mark.parametrize("case", BEYOND_LOCAL)
+def test_local_layers_still_cannot_do_it(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
+) -> None:
+    cls, inner, _ = BEYOND_LOCAL[case]
+    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
+    with pytest.raises((AssertionError, RuntimeError, TypeError)):
+        ReferenceBuilder(config).build_model(pg_collection)
+
+
+@without_te
+def test_all_refusals_come_at_once(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    config = gpt(persist_layer_norm=True, fp8="e4m3", masked_softmax_fusion=True, bf16=True)
+    with pytest.raises(UnsupportedError, match=r"(?s)persist_layer_norm.*fp8.*masked_softmax_fusion"):
+        GPTModelBuilder(config).build_model(pg_collection)
+
+
+def test_fused_softmax_is_not_missed_at_32_bits(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    GPTModelBuilder(gpt(masked_softmax_fusion=True)).build_model(pg_collection)
+
+
+@without_te
+@pytest.mark.parametrize(
+    ("inner", "named"),
+    [
+        (
+            {
+                "transformer_impl": "inference_optimized",
+                "normalization": "RMSNorm",
+                "add_bias_linear": False,
+            },
+            "inference_optimized",
+        ),
+        (
+            {
+                "experimental_attention_variant": "gated_delta_net",
+                "linear_attention_freq": 2,
+                "num_moe_experts": 2,
+                "moe_ffn_hidden_size": 16,
+                "add_bias_linear": False,
+            },
+            "gated_delta_net",
+        ),
+    ],
+)
+def test_what_needs_transformer_engine_says_so(
+    pg_collection: ProcessGroupCollection, gpt: GPT, inner: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"{named} needs Transformer Engine"):
+        GPTModelBuilder(gpt(**inner)).build_model(pg_collection)
+
+
+@without_te
+def test_a_modelopt_state_without_transformer_engine_takes_local_layers(
+    pg_collection: ProcessGroupCollection, gpt: GPT
+) -> None:
+    config = gpt(outer={"restore_modelopt_state": True})
+    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+
+
+def test_local_attention_cannot_be_multi_latent(gpt: GPT, pg_collection: ProcessGroupCollection) -> None:
+    config = gpt(
+        MLATransformerConfig,
+        outer={"transformer_layer_spec": other_spec()},
+        attention_backend=AttnBackend.local,
+    )
+    with pytest.raises(UnsupportedError, match=r"attention_backend: local cannot do:\s+multi-latent"):
+        GPTModelBuilder(config).build_model(pg_collection)
+
+
+def test_layers_follow_the_given_rank_not_the_global_one(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+    moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [0, 0, 1, 1]}
+    config = gpt(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **moe)
+    expected = get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, pp_rank=1)
+    assert repr(layer_specs.default_layer_spec(config, pp_rank=1)) == repr(expected)
+    assert repr(layer_specs.default_layer_spec(config, pp_rank=0)) != repr(expected)
