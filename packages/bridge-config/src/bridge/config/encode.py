@@ -11,24 +11,26 @@ from typing import Any, get_args, get_origin
 from bridge.config import hints, targets
 from bridge.config.errors import OmittedWarning
 from bridge.config.model import ModelConfig
+from bridge.config.paths import Path, shown
 from bridge.config.writethrough import shared_names
+
+Omitted = list[dict[str, str]]
 
 _PLAIN = (str, int, bool, type(None))
 
 
 class _UnwritableError(Exception):
-    """A value has no written form; `path` is where, below the field that is being written."""
+    """A value has no written form; `path` is where in its document it would stand."""
 
-    def __init__(self, reason: str, path: str = "") -> None:
+    def __init__(self, reason: str, path: Path) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.path = path
+        self.entry = {"path": shown(path), "reason": reason}
 
 
 def encode_config(config: ModelConfig) -> dict[str, Any]:
     """The document of `config`; see `ModelConfig.as_dict`."""
-    omitted: list[dict[str, str]] = []
-    written = _object(config, "$", omitted)
+    omitted: Omitted = []
+    written = _object(config, (), omitted)
     document: dict[str, Any] = {"_target_": written.pop("_target_")}
     if (builder := getattr(config, "builder", None)) is not None:
         document["_builder_"] = builder
@@ -40,7 +42,7 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
     return document
 
 
-def _object(obj: Any, path: str, omitted: list[dict[str, str]]) -> dict[str, Any]:
+def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     """An object with slots as a mapping; what has no written form is left out and added to `omitted`."""
     written: dict[str, Any] = {"_target_": targets.qualified_name(type(obj))}
     elsewhere = shared_names(obj)
@@ -50,15 +52,13 @@ def _object(obj: Any, path: str, omitted: list[dict[str, str]]) -> dict[str, Any
         try:
             value = getattr(obj, slot.attribute)
             plain = type(value) in _PLAIN
-            written[slot.name] = value if plain else _value(value, slot.hint, f"{path}.{slot.name}", omitted)
+            written[slot.name] = value if plain else _value(value, slot.hint, (*path, slot.name), omitted)
         except _UnwritableError as error:
-            omitted.append({"path": f"{path}.{slot.name}{error.path}", "reason": error.reason})
-        except AttributeError:
-            omitted.append({"path": f"{path}.{slot.name}", "reason": "not set"})
+            omitted.append(error.entry)
     return written
 
 
-def _value(value: Any, hint: Any, path: str, omitted: list[dict[str, str]]) -> Any:
+def _value(value: Any, hint: Any, path: Path, omitted: Omitted) -> Any:
     """The written form of one value in a place annotated `hint`."""
     members = hints.alternatives(hint)
     if isinstance(value, Enum):
@@ -78,37 +78,35 @@ def _value(value: Any, hint: Any, path: str, omitted: list[dict[str, str]]) -> A
     if isinstance(value, partial):
         return _partial(value, path, omitted)
     if callable(value):
-        return _named(value, members)
-    raise _UnwritableError(f"a {type(value).__qualname__} has no written form")
+        return _named(value, members, path)
+    raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
 
-def _container(value: Any, members: tuple[Any, ...], path: str, omitted: list[dict[str, str]]) -> Any:
+def _container(value: Any, members: tuple[Any, ...], path: Path, omitted: Omitted) -> Any:
     if isinstance(value, dict):
-        inner = _union([get_args(member)[1] for member in members if get_origin(member) is dict and get_args(member)])
-        if all(isinstance(key, str) for key in value) and "_target_" not in value:
-            return {key: _item(item, inner, path, f"[{key!r}]", omitted) for key, item in value.items()}
-        pairs = [
-            [_item(key, Any, path, " (key)", omitted), _item(item, inner, path, f"[{key!r}]", omitted)]
-            for key, item in value.items()
-        ]
-        return {"_target_": "builtins.dict", "_args_": [pairs]}
+        return _mapping(value, members, path, omitted)
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-    kinds = _sequence_kinds(members)
-    inner = [_item_hints(members, index) for index in range(len(value))]
-    items = [_item(item, inner[index], path, f"[{index}]", omitted) for index, item in enumerate(value)]
-    # A bare list is read as what the annotation says; it must say that this is no list.
-    if kind is list or kinds == {kind}:
-        return items
-    return {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
+    # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
+    bare = kind is list or _sequence_kinds(members) == {kind}
+    path = path if bare else (*path, "_args_", 0)
+    items = [_item(item, _item_hint(members, i), (*path, i), omitted) for i, item in enumerate(value)]
+    return items if bare else {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
 
 
-def _item(item: Any, hint: Any, path: str, place: str, omitted: list[dict[str, str]]) -> Any:
-    if type(item) in _PLAIN:
-        return item
-    try:
-        return _value(item, hint, path + place, omitted)
-    except _UnwritableError as error:
-        raise _UnwritableError(error.reason, place + error.path) from None
+def _mapping(value: dict[Any, Any], members: tuple[Any, ...], path: Path, omitted: Omitted) -> dict[str, Any]:
+    inner = _union([get_args(member)[1] for member in members if get_origin(member) is dict])
+    if all(isinstance(key, str) for key in value) and "_target_" not in value:
+        return {key: _item(item, inner, (*path, key), omitted) for key, item in value.items()}
+    path = (*path, "_args_", 0)
+    pairs = [
+        [_item(key, Any, (*path, i, 0), omitted), _item(item, inner, (*path, i, 1), omitted)]
+        for i, (key, item) in enumerate(value.items())
+    ]
+    return {"_target_": "builtins.dict", "_args_": [pairs]}
+
+
+def _item(item: Any, hint: Any, path: Path, omitted: Omitted) -> Any:
+    return item if type(item) in _PLAIN else _value(item, hint, path, omitted)
 
 
 def _sequence_kinds(members: tuple[Any, ...]) -> set[type]:
@@ -125,7 +123,7 @@ def _sequence_kinds(members: tuple[Any, ...]) -> set[type]:
     return found or {list}
 
 
-def _item_hints(members: tuple[Any, ...], index: int) -> Any:
+def _item_hint(members: tuple[Any, ...], index: int) -> Any:
     """What the annotation says about item `index` of a sequence."""
     found = []
     for member in members:
@@ -149,26 +147,27 @@ def _joined(found: tuple[Any, ...]) -> Any:
     return joined
 
 
-def _partial(value: partial[Any], path: str, omitted: list[dict[str, str]]) -> dict[str, Any]:
-    written: dict[str, Any] = {"_target_": _name(value.func), "_partial_": True}
+def _partial(value: partial[Any], path: Path, omitted: Omitted) -> dict[str, Any]:
+    written: dict[str, Any] = {"_target_": _name(value.func, path), "_partial_": True}
     if value.args:
-        written["_args_"] = [_item(arg, Any, path, f" (argument {i})", omitted) for i, arg in enumerate(value.args)]
+        args = enumerate(value.args)
+        written["_args_"] = [_item(arg, Any, (*path, "_args_", i), omitted) for i, arg in args]
     for key, item in value.keywords.items():
         if key.startswith("_"):
-            raise _UnwritableError(f"a partial of {value.func!r} has the private argument {key!r}")
-        written[key] = _item(item, Any, path, f".{key}", omitted)
+            raise _UnwritableError(f"a partial has the private argument {key!r}", path)
+        written[key] = _item(item, Any, (*path, key), omitted)
     return written
 
 
-def _named(value: Any, members: tuple[Any, ...]) -> Any:
-    name = _name(value)
+def _named(value: Any, members: tuple[Any, ...], path: Path) -> Any:
+    name = _name(value, path)
     return name if _short(members, type(value)) else {"_target_": name, "_call_": False}
 
 
-def _name(value: Any) -> str:
+def _name(value: Any, path: Path) -> str:
     name = targets.name_of(value)
     if name is None:
-        raise _UnwritableError(f"{value!r} has no importable name")
+        raise _UnwritableError(f"{value!r} has no importable name", path)
     return name
 
 

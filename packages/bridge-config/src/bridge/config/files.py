@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -20,7 +21,7 @@ from bridge.config.paths import Path, shown
 
 MAX_BYTES = 10 * 2**20
 MAX_DEPTH = 100
-MAX_VALUES = 200_000
+MAX_VALUES = 100_000
 
 Position = tuple[int, int]
 
@@ -51,17 +52,17 @@ def parse_yaml(text: str, file: str | None = None) -> Parsed:
     """
     _check_size(text, file)
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
     try:
         node = yaml.compose(text)
     except MarkedYAMLError as error:
+        said = " ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
-        raise DocumentError([Problem("$", f"not YAML: {error.problem or error.context}", file, line, column)]) from error
+        raise DocumentError([Problem("$", f"not YAML: {said}", file, line, column)]) from error
     except (YAMLError, ValueError) as error:
         raise DocumentError([Problem("$", f"not YAML: {error}", file)]) from error
-    except RecursionError:
-        raise DocumentError([Problem("$", "nested too deeply", file)]) from None
-    builder = _Builder(file)
+    builder = _Builder(file, yaml.resolver)
     parsed = Parsed(builder.value(node, ()) if node is not None else None, builder.positions)
     if builder.problems:
         raise DocumentError(builder.problems)
@@ -69,21 +70,21 @@ def parse_yaml(text: str, file: str | None = None) -> Parsed:
 
 
 def parse_json(text: str, file: str | None = None) -> Parsed:
-    """The data of a JSON text. The positions are those of the same text read as YAML.
+    """The data of a JSON text. Without positions: they are looked for, by `parse_yaml`, when there is a problem.
 
     Raises:
         DocumentError: it is not JSON, has duplicate keys or NaN, or is out of bounds.
     """
     _check_size(text, file)
     try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return Parsed(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant))
     except json.JSONDecodeError as error:
         raise DocumentError([Problem("$", f"not JSON: {error.msg}", file, error.lineno, error.colno)]) from error
     except ValueError as error:
+        parse_yaml(text, file)  # the same text as YAML has the same duplicate keys, and says where
         raise DocumentError([Problem("$", f"not acceptable JSON: {error}", file)]) from error
     except RecursionError:
         raise DocumentError([Problem("$", "nested too deeply", file)]) from None
-    return Parsed(data)
 
 
 def dump_yaml(data: Any) -> str:
@@ -104,11 +105,28 @@ def dump_json(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
 
 
+class _Composer(Composer):
+    """Ruamel's composer, stopped at a depth at which no configuration lives."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: int) -> Any:
+        if self._depth > MAX_DEPTH:
+            mark = self.parser.peek_event().start_mark
+            raise MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
 class _Builder:
     """Makes plain data of YAML nodes, and collects all that is wrong with them."""
 
-    def __init__(self, file: str | None) -> None:
+    def __init__(self, file: str | None, resolver: Any) -> None:
         self.file = file
+        self._resolver = resolver
         self.positions: dict[Path, Position] = {}
         self.problems: list[Problem] = []
         self._count = 0
@@ -123,12 +141,13 @@ class _Builder:
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
-            self._check_tag(node, path, "seq")
+            self._check_tag(node, path)
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        assert isinstance(node, ScalarNode)
         return self._scalar(node, path)
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
-        self._check_tag(node, path, "map")
+        self._check_tag(node, path)
         made: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self._scalar(key_node, path) if isinstance(key_node, ScalarNode) else None
@@ -143,7 +162,7 @@ class _Builder:
         return made
 
     def _scalar(self, node: ScalarNode, path: Path) -> Any:
-        self._check_tag(node, path, "str" if node.style else "null", "bool", "int", "float", "timestamp", "merge", "value")
+        self._check_tag(node, path)
         if node.style:
             return node.value
         try:
@@ -152,11 +171,12 @@ class _Builder:
             self.problems.append(self._problem(str(error), node, path))
             return None
 
-    def _check_tag(self, node: Node, path: Path, *implicit: str) -> None:
-        """Refuse an explicit tag: plain data needs none, and others would be code."""
-        tag = str(node.tag)
-        if tag not in {f"tag:yaml.org,2002:{name}" for name in ("str", *implicit)}:
-            self.problems.append(self._problem(f"tags such as {tag!r} are not allowed", node, path))
+    def _check_tag(self, node: Node, path: Path) -> None:
+        """Refuse a tag that says more than the text: plain data needs none, and others would be code."""
+        implicit = self._resolver.resolve(type(node), node.value, (getattr(node, "style", None) is None, True))
+        if str(node.tag) != str(implicit):
+            tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+            self.problems.append(self._problem(f"the tag {tag} is not allowed: write plain data", node, path))
 
     def _problem(self, message: str, node: Node, path: Path) -> Problem:
         return Problem(shown(path), message, self.file, *_position(node))
@@ -166,12 +186,14 @@ def _core(text: str) -> Any:
     """A plain scalar by YAML 1.2's core schema."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
+    if len(text) > 1000:
+        return text  # no number is that long
     if _INTEGER.fullmatch(text):
         return int(text)
     if _BASED.fullmatch(text):
         return int(text, 0)
     if re.fullmatch(r"[-+]?0[0-9_]+", text):
-        raise ValueError(f"{text} may mean an octal or a decimal number: write 0o{text.lstrip('+-0') or '0'}, or no zero")
+        raise ValueError(f"{text} may be an octal number, a decimal one or text: drop the zero, write 0o, or quote it")
     if _FLOAT.fullmatch(text):
         return float(text)
     if infinity := _INFINITY.fullmatch(text):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from bridge.config.errors import ConfigError
 
 Path = tuple[str | int, ...]
 
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]")
+_STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\[("(?:[^"\\]|\\.)*")\]')
 
 
 def shown(path: Path) -> str:
     """`path` as messages show it."""
-    plain = [isinstance(step, str) and re.fullmatch(r"[\w-]+", step) for step in path]
-    return "$" + "".join(f".{step}" if bare else f"[{step!r}]" for step, bare in zip(path, plain, strict=True))
+    return "$" + "".join(_shown(step) for step in path)
 
 
 def parsed(text: str) -> Path:
-    """The path that `text` stands for: keys joined by dots, list indices in brackets, with or without `$.` before.
+    """The path that `text` stands for: keys joined by dots, list indices and quoted keys in brackets; `$` may lead.
 
     Raises:
         ConfigError: `text` is no path.
@@ -31,6 +31,11 @@ def parsed(text: str) -> Path:
         if step is None or (position == 0 and rest.startswith(".")):
             raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
         key, index, quoted = step.groups()
-        path.append(int(index) if index is not None else quoted if quoted is not None else key)
+        path.append(int(index) if index is not None else json.loads(quoted) if quoted is not None else key)
         position = step.end()
     return tuple(path)
+
+
+def _shown(step: str | int) -> str:
+    plain = isinstance(step, str) and re.fullmatch(r"[\w-]+", step)
+    return f".{step}" if plain else f"[{json.dumps(step)}]"

@@ -1,0 +1,71 @@
+"""The `bridge` command: a group whose commands are declared by the installed distributions.
+
+A distribution declares a click command in the entry-point group `bridge.commands`. Its module must be cheap to import:
+`bridge --help` loads every command for its help line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+
+from bridge.config.errors import ConfigError
+
+GROUP = "bridge.commands"
+
+
+class _Commands(click.Group):
+    """The declared commands; one that cannot be loaded says so itself and leaves the others alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_declared())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        point = _declared().get(cmd_name)
+        if point is None:
+            return None
+        try:
+            command = point.load()
+        except Exception as error:  # a plugin's import may fail in any way
+            return _broken(point, f"{type(error).__name__}: {error}")
+        return command if isinstance(command, click.Command) else _broken(point, "it is not a click command")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bridge-config", message="bridge-config %(version)s")
+def bridge() -> None:
+    """Model configurations as data: check them, show them, build distributed models from them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage."""
+    try:
+        bridge(args=arguments, prog_name="bridge")
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+
+
+@cache
+def _declared() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _broken(point: EntryPoint, reason: str) -> click.Command:
+    """Stands in for a command that cannot be loaded."""
+    owner = point.dist.name if point.dist else point.value
+
+    def fail(arguments: tuple[str, ...]) -> None:
+        raise click.ClickException(f"the command {point.name!r} of {owner} cannot be loaded: {reason}")
+
+    return click.Command(
+        point.name,
+        callback=fail,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"(cannot be loaded: {reason})",
+    )

@@ -1,0 +1,257 @@
+"""Documents: plain data with a memory of where each value came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Self
+
+from bridge.config.errors import ConfigError, DocumentError, Problem, nearest
+from bridge.config.files import MAX_BYTES, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
+from bridge.config.model import ModelConfig
+from bridge.config.paths import Path, parsed, shown
+from bridge.config.presets import presets
+from bridge.config.refusal import got
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+_OVERRIDE = re.compile(r"\+{0,2}(?P<path>[A-Za-z_$][^=\s]*)=(?P<value>.*)|~(?P<removed>[A-Za-z_$][^=\s]*)", re.DOTALL)
+
+
+@dataclass
+class Document:
+    """A configuration as plain data, before any class has seen it."""
+
+    data: dict[str, Any]
+    source: str = ""
+    """The file or preset that the data came from; empty if from neither."""
+
+    _text: str | None = field(default=None, repr=False, compare=False)
+    _origins: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
+        """The document in a `.yaml`, `.yml` or `.json` file, or the preset of that name.
+
+        Args:
+            source: the file, or the preset's name.
+            overrides: `path=value` sets (the value is YAML), `~path` removes; in order.
+
+        Raises:
+            DocumentError: it cannot be read, is no mapping, or an override is malformed or does not apply.
+        """
+        source, text = str(source), _read(source)
+        data = _parse(text, source).data
+        if not isinstance(data, dict):
+            raise _failed(source, f"expected a mapping at the top, got {got(data)}")
+        document = cls(data, source, text)
+        document.override(overrides)
+        return document
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """The document that describes `config`."""
+        return cls(config.as_dict())
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path such as `transformer.num_layers` or `blocks[0].size`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        node: Any = self.data
+        for depth, key in enumerate(steps := parsed(path)):
+            if not _has(node, key):
+                known = [name for name in node if isinstance(name, str)] if isinstance(node, dict) else []
+                raise ConfigError(f"{shown(steps[: depth + 1])} is not in the document{nearest(str(key), known)}")
+            node = node[key]
+        return node
+
+    def set(self, path: str, value: Any) -> None:
+        """Put `value` at a dotted path; mappings on the way are made where there are none.
+
+        Raises:
+            ConfigError: something on the way is neither a mapping nor a list that is long enough.
+        """
+        *before, last = self._steps(path)
+        node: Any = self.data
+        for depth, key in enumerate(before):
+            if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+                node[key] = {}
+            node = self._inside(node, key, path, depth)
+        if not (isinstance(node, dict) and isinstance(last, str)) and not _has(node, last):
+            self._inside(node, last, path, len(before))
+        node[last] = value
+        self._forget((*before, last))
+
+    def remove(self, path: str) -> None:
+        """Remove the value at a dotted path.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        self.get(path)
+        *before, last = self._steps(path)
+        node: Any = self.data
+        for key in before:
+            node = node[key]
+        del node[last]
+        self._forget((*before, last))
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
+
+        Raises:
+            DocumentError: lists those that are malformed or do not apply; then none is applied.
+        """
+        changed = Document(_copied(self.data), self.source, self._text, dict(self._origins))
+        problems = []
+        for text in overrides:
+            try:
+                changed._override(text)
+            except DocumentError as error:
+                problems += error.problems
+            except ConfigError as error:
+                problems.append(Problem("$", str(error), _called(text)))
+        if problems:
+            raise DocumentError(problems)
+        self.data, self._origins = changed.data, changed._origins
+
+    def config(self) -> ModelConfig:
+        """The configuration that the document describes.
+
+        Raises:
+            DocumentError: it describes none; every problem with the file, line and column of its value.
+        """
+        from bridge.config.decode import decode_config
+
+        try:
+            return decode_config(self.data, ModelConfig)
+        except DocumentError as error:
+            raise DocumentError(self._located(error.problems)) from error.__cause__
+
+    def to_yaml(self) -> str:
+        """The document as YAML text."""
+        return dump_yaml(self.data)
+
+    def to_json(self) -> str:
+        """The document as JSON text."""
+        return dump_json(self.data)
+
+    def _override(self, text: str) -> None:
+        match = _OVERRIDE.fullmatch(text)
+        if match is None:
+            raise ConfigError("malformed: write path=value, or ~path to remove")
+        if removed := match["removed"]:
+            self.remove(removed)
+            return
+        self.set(match["path"], parse_yaml(match["value"], _called(text)).data)
+        self._origins[parsed(match["path"])] = _called(text)
+
+    def _steps(self, path: str) -> Path:
+        steps = parsed(path)
+        if not steps:
+            raise ConfigError(f"{path!r} names the whole document: name a place in it")
+        return steps
+
+    def _inside(self, node: Any, key: str | int, path: str, depth: int) -> Any:
+        if not _has(node, key):
+            where = shown(parsed(path)[:depth])
+            raise ConfigError(f"{where} is {got(node)}: there is no {key!r} in it")
+        return node[key]
+
+    def _forget(self, path: Path) -> None:
+        """Forget which overrides the values at `path` and below came from: they have been replaced."""
+        self._origins = {at: text for at, text in self._origins.items() if at[: len(path)] != path}
+
+    def _located(self, problems: list[Problem]) -> list[Problem]:
+        positions = _positions(self._text) if self._text is not None else {}
+        return [self._locate(problem, positions) for problem in problems]
+
+    def _locate(self, problem: Problem, positions: dict[Path, tuple[int, int]]) -> Problem:
+        path = parsed(problem.path)
+        above = [path[:length] for length in range(len(path), -1, -1)]
+        if origin := next((self._origins[at] for at in above if at in self._origins), None):
+            return Problem(problem.path, problem.message, origin)
+        line, column = next((positions[at] for at in above if at in positions), (None, None))
+        return Problem(problem.path, problem.message, self.source or None, line, column)
+
+
+def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelConfig:
+    """The configuration in a file or preset, with overrides applied; see `Document.load` and `Document.config`.
+
+    Raises:
+        DocumentError: it cannot be read, or describes no configuration; lists every problem.
+    """
+    return Document.load(source, overrides).config()
+
+
+def is_override(text: str) -> bool:
+    """Whether a command line argument is an override rather than a file."""
+    return _OVERRIDE.fullmatch(text) is not None and not FilePath(text).exists()
+
+
+def _called(override: str) -> str:
+    return f"override {override!r}"
+
+
+def _has(node: Any, key: str | int) -> bool:
+    if isinstance(node, dict):
+        return key in node
+    return isinstance(node, list) and isinstance(key, int) and key < len(node)
+
+
+def _copied(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _copied(value) for key, value in data.items()}
+    return [_copied(value) for value in data] if isinstance(data, list) else data
+
+
+def _failed(source: str, message: str) -> DocumentError:
+    return DocumentError([Problem("$", message, source)])
+
+
+def _read(source: str) -> str:
+    """The text of a file or preset."""
+    file = FilePath(source)
+    if not file.suffix or (not file.exists() and source in presets()):
+        return _read_preset(source)
+    if file.suffix not in (*_YAML_SUFFIXES, ".json"):
+        raise _failed(source, f"a document is a .yaml, .yml or .json file, not {file.suffix!r}")
+    try:
+        with file.open("rb") as stream:
+            return _decoded(stream.read(MAX_BYTES + 1), source)
+    except OSError as error:
+        raise _failed(source, f"cannot be read: {error.strerror or error}") from error
+
+
+def _read_preset(name: str) -> str:
+    known = presets()
+    if name in known:
+        return _decoded(known[name].read_bytes(), name)
+    if FilePath(name).exists():
+        raise _failed(name, "a document is a .yaml, .yml or .json file: give this one such a name")
+    near = nearest(name, known) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
+    raise _failed(name, f"no such file, nor a preset of this name{near}")
+
+
+def _decoded(raw: bytes, source: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        if len(raw) > MAX_BYTES:
+            return raw.decode(errors="replace")  # the parser refuses the size
+        raise _failed(source, f"is not UTF-8 text (byte {error.start})") from error
+
+
+def _parse(text: str, source: str) -> Parsed:
+    return parse_json(text, source) if source.endswith(".json") else parse_yaml(text, source)
+
+
+def _positions(text: str) -> dict[Path, tuple[int, int]]:
+    """Where the values stand; JSON is read as the YAML that it is. Empty where that fails."""
+    try:
+        return parse_yaml(text).positions
+    except DocumentError:
+        return {}
