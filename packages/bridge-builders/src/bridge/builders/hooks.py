@@ -28,7 +28,9 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
     chain = tuple(hooks)
     for position, hook in enumerate(chain):
         if not callable(hook):
-            raise HookError(f"hook {position} is {hook!r}, which is not callable: give a function of the list of stages")
+            raise HookError(
+                f"hook {position} is {hook!r}, which is not callable: give a function of the list of stages"
+            )
 
     def composed(stages: list[MegatronModule]) -> list[MegatronModule]:
         for position, hook in enumerate(chain):

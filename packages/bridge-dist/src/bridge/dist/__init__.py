@@ -1,1 +1,44 @@
+"""From a builder to distributed, wrapped, training-ready stages."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.dist.build import DistributedModelBuilder, build_distributed, prepare_stages
+    from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
+    from bridge.dist.options import BuildOptions, Wrapper
+    from bridge.dist.stages import build_stages
+
+__all__ = [
+    "BuildOptions",
+    "DistributedModelBuilder",
+    "Layout",
+    "Wrapper",
+    "build_distributed",
+    "build_stages",
+    "create_process_groups",
+    "destroy_process_groups",
+    "prepare_stages",
+]
+
+_MODULES = {
+    "BuildOptions": "options",
+    "DistributedModelBuilder": "build",
+    "Layout": "layout",
+    "Wrapper": "options",
+    "build_distributed": "build",
+    "build_stages": "stages",
+    "create_process_groups": "layout",
+    "destroy_process_groups": "layout",
+    "prepare_stages": "build",
+}
+
+
+def __getattr__(name: str) -> object:
+    # The command line imports this package to list its commands, without torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

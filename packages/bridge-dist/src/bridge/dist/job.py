@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from bridge.config import ModelConfig
 from bridge.dist import cpu
@@ -33,8 +33,6 @@ from bridge.dist.weights import draw_weights, layer_indices, named_parameters
 _SEED = 1234
 _TIMEOUT = timedelta(minutes=10)
 
-Track = Callable[[Iterable[Step], int], Iterable[Step]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
@@ -44,40 +42,28 @@ class BuildJob:
     wrapper: Wrapper
     dp: int | None
     training: TrainOptions | None
-    text: Path
 
-    def builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
-        """Make the builder that a configuration names.
-
-        Raises:
-            BuilderContractError: This engine cannot drive it.
-        """
-        builder = config.get_builder_cls()(config)
-        if not isinstance(builder, DistributedModelBuilder):
-            name = type(builder).__name__
-            raise BuilderContractError(f"{name} is no DistributedModelBuilder: derive it from bridge.dist's")
-        return builder
-
-    def config(self) -> ModelConfig:
-        """Decode the document.
+    def check(self, config: ModelConfig, world_size: int) -> Layout:
+        """Check everything that can be checked before the ranks meet, and return the layout.
 
         Raises:
-            DocumentError: It is not a valid configuration.
-        """
-        return ModelConfig.from_dict(self.document)
-
-    def check(self, config: TransformerConfig, world_size: int) -> Layout:
-        """Check everything that can be checked before a rank starts, and return the layout.
-
-        Raises:
-            LayoutError: The world does not fit the layout.
+            BuilderContractError: This engine cannot drive the builder that the configuration names.
+            LayoutError: The layout does not fit ``world_size`` ranks.
             PreflightError: A known conflict of configuration, layout and wrapper.
             TrainingError: The batch sizes do not fit the layout, or the text the model.
+            BridgeError: Whatever the configuration's own ``finalize`` raises.
         """
-        layout = Layout.of(config, world_size, dp=self.dp)
-        check(config, layout, self.options(config))
+        finalize = getattr(config, "finalize", None)
+        if finalize is not None:
+            finalize()
+        transformer = make_builder(config).transformer_config
+        layout = Layout.of(transformer, world_size, dp=self.dp)
+        check(transformer, layout, self.options(transformer))
         if self.training is not None:
+            if self.wrapper is Wrapper.NONE:
+                raise TrainingError("training needs a data-parallel wrapper, which reduces the gradients: not --wrap none")
             self.training.microbatches(layout)
+            read_text(self.training, config)
         return layout
 
     def options(self, config: TransformerConfig) -> BuildOptions:
@@ -100,23 +86,48 @@ class BuildJob:
         )
 
 
-def run(job: BuildJob, *, track: Track, say: Callable[[str], None]) -> BuildReport:
+def make_builder(config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
+    """Make the builder that a configuration names.
+
+    Raises:
+        BuilderContractError: This engine cannot drive it.
+    """
+    builder = config.get_builder_cls()(config)
+    if not isinstance(builder, DistributedModelBuilder):
+        raise BuilderContractError(
+            f"{type(builder).__name__} is no DistributedModelBuilder: derive it from bridge.dist.DistributedModelBuilder"
+        )
+    return builder
+
+
+def read_text(options: TrainOptions, config: ModelConfig) -> Text:
+    """Read the text to train on as tokens of the model.
+
+    Raises:
+        TrainingError: It cannot be read, or the configuration has no vocabulary, or one that is too small.
+    """
+    vocab_size: int | None = getattr(config, "vocab_size", None)
+    if vocab_size is None:
+        raise TrainingError(f"training on a text needs a vocab_size, {type(config).__name__} has none: set it")
+    longest: int | None = getattr(config, "seq_length", None)
+    if longest is not None and options.seq_length > longest:
+        raise TrainingError(f"samples of {options.seq_length} tokens are longer than the model's seq_length, {longest}")
+    return Text.read(options.text, vocab_size=vocab_size)
+
+
+@record
+def run_rank(job: BuildJob) -> BuildReport:
     """Run a job as one rank of the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Collective. Megatron prints to standard output; that goes to standard error here.
-
-    Args:
-        job: The same on every rank.
-        track: Passes training steps through, to show progress; called on rank 0 only.
-        say: Tells the user something; called on rank 0 only.
+    Collective: every rank gets the same job and returns the same report. Rank 0 shows progress on standard error,
+    where also goes what Megatron prints.
     """
     with contextlib.redirect_stdout(sys.stderr), _world():
-        config = job.config()
-        builder = job.builder(config)
-        layout = job.check(builder.transformer_config, torch.distributed.get_world_size())
+        config = ModelConfig.from_dict(job.document)
+        layout = job.check(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout)
         try:
-            return _build(job, config, builder, layout=layout, groups=groups, track=track, say=say)
+            return _build(job, config, layout, groups)
         finally:
             destroy_process_groups()
 
@@ -136,16 +147,8 @@ def _world() -> Iterator[None]:
         yield
 
 
-def _build(
-    job: BuildJob,
-    config: ModelConfig,
-    builder: DistributedModelBuilder[MegatronModule, ModelConfig],
-    *,
-    layout: Layout,
-    groups: ProcessGroupCollection,
-    track: Track,
-    say: Callable[[str], None],
-) -> BuildReport:
+def _build(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> BuildReport:
+    builder = make_builder(config)
     model_parallel_cuda_manual_seed(_SEED)
     leader = torch.distributed.get_rank() == 0
     vocab_size: int | None = getattr(config, "vocab_size", None)
@@ -163,7 +166,7 @@ def _build(
     # The configuration is this process's own: the drawn weights come first, so that a hook may still change them.
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
-            say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
+            _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
         config.pre_wrap_hooks.insert(0, draw)
     config.pre_wrap_hooks.append(count)
     options = job.options(builder.transformer_config)
@@ -175,7 +178,12 @@ def _build(
         wrap_with_ddp=options.wrap_with_ddp,
     )
     chunks = [_chunk_report(index, stage, sizes[index]) for index, stage in enumerate(stages)]
-    steps = _train(job, stages, vocab_size=vocab_size, layout=layout, groups=groups, track=track if leader else None)
+    steps: list[Step] = []
+    if job.training is not None:
+        text = read_text(job.training, config)
+        mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
+        taken = train(stages, groups, layout, text=text, options=job.training)
+        steps = list(_with_progress(taken, job.training.steps) if leader else taken)
     ranks, total = _gather(_rank_report(groups, chunks), sizes)
     return BuildReport(
         world_size=layout.world_size,
@@ -247,23 +255,21 @@ def _gather(rank: RankReport, sizes: list[dict[str, Size]]) -> tuple[list[RankRe
     return [report for report, _ in everyone], parameters
 
 
-def _train(
-    job: BuildJob,
-    stages: list[MegatronModule],
-    *,
-    vocab_size: int | None,
-    layout: Layout,
-    groups: ProcessGroupCollection,
-    track: Track | None,
-) -> list[Step]:
-    if job.training is None:
-        return []
-    if vocab_size is None:
-        raise TrainingError("training on a text needs a configuration with a vocab_size")
-    mask_vocabulary_padding(stages, vocab_size=vocab_size)
-    text = Text.read(job.text, vocab_size=vocab_size)
-    steps: Iterable[Step] = train(stages, groups, layout, text=text, options=job.training)
-    return list(track(steps, job.training.steps) if track else steps)
+def _with_progress(steps: Iterable[Step], total: int) -> Iterator[Step]:
+    """Pass steps through, with a progress bar if standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("training", total=total)
+        for step in steps:
+            progress.update(task, advance=1, description=f"loss {step.loss:.4f}")
+            yield step
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)  # noqa: T201
 
 
 def _tokens_per_second(training: TrainOptions | None, steps: list[Step]) -> float | None:

@@ -1,68 +1,70 @@
-"""Running a function on every rank: local ranks by torch's elastic launcher, or the rank that this process already is."""
+"""Where ranks come from: torch's elastic launcher on this machine, or torchrun and srun, which started us already.
+
+Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from multiprocessing import forkserver
+from typing import Any, TypeVar
 
 from bridge.dist.errors import LaunchError
 
 ResultT = TypeVar("ResultT")
 
-# Imported once by the fork server, before it forks the ranks.
-_PRELOAD = ["torch", "megatron.core", "bridge.dist.job"]
+# Imported once by the fork server, from which the ranks are then forked.
+_PRELOAD = ["bridge.dist.job"]
 
 
-def join_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the rank variables of torch for a task of a Slurm step; empty where there is none, or torchrun set them.
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, WORLD_SIZE, ... if this process is one of several that torchrun or srun started; empty if not.
 
     Raises:
-        LaunchError: The step's nodes cannot be listed.
+        LaunchError: The nodes of the Slurm step cannot be listed.
     """
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if "RANK" in environment or "SLURM_STEP_ID" not in environment or tasks == 1:
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return {name: environment[name] for name in ("RANK", "WORLD_SIZE")}
+    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_NTASKS", "1")) == 1:
         return {}
     return {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment),
-        # Steps of different jobs on one node must not meet: derive a port from the job.
+        # Jobs that share a node must not meet: the port follows from the job's number.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
     }
 
 
 def _first_node(environment: Mapping[str, str]) -> str:
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
     try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-        )
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(f"cannot list the nodes of this Slurm step ({error}): set MASTER_ADDR to the first") from error
+        raise LaunchError(
+            f"cannot list the nodes of this Slurm step ({error}): set MASTER_ADDR to the first node"
+        ) from error
     return listed.stdout.split()[0]
 
 
 def start_fork_server(ranks: int) -> None:
-    """Begin importing torch and Megatron for the ranks in the background, while this process checks its input."""
+    """Begin to import torch and Megatron for the ranks, while this process goes on to check its input."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    from multiprocessing import forkserver
-
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
 
 
 def launch(function: Callable[..., ResultT], *args: object, ranks: int) -> ResultT:
-    """Run a top-level function on local ranks and return what rank 0 returned.
+    """Call a top-level function on each of ``ranks`` local ranks and return what it returned on rank 0.
 
-    The first rank that fails ends the others.
+    When a rank fails, the others are ended.
 
     Raises:
         LaunchError: Names the rank that failed first, and why.
@@ -70,7 +72,7 @@ def launch(function: Callable[..., ResultT], *args: object, ranks: int) -> Resul
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The launcher logs each failure, with every rank's; the error that we raise says it once.
+    # The launcher logs every failed rank at length; the error raised here says what matters once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -86,14 +88,11 @@ def launch(function: Callable[..., ResultT], *args: object, ranks: int) -> Resul
     try:
         results: dict[int, ResultT] = elastic_launch(config, function)(*args)
     except ChildFailedError as error:
-        raise LaunchError(_first_failure(error)) from error
+        rank, failure = error.get_first_failure()
+        raise LaunchError(f"rank {rank}: {_reason(failure.message)}") from None
     return results[0]
 
 
-def _first_failure(error: object) -> str:
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    return f"rank {rank} failed: {_reason(failure.message)}"
-
-
-def _reason(message: object) -> str:
-    return message if isinstance(message, str) else json.dumps(message)
+def _reason(message: Any) -> str:
+    """The text of a failure: a signal's name, or what the rank's exception said (see ``record``)."""
+    return str(message["message"] if isinstance(message, dict) else message)

@@ -118,7 +118,8 @@ def create_process_groups(layout: Layout) -> ProcessGroupCollection:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
+    return groups
 
 
 def destroy_process_groups() -> None:

@@ -35,8 +35,9 @@ def wrap_mixed_precision(
     wrapped = [wrapper(config, stage) for stage in stages]
     for stage in wrapped:
         for module in stage.modules():
-            if hasattr(module, "_maintain_float32_expert_bias"):
-                module._maintain_float32_expert_bias()
+            maintain = getattr(module, "_maintain_float32_expert_bias", None)
+            if maintain is not None:
+                maintain()
     return wrapped
 
 
@@ -64,4 +65,4 @@ def materialize_stages(stages: Sequence[MegatronModule]) -> None:
 
 def correct_fp8_history(stages: list[MegatronModule]) -> None:
     """Undo what casting did to the amax histories of FP8 modules (nothing without FP8)."""
-    correct_amax_history_if_needed(stages)
+    correct_amax_history_if_needed(list(stages))

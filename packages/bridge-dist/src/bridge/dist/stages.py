@@ -57,5 +57,5 @@ def build_stages(
             for vp_stage in range(vp_size)
         ]
     for stage in stages:
-        stage.model_type = model_type
+        setattr(stage, "model_type", model_type)  # noqa: B010 - a module declares tensors and modules only
     return stages

@@ -29,9 +29,10 @@ def default_text() -> Path:
 
 @dataclass(frozen=True)
 class Text:
-    """The bytes of a text as token ids, shape (length,), dtype int64."""
+    """The bytes of a text as token ids, shape (length,), dtype int64, of a vocabulary of ``vocab_size``."""
 
     tokens: torch.Tensor
+    vocab_size: int
 
     @classmethod
     def read(cls, path: Path, *, vocab_size: int) -> Text:
@@ -51,7 +52,7 @@ class Text:
                 f"the text {path} has bytes up to {max(content)}, vocab_size is {vocab_size}: "
                 f"set vocab_size to at least {BYTE_VALUES}"
             )
-        return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long())
+        return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), vocab_size)
 
     def batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
         """Return the global batch of a step, shape (size, seq_length + 1): inputs and, shifted by one, labels.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class TrainOptions:
     """How many steps, and on what: sizes count samples, ``seq_length`` tokens."""
 
     steps: int
+    text: Path
     seq_length: int
     global_batch_size: int = 8
     micro_batch_size: int = 1
@@ -102,7 +104,8 @@ def train(
 def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Any:
     """Make Megatron's Adam with a constant rate, and tell the stages' configuration how to finish a step."""
     config = get_model_config(stages[0])
-    ddp_config: DistributedDataParallelConfig = stages[0].ddp_config
+    ddp_config = stages[0].ddp_config
+    assert isinstance(ddp_config, DistributedDataParallelConfig)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

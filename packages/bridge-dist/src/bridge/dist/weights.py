@@ -75,7 +75,7 @@ def layer_indices(stage: MegatronModule) -> list[int]:
     """Return the decoder layers that a stage holds, counted from zero over the whole model."""
     model: torch.nn.Module = unwrap_model(stage)
     return sorted(
-        int(module.layer_number) - 1
+        _layer_index(module)
         for name, module in model.named_modules()
         if re.fullmatch(r"\w+\.layers\.\d+", name) and not name.startswith("mtp.") and hasattr(module, "layer_number")
     )
@@ -96,7 +96,7 @@ def _full_module_names(
             continue
         parent, _, leaf = name.rpartition(".")
         if _LAYER.fullmatch(name) and hasattr(module, "layer_number"):
-            leaf = str(int(module.layer_number) - 1)
+            leaf = str(_layer_index(module))
         elif _EXPERT.fullmatch(name):
             leaf = str(int(leaf) + pg_collection.ep.rank() * experts[parent])
         full[name] = f"{full[parent]}.{leaf}".lstrip(".")
@@ -119,12 +119,22 @@ def draw_weights(
                 _draw(named, _initialiser(named.owner, config), vocab_size)
 
 
+def _layer_index(layer: torch.nn.Module) -> int:
+    """Megatron numbers layers from one."""
+    number = layer.layer_number
+    assert isinstance(number, int)
+    return number - 1
+
+
 def _initialiser(owner: torch.nn.Module, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
     if isinstance(owner, RowParallelLinear):
-        return config.output_layer_init_method  # type: ignore[no-any-return]
-    if isinstance(owner, VocabParallelEmbedding | torch.nn.Embedding):
-        return config.embedding_init_method  # type: ignore[no-any-return]
-    return config.init_method  # type: ignore[no-any-return]
+        initialiser = config.output_layer_init_method
+    elif isinstance(owner, VocabParallelEmbedding | torch.nn.Embedding):
+        initialiser = config.embedding_init_method
+    else:
+        initialiser = config.init_method
+    assert initialiser is not None  # TransformerConfig fills them in
+    return initialiser
 
 
 def _draw(named: NamedParameter, initialise: Callable[[torch.Tensor], object], vocab_size: int | None) -> None:

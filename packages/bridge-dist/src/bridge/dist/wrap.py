@@ -48,6 +48,7 @@ def wrap_data_parallel(
         ]
     if options.data_parallel_random_init and options.wrapper is Wrapper.DDP:
         for stage in wrapped:
+            assert isinstance(stage, DistributedDataParallel)
             stage.broadcast_params()
     return wrapped
 

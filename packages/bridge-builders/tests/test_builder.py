@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+from megatron.core.enums import ModelType
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.module import Float16Module
+
+from bridge.builders import BuildConfigT, ModelBuilder, ModelT, accepted_config
+from bridge.config import ModelConfig
+
+
+@dataclass
+class BlockConfig(ModelConfig):
+    builder: ClassVar[str] = f"{__name__}.BlockBuilder"
+    width: int = 1
+
+
+@dataclass
+class WideBlockConfig(BlockConfig):
+    pass
+
+
+@dataclass
+class OtherConfig(ModelConfig):
+    builder: ClassVar[str] = f"{__name__}.Nowhere"
+
+
+class BlockBuilder(ModelBuilder[MegatronModule, BlockConfig]):
+    def build_model(self, *args: Any, **kwargs: Any) -> MegatronModule:
+        raise NotImplementedError
+
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[MegatronModule]:
+        raise NotImplementedError
+
+
+class DerivedBlockBuilder(BlockBuilder):
+    pass
+
+
+class ConcreteBase(ModelBuilder[ModelT, BuildConfigT]):
+    def build_model(self, *args: Any, **kwargs: Any) -> ModelT:
+        raise NotImplementedError
+
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[ModelT]:
+        raise NotImplementedError
+
+
+class ThroughBase(ConcreteBase[MegatronModule, WideBlockConfig]):
+    pass
+
+
+def test_the_signature_of_the_reference() -> None:
+    """Names, order and defaults are the contract; their source is the reference API, in megatron.training.models."""
+    empty = inspect.Parameter.empty
+    assert _parameters(ModelBuilder.build_model) == [
+        ("self", empty),
+        ("pg_collection", empty),
+        ("pre_process", None),
+        ("post_process", None),
+        ("vp_stage", None),
+    ]
+    assert _parameters(ModelBuilder.build_distributed_models) == [
+        ("self", empty),
+        ("pg_collection", empty),
+        ("ddp_config", None),
+        ("overlap_param_gather_with_optimizer_step", False),
+        ("use_megatron_fsdp", False),
+        ("use_torch_fsdp2", False),
+        ("wrap_with_ddp", True),
+        ("data_parallel_random_init", True),
+        ("mixed_precision_wrapper", Float16Module),
+        ("model_type", ModelType.encoder_or_decoder),
+    ]
+    assert ModelBuilder.__abstractmethods__ == {"build_model", "build_distributed_models"}
+
+
+def test_parameters_stand_as_in_the_installed_reference() -> None:
+    from megatron.training.models.base import ModelBuilder as Reference
+
+    for method in ("build_model", "build_distributed_models"):
+        ours, theirs = getattr(ModelBuilder, method), getattr(Reference, method)
+        assert [name for name, _ in _parameters(ours)] == [name for name, _ in _parameters(theirs)]
+
+
+def test_a_builder_keeps_its_configuration_and_refuses_another_one() -> None:
+    config = WideBlockConfig()
+    assert BlockBuilder(config)._model_config is config
+    with pytest.raises(TypeError, match="BlockBuilder builds from BlockConfig, got OtherConfig"):
+        BlockBuilder(OtherConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("builder", "config"),
+    [(BlockBuilder, BlockConfig), (DerivedBlockBuilder, BlockConfig), (ThroughBase, WideBlockConfig)],
+)
+def test_accepted_config_is_read_from_the_generic_bases(builder: type, config: type) -> None:
+    assert accepted_config(builder) is config
+
+
+def test_a_builder_is_known_to_documents_by_being_defined() -> None:
+    document = BlockConfig(width=3).as_dict() | {"_builder_": f"{__name__}.DerivedBlockBuilder"}
+    config = ModelConfig.from_dict(document)
+    assert config.get_builder_cls() is DerivedBlockBuilder
+    assert BlockConfig().get_builder_cls() is BlockBuilder
+    with pytest.raises(ValueError, match="WideBlockConfig"):
+        ModelConfig.from_dict(document | {"_builder_": f"{__name__}.ThroughBase"})
+
+
+def _parameters(function: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.builders import HookError, compose_hooks
+
+
+def double(values: list[Any]) -> list[Any]:
+    return [2 * value for value in values]
+
+
+def add_ten(values: list[Any]) -> list[Any]:
+    return [value + 10 for value in values]
+
+
+def forgets_to_return(values: list[Any]) -> Any:
+    values.append(0)
+
+
+def test_no_hooks_is_identity() -> None:
+    stages: list[Any] = []
+    assert compose_hooks([])(stages) is stages
+
+
+def test_each_hook_gets_the_result_of_the_one_before() -> None:
+    assert compose_hooks([double, add_ten])([5]) == [20]
+    assert compose_hooks([add_ten, double])([5]) == [30]
+
+
+@given(st.lists(st.sampled_from([double, add_ten])), st.lists(st.sampled_from([double, add_ten])))
+def test_composition_of_two_lists_is_composition_of_their_concatenation(first: list[Any], second: list[Any]) -> None:
+    in_two_steps = compose_hooks(second)(compose_hooks(first)([1]))
+    assert compose_hooks(first + second)([1]) == in_two_steps
+
+
+def test_a_hook_that_returns_none_is_named() -> None:
+    with pytest.raises(HookError, match=r"hook 2 of 2, .*\.forgets_to_return, returned None.*return stages"):
+        compose_hooks([double, forgets_to_return])([1])
+
+
+def test_a_hook_that_is_not_callable_is_refused_at_once() -> None:
+    with pytest.raises(HookError, match="hook 1 is 'double', which is not callable"):
+        compose_hooks([double, "double"])  # type: ignore[list-item]
+
+
+def test_the_hooks_are_those_of_the_moment() -> None:
+    hooks = [double]
+    composed = compose_hooks(hooks)
+    hooks.append(add_ten)
+    assert composed([5]) == [10]

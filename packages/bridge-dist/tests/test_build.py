@@ -1,0 +1,368 @@
+"""The engine on real process groups, with a model of its own: what it builds, in what order, and what it leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from ranks import run_ranks
+
+from bridge.builders import HookError
+from bridge.config import ModelConfig
+from bridge.dist import BuildOptions, DistributedModelBuilder, Layout, Wrapper, create_process_groups
+from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
+from bridge.dist.precision import materialize
+from bridge.dist.wrap import bucket_size
+
+WIDTH = 8
+
+
+class Stage(MegatronModule):
+    """A stage that remembers where it was told to stand."""
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, place: tuple[Any, ...]) -> None:
+        super().__init__(config)
+        self.place = place
+        self.vp_stage = place[2]
+        self.split = ColumnParallelLinear(
+            WIDTH, WIDTH, config=config, init_method=torch.nn.init.normal_, tp_group=groups.tp
+        )
+        self.whole = torch.nn.Linear(WIDTH, WIDTH)
+        self.frozen = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+
+class Router(torch.nn.Module):
+    """Keeps a bias in fp32 the way Megatron's router does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Buffer(torch.zeros(WIDTH))
+
+    def _maintain_float32_expert_bias(self) -> None:
+        self.bias.data = self.bias.data.float()
+
+
+@dataclass(kw_only=True)
+class StageConfig(ModelConfig):
+    builder: ClassVar[str] = f"{__name__}.StageBuilder"
+    transformer: TransformerConfig
+
+
+@dataclass(kw_only=True)
+class BareConfig(ModelConfig):
+    builder: ClassVar[str] = f"{__name__}.BareBuilder"
+
+
+class StageBuilder(DistributedModelBuilder[Stage, StageConfig]):
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Stage:
+        stage = Stage(self._model_config.transformer, pg_collection, (pre_process, post_process, vp_stage))
+        stage.add_module("router", Router())
+        return stage
+
+
+class BareBuilder(DistributedModelBuilder[Stage, BareConfig]):
+    def build_model(self, *args: Any, **kwargs: Any) -> Stage:
+        raise NotImplementedError
+
+
+def config_of(**transformer: Any) -> StageConfig:
+    defaults: dict[str, Any] = {"num_layers": 6, "hidden_size": WIDTH, "num_attention_heads": 2}
+    return StageConfig(transformer=TransformerConfig(**defaults | transformer))
+
+
+def groups_of(config: StageConfig) -> ProcessGroupCollection:
+    groups = create_process_groups(Layout.of(config.transformer, torch.distributed.get_world_size()))
+    model_parallel_cuda_manual_seed(1)
+    return groups
+
+
+def innermost(stage: torch.nn.Module) -> Stage:
+    while not isinstance(stage, Stage):
+        stage = stage.module  # type: ignore[assignment]
+    return stage
+
+
+def chain(stage: torch.nn.Module) -> list[str]:
+    names = [type(stage).__name__]
+    return names + chain(stage.module) if isinstance(getattr(stage, "module", None), torch.nn.Module) else names  # type: ignore[arg-type]
+
+
+# Stages
+
+
+def places(**transformer: Any) -> list[tuple[Any, ...]]:
+    config = config_of(**transformer)
+    stages = StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
+    assert all(stage.model_type is ModelType.encoder_or_decoder for stage in stages)
+    return [stage.place for stage in stages]
+
+
+def test_one_rank_has_one_stage_whatever_the_virtual_size() -> None:
+    assert run_ranks(places_without_pipeline, 1) == [[(True, True, None)]]
+
+
+def places_without_pipeline() -> list[tuple[Any, ...]]:
+    config = config_of()
+    groups = groups_of(config)
+    config.transformer.virtual_pipeline_model_parallel_size = 3
+    return [stage.place for stage in StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)]
+
+
+def test_virtual_stages_of_two_ranks() -> None:
+    first, last = run_ranks(places_of_virtual_pipeline, 2)
+    assert first == [(True, False, 0), (False, False, 1), (False, False, 2)]
+    assert last == [(False, False, 0), (False, False, 1), (False, True, 2)]
+
+
+def places_of_virtual_pipeline() -> list[tuple[Any, ...]]:
+    return places(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=3,
+        pipeline_dtype=torch.float32,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=True,
+    )
+
+
+# The order of the build, and what it leaves alone
+
+
+def build_twice() -> list[list[list[str]]]:
+    config = config_of(bf16=True)
+    seen: list[list[list[str]]] = []
+
+    def see(stages: list[MegatronModule]) -> list[MegatronModule]:
+        seen.append([chain(stage) for stage in stages])
+        return stages
+
+    config.pre_wrap_hooks.append(see)
+    config.post_wrap_hooks.append(see)
+    ddp_config = DistributedDataParallelConfig(num_buckets=2, overlap_grad_reduce=True)
+    before = dict(vars(ddp_config)), dict(vars(config.transformer)), [see], [see]
+    builder = StageBuilder(config)
+    groups = groups_of(config)
+    builds = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        builds.append(builder.build_distributed_models(groups, ddp_config))
+    after = vars(ddp_config), vars(config.transformer), config.pre_wrap_hooks, config.post_wrap_hooks
+    assert after == before
+    assert builds[0][0].ddp_config.bucket_size == builds[1][0].ddp_config.bucket_size  # type: ignore[union-attr]
+    first, second = (dict(stages[0].named_parameters()) for stages in builds)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # What is split says so, and everything else has Megatron's defaults for the optimizer to read.
+    stage = innermost(builds[0][0])
+    assert stage.split.weight.tensor_model_parallel is True
+    assert stage.whole.weight.tensor_model_parallel is False
+    # Mixed precision has cast everything but what the router keeps.
+    assert stage.whole.weight.dtype is torch.bfloat16
+    assert stage.router.bias.dtype is torch.float32
+    return seen
+
+
+def test_hooks_see_bare_stages_then_wrapped_ones_and_a_second_build_is_like_the_first() -> None:
+    (seen,) = run_ranks(build_twice, 1)
+    bare, wrapped = [["Stage"]], [["DistributedDataParallel", "Float16Module", "Stage"]]
+    assert seen == [bare, wrapped, bare, wrapped]
+
+
+def build_without_precision_wrapper() -> tuple[list[str], str]:
+    config = config_of(bf16=True)
+    builder = StageBuilder(config)
+    stages = builder.build_distributed_models(groups_of(config), wrap_with_ddp=False, mixed_precision_wrapper=None)
+    return chain(stages[0]), str(stages[0].whole.weight.dtype)
+
+
+def test_without_a_precision_wrapper_nothing_is_cast() -> None:
+    assert run_ranks(build_without_precision_wrapper, 1) == [(["Stage"], "torch.float32")]
+
+
+def hooked(hook: Any) -> None:
+    config = config_of()
+    config.post_wrap_hooks.append(hook)
+    StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
+
+
+def returns_none(stages: Any) -> None:
+    pass
+
+
+def test_a_hook_that_returns_none_ends_the_build() -> None:
+    with pytest.raises(HookError, match=r"returns_none, returned None"):
+        run_ranks(hooked, 1, returns_none)
+
+
+# Data-parallel wrappers
+
+
+def weights_after(random_init: bool, flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """Build from weights that differ by rank; return the wrappers and a whole weight's values after wrapping."""
+    config = config_of()
+    groups = groups_of(config)
+
+    def differ(stages: list[MegatronModule]) -> list[MegatronModule]:
+        for parameter in stages[0].parameters():
+            parameter.data.fill_(1.0 + torch.distributed.get_rank())
+        return stages
+
+    config.pre_wrap_hooks.append(differ)
+    (stage,) = StageBuilder(config).build_distributed_models(
+        groups, DistributedDataParallelConfig(**ddp), data_parallel_random_init=random_init, **flags
+    )
+    weight = innermost(stage).whole.weight
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    return chain(stage), sorted(set(local.detach().float().flatten().tolist()))
+
+
+WRAPPERS = {
+    "DistributedDataParallel": ({}, {}),
+    "DistributedDataParallel, distributed optimizer": ({}, {"use_distributed_optimizer": True}),
+    "TorchFullyShardedDataParallel": ({"use_torch_fsdp2": True}, {}),
+    "FullyShardedDataParallel": (
+        {"use_megatron_fsdp": True},
+        {
+            "use_megatron_fsdp": True,
+            "use_distributed_optimizer": True,
+            "data_parallel_sharding_strategy": "optim_grads_params",
+            "gradient_reduce_div_fusion": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_random_init_gives_every_rank_the_weights_of_the_first(name: str) -> None:
+    for wrappers, values in run_ranks(weights_after, 2, True, *WRAPPERS[name]):
+        assert wrappers[0] == name.split(",")[0]
+        assert values == [1.0]
+
+
+def test_without_random_init_each_rank_keeps_its_weights() -> None:
+    results = run_ranks(weights_after, 2, False, {}, {})
+    assert [values for _, values in results] == [[1.0], [2.0]]
+
+
+def test_bucket_sizes() -> None:
+    """By the reference: parameters // num_buckets; else max(40M, 1M per rank); none without overlap."""
+    stages = [torch.nn.Linear(9, 10)]  # 100 parameters
+
+    def size(**ddp: Any) -> int | None:
+        return bucket_size(DistributedDataParallelConfig(**ddp), stages, data_parallel_size=64)
+
+    assert size(overlap_grad_reduce=True, num_buckets=4) == 25
+    assert size(overlap_grad_reduce=True, bucket_size=7) == 7
+    assert size(overlap_grad_reduce=True) == 64_000_000
+    assert (
+        bucket_size(DistributedDataParallelConfig(overlap_grad_reduce=True), stages, data_parallel_size=2) == 4 * 10**7
+    )
+    assert size(num_buckets=4) is None
+    assert size() is None
+
+
+def bucket_counts(distributed_optimizer: bool, one_bucket: bool) -> list[int]:
+    config = config_of(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=3,
+        pipeline_dtype=torch.float32,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=True,
+    )
+    ddp_config = DistributedDataParallelConfig(
+        overlap_grad_reduce=True, bucket_size=1, use_distributed_optimizer=distributed_optimizer
+    )
+    stages = StageBuilder(config).build_distributed_models(
+        groups_of(config), ddp_config, overlap_param_gather_with_optimizer_step=one_bucket
+    )
+    return [sum(len(buffer.buckets) for buffer in stage.buffers) for stage in stages]  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_only_the_first_chunk_of_the_first_stage_is_cut_into_buckets(distributed_optimizer: bool) -> None:
+    first, second = run_ranks(bucket_counts, 2, distributed_optimizer, False)
+    assert first == [4, 1, 1]  # two layers of weight and bias, the frozen one counts for nothing
+    assert second == [1, 1, 1]
+    assert run_ranks(bucket_counts, 2, distributed_optimizer, True)[0] == [1, 1, 1]
+
+
+# Refusals
+
+
+def test_both_fsdp_flags() -> None:
+    with pytest.raises(OptionsError, match="use_megatron_fsdp and use_torch_fsdp2 are both True"):
+        BuildOptions(ddp_config=DistributedDataParallelConfig(), use_megatron_fsdp=True, use_torch_fsdp2=True)
+
+
+def test_ddp_without_its_config() -> None:
+    with pytest.raises(OptionsError, match="ddp_config is None: pass a DistributedDataParallelConfig"):
+        StageBuilder(config_of()).build_distributed_models(None)  # type: ignore[arg-type]
+
+
+def test_the_wrapper_that_the_flags_mean() -> None:
+    ddp_config = DistributedDataParallelConfig()
+    assert BuildOptions(wrap_with_ddp=False).wrapper is Wrapper.NONE
+    assert BuildOptions(ddp_config=ddp_config).wrapper is Wrapper.DDP
+    assert BuildOptions(ddp_config=ddp_config, use_torch_fsdp2=True).wrapper is Wrapper.TORCH_FSDP2
+    assert BuildOptions(ddp_config=ddp_config, use_megatron_fsdp=True).wrapper is Wrapper.MEGATRON_FSDP
+
+
+def test_a_configuration_without_a_transformer() -> None:
+    with pytest.raises(BuilderContractError, match="BareConfig has no TransformerConfig named 'transformer'"):
+        BareBuilder(BareConfig()).build_distributed_models(None, wrap_with_ddp=False)  # type: ignore[arg-type]
+
+
+def groups_of_another_size() -> None:
+    groups = groups_of(config_of())
+    StageBuilder(config_of(tensor_model_parallel_size=2)).build_distributed_models(groups, wrap_with_ddp=False)
+
+
+def test_a_configuration_that_does_not_fit_its_groups() -> None:
+    with pytest.raises(PreflightError, match="tensor_model_parallel_size is 2 but the tp process group has 1 rank"):
+        run_ranks(groups_of_another_size, 1)
+
+
+# The meta device
+
+
+def test_materialize_leaves_children_alone_unless_told() -> None:
+    with torch.device("meta"):
+        parent = torch.nn.Module()
+        parent.weight = torch.nn.Parameter(torch.empty(2))
+        parent.child = torch.nn.Linear(2, 2)
+    parent.kept = torch.nn.Buffer(torch.tensor([3.0]))
+    materialize(parent, torch.device("cpu"), recurse=False)
+    assert (parent.weight.is_meta, parent.child.weight.is_meta, parent.kept.item()) == (False, True, 3.0)
+    materialize(parent, torch.device("cpu"))
+    assert not parent.child.weight.is_meta
+
+
+def build_on_meta() -> tuple[bool, list[str]]:
+    config = config_of(init_model_with_meta_device=True)
+    import logging
+
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("bridge.dist").addHandler(handler)
+    (stage,) = StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
+    return any(parameter.is_meta for parameter in stage.parameters()), records
+
+
+def test_stages_built_on_meta_end_in_memory_and_say_they_hold_no_weights() -> None:
+    (any_meta, records) = run_ranks(build_on_meta, 1)[0]
+    assert not any_meta
+    assert any("load a checkpoint before use" in record for record in records)
