@@ -1,0 +1,132 @@
+import json
+from functools import partial
+from typing import Any
+
+import click.testing
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from bridge.config import Document, ModelConfig, load_config
+from bridge.models.commands import presets
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+
+NAMES = ["gpt2-124m", "gpt2-xl", "llama-3.1-405b", "llama-3.1-8b", "tiny"]
+
+# The published models' sizes; every parameter once, so a tied output layer is not counted again.
+TOTALS = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-405b": 405_853_388_800,
+}
+
+
+def on_meta(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> MegatronModule:
+    """The real model, whose parameters have shapes but no values."""
+    config.use_cpu_initialization = True
+    config.perform_initialization = False
+    with torch.device("meta"):
+        return GPTModelBuilder(config).build_model(pg_collection)
+
+
+def total(model: MegatronModule) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gpt_preset(name: str, *overrides: str) -> GPTModelConfig:
+    config = load_config(name, overrides)
+    assert isinstance(config, GPTModelConfig)
+    return config
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_of_the_built_model(pg_collection: ProcessGroupCollection, name: str) -> None:
+    model = on_meta(gpt_preset(name, "should_pad_vocab=false"), pg_collection)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert total(model) == TOTALS[name]
+
+
+@pytest.mark.parametrize(("name", "hidden_size"), [("gpt2-124m", 768), ("gpt2-xl", 1600)])
+def test_padding_adds_rows_to_the_embedding_alone(
+    pg_collection: ProcessGroupCollection, name: str, hidden_size: int
+) -> None:
+    padding = 50304 - 50257  # to a multiple of 128
+    assert total(on_meta(gpt_preset(name), pg_collection)) == TOTALS[name] + padding * hidden_size
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_round_trips(name: str) -> None:
+    config = load_config(name)
+    written = config.as_dict()
+    assert ModelConfig.from_dict(json.loads(json.dumps(written))).as_dict() == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_written_as_yaml_reads_back(tmp_path: Any, name: str) -> None:
+    config = load_config(name)
+    file = tmp_path / "written.yaml"
+    file.write_text(Document.of(config).to_yaml())
+    assert load_config(file).as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_ready_for_use(name: str) -> None:
+    gpt_preset(name).finalize()
+
+
+def test_gpt2_activates_by_the_tanh_approximation() -> None:
+    activation = gpt_preset("gpt2-124m").activation_func
+    assert isinstance(activation, partial)
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    # Hendrycks and Gimpel's formula, as GPT-2's own code has it.
+    expected = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(activation(x), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-405b"])
+def test_llama_rotates_as_published(pg_collection: ProcessGroupCollection, name: str) -> None:
+    model = on_meta(gpt_preset(name, "transformer.num_layers=1"), pg_collection)
+    frequencies = model.rotary_pos_emb.inv_freq
+    assert frequencies.shape == (64,)
+    assert frequencies[0] == 1.0
+    # The slowest pair turns less than once in 8192 tokens, so it is slowed down by the factor, 8.
+    torch.testing.assert_close(frequencies[-1].item(), 500000.0 ** (-126 / 128) / 8)
+
+
+def test_tiny_is_for_byte_tokens_and_even_splits() -> None:
+    config = gpt_preset("tiny")
+    assert config.vocab_size is not None
+    assert config.vocab_size >= 256
+    for overrides in ([], ["transformer.tensor_model_parallel_size=2", *split("2", "2")], split("4", "null")):
+        gpt_preset("tiny", *overrides).finalize()
+
+
+def split(pp: str, vp: str) -> list[str]:
+    return [
+        f"transformer.pipeline_model_parallel_size={pp}",
+        f"transformer.virtual_pipeline_model_parallel_size={vp}",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_names_its_pipeline_dtype(name: str) -> None:
+    # Megatron refuses a pipeline without one, so that --pp alone would fail.
+    config = gpt_preset(name)
+    assert config.pipeline_dtype == config.params_dtype
+
+
+def test_presets_lists_them() -> None:
+    result = click.testing.CliRunner().invoke(presets)
+    assert result.exit_code == 0
+    for name in NAMES:
+        assert name in result.stdout
+    assert "124M parameters" in result.stdout
+
+
+def test_presets_as_json() -> None:
+    result = click.testing.CliRunner().invoke(presets, ["--json"])
+    described = json.loads(result.stdout)
+    assert set(NAMES) <= set(described)
+    assert all(described[name] and not described[name].startswith("#") for name in NAMES)
