@@ -51,9 +51,10 @@ class _Rank(NamedTuple):
 def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeout: float = 120) -> list[T]:
     """Call `fn(*args)` on `world_size` ranks and return the results by rank.
 
-    `fn` is a top-level function of a file; arguments and results must pickle. RANK, WORLD_SIZE, LOCAL_RANK and
-    LOCAL_WORLD_SIZE are set, torch.distributed is initialised over gloo. No process outlives the call, whatever
-    happens.
+    `fn` is a top-level function of a file; arguments and results must pickle (tensors do, but to read one the caller
+    imports megatron-core, which changes how they pickle: numbers are cheaper). Each rank has RANK, WORLD_SIZE,
+    LOCAL_RANK and LOCAL_WORLD_SIZE in its environment, torch.distributed initialised and the CPU runtime installed.
+    No process outlives the call, whatever happens.
 
     Raises:
         RankError: a rank died, or `timeout` seconds passed (the stacks of the ranks are then on stderr).
@@ -163,6 +164,9 @@ def _call(task: _Task, rank: int, world_size: int, directory: Path, timeout: flo
 
 def _load(task: _Task) -> ModuleType:
     """The module of the task under the name it has in the parent, so that its classes pickle both ways."""
+    package = task.module.partition(".")[0]
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        sys.modules[package] = ModuleType(package)  # pickle imports the first part of a dotted name
     if task.module not in sys.modules:
         spec = importlib.util.spec_from_file_location(task.module, task.file)
         assert spec is not None

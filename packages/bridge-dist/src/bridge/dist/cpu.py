@@ -14,6 +14,7 @@ Not covered:
 - Threads other than the one that called `install`: the redirection of torch functions is thread-local. Autograd runs
   the backward pass of CPU tensors in the calling thread, so it is covered.
 - What exists only on a GPU: Transformer Engine, Triton kernels, CUDA graphs, memory pools, FP8.
+- `torch.compile`: compiled functions run as they are written.
 - Names that another module bound (`from torch.cuda import Stream`) before `install`, and those that it bound while
   the runtime was installed and keeps after `uninstall`.
 - The insides of torch functions written in Python: torch switches the redirection off while one runs. The backward
@@ -23,6 +24,7 @@ Not covered:
 import contextlib
 import functools
 import importlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,16 +33,19 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.autograd.graph
+import torch.cuda.memory
 import torch.cuda.nvtx
 import torch.cuda.random
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
+from bridge.dist.errors import DistError
+
 _CPU = torch.device("cpu")
 _MISSING = object()
 
 
-class CpuRuntimeError(RuntimeError):
+class CpuRuntimeError(DistError, RuntimeError):
     """The CPU runtime cannot be installed, or removed, here."""
 
 
@@ -68,12 +73,15 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise CpuRuntimeError(
-            f"the CPU runtime refuses to hide a real GPU ({torch.cuda.get_device_name()}): "
-            "leave it out, or start the process with CUDA_VISIBLE_DEVICES='' to compute on the CPU"
+            "the CPU runtime does not hide a real GPU: leave it out to compute on that, "
+            "or start the process with CUDA_VISIBLE_DEVICES='' to compute on the CPU"
         )
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():
             undo.enter_context(_replaced(replacement))
+        # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
+        undo.enter_context(_without_generator_warning())
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_entered(_CudaIsCpu()))
         _installation = _Installation(undo.pop_all(), threading.get_ident())
 
@@ -219,10 +227,6 @@ _TORCH_CUDA: Mapping[str, object] = {
     "synchronize": _always(None),
     "is_current_stream_capturing": _always(False),
     "empty_cache": _always(None),
-    "memory_allocated": _always(0),
-    "memory_reserved": _always(0),
-    "max_memory_allocated": _always(0),
-    "max_memory_reserved": _always(0),
     "reset_peak_memory_stats": _always(None),
 }
 
@@ -244,6 +248,10 @@ def _replacements() -> list[_Replacement]:
         *(_Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
         *(_Replacement(torch.cuda.random, name, _TORCH_CUDA[name]) for name in ("current_device", "device_count")),
         *(_Replacement(torch.cuda.nvtx, name, _always(0)) for name in ("range_push", "range_pop")),
+        # The source of every figure about memory: without figures all are zero.
+        _Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),
+        # Not in `_REDIRECTED`: torch refuses a stream that is not its own before it asks the mode.
+        _Replacement(torch.Tensor, "record_stream", _always(None)),
         _Replacement(DeviceMesh, "__init__", _redirected_mesh()),
         *(_Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
         *(_Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
@@ -262,6 +270,21 @@ def _replaced(replacement: _Replacement) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _without_generator_warning() -> Iterator[None]:
+    """Without megatron-core's warning that drawing on the GPU moved the CPU's generator: here they are one."""
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(_is_not_generator_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_not_generator_warning)
+
+
+def _is_not_generator_warning(record: logging.LogRecord) -> bool:
+    return record.msg != "CPU RNG state changed within GPU RNG context"
 
 
 @contextlib.contextmanager
@@ -314,7 +337,6 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
     torch.Tensor.type: _type,
     torch.Tensor.cuda: _same,
     torch.Tensor.pin_memory: _same,
-    torch.Tensor.record_stream: _always(None),
 }
 
 

@@ -1,0 +1,525 @@
+"""The CPU runtime: what it redirects, what it puts back, and megatron-core training on it as real processes."""
+
+import functools
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.graph
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch.distributed import device_mesh
+from torch.overrides import _get_current_function_mode_stack
+
+from bridge.dist import cpu
+
+CUDA = torch.device("cuda", 0)  # named before any installation, as megatron-core's default arguments are
+SPELLINGS = ["cuda", "cuda:0", 0, CUDA, torch.device("cuda")]
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime refuses beside a real GPU")
+
+
+@pytest.fixture
+def runtime() -> Iterator[None]:
+    with cpu.cpu_runtime():
+        yield
+
+
+# Installing and uninstalling
+
+
+def _watched() -> list[type | ModuleType]:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    return [
+        *(torch, torch.Tensor, torch.autograd, torch.autograd.graph, torch.random),
+        *(torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.cuda.memory, torch.cuda.streams),
+        *(torch.distributed, device_mesh, device_mesh.DeviceMesh, moe_utils, token_dispatcher),
+    ]
+
+
+def _names() -> dict[tuple[str, str], object]:
+    return {(owner.__name__, name): value for owner in _watched() for name, value in vars(owner).items()}
+
+
+def test_uninstall_puts_every_name_back() -> None:
+    before, modes = _names(), _get_current_function_mode_stack()
+    cpu.install()
+    during = _names()
+    cpu.uninstall()
+    after = _names()
+    assert sum(before.get(key) is not value for key, value in during.items()) > 20
+    assert list(after) == list(before)
+    assert [key for key, value in after.items() if value is not before[key]] == []
+    assert _get_current_function_mode_stack() == modes
+
+
+def test_a_second_installation_changes_nothing() -> None:
+    with cpu.cpu_runtime():
+        during = _names()
+        cpu.install()
+        assert len(_get_current_function_mode_stack()) == 1
+        with cpu.cpu_runtime():
+            pass
+        assert cpu.is_installed()
+        assert _names() == during
+    assert not cpu.is_installed()
+    cpu.uninstall()
+    assert not cpu.is_installed()
+
+
+def test_uninstall_leaves_a_mode_that_was_entered_later() -> None:
+    try:
+        with cpu.cpu_runtime():
+            torch.set_default_device("meta")
+            assert torch.ones(1).is_meta
+        assert torch.ones(1).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert _get_current_function_mode_stack() == []
+
+
+def test_the_runtime_leaves_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), cpu.cpu_runtime():
+        _ = 1 / 0
+    assert not cpu.is_installed()
+
+
+def test_importing_has_no_effect() -> None:
+    program = (
+        "import sys, torch; before = dict(vars(torch.cuda)); from bridge.dist import cpu; "
+        "assert not cpu.is_installed(); assert vars(torch.cuda) == before; assert 'megatron' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_another_thread_cannot_uninstall(runtime: None) -> None:
+    errors: list[Exception] = []
+
+    def uninstall() -> None:
+        try:
+            cpu.uninstall()
+        except cpu.CpuRuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=uninstall)
+    thread.start()
+    thread.join()
+    assert "thread" in str(errors)
+    assert cpu.is_installed()
+
+
+def test_a_real_gpu_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # this machine has no GPU: see `pytestmark`
+    before = _names()
+    with pytest.raises(cpu.CpuRuntimeError, match="CUDA_VISIBLE_DEVICES"):
+        cpu.install()
+    assert _names() == before
+
+
+def test_a_torch_without_the_private_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No such version is known: the name is taken away from this one.
+    monkeypatch.delattr(torch.autograd.graph, "_engine_run_backward")
+    before = _names()
+    with pytest.raises(cpu.CpuRuntimeError, match=rf"torch {re.escape(torch.__version__)}.*_engine_run_backward"):
+        cpu.install()
+    assert _names() == before
+    assert not cpu.is_installed()
+
+
+# Redirection
+
+
+X = torch.arange(6.0).reshape(2, 3)
+REDIRECTED: dict[str, Callable[[], torch.Tensor]] = {
+    "factory, text": lambda: torch.ones(2, device="cuda"),
+    "factory, index": lambda: torch.ones(2, device=torch.cuda.current_device()),
+    "factory, formatted": lambda: torch.ones(2, device=f"cuda:{torch.cuda.current_device()}"),
+    "factory, device": lambda: torch.empty(2, device=CUDA, pin_memory=True),
+    "from data": lambda: torch.tensor([1, 2], device="cuda"),
+    "as another": lambda: torch.randn_like(X, device="cuda"),
+    "new": lambda: X.new_zeros(2, device=CUDA),
+    "cuda": lambda: X.cuda(),
+    "cuda, index": lambda: X.cuda(0, non_blocking=True),
+    "to, text": lambda: X.to("cuda"),
+    "to, index and dtype": lambda: X.to(0, torch.float64),
+    "to, device": lambda: X.to(device=CUDA, dtype=torch.float64),
+    "to, other": lambda: X.to(X.cuda()),
+    "pinned": lambda: X.pin_memory(),
+    "type": lambda: X.type("torch.cuda.DoubleTensor"),
+    "module": lambda: torch.nn.Linear(2, 2, device="cuda").weight,
+    "module.cuda": lambda: torch.nn.Linear(2, 2).cuda().weight,
+    "module.to": lambda: torch.nn.Linear(2, 2).to("cuda").weight,
+}
+
+
+@pytest.mark.parametrize("make", REDIRECTED.values(), ids=REDIRECTED)
+def test_cuda_is_the_cpu(make: Callable[[], torch.Tensor], runtime: None) -> None:
+    assert make().device.type == "cpu"
+
+
+@pytest.mark.parametrize("make", REDIRECTED.values(), ids=REDIRECTED)
+def test_without_the_runtime_cuda_is_missing(make: Callable[[], torch.Tensor]) -> None:
+    with pytest.raises((RuntimeError, AssertionError, TypeError)):
+        make()
+
+
+def test_devices_are_named_as_the_cpu(runtime: None) -> None:
+    named = [torch.device("cuda"), torch.device("cuda", 0), torch.device("cuda:0"), torch.device(0), torch.device(CUDA)]
+    assert {device.type for device in named} == {"cpu"}
+    assert torch.device("meta").type == "meta"
+    assert not torch.cuda.is_available()
+
+
+@given(
+    spelling=st.sampled_from(SPELLINGS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+    shape=st.lists(st.integers(0, 3), max_size=3),
+    value=st.integers(-100, 100),
+)
+def test_the_device_changes_nothing_else(
+    spelling: str | int | torch.device, dtype: torch.dtype, shape: list[int], value: int
+) -> None:
+    expected = torch.full(shape, value, dtype=dtype)
+    with cpu.cpu_runtime():
+        made = torch.full(shape, value, dtype=dtype, device=spelling)
+        moved = torch.full(shape, value).to(spelling, dtype)
+    for tensor in (made, moved):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+
+
+def test_the_type_is_spelled_both_ways(runtime: None) -> None:
+    half = X.bfloat16()
+    assert X.type() == "torch.cuda.FloatTensor"
+    assert X.type() == "torch.FloatTensor"
+    assert X.type() != "torch.cuda.HalfTensor"
+    assert half.type() in ["torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"]
+
+
+def test_streams_and_events_keep_program_order(runtime: None) -> None:
+    stream, start, end = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.cuda.device(0):
+        start.record()
+        y = X.cuda() + 1
+        y.record_stream(stream)
+        end.record()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_event(stream.record_event())
+    torch.cuda.synchronize()
+    assert end.query()
+    assert start.elapsed_time(end) > 0
+    torch.testing.assert_close(y, X + 1)
+
+
+def test_the_device_is_one_and_its_memory_unused(runtime: None) -> None:
+    torch.cuda.set_device(0)
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.ones(1000, device="cuda")
+    assert torch.cuda.device_count() == 1
+    assert torch.cuda.current_device() == 0
+    figures = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
+    assert [figure() for figure in figures] == [0, 0, 0]
+    assert torch.cuda.memory_stats() == {}
+
+
+class _OnCuda(torch.autograd.Function):
+    """A function whose backward makes tensors on the CUDA device, as megatron-core's parallel mappings do."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(grad, 3.0, device="cuda") + torch.zeros(1, device=torch.cuda.current_device())
+
+
+def _by_tensor(x: torch.Tensor) -> torch.Tensor | None:
+    _OnCuda.apply(x).sum().backward()
+    return x.grad
+
+
+def _by_autograd(x: torch.Tensor) -> torch.Tensor | None:
+    torch.autograd.backward([_OnCuda.apply(x).sum()])
+    return x.grad
+
+
+def _by_grad(x: torch.Tensor) -> torch.Tensor | None:
+    (grad,) = torch.autograd.grad(_OnCuda.apply(x).sum(), x)
+    return grad
+
+
+def _by_engine(x: torch.Tensor) -> torch.Tensor | None:
+    """As megatron-core's schedules call it once pipeline outputs are deallocated."""
+    from megatron.core.pipeline_parallel.schedules import custom_backward
+
+    custom_backward(_OnCuda.apply(x).sum(), None)
+    return x.grad
+
+
+@pytest.mark.parametrize("backward", [_by_tensor, _by_autograd, _by_grad, _by_engine])
+def test_the_backward_pass_is_redirected(
+    backward: Callable[[torch.Tensor], torch.Tensor | None], runtime: None
+) -> None:
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    assert backward(x).tolist() == [3.0, 3.0]  # type: ignore[union-attr]
+
+
+def test_compiled_functions_run_as_written(runtime: None) -> None:
+    ran: list[int] = []
+
+    @torch.compile
+    def double(x: torch.Tensor) -> torch.Tensor:
+        ran.append(1)
+        return 2 * x
+
+    for _ in range(2):
+        torch.testing.assert_close(double(X), X + X)
+    assert len(ran) == 2
+
+
+def test_the_random_state_tracker_forks(runtime: None, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("shard", 7)
+
+    def draw() -> torch.Tensor:
+        with tracker.fork("shard"):
+            return torch.rand(4, device="cuda")
+
+    torch.manual_seed(1)
+    outside = [torch.rand(4), torch.rand(4)]
+    torch.manual_seed(1)
+    first, inside, second = torch.rand(4), draw(), torch.rand(4)
+    torch.testing.assert_close([first, second], outside, rtol=0, atol=0)
+    assert not torch.equal(inside, draw())
+    torch.manual_seed(7)
+    torch.testing.assert_close(inside, torch.rand(4), rtol=0, atol=0)
+    assert caplog.messages == []
+
+
+def test_cuda_seed_and_state_are_the_cpus(runtime: None) -> None:
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(3, device="cuda")
+    torch.cuda.set_rng_state(state)
+    torch.testing.assert_close(torch.rand(3), drawn, rtol=0, atol=0)
+
+
+def test_megatron_still_leaves_cpu_tensors_out_of_numpy() -> None:
+    """megatron-core 0.19.2; when this fails it is mended, and `_maybe_move_tensor_to_cpu` can go."""
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+    assert isinstance(maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True), torch.Tensor)
+
+
+# Training on real ranks
+
+VOCABULARY, LENGTH, BATCH, STEPS = 64, 8, 8, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    dp: int = 1
+    experts: int | None = None
+    wrapper: str = "ddp"
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    fused: bool = False
+    bf16: bool = False
+    dropout: float = 0.0
+    recompute: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def _train(case: _Case) -> list[tuple[float, float]]:
+    """Loss and gradient norm per step, by megatron-core's own model, wrapper, schedule and optimizer."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        FullyShardedDataParallel,
+        TorchFullyShardedDataParallel,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+
+    from bridge.dist.layout import Layout, create_process_groups
+    from bridge.dist.weights import draw_weights
+
+    groups = create_process_groups(Layout(tp=case.tp, pp=case.pp, ep=case.ep, dp=case.dp))
+    model_parallel_cuda_manual_seed(1)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    config = TransformerConfig(
+        transformer_impl="local",
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        expert_model_parallel_size=case.ep,
+        num_moe_experts=case.experts,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=case.experts is None,
+        hidden_dropout=case.dropout,
+        attention_dropout=case.dropout,
+        recompute_granularity="full" if case.recompute else None,
+        recompute_method="uniform" if case.recompute else None,
+        recompute_num_layers=1 if case.recompute else None,
+        bias_activation_fusion=case.fused,
+        bias_dropout_fusion=case.fused,
+        gradient_accumulation_fusion=False,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=case.bf16,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(num_experts=case.experts),
+        VOCABULARY,
+        LENGTH,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == case.pp - 1,
+        pg_collection=groups,
+    ).cuda(torch.cuda.current_device())
+    draw_weights([model], groups, vocab_size=VOCABULARY)
+    stage: Any = Float16Module(config, model) if case.bf16 else model
+    distributed_optimizer = case.distributed_optimizer or case.wrapper == "megatron-fsdp"
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap,
+        use_megatron_fsdp=case.wrapper == "megatron-fsdp",
+        data_parallel_sharding_strategy="optim_grads_params" if case.wrapper == "megatron-fsdp" else "no_shard",
+        gradient_reduce_div_fusion=case.wrapper != "megatron-fsdp",  # gloo cannot scale while it reduces
+        check_for_nan_in_grad=True,
+    )
+    wrappers: dict[str, Callable[..., MegatronModule]] = {
+        "ddp": DistributedDataParallel,
+        "megatron-fsdp": FullyShardedDataParallel,
+        "torch-fsdp2": TorchFullyShardedDataParallel,
+    }
+    stage = wrappers[case.wrapper](config, ddp, stage)
+    config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap:
+        config.no_sync_func = stage.no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=1e-2,
+            min_lr=1e-2,
+            bf16=case.bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=case.overlap,
+        ),
+        [stage],
+    )
+    causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device="cuda").triu(1)
+    positions = torch.arange(LENGTH, device="cuda")[None]
+
+    def forward(batches: Iterator[torch.Tensor], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., object]]:
+        tokens = next(batches).cuda(non_blocking=True)
+        losses = stage(tokens[:, :-1], positions, causal, labels=tokens[:, 1:].contiguous())
+
+        def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            mean = losses.float().mean()
+            return mean, {"loss": mean.detach().clone()}
+
+        return losses, reduce
+
+    history = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+        mine = tokens.chunk(case.dp)[groups.dp.rank()].split(2)
+        stage.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(mine),
+            model=[stage],
+            num_microbatches=len(mine),
+            seq_length=LENGTH,
+            micro_batch_size=2,
+            forward_only=False,
+        )
+        stepped, norm, _ = optimizer.step()
+        assert stepped
+        loss = torch.stack([report["loss"] for report in reports]).mean() if reports else torch.zeros(())
+        torch.distributed.all_reduce(loss, group=groups.dp)
+        history.append((loss.item() / case.dp, float(norm)))
+    return history
+
+
+DENSE = _Case()
+SPARSE = _Case(experts=4)
+HALF = _Case(bf16=True)
+
+
+@functools.cache
+def _alone(case: _Case) -> list[tuple[float, float]]:
+    return run_ranks(_train, 1, case)[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "alone"),
+    [
+        pytest.param(_Case(tp=2), DENSE, id="tensor parallel"),
+        pytest.param(_Case(pp=2), DENSE, id="pipeline"),
+        pytest.param(_Case(tp=2, pp=2), DENSE, id="tensor parallel, pipeline"),
+        pytest.param(_Case(dp=2), DENSE, id="ddp"),
+        pytest.param(_Case(dp=2, distributed_optimizer=True), DENSE, id="distributed optimizer"),
+        pytest.param(_Case(dp=2, distributed_optimizer=True, overlap=True), DENSE, id="overlap"),
+        pytest.param(_Case(dp=2, wrapper="torch-fsdp2"), DENSE, id="fsdp2"),
+        pytest.param(_Case(dp=2, wrapper="megatron-fsdp"), DENSE, id="megatron-fsdp"),
+        pytest.param(_Case(recompute=True), DENSE, id="recomputation"),
+        pytest.param(replace(SPARSE, dp=2, ep=2), SPARSE, id="experts, all-to-all"),
+    ],
+)
+def test_a_layout_trains_as_one_process_does(case: _Case, alone: _Case) -> None:
+    if case.wrapper == "megatron-fsdp":
+        pytest.importorskip("einops", reason="Megatron-FSDP imports einops, which megatron-core does not depend on")
+    expected = _alone(alone)
+    last = run_ranks(_train, case.world_size, case)[-1]
+    assert last == [pytest.approx(values, rel=1e-5) for values in expected]
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_bf16_trains_alike_on_two_ranks(distributed_optimizer: bool) -> None:
+    expected = _alone(HALF)
+    case = replace(HALF, dp=2, distributed_optimizer=distributed_optimizer)
+    assert run_ranks(_train, 2, case)[-1] == [pytest.approx(values, rel=1e-2) for values in expected]
+
+
+def test_fused_functions_compute_the_same() -> None:
+    """GELU's fused form is its tanh approximation: the two agree to about 1e-5, not to the last digit."""
+    expected = _alone(DENSE)
+    assert run_ranks(_train, 1, _Case(fused=True))[0] == [pytest.approx(values, rel=1e-3) for values in expected]
+
+
+def test_dropout_is_repeated_by_recomputation() -> None:
+    expected = run_ranks(_train, 1, _Case(dropout=0.1))[0]
+    assert run_ranks(_train, 1, _Case(dropout=0.1, recompute=True))[0] == [pytest.approx(v, rel=1e-5) for v in expected]
