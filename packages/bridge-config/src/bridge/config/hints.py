@@ -51,7 +51,13 @@ def _slots(cls: type) -> tuple[Slot, ...] | None:
     if dataclasses.is_dataclass(cls):
         hints = _resolved(cls)
         return tuple(
-            Slot(f.name, hints[f.name], f.name, f.init, f.init and f.default is f.default_factory is MISSING)
+            Slot(
+                f.name,
+                _field_hint(f, hints[f.name]),
+                f.name,
+                f.init,
+                f.init and f.default is f.default_factory is MISSING,
+            )
             for f in dataclasses.fields(cls)
         )
     attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
@@ -63,6 +69,11 @@ def _slots(cls: type) -> tuple[Slot, ...] | None:
         Slot(name, hints.get(name, Any), attribute, True, defaults[name].default is inspect.Parameter.empty)
         for name, attribute in attributes.items()
     )
+
+
+def _field_hint(f: dataclasses.Field[Any], hint: Any) -> Any:
+    # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
+    return Union[hint, None] if f.default is None else hint  # noqa: UP007  (a hint may not support |)
 
 
 def _resolved(obj: Any) -> dict[str, Any]:
