@@ -86,3 +86,5 @@ print(sorted(m.name for m in pkgutil.iter_modules(bridge.__path__)))
     assert imported.stdout == f"{sorted(name.removeprefix('bridge-') for name in PACKAGES[:layers])}\n"
     helped = environment.run("bridge", "--help")
     assert helped.returncode == 0, helped.stderr
+    assert ("\n  build " in helped.stdout) == (layers > PACKAGES.index("bridge-dist"))
+    assert "cannot be loaded" not in helped.stdout
