@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from enum import Enum
+from functools import cache
 from typing import Annotated, Any, Literal, NewType, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
 from bridge.config.targets import qualified_name
@@ -90,6 +91,14 @@ def _resolved(obj: Any) -> dict[str, Any]:
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union without None, as they stand in the annotation; a plain annotation is its only member."""
+    try:
+        return _alternatives(hint)
+    except TypeError:  # an unhashable annotation, which the cache cannot hold
+        return _alternatives.__wrapped__(hint)
+
+
+@cache
+def _alternatives(hint: Any) -> tuple[Any, ...]:
     hint = strip(hint)
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(dict.fromkeys(inner for member in get_args(hint) for inner in alternatives(member)))
@@ -154,9 +163,15 @@ def is_named(hint: Any) -> bool:
     return is_enum(hint) or is_dtype(hint) or is_callable(hint) or is_class(hint)
 
 
-def dtypes() -> dict[str, object]:
-    """The dtypes of torch by their names without `torch.`, aliases included; empty if torch is not loaded."""
+def dtype(name: str) -> object | None:
+    """The dtype called `name`, with or without `torch.`; None if there is none, or torch is not loaded."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return {}
-    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    # vars, not getattr: torch imports modules for the asking.
+    found = vars(torch).get(name.removeprefix("torch.")) if torch else None
+    return found if is_dtype(type(found)) else None
+
+
+def dtypes() -> list[str]:
+    """The names of torch's dtypes, aliases such as `torch.half` included; empty if torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return [f"torch.{name}" for name, value in vars(torch).items() if is_dtype(type(value))] if torch else []

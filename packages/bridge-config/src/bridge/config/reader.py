@@ -219,9 +219,9 @@ def _by_name(name: str, members: tuple[Any, ...]) -> Any:
                 return member[name]
             choices += member.__members__
         elif hints.is_dtype(member):
-            if name.removeprefix("torch.") in hints.dtypes():
-                return hints.dtypes()[name.removeprefix("torch.")]
-            choices += [f"torch.{choice}" for choice in hints.dtypes()]
+            if (dtype := hints.dtype(name)) is not None:
+                return dtype
+            choices += hints.dtypes()
     if any(hints.is_callable(member) or hints.is_class(member) for member in members):
         return _fitting(name, members)
     raise unexpected(wanted_for(members), name, nearest(name, choices))
@@ -270,7 +270,7 @@ def _resolved(name: object, members: tuple[Any, ...]) -> Any:
     for member in members:
         if isinstance(member, type) and targets.qualified_name(member) == name:
             return member
-    if name.startswith("torch.") and (dtype := hints.dtypes().get(name.removeprefix("torch."))) is not None:
+    if name.startswith("torch.") and (dtype := hints.dtype(name)) is not None:
         return dtype
     if name in hints.PLAIN_CLASSES and (found := targets.loaded(name)) is not None:
         return found

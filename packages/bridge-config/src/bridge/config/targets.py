@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +25,7 @@ GROUP = "bridge.targets"
 
 _registered: dict[str, object] = {}
 _builders: dict[str, tuple[type, type[ModelConfig]]] = {}
+_names: dict[int, tuple[object, str]] = {}  # by identity: objects may be unhashable
 
 # Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
 _HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-models", "torch.": "bridge-models"}
@@ -54,6 +56,7 @@ def register(obj: T, name: str | None = None) -> T:
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
         raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
     _registered[name] = obj
+    _names.clear()
     return obj
 
 
@@ -64,7 +67,7 @@ def register_builder(cls: type, accepts: type[ModelConfig]) -> None:
 
 @cache
 def declared() -> dict[str, list[EntryPoint]]:
-    """What the installed distributions declare, by name. Cached: `declared.cache_clear()` after an installation."""
+    """What the installed distributions declare, by name; found once, see `refresh`."""
     from importlib.metadata import entry_points
 
     found: dict[str, list[EntryPoint]] = {}
@@ -73,9 +76,11 @@ def declared() -> dict[str, list[EntryPoint]]:
     return found
 
 
-def is_authorised(name: str) -> bool:
-    """Whether a document of this process may use `name`. Imports nothing."""
-    return name in _registered or name in declared()
+def refresh() -> None:
+    """Look again for what the installed distributions declare: needed only if one was installed in the meantime."""
+    declared.cache_clear()
+    _declared_object.cache_clear()
+    _names.clear()
 
 
 def known_names() -> list[str]:
@@ -91,10 +96,9 @@ def resolve(name: str) -> object:
     """
     if name in _registered:
         return _registered[name]
-    points = declared().get(name)
-    if not points:
+    if name not in declared():
         raise TargetError(unknown(name))
-    return _load(name, points)
+    return _declared_object(name)
 
 
 def unknown(name: str) -> str:
@@ -116,20 +120,12 @@ def name_of(obj: object) -> str | None:
 
     Declared names are compared only where their module is loaded already: looking for a name imports nothing.
     """
-    for name, present in _registered.items():
-        if present is obj:
-            return name
-    aliases = []
-    for name, points in declared().items():
-        if any(_loaded(point.value) is obj for point in points):
-            if "." in name:
-                return name
-            aliases.append(name)
-    own = qualified_name(obj)
-    # Only the very object counts: a decorated or replaced function must not come back as another one.
-    if own is not None and _walk(own) is obj:
-        return own
-    return aliases[0] if aliases else None
+    if id(obj) not in _names:
+        name = _find_name(obj)
+        if name is None:
+            return None
+        _names[id(obj)] = (obj, name)
+    return _names[id(obj)][1]
 
 
 def builder_for(name: str, config: ModelConfig) -> type:
@@ -174,7 +170,26 @@ def loaded(name: str) -> object | None:
     return None if found is _NOTHING else found
 
 
-def _load(name: str, points: list[EntryPoint]) -> object:
+def _find_name(obj: object) -> str | None:
+    for name, present in _registered.items():
+        if present is obj:
+            return name
+    aliases = []
+    for name, points in declared().items():
+        if any(_loaded(point.value) is obj for point in points):
+            if "." in name:
+                return name
+            aliases.append(name)
+    own = qualified_name(obj)
+    # Only the very object counts: a decorated or replaced function must not come back as another one.
+    if own is not None and _walk(own) is obj:
+        return own
+    return aliases[0] if aliases else None
+
+
+@cache
+def _declared_object(name: str) -> object:
+    points = declared()[name]
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
         raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
@@ -184,7 +199,9 @@ def _load(name: str, points: list[EntryPoint]) -> object:
     if "." in name and point.value.replace(":", ".") != name:
         raise TargetError(f"{owner} declares {name!r} as {point.value!r}: a dotted name must name its own object")
     try:
-        return point.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a library says when it is imported is not about the document
+            return point.load()
     except Exception as error:
         raise TargetError(f"{name!r}, declared by {owner}, cannot be loaded: {error}") from error
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, nearest
+
+_known: dict[type, frozenset[str]] = {}
 
 
 class WriteThrough:
@@ -39,7 +41,7 @@ class WriteThrough:
                 )
         # The generated __init__ assigns each field once; these must not overwrite the owner's values with defaults.
         if unset := shared - given.keys():
-            self.__dict__["_unset"] = unset
+            self.__dict__["_unset"] = set(unset)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -91,16 +93,18 @@ class WriteThrough:
         object.__setattr__(self, cls._embeds, embedded)
 
 
-def field_names(config: object) -> set[str]:
+def field_names(config: object) -> frozenset[str]:
     """The names of a dataclass instance's fields; none for anything else."""
-    found: dict[str, object] = getattr(type(config), "__dataclass_fields__", {})
-    return {f.name for f in fields(config)} if found else set()  # type: ignore[arg-type]
+    cls = type(config)
+    if cls not in _known:
+        _known[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
+    return _known[cls]
 
 
-def shared_names(config: object) -> set[str]:
+def shared_names(config: object) -> frozenset[str]:
     """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
-        return set()
+        return frozenset()
     return field_names(config) & field_names(getattr(config, config._embeds))
 
 
