@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import click
 
-from bridge.config.errors import ConfigError
+from bridge.config.errors import BridgeError
 
 GROUP = "bridge.commands"
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage."""
     try:
         bridge(args=arguments, prog_name="bridge")
-    except ConfigError as error:
+    except BridgeError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
 

@@ -67,6 +67,8 @@ def build(
     The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
     that losses and gradient norms do not depend on the layout.
     """
+    from bridge.dist import quiet as quiet  # for its effect
+
     document = Document.load(file, overrides)
     here = launch.rank_variables(os.environ) if nproc is None else {}
     os.environ.update(here)

@@ -19,7 +19,7 @@ from bridge.dist.errors import LaunchError
 ResultT = TypeVar("ResultT")
 
 # Imported once by the fork server, from which the ranks are then forked.
-_PRELOAD = ["bridge.dist.job"]
+_PRELOAD = ["bridge.dist.quiet", "bridge.dist.job"]
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

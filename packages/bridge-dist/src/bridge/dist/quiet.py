@@ -1,0 +1,10 @@
+"""Imported by the command line before Megatron: keeps what Megatron says about missing CUDA libraries off the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+warnings.filterwarnings("ignore", module=r"megatron\.")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
