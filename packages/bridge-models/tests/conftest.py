@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch._C._distributed_c10d import HashStore
 
 from bridge.models.gpt import GPTModelConfig
 
@@ -30,7 +31,7 @@ BLOCKS = [
 @pytest.fixture(scope="module")
 def pg_collection() -> Iterator[ProcessGroupCollection]:
     """The process groups of a world of one."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.destroy_model_parallel()

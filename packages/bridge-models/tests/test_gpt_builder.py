@@ -88,6 +88,7 @@ def test_a_config_read_back_builds_the_same_model(pg_collection: ProcessGroupCol
     assert type(read) is GPTModelConfig
     assert type(read.transformer) is cls
     assert read.as_dict() == config.as_dict()
+    assert repr(read) == repr(config)
     first = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
     second = drawn(lambda: GPTModelBuilder(read).build_model(pg_collection))
     assert state(first) == state(second)
@@ -191,9 +192,9 @@ def stages_of_rank(config: GPTModelConfig) -> list[Stage]:
 
 def layers_of(model: GPTModel) -> list[tuple[int, str]]:
     """Number of each layer, and what it is made of."""
+    layers: Any = model.decoder.layers
     return [
-        (layer.layer_number, str([(name, tuple(p.shape)) for name, p in layer.named_parameters()]))
-        for layer in model.decoder.layers
+        (layer.layer_number, str([(name, tuple(p.shape)) for name, p in layer.named_parameters()])) for layer in layers
     ]
 
 

@@ -35,12 +35,13 @@ class OtherAttention(DotProductAttention):
 
 def other_spec() -> ModuleSpec:
     spec = get_gpt_layer_local_spec()
-    spec.submodules.self_attention.submodules.core_attention = OtherAttention
+    parts: Any = spec.submodules
+    parts.self_attention.submodules.core_attention = OtherAttention
     return spec
 
 
 def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
-    model = GPTModelBuilder(config).build_model(pg_collection)
+    model: Any = GPTModelBuilder(config).build_model(pg_collection)
     return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
 
 
@@ -116,13 +117,13 @@ def test_layers_without_attention_stay_as_they_are(pg_collection: ProcessGroupCo
 
 def test_experts_come_before_heterogeneous_blocks(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt(HeterogeneousTransformerConfig, num_moe_experts=2, moe_ffn_hidden_size=16, add_bias_linear=False)
-    model = GPTModelBuilder(config).build_model(pg_collection)
+    model: Any = GPTModelBuilder(config).build_model(pg_collection)
     assert all(isinstance(layer.mlp, MoELayer) for layer in model.decoder.layers)
 
 
 def test_normalised_queries_are_normalised(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     # The reference forgets qk_l2_norm where layers are local and all alike.
-    model = GPTModelBuilder(gpt(qk_l2_norm=True)).build_model(pg_collection)
+    model: Any = GPTModelBuilder(gpt(qk_l2_norm=True)).build_model(pg_collection)
     assert all(isinstance(layer.self_attention.q_layernorm, L2Norm) for layer in model.decoder.layers)
 
 
@@ -137,7 +138,7 @@ def test_multi_token_prediction_repeats_the_last_decoder_layer(
     pg_collection: ProcessGroupCollection, gpt: GPT, frequency: list[int], experts: bool
 ) -> None:
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": frequency}
-    model = GPTModelBuilder(gpt(mtp_num_layers=1, **moe)).build_model(pg_collection)
+    model: Any = GPTModelBuilder(gpt(mtp_num_layers=1, **moe)).build_model(pg_collection)
     assert isinstance(model.mtp.layers[0].mtp_model_layer.mlp, MoELayer) == experts
 
 
@@ -147,8 +148,9 @@ def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: Pro
     empty = TransformerBlockSubmodules(layer_specs=[])
     block = layer_specs.mtp_block_spec(config, empty, vp_stage=None, pp_rank=0)
     assert block is not None
-    plain = get_gpt_layer_local_spec(num_experts=2)
-    assert repr(block.layer_specs[0].submodules.mtp_model_layer) == repr(plain)
+    assert block.layer_specs is not None
+    layer: Any = block.layer_specs[0].submodules
+    assert repr(layer.mtp_model_layer) == repr(get_gpt_layer_local_spec(num_experts=2))
 
 
 @without_te

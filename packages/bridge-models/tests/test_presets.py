@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click.testing
@@ -64,7 +65,7 @@ def test_a_preset_round_trips(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_written_as_yaml_reads_back(tmp_path: Any, name: str) -> None:
+def test_a_preset_written_as_yaml_reads_back(tmp_path: Path, name: str) -> None:
     config = load_config(name)
     file = tmp_path / "written.yaml"
     file.write_text(Document.of(config).to_yaml())
@@ -88,7 +89,8 @@ def test_gpt2_activates_by_the_tanh_approximation() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-405b"])
 def test_llama_rotates_as_published(pg_collection: ProcessGroupCollection, name: str) -> None:
     model = on_meta(gpt_preset(name, "transformer.num_layers=1"), pg_collection)
-    frequencies = model.rotary_pos_emb.inv_freq
+    rotary: Any = model.rotary_pos_emb
+    frequencies = rotary.inv_freq
     assert frequencies.shape == (64,)
     assert frequencies[0] == 1.0
     # The slowest pair turns less than once in 8192 tokens, so it is slowed down by the factor, 8.
