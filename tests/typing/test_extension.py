@@ -1,10 +1,12 @@
 """A model family outside the workspace, against the built wheels: it type-checks, and `bridge build` trains it."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from environments import PACKAGES, Environment, uv
@@ -56,12 +58,20 @@ def test_wrong_programs_fail_as_expected(environment: Environment, extension: Pa
     assert sorted(found) == sorted(expected), checked.stdout + checked.stderr
 
 
-def test_extension_is_built_and_trained(environment: Environment, extension: Path) -> None:
-    arguments = ["bigram.yaml", "--nproc", "2", "--tp", "2", "--steps", "3", "--json"]
-    built = environment.run("bridge", "build", *arguments, cwd=extension)
+def build(environment: Environment, *args: str, cwd: Path) -> dict[str, Any]:
+    built = environment.run("bridge", "build", "bigram.yaml", *args, "--steps", "3", "--json", cwd=cwd)
     assert built.returncode == 0, built.stderr
-    report = json.loads(built.stdout)
+    report: dict[str, Any] = json.loads(built.stdout)
+    return report
+
+
+def test_extension_is_built_and_trained(environment: Environment, extension: Path) -> None:
+    report = build(environment, "--nproc", "2", "--tp", "2", cwd=extension)
     assert report["parameters"] == 2 * 256 * 32
     assert [chunk["wrappers"][-1] for rank in report["ranks"] for chunk in rank["chunks"]] == ["BigramModel"] * 2
-    first, *_, last = report["losses"]
-    assert last < first
+    assert report["losses"][0] == pytest.approx(math.log(256), abs=1e-3)  # nothing learned: any byte is as likely
+
+    # One rank gives the same; and without the hook of the document the embedding has a gradient too.
+    without_hook = build(environment, "pre_wrap_hooks=[]", cwd=extension)
+    assert without_hook["losses"][0] == pytest.approx(report["losses"][0], abs=1e-5)
+    assert without_hook["grad_norms"][0] > report["grad_norms"][0] * 1.01
