@@ -324,7 +324,22 @@ def test_megatron_still_leaves_cpu_tensors_out_of_numpy() -> None:
     assert isinstance(maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True), torch.Tensor)
 
 
-# Training on real ranks
+# On real ranks
+
+
+def _distribute() -> tuple[list[str], tuple[int, ...], float]:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = device_mesh.init_device_mesh("cuda", (2,))
+    same = device_mesh.DeviceMesh.from_group(mesh.get_group(), "cuda")
+    sharded = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    dropped = torch.nn.functional.dropout(sharded.cuda(), 0.5)  # torch has no generator for a mesh of absent GPUs
+    return [mesh.device_type, same.device_type], tuple(dropped.to_local().shape), sharded.full_tensor().sum().item()
+
+
+def test_a_mesh_of_cuda_devices_is_one_of_cpus() -> None:
+    assert run_ranks(_distribute, 2) == [(["cpu", "cpu"], (2, 3), 12.0)] * 2
+
 
 VOCABULARY, LENGTH, BATCH, STEPS = 64, 8, 8, 3
 
