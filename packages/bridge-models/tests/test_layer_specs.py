@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -16,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.models import gpt as reference
 from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
 
@@ -262,6 +265,55 @@ def test_a_modelopt_state_without_transformer_engine_takes_local_layers(
 ) -> None:
     config = gpt(outer={"restore_modelopt_state": True})
     assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+
+
+class MarkedProvider(LocalSpecProvider):
+    """Gives local parts, apart from an attention to know it by."""
+
+    def core_attention(self) -> type:
+        return OtherAttention
+
+
+@pytest.fixture
+def pretended_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine as if it were installed, which takes a GPU: what is chosen is real, its parts are not."""
+    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", MarkedProvider)
+
+
+EXPERTS = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
+
+
+@without_te
+@pytest.mark.usefixtures("pretended_te")
+@pytest.mark.parametrize("modelopt", [False, True])
+@pytest.mark.parametrize(
+    "inner",
+    [{}, {"qk_layernorm": True}, EXPERTS, {**EXPERTS, "mtp_num_layers": 1}, {"mtp_num_layers": 1}],
+)
+def test_with_transformer_engine_the_choice_is_the_references(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, inner: dict[str, Any], modelopt: bool
+) -> None:
+    around: dict[str, Any] = {"vocab_size": 96, "restore_modelopt_state": modelopt}
+    theirs = ReferenceConfig(transformer=transformer(**inner), **around)
+    ours = GPTModelConfig(transformer=transformer(**inner), **around)
+    expected = reference.default_layer_spec(theirs, 0)
+    chosen = layer_specs.layer_spec(ours, vp_stage=None, pp_rank=0)
+    assert repr(chosen) == repr(expected)
+    assert repr(layer_specs.mtp_block_spec(ours, chosen, vp_stage=None, pp_rank=0)) == repr(
+        reference.mtp_block_spec(theirs, expected)
+    )
+
+
+@without_te
+@pytest.mark.usefixtures("pretended_te")
+@pytest.mark.parametrize(("implementation", "attention"), [("transformer_engine", True), ("local", False)])
+def test_layers_are_local_when_asked_for(
+    pg_collection: ProcessGroupCollection, gpt: GPT, implementation: str, attention: bool
+) -> None:
+    spec = layer_specs.layer_spec(gpt(transformer_impl=implementation), vp_stage=None, pp_rank=0)
+    assert ("OtherAttention" in repr(spec)) == attention
 
 
 def test_local_attention_cannot_be_multi_latent(gpt: GPT, pg_collection: ProcessGroupCollection) -> None:
