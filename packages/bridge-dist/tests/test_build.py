@@ -1,4 +1,4 @@
-"""The engine on real process groups, with a model of its own: what it builds, in what order, and what it leaves alone."""
+"""The engine on real process groups: what it builds, in what order, and what it leaves alone."""
 
 from __future__ import annotations
 

@@ -1,0 +1,265 @@
+"""`bridge build` as its users meet it: real processes, real files, the terminal's output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+BRIDGE = str(SCRIPTS / "bridge")
+TORCHRUN = str(SCRIPTS / "torchrun")
+
+DOCUMENT = """\
+_target_: bridge.models.gpt.GPTModelConfig
+vocab_size: 256
+seq_length: 64
+transformer:
+  num_layers: 4
+  hidden_size: 32
+  num_attention_heads: 4
+"""
+
+# Runs many command lines in one process, since each process that imports Megatron takes seconds.
+MANY = """\
+import contextlib, io, json, sys
+from bridge.config.cli import main
+results = []
+for arguments in json.load(sys.stdin):
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def run(*command: str, environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | (environment or {}), **options
+    )
+
+
+def build(*arguments: str) -> dict[str, Any]:
+    done = run(BRIDGE, "build", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
+    return build("tiny", "--steps", "3")
+
+
+def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
+    # 256 tokens and 128 positions of width 64, an untied output layer, a final norm; per layer two norms, attention
+    # and MLP with biases: 2 * 128 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64).
+    parameters = 2 * 256 * 64 + 128 * 64 + 128 + 4 * (2 * 128 + 12_480 + 4_160 + 16_640 + 16_448)
+    assert one_rank["parameters"] == one_rank["padded_parameters"] == parameters
+    assert one_rank["world_size"] == 1
+    assert one_rank["layout"] == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
+    assert one_rank["wrap"] == "ddp"
+    assert one_rank["ranks"] == [
+        {
+            "rank": 0,
+            "tp": 0,
+            "pp": 0,
+            "dp": 0,
+            "cp": 0,
+            "ep": 0,
+            "chunks": [
+                {
+                    "vp_stage": 0,
+                    "layers": [0, 1, 2, 3],
+                    "parameters": parameters,
+                    "wrappers": ["DistributedDataParallel", "GPTModel"],
+                }
+            ],
+        }
+    ]
+    assert len(one_rank["losses"]) == len(one_rank["grad_norms"]) == 3
+    assert one_rank["losses"][-1] < one_rank["losses"][0]
+
+
+def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) -> None:
+    report = build("tiny", "--steps", "3", "--nproc", "4", "--tp", "2", "--pp", "2", "--vp", "2")
+    assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
+    assert report["grad_norms"] == pytest.approx(one_rank["grad_norms"], rel=1e-5)
+    assert report["parameters"] == one_rank["parameters"]
+    layers = [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]]
+    assert layers == [[[0], [2]], [[0], [2]], [[1], [3]], [[1], [3]]]
+
+
+def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> None:
+    """250 tokens pad to 256 rows on one rank and, 128 a rank, to 512 on four; the padding must take no probability."""
+    small = ("tiny", "vocab_size=250", "should_pad_vocab=true", "share_embeddings_and_output_weights=true")
+    one, four = build(*small, "--steps", "2"), build(*small, "--steps", "2", "--nproc", "4", "--tp", "4")
+    assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert four["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-5)
+    assert one["parameters"] == four["parameters"]
+    assert (one["padded_parameters"] - one["parameters"], four["padded_parameters"] - four["parameters"]) == (
+        6 * 64,
+        262 * 64,
+    )
+
+
+def test_a_table_on_the_terminal() -> None:
+    done = run(BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", environment={"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s): tp=1 pp=2" in done.stdout
+    for expected in ("0-1", "2-3", "DistributedDataParallel > GPTModel", "parameters of the whole model: 241,024"):
+        assert expected in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_under_torchrun_it_joins_the_ranks_that_are_there(one_rank: dict[str, Any]) -> None:
+    command = [
+        TORCHRUN,
+        "--no-python",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    done = run(*command, BRIDGE, "build", "tiny", "--steps", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # of rank 0 alone
+    assert report["layout"]["dp"] == 2
+    assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
+
+
+def test_under_slurm_it_joins_the_tasks_of_the_step(tmp_path: Path) -> None:
+    """Two tasks with the variables that srun sets, and an scontrol that answers as Slurm's does."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo localhost && echo node2\n')
+    scontrol.chmod(0o755)
+    shared = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "4242",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    tasks = [
+        subprocess.Popen(
+            [BRIDGE, "build", "tiny", "--tp", "2", "--json"],
+            env=os.environ | shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [task.communicate(timeout=240)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert json.loads(outputs[0])["layout"]["tp"] == 2
+    assert outputs[1] == ""
+
+
+BAD_INPUT = {
+    "an unknown key": ("key.yaml", [], r"key.yaml:5:3: $.transformer.num_layer: ", "did you mean 'num_layers'"),
+    "a wrong type": ("type.yaml", [], "type.yaml:5:3: $.transformer.num_layers: expected an integer, got 'four'"),
+    "no vocab_size": ("vocab.yaml", [], "vocab_size is not set"),
+    "layers that do not divide": ("good.yaml", ["--nproc", "2", "--pp", "2", "--vp", "4"], "4 does not divide into 8"),
+    "a world that does not fit": ("good.yaml", ["--nproc", "3", "--tp", "2"], "3 ranks do not fit tp x pp x cp = 2"),
+    "a dp that does not fit": ("good.yaml", ["--nproc", "2", "--dp", "3"], "dp is 2 with 2"),
+    "heads that do not split": (
+        "good.yaml",
+        ["--nproc", "3", "--tp", "3"],
+        "num_attention_heads (4) must be a multiple",
+    ),
+    "no such file": ("missing.yaml", [], "missing.yaml: ", "No such file or directory"),
+    "a folder": (".", [], ".yaml, .yml or .json"),
+    "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),
+    "an override of nothing": ("good.yaml", ["transformer.num_layer=2"], "did you mean 'num_layers'"),
+    "a field given to the wrong owner": ("good.yaml", ["num_layers=2"], "give it as transformer.num_layers"),
+    "a batch that does not divide": ("good.yaml", ["--steps", "1", "--nproc", "3"], "choose a multiple of 3"),
+    "samples that are too long": (
+        "good.yaml",
+        ["--steps", "1", "--seq-length", "65"],
+        "longer than the model's seq_length",
+    ),
+    "no such text": ("good.yaml", ["--steps", "1", "--text", "no.txt"], "cannot read the text no.txt"),
+    "training without a wrapper": ("good.yaml", ["--steps", "1", "--wrap", "none"], "needs a data-parallel wrapper"),
+    "bytes beyond the vocabulary": ("good.yaml", ["--steps", "1", "vocab_size=64"], "set vocab_size to at least 256"),
+    "FSDP2 with a pipeline": (
+        "good.yaml",
+        ["--nproc", "2", "--pp", "2", "--wrap", "torch-fsdp2"],
+        "torch FSDP2 does not work with pipeline parallelism",
+    ),
+    "interleaving that computes wrong gradients": (
+        "good.yaml",
+        ["--nproc", "2", "--pp", "2", "--vp", "2", "transformer.batch_p2p_comm=true"],
+        "set batch_p2p_comm = False and overlap_p2p_comm = True",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_input_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    folder = tmp_path_factory.mktemp("documents")
+    documents = {
+        "good": DOCUMENT,
+        "key": DOCUMENT.replace("num_layers", "num_layer"),
+        "type": DOCUMENT.replace("num_layers: 4", "num_layers: four"),
+        "vocab": DOCUMENT.replace("vocab_size: 256\n", ""),
+        "torn": "a: [1, 2\nb: }",
+    }
+    for name, text in documents.items():
+        (folder / f"{name}.yaml").write_text(text)
+    lines = [["build", file, *arguments] for file, arguments, *_ in BAD_INPUT.values()]
+    done = run(sys.executable, "-c", MANY, input=json.dumps(lines), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(BAD_INPUT, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_a_clear_error(name: str, bad_input_results: dict[str, tuple[int, str, str]]) -> None:
+    code, out, err = bad_input_results[name]
+    assert code == 1
+    assert out == ""
+    for expected in BAD_INPUT[name][2:]:
+        assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_wrong_option_is_a_usage_error() -> None:
+    done = run(BRIDGE, "build", "tiny", "--wrap", "paper")
+    assert done.returncode == 2
+    assert "'paper' is not one of 'ddp'" in done.stderr
+
+
+def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
+    document = tmp_path / "mla.yaml"
+    target = "megatron.core.transformer.transformer_config.MLATransformerConfig"
+    document.write_text(
+        DOCUMENT.replace("transformer:\n", f"transformer:\n  _target_: {target}\n  multi_latent_attention: true\n")
+    )
+    done = run(BRIDGE, "build", str(document), "--nproc", "2")
+    assert done.returncode == 1
+    assert "UnsupportedError: " in done.stderr
+    assert "multi-latent attention" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_imports_no_torch() -> None:
+    check = (
+        "import sys; from bridge.config.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'megatron', 'megatron.core'} & set(sys.modules)"
+    )
+    done = run(sys.executable, "-c", check)
+    assert done.returncode == 0, done.stderr
+    assert "build" in done.stdout
