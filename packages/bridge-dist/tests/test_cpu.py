@@ -38,11 +38,13 @@ def runtime() -> Iterator[None]:
 
 def _watched() -> list[type | ModuleType]:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from torch._dynamo import eval_frame  # holds the compiler's stance
 
     return [
         *(torch, torch.Tensor, torch.autograd, torch.autograd.graph, torch.random),
         *(torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.cuda.memory, torch.cuda.streams),
         *(torch.distributed, device_mesh, device_mesh.DeviceMesh, moe_utils, token_dispatcher),
+        eval_frame,
     ]
 
 
@@ -333,7 +335,7 @@ def _distribute() -> tuple[list[str], tuple[int, ...], float]:
     mesh = device_mesh.init_device_mesh("cuda", (2,))
     same = device_mesh.DeviceMesh.from_group(mesh.get_group(), "cuda")
     sharded = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-    dropped = torch.nn.functional.dropout(sharded.cuda(), 0.5)  # torch has no generator for a mesh of absent GPUs
+    dropped: Any = torch.nn.functional.dropout(sharded.cuda(), 0.5)  # torch has no generator for a mesh of absent GPUs
     return [mesh.device_type, same.device_type], tuple(dropped.to_local().shape), sharded.full_tensor().sum().item()
 
 

@@ -79,8 +79,8 @@ def install() -> None:
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():
             undo.enter_context(_replaced(replacement))
-        # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
         undo.enter_context(_without_generator_warning())
+        # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_entered(_CudaIsCpu()))
         _installation = _Installation(undo.pop_all(), threading.get_ident())
