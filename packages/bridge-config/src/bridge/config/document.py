@@ -41,7 +41,8 @@ class Document:
         Raises:
             DocumentError: it cannot be read, is no mapping, or an override is malformed or does not apply.
         """
-        source, text = str(source), _read(source)
+        source = str(source)
+        text = _read(source)
         data = _parse(text, source).data
         if not isinstance(data, dict):
             raise _failed(source, f"expected a mapping at the top, got {got(data)}")

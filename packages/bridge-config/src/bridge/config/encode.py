@@ -94,7 +94,7 @@ def _container(value: Any, members: tuple[Any, ...], path: Path, omitted: Omitte
 
 
 def _mapping(value: dict[Any, Any], members: tuple[Any, ...], path: Path, omitted: Omitted) -> dict[str, Any]:
-    inner = _union([get_args(member)[1] for member in members if get_origin(member) is dict])
+    inner = _union([get_args(member)[1] for member in members if get_origin(member) is dict and get_args(member)])
     if all(isinstance(key, str) for key in value) and "_target_" not in value:
         return {key: _item(item, inner, (*path, key), omitted) for key, item in value.items()}
     path = (*path, "_args_", 0)

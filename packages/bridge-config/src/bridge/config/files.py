@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.paths import Path, shown
@@ -90,11 +91,11 @@ def parse_json(text: str, file: str | None = None) -> Parsed:
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML text that `parse_yaml` reads back equal."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.width = 120
     yaml.representer.sort_base_mapping_type_on_output = False
-    yaml.representer.ignore_aliases = lambda _data: True
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue().removesuffix("...\n")
@@ -103,6 +104,21 @@ def dump_yaml(data: Any) -> str:
 def dump_json(data: Any) -> str:
     """Plain data as indented JSON text."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+class _Representer(SafeRepresenter):
+    """Ruamel's representer, without aliases for what stands in two places."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> Any:
+        # Ruamel 0.19 writes some line separators bare, and reads them back as spaces.
+        style = None if text.replace("\n", "").isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_text)
 
 
 class _Composer(Composer):

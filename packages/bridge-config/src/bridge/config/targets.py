@@ -80,6 +80,7 @@ def refresh() -> None:
     """Look again for what the installed distributions declare: needed only if one was installed in the meantime."""
     declared.cache_clear()
     _declared_object.cache_clear()
+    _installed.cache_clear()
     _names.clear()
 
 
@@ -103,16 +104,11 @@ def resolve(name: str) -> object:
 
 def unknown(name: str) -> str:
     """What to say about a name that stands for nothing."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    message = f"{name!r} is not a name that documents may use here{nearest(name, known_names())}"
+    message, near = f"{name!r} is not a name that documents may use here", nearest(name, known_names())
     for prefix, home in _HOMES.items():
-        if name.startswith(prefix):
-            try:
-                distribution(home)
-            except PackageNotFoundError:
-                return f"{message}; it may be declared by {home}, which is not installed: pip install {home}"
-    return f"{message}; register it (bridge.config.register) or declare it in the entry-point group {GROUP!r}"
+        if name.startswith(prefix) and not _installed(home):
+            return f"{message}; it may be declared by {home}, which is not installed: pip install {home}{near}"
+    return f"{message}; register it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
 
 
 def name_of(obj: object) -> str | None:
@@ -185,6 +181,17 @@ def _find_name(obj: object) -> str | None:
     if own is not None and _walk(own) is obj:
         return own
     return aliases[0] if aliases else None
+
+
+@cache
+def _installed(distribution: str) -> bool:
+    from importlib import metadata
+
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @cache
