@@ -1,0 +1,160 @@
+"""The `bridge` command as a process, beside an installed extension of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODULE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import click
+
+from bridge.config import ConfigError, ModelConfig
+
+
+@dataclass
+class Model(ModelConfig):
+    builder: ClassVar[str] = "extension.Builder"
+    size: int = 1
+
+
+@click.command()
+def complain():
+    "Say that something is wrong."
+    raise ConfigError("something is wrong: change it")
+
+
+not_a_command = 3
+"""
+POINTS = """
+[bridge.targets]
+extension.Model = extension:Model
+[bridge.commands]
+complain = extension:complain
+odd = extension:not_a_command
+broken = extension_without_module:command
+[bridge.presets]
+any = extension_presets
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A directory with an installed extension: a config, two presets, a good command and two bad ones."""
+    (tmp_path / "extension.py").write_text(MODULE)
+    presets = tmp_path / "extension_presets"
+    presets.mkdir()
+    (presets / "__init__.py").touch()
+    (presets / "small-extension.yaml").write_text("_target_: extension.Model\nsize: 3  # three\n")
+    (presets / "wrong-extension.yaml").write_text("_target_: extension.Model\nsize: three\nsiz: 1\n")
+    info = tmp_path / "extension-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extension\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(POINTS)
+    return tmp_path
+
+
+def bridge(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=site, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_lists_the_commands_of_every_distribution(site: Path) -> None:
+    done = bridge(site, "--help")
+    assert done.returncode == 0
+    for line in ("validate", "show", "complain", "Say that something is wrong."):
+        assert line in done.stdout
+    assert "broken" in done.stdout
+    assert "(cannot be loaded: ModuleNotFoundError" in done.stdout
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from bridge.config.cli import bridge; bridge(['--help'], standalone_mode=False);"
+        "print([name for name in ('torch', 'megatron') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "cannot be loaded" not in done.stdout
+
+
+def test_validate(site: Path) -> None:
+    (site / "mine.yaml").write_text("_target_: extension.Model\n")
+    done = bridge(site, "validate", "small-extension", "mine.yaml")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "small-extension: ok\nmine.yaml: ok\n", "")
+
+
+def test_validate_tells_every_problem_of_every_file(site: Path) -> None:
+    done = bridge(site, "validate", "wrong-extension", "small-extension", "absent.yaml")
+    assert done.returncode == 1
+    assert done.stdout == "small-extension: ok\n"
+    assert done.stderr.splitlines() == [
+        "wrong-extension:3:1: $.siz: unknown key of Model; did you mean 'size'?",
+        "wrong-extension:2:1: $.size: expected an integer, got 'three'",
+        "absent.yaml: $: cannot be read: No such file or directory",
+    ]
+
+
+def test_validate_as_json(site: Path) -> None:
+    done = bridge(site, "validate", "--json", "small-extension", "wrong-extension", "~siz")
+    assert done.returncode == 1
+    small, wrong = json.loads(done.stdout)
+    assert small["ok"] is False, "there is nothing to remove in this one"
+    assert wrong == {
+        "source": "wrong-extension",
+        "ok": False,
+        "problems": [
+            {
+                "path": "$.size",
+                "message": "expected an integer, got 'three'",
+                "file": "wrong-extension",
+                "line": 2,
+                "column": 1,
+            }
+        ],
+    }
+
+
+def test_overrides(site: Path) -> None:
+    assert bridge(site, "validate", "wrong-extension", "~siz", "size=3").returncode == 0
+    done = bridge(site, "validate", "small-extension", "size=big")
+    assert done.stderr == "override 'size=big': $.size: expected an integer, got 'big'\n"
+
+
+def test_show(site: Path) -> None:
+    done = bridge(site, "show", "small-extension", "size=1e-5", "+hf_model_id=yes")
+    assert done.stdout == "_target_: extension.Model\nsize: 1e-05\nhf_model_id: yes\n"
+    done = bridge(site, "show", "--json", "small-extension")
+    assert json.loads(done.stdout) == {"_target_": "extension.Model", "size": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["complain"], 1, "something is wrong: change it\n"),
+        (["broken"], 1, "the command 'broken' of extension cannot be loaded: ModuleNotFoundError"),
+        (["odd", "--any", "thing"], 1, "it is not a click command"),
+        (["show", "nothing"], 1, "nothing: $: no such file, nor a preset of this name"),
+        (["show", "smal-extension"], 1, "did you mean 'small-extension'?"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["validate"], 2, "Missing argument"),
+        (["validate", "a=1"], 2, "name at least one FILE"),
+        (["show"], 2, "Missing argument 'FILE'"),
+    ],
+)
+def test_what_goes_wrong_is_a_message_and_an_exit_code(
+    site: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = bridge(site, *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,225 @@
+"""Every field of megatron-core's transformer configs, set to a value that is not its default, survives as text."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import functools
+import json
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+
+from bridge.config import Document, DocumentError, ModelConfig, OmittedWarning, register
+from bridge.config.files import parse_yaml
+from bridge.config.reader import Reader
+from bridge.config.schema import check
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig  # noqa: E402
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig  # noqa: E402
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+BLOCK = {"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 2.0}}
+BLOCKS = json.dumps({"block_configs": [BLOCK, BLOCK]})
+REQUIRED: dict[Any, dict[str, Any]] = {
+    TransformerConfig: {},
+    MLATransformerConfig: {},
+    HeterogeneousTransformerConfig: {"heterogeneous_layers_config_encoded_json": BLOCKS},
+}
+# The one field that holds a live object by its very type.
+LIVE = "_cpu_offloading_context"
+
+
+@dataclass(kw_only=True)
+class Holder(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    transformer: TransformerConfig
+
+
+@register
+def some_function(tensor: Any) -> Any:
+    return tensor
+
+
+for config_class in REQUIRED:
+    register(config_class)
+
+
+@pytest.fixture(params=REQUIRED, ids=lambda cls: cls.__name__)
+def cls(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def base(cls: Any) -> Any:
+    return cls(num_layers=2, hidden_size=64, num_attention_heads=4, **REQUIRED[cls])
+
+
+@pytest.fixture
+def values(cls: Any, base: Any) -> dict[str, Any]:
+    """For every field of the class but `LIVE`, a value of its type that is not what `base` has."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != LIVE]
+    return {name: different(hints[name], getattr(base, name)) for name in names}
+
+
+def different(hint: Any, value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, **{**value.keywords, "std": 0.5})
+    return next(other for other in examples(hint) if type(other) is not type(value) or other != value)
+
+
+def examples(hint: Any) -> list[Any]:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return [value for member in reversed(args) for value in examples(member)]
+    if origin is Literal:
+        return list(args)
+    if origin is list:
+        return [[value] for value in examples(args[0])]
+    if origin is tuple:
+        return [tuple(examples(arg)[0] for arg in args)]
+    if hint is Callable or origin is not None or hint.__module__ == "typing":
+        return [some_function]
+    if issubclass(hint, enum.Enum):
+        return list(hint)
+    plain: dict[Any, list[Any]] = {
+        bool: [True, False],
+        int: [7, 8],
+        float: [0.375, 0.5],
+        str: ["text"],
+        list: [["embedding"]],
+        type(None): [],
+        torch.dtype: [torch.float16, torch.float32],
+        PipelineParallelLayerLayout: [PipelineParallelLayerLayout("Et|tL", 2)],
+        RecipeConfig: [RecipeConfig([GlobMatcher("*fc1*", "a")], {"a": {"bits": 4}})],
+    }
+    return plain[hint]
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in value and type; partials, recipes and layouts have no equality of their own."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, functools.partial):
+        return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
+    if isinstance(left, (RecipeConfig, PipelineParallelLayerLayout, GlobMatcher)):
+        return all(same(vars(left)[name], vars(right)[name]) for name in vars(left))
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def test_all_fields_at_once_survive_both_texts(
+    cls: Any, base: Any, values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = copy.copy(base)
+    vars(changed).update(values)
+    data = Holder(transformer=changed).as_dict()
+    assert "_omitted_" not in data
+    document = Document(data)
+    from_json, from_yaml = json.loads(document.to_json()), parse_yaml(document.to_yaml()).data
+    assert from_json == from_yaml == data
+    # The class itself would refuse some of these together; what each was written as is read by the same schema.
+    written = {name: from_yaml["transformer"][name] for name in values}
+    read = check(cls, {"num_layers": 2, "num_attention_heads": 4, **written}, Reader({}))
+    survived = [name for name in values if same(read[name], values[name])]
+    with capsys.disabled():
+        print(f"\n{cls.__name__}: {len(survived)} of {len(values)} fields survive; {LIVE} is declared omitted")  # noqa: T201
+    assert survived == list(values)
+
+
+def test_each_field_survives_through_the_real_constructor(cls: Any, base: Any, values: dict[str, Any]) -> None:
+    lost = []
+    for name, value in values.items():
+        changed = copy.copy(base)
+        setattr(changed, name, value)
+        text = json.dumps(Holder(transformer=changed).as_dict())
+        try:
+            back = ModelConfig.from_dict(json.loads(text))
+        except DocumentError:
+            # Only where megatron-core itself does not allow the value beside the others.
+            fields = {field.name: getattr(changed, field.name) for field in dataclasses.fields(cls) if field.init}
+            with pytest.raises(Exception):  # noqa: B017, PT011
+                cls(**fields)
+        else:
+            if not same(getattr(back.transformer, name), value):  # type: ignore[attr-defined]
+                lost.append(name)
+    assert lost == []
+
+
+def test_a_live_object_is_declared_omitted(base: Any) -> None:
+    base._cpu_offloading_context = warnings.catch_warnings()
+    with pytest.warns(OmittedWarning, match=LIVE):
+        data = Holder(transformer=base).as_dict()
+    assert [entry["path"] for entry in data["_omitted_"]] == [f"$.transformer.{LIVE}"]
+    with pytest.warns(OmittedWarning, match=LIVE):
+        back = ModelConfig.from_dict(json.loads(json.dumps(data)))
+    assert back.transformer._cpu_offloading_context is None  # type: ignore[attr-defined]
+
+
+def test_a_derived_value_changed_after_construction_stays_changed() -> None:
+    transformer = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, no_rope_freq=2)
+    assert transformer.no_rope_freq == [0, 1, 0, 1]
+    transformer.init_method = torch.nn.init.ones_
+    transformer.expert_tensor_parallel_size = None
+    register(torch.nn.init.ones_)
+    data = json.loads(json.dumps(Holder(transformer=transformer).as_dict()))
+    back: Any = ModelConfig.from_dict(data)
+    assert back.transformer.no_rope_freq == [0, 1, 0, 1]
+    assert back.transformer.init_method is torch.nn.init.ones_
+    # The constructor would have made it 1.
+    assert back.transformer.expert_tensor_parallel_size is None
+
+
+def test_what_a_person_writes_is_normalised_by_the_constructor() -> None:
+    data = {
+        "_target_": f"{Holder.__module__}.Holder",
+        "transformer": {
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "no_rope_freq": 2,
+            "pipeline_model_parallel_size": 2,
+            "pipeline_dtype": "bfloat16",
+            "pipeline_model_parallel_layout": "Et|tL",
+            "window_size": [1, 2],
+        },
+    }
+    transformer: Any = ModelConfig.from_dict(data).transformer  # type: ignore[attr-defined]
+    assert transformer.no_rope_freq == [0, 1]
+    assert isinstance(transformer.pipeline_model_parallel_layout, PipelineParallelLayerLayout)
+    assert transformer.pipeline_dtype is torch.bfloat16
+    assert transformer.window_size == (1, 2)
+    assert transformer.ffn_hidden_size == 256
+
+
+def test_fields_that_the_class_computes_are_written_and_recomputed() -> None:
+    base = HeterogeneousTransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, heterogeneous_layers_config_encoded_json=BLOCKS
+    )
+    data = Holder(transformer=base).as_dict()
+    assert len(data["transformer"]["per_block_parameters"]) == 2
+    data["transformer"]["per_block_parameters"] = "nonsense"
+    back: Any = ModelConfig.from_dict(data)
+    assert type(back.transformer) is HeterogeneousTransformerConfig
+    assert back.transformer.per_block_parameters == base.per_block_parameters
+
+
+def test_an_error_of_the_constructor_is_a_problem_at_its_path() -> None:
+    transformer = {"num_layers": 2, "hidden_size": 65, "num_attention_heads": 4, "tensor_model_parallel_size": 3}
+    with pytest.raises(DocumentError) as error:
+        Holder.from_dict({"_target_": f"{Holder.__module__}.Holder", "transformer": transformer})
+    assert [problem.path for problem in error.value.problems] == ["$.transformer"]
+    assert "num_attention_heads (4) must be a multiple of" in str(error.value)

@@ -1,0 +1,285 @@
+"""Names in documents: what resolves, what does not, and that nothing is imported or run on the way."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from bridge.config import DocumentError, ModelConfig, TargetError, register, targets
+
+Declare = Callable[..., None]
+
+
+@dataclass
+class Nested:
+    size: int = 1
+
+
+@dataclass
+class Guarded(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    nested: Nested = field(default_factory=Nested)
+    function: Callable[[], None] | None = None
+    kind: type[Nested] | None = None
+    anything: Any = None
+
+
+@pytest.fixture
+def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Declare]:
+    """Installs a distribution that declares names: declare(module_text, name="module:attribute", ...)."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(module: str, *, dist: str = "extension", group: str = targets.GROUP, **names: str) -> None:
+        (tmp_path / f"{dist}_module.py").write_text(module)
+        info = tmp_path / f"{dist}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
+        points = "\n".join(f"{name} = {value}" for name, value in names.items())
+        (info / "entry_points.txt").write_text(f"[{group}]\n{points}\n")
+        importlib.invalidate_caches()
+        targets.refresh()
+
+    yield install
+    for name in [name for name in sys.modules if name.endswith("_module")]:
+        del sys.modules[name]
+    monkeypatch.undo()
+    targets.refresh()
+
+
+def test_registered_objects_resolve_by_their_own_or_a_given_name() -> None:
+    def function() -> None: ...
+
+    assert register(function) is function
+    assert targets.resolve(f"{__name__}.{function.__qualname__}") is function
+    value = object()
+    register(value, "test_targets.value")
+    assert targets.resolve("test_targets.value") is value
+    assert targets.name_of(value) == "test_targets.value"
+    with pytest.raises(TargetError, match="give one"):
+        register(object())
+    with pytest.raises(TargetError, match="already stands for"):
+        register(object(), "test_targets.value")
+
+
+def test_a_definition_that_is_run_again_replaces_the_first() -> None:
+    def define() -> Any:
+        @register
+        def same_name() -> None: ...
+
+        return same_name
+
+    define()
+    second = define()
+    assert targets.resolve(targets.qualified_name(second) or "") is second
+
+
+def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
+    declare("def f(): ...", **{"extension_module.f": "extension_module:f", "shorthand": "extension_module:f"})
+    assert "extension_module" not in sys.modules
+    found: Any = targets.resolve("shorthand")
+    assert found.__name__ == "f"
+    assert targets.resolve("extension_module.f") is found
+    assert targets.name_of(found) == "extension_module.f"
+
+
+def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
+    declare("raise SystemExit", **{"extension_module.f": "extension_module:f"})
+    assert targets.name_of(len) == "builtins.len"
+    assert "extension_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"json.loads": "extension_module:f"}, "a dotted name must name its own object"),
+        ({"extension_module.missing": "extension_module:missing"}, "cannot be loaded"),
+        ({"gone.f": "gone:f"}, "cannot be loaded"),
+    ],
+)
+def test_a_declaration_that_lies_or_is_broken(declare: Declare, names: dict[str, str], message: str) -> None:
+    declare("def f(): ...", **names)
+    with pytest.raises(TargetError, match=message):
+        targets.resolve(next(iter(names)))
+
+
+def test_two_distributions_that_disagree(declare: Declare) -> None:
+    declare("def f(): ...", alias="extension_module:f")
+    declare("def f(): ...", dist="other", alias="other_module:f")
+    with pytest.raises(TargetError, match="declared differently"):
+        targets.resolve("alias")
+
+
+def test_an_unknown_name_says_what_to_do() -> None:
+    register(object(), "test_targets.something")
+    with pytest.raises(TargetError, match=r"register it .* did you mean 'test_targets.something'"):
+        targets.resolve("test_targets.somethin")
+
+
+def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def distribution(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    # The workspace's environment has every package; what an absent one raises is importlib's documented answer.
+    targets.refresh()
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(TargetError, match="declared by bridge-models, which is not installed: pip install"):
+        targets.resolve("bridge.models.nothing.Config")
+
+
+# Names that run or import something, hide something, or stand in the wrong place. TRAP is a module that leaves a mark
+# when it is imported.
+HOSTILE_NAMES = [
+    "TRAP",
+    "TRAP.anything",
+    "TRAP:anything",
+    "os.system",
+    "logging.os.system",
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.__import__",
+    "__main__",
+    "subprocess.Popen",
+    "importlib.import_module",
+    "torch.hub.load",
+    "torch.load",
+    "torch.os.system",
+    "torch._dynamo.config",
+    "pickle.loads",
+    "bridge.config.targets._registered",
+    "bridge.config.targets.register",
+    "../../etc/passwd",
+    "",
+    ".",
+    "..os.system",
+    "os.system\x00",
+    "ｏｓ.ｓｙｓｔｅｍ",
+    "bridge.cоnfig.Model",  # the second o is Cyrillic
+    f"{__name__}.Nested",
+    f"{__name__}.Guarded.__init__",
+    f"{__name__}.subprocess",
+]
+
+
+def placed(name: Any) -> dict[str, dict[str, Any]]:
+    """The documents that put `name` where a name is read."""
+    base = {"_target_": f"{__name__}.Guarded"}
+    call = {"_target_": name, "_call_": False}
+    return {
+        "$._target_": {"_target_": name},
+        "$._builder_": base | {"_builder_": name},
+        "$.nested._target_": base | {"nested": {"_target_": name}},
+        "$.function": base | {"function": name},
+        "$.function._target_": base | {"function": {"_target_": name, "_partial_": True, "_args_": ["true"]}},
+        "$.kind": base | {"kind": name},
+        "$.pre_wrap_hooks[0]": base | {"pre_wrap_hooks": [name]},
+        "$.post_wrap_hooks[0]._target_": base | {"post_wrap_hooks": [call]},
+        "$.anything._target_": base | {"anything": call},
+        "$.anything[0].x._target_": base | {"anything": [{"x": {"_target_": name}}]},
+        "$.anything._args_[0]._target_": base | {"anything": {"_target_": "builtins.tuple", "_args_": [call]}},
+        "$.extra_checkpoint_metadata.k._target_": base
+        | {"extra_checkpoint_metadata": {"k": {"_target_": name, "_name_": "x"}}},
+    }
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "bridge_trap.py").write_text("raise SystemExit('the trap was imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "bridge_trap"
+    assert "bridge_trap" not in sys.modules
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_hostile_name_is_refused_everywhere_and_runs_nothing(name: str, trap: str) -> None:
+    name = name.replace("TRAP", trap)
+    targets.declared()
+    for path, document in placed(name).items():
+        fits = name == f"{__name__}.Nested" and path in ("$.nested._target_", "$.kind")
+        if fits:
+            continue
+        events = audited(document)
+        assert events.pop() == path
+        assert events == [], f"{name} at {path}"
+
+
+WATCHED = ("import", "exec", "open", "os.system", "subprocess.Popen", "socket.connect", "os.exec", "pickle.find_class")
+_events: list[str] | None = None
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if _events is not None and event in WATCHED:
+        _events.append(f"{event} {args!r:.80}")
+
+
+sys.addaudithook(_hook)
+
+
+def audited(document: dict[str, Any]) -> list[str]:
+    """What Python was asked to do while `document` was refused, and at the end the path of the problem."""
+    global _events
+    with pytest.raises(DocumentError):
+        ModelConfig.from_dict(document)  # what reading itself needs is loaded by now
+    before, _events = set(sys.modules), []
+    try:
+        ModelConfig.from_dict(document)
+    except DocumentError as error:
+        events, _events = _events, None
+        assert set(sys.modules) == before
+        return [*events, *(problem.path for problem in error.problems)]
+    finally:
+        _events = None
+    raise AssertionError("the document was accepted")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"_target_": "builtins.tuple", "_args_": [[1]], "_call_": True},
+        {"_target_": "builtins.dict", "_args_": [1, 2]},
+        {"_target_": "builtins.float", "_args_": ["x"]},
+        {"_target_": "builtins.set", "_args_": [[[1]]]},
+        {"_target_": "test_targets.value2", "_call_": True},
+        {"_target_": "test_targets.value2", "_partial_": True},
+        {"_target_": "test_targets.function2", "_partial_": False},
+        {"_target_": "test_targets.function2", "_partial_": True, "__class__": 1},
+        {"_target_": "test_targets.function2", "_partial_": True, "_args_": 1},
+        {"_target_": "test_targets.function2"},
+        {"_target_": ["os", "system"]},
+        {"_target_": None},
+        {"_target_": {"_target_": "os.system"}},
+    ],
+)
+def test_a_malformed_mapping_for_an_object_is_refused(value: Any) -> None:
+    targets._registered.setdefault("test_targets.value2", object())
+    targets._registered.setdefault("test_targets.function2", print)
+    with pytest.raises(DocumentError):
+        ModelConfig.from_dict({"_target_": f"{__name__}.Guarded", "anything": value})
+
+
+@pytest.mark.parametrize("field", ["function", "kind", "nested"])
+def test_an_authorised_name_in_the_wrong_place_is_refused(field: str) -> None:
+    register(print, "test_targets.print")
+    wrong = f"{__name__}.Guarded" if field != "kind" else "test_targets.print"
+    value: Any = {"_target_": "test_targets.print"} if field == "nested" else wrong
+    with pytest.raises(DocumentError, match="expected"):
+        ModelConfig.from_dict({"_target_": f"{__name__}.Guarded", field: value})
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("bridge.config", ["torch", "megatron", "pydantic", "ruamel", "click", "rich", "importlib.metadata"]),
+        ("bridge.config.cli", ["torch", "megatron", "pydantic", "ruamel"]),
+    ],
+)
+def test_importing_is_light(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

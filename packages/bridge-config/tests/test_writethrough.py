@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+
+from bridge.config import ConfigError, ModelConfig, WriteThrough
+
+
+@dataclass
+class Plain:
+    num_layers: int = 1
+    hidden_size: int = 8
+
+    def head_size(self, heads: int) -> int:
+        return self.hidden_size // heads
+
+
+@dataclass
+class Rotary(Plain):
+    rotary_base: float = 3.5
+
+
+@dataclass(kw_only=True)
+class Outer(WriteThrough, ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    rotary_base: int = 10000  # before and after the embedded config: both orders must work
+    transformer: Plain
+    vocab_size: int | None = None
+    rotary_percent: float = 1.0
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def vocab(self) -> int | None:
+        return self.vocab_size
+
+    @vocab.setter
+    def vocab(self, value: int) -> None:
+        self.vocab_size = value
+
+
+def test_reads_and_writes_the_embedded_config() -> None:
+    config = Outer(transformer=Plain(num_layers=2), vocab_size=5)
+    assert (config.num_layers, config.head_size(4)) == (2, 2)
+    config.num_layers = 3
+    config.vocab_size = 6
+    assert config.transformer == Plain(num_layers=3)
+    assert "num_layers" not in vars(config)
+    assert config.vocab_size == 6
+
+
+def test_properties_work() -> None:
+    config = Outer(transformer=Plain())
+    config.vocab = 7
+    assert config.vocab_size == 7
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    config = Outer(transformer=Plain())
+    with pytest.raises(AttributeError, match=r"'Outer' has no field 'num_layer'; did you mean 'num_layers'\?"):
+        config.num_layer = 3
+    with pytest.raises(AttributeError, match=r"no field 'vocb_size'; did you mean 'vocab_size'\?"):
+        config.vocb_size = 3
+    with pytest.raises(AttributeError, match="'Outer' has no attribute 'nothing', nor has its transformer"):
+        _ = config.nothing
+    assert not hasattr(config, "nothing")
+
+
+def test_a_field_of_both_belongs_to_the_embedded_config() -> None:
+    config = Outer(transformer=Rotary(rotary_base=2.5))
+    assert config.rotary_base == 2.5
+    config.rotary_base = 4
+    assert config.transformer == Rotary(rotary_base=4)
+    config.transformer.rotary_base = 5  # type: ignore[attr-defined]
+    assert config.rotary_base == 5
+    assert config.as_dict().keys().isdisjoint({"rotary_base"})
+    assert config.as_dict()["transformer"]["rotary_base"] == 5
+
+
+def test_a_field_of_the_outer_config_alone_is_its_own() -> None:
+    assert Outer(transformer=Plain()).rotary_base == 10000
+    config = Outer(transformer=Plain(), rotary_base=7)
+    assert config.as_dict()["rotary_base"] == 7
+
+
+def test_replacing_the_embedded_config_hands_the_field_over() -> None:
+    config = Outer(transformer=Plain(), rotary_base=7)
+    config.transformer = Rotary(rotary_base=2.5)
+    assert config.rotary_base == 2.5
+    config.transformer = Plain()
+    assert config.rotary_base == 2.5
+    assert Outer(transformer=Plain()).rotary_base == 10000
+
+
+def test_an_argument_that_conflicts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rotary_base=10000 conflicts with transformer.rotary_base=3.5"):
+        Outer(transformer=Rotary(), rotary_base=10000)
+    assert Outer(transformer=Rotary(rotary_base=9), rotary_base=9).rotary_base == 9
+
+
+@pytest.mark.parametrize("embedded", [Plain(num_layers=4), Rotary(rotary_base=2.5)], ids=["plain", "shared field"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it)), dataclasses.replace],
+    ids=["copy", "deepcopy", "pickle", "replace"],
+)
+def test_copies_are_equal_and_independent(embedded: Plain, copied: Callable[[Any], Any]) -> None:
+    config = Outer(transformer=embedded, vocab_size=3)
+    other = copied(config)
+    assert other == config
+    assert repr(other) == repr(config)
+    assert other.rotary_base == config.rotary_base
+    other.vocab_size = 4
+    assert config.vocab_size == 3
+    assert other != config
+
+
+def test_deepcopy_copies_the_embedded_config() -> None:
+    config = Outer(transformer=Rotary())
+    other = copy.deepcopy(config)
+    other.rotary_base = 9
+    assert config.rotary_base == 3.5
+
+
+def test_the_embedded_config_must_be_required() -> None:
+    with pytest.raises(TypeError, match="must be a required field"):
+
+        class Wrong(WriteThrough):
+            transformer: Plain = Plain()
