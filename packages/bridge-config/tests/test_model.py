@@ -36,7 +36,7 @@ class Color(Enum):
 
 
 @register
-def twice(x: Any) -> Any:
+def twice(x: Any, **options: Any) -> Any:
     return x
 
 

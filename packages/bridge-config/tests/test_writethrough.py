@@ -76,7 +76,7 @@ def test_a_field_of_both_belongs_to_the_embedded_config() -> None:
     assert config.rotary_base == 2.5
     config.rotary_base = 4
     assert config.transformer == Rotary(rotary_base=4)
-    config.transformer.rotary_base = 5  # type: ignore[attr-defined]
+    config.transformer.rotary_base = 5
     assert config.rotary_base == 5
     assert config.as_dict().keys().isdisjoint({"rotary_base"})
     assert config.as_dict()["transformer"]["rotary_base"] == 5

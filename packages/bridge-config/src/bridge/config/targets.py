@@ -28,7 +28,7 @@ _builders: dict[str, tuple[type, type[ModelConfig]]] = {}
 _names: dict[int, tuple[object, str]] = {}  # by identity: objects may be unhashable
 
 # Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
-_HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-models", "torch.": "bridge-models"}
+_HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-builders", "torch.": "bridge-builders"}
 
 
 def qualified_name(obj: object) -> str | None:
