@@ -97,8 +97,8 @@ def test_validate_tells_every_problem_of_every_file(site: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == "small-extension: ok\n"
     assert done.stderr.splitlines() == [
-        "wrong-extension:3:1: $.siz: unknown key of Model; did you mean 'size'?",
         "wrong-extension:2:1: $.size: expected an integer, got 'three'",
+        "wrong-extension:3:1: $.siz: unknown key of Model; did you mean 'size'?",
         "absent.yaml: $: cannot be read: No such file or directory",
     ]
 

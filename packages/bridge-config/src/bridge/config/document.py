@@ -168,7 +168,8 @@ class Document:
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
         positions = _positions(self._text) if self._text is not None else {}
-        return [self._locate(problem, positions) for problem in problems]
+        located = [self._locate(problem, positions) for problem in problems]
+        return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
     def _locate(self, problem: Problem, positions: dict[Path, tuple[int, int]]) -> Problem:
         path = parsed(problem.path)
