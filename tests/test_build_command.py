@@ -198,6 +198,11 @@ BAD_INPUT = {
         ["--nproc", "2", "--pp", "2", "--wrap", "torch-fsdp2"],
         "torch FSDP2 does not work with pipeline parallelism",
     ),
+    "stages that send another dtype than is expected": (
+        "good.yaml",
+        ["--nproc", "2", "--pp", "2", "transformer.bf16=true", "transformer.pipeline_dtype=torch.float32"],
+        "pipeline_dtype is torch.float32, but the stages of this model send torch.bfloat16",
+    ),
     "interleaving that computes wrong gradients": (
         "good.yaml",
         ["--nproc", "2", "--pp", "2", "--vp", "2", "transformer.batch_p2p_comm=true"],

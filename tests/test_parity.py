@@ -71,7 +71,7 @@ LAYOUTS = {
     "tp2 pp2 vp2": (4, {"tp": 2, "pp": 2, "vp": 2}, {}),
     "dp2 pp2 distributed optimizer": (4, {"pp": 2}, {"use_distributed_optimizer": True}),
 }
-BF16 = {"bf16": True, "params_dtype": "torch.bfloat16"}
+BF16 = {"bf16": True}
 
 
 @pytest.fixture(scope="module")

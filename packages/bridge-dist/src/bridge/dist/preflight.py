@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
@@ -99,6 +100,19 @@ def _interleaving_on_two_ranks(config: TransformerConfig, layout: Layout, _: Bui
         )
 
 
+def _pipeline_dtype(config: TransformerConfig, layout: Layout, _: BuildOptions) -> Iterator[str]:
+    # Seen in megatron-core 0.19.2: the receiving stage allocates pipeline_dtype, whatever the sending one sends.
+    if config.fp32_residual_connection:
+        sent = torch.float32
+    else:
+        sent = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+    if layout.pp > 1 and config.pipeline_dtype != sent:
+        yield (
+            f"pipeline_dtype is {config.pipeline_dtype}, but the stages of this model send {sent}: "
+            f"set pipeline_dtype to {sent}"
+        )
+
+
 def _torch_fsdp2(config: TransformerConfig, layout: Layout, options: BuildOptions) -> Iterator[str]:
     if options.wrapper is not Wrapper.TORCH_FSDP2:
         return
@@ -129,6 +143,7 @@ RULES: tuple[Rule, ...] = (
     _heads_divide,
     _layers_divide,
     _interleaving_on_two_ranks,
+    _pipeline_dtype,
     _torch_fsdp2,
     _megatron_fsdp,
 )
