@@ -240,6 +240,7 @@ WRAPPERS = {
             "use_distributed_optimizer": True,
             "data_parallel_sharding_strategy": "optim_grads_params",
             "gradient_reduce_div_fusion": False,
+            "suggested_communication_unit_size": 1_000,  # Megatron derives one from its own layers, which are not here
         },
     ),
 }

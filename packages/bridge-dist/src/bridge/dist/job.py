@@ -74,7 +74,7 @@ class BuildJob:
         return BuildOptions(
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=config.bf16 or config.fp16,
-                check_for_nan_in_grad=True,
+                check_for_nan_in_grad=not config.fp16,  # there an overflow is the loss scaler's to find
                 use_distributed_optimizer=fsdp,
                 use_megatron_fsdp=fsdp,
                 data_parallel_sharding_strategy="optim_grads_params" if fsdp else "no_shard",

@@ -64,16 +64,18 @@ def start_fork_server(ranks: int) -> None:
 def launch(function: Callable[..., ResultT], *args: object, ranks: int) -> ResultT:
     """Call a top-level function on each of ``ranks`` local ranks and return what it returned on rank 0.
 
-    When a rank fails, the others are ended.
+    When a rank fails, or this process is interrupted, the others are ended.
 
     Raises:
-        LaunchError: Names the rank that failed first, and why.
+        LaunchError: Names the rank that failed first, and why; or the signal.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The launcher logs every failed rank at length; the error raised here says what matters once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -88,8 +90,12 @@ def launch(function: Callable[..., ResultT], *args: object, ranks: int) -> Resul
     try:
         results: dict[int, ResultT] = elastic_launch(config, function)(*args)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # A rank that is killed cannot say when: what its peers say of the lost connection bears an earlier time.
+        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+        rank, failure = killed[0] if killed else error.get_first_failure()
         raise LaunchError(f"rank {rank}: {_reason(failure.message)}") from None
+    except SignalException as signalled:
+        raise LaunchError(f"ended by {signalled.sigval.name}, and all ranks with it") from None
     return results[0]
 
 

@@ -44,7 +44,7 @@ class BuildReport:
     padded_parameters: int
     ranks: list[RankReport]
     losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
+    grad_norms: list[float | None] = field(default_factory=list)
     tokens_per_second: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _steps_table(report: BuildReport) -> RenderableType:
     for name in ("step", "loss", "gradient norm"):
         table.add_column(name, justify="right")
     for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=1):
-        table.add_row(str(step), f"{loss:.6f}", f"{norm:.6f}")
+        table.add_row(str(step), f"{loss:.6f}", "skipped: overflow" if norm is None else f"{norm:.6f}")
     return table
 
 

@@ -22,6 +22,7 @@ from bridge.dist.layout import Layout
 from bridge.dist.text import Text
 
 _LEARNING_RATE = 1e-4
+_FP16_LOSS_SCALE = 2.0**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one training step gave, the same on every rank."""
+    """What one training step gave, the same on every rank; no gradient norm for a step that overflowed in fp16."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     seconds: float
 
 
@@ -98,7 +99,8 @@ def train(
         )
         _, grad_norm, _ = optimizer.step()
         loss = _global_loss([output["loss"] for output in outputs], pg_collection)
-        yield Step(loss=loss, grad_norm=float(grad_norm), seconds=time.perf_counter() - start)
+        norm = None if grad_norm is None else float(grad_norm)
+        yield Step(loss=loss, grad_norm=norm, seconds=time.perf_counter() - start)
 
 
 def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Any:
@@ -113,6 +115,7 @@ def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollecti
             min_lr=_LEARNING_RATE,
             fp16=config.fp16,
             bf16=config.bf16,
+            initial_loss_scale=_FP16_LOSS_SCALE,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=ddp_config.use_distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
