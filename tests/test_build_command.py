@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +261,12 @@ def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_fp16_trains_with_a_scaled_loss(one_rank: dict[str, Any]) -> None:
+    report = build("tiny", "--steps", "3", "--nproc", "2", "transformer.fp16=true")
+    assert report["losses"] == pytest.approx(one_rank["losses"], rel=2**-10)
+    assert report["ranks"][0]["chunks"][0]["wrappers"] == ["DistributedDataParallel", "Float16Module", "GPTModel"]
+
+
 def test_help_imports_no_torch() -> None:
     check = (
         "import sys; from bridge.config.cli import main\n"
@@ -268,3 +277,71 @@ def test_help_imports_no_torch() -> None:
     done = run(sys.executable, "-c", check)
     assert done.returncode == 0, done.stderr
     assert "build" in done.stdout
+
+
+PROGRAM = """\
+import os, torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from bridge.config import load_config
+from bridge.dist import Layout, create_process_groups
+from bridge.dist.cpu import cpu_runtime
+
+def forgets_to_return(stages):
+    pass
+
+with cpu_runtime():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    config = load_config("tiny")
+    builder = config.get_builder_cls()(config)
+    groups = create_process_groups(Layout())
+    model_parallel_cuda_manual_seed(1)
+    {call}
+"""
+WRONG_CALLS = {
+    "config.pre_wrap_hooks.append(forgets_to_return); builder.build_distributed_models(groups, wrap_with_ddp=False)": (
+        "HookError: hook 1 of 1, __main__.forgets_to_return, returned None: a hook must return the list of stages"
+    ),
+    "builder.build_distributed_models(groups)": (
+        "OptionsError: wrap_with_ddp is True but ddp_config is None: pass a DistributedDataParallelConfig"
+    ),
+    "builder.build_distributed_models("
+    "groups, DistributedDataParallelConfig(), use_megatron_fsdp=True, use_torch_fsdp2=True)": (
+        "OptionsError: use_megatron_fsdp and use_torch_fsdp2 are both True"
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_program_that_asks_for_the_impossible(call: str) -> None:
+    done = run(sys.executable, "-c", PROGRAM.format(call=call))
+    assert done.returncode == 1
+    assert WRONG_CALLS[call] in done.stderr.splitlines()[-1]
+
+
+def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path) -> None:
+    """Whatever the ranks are doing at the time, the other one must not wait for the dead one."""
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen([BRIDGE, "build", "tiny", "--nproc", "2", "--steps", "100000"], stderr=stderr)
+        ranks = grandchildren(process.pid, 2)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(timeout=60) == 1
+    assert re.search(r"^rank [01]: Signal 9 \(SIGKILL\)", errors.read_text(), re.MULTILINE)
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+
+
+def grandchildren(pid: int, count: int) -> list[int]:
+    """Wait for the fork server's children, the ranks, to be there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = [rank for child in children(pid) for rank in children(child)]
+        if len(found) == count:
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"no {count} ranks")
+
+
+def children(pid: int) -> list[int]:
+    listed = run("ps", "-o", "pid=", "--ppid", str(pid))
+    return [int(child) for child in listed.stdout.split()]
