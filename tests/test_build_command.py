@@ -116,6 +116,20 @@ def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> No
     )
 
 
+def test_gpt2_has_its_published_number_of_parameters() -> None:
+    report = build("gpt2-124m", "--nproc", "2", "--tp", "2")
+    assert report["parameters"] == 124_439_808
+    # 50,257 tokens, 128 x 2 to a share: 50,432 rows of 768.
+    assert report["padded_parameters"] == 124_439_808 + (50_432 - 50_257) * 768
+
+
+@pytest.mark.parametrize("wrap", ["megatron-fsdp", "torch-fsdp2"])
+def test_every_wrapper_trains_alike(wrap: str, one_rank: dict[str, Any]) -> None:
+    report = build("tiny", "--steps", "3", "--nproc", "2", "--wrap", wrap)
+    assert report["wrap"] == wrap
+    assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
+
+
 def test_a_table_on_the_terminal() -> None:
     done = run(BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", environment={"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
@@ -196,6 +210,13 @@ BAD_INPUT = {
     "no such text": ("good.yaml", ["--steps", "1", "--text", "no.txt"], "cannot read the text no.txt"),
     "training without a wrapper": ("good.yaml", ["--steps", "1", "--wrap", "none"], "needs a data-parallel wrapper"),
     "bytes beyond the vocabulary": ("good.yaml", ["--steps", "1", "vocab_size=64"], "set vocab_size to at least 256"),
+    "a loss per token": ("good.yaml", ["--steps", "1", "transformer.calculate_per_token_loss=true"], "set it to false"),
+    "gathered logits": ("good.yaml", ["--steps", "1", "parallel_output=false"], "parallel_output = false"),
+    "weights on meta": (
+        "good.yaml",
+        ["--steps", "1", "transformer.init_model_with_meta_device=true"],
+        "set it to false",
+    ),
     "FSDP2 with a pipeline": (
         "good.yaml",
         ["--nproc", "2", "--pp", "2", "--wrap", "torch-fsdp2"],

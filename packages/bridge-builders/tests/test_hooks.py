@@ -42,6 +42,11 @@ def test_a_hook_that_returns_none_is_named() -> None:
         compose_hooks([double, forgets_to_return])([1])
 
 
+def test_a_hook_that_returns_something_else_is_named() -> None:
+    with pytest.raises(HookError, match=r"hook 1 of 1, builtins\.len, returned 1"):
+        compose_hooks([len])([1])  # type: ignore[list-item]
+
+
 def test_a_hook_that_is_not_callable_is_refused_at_once() -> None:
     with pytest.raises(HookError, match="hook 1 is 'double', which is not callable"):
         compose_hooks([double, "double"])  # type: ignore[list-item]

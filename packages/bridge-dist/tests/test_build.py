@@ -115,9 +115,8 @@ def test_one_rank_has_one_stage_whatever_the_virtual_size() -> None:
 
 
 def places_without_pipeline() -> list[tuple[Any, ...]]:
-    config = config_of()
+    config = config_of(virtual_pipeline_model_parallel_size=3)
     groups = groups_of(config)
-    config.transformer.virtual_pipeline_model_parallel_size = 3
     return [stage.place for stage in StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)]
 
 
@@ -349,6 +348,17 @@ def test_materialize_leaves_children_alone_unless_told() -> None:
     assert (parent.weight.is_meta, parent.child.weight.is_meta, parent.kept.item()) == (False, True, 3.0)
     materialize(parent, torch.device("cpu"))
     assert not parent.child.weight.is_meta
+
+
+def test_materialize_keeps_attributes_and_ties() -> None:
+    with torch.device("meta"):
+        first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    first.weight.allreduce = False  # type: ignore[attr-defined]
+    second.weight = first.weight
+    model = materialize(torch.nn.Sequential(first, second), torch.device("cpu"))
+    assert model[0].weight is model[1].weight
+    assert model[0].weight.allreduce is False
+    assert not model[0].weight.is_meta
 
 
 def build_on_meta() -> tuple[bool, list[str]]:

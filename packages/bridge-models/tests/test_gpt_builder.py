@@ -46,7 +46,11 @@ MODELS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, Any]]
     "shared experts": (TransformerConfig, {**MOE, "moe_shared_expert_intermediate_size": 16}, {}),
     "heterogeneous": (HeterogeneousTransformerConfig, {}, {}),
     "two tokens ahead": (TransformerConfig, {"mtp_num_layers": 1}, {}),
-    "two tokens ahead, experts": (TransformerConfig, {**MOE, "mtp_num_layers": 1, "moe_layer_freq": [1, 1, 1, 0]}, {}),
+    "two tokens ahead, experts": (
+        TransformerConfig,
+        {**MOE, "mtp_num_layers": 1, "moe_layer_freq": [1, 1, 1, 0]},
+        {"position_embedding_type": "rope"},
+    ),
     "heterogeneous with experts": (HeterogeneousTransformerConfig, MOE, {}),
     "local attention": (TransformerConfig, {"attention_backend": AttnBackend.local}, {}),
 }

@@ -197,6 +197,11 @@ def test_finalize_calls_the_transformers_own(gpt: GPT) -> None:
             },
             "mtp_num_layers 1 .* gated_delta_net",
         ),
+        (
+            {},
+            {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32},
+            "learned_absolute positions in a pipeline",
+        ),
     ],
 )
 def test_what_does_not_describe_a_model(gpt: GPT, outer: dict[str, Any], inner: dict[str, Any], message: str) -> None:

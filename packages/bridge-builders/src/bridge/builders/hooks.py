@@ -23,7 +23,8 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
         One function; the identity (the same list object comes back) when there are no hooks.
 
     Raises:
-        HookError: At once, if a hook is not callable; when run, if a hook returns None. The error names the hook.
+        HookError: At once, if a hook is not callable; when run, if a hook returns None or anything else that is not
+            a list of stages. The error names the hook.
     """
     chain = tuple(hooks)
     for position, hook in enumerate(chain):
@@ -41,10 +42,10 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
 
 
 def _run(hook: Hook, stages: list[MegatronModule], *, position: int, total: int) -> list[MegatronModule]:
-    result: list[MegatronModule] | None = hook(stages)
-    if result is None:
+    result: object = hook(stages)
+    if not isinstance(result, list) or not result:
         raise HookError(
-            f"hook {position + 1} of {total}, {hook_name(hook)}, returned None: "
+            f"hook {position + 1} of {total}, {hook_name(hook)}, returned {result!r}: "
             "a hook must return the list of stages (add `return stages` at its end)"
         )
     return result

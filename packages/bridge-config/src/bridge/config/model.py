@@ -24,7 +24,7 @@ class ModelConfig:
     """Dotted name of the ModelBuilder class that builds this configuration."""
 
     restore_modelopt_state: bool = False
-    """Restore the ModelOpt quantisation or sparsity state before the model is wrapped."""
+    """The model carries ModelOpt quantisation or sparsity state: builders choose layers that can hold it."""
 
     hf_model_id: str | None = None
     """The Hugging Face model that this configuration came from."""

@@ -10,6 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
+from megatron.core.fp8_utils import correct_amax_history_if_needed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
@@ -17,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.options import BuildOptions, Wrapper
-from bridge.dist.precision import correct_fp8_history, materialize_stages, move_to_device, wrap_mixed_precision
+from bridge.dist.precision import materialize_stages, move_to_device, wrap_mixed_precision
 from bridge.dist.preflight import check_build
 from bridge.dist.stages import BuildStage, build_stages
 from bridge.dist.wrap import wrap_data_parallel
@@ -129,7 +130,7 @@ def prepare_stages(
     stages = wrap_mixed_precision(stages, config, options.mixed_precision_wrapper)
     if on_meta and not shards_itself:
         materialize_stages(stages)
-    correct_fp8_history(stages)
+    correct_amax_history_if_needed(list(stages))  # casting changed what FP8 modules remember
     if options.wrapper is Wrapper.NONE:
         return stages
     return wrap_data_parallel(stages, pg_collection, options)

@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 _WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
 _LONGEST_DEFAULT_SAMPLE = 128
-# The fields of Megatron's configuration that hold the sizes of a layout.
-_SIZE_FIELDS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-}
 _SIZE = click.IntRange(min=1)
 
 
@@ -95,6 +87,8 @@ def build(
     job = jobs.BuildJob(document=document.data, wrapper=Wrapper(wrap), dp=dp, training=training)
     ranks = int(here["WORLD_SIZE"]) if here else nproc or 1
     job.check(config, ranks)
+    if not here:
+        jobs.check_devices(ranks)
     report = jobs.run_rank(job) if here else launch.launch(jobs.run_rank, job, ranks=ranks)
     assert report is not None  # torch's ``record`` returns None only for a function that called sys.exit
     if not here or here["RANK"] == "0":
@@ -106,13 +100,16 @@ def apply_layout(document: Document, sizes: dict[str, int]) -> None:
 
     They go where the document keeps its TransformerConfig: into the part ``transformer`` if it has one.
     """
-    prefix = "transformer." if isinstance(document.data.get("transformer"), dict) else ""
+    from bridge.dist.layout import CONFIG_FIELDS
+
+    embedded = document.data.get("transformer")
+    prefix, holder = ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)
 
     def given(name: str) -> Any:
-        return document.data.get("transformer", document.data).get(name) if prefix else document.data.get(name)
+        return holder.get(name)
 
     for name, size in sizes.items():
-        document.set(prefix + _SIZE_FIELDS[name], size)
+        document.set(prefix + CONFIG_FIELDS[name], size)
     if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:
         half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
         document.set(f"{prefix}pipeline_dtype", half or given("params_dtype") or "torch.float32")

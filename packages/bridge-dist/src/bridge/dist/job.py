@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from bridge.config import ModelConfig
 from bridge.dist import cpu
 from bridge.dist.build import DistributedModelBuilder
-from bridge.dist.errors import BuilderContractError, TrainingError
+from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.preflight import check
@@ -60,8 +60,7 @@ class BuildJob:
         layout = Layout.of(transformer, world_size, dp=self.dp)
         check(transformer, layout, self.options(transformer))
         if self.training is not None:
-            if self.wrapper is Wrapper.NONE:
-                raise TrainingError("training needs a data-parallel wrapper, which reduces the gradients: not --wrap none")
+            check_training(self.wrapper, config, transformer, layout)
             self.training.microbatches(layout)
             read_text(self.training, config)
         return layout
@@ -83,6 +82,43 @@ class BuildJob:
             ),
             use_megatron_fsdp=fsdp,
             use_torch_fsdp2=self.wrapper is Wrapper.TORCH_FSDP2,
+        )
+
+
+def check_training(wrapper: Wrapper, config: ModelConfig, transformer: TransformerConfig, layout: Layout) -> None:
+    """Refuse what the training run cannot do, or would compute differently under another layout.
+
+    Raises:
+        TrainingError: Says what to change.
+    """
+    grouped = transformer.moe_grouped_gemm and layout.ep * (layout.etp or 1) > 1
+    refused = {
+        "--wrap none: training needs a data-parallel wrapper, which reduces the gradients": wrapper is Wrapper.NONE,
+        "calculate_per_token_loss: set it to false, the loss is the mean over all tokens": (
+            transformer.calculate_per_token_loss
+        ),
+        "parallel_output = false: set it to true, the loss is computed from split logits": (
+            not getattr(config, "parallel_output", True)
+        ),
+        "init_model_with_meta_device: set it to false, weights are drawn before they are wrapped": (
+            transformer.init_model_with_meta_device
+        ),
+        "moe_grouped_gemm with ep or etp above 1: set it to false, grouped experts have no names of their own": grouped,
+    }
+    if broken := [reason for reason, applies in refused.items() if applies]:
+        raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))
+
+
+def check_devices(ranks: int) -> None:
+    """Check that local ranks have a GPU each, on a machine that has any.
+
+    Raises:
+        LayoutError: There are more ranks than GPUs.
+    """
+    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+        raise LayoutError(
+            f"{ranks} ranks do not fit {torch.cuda.device_count()} GPU(s), one each: "
+            "start fewer, or set CUDA_VISIBLE_DEVICES='' to run on the CPU"
         )
 
 
@@ -137,7 +173,9 @@ def _world() -> Iterator[None]:
     """Join the ranks that the environment describes, on this rank's GPU or, where there is none, on the CPU."""
     with contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            # Slurm may show each task its own GPU alone.
+            index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
             torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
         else:
@@ -149,7 +187,7 @@ def _world() -> Iterator[None]:
 
 def _build(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> BuildReport:
     builder = make_builder(config)
-    model_parallel_cuda_manual_seed(_SEED)
+    model_parallel_cuda_manual_seed(_SEED, te_rng_tracker=builder.transformer_config.use_te_rng_tracker)
     leader = torch.distributed.get_rank() == 0
     vocab_size: int | None = getattr(config, "vocab_size", None)
     sizes: list[dict[str, Size]] = []
@@ -220,16 +258,16 @@ def _chunk_report(index: int, stage: MegatronModule, sizes: dict[str, Size]) -> 
         vp_stage=index,
         layers=layer_indices(stage),
         parameters=sum(size.local for size in sizes.values()),
-        wrappers=list(_wrapper_names(stage)),
+        wrappers=list(wrapper_names(stage)),
     )
 
 
-def _wrapper_names(module: torch.nn.Module) -> Iterator[str]:
+def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
     """Name the wrappers of a stage and the model they hold, outermost first."""
     yield type(module).__name__
     inner = getattr(module, "module", None)
     if isinstance(inner, torch.nn.Module):
-        yield from _wrapper_names(inner)
+        yield from wrapper_names(inner)
 
 
 def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport]) -> RankReport:

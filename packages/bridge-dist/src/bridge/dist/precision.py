@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from megatron.core.fp8_utils import correct_amax_history_if_needed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import MixedPrecisionWrapper
@@ -44,16 +43,32 @@ def wrap_mixed_precision(
 def materialize(module: ModuleT, device: torch.device, *, recurse: bool = True) -> ModuleT:
     """Give meta tensors uninitialised memory on ``device`` and move the others there, values kept.
 
+    Parameters keep their attributes, and a parameter that two modules share stays shared.
+
     Args:
         module: Changed in place and returned.
         device: Where its parameters and buffers shall be.
         recurse: False leaves the children as they are.
     """
 
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+    placed: dict[torch.Tensor, torch.nn.Parameter] = {}
+    for owner in module.modules() if recurse else [module]:
+        for name, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in placed:
+                placed[parameter] = torch.nn.Parameter(_place(parameter.data, device), parameter.requires_grad)
+                # Megatron keeps what it knows of a parameter, such as how it is split, in attributes.
+                vars(placed[parameter]).update(vars(parameter))
+            owner._parameters[name] = placed[parameter]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = _place(buffer, device)
+    return module
 
-    return module._apply(place, recurse=recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def materialize_stages(stages: Sequence[MegatronModule]) -> None:
@@ -62,7 +77,3 @@ def materialize_stages(stages: Sequence[MegatronModule]) -> None:
         materialize(stage, torch.device("cuda"))
     logger.warning("init_model_with_meta_device: the weights are uninitialised memory; load a checkpoint before use")
 
-
-def correct_fp8_history(stages: list[MegatronModule]) -> None:
-    """Undo what casting did to the amax histories of FP8 modules (nothing without FP8)."""
-    correct_amax_history_if_needed(list(stages))

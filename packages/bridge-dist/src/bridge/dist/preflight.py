@@ -44,8 +44,8 @@ def _layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColl
         pp=pg_collection.pp.size(),
         vp=config.virtual_pipeline_model_parallel_size or 1,
         cp=pg_collection.cp.size(),
-        ep=pg_collection.ep.size(),
-        etp=pg_collection.expt_tp.size(),
+        ep=pg_collection.ep.size() if hasattr(pg_collection, "ep") else 1,
+        etp=pg_collection.expt_tp.size() if hasattr(pg_collection, "expt_tp") else None,
         dp=pg_collection.dp.size(),
     )
 
@@ -129,7 +129,8 @@ def _megatron_fsdp(config: TransformerConfig, layout: Layout, options: BuildOpti
     if options.ddp_config.average_in_collective and config.num_moe_experts is None:
         # Seen in megatron-core 0.19.2: an AttributeError about expert groups, in the middle of the first step.
         yield "Megatron-FSDP fails with average_in_collective in a model without experts: set it to False"
-    expert_dp = layout.tp * layout.cp * layout.dp // ((layout.etp or layout.tp) * layout.ep)
+    assert layout.etp is not None
+    expert_dp = layout.tp * layout.cp * layout.dp // (layout.etp * layout.ep)
     if layout.ep > 1 and expert_dp == 1:
         # Seen in megatron-core 0.19.2, with several microbatches.
         yield (

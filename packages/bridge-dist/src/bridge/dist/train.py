@@ -198,7 +198,7 @@ def _mask_padding(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     logits, bias = output
     width = logits.shape[-1]
-    real = vocab_size - layer.tp_group.rank() * width if not layer.gather_output else vocab_size
+    real = vocab_size - layer.tp_group.rank() * width
     if real >= width:
         return output
     padding = torch.arange(width, device=logits.device) >= real

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+")
 _EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
+_EMBEDDING = "embedding.word_embeddings.weight"
 _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
 
 
@@ -59,7 +60,7 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
         full_name = f"{renamed[path]}.{leaf}".lstrip(".")
         if tied and full_name == "output_layer.weight":
             # The last pipeline stage holds a copy of the embedding of the first.
-            full_name = "embedding.word_embeddings.weight"
+            full_name = _EMBEDDING
         sharded = getattr(parameter, "tensor_model_parallel", False)
         group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
         yield NamedParameter(
@@ -116,7 +117,7 @@ def draw_weights(
         config = get_model_config(stage)
         for named in named_parameters(stage, pg_collection):
             if named.parameter.dim() > 1:
-                _draw(named, _initialiser(named.owner, config), vocab_size)
+                _draw(named, _initialiser(named, config), vocab_size)
 
 
 def _layer_index(layer: torch.nn.Module) -> int:
@@ -126,11 +127,11 @@ def _layer_index(layer: torch.nn.Module) -> int:
     return number - 1
 
 
-def _initialiser(owner: torch.nn.Module, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
-    if isinstance(owner, RowParallelLinear):
-        initialiser = config.output_layer_init_method
-    elif isinstance(owner, VocabParallelEmbedding | torch.nn.Embedding):
+def _initialiser(named: NamedParameter, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
+    if named.full_name == _EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
         initialiser = config.embedding_init_method
+    elif getattr(named.parameter, "partition_dim", None) == 1:  # a row-parallel layer, the last of attention or MLP
+        initialiser = config.output_layer_init_method
     else:
         initialiser = config.init_method
     assert initialiser is not None  # TransformerConfig fills them in

@@ -17,9 +17,12 @@ from megatron.core.distributed import (
 from megatron.core.full_cuda_graph import get_shared_capture_stream
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import get_model_config
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_model_config, unwrap_model
 
+from bridge.dist.errors import PreflightError
 from bridge.dist.options import BuildOptions, Wrapper
 
 # A bucket should be large enough that a ring all-reduce over all ranks is bound by bandwidth, not by latency.
@@ -103,7 +106,7 @@ def _wrap_stage(
         "disable_bucketing": one_bucket,
     }
     if wrapper is Wrapper.TORCH_FSDP2:
-        return TorchFullyShardedDataParallel(**common)
+        return _wrap_torch_fsdp2(stage, common)
     if wrapper is Wrapper.MEGATRON_FSDP:
         return FullyShardedDataParallel(**common, pg_collection=pg_collection)
     if ddp_config.use_distributed_optimizer:
@@ -111,6 +114,25 @@ def _wrap_stage(
             stage, pg_collection, ddp_config, one_bucket=one_bucket
         )
     return DistributedDataParallel(**common, pg_collection=pg_collection)
+
+
+def _wrap_torch_fsdp2(stage: MegatronModule, common: dict[str, Any]) -> MegatronModule:
+    """Wrap with FSDP2, telling it which layers there are.
+
+    megatron-core 0.19.2 shards the linear layers inside a layer a second time, and fails, unless transformer_impl is
+    local. Without Transformer Engine the layers are local whatever the configuration says.
+    """
+    config = common["config"]
+    if getattr(unwrap_model(stage), "share_embeddings_and_output_weights", False):
+        # Seen in megatron-core 0.19.2: the tied weight is sharded in one of its uses only.
+        raise PreflightError(["torch FSDP2 fails with tied embeddings: untie them, or wrap with ddp or megatron-fsdp"])
+    layers = (module for module in stage.modules() if isinstance(module, TransformerLayer))
+    if any(isinstance(module, ColumnParallelLinear) for layer in layers for module in layer.modules()):
+        common = common | {"config": copy.copy(config)}
+        common["config"].transformer_impl = "local"
+    wrapped = TorchFullyShardedDataParallel(**common)
+    wrapped.config = config
+    return wrapped
 
 
 def _distributed_optimizer_layout(

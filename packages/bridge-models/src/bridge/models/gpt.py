@@ -107,7 +107,7 @@ class GPTModelConfig(WriteThrough, ModelConfig):
         _check_positions(self)
         _check_cuda_graphs(self.transformer)
         _check_pipeline_split(self.transformer)
-        _check_multi_token_prediction(self.transformer)
+        _check_multi_token_prediction(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -176,8 +176,17 @@ def _check_pipeline_split(transformer: TransformerConfig) -> None:
         )
 
 
-def _check_multi_token_prediction(transformer: TransformerConfig) -> None:
-    if transformer.mtp_num_layers and transformer.experimental_attention_variant is not None:
+def _check_multi_token_prediction(config: GPTModelConfig) -> None:
+    if not config.transformer.mtp_num_layers:
+        return
+    transformer = config.transformer
+    if transformer.pipeline_model_parallel_size > 1 and config.position_embedding_type == "learned_absolute":
+        # Seen in megatron-core 0.19.2: the last stage's copy of the position embedding is trained on its own.
+        raise ModelConfigError(
+            "multi-token prediction trains wrong with learned_absolute positions in a pipeline: "
+            "set position_embedding_type to rope, or transformer.pipeline_model_parallel_size to 1"
+        )
+    if transformer.experimental_attention_variant is not None:
         raise ModelConfigError(
             f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
             f"experimental_attention_variant {transformer.experimental_attention_variant}: set one of them to null"
