@@ -6,5 +6,6 @@ import logging
 import warnings
 
 warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
