@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,9 +116,7 @@ def test_one_rank_has_one_stage_whatever_the_virtual_size() -> None:
 
 
 def places_without_pipeline() -> list[tuple[Any, ...]]:
-    config = config_of(virtual_pipeline_model_parallel_size=3)
-    groups = groups_of(config)
-    return [stage.place for stage in StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)]
+    return places(virtual_pipeline_model_parallel_size=3)
 
 
 def test_virtual_stages_of_two_ranks() -> None:
@@ -323,6 +322,11 @@ def test_the_wrapper_that_the_flags_mean() -> None:
 def test_a_configuration_without_a_transformer() -> None:
     with pytest.raises(BuilderContractError, match="BareConfig has no TransformerConfig named 'transformer'"):
         BareBuilder(BareConfig()).build_distributed_models(None, wrap_with_ddp=False)  # type: ignore[arg-type]
+
+
+def test_a_refusal_travels_between_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(PreflightError(["one", "two"])))
+    assert (error.problems, str(error)) == (("one", "two"), "one\ntwo")
 
 
 def groups_of_another_size() -> None:

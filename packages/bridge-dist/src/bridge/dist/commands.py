@@ -105,9 +105,7 @@ def apply_layout(document: Document, sizes: dict[str, int]) -> None:
     embedded = document.data.get("transformer")
     prefix, holder = ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)
 
-    def given(name: str) -> Any:
-        return holder.get(name)
-
+    given = holder.get
     for name, size in sizes.items():
         document.set(prefix + CONFIG_FIELDS[name], size)
     if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:

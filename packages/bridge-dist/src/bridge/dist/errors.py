@@ -24,6 +24,9 @@ class PreflightError(DistError, ValueError):
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
 
+    def __reduce__(self) -> tuple[type[PreflightError], tuple[list[str]]]:
+        return PreflightError, (list(self.problems),)
+
 
 class BuilderContractError(DistError, TypeError):
     """A builder or a model configuration lacks what the engine needs of it."""

@@ -99,6 +99,17 @@ class Layout:
         return " ".join(f"{name}{size}" for name, size in asdict(self).items() if size > 1) or "one rank"
 
 
+def says_how_to_split(config: TransformerConfig) -> bool:
+    """Whether a configuration gives the layers of pipeline stages itself, so that they need not divide evenly."""
+    return bool(
+        config.pipeline_model_parallel_layout is not None
+        or config.num_layers_in_first_pipeline_stage is not None
+        or config.num_layers_in_last_pipeline_stage is not None
+        or config.account_for_embedding_in_pipeline_split
+        or config.account_for_loss_in_pipeline_split
+    )
+
+
 def create_process_groups(layout: Layout) -> ProcessGroupCollection:
     """Create Megatron's process groups for a layout in the initialised world, and return this rank's.
 

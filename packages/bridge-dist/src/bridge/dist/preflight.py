@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from bridge.dist.errors import PreflightError
-from bridge.dist.layout import CONFIG_FIELDS, Layout
+from bridge.dist.layout import CONFIG_FIELDS, Layout, says_how_to_split
 from bridge.dist.options import BuildOptions, Wrapper
 
 Rule = Callable[[TransformerConfig, Layout, BuildOptions], Iterator[str]]
@@ -69,7 +69,7 @@ def _heads_divide(config: TransformerConfig, layout: Layout, _: BuildOptions) ->
 
 
 def _layers_divide(config: TransformerConfig, layout: Layout, _: BuildOptions) -> Iterator[str]:
-    if _explicit_split(config):
+    if says_how_to_split(config):
         return
     vp = layout.vp if layout.pp > 1 else 1
     chunks = layout.pp * vp
@@ -78,16 +78,6 @@ def _layers_divide(config: TransformerConfig, layout: Layout, _: BuildOptions) -
             f"num_layers = {config.num_layers} does not divide into pp x vp = {layout.pp} x {vp} = {chunks} "
             "equal stages: change pp or vp, or say how to split in pipeline_model_parallel_layout"
         )
-
-
-def _explicit_split(config: TransformerConfig) -> bool:
-    return bool(
-        config.pipeline_model_parallel_layout is not None
-        or config.num_layers_in_first_pipeline_stage is not None
-        or config.num_layers_in_last_pipeline_stage is not None
-        or config.account_for_embedding_in_pipeline_split
-        or config.account_for_loss_in_pipeline_split
-    )
 
 
 def _interleaving_on_two_ranks(config: TransformerConfig, layout: Layout, _: BuildOptions) -> Iterator[str]:

@@ -15,6 +15,7 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.config import ModelConfig, WriteThrough
 from bridge.dist import DistributedModelBuilder
+from bridge.dist.layout import says_how_to_split
 from bridge.models.errors import ModelConfigError
 from bridge.models.layer_specs import layer_spec, mtp_block_spec
 from bridge.models.vocab import pad_vocab_size
@@ -157,14 +158,7 @@ def _check_cuda_graphs(transformer: TransformerConfig) -> None:
 
 
 def _check_pipeline_split(transformer: TransformerConfig) -> None:
-    explicit = (
-        transformer.pipeline_model_parallel_layout is not None
-        or transformer.account_for_embedding_in_pipeline_split
-        or transformer.account_for_loss_in_pipeline_split
-        or transformer.num_layers_in_first_pipeline_stage is not None
-        or transformer.num_layers_in_last_pipeline_stage is not None
-    )
-    if explicit:
+    if says_how_to_split(transformer):
         return
     pp = transformer.pipeline_model_parallel_size
     vp = _virtual_stages(transformer)
