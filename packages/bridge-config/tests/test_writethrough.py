@@ -120,6 +120,17 @@ def test_copies_are_equal_and_independent(embedded: Plain, copied: Callable[[Any
     assert other != config
 
 
+def test_a_copy_can_be_given_another_embedded_config() -> None:
+    config = Outer(transformer=Rotary(rotary_base=2.5), vocab_size=3)
+    other = copy.copy(config)
+    other.transformer = Rotary(rotary_base=9)
+    assert other == Outer(transformer=Rotary(rotary_base=9), vocab_size=3)
+    assert config == Outer(transformer=Rotary(rotary_base=2.5), vocab_size=3)
+    # dataclasses.replace passes the values of all fields on, and cannot tell whose they were.
+    with pytest.raises(ConfigError, match=r"rotary_base=2.5 conflicts with transformer.rotary_base=9"):
+        dataclasses.replace(config, transformer=Rotary(rotary_base=9))
+
+
 def test_deepcopy_copies_the_embedded_config() -> None:
     config = Outer(transformer=Rotary())
     other = copy.deepcopy(config)

@@ -1,12 +1,14 @@
 """From a configuration to a model: the builder contract and the hooks around it."""
 
 from bridge.builders.builder import BuildConfigT, MixedPrecisionWrapper, ModelBuilder, ModelT, accepted_config
+from bridge.builders.embeds import EmbedsTransformer
 from bridge.builders.errors import BuilderError, HookError
 from bridge.builders.hooks import Hook, compose_hooks
 
 __all__ = [
     "BuildConfigT",
     "BuilderError",
+    "EmbedsTransformer",
     "Hook",
     "HookError",
     "MixedPrecisionWrapper",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, nearest
 
@@ -16,6 +16,18 @@ class WriteThrough:
     `config.num_layers` reads `config.transformer.num_layers`, and assigning it writes there. One owner per field: a
     field that both declare is owned by the embedded config for as long as that has it. Assigning a name that neither
     has is an AttributeError.
+
+    Type checkers know the embedded fields of a config that says what they are, in a base class that is no dataclass,
+    so that its constructor does not take them (`bridge.builders.EmbedsTransformer` does so for a TransformerConfig):
+
+        class EmbedsEncoder(WriteThrough):
+            _embeds = "encoder"
+
+            if TYPE_CHECKING:
+                num_layers: int
+
+    `dataclasses.replace(config, transformer=other)` hands `other` also the values of the fields that both declare, and
+    is refused where they conflict. To exchange the embedded config of a copy, assign it to the copy.
     """
 
     _embeds: ClassVar[str] = "transformer"
@@ -44,7 +56,7 @@ class WriteThrough:
             self.__dict__["_unset"] = set(unset)
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def _read(self, name: str) -> Any:
         # Reached only when normal lookup failed. Dunder names are never forwarded: copy and pickle probe for them.
         embedded = self.__dict__.get(type(self)._embeds)
         if embedded is not None and not (name.startswith("__") and name.endswith("__")):
@@ -55,7 +67,7 @@ class WriteThrough:
         also = f", nor has its {type(self)._embeds} ({type(embedded).__name__})" if embedded is not None else ""
         raise AttributeError(f"{type(self).__qualname__!r} has no attribute {name!r}{also}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _write(self, name: str, value: Any) -> None:
         cls = type(self)
         embedded = self.__dict__.get(cls._embeds)
         if name in self.__dict__.get("_unset", ()):
@@ -71,6 +83,10 @@ class WriteThrough:
         else:
             known = field_names(self) | field_names(embedded)
             raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{nearest(name, sorted(known))}")
+
+    if not TYPE_CHECKING:  # a type checker would take every name for a field
+        __getattr__ = _read
+        __setattr__ = _write
 
     def _settle(self, name: str) -> None:
         """Take note that __init__ has passed the shared field `name`."""

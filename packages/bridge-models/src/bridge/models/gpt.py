@@ -13,7 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
-from bridge.config import ModelConfig, WriteThrough
+from bridge.builders import EmbedsTransformer
+from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.layout import says_how_to_split
 from bridge.models.errors import ModelConfigError
@@ -22,7 +23,7 @@ from bridge.models.vocab import pad_vocab_size
 
 
 @dataclass(kw_only=True)
-class GPTModelConfig(WriteThrough, ModelConfig):
+class GPTModelConfig(EmbedsTransformer, ModelConfig):
     """A GPT: a ``TransformerConfig`` and what surrounds it, embeddings and output layer.
 
     Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets

@@ -8,13 +8,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
+from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
 
 
 @dataclass(kw_only=True)
-class BigramConfig(ModelConfig):
-    """The description, as data."""
+class BigramConfig(EmbedsTransformer, ModelConfig):
+    """The description, as data; the fields of `transformer` are read and written as if they stood here too."""
 
     builder: ClassVar[str] = "bigram.BigramBuilder"
 
@@ -28,7 +29,7 @@ class BigramModel(MegatronModule):
 
     def __init__(self, config: BigramConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config.transformer)
-        size, hidden, init_method = config.vocab_size, config.transformer.hidden_size, config.transformer.init_method
+        size, hidden, init_method = config.vocab_size, config.hidden_size, config.init_method
         assert init_method is not None  # TransformerConfig fills it in
         self.word_embeddings = VocabParallelEmbedding(
             size, hidden, init_method=init_method, config=config.transformer, tp_group=pg_collection.tp

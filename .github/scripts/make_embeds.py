@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Write bridge.builders.embeds: the fields of megatron-core's TransformerConfig, declared for type checkers.
+
+make_embeds.py            from the megatron-core that is installed
+make_embeds.py --check    fails if that would change the file
+"""
+
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+FILE = Path(__file__).parents[2] / "packages/bridge-builders/src/bridge/builders/embeds.py"
+
+TEMPLATE = '''\
+"""EmbedsTransformer: a write-through configuration whose embedded TransformerConfig type checkers know."""
+
+# Written by .github/scripts/make_embeds.py
+# ruff: noqa: N815
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bridge.config import WriteThrough
+
+if TYPE_CHECKING:
+    {imports}
+
+
+class EmbedsTransformer(WriteThrough):
+    """Mixin for a dataclass with a required field `transformer: TransformerConfig`, read and written through.
+
+    At run time this is `WriteThrough`. To a type checker it also declares the fields of megatron-core's
+    `TransformerConfig`, so that `config.num_layers` is an int and `config.num_layer` an error; the constructor takes
+    the fields of the dataclass alone. What a subclass of `TransformerConfig` adds is known on `config.transformer`.
+    """
+
+    if TYPE_CHECKING:
+        {declarations}
+'''
+
+
+class Source:
+    """Annotations as source text, and the imports that the text needs."""
+
+    def __init__(self) -> None:
+        self._imports: defaultdict[str, set[str]] = defaultdict(set)
+
+    def imports(self) -> list[str]:
+        """The import statements; the names of a package without a dot are used through it."""
+        return [
+            f"from {module} import {', '.join(sorted(names))}" if names else f"import {module}"
+            for module, names in sorted(self._imports.items())
+        ]
+
+    def text(self, hint: Any) -> str:
+        """The source of a type hint; what a bare generic leaves open is Any."""
+        origin, args = get_origin(hint), get_args(hint)
+        if origin in (Union, UnionType):
+            return " | ".join(self.text(arg) for arg in args)
+        if origin is Literal:
+            return f"{self._name(Literal)}[{', '.join(map(repr, args))}]"
+        if origin is Callable:
+            return f"{self._name(Callable)}[{self._signature(args)}]"
+        if origin or hint is list:
+            return f"{self._name(origin or hint)}[{', '.join(self.text(arg) for arg in args or (Any,))}]"
+        return "None" if hint is NoneType else self._name(hint)
+
+    def _signature(self, args: tuple[Any, ...]) -> str:
+        parameters, result = args or (..., Any)
+        shown = "..." if parameters is ... else f"[{', '.join(map(self.text, parameters))}]"
+        return f"{shown}, {self.text(result)}"
+
+    def _name(self, named: Any) -> str:
+        module, name = named.__module__, named.__qualname__
+        if module == "builtins":
+            return str(name)
+        names = self._imports[module]
+        if "." not in module and module != "typing":
+            return f"{module}.{name}"
+        names.add(name)
+        return str(name)
+
+
+def generated() -> str:
+    """The text of the module."""
+    source, hints = Source(), get_type_hints(TransformerConfig)
+    declarations = [
+        f"{field.name}: {source.text(hints[field.name])}"
+        for field in fields(TransformerConfig)
+        if not field.name.startswith("_")
+    ]
+    text = TEMPLATE.format(imports="\n    ".join(source.imports()), declarations="\n        ".join(declarations))
+    for command in (["check", "--select", "I", "--fix"], ["format"]):
+        text = ruff(*command, text=text)
+    return text
+
+
+def ruff(*command: str, text: str) -> str:
+    """The text after a ruff command that changes it."""
+    line = [sys.executable, "-m", "ruff", *command, "--quiet", "--stdin-filename", str(FILE), "-"]
+    return subprocess.run(line, input=text, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main(*args: str) -> int:
+    """Write the file, or check it."""
+    text = generated()
+    if args == ("--check",):
+        if FILE.read_text() == text:
+            return 0
+        print(f"{FILE.name} does not fit the megatron-core that is installed: run make_embeds.py")
+        return 1
+    FILE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
