@@ -1,0 +1,42 @@
+"""field_docs.yaml documents every field of megatron-core's configurations, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("megatron.core")
+
+DOCS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parents[1] / "field_docs.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_field_of_the_class_is_documented_and_none_is_stale(name: str) -> None:
+    assert set(DOCS[name]["fields"]) == _declared(_found(name))
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_a_line_is_short_enough_to_hover(name: str) -> None:
+    too_long = {field: line for field, line in DOCS[name]["fields"].items() if not 30 <= len(line) <= 160}
+    assert not too_long
+
+
+def _found(name: str) -> type:
+    module, _, qualname = name.rpartition(".")
+    found: type = getattr(importlib.import_module(module), qualname)
+    return found
+
+
+def _declared(cls: type) -> set[str]:
+    """The fields that a class declares itself; those of ModelParallelConfig count as TransformerConfig's."""
+    if cls.__name__ == "TransformerConfig":
+        return {field.name for field in dataclasses.fields(cls)}
+    if dataclasses.is_dataclass(cls):
+        return set(inspect.get_annotations(cls))
+    return set() if hasattr(cls, "__members__") else set(inspect.signature(cls).parameters)
