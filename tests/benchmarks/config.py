@@ -1,0 +1,269 @@
+"""What describing a model costs, beside the reference that megatron-core ships: time and peak memory, as ratios.
+
+    uv run python tests/benchmarks/config.py [ROUNDS]
+
+The ways of a comparison take turns. Time is processor time, the median of the rounds. The peak of a process is its
+resident memory, that of a call what Python allocated during it. Both sides hold the same TransformerConfig, of a
+SwiGLU model in bf16; the reference gets hooks, by hand, for what its data has that JSON and YAML have not, and loses
+the activation and the initialisers all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import megatron.training.models.gpt as reference
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from bridge.models.gpt import GPTModelConfig
+
+STDLIB, IMPORT, VALIDATE, REFERENCE = "stdlib imports", "import bridge.config", "bridge validate", "reference import"
+
+
+class Cost(NamedTuple):
+    seconds: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Costs of ours and of what it is compared with; the target is for the ratio of times."""
+
+    name: str
+    ours: list[Cost]
+    theirs: list[Cost]
+    target: float
+
+    def row(self) -> str:
+        """One line of the table."""
+        (ours, ours_mib), (theirs, theirs_mib) = middle(self.ours), middle(self.theirs)
+        ratio = ours / theirs
+        verdict = "met" if ratio <= self.target else "not met"
+        return (
+            f"{self.name:40} {ours * 1e3:9.2f} {theirs * 1e3:9.2f} {ratio:8.4f} {self.target:8.4f}  {verdict:7}"
+            f" {ours_mib:8.2f} {theirs_mib:8.2f} {ours_mib / theirs_mib:7.3f}"
+        )
+
+
+HEADER = (
+    f"{'':40} {'ours ms':>9} {'its ms':>9} {'ratio':>8} {'target':>8}  {'':7}"
+    f" {'ours MiB':>8} {'its MiB':>8} {'ratio':>7}"
+)
+
+
+def middle(costs: list[Cost]) -> Cost:
+    return Cost(*(statistics.median(values) for values in zip(*costs, strict=True)))
+
+
+def by_turns(ways: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
+    """The costs of each way; who goes first alternates, since what runs first finds colder caches."""
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name in sorted(ways, reverse=turn % 2 == 1):
+            costs[name].append(ways[name]())
+    return costs
+
+
+def compare_processes(document: Path, rounds: int) -> list[Comparison]:
+    ways = {
+        STDLIB: partial(ran, "import dataclasses, importlib, typing, json, enum"),
+        IMPORT: partial(ran, "import bridge.config"),
+        VALIDATE: partial(ran, "from bridge.config.cli import main; main()", "validate", str(document)),
+        REFERENCE: partial(ran, "import megatron.training.models.base", times=1),
+    }
+    by_turns(ways, 1)  # compiles what has not been compiled
+    costs = by_turns(ways, rounds)
+    return [
+        Comparison("import bridge.config / standard library", costs[IMPORT], costs[STDLIB], 1.5),
+        Comparison("import bridge.config / reference", costs[IMPORT], costs[REFERENCE], 1 / 80),
+        Comparison("bridge validate FILE / reference import", costs[VALIDATE], costs[REFERENCE], 1 / 20),
+    ]
+
+
+def ran(code: str, *args: str, times: int = 5) -> Cost:
+    """The cost of a whole Python process, the median of so many."""
+    # What the system says about an ended process counts the peak of the one that started it, too.
+    told = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    costs = []
+    for _ in range(times):
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen([sys.executable, "-c", f"{told}\n{code}", *args], stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            output.seek(0)
+            said = output.read()
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", said, re.MULTILINE)
+        if process.returncode or peak is None:
+            raise RuntimeError(f"{code}: exit status {process.returncode}\n{said}")
+        costs.append(Cost(usage.ru_utime + usage.ru_stime, int(peak[1]) / 1024))
+    return middle(costs)
+
+
+def compare_calls(rounds: int) -> list[Comparison]:
+    import megatron.training.models.base
+    import megatron.training.models.gpt
+    import yaml
+
+    from bridge.config import ModelConfig
+
+    ours, theirs = both()
+    ours_data, theirs_data = ours.as_dict(), theirs.as_dict()
+    read, read_theirs = ModelConfig.from_dict, megatron.training.models.base.ModelConfig.from_dict
+    dumper, loader = yaml_hooks()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+
+        def json_ours() -> object:
+            return read(json.loads(json.dumps(ours.as_dict())))
+
+        def json_theirs() -> object:
+            return read_theirs(json.loads(json.dumps(theirs.as_dict(), default=to_plain), object_hook=from_plain))
+
+        def yaml_ours() -> object:
+            from bridge.config import Document, load_config
+
+            file.write_text(Document.of(ours).to_yaml())
+            return load_config(file)
+
+        def yaml_theirs() -> object:
+            file.write_text(yaml.dump(theirs.as_dict(), Dumper=dumper))
+            return read_theirs(yaml.load(file.read_text(), Loader=loader))
+
+        return [
+            compare_call("as_dict", ours.as_dict, theirs.as_dict, 0.35, rounds),
+            compare_call("from_dict", lambda: read(ours_data), lambda: read_theirs(theirs_data), 0.60, rounds),
+            compare_call("JSON text and back", json_ours, json_theirs, 0.35, rounds),
+            compare_call("YAML text and back", yaml_ours, yaml_theirs, 1.0, rounds),
+        ]
+
+
+def compare_call(
+    name: str, ours: Callable[[], object], theirs: Callable[[], object], target: float, rounds: int
+) -> Comparison:
+    ours(), theirs()  # whatever is done once is done
+    costs = by_turns({"ours": partial(called, ours), "theirs": partial(called, theirs)}, rounds)
+    return Comparison(name, costs["ours"], costs["theirs"], target)
+
+
+def called(call: Callable[[], object], *, times: int = 10) -> Cost:
+    """The mean time of so many calls, and the peak of one more."""
+    start = time.process_time()
+    for _ in range(times):
+        call()
+    seconds = (time.process_time() - start) / times
+    tracemalloc.start()
+    call()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return Cost(seconds, peak / 2**20)
+
+
+def both() -> tuple[GPTModelConfig, reference.GPTModelConfig]:
+    """Our configuration and the reference's, around equal transformers."""
+    import megatron.training.models.gpt as reference
+
+    from bridge.models.gpt import GPTModelConfig
+
+    surroundings: dict[str, Any] = {
+        "vocab_size": 128256,
+        "seq_length": 8192,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000,
+        "rope_scaling": True,
+    }
+    return (
+        GPTModelConfig(transformer=transformer(), **surroundings),
+        reference.GPTModelConfig(transformer=transformer(), **surroundings),
+    )
+
+
+def transformer() -> TransformerConfig:
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        pipeline_dtype=torch.bfloat16,
+        sequence_parallel=True,
+    )
+
+
+def to_plain(value: object) -> dict[str, str]:
+    """A dtype or an enum member as a mapping, which the reference leaves to its users."""
+    if isinstance(value, Enum):
+        return {"_enum_": f"{type(value).__module__}:{type(value).__qualname__}", "member": value.name}
+    return {"_dtype_": str(value).removeprefix("torch.")}
+
+
+def from_plain(data: dict[str, Any]) -> Any:
+    import pkgutil
+
+    import torch
+
+    if "_dtype_" in data:
+        return getattr(torch, data["_dtype_"])
+    return pkgutil.resolve_name(data["_enum_"])[data["member"]] if "_enum_" in data else data
+
+
+def yaml_hooks() -> tuple[type, type]:
+    """A dumper and a loader, PyYAML's in C, for the reference's data."""
+    import torch
+    import yaml
+
+    class Dumper(yaml.CSafeDumper):
+        pass
+
+    class Loader(yaml.CSafeLoader):
+        pass
+
+    def represent(dumper: Any, value: object) -> Any:
+        return dumper.represent_mapping("!value", to_plain(value))
+
+    Dumper.add_representer(torch.dtype, represent)
+    Dumper.add_multi_representer(Enum, represent)
+    Loader.add_constructor("!value", lambda loader, node: from_plain(loader.construct_mapping(node)))
+    return Dumper, Loader
+
+
+def main(rounds: str = "9") -> None:
+    from bridge.config import Document
+
+    with tempfile.TemporaryDirectory() as folder:
+        document = Path(folder) / "model.yaml"
+        document.write_text(Document.of(both()[0]).to_yaml())
+        found = compare_processes(document, int(rounds))
+    found += compare_calls(int(rounds))
+    print("\n".join([HEADER, *(comparison.row() for comparison in found)]))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
