@@ -1,0 +1,7 @@
+"""Versions of megatron-core's transformer configs in documents: their form has changed in no way yet."""
+
+from bridge.config.migrate import Schema
+
+TRANSFORMER = Schema(1)
+MLA_TRANSFORMER = Schema(1)
+HETEROGENEOUS_TRANSFORMER = Schema(1)
