@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, nearest
-
-_known: dict[type, frozenset[str]] = {}
 
 
 class WriteThrough:
@@ -41,9 +40,11 @@ class WriteThrough:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
-        own = getattr(cls, "__dataclass_fields__", {})
-        given = dict(zip((f.name for f in own.values() if f.init and not f.kw_only), args, strict=False)) | kwargs
-        shared = own.keys() & field_names(given.get(cls._embeds))
+        given = kwargs
+        if args:
+            positional = (f.name for f in fields(cls) if f.init and not f.kw_only)
+            given = dict(zip(positional, args, strict=False)) | kwargs
+        shared = _shared(cls, type(given.get(cls._embeds)))
         for name in sorted(shared & given.keys()):
             value, owned = given[name], getattr(given[cls._embeds], name)
             if value != owned:
@@ -72,6 +73,8 @@ class WriteThrough:
         embedded = self.__dict__.get(cls._embeds)
         if name in self.__dict__.get("_unset", ()):
             self._settle(name)
+        elif name in _unshared(cls, type(embedded)):
+            object.__setattr__(self, name, value)
         elif name == cls._embeds:
             self._embed(value)
         elif hasattr(getattr(cls, name, None), "__set__"):
@@ -99,29 +102,42 @@ class WriteThrough:
         """Put `embedded` in its place and hand the fields that both declare to it, or back from the one before."""
         cls = type(self)
         before = self.__dict__.get(cls._embeds)
-        taken, freed = field_names(embedded), field_names(before)
-        for name in field_names(self) - {cls._embeds}:
-            if name in taken:
-                self.__dict__.pop(name, None)
-                _uncover(cls, name)
-            elif name in freed:
-                self.__dict__[name] = getattr(before, name)
+        taken, freed = _shared(cls, type(embedded)), _shared(cls, type(before))
+        for name in taken:
+            self.__dict__.pop(name, None)
+            _uncover(cls, name)
+        for name in freed - taken:
+            self.__dict__[name] = getattr(before, name)
         object.__setattr__(self, cls._embeds, embedded)
 
 
 def field_names(config: object) -> frozenset[str]:
     """The names of a dataclass instance's fields; none for anything else."""
-    cls = type(config)
-    if cls not in _known:
-        _known[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
-    return _known[cls]
+    return _field_names(type(config))
 
 
 def shared_names(config: object) -> frozenset[str]:
     """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
         return frozenset()
-    return field_names(config) & field_names(getattr(config, config._embeds))
+    return _shared(type(config), type(getattr(config, config._embeds)))
+
+
+@cache
+def _field_names(cls: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
+
+
+@cache
+def _shared(cls: type[WriteThrough], embedded: type) -> frozenset[str]:
+    """The fields that both declare, and `embedded` owns."""
+    return _field_names(cls) & _field_names(embedded) - {cls._embeds}
+
+
+@cache
+def _unshared(cls: type[WriteThrough], embedded: type) -> frozenset[str]:
+    """The fields that `cls` alone declares, without the one that embeds."""
+    return _field_names(cls) - _field_names(embedded) - {cls._embeds}
 
 
 def _uncover(cls: type, name: str) -> None:
