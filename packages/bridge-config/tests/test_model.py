@@ -226,7 +226,7 @@ def test_another_builder_wins_for_the_instance() -> None:
     [
         ("os.system", "'os.system' is not a name that documents may use"),
         (f"{__name__}.ForeignBuilder", f"{__name__}.ForeignBuilder builds Flatter, not Sample"),
-        (f"{__name__}.Inner", "is not a name that documents may use"),
+        (f"{__name__}.Inner", "is not a ModelBuilder"),
         (7, "expected the name of a ModelBuilder, got 7"),
     ],
 )

@@ -129,8 +129,9 @@ def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch
     # The workspace's environment has every package; what an absent one raises is importlib's documented answer.
     targets.refresh()
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(targets, "declared", dict)
     with pytest.raises(TargetError, match="declared by bridge-models, which is not installed: pip install"):
-        targets.resolve("bridge.models.nothing.Config")
+        targets.resolve("bridge.models.gpt.GPTModelConfig")
 
 
 # Names that run or import something, hide something, or stand in the wrong place. TRAP is a module that leaves a mark

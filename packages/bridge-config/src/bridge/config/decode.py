@@ -1,16 +1,23 @@
-"""From documents to configurations: strictly, all problems at once, and without running anything a document names."""
+"""From documents to configurations, or to the verdict on them: all problems at once."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bridge.config import targets
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError
+from bridge.config.migrate import Migrated, migrated
 from bridge.config.model import ModelConfig
-from bridge.config.paths import parsed, shown
-from bridge.config.reader import Reader, class_named
-from bridge.config.refusal import ReadError, below, got, refused
+from bridge.config.paths import Path, parsed, shown
+from bridge.config.reader import Reader, World
+from bridge.config.reference import adopted
+from bridge.config.refusal import Found, ReadError, below, got, refused
+from bridge.config.standins import Made
+from bridge.config.tables import Target
+from bridge.config.targets import qualified_name
+from bridge.config.types import Instance
+from bridge.config.worlds import Live, Tables, check_builder
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
@@ -25,42 +32,147 @@ def decode_config(data: object, cls: type[ConfigT]) -> ConfigT:
     Raises:
         DocumentError: lists all that is wrong with `data`.
     """
+    world = Live()
+    config: ConfigT
+    config, builder = _read(current(data, world), cls, world)
+    if builder is not None and builder != getattr(config, "builder", None):
+        object.__setattr__(config, "builder", builder)
+    return config
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A document that describes a configuration, read without making one."""
+
+    made: Made
+    builder: str | None
+    """The builder that builds it."""
+
+    origin: Current
+    """The document in its present form."""
+
+
+def check(data: object, *, defaults: bool = False) -> Checked:
+    """Read the document `data` against the shipped table; nothing is made.
+
+    Args:
+        data: plain data with the class's name under `_target_`.
+        defaults: whether fields that the document leaves out get their defaults.
+
+    Raises:
+        DocumentError: lists all that is wrong with `data`.
+    """
+    world = Tables(defaults=defaults)
+    present = current(data, world)
+    made, builder = _read(present, ModelConfig, world)
+    return Checked(made, builder or made.target.builder, present)
+
+
+@dataclass(frozen=True)
+class Current:
+    """A document in the present form, and what it came from."""
+
+    data: Any
+    steps: tuple[Migrated, ...]
+    """From the document that was given to this one."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done, a line each."""
+        return [note for step in self.steps for note in step.notes]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What has no present form, by its path in the document that was given."""
+        found: list[Problem] = []
+        for number, step in enumerate(self.steps):
+            before = self.steps[:number]
+            found += [Problem(shown(_origin(path, before)), message) for path, message in step.problems]
+        return found
+
+    def origin(self, path: Path) -> Path:
+        """Where the value that is now at `path` stands in the document that was given."""
+        return _origin(path, self.steps)
+
+
+def current(data: object, world: World) -> Current:
+    """The document `data`, which may be of the reference or of an older version, in the present form."""
+
+    def target_of(name: str) -> Target | None:
+        try:
+            return world.named(name)
+        except TargetError:
+            return None
+
     try:
-        return _document(data, cls)
-    except ReadError as error:
-        problems = [Problem(shown(path), message) for path, message in error.found]
-        raise DocumentError(problems) from error.__cause__
+        foreign = adopted(data)
+        return Current((own := migrated(foreign.data, target_of)).data, (foreign, own))
     except RecursionError:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 
 
-def _document(data: object, cls: type[ConfigT]) -> ConfigT:
+def _origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
+    for step in reversed(steps):
+        came_from = dict(step.moves)
+        for length in range(len(path), -1, -1):
+            if path[:length] in came_from:
+                path = came_from[path[:length]] + path[length:]
+                break
+    return path
+
+
+def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, str | None]:
+    """What `present` describes, and the builder that it names."""
+    problems, cause = present.problems, None
+    try:
+        read = _document(present.data, Instance(qualified_name(cls) or "", cls), world)
+    except ReadError as error:
+        problems += [Problem(shown(present.origin(path)), message) for path, message in error.found]
+        cause = error.__cause__
+    except RecursionError:
+        problems.append(Problem("$", "nested too deeply"))
+    if problems:
+        raise DocumentError(problems) from cause
+    return read
+
+
+def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | None]:
     if not isinstance(data, dict):
-        raise refused(f"expected a mapping that describes a {cls.__name__}, got {got(data)}")
+        raise refused(f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {got(data)}")
     if "_target_" not in data:
         raise refused("missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'")
-    with below("_target_"):
-        found: type[ConfigT] = class_named(data["_target_"], (cls,))
     omitted = _omitted(data)
+    reader = Reader(world, omitted)
+    with below("_target_"):
+        target = reader.class_named(data["_target_"], (wanted,))
     body = {key: value for key, value in data.items() if key not in ("_builder_", "_omitted_")}
     omitted[id(body)] = omitted.get(id(data), set())
-    config: ConfigT = Reader(omitted).object(body, found)
-    with below("_builder_"):
-        _take_builder(config, data.get("_builder_"))
-    return config
-
-
-def _take_builder(config: ModelConfig, name: object) -> None:
-    """Give `config` the builder that its document names, unless that is its class's own."""
-    if name is None or name == getattr(config, "builder", None):
-        return
-    if not isinstance(name, str):
-        raise refused(f"expected the name of a ModelBuilder, got {got(name)}")
+    found: Found = []
     try:
-        targets.builder_for(name, config)
-    except TargetError as error:
-        raise refused(str(error)) from error
-    object.__setattr__(config, "builder", name)
+        builder = _builder(data.get("_builder_"), target, world)
+    except ReadError as error:
+        found += error.found
+    try:
+        made = reader.config(body, target)
+    except ReadError as error:
+        raise ReadError(error.found + found) from error.__cause__
+    if found:
+        raise ReadError(found)
+    return made, builder
+
+
+def _builder(name: object, target: Target, world: World) -> str | None:
+    """The builder that a document names, if it is not the class's own."""
+    if name is None or name == target.builder:
+        return None
+    with below("_builder_"):
+        if not isinstance(name, str):
+            raise refused(f"expected the name of a ModelBuilder, got {got(name)}")
+        try:
+            check_builder(name, target, world)
+        except TargetError as error:
+            raise refused(str(error)) from error
+    return name
 
 
 def _omitted(data: dict[str, Any]) -> dict[int, set[str]]:
@@ -74,7 +186,7 @@ def _omitted(data: dict[str, Any]) -> dict[int, set[str]]:
     except (TypeError, KeyError, AttributeError, ConfigError):
         raise refused("expected a list of {path: ..., reason: ...}", "_omitted_") from None
     if entries:
-        warnings.warn(f"the document was written without {what}: the defaults are taken", OmittedWarning, stacklevel=5)
+        warnings.warn(f"the document was written without {what}: the defaults are taken", OmittedWarning, stacklevel=6)
     return fields
 
 

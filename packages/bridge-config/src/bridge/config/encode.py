@@ -1,22 +1,42 @@
-"""From configurations to plain data: JSON types only, nothing dropped in silence."""
+"""From objects to plain data: JSON types only, nothing dropped in silence."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING
 from enum import Enum
-from functools import cache, partial
-from typing import Any, get_args, get_origin
+from functools import partial
+from typing import Any
 
-from bridge.config import hints, targets
+from bridge.config import targets
+from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.errors import OmittedWarning
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
+from bridge.config.standins import EnumMember, Made, Named, Partial
+from bridge.config.tables import Target
+from bridge.config.types import (
+    ANYTHING,
+    Anything,
+    Choice,
+    Class,
+    Dtype,
+    Fixed,
+    Function,
+    Instance,
+    Items,
+    Mapping,
+    Member,
+    Plain,
+    Type,
+)
 from bridge.config.writethrough import shared_names
 
 Omitted = list[dict[str, str]]
 
-_PLAIN = (str, int, bool, type(None))
+_PLAIN = frozenset({str, int, bool, type(None)})
 
 
 class _UnwritableError(Exception):
@@ -30,11 +50,11 @@ class _UnwritableError(Exception):
 def encode_config(config: ModelConfig) -> dict[str, Any]:
     """The document of `config`; see `ModelConfig.as_dict`."""
     omitted: Omitted = []
-    written = _object(config, (), omitted)
-    document: dict[str, Any] = {"_target_": written.pop("_target_")}
+    data = _object(config, (), omitted)
+    document: dict[str, Any] = {"_target_": data.pop("_target_")}
     if (builder := getattr(config, "builder", None)) is not None:
         document["_builder_"] = builder
-    document |= written
+    document |= data
     if omitted:
         document["_omitted_"] = omitted
         what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
@@ -42,138 +62,212 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
     return document
 
 
+def written(value: object, type_: Type) -> Any:
+    """The written form of one value in a place of this type; MISSING if it has none."""
+    omitted: Omitted = []
+    try:
+        form = _value(value, type_, (), omitted)
+    except _UnwritableError:
+        return MISSING
+    return MISSING if omitted else form
+
+
 def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
-    """An object with slots as a mapping; what has no written form is left out and added to `omitted`."""
-    written: dict[str, Any] = {"_target_": targets.qualified_name(type(obj))}
+    """A config as a mapping; what has no written form is left out and added to `omitted`."""
+    target = describe(type(obj))
+    data = _heading(target)
     elsewhere = shared_names(obj)
-    for slot in hints.slots(type(obj)) or ():
-        if slot.name in elsewhere:
-            continue
-        try:
-            value = getattr(obj, slot.attribute)
-            plain = type(value) in _PLAIN
-            written[slot.name] = value if plain else _value(value, slot.hint, (*path, slot.name), omitted)
-        except _UnwritableError as error:
-            omitted.append(error.entry)
-    return written
+    state = getattr(obj, "__dict__", None) or {}
+    for name, (attribute, type_) in _plan(target).items():
+        value = state[attribute] if attribute in state else getattr(obj, attribute)
+        if type(value) in _PLAIN:
+            if name not in elsewhere:
+                data[name] = value
+        elif name not in elsewhere:
+            try:
+                data[name] = _value(value, type_, (*path, name), omitted)
+            except _UnwritableError as error:
+                omitted.append(error.entry)
+    if target.open:
+        data |= _open(obj, path, omitted)
+    return data
 
 
-def _value(value: Any, hint: Any, path: Path, omitted: Omitted) -> Any:
-    """The written form of one value in a place annotated `hint`."""
-    members = hints.alternatives(hint)
-    if isinstance(value, Enum):
-        if _short(members, type(value)):
-            return value.name
-        return {"_target_": targets.qualified_name(type(value)), "_name_": value.name}
+def _heading(target: Target) -> dict[str, Any]:
+    if target.schema is None:
+        return {"_target_": target.name}
+    return {"_target_": target.name, "_version_": target.schema.version}
+
+
+_plans: dict[int, tuple[Target, dict[str, tuple[str, Type]]]] = {}
+
+
+def _plan(target: Target) -> dict[str, tuple[str, Type]]:
+    """For each field, where an instance keeps it and of what type it is."""
+    if id(target) not in _plans:
+        plan = {field.name: (field.attribute or field.name, field.type) for field in target.fields.values()}
+        _plans[id(target)] = (target, plan)
+    return _plans[id(target)][1]
+
+
+def _open(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
+    """What an instance of a class that takes any keyword says of itself."""
+    said = getattr(obj, OPEN_CLASSES[describe(type(obj)).name])()
+    return {key: _item(value, ANYTHING, (*path, key), omitted) for key, value in said.items() if key[:1] != "_"}
+
+
+def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+    """The written form of one value in a place of this type."""
     if type(value) in _PLAIN:
         return value
+    if isinstance(value, Enum):
+        return _enum_member(value.name, describe(type(value)), type_)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
-    if hints.is_dtype(type(value)):
-        return str(value) if _short(members, type(value)) else {"_target_": str(value), "_call_": False}
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        return _container(value, members, path, omitted)
-    if not isinstance(value, type) and hints.slots(type(value)) is not None:
-        return _object(value, path, omitted)
+    if isinstance(value, dict):
+        return _mapping(value, type_, path, omitted)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return _items(value, type_, path, omitted)
     if isinstance(value, partial):
-        return _partial(value, path, omitted)
+        return _partial(_name(value.func, path), value.args, value.keywords, path, omitted)
+    if is_dtype(type(value)):
+        return _named(str(value), Dtype(), type_)
+    if isinstance(value, _STANDINS):
+        return _standin(value, type_, path, omitted)
+    if not isinstance(value, type) and describe(type(value)).kind == "config":
+        return _object(value, path, omitted)
     if callable(value):
-        return _named(value, members, path)
+        return _named(_name(value, path), Function(), type_)
+    if (name := targets.name_of(value)) is not None:
+        return {"_target_": name, "_call_": False}
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
 
-def _container(value: Any, members: tuple[Any, ...], path: Path, omitted: Omitted) -> Any:
-    if isinstance(value, dict):
-        return _mapping(value, members, path, omitted)
+_STANDINS = (Named, EnumMember, Made, Partial)
+
+
+def _standin(value: Named | EnumMember | Made | Partial, type_: Type, path: Path, omitted: Omitted) -> Any:
+    """The written form of what was read without making objects."""
+    if isinstance(value, EnumMember):
+        return _enum_member(value.name, value.target, type_)
+    if isinstance(value, Partial):
+        return _partial(value.function.target.name, value.args, value.keywords, path, omitted)
+    if isinstance(value, Named):
+        return _named(value.target.name, Dtype() if value.target.kind == "dtype" else Function(), type_)
+    data = _heading(value.target)
+    plan = _plan(value.target)
+    for name, item in value.values.items():
+        data[name] = _value(item, plan[name][1] if name in plan else ANYTHING, (*path, name), omitted)
+    return data
+
+
+def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
     # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
-    bare = kind is list or _sequence_kinds(members) == {kind}
+    bare = kind is list or _list_readers(type_) == {kind.__name__}
     path = path if bare else (*path, "_args_", 0)
-    items = [_item(item, _item_hint(members, i), (*path, i), omitted) for i, item in enumerate(value)]
+    ordered: Iterable[Any] = sorted(value, key=_order) if isinstance(value, (set, frozenset)) else value
+    items = [_item(item, _item_type(type_, i), (*path, i), omitted) for i, item in enumerate(ordered)]
     return items if bare else {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
 
 
-def _mapping(value: dict[Any, Any], members: tuple[Any, ...], path: Path, omitted: Omitted) -> dict[str, Any]:
-    inner = _union([get_args(member)[1] for member in members if get_origin(member) is dict and get_args(member)])
+def _order(item: Any) -> tuple[str, Any]:
+    """Sets are written in an order that does not depend on the process."""
+    plain = isinstance(item, (str, int, float))
+    return (type(item).__name__, item) if plain else (type(item).__name__, repr(item))
+
+
+def _mapping(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitted) -> dict[str, Any]:
+    inner = _joined(member.value for member in type_ if isinstance(member, Mapping))
     if all(isinstance(key, str) for key in value) and "_target_" not in value:
         return {key: _item(item, inner, (*path, key), omitted) for key, item in value.items()}
     path = (*path, "_args_", 0)
     pairs = [
-        [_item(key, Any, (*path, i, 0), omitted), _item(item, inner, (*path, i, 1), omitted)]
+        [_item(key, ANYTHING, (*path, i, 0), omitted), _item(item, inner, (*path, i, 1), omitted)]
         for i, (key, item) in enumerate(value.items())
     ]
     return {"_target_": "builtins.dict", "_args_": [pairs]}
 
 
-def _item(item: Any, hint: Any, path: Path, omitted: Omitted) -> Any:
-    return item if type(item) in _PLAIN else _value(item, hint, path, omitted)
+def _item(item: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+    return item if type(item) in _PLAIN else _value(item, type_, path, omitted)
 
 
-def _sequence_kinds(members: tuple[Any, ...]) -> set[type]:
-    """The sequence types that a written list can be read as in this place."""
-    found: set[type] = set()
-    for member in members:
-        origin = get_origin(member) or member
-        if hints.is_any(member):
-            found.add(list)
-        elif isinstance(origin, type) and origin in (list, tuple, set, frozenset):
-            found.add(origin)
-        elif hints.is_sequence(origin):
-            found.add(list)
-    return found or {list}
+def _list_readers(type_: Type) -> set[str]:
+    """The kinds of container that a written list can be read as in this place."""
+    found: set[str] = set()
+    for member in type_:
+        match member:
+            case Anything():
+                found.add("list")
+            case Items(kind):
+                found.add(kind)
+            case Fixed():
+                found.add("tuple")
+    return found or {"list"}
 
 
-def _item_hint(members: tuple[Any, ...], index: int) -> Any:
+def _item_type(type_: Type, index: int) -> Type:
     """What the annotation says about item `index` of a sequence."""
-    found = []
-    for member in members:
-        origin, args = get_origin(member), get_args(member)
-        if origin is tuple and args:
-            found.append(args[0] if args[-1] is Ellipsis else args[min(index, len(args) - 1)])
-        elif args and (origin in (list, set, frozenset) or hints.is_sequence(origin)):
-            found.append(args[0])
-    return _union(found)
+    found: list[Type] = []
+    for member in type_:
+        match member:
+            case Items(_, item):
+                found.append(item)
+            case Fixed(items) if items:
+                found.append(items[min(index, len(items) - 1)])
+    return _joined(found)
 
 
-def _union(found: list[Any]) -> Any:
-    return _joined(tuple(found)) if found else Any
+def _joined(found: Iterable[Type]) -> Type:
+    return tuple(dict.fromkeys(member for type_ in found for member in type_)) or ANYTHING
 
 
-@cache
-def _joined(found: tuple[Any, ...]) -> Any:
-    joined = found[0]
-    for hint in found[1:]:
-        joined = joined | hint
-    return joined
-
-
-def _partial(value: partial[Any], path: Path, omitted: Omitted) -> dict[str, Any]:
-    written: dict[str, Any] = {"_target_": _name(value.func, path), "_partial_": True}
-    if value.args:
-        args = enumerate(value.args)
-        written["_args_"] = [_item(arg, Any, (*path, "_args_", i), omitted) for i, arg in args]
-    for key, item in value.keywords.items():
+def _partial(
+    function: str, args: Iterable[Any], keywords: dict[str, Any], path: Path, omitted: Omitted
+) -> dict[str, Any]:
+    data: dict[str, Any] = {"_target_": function, "_partial_": True}
+    if args:
+        items = enumerate(args)
+        data["_args_"] = [_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]
+    for key, item in keywords.items():
         if key.startswith("_"):
             raise _UnwritableError(f"a partial has the private argument {key!r}", path)
-        written[key] = _item(item, Any, (*path, key), omitted)
-    return written
+        data[key] = _item(item, ANYTHING, (*path, key), omitted)
+    return data
 
 
-def _named(value: Any, members: tuple[Any, ...], path: Path) -> Any:
-    name = _name(value, path)
-    return name if _short(members, type(value)) else {"_target_": name, "_call_": False}
+def _enum_member(name: str, enum: Target, type_: Type) -> Any:
+    readers = [member for member in type_ if _reads_text(member)]
+    if len(readers) == 1 and isinstance(readers[0], Instance) and readers[0].name == enum.name:
+        return name
+    return {"_target_": enum.name, "_name_": name}
 
 
-def _name(value: Any, path: Path) -> str:
+def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
+    """The name alone where it can only mean a dtype, or a function or class; else with a mark that it is the object."""
+    readers = [member for member in type_ if _reads_text(member)]
+    if readers and (readers == [kind] or all(isinstance(member, (Function, Class)) for member in readers)):
+        return name
+    return {"_target_": name, "_call_": False}
+
+
+def _name(value: Callable[..., Any], path: Path) -> str:
     name = targets.name_of(value)
     if name is None:
         raise _UnwritableError(f"{value!r} has no importable name", path)
     return name
 
 
-def _short(members: tuple[Any, ...], kind: type) -> bool:
-    """Whether a bare name in this place can only mean a value of type `kind` (an enumeration, dtype, function ...)."""
-    readers = [member for member in members if hints.reads_text(member)]
-    if hints.is_enum(kind) or hints.is_dtype(kind):
-        return readers == [kind]
-    return bool(readers) and all(hints.is_callable(member) or hints.is_class(member) for member in readers)
+def _reads_text(member: Member) -> bool:
+    """Whether text in a document can stand for a value of `member`."""
+    match member:
+        case Anything() | Plain("str") | Dtype() | Function() | Class():
+            return True
+        case Choice(values):
+            return any(isinstance(value, str) for value in values)
+        case Instance():
+            target = target_of(member)
+            return target is not None and target.kind == "enum"
+        case _:
+            return False

@@ -1,20 +1,36 @@
-"""Reading what stands for an object: a nested config, an enumeration member, a dtype, a function, a partial.
+"""The one engine that reads documents: strictly, all problems at once, and without running what a document names.
 
-Nothing that a document names is imported before it is authorised (`bridge.config.targets`), nothing is called but the
-constructors of configs, and whatever a name stands for must fit the annotation of its place.
+It reads against descriptions of classes (`bridge.config.tables`). What a name stands for, and what is made of it, is
+left to a world: the one of this process makes objects, the one of the table makes stand-ins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, get_args, get_origin
+from typing import Any, Protocol
 
-from bridge.config import hints, targets
+from bridge.config.describe import is_dtype
 from bridge.config.errors import TargetError, nearest
-from bridge.config.refusal import Found, ReadError, below, got, kind, refused, unexpected, wanted_for
-from bridge.config.schema import check
-from bridge.config.writethrough import WriteThrough, shared_names
+from bridge.config.migrate import hint_for
+from bridge.config.refusal import Found, ReadError, below, got, refused, unexpected
+from bridge.config.standins import EnumMember, Made, Named, Partial
+from bridge.config.tables import Target, shipped_dtypes
+from bridge.config.targets import qualified_name
+from bridge.config.types import (
+    ANYTHING,
+    Anything,
+    Choice,
+    Class,
+    Dtype,
+    Fixed,
+    Function,
+    Instance,
+    Items,
+    Mapping,
+    Member,
+    Plain,
+    Type,
+)
 
 _BUILTINS: dict[str, Callable[[Any], Any]] = {
     "builtins.list": list,
@@ -24,105 +40,283 @@ _BUILTINS: dict[str, Callable[[Any], Any]] = {
     "builtins.dict": dict,
     "builtins.float": float,
 }
+_COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_SCALARS = frozenset({bool, int, float, type(None)})
+_NONE: frozenset[type] = frozenset()
+_FUNCTION: Type = (Function(),)
+
+
+class World(Protocol):
+    """What names stand for, and what becomes of what was read."""
+
+    def named(self, name: str) -> Target:
+        """What documents may call `name`; raises TargetError if nothing."""
+        ...
+
+    def of(self, member: Instance | Class) -> Target | None:
+        """The class that an annotation names; None if it is known by name only."""
+        ...
+
+    def dtype(self, name: str) -> object | None:
+        """The dtype called `name`, with or without `torch.`; None if there is none."""
+        ...
+
+    def itself(self, target: Target) -> object:
+        """The named thing itself."""
+        ...
+
+    def enum_member(self, target: Target, name: str) -> object:
+        """A member of an enumeration."""
+        ...
+
+    def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
+        """A `functools.partial`."""
+        ...
+
+    def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
+        """An instance of a config; `complete` if the document gives every field. Raises ReadError."""
+        ...
 
 
 class Reader:
     """Reads the values of one document."""
 
-    def __init__(self, omitted: dict[int, set[str]]) -> None:
+    def __init__(self, world: World, omitted: dict[int, set[str]]) -> None:
         """`omitted`: the fields that the document says it leaves out, by the identity of the mapping they miss from."""
+        self._world = world
         self._omitted = omitted
 
-    def object(self, data: dict[str, Any], cls: type) -> Any:
-        """The instance of `cls`, a class with slots, that the mapping `data` describes."""
-        given = {key: value for key, value in data.items() if key != "_target_"}
-        # Fields that the class computes itself (init=False) are written for people's eyes, and not read.
-        init = {slot.name for slot in hints.slots(cls) or () if slot.init}
-        found = _misplaced(given, cls)
+    def value(self, value: Any, type_: Type) -> Any:
+        """The value that `value` describes, in a place of this type."""
+        kind = type(value)
+        if kind is str:
+            return self._text(value, type_)
+        if kind is dict:
+            return self._mapping(value, type_)
+        if kind is list:
+            return self._sequence(value, type_)
+        if kind in _SCALARS:
+            return self._scalar(value, type_)
+        if kind in (tuple, set, frozenset):
+            return self._sequence(value, type_)
+        if any(_fits(value, member) for member in type_):
+            return value
+        raise unexpected(self._wanted(type_), value)
+
+    def config(self, data: dict[str, Any], target: Target) -> Any:
+        """The instance of the config class `target` that the mapping `data` describes."""
+        ready = target.ready
         values: dict[str, Any] = {}
-        try:
-            values = check(cls, {key: value for key, value in given.items() if key in init}, self)
-        except ReadError as error:
-            found += error.found
+        found: Found = []
+        inner: frozenset[str] | None = None
+        for key, value in data.items():
+            if type(value) in ready.get(key, _NONE):
+                values[key] = value
+                if target.embeds is None:
+                    continue
+            elif key == "_target_" or (key == "_version_" and target.schema is not None):
+                continue
+            if target.embeds is not None:
+                inner = self._embedded(data, target) if inner is None else inner
+                if key in inner:
+                    found.append(((key,), f"belongs to {target.embeds}: give it as {target.embeds}.{key}"))
+                    continue
+            if key in values:
+                continue
+            try:
+                if (field := target.fields.get(key)) is None:
+                    values[key] = self._unknown(key, value, target, inner or ())
+                elif field.init:  # fields that the class computes itself are written for people's eyes, and not read
+                    values[key] = self.value(value, field.type)
+            except ReadError as error:
+                found += [((key, *path), message) for path, message in error.found]
+        found += [
+            ((field.name,), "required, but missing")
+            for field in target.fields.values()
+            if field.required and field.name not in data
+        ]
         if found:
             raise ReadError(found)
-        made = _constructed(cls, values)
-        if init - shared_names(made) - self._omitted.get(id(data), set()) <= values.keys():
-            _restore(made, values)
-        return made
+        owned_elsewhere = inner or ()
+        missing = target.init_names - values.keys() - self._omitted.get(id(data), set())
+        return self._world.make(target, values, complete=missing <= set(owned_elsewhere))
 
-    def named(self, value: Any, members: tuple[Any, ...]) -> Any:
-        """The object that `value` stands for, in a place annotated with the union of `members`."""
-        if any(hints.is_any(member) for member in members) and not (isinstance(value, dict) and "_target_" in value):
-            return self._anything(value)
-        if isinstance(value, str):
-            return _by_name(value, members)
-        if isinstance(value, dict):
-            return self._by_mapping(value, members)
-        if any(_fits(value, member) for member in members):
-            return value
-        raise unexpected(wanted_for(members), value)
+    def _unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
+        """The value of a key that is no field, where the class takes any."""
+        if target.open and isinstance(key, str) and key.isidentifier() and not key.startswith("_"):
+            return self.value(value, ANYTHING)
+        became = hint_for(target, str(key))
+        hint = (
+            (f": it {became}" if became else "")
+            or nearest(str(key), target.fields)
+            or nearest(str(key), inner, prefix=f"{target.embeds}.")
+        )
+        raise refused(f"unknown key of {target.short_name}{hint}")
 
-    def unwrapped(self, value: Any) -> Any:
-        """`value`, or the built-in container or number that it is the long form of."""
-        if isinstance(value, dict) and _is_builtin(value.get("_target_")):
-            return self._builtin(value)
-        return value
+    def _embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
+        """The fields that the config in `target.embeds` owns."""
+        assert target.embeds is not None
+        value = data.get(target.embeds)
+        try:
+            if isinstance(value, dict):
+                return frozenset(self.class_in(value, target.fields[target.embeds].type).fields)
+        except ReadError:
+            pass
+        return frozenset(getattr(type(value), "__dataclass_fields__", ()))
 
-    def _anything(self, value: Any) -> Any:
-        """A value about which the annotation says nothing: itself, except for mappings with `_target_` inside it."""
-        if isinstance(value, list):
-            return self._each(enumerate(value))
-        if isinstance(value, dict):
-            return dict(zip(value, self._each(value.items()), strict=True))
-        return value
+    def class_named(self, name: object, type_: Type) -> Target:
+        """The class that `name` stands for, derived from one of those in `type_`."""
+        target = self._resolved(name, type_)
+        for member in type_:
+            if isinstance(member, Anything) or (isinstance(member, Instance) and member.name in target.bases):
+                return target
+        raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
 
-    def _each(self, items: Iterable[tuple[Any, Any]]) -> list[Any]:
+    def class_in(self, data: dict[str, Any], type_: Type) -> Target:
+        """The config class that the mapping `data` describes an instance of."""
+        if "_target_" in data:
+            with below("_target_"):
+                target = self.class_named(data["_target_"], type_)
+                if target.kind != "config":
+                    raise refused(f"{data['_target_']!r} is not a config: documents describe only dataclasses")
+                return target
+        candidates = [target for target in map(self._of, type_) if target is not None and target.kind == "config"]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise refused("missing '_target_': " + " or ".join(repr(target.name) for target in candidates))
+        raise unexpected(self._wanted(type_), data)
+
+    def _of(self, member: Member) -> Target | None:
+        return self._world.of(member) if isinstance(member, Instance) else None
+
+    def _scalar(self, value: Any, type_: Type) -> Any:
+        for member in type_:
+            match member:
+                case Plain(kind) if type(value) in _SCALAR_KINDS[kind]:
+                    return value
+                case Choice(values) if _among(value, values):
+                    return value
+                case Anything():
+                    return value
+        raise unexpected(self._wanted(type_), value)
+
+    def _text(self, value: str, type_: Type) -> Any:
+        known: list[str] = []
+        for member in type_:
+            match member:
+                case Plain("str") | Anything():
+                    return value
+                case Choice(values):
+                    if value in values:
+                        return value
+                    known += [choice for choice in values if isinstance(choice, str)]
+                case Dtype():
+                    if (dtype := self._world.dtype(value)) is not None:
+                        return dtype
+                    known += [prefix + name for prefix in ("torch.", "") for name in shipped_dtypes()]
+                case Instance() if (enum := self._world.of(member)) and enum.kind == "enum":
+                    if value in enum.members:
+                        return self._world.enum_member(enum, value)
+                    known += enum.members
+        if any(isinstance(member, (Function, Class)) for member in type_):
+            return self._fitting(value, type_)
+        raise unexpected(self._wanted(type_), value, nearest(value, known))
+
+    def _sequence(self, value: Any, type_: Type) -> Any:
+        """A list as the kind of sequence that the place asks for; a live tuple or set as what it is."""
+        errors: list[ReadError] = []
+        for member in type_:
+            try:
+                match member:
+                    case Items(kind, item) if type(value) is list or type(value).__name__ == kind:
+                        return _collected(kind, self._each(enumerate(value), item))
+                    case Fixed(items) if type(value) in (list, tuple):
+                        return self._fixed(value, items)
+                    case Anything():
+                        return self._each(enumerate(value), ANYTHING) if type(value) is list else value
+            except ReadError as error:
+                errors.append(error)
+        if not errors:
+            raise unexpected(self._wanted(type_), value)
+        # Of a union's members, the one that fits farthest down is the one that was meant.
+        raise max(errors, key=lambda error: max(len(path) for path, _ in error.found))
+
+    def _fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
+        found: Found = [((i,), "required, but missing") for i in range(len(value), len(items))]
+        if len(value) > len(items):
+            found.append(((len(items),), f"one too many: expected a list of {len(items)}"))
+        try:
+            read = self._each_of((i, item, of) for i, (item, of) in enumerate(zip(value, items, strict=False)))
+        except ReadError as error:
+            found = error.found + found
+        if found:
+            raise ReadError(found)
+        return tuple(read)
+
+    def _each(self, items: Iterable[tuple[Any, Any]], type_: Type) -> list[Any]:
+        return self._each_of((key, item, type_) for key, item in items)
+
+    def _each_of(self, items: Iterable[tuple[Any, Any, Type]]) -> list[Any]:
         found: Found = []
         read = []
-        for key, item in items:
+        for key, item, type_ in items:
             try:
-                read.append(self.named(item, (Any,)))
+                read.append(self.value(item, type_))
             except ReadError as error:
                 found += [((key, *path), message) for path, message in error.found]
         if found:
             raise ReadError(found)
         return read
 
-    def _by_mapping(self, data: dict[str, Any], members: tuple[Any, ...]) -> Any:
+    def _mapping(self, data: dict[str, Any], type_: Type) -> Any:
         if _is_builtin(data.get("_target_")):
-            made = self._builtin(data)
-            if not any(_fits(made, member) for member in members):
-                raise unexpected(wanted_for(members), made)
-            return made
+            return self._builtin(data, type_)
+        if "_target_" not in data:
+            for member in type_:
+                match member:
+                    case Mapping(key, value):
+                        return self._dict(data, key, value)
+                    case Anything():
+                        return dict(zip(data, self._each(data.items(), ANYTHING), strict=True))
         if "_partial_" in data:
-            return self._partial(data, members)
+            return self._partial(data, type_)
         if "_name_" in data:
-            return _enum_member(data, members)
+            return self._enum_member(data, type_)
         if "_call_" in data:
             _only(data, {"_target_", "_call_"})
             if data["_call_"] is not False:
                 raise refused("must be false: a document calls nothing", "_call_")
             with below("_target_"):
-                return _fitting(data.get("_target_"), members)
-        return self.object(data, class_in(data, members))
+                return self._fitting(data.get("_target_"), type_)
+        return self.config(data, self.class_in(data, type_))
 
-    def _builtin(self, data: dict[str, Any]) -> Any:
+    def _dict(self, data: dict[Any, Any], key: Type, value: Type) -> dict[Any, Any]:
+        keys = self._each(((name, name) for name in data), key)
+        return dict(zip(keys, self._each(data.items(), value), strict=True))
+
+    def _builtin(self, data: dict[str, Any], type_: Type) -> Any:
         """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
         _only(data, {"_target_", "_args_"})
         args = data.get("_args_")
         if not isinstance(args, list) or len(args) != 1:
             raise refused("expected a list of one value", "_args_")
         with below("_args_", 0):
-            inner = self.named(args[0], (Any,))
+            inner = self.value(args[0], ANYTHING)
             try:
-                return _BUILTINS[data["_target_"]](inner)
+                made = _BUILTINS[data["_target_"]](inner)
             except (TypeError, ValueError) as error:
                 raise refused(f"makes no {data['_target_'].removeprefix('builtins.')}: {error}") from error
+            if isinstance(made, dict) and ANYTHING[0] not in type_:
+                for member in type_:
+                    if isinstance(member, Mapping):
+                        return self._dict(made, member.key, member.value)
+                raise unexpected(self._wanted(type_), made)
+            return made if ANYTHING[0] in type_ else self.value(made, type_)
 
-    def _partial(self, data: dict[str, Any], members: tuple[Any, ...]) -> Any:
-        if not any(hints.is_any(member) or hints.is_callable(member) for member in members):
-            raise unexpected(wanted_for(members), data)
+    def _partial(self, data: dict[str, Any], type_: Type) -> Any:
+        if not any(isinstance(member, (Anything, Function)) for member in type_):
+            raise unexpected(self._wanted(type_), data)
         if data["_partial_"] is not True:
             raise refused(f"expected true, got {got(data['_partial_'])}", "_partial_")
         args = data.get("_args_", [])
@@ -132,152 +326,146 @@ class Reader:
         if not isinstance(args, list):
             raise refused(f"expected a list, got {got(args)}", "_args_")
         with below("_target_"):
-            function = _fitting(data.get("_target_"), (Callable,))
+            function = self._fitting(data.get("_target_"), _FUNCTION)
         with below("_args_"):
-            args = self._anything(args)
-        return partial(function, *args, **self._anything(keywords))
+            args = self.value(args, ANYTHING)
+        read = self._each(keywords.items(), ANYTHING)
+        return self._world.partial(function, args, dict(zip(keywords, read, strict=True)))
 
-
-def class_named(name: object, members: tuple[Any, ...]) -> Any:
-    """The class that `name` stands for, a subclass of one of `members`."""
-    found = _resolved(name, members)
-    bounds = tuple(member for member in members if isinstance(member, type))
-    if not isinstance(found, type) or not (issubclass(found, bounds) or any(hints.is_any(m) for m in members)):
-        raise refused(f"expected {wanted_for(members)}, but {name!r} is {kind(found)}")
-    return found
-
-
-def class_in(data: dict[str, Any], members: tuple[Any, ...]) -> Any:
-    """The class with slots that the mapping `data` describes an instance of."""
-    if "_target_" in data:
+    def _enum_member(self, data: dict[str, Any], type_: Type) -> Any:
+        """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
+        # The reference writes the member's value beside its name.
+        _only(data, {"_target_", "_name_", "_args_"})
         with below("_target_"):
-            cls = class_named(data["_target_"], members)
-            if hints.slots(cls) is None:
-                raise refused(f"{data['_target_']!r} is not a config: documents describe only dataclasses")
-            return cls
-    candidates = [member for member in members if isinstance(member, type) and hints.slots(member) is not None]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise refused("missing '_target_': " + " or ".join(repr(targets.qualified_name(one)) for one in candidates))
-    raise unexpected(wanted_for(members), data)
+            target = self.class_named(data.get("_target_"), type_)
+            if target.kind != "enum":
+                raise refused(f"{data['_target_']!r} is not an enumeration")
+        name = data["_name_"]
+        if not isinstance(name, str) or name not in target.members:
+            near = nearest(str(name), target.members)
+            raise refused(f"{target.short_name} has no member {name!r}{near}", "_name_")
+        return self._world.enum_member(target, name)
+
+    def _fitting(self, name: object, type_: Type) -> Any:
+        """The thing itself that `name` stands for, if it fits the place."""
+        target = self._resolved(name, type_)
+        if not any(_suits(target, member) for member in type_):
+            raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
+        return self._world.itself(target)
+
+    def _resolved(self, name: object, type_: Type) -> Target:
+        """What `name` stands for. The classes of an annotation are code: they need no registration."""
+        if not isinstance(name, str):
+            raise refused(f"expected a name, got {got(name)}")
+        for member in type_:
+            own = member.name if isinstance(member, Instance) else member.bound if isinstance(member, Class) else None
+            if own == name and (target := self._world.of(member)) is not None:  # type: ignore[arg-type]
+                return target
+        try:
+            return self._world.named(name)
+        except TargetError as error:
+            raise refused(str(error)) from error
+
+    def _wanted(self, type_: Type) -> str:
+        """What a place of this type expects."""
+        words = [self._described(member) for member in type_ if member != Plain("null")]
+        return " or ".join(dict.fromkeys(words)) or "null"
+
+    def _described(self, member: Member) -> str:
+        match member:
+            case Plain(kind):
+                return _WORDS[kind]
+            case Choice(values):
+                return "one of " + ", ".join(repr(value) for value in values)
+            case Instance(name):
+                target = self._world.of(member)
+                if target is not None and target.kind == "enum":
+                    return f"one of {', '.join(target.members)}"
+                return f"a {name.rpartition('.')[2]}"
+            case _:
+                return _WORDS[type(member)]
 
 
-def _constructed(cls: type, values: dict[str, Any]) -> Any:
+_WORDS: dict[object, str] = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "null": "null",
+    Items: "a list",
+    Fixed: "a list",
+    Mapping: "a mapping",
+    Dtype: "a dtype such as 'torch.bfloat16'",
+    Function: "the name of a function",
+    Class: "the name of a class",
+    Anything: "a value",
+}
+_SCALAR_KINDS: dict[str, frozenset[type]] = {
+    "bool": frozenset({bool}),
+    "int": frozenset({int}),
+    "float": frozenset({float, int}),  # an integer is a fine number, and stays the integer it was
+    "str": frozenset({str}),
+    "null": frozenset({type(None)}),
+}
+
+
+def _among(value: object, choices: tuple[object, ...]) -> bool:
+    # 1 == True and 1 == 1.0: the type counts too.
+    return any(type(choice) is type(value) and choice == value for choice in choices)
+
+
+def _collected(kind: str, items: list[Any]) -> Any:
     try:
-        return cls(**values)
-    except Exception as error:  # whatever its own checks raise is about these values
-        raise refused(f"{cls.__name__} refuses these values: {str(error) or type(error).__name__}") from error
-
-
-def _restore(made: object, values: dict[str, Any]) -> None:
-    """Put back what the constructor of `made` turned into something else.
-
-    Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
-    values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
-    """
-    parameters = getattr(type(made), "__dataclass_params__", None)
-    put = object.__setattr__ if parameters and parameters.frozen else setattr
-    for slot in hints.slots(type(made)) or ():
-        if slot.name in values:
-            value, now = values[slot.name], getattr(made, slot.attribute)
-            if now is not value and not (type(now) is type(value) and now == value):
-                put(made, slot.attribute, value)
-
-
-def _misplaced(given: dict[str, Any], cls: type) -> Found:
-    """Unknown keys, and fields given to a config that leaves them to the one it embeds."""
-    own = {slot.name: slot for slot in hints.slots(cls) or ()}
-    embeds, inner = "", set[str]()
-    if issubclass(cls, WriteThrough) and cls._embeds in own:
-        embeds = cls._embeds
-        inner = _field_names(given.get(embeds), own[embeds].hint)
-    found: Found = []
-    for key in given:
-        if key in inner:
-            found.append(((key,), f"belongs to {embeds}: give it as {embeds}.{key}"))
-        elif key not in own:
-            near = nearest(str(key), own) or nearest(str(key), inner, prefix=f"{embeds}.")
-            found.append(((key,), f"unknown key of {cls.__name__}{near}"))
-    return found
-
-
-def _field_names(data: object, hint: Any) -> set[str]:
-    """The fields of the class that `data`, in a place annotated `hint`, would become an instance of."""
-    try:
-        cls = class_in(data, hints.alternatives(hint)) if isinstance(data, dict) else type(data)
-    except ReadError:
-        return set()
-    return {slot.name for slot in hints.slots(cls) or ()}
-
-
-def _by_name(name: str, members: tuple[Any, ...]) -> Any:
-    choices: list[str] = []
-    for member in members:
-        if hints.is_enum(member):
-            if name in member.__members__:
-                return member[name]
-            choices += member.__members__
-        elif hints.is_dtype(member):
-            if (dtype := hints.dtype(name)) is not None:
-                return dtype
-            choices += hints.dtypes()
-    if any(hints.is_callable(member) or hints.is_class(member) for member in members):
-        return _fitting(name, members)
-    raise unexpected(wanted_for(members), name, nearest(name, choices))
-
-
-def _enum_member(data: dict[str, Any], members: tuple[Any, ...]) -> Any:
-    """An enumeration member, written as {_target_: module.Enum, _name_: member} where its bare name would be text."""
-    _only(data, {"_target_", "_name_"})
-    with below("_target_"):
-        cls = class_named(data.get("_target_"), members)
-        if not hints.is_enum(cls):
-            raise refused(f"{data['_target_']!r} is not an enumeration")
-    name = data["_name_"]
-    if name not in cls.__members__:
-        raise refused(f"{cls.__name__} has no member {name!r}{nearest(str(name), cls.__members__)}", "_name_")
-    return cls[name]
-
-
-def _fitting(name: object, members: tuple[Any, ...]) -> Any:
-    """The object itself that `name` stands for, if it fits the place."""
-    found = _resolved(name, members)
-    if not any(_fits(found, member) for member in members):
-        raise refused(f"expected {wanted_for(members)}, but {name!r} is {kind(found)}")
-    return found
-
-
-def _fits(value: object, member: Any) -> bool:
-    if hints.is_any(member):
-        return True
-    if hints.is_callable(member):
-        # A config class can be called too, but it is no function.
-        return callable(value) and not (isinstance(value, type) and hints.slots(value) is not None)
-    if hints.is_class(member):
-        bound = get_args(member)[0] if get_args(member) else object
-        return isinstance(value, type) and (not isinstance(bound, type) or issubclass(value, bound))
-    try:
-        return isinstance(value, get_origin(member) or member)
+        return _COLLECT[kind](items)
     except TypeError:
-        return True  # a TypeVar or the like, which says nothing that can be checked here
+        raise refused("expected a list of plain values") from None
 
 
-def _resolved(name: object, members: tuple[Any, ...]) -> Any:
-    """The object that `name` stands for. The classes of an annotation are code: they need no registration."""
-    if not isinstance(name, str):
-        raise refused(f"expected a name, got {got(name)}")
-    for member in members:
-        if isinstance(member, type) and targets.qualified_name(member) == name:
-            return member
-    if name.startswith("torch.") and (dtype := hints.dtype(name)) is not None:
-        return dtype
-    if name in hints.PLAIN_CLASSES and (found := targets.loaded(name)) is not None:
-        return found
-    try:
-        return targets.resolve(name)
-    except TargetError as error:
-        raise refused(str(error)) from error
+def _suits(target: Target, member: Member) -> bool:
+    """Whether the named thing itself is a value of `member`."""
+    match member:
+        case Anything():
+            return True
+        case Function():  # a config class can be called too, but it is no function
+            return target.kind in ("function", "class", "builder", "enum")
+        case Class(bound):
+            is_class = target.kind in ("class", "config", "enum", "builder")
+            return is_class and (bound is None or bound in target.bases)
+        case Dtype():
+            return target.kind == "dtype"
+        case Instance(name):
+            return target.kind == "value" and name in target.bases
+        case _:
+            return False
+
+
+def _fits(value: object, member: Member) -> bool:
+    """Whether a live value, or a stand-in for one, is a value of `member`."""
+    match value:
+        case Named(target):
+            return _suits(target, member)
+        case Partial():
+            return isinstance(member, (Function, Anything))
+        case EnumMember(target) | Made(target):
+            return isinstance(member, Anything) or (isinstance(member, Instance) and member.name in target.bases)
+    match member:
+        case Anything():
+            return True
+        case Function():
+            return callable(value) and not hasattr(value, "__dataclass_fields__")
+        case Class(bound):
+            return isinstance(value, type) and (bound is None or bound in map(qualified_name, value.__mro__))
+        case Dtype():
+            return is_dtype(type(value))
+        case Instance(name, cls):
+            return isinstance(value, cls) if cls else name in map(qualified_name, type(value).__mro__)
+        case _:
+            return False
+
+
+def _kind(target: Target) -> str:
+    """What sort of thing a name turned out to stand for."""
+    return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"
 
 
 def _is_builtin(name: object) -> bool:

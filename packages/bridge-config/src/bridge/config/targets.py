@@ -10,6 +10,7 @@ import importlib
 import sys
 import warnings
 from functools import cache
+from types import MethodType
 from typing import TYPE_CHECKING, TypeVar
 
 from bridge.config.errors import TargetError, nearest
@@ -86,7 +87,14 @@ def refresh() -> None:
 
 def known_names() -> list[str]:
     """Every name that a document of this process may use, sorted."""
-    return sorted({*_registered, *declared()})
+    from bridge.config.tables import shipped_names
+
+    return sorted({*_registered, *declared(), *shipped_names()})
+
+
+def is_registered(name: str) -> bool:
+    """Whether this process registered something under `name`."""
+    return name in _registered
 
 
 def resolve(name: str) -> object:
@@ -104,10 +112,12 @@ def resolve(name: str) -> object:
 
 def unknown(name: str) -> str:
     """What to say about a name that stands for nothing."""
+    from bridge.config.tables import shipped_names
+
     message, near = f"{name!r} is not a name that documents may use here", nearest(name, known_names())
     for prefix, home in _HOMES.items():
-        if name.startswith(prefix) and not _installed(home):
-            return f"{message}; it may be declared by {home}, which is not installed: pip install {home}{near}"
+        if name.startswith(prefix) and name in shipped_names() and not _installed(home):
+            return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
     return f"{message}; register it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
 
 
@@ -116,6 +126,8 @@ def name_of(obj: object) -> str | None:
 
     Declared names are compared only where their module is loaded already: looking for a name imports nothing.
     """
+    if isinstance(obj, MethodType):
+        return _method_name(obj)
     if id(obj) not in _names:
         name = _find_name(obj)
         if name is None:
@@ -124,22 +136,15 @@ def name_of(obj: object) -> str | None:
     return _names[id(obj)][1]
 
 
-def builder_for(name: str, config: ModelConfig) -> type:
-    """The builder that a document names under `_builder_`, checked to accept `config`.
+def accepted_by(cls: type) -> type[ModelConfig] | None:
+    """The config class that `cls` builds; None if it is no ModelBuilder."""
+    known, accepted = _builders.get(qualified_name(cls) or "", (None, None))
+    return accepted if known is cls else None
 
-    Raises:
-        TargetError: the name is no registered or declared ModelBuilder, or that builder is for other configs.
-    """
-    if name not in _builders and name in declared():
-        resolve(name)  # defining a ModelBuilder registers it
-    if name not in _builders:
-        if name in declared():
-            raise TargetError(f"{name!r} is not a ModelBuilder")
-        raise TargetError(unknown(name))
-    cls, accepts = _builders[name]
-    if not isinstance(config, accepts):
-        raise TargetError(f"{name} builds {accepts.__name__}, not {type(config).__name__}")
-    return cls
+
+def accepts(name: str) -> type[ModelConfig] | None:
+    """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
+    return _builders[name][1] if name in _builders else None
 
 
 def import_builder(name: str) -> type:
@@ -160,10 +165,13 @@ def import_builder(name: str) -> type:
     return found
 
 
-def loaded(name: str) -> object | None:
-    """The object at the dotted `name` if its module is loaded already, else None. Imports nothing."""
-    found = _walk(name)
-    return None if found is _NOTHING else found
+def _method_name(method: MethodType) -> str | None:
+    """The name of a classmethod bound to its class: it is another object at each look, so it is compared by value."""
+    owner = method.__self__
+    if not isinstance(owner, type) or _walk(qualified_name(owner) or "") is not owner:
+        return None
+    same = getattr(owner, method.__name__, None) == method
+    return f"{qualified_name(owner)}.{method.__name__}" if same else None
 
 
 def _find_name(obj: object) -> str | None:

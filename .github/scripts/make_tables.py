@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Make the table of descriptions that bridge-config ships, from the real classes and functions.
+
+    make_tables.py            write the table
+    make_tables.py --check    is the committed table what the installed libraries say?
+
+What is described: everything that bridge-builders and bridge-models declare in the entry-point group `bridge.targets`,
+and the configs and enumerations that the annotations of those name. The words about fields come from
+`packages/bridge-config/field_docs.yaml`, and for our own classes from the text below each field.
+"""
+
+import ast
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from difflib import unified_diff
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from bridge.config.describe import describe, is_dtype, target_of
+from bridge.config.model import ModelConfig
+from bridge.config.tables import Field, Target, target_to_json
+from bridge.config.targets import GROUP
+from bridge.config.types import Fixed, Instance, Items, Mapping, Type
+
+PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
+TABLE = PACKAGE / "src/bridge/config/tables.json"
+DOCS = yaml.safe_load((PACKAGE / "field_docs.yaml").read_text())
+OURS = ("bridge-builders", "bridge-models")
+
+
+def main() -> int:
+    made = json.dumps(table(), indent=1, sort_keys=False, ensure_ascii=False) + "\n"
+    if "--check" not in sys.argv:
+        TABLE.write_text(made)
+        return 0
+    committed = TABLE.read_text()
+    sys.stdout.writelines(unified_diff(committed.splitlines(True), made.splitlines(True), "committed", "installed"))
+    if made != committed:
+        print("the table is not what the installed libraries say: run .github/scripts/make_tables.py", file=sys.stderr)
+    return int(made != committed)
+
+
+def table() -> dict[str, Any]:
+    points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name in OURS]
+    aliases = {point.name: point.value.replace(":", ".") for point in points if "." not in point.name}
+    targets: dict[str, Target] = {}
+    for point in points:
+        if "." in point.name:
+            collect(declared(point), targets)
+    collect(describe(ModelConfig), targets)
+    return {
+        "made_from": {name: version(name) for name in ("megatron-core", "torch")},
+        "aliases": dict(sorted(aliases.items())),
+        "dtypes": {name: str(value) for name, value in sorted(vars(torch).items()) if is_dtype(type(value))},
+        "targets": {
+            name: target_to_json(documented(target, targets), parent(target, targets))
+            for name, target in sorted(targets.items())
+        },
+    }
+
+
+def declared(point: EntryPoint) -> Target:
+    """What `point` declares; a class that this machine lacks the libraries for is known by its name alone."""
+    try:
+        return describe(point.load(), point.name)
+    except (ImportError, AttributeError):
+        return Target(point.name, "class", bases=(point.name,))
+
+
+def collect(target: Target, targets: dict[str, Target]) -> None:
+    """Add `target` and what its annotations name to `targets`."""
+    if target.name in targets:
+        return
+    targets[target.name] = target
+    for field in target.fields.values():
+        for member in instances(field.type):
+            named = target_of(member)
+            if named is not None and named.kind in ("config", "enum"):
+                collect(named, targets)
+
+
+def instances(type_: Type) -> Iterator[Instance]:
+    """Every class that a type names, at any depth."""
+    for member in type_:
+        match member:
+            case Instance():
+                yield member
+            case Items(_, item):
+                yield from instances(item)
+            case Fixed(items):
+                yield from (found for item in items for found in instances(item))
+            case Mapping(key, value):
+                yield from instances(key)
+                yield from instances(value)
+
+
+def parent(target: Target, targets: dict[str, Target]) -> Target | None:
+    """The nearest base of a config that is in the table too, as it stands there."""
+    if target.kind != "config":
+        return None
+    found = next((targets[base] for base in target.bases[1:] if base in targets), None)
+    return documented(found, targets) if found else None
+
+
+def documented(target: Target, targets: dict[str, Target]) -> Target:
+    """`target` with words about it and its fields."""
+    words, above = words_of(target), parent(target, targets)
+    fields = {}
+    for field in target.fields.values():
+        said = words["fields"].get(field.name)
+        inherited = above.fields[field.name].doc if above and field.name in above.fields else ""
+        fields[field.name] = plain(field, said or inherited)
+    return replace(target, doc=words["doc"], fields=fields, obj=None)
+
+
+def plain(field: Field, doc: str) -> Field:
+    # Where an instance keeps a value concerns only those who have one.
+    return replace(field, doc=" ".join(doc.split()), attribute="")
+
+
+def words_of(target: Target) -> dict[str, Any]:
+    if target.name in DOCS:
+        return {"doc": DOCS[target.name]["doc"], "fields": DOCS[target.name].get("fields") or {}}
+    if not target.name.startswith("bridge.") or not isinstance(target.obj, type):
+        return {"doc": "", "fields": {}}
+    summary = (inspect.getdoc(target.obj) or "").split("\n\n")[0]
+    return {"doc": " ".join(summary.split()), "fields": dict(texts_below_fields(target.obj))}
+
+
+def texts_below_fields(cls: type) -> Iterator[tuple[str, str]]:
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str() as said)):
+                yield name, said
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Descriptions of live objects: what a class, function or value of this process is to documents."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import MISSING
+from enum import Enum
+from typing import Annotated, Any, Literal, NewType, TypeAliasType, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from bridge.config import targets
+from bridge.config.migrate import Schema, declared_schema
+from bridge.config.tables import Field, Target, shipped
+from bridge.config.targets import qualified_name
+from bridge.config.types import (
+    ANYTHING,
+    Anything,
+    Choice,
+    Class,
+    Dtype,
+    Fixed,
+    Function,
+    Instance,
+    Items,
+    Mapping,
+    Member,
+    Plain,
+    Type,
+)
+from bridge.config.writethrough import WriteThrough
+
+# Classes that are not dataclasses and yet have a written form: constructor argument -> the attribute that holds it.
+# They are not imported here; each row counts once the class is loaded.
+PLAIN_CLASSES: dict[str, dict[str, str]] = {
+    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout": {
+        "layout": "input_data",
+        "pipeline_model_parallel_size": "pipeline_model_parallel_size",
+    },
+    "megatron.core.quantization.quant_config.RecipeConfig": {"matchers": "matchers", "config_dict": "configs"},
+    "megatron.core.quantization.quant_config.GlobMatcher": {"pattern": "pattern", "config_key": "config_key"},
+}
+
+# Classes whose constructor takes any keyword, and the method that gives them back.
+OPEN_CLASSES = {"transformers.generation.configuration_utils.GenerationConfig": "to_diff_dict"}
+
+_described: dict[type, Target] = {}
+
+
+def describe(obj: object, name: str | None = None) -> Target:
+    """The description of `obj`, a class or anything else that is registered or declared under `name`."""
+    if isinstance(obj, type):
+        if obj not in _described:
+            _described[obj] = _class(obj)
+        return _described[obj]
+    name = name or qualified_name(obj) or repr(obj)
+    if is_dtype(type(obj)):
+        return Target(str(obj), "dtype", obj=obj)
+    if callable(obj):
+        return Target(name, "function", obj=obj)
+    return Target(name, "value", bases=_bases(type(obj)), obj=obj)
+
+
+def target_of(member: Instance) -> Target | None:
+    """The description of the class that an annotation names; None if it is neither at hand nor in the table."""
+    return describe(member.cls) if member.cls is not None else shipped(member.name)
+
+
+def is_dtype(cls: type) -> bool:
+    """Whether `cls` is torch.dtype; torch itself need not be there."""
+    return qualified_name(cls) == "torch.dtype"
+
+
+def type_of(hint: Any) -> Type:
+    """What the annotation `hint` says."""
+    members = dict.fromkeys(_members(hint))
+    return tuple(sorted(members, key=_rank)) or ANYTHING
+
+
+def _class(cls: type) -> Target:
+    name, bases = qualified_name(cls) or cls.__name__, _bases(cls)
+    if issubclass(cls, Enum):
+        return Target(name, "enum", bases=bases, members=tuple(cls.__members__), obj=cls)
+    if (accepts := targets.accepted_by(cls)) is not None:
+        return Target(name, "builder", bases=bases, accepts=qualified_name(accepts), obj=cls)
+    fields = _fields(cls)
+    if fields is None:
+        return Target(name, "class", bases=bases, obj=cls)
+    own = getattr(cls, "schema", None)
+    return Target(
+        name,
+        "config",
+        bases=bases,
+        fields=fields,
+        open=name in OPEN_CLASSES,
+        embeds=cls._embeds if issubclass(cls, WriteThrough) and cls._embeds in fields else None,
+        builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
+        schema=own if isinstance(own, Schema) else declared_schema(name),
+        obj=cls,
+    )
+
+
+def _bases(cls: type) -> tuple[str, ...]:
+    return tuple(name for base in cls.__mro__ if base is not object and (name := qualified_name(base)))
+
+
+def _fields(cls: type) -> dict[str, Field] | None:
+    """The fields of a dataclass, or of a class with a written form of its own; None for any other class."""
+    if dataclasses.is_dataclass(cls):
+        hints = _resolved(cls)
+        return {f.name: _dataclass_field(f, hints[f.name]) for f in dataclasses.fields(cls)}
+    if qualified_name(cls) in OPEN_CLASSES:
+        return {}
+    attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
+    if attributes is None:
+        return None
+    hints = _resolved(cls.__init__)  # type: ignore[misc]
+    parameters = inspect.signature(cls).parameters
+    return {
+        name: Field(
+            name,
+            type_of(hints.get(name, Any)),
+            required=parameters[name].default is inspect.Parameter.empty,
+            attribute=attribute,
+        )
+        for name, attribute in attributes.items()
+    }
+
+
+def _dataclass_field(f: dataclasses.Field[Any], hint: Any) -> Field:
+    # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
+    type_ = type_of(Union[hint, None] if f.default is None else hint)  # noqa: UP007  (a hint may not support |)
+    required = f.init and f.default is f.default_factory is MISSING
+    return Field(f.name, type_, required=required, init=f.init, default=_default(f, type_), attribute=f.name)
+
+
+def _default(f: dataclasses.Field[Any], type_: Type) -> Any:
+    from bridge.config.encode import written
+
+    value = f.default if f.default_factory is MISSING else f.default_factory()
+    return MISSING if value is MISSING else written(value, type_)
+
+
+def _resolved(obj: Any) -> dict[str, Any]:
+    """The type hints of `obj`; a name that cannot be resolved (imported for type checkers only) counts as Any."""
+    unresolved: dict[str, Any] = {}
+    while True:
+        try:
+            return get_type_hints(obj, localns=dict(unresolved), include_extras=True)
+        except NameError as error:
+            if error.name is None or error.name in unresolved:
+                raise
+            unresolved[error.name] = Any
+
+
+def _members(hint: Any) -> list[Member]:
+    hint = _stripped(hint)
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, types.UnionType):
+        return [member for arg in args for member in _members(arg)]
+    if origin is Literal:
+        return [Choice(args)]
+    if origin is Callable or origin is collections.abc.Callable:
+        return [Function()]
+    if origin is type:
+        bound = args[0] if args and isinstance(args[0], type) and args[0] is not object else None
+        return [Class(qualified_name(bound) if bound else None, bound)]
+    if hint in _PLAIN:
+        return [_PLAIN[hint]]
+    if origin in _ITEMS:
+        return [_items(_ITEMS[origin], args)]
+    if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
+        key, value = map(type_of, args or (str, Any))
+        return [Mapping(key, value)]
+    if isinstance(origin, type) and origin not in (Any, object):
+        return [Dtype() if is_dtype(origin) else Instance(qualified_name(origin) or origin.__name__, origin)]
+    return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
+
+
+def _items(kind: Any, args: tuple[Any, ...]) -> Member:
+    if kind == "tuple" and args and args[-1] is not Ellipsis:
+        return Fixed(tuple(map(type_of, args)))
+    return Items(kind, type_of(args[0]) if args else ANYTHING)
+
+
+_PLAIN: dict[Any, Member] = {
+    bool: Plain("bool"),
+    int: Plain("int"),
+    float: Plain("float"),
+    str: Plain("str"),
+    type(None): Plain("null"),
+}
+_ITEMS: dict[Any, str] = {
+    list: "list",
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    collections.abc.Sequence: "list",
+    collections.abc.MutableSequence: "list",
+    collections.abc.Iterable: "list",
+    collections.abc.Set: "set",
+}
+
+
+def _rank(member: Member) -> int:
+    """Plain values are tried first, then what has names, then what holds others; null is spoken of last."""
+    if isinstance(member, Plain):
+        return 0 if member.kind != "null" else 5
+    ranks: dict[type, int] = {Choice: 1, Dtype: 2, Instance: 2, Function: 2, Class: 2, Anything: 4}
+    return ranks.get(type(member), 3)
+
+
+def _stripped(hint: Any) -> Any:
+    """`hint` without Annotated, NewType and type alias wrappers."""
+    while True:
+        if get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        elif isinstance(hint, NewType):
+            hint = hint.__supertype__
+        elif isinstance(hint, TypeAliasType):
+            hint = hint.__value__
+        elif isinstance(hint, TypeVar) and hint.__bound__ is not None:
+            hint = hint.__bound__
+        else:
+            return hint

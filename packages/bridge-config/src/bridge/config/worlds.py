@@ -1,0 +1,131 @@
+"""What names stand for: the objects of this process, or the descriptions of the table."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING
+from functools import partial
+from typing import Any
+
+from bridge.config import targets
+from bridge.config.describe import describe, is_dtype
+from bridge.config.errors import TargetError
+from bridge.config.reader import Reader, World
+from bridge.config.refusal import refused
+from bridge.config.standins import EnumMember, Made, Named, Partial
+from bridge.config.tables import Target, shipped, shipped_dtypes
+from bridge.config.targets import qualified_name
+from bridge.config.types import Class, Instance
+
+
+class Live:
+    """The objects themselves: what was registered, what distributions declare. Makes real configs."""
+
+    def named(self, name: str) -> Target:
+        if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
+            return describe(dtype)
+        return describe(targets.resolve(name), name)
+
+    def of(self, member: Instance | Class) -> Target | None:
+        return describe(member.cls) if member.cls is not None else None
+
+    def dtype(self, name: str) -> object | None:
+        torch = sys.modules.get("torch")
+        # vars, not getattr: torch imports modules for the asking.
+        found = vars(torch).get(name.removeprefix("torch.")) if torch else None
+        return found if is_dtype(type(found)) else None
+
+    def itself(self, target: Target) -> object:
+        return target.obj
+
+    def enum_member(self, target: Target, name: str) -> object:
+        return target.obj[name]
+
+    def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
+        return partial(function, *args, **keywords)
+
+    def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
+        try:
+            made = target.obj(**values)
+        except Exception as error:  # whatever its own checks raise is about these values
+            raise refused(f"{target.short_name} refuses these values: {str(error) or type(error).__name__}") from error
+        if complete and not target.open:
+            _restore(made, values, target)
+        return made
+
+
+class Tables:
+    """Descriptions, the shipped ones first: the verdict is the same with and without the described libraries."""
+
+    def __init__(self, *, defaults: bool = False) -> None:
+        """`defaults`: whether fields that a document leaves out get their defaults."""
+        self._defaults = defaults
+
+    def named(self, name: str) -> Target:
+        if targets.is_registered(name):
+            return describe(targets.resolve(name), name)
+        if (target := shipped(name)) is not None:
+            return target
+        if (dtype := self.dtype(name)) is not None and name.startswith("torch."):
+            return dtype.target
+        return describe(targets.resolve(name), name)
+
+    def of(self, member: Instance | Class) -> Target | None:
+        name = member.name if isinstance(member, Instance) else member.bound
+        found = shipped(name) if name is not None else None
+        return found or (describe(member.cls) if member.cls is not None else None)
+
+    def dtype(self, name: str) -> Named | None:
+        canonical = shipped_dtypes().get(name.removeprefix("torch."))
+        return Named(Target(canonical, "dtype")) if canonical is not None else None
+
+    def itself(self, target: Target) -> object:
+        return Named(target)
+
+    def enum_member(self, target: Target, name: str) -> object:
+        return EnumMember(target, name)
+
+    def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
+        return Partial(function, args, keywords)
+
+    def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
+        embedded = values.get(target.embeds) if target.embeds else None
+        elsewhere = embedded.target.fields if isinstance(embedded, Made) else {}
+        made = {}
+        for name, field in target.fields.items():
+            if name in values:
+                made[name] = values[name]
+            elif self._defaults and name in target.init_names - elsewhere.keys() and field.default is not MISSING:
+                made[name] = Reader(self, {}).value(field.default, field.type)
+        return Made(target, made | values)
+
+
+def _restore(made: object, values: dict[str, Any], target: Target) -> None:
+    """Put back what the constructor of `made` turned into something else.
+
+    Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
+    values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
+    """
+    parameters = getattr(type(made), "__dataclass_params__", None)
+    put = object.__setattr__ if parameters and parameters.frozen else setattr
+    fields = target.fields
+    for name, value in values.items():
+        attribute = fields[name].attribute
+        now = getattr(made, attribute)
+        if now is not value and not (type(now) is type(value) and now == value):
+            put(made, attribute, value)
+
+
+def check_builder(name: str, target: Target, world: World) -> None:
+    """Check that documents may name the builder called `name`, and that it builds configs of the class `target`.
+
+    Raises:
+        TargetError: it is unknown, no ModelBuilder, or for other configs.
+    """
+    accepted = targets.accepts(name)
+    # Loading what is declared under the name defines the builder, which registers it.
+    found = qualified_name(accepted) if accepted else world.named(name).accepts or qualified_name(targets.accepts(name))
+    if found is None:
+        raise TargetError(f"{name!r} is not a ModelBuilder")
+    if found not in target.bases:
+        raise TargetError(f"{name} builds {found.rpartition('.')[2]}, not {target.short_name}")
