@@ -1,0 +1,14 @@
+"""megatron-core's configs have versions in documents."""
+
+from __future__ import annotations
+
+import pytest
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from bridge.config.migrate import Schema, declared_schema
+
+
+@pytest.mark.parametrize("cls", [TransformerConfig, MLATransformerConfig, HeterogeneousTransformerConfig])
+def test_transformer_configs_declare_a_version(cls: type) -> None:
+    assert declared_schema(f"{cls.__module__}.{cls.__qualname__}") == Schema(1)
