@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from bridge.config.errors import ConfigError, nearest
+
+
+class _Owned(NamedTuple):
+    """Whose the fields of a config are, given the class of the one it embeds."""
+
+    alone: frozenset[str]
+    """Declared by the config alone, without the field that embeds."""
+
+    shared: frozenset[str]
+    """Declared by both, and owned by the embedded config."""
+
+
+_known: dict[type, frozenset[str]] = {}
+_owned: dict[tuple[type, type], _Owned] = {}
 
 
 class WriteThrough:
@@ -42,9 +55,10 @@ class WriteThrough:
         self = super().__new__(cls)
         given = kwargs
         if args:
-            positional = (f.name for f in fields(cls) if f.init and not f.kw_only)
+            own = getattr(cls, "__dataclass_fields__", {}).values()
+            positional = (f.name for f in own if f.init and not f.kw_only)
             given = dict(zip(positional, args, strict=False)) | kwargs
-        shared = _shared(cls, type(given.get(cls._embeds)))
+        shared = _owned_by(cls, given.get(cls._embeds)).shared
         for name in sorted(shared & given.keys()):
             value, owned = given[name], getattr(given[cls._embeds], name)
             if value != owned:
@@ -73,18 +87,18 @@ class WriteThrough:
         embedded = self.__dict__.get(cls._embeds)
         if name in self.__dict__.get("_unset", ()):
             self._settle(name)
-        elif name in _unshared(cls, type(embedded)):
+        elif name in _owned_by(cls, embedded).alone:
             object.__setattr__(self, name, value)
         elif name == cls._embeds:
             self._embed(value)
         elif hasattr(getattr(cls, name, None), "__set__"):
             object.__setattr__(self, name, value)
-        elif name in field_names(embedded):
+        elif name in _names(type(embedded)):
             setattr(embedded, name, value)
-        elif hasattr(cls, name) or name in field_names(self):
+        elif hasattr(cls, name) or name in _names(cls):
             object.__setattr__(self, name, value)
         else:
-            known = field_names(self) | field_names(embedded)
+            known = _names(cls) | _names(type(embedded))
             raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{nearest(name, sorted(known))}")
 
     if not TYPE_CHECKING:  # a type checker would take every name for a field
@@ -102,7 +116,7 @@ class WriteThrough:
         """Put `embedded` in its place and hand the fields that both declare to it, or back from the one before."""
         cls = type(self)
         before = self.__dict__.get(cls._embeds)
-        taken, freed = _shared(cls, type(embedded)), _shared(cls, type(before))
+        taken, freed = _owned_by(cls, embedded).shared, _owned_by(cls, before).shared
         for name in taken:
             self.__dict__.pop(name, None)
             _uncover(cls, name)
@@ -111,33 +125,26 @@ class WriteThrough:
         object.__setattr__(self, cls._embeds, embedded)
 
 
-def field_names(config: object) -> frozenset[str]:
-    """The names of a dataclass instance's fields; none for anything else."""
-    return _field_names(type(config))
-
-
 def shared_names(config: object) -> frozenset[str]:
     """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
         return frozenset()
-    return _shared(type(config), type(getattr(config, config._embeds)))
+    return _owned_by(type(config), getattr(config, config._embeds)).shared
 
 
-@cache
-def _field_names(cls: type) -> frozenset[str]:
-    return frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
+def _owned_by(cls: type[WriteThrough], embedded: object) -> _Owned:
+    key = cls, type(embedded)
+    if key not in _owned:
+        own, other = _names(cls) - {cls._embeds}, _names(type(embedded))
+        _owned[key] = _Owned(alone=own - other, shared=own & other)
+    return _owned[key]
 
 
-@cache
-def _shared(cls: type[WriteThrough], embedded: type) -> frozenset[str]:
-    """The fields that both declare, and `embedded` owns."""
-    return _field_names(cls) & _field_names(embedded) - {cls._embeds}
-
-
-@cache
-def _unshared(cls: type[WriteThrough], embedded: type) -> frozenset[str]:
-    """The fields that `cls` alone declares, without the one that embeds."""
-    return _field_names(cls) - _field_names(embedded) - {cls._embeds}
+def _names(cls: type) -> frozenset[str]:
+    """The names of a dataclass's fields; none for any other class."""
+    if cls not in _known:
+        _known[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
+    return _known[cls]
 
 
 def _uncover(cls: type, name: str) -> None:
