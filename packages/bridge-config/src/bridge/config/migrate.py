@@ -221,7 +221,7 @@ def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Tar
     return configs[0] if len(configs) == 1 else None
 
 
-def _inner(type_: Type) -> Type:
+def inner_type(type_: Type) -> Type:
     """What a type says about the items of a list or mapping."""
     from bridge.config.types import Fixed, Items
     from bridge.config.types import Mapping as MappingType
@@ -256,12 +256,12 @@ def _places_of(target: Target) -> dict[str, Type]:
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
     """Whether every config in `value` is at its current version."""
     if isinstance(value, list):
-        return all(_is_current(item, _inner(type_), target_of) for item in value if isinstance(item, (dict, list)))
+        return all(_is_current(item, inner_type(type_), target_of) for item in value if isinstance(item, (dict, list)))
     if not isinstance(value, dict):
         return True
     target = config_at(value, type_, target_of)
     if target is None:
-        inner = _inner(type_)
+        inner = inner_type(type_)
         return all(_is_current(item, inner, target_of) for item in value.values() if isinstance(item, (dict, list)))
     if VERSION_KEY in value and not _same(value[VERSION_KEY], target.schema.version if target.schema else 1):
         return False
@@ -289,14 +289,14 @@ class _Migration:
         """Bring `value`, at `path`, and all configs in it to their current versions."""
         if isinstance(value, list):
             for index, item in enumerate(value):
-                self.value(item, _inner(type_), (*path, index))
+                self.value(item, inner_type(type_), (*path, index))
         elif isinstance(value, dict) and (target := config_at(value, type_, self._target_of)) is not None:
             self._config(value, target, path)
             for name, inner in _places_of(target).items():
                 self.value(value.get(name), inner, (*path, name))
         elif isinstance(value, dict):
             for key, item in value.items():
-                self.value(item, _inner(type_), (*path, key))
+                self.value(item, inner_type(type_), (*path, key))
 
     def _config(self, data: dict[str, Any], target: Target, path: Path) -> None:
         if VERSION_KEY not in data:
