@@ -130,8 +130,8 @@ def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch
     targets.refresh()
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     monkeypatch.setattr(targets, "declared", dict)
-    with pytest.raises(TargetError, match="declared by bridge-models, which is not installed: pip install"):
-        targets.resolve("bridge.models.gpt.GPTModelConfig")
+    with pytest.raises(TargetError, match="declared by bridge-builders, which is not installed: pip install"):
+        targets.resolve("torch.nn.functional.mish")
 
 
 # Names that run or import something, hide something, or stand in the wrong place. TRAP is a module that leaves a mark

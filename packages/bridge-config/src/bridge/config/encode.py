@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
+from math import isfinite
 from typing import Any
 
 from bridge.config import targets
@@ -16,7 +16,7 @@ from bridge.config.errors import OmittedWarning
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
 from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Target
+from bridge.config.tables import Target, remember, shape_of
 from bridge.config.types import (
     ANYTHING,
     Anything,
@@ -75,39 +75,70 @@ def written(value: object, type_: Type) -> Any:
 def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     """A config as a mapping; what has no written form is left out and added to `omitted`."""
     target = describe(type(obj))
+    state = getattr(obj, "__dict__", {})
+    shape = shape_of("write", state)
+    plan: _Plan | None = target.shapes.get(shape)
+    if plan is None:
+        remember(target, shape, plan := _planned(obj, state, target))
     data = _heading(target)
-    elsewhere = shared_names(obj)
-    state = getattr(obj, "__dict__", None) or {}
-    for name, (attribute, type_) in _plan(target).items():
-        value = state[attribute] if attribute in state else getattr(obj, attribute)
-        if type(value) in _PLAIN:
-            if name not in elsewhere:
-                data[name] = value
-        elif name not in elsewhere:
-            try:
-                data[name] = _value(value, type_, (*path, name), omitted)
-            except _UnwritableError as error:
-                omitted.append(error.entry)
+    data |= state if plan.plain else {name: getattr(obj, at) for name, at in plan.all}
+    texts = _texts(targets.generation())
+    for name, type_ in plan.written:
+        value = data[name]
+        if type(value) is float and isfinite(value):
+            continue
+        text, known = texts.get((id(type_), id(value)), _UNKNOWN)
+        if known is value:
+            data[name] = text
+            continue
+        try:
+            data[name] = form = _value(value, type_, (*path, name), omitted)
+        except _UnwritableError as error:
+            del data[name]
+            omitted.append(error.entry)
+        else:
+            if type(form) is str:
+                texts[id(type_), id(value)] = form, value
     if target.open:
         data |= _open(obj, path, omitted)
     return data
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How instances of one shape are written: names of their fields, with attributes or types."""
+
+    all: tuple[tuple[str, str], ...]
+    written: tuple[tuple[str, Type], ...]
+    """The fields whose values may have to be written as something else; all others stand for themselves."""
+
+    plain: bool
+    """Whether the instance's dictionary has the fields and nothing else, in their order."""
+
+
+def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
+    elsewhere = shared_names(obj)
+    fields = [one for one in target.fields.values() if one.name not in elsewhere]
+    return _Plan(
+        all=tuple((one.name, one.attribute or one.name) for one in fields),
+        written=tuple((one.name, one.type) for one in fields if type(state.get(one.attribute, ...)) not in _PLAIN),
+        plain=tuple(state) == tuple(one.attribute for one in fields),
+    )
+
+
+@lru_cache(maxsize=1)
+def _texts(generation: int) -> dict[tuple[int, int], tuple[str, object]]:
+    """The texts that values were written as, by the identities of type and value; the value is kept beside its text."""
+    return {}
+
+
+_UNKNOWN = ("", object())
 
 
 def _heading(target: Target) -> dict[str, Any]:
     if target.schema is None:
         return {"_target_": target.name}
     return {"_target_": target.name, "_version_": target.schema.version}
-
-
-_plans: dict[int, tuple[Target, dict[str, tuple[str, Type]]]] = {}
-
-
-def _plan(target: Target) -> dict[str, tuple[str, Type]]:
-    """For each field, where an instance keeps it and of what type it is."""
-    if id(target) not in _plans:
-        plan = {field.name: (field.attribute or field.name, field.type) for field in target.fields.values()}
-        _plans[id(target)] = (target, plan)
-    return _plans[id(target)][1]
 
 
 def _open(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
@@ -123,7 +154,9 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     if isinstance(value, Enum):
         return _enum_member(value.name, describe(type(value)), type_)
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
+        if type(value) is float and isfinite(value):
+            return value
+        return float(value) if isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
     if isinstance(value, dict):
         return _mapping(value, type_, path, omitted)
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -155,9 +188,9 @@ def _standin(value: Named | EnumMember | Made | Partial, type_: Type, path: Path
     if isinstance(value, Named):
         return _named(value.target.name, Dtype() if value.target.kind == "dtype" else Function(), type_)
     data = _heading(value.target)
-    plan = _plan(value.target)
+    fields = value.target.fields
     for name, item in value.values.items():
-        data[name] = _value(item, plan[name][1] if name in plan else ANYTHING, (*path, name), omitted)
+        data[name] = _value(item, fields[name].type if name in fields else ANYTHING, (*path, name), omitted)
     return data
 
 

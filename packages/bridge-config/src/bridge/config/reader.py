@@ -7,6 +7,7 @@ left to a world: the one of this process makes objects, the one of the table mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bridge.config.describe import is_dtype
@@ -14,7 +15,7 @@ from bridge.config.errors import TargetError, nearest
 from bridge.config.migrate import hint_for
 from bridge.config.refusal import Found, ReadError, below, got, refused, unexpected
 from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Target, shipped_dtypes
+from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
 from bridge.config.targets import qualified_name
 from bridge.config.types import (
     ANYTHING,
@@ -42,12 +43,15 @@ _BUILTINS: dict[str, Callable[[Any], Any]] = {
 }
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _SCALARS = frozenset({bool, int, float, type(None)})
-_NONE: frozenset[type] = frozenset()
+_NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
 
 
 class World(Protocol):
     """What names stand for, and what becomes of what was read."""
+
+    texts: dict[tuple[int, str], object]
+    """What a text stands for in a place of the type with this identity, as far as it was read before."""
 
     def named(self, name: str) -> Target:
         """What documents may call `name`; raises TargetError if nothing."""
@@ -90,7 +94,7 @@ class Reader:
         """The value that `value` describes, in a place of this type."""
         kind = type(value)
         if kind is str:
-            return self._text(value, type_)
+            return self._world.texts.get((id(type_), value)) or self._text(value, type_)
         if kind is dict:
             return self._mapping(value, type_)
         if kind is list:
@@ -105,41 +109,34 @@ class Reader:
 
     def config(self, data: dict[str, Any], target: Target) -> Any:
         """The instance of the config class `target` that the mapping `data` describes."""
-        ready = target.ready
-        values: dict[str, Any] = {}
+        shape = shape_of("read", data)
+        plan: _Plan = target.shapes.get(shape) or _planned(data, target)
+        if plan.settled:
+            remember(target, shape, plan)
+        values = dict(data)
+        for key in plan.left_out:
+            del values[key]
         found: Found = []
-        inner: frozenset[str] | None = None
-        for key, value in data.items():
-            if type(value) in ready.get(key, _NONE):
-                values[key] = value
-                if target.embeds is None:
-                    continue
-            elif key == "_target_" or (key == "_version_" and target.schema is not None):
-                continue
-            if target.embeds is not None:
-                inner = self._embedded(data, target) if inner is None else inner
-                if key in inner:
-                    found.append(((key,), f"belongs to {target.embeds}: give it as {target.embeds}.{key}"))
-                    continue
-            if key in values:
-                continue
+        owned = self._owned_by_embedded(data, target) if target.embeds is not None else _NO_NAMES
+        for key in owned & data.keys():
+            found.append(((key,), f"belongs to {target.embeds}: give it as {target.embeds}.{key}"))
+        for key in plan.unknown:
+            if key not in owned:
+                try:
+                    values[key] = self._unknown(key, data[key], target, owned)
+                except ReadError as error:
+                    found += [((key, *path), message) for path, message in error.found]
+        for key, type_ in plan.read:
             try:
-                if (field := target.fields.get(key)) is None:
-                    values[key] = self._unknown(key, value, target, inner or ())
-                elif field.init:  # fields that the class computes itself are written for people's eyes, and not read
-                    values[key] = self.value(value, field.type)
+                values[key] = self.value(data[key], type_)
             except ReadError as error:
-                found += [((key, *path), message) for path, message in error.found]
-        found += [
-            ((field.name,), "required, but missing")
-            for field in target.fields.values()
-            if field.required and field.name not in data
-        ]
+                if key not in owned:
+                    found += [((key, *path), message) for path, message in error.found]
+        found += [((key,), "required, but missing") for key in plan.required if key not in owned]
         if found:
             raise ReadError(found)
-        owned_elsewhere = inner or ()
-        missing = target.init_names - values.keys() - self._omitted.get(id(data), set())
-        return self._world.make(target, values, complete=missing <= set(owned_elsewhere))
+        missing = plan.missing - owned if target.embeds is not None else plan.missing
+        return self._world.make(target, values, complete=missing <= self._omitted.get(id(data), _NO_NAMES))
 
     def _unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """The value of a key that is no field, where the class takes any."""
@@ -153,7 +150,7 @@ class Reader:
         )
         raise refused(f"unknown key of {target.short_name}{hint}")
 
-    def _embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
+    def _owned_by_embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
         """The fields that the config in `target.embeds` owns."""
         assert target.embeds is not None
         value = data.get(target.embeds)
@@ -202,6 +199,10 @@ class Reader:
         raise unexpected(self._wanted(type_), value)
 
     def _text(self, value: str, type_: Type) -> Any:
+        read = self._world.texts[id(type_), value] = self._named_by(value, type_)
+        return read
+
+    def _named_by(self, value: str, type_: Type) -> Any:
         known: list[str] = []
         for member in type_:
             match member:
@@ -326,11 +327,14 @@ class Reader:
         if not isinstance(args, list):
             raise refused(f"expected a list, got {got(args)}", "_args_")
         with below("_target_"):
-            function = self._fitting(data.get("_target_"), _FUNCTION)
-        with below("_args_"):
-            args = self.value(args, ANYTHING)
-        read = self._each(keywords.items(), ANYTHING)
-        return self._world.partial(function, args, dict(zip(keywords, read, strict=True)))
+            name = data.get("_target_")
+            function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
+        if args:
+            with below("_args_"):
+                args = self.value(args, ANYTHING)
+        if not all(type(value) in _SCALARS for value in keywords.values()):
+            keywords = dict(zip(keywords, self._each(keywords.items(), ANYTHING), strict=True))
+        return self._world.partial(function, args, keywords)
 
     def _enum_member(self, data: dict[str, Any], type_: Type) -> Any:
         """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
@@ -384,6 +388,42 @@ class Reader:
                 return f"a {name.rpartition('.')[2]}"
             case _:
                 return _WORDS[type(member)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done with a mapping of one shape."""
+
+    read: tuple[tuple[str, Type], ...]
+    """The fields whose values stand for something; all others may stay as they are."""
+
+    left_out: tuple[str, ...]
+    """The keys that are not read: what says what the mapping is, and fields that the class computes."""
+
+    unknown: tuple[Any, ...]
+    required: tuple[str, ...]
+    """The required fields that are not there."""
+
+    missing: frozenset[str]
+    """All fields that are not there."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the shape is that of a sound document."""
+        return not self.unknown and not self.required
+
+
+def _planned(data: dict[str, Any], target: Target) -> _Plan:
+    heading = {"_target_", "_version_"} if target.schema is not None else {"_target_"}
+    fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
+    left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
+    return _Plan(
+        read=tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready),
+        left_out=left_out,
+        unknown=tuple(key for key in data if key not in fields and key not in left_out),
+        required=tuple(field.name for field in target.fields.values() if field.required and field.name not in data),
+        missing=target.init_names - data.keys(),
+    )
 
 
 _WORDS: dict[object, str] = {

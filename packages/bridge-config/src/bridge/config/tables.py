@@ -20,6 +20,10 @@ Kinds = frozenset[type]
 Kind = Literal["config", "enum", "function", "dtype", "class", "builder", "value"]
 
 
+Shape = tuple[str, tuple[str, ...], tuple[type, ...]]
+_MAX_SHAPES = 64
+
+
 @dataclass(frozen=True)
 class Field:
     """One field of a config."""
@@ -90,6 +94,9 @@ class Target:
     obj: Any = field(default=None, compare=False, repr=False)
     """The described object itself; None for a description from the table."""
 
+    shapes: dict[Shape, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What readers and writers found out about mappings and instances of one shape, see `shape_of`."""
+
     @property
     def short_name(self) -> str:
         """The name without its module."""
@@ -104,6 +111,18 @@ class Target:
     def ready(self) -> dict[str, Kinds]:
         """For each field that the constructor takes, the types whose values may stand there as they are."""
         return {one.name: one.ready for one in self.fields.values() if one.init}
+
+
+def shape_of(purpose: str, values: dict[str, Any]) -> Shape:
+    """The keys of `values` and the types of what they hold: which fields need a closer look depends on these alone."""
+    return purpose, tuple(values), tuple(map(type, values.values()))
+
+
+def remember(target: Target, shape: Shape, found: object) -> None:
+    """Keep what was found out about a shape; there are few in a process."""
+    if shape not in target.shapes and len(target.shapes) >= _MAX_SHAPES:
+        target.shapes.clear()
+    target.shapes[shape] = found
 
 
 MODEL_CONFIG = "bridge.config.model.ModelConfig"

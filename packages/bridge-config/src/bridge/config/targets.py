@@ -26,6 +26,7 @@ GROUP = "bridge.targets"
 
 _registered: dict[str, object] = {}
 _builders: dict[str, tuple[type, type[ModelConfig]]] = {}
+_generation = 0
 _names: dict[int, tuple[object, str]] = {}  # by identity: objects may be unhashable
 
 # Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
@@ -57,7 +58,7 @@ def register(obj: T, name: str | None = None) -> T:
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
         raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
     _registered[name] = obj
-    _names.clear()
+    _forget_names()
     return obj
 
 
@@ -82,6 +83,17 @@ def refresh() -> None:
     declared.cache_clear()
     _declared_object.cache_clear()
     _installed.cache_clear()
+    _forget_names()
+
+
+def generation() -> int:
+    """A number that grows whenever names may have changed what they stand for."""
+    return _generation
+
+
+def _forget_names() -> None:
+    global _generation
+    _generation += 1
     _names.clear()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import MISSING
-from functools import partial
+from functools import lru_cache, partial
+from itertools import compress
+from operator import is_not
 from typing import Any
 
 from bridge.config import targets
@@ -20,6 +22,9 @@ from bridge.config.types import Class, Instance
 
 class Live:
     """The objects themselves: what was registered, what distributions declare. Makes real configs."""
+
+    def __init__(self) -> None:
+        self.texts = _texts(targets.generation())
 
     def named(self, name: str) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
@@ -59,6 +64,7 @@ class Tables:
 
     def __init__(self, *, defaults: bool = False) -> None:
         """`defaults`: whether fields that a document leaves out get their defaults."""
+        self.texts: dict[tuple[int, str], object] = {}
         self._defaults = defaults
 
     def named(self, name: str) -> Target:
@@ -106,14 +112,21 @@ def _restore(made: object, values: dict[str, Any], target: Target) -> None:
     Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
     values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
     """
+    state = getattr(made, "__dict__", {})
+    changed = compress(values, map(is_not, map(state.get, values), values.values()))
     parameters = getattr(type(made), "__dataclass_params__", None)
     put = object.__setattr__ if parameters and parameters.frozen else setattr
-    fields = target.fields
-    for name, value in values.items():
-        attribute = fields[name].attribute
+    for name in list(changed):
+        value, attribute = values[name], target.fields[name].attribute
         now = getattr(made, attribute)
         if now is not value and not (type(now) is type(value) and now == value):
             put(made, attribute, value)
+
+
+@lru_cache(maxsize=1)
+def _texts(generation: int) -> dict[tuple[int, str], object]:
+    """What texts were read as, for as long as no name changes what it stands for."""
+    return {}
 
 
 def check_builder(name: str, target: Target, world: World) -> None:
