@@ -131,7 +131,7 @@ def test_overrides(site: Path) -> None:
 
 def test_show(site: Path) -> None:
     done = bridge(site, "show", "small-extension", "size=1e-5", "+hf_model_id=yes")
-    assert done.stdout == "_target_: extension.Model\nsize: 1e-05\nhf_model_id: yes\n"
+    assert done.stdout == "_target_: extension.Model\nsize: 1.0e-05  # three\nhf_model_id: 'yes'\n"
     done = bridge(site, "show", "--json", "small-extension")
     assert json.loads(done.stdout) == {"_target_": "extension.Model", "size": 3}
 

@@ -158,10 +158,11 @@ def test_failed_overrides_change_nothing_and_are_told_together(file: Path) -> No
 
 def test_problems_carry_line_and_column_or_the_override(file: Path) -> None:
     file.write_text(YAML.replace("vocab_size: 1", "vocab_sze: 1").replace("size: 3", "size: x"))
-    assert problems(file, "block.ratio=half", "hf_model_id=5", "size=2") == [
-        "override 'size=2': $.size: belongs to block: give it as block.size",
-        "override 'hf_model_id=5': $.hf_model_id: expected text, got 5",
+    found = problems(file, "block.ratio=half", "hf_model_id=5", "size=2")
+    assert sorted(found[:3]) + found[3:] == [
         "override 'block.ratio=half': $.block.ratio: expected a number, got 'half'",
+        "override 'hf_model_id=5': $.hf_model_id: expected text, got 5",
+        "override 'size=2': $.size: belongs to block: give it as block.size",
         "3:1: $.vocab_sze: unknown key of Model; did you mean 'vocab_size'?",
         "8:5: $.blocks[1].size: expected an integer, got 'x'",
     ]

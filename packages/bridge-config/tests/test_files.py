@@ -72,7 +72,7 @@ def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         ("a: !!int '3'", 1, "the tag !!int is not allowed"),
         ("a: !!str 5", 1, "the tag !!str is not allowed"),
         ("a: !!binary aGk=", 1, "the tag !!binary is not allowed"),
-        ("a: &x [*x]", 1, "deep"),
+        ("a: &x [*x]", 1, "the alias \\*x stands inside what it is an alias of"),
         ("a: *x", 1, "undefined alias"),
     ],
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Self
 
-from bridge.config.errors import ConfigError, DocumentError, Problem, nearest
-from bridge.config.files import MAX_BYTES, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
+from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, nearest
+from bridge.config.files import MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
 from bridge.config.presets import presets
@@ -27,8 +30,10 @@ class Document:
     source: str = ""
     """The file or preset that the data came from; empty if from neither."""
 
-    _text: str | None = field(default=None, repr=False, compare=False)
+    _parsed: Parsed | None = field(default=None, repr=False, compare=False)
     _origins: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+    _dropped: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    """The removed items of lists: those after them have another index now than in the text."""
 
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
@@ -42,12 +47,12 @@ class Document:
             DocumentError: it cannot be read, is no mapping, or an override is malformed or does not apply.
         """
         source = str(source)
-        text = _read(source)
-        data = _parse(text, source).data
-        if not isinstance(data, dict):
-            raise _failed(source, f"expected a mapping at the top, got {got(data)}")
-        document = cls(data, source, text)
-        document.override(overrides)
+        found = _parse(_read(source), source)
+        if not isinstance(found.data, dict):
+            raise _failed(source, f"expected a mapping at the top, got {got(found.data)}")
+        document = cls(found.data, source, found)
+        if overrides:
+            document.override(overrides)
         return document
 
     @classmethod
@@ -93,12 +98,14 @@ class Document:
             ConfigError: there is none.
         """
         self.get(path)
-        *before, last = self._steps(path)
+        *before, last = steps = self._steps(path)
         node: Any = self.data
         for key in before:
             node = node[key]
+        if isinstance(last, int):
+            self._drop(steps)
         del node[last]
-        self._forget((*before, last))
+        self._forget(steps)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
@@ -106,7 +113,7 @@ class Document:
         Raises:
             DocumentError: lists those that are malformed or do not apply; then none is applied.
         """
-        changed = Document(_copied(self.data), self.source, self._text, dict(self._origins))
+        changed = Document(_copied(self.data), self.source, self._parsed, dict(self._origins), self._dropped)
         problems = []
         for text in overrides:
             try:
@@ -117,7 +124,7 @@ class Document:
                 problems.append(Problem("$", str(error), _called(text)))
         if problems:
             raise DocumentError(problems)
-        self.data, self._origins = changed.data, changed._origins
+        self.data, self._origins, self._dropped = changed.data, changed._origins, changed._dropped
 
     def config(self) -> ModelConfig:
         """The configuration that the document describes.
@@ -133,12 +140,72 @@ class Document:
             raise DocumentError(self._located(error.problems)) from error.__cause__
 
     def to_yaml(self) -> str:
-        """The document as YAML text."""
-        return dump_yaml(self.data)
+        """The document as YAML text: what it was loaded from, if that was YAML, changed only where the data changed.
+
+        Raises:
+            ConfigError: the text cannot be changed so, or YAML cannot say the data.
+        """
+        if self._parsed is None or self._parsed.kind != "yaml":
+            return dump_yaml(self.data)
+        from bridge.config.edit import edited
+
+        return edited(self._parsed, self.data, self._dropped)
 
     def to_json(self) -> str:
-        """The document as JSON text."""
+        """The document as JSON text.
+
+        Raises:
+            ConfigError: JSON cannot say the data.
+        """
         return dump_json(self.data)
+
+    def save(self, path: str | FilePath | None = None) -> None:
+        """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.
+
+        YAML text that the document was loaded from keeps its comments. A new YAML file names its JSON Schema for
+        editors, and the schema is put beside it unless it is there.
+
+        Args:
+            path: the file; without it, the file that the document was loaded from.
+
+        Raises:
+            ConfigError: there is no such file, or it cannot be written, or the data has no such text.
+        """
+        file = self._own_file() if path is None else FilePath(path)
+        if file.suffix == ".json":
+            text = self.to_json() + "\n"
+        elif file.suffix in _YAML_SUFFIXES:
+            is_new = self._parsed is None or self._parsed.kind != "yaml"
+            text = (self._schema_line(file) if is_new else "") + self.to_yaml()
+        else:
+            raise ConfigError(f"{file}: a document is a .yaml, .yml or .json file, not {file.suffix!r}")
+        _write(file, text)
+        self.source = str(file)
+        self._parsed, self._origins, self._dropped = _parse(text, self.source), {}, frozenset()
+
+    def _own_file(self) -> FilePath:
+        """The file that the document was loaded from."""
+        if not self.source:
+            raise ConfigError("this document came from no file: say where to save it")
+        if _is_preset(self.source):
+            raise ConfigError(f"{self.source!r} is a preset, which stays as it is: say where to save the document")
+        return FilePath(self.source)
+
+    def _schema_line(self, file: FilePath) -> str:
+        """The line that names the JSON Schema of a new file, and the schema beside it; nothing if there is none."""
+        from bridge.config.jsonschema import json_schema
+
+        name = self.data.get("_target_")
+        try:
+            schema = json_schema(name) if isinstance(name, str) else None
+        except TargetError:  # a class of the running program, say
+            schema = None
+        if schema is None:
+            return ""
+        beside = file.with_name(f"{str(name).rpartition('.')[2]}.schema.json")
+        if not beside.exists():
+            _write(beside, dump_json(schema) + "\n")
+        return f"# yaml-language-server: $schema={beside.name}\n"
 
     def _override(self, text: str) -> None:
         match = _OVERRIDE.fullmatch(text)
@@ -167,17 +234,40 @@ class Document:
         self._origins = {at: text for at, text in self._origins.items() if at[: len(path)] != path}
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
-        positions = _positions(self._text) if self._text is not None else {}
-        located = [self._locate(problem, positions) for problem in problems]
+        located = [self._locate(problem) for problem in problems]
         return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
-    def _locate(self, problem: Problem, positions: dict[Path, tuple[int, int]]) -> Problem:
+    def _locate(self, problem: Problem) -> Problem:
         path = parsed(problem.path)
-        above = [path[:length] for length in range(len(path), -1, -1)]
+        above = (path[:length] for length in range(len(path), -1, -1))
         if origin := next((self._origins[at] for at in above if at in self._origins), None):
             return Problem(problem.path, problem.message, origin)
-        line, column = next((positions[at] for at in above if at in positions), (None, None))
-        return Problem(problem.path, problem.message, self.source or None, line, column)
+        nodes = self._nodes(path)
+        if self._parsed is None or not nodes:
+            return Problem(problem.path, problem.message, self.source or None)
+        last = nodes[-1]
+        place = self._parsed.places[last.key[0] if last.key else last.start]
+        return Problem(problem.path, problem.message, self.source, *place)
+
+    def _nodes(self, path: Path) -> list[Node]:
+        """What stands in the text along a path, from the top on, as far as there is anything."""
+        node = self._parsed.root if self._parsed else None
+        found: list[Node] = []
+        for step in (*path, None):
+            if node is None:
+                break
+            found.append(node)
+            inside = (node.alias or node).value
+            if isinstance(inside, list):
+                inside = dict(enumerate(item for item in inside if item not in self._dropped))
+            node = inside.get(step) if isinstance(inside, dict) else None
+        return found
+
+    def _drop(self, path: Path) -> None:
+        """Note that the item at `path` is removed from its list. What an alias stands for stays."""
+        nodes = self._nodes(path)
+        if len(nodes) == len(path) + 1 and not any(node.alias for node in nodes[:-1]):
+            self._dropped |= {nodes[-1]}
 
 
 def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelConfig:
@@ -214,15 +304,19 @@ def _failed(source: str, message: str) -> DocumentError:
     return DocumentError([Problem("$", message, source)])
 
 
+def _is_preset(source: str) -> bool:
+    file = FilePath(source)
+    return not file.suffix or (not file.exists() and source in presets())
+
+
 def _read(source: str) -> str:
     """The text of a file or preset."""
-    file = FilePath(source)
-    if not file.suffix or (not file.exists() and source in presets()):
-        return _read_preset(source)
-    if file.suffix not in (*_YAML_SUFFIXES, ".json"):
-        raise _failed(source, f"a document is a .yaml, .yml or .json file, not {file.suffix!r}")
     try:
-        with file.open("rb") as stream:
+        if _is_preset(source):
+            return _read_preset(source)
+        if (suffix := FilePath(source).suffix) not in (*_YAML_SUFFIXES, ".json"):
+            raise _failed(source, f"a document is a .yaml, .yml or .json file, not {suffix!r}")
+        with open(source, "rb") as stream:
             return _decoded(stream.read(MAX_BYTES + 1), source)
     except OSError as error:
         raise _failed(source, f"cannot be read: {error.strerror or error}") from error
@@ -239,11 +333,11 @@ def _read_preset(name: str) -> str:
 
 
 def _decoded(raw: bytes, source: str) -> str:
+    if len(raw) > MAX_BYTES:
+        raise _failed(source, f"larger than {MAX_BYTES // 2**20} MiB")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        if len(raw) > MAX_BYTES:
-            return raw.decode(errors="replace")  # the parser refuses the size
         raise _failed(source, f"is not UTF-8 text (byte {error.start})") from error
 
 
@@ -251,9 +345,20 @@ def _parse(text: str, source: str) -> Parsed:
     return parse_json(text, source) if source.endswith(".json") else parse_yaml(text, source)
 
 
-def _positions(text: str) -> dict[Path, tuple[int, int]]:
-    """Where the values stand; JSON is read as the YAML that it is. Empty where that fails."""
+def _write(file: FilePath, text: str) -> None:
+    """Put `text` into a file: all of it or, where that fails, nothing."""
+    target = file.resolve()  # a link stays one
+    written = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
-        return parse_yaml(text).positions
-    except DocumentError:
-        return {}
+        with written.open("xb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        if target.exists():
+            shutil.copymode(target, written)
+        written.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            written.unlink()

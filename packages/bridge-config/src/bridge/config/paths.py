@@ -9,7 +9,7 @@ from bridge.config.errors import ConfigError
 
 Path = tuple[str | int, ...]
 
-_STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\[("(?:[^"\\]|\\.)*")\]')
+_STEP = re.compile(r'\.?([^.\[\]"]+)|\[([0-9]+)\]|\[("(?:[^"\\]|\\.)*")\]')
 
 
 def shown(path: Path) -> str:
@@ -30,10 +30,18 @@ def parsed(text: str) -> Path:
         step = _STEP.match(rest, position)
         if step is None or (position == 0 and rest.startswith(".")):
             raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
-        key, index, quoted = step.groups()
-        path.append(int(index) if index is not None else json.loads(quoted) if quoted is not None else key)
+        path.append(_step(step, text))
         position = step.end()
     return tuple(path)
+
+
+def _step(match: re.Match[str], text: str) -> str | int:
+    key, index, quoted = match.groups()
+    try:
+        found: str | int = int(index) if index is not None else json.loads(quoted) if quoted is not None else key
+    except ValueError as error:
+        raise ConfigError(f"{text[:100]!r} is not a path: {error}") from error
+    return found
 
 
 def _shown(step: str | int) -> str:

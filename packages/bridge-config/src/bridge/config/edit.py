@@ -1,0 +1,375 @@
+"""Changes to YAML text that leave alone what they are not about: comments, order, spelling, blank lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bridge.config.errors import ConfigError, DocumentError
+from bridge.config.files import Node, Parsed, dump_flow, dump_yaml, parse_yaml
+
+_GAP = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
+_ANCHOR = re.compile(r"&[^\s,\[\]{}]+")
+_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\r\n]*)?(?=[\r\n])")
+_HEADER = re.compile(r"[|>](?P<how>[-+0-9]*)(?P<comment>[ \t]+#[^\r\n]*)?")
+_LINE_BREAK = re.compile(r"\r\n?|\n")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value stands: at the top, after a key or a dash in that column, or between brackets."""
+
+    kind: Literal["top", "key", "item", "flow"]
+    column: int = 0
+
+
+def edited(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
+    """The YAML text of `parsed`, changed where its data differs from `data`, and nowhere else.
+
+    What is added to a mapping goes after its last key, what is removed goes with its line. An alias stays as long as
+    what it stands for stays; otherwise the value it had is written in its place. Between brackets, what is written
+    is written on one line.
+
+    Args:
+        parsed: what `parse_yaml` read.
+        data: what the text shall say.
+        dropped: items of lists that are known to be removed. (Of equal items, the data does not tell which one was.)
+
+    Raises:
+        ConfigError: the text is laid out so that it cannot be changed in place, or YAML cannot say `data`.
+    """
+    root = parsed.root
+    if root is None or (root.value is None and root.start == root.end):
+        return parsed.byte_order_mark + _checked(_appended(parsed.text, data), data)
+    if same(root.data(), data) and not dropped:
+        return parsed.byte_order_mark + parsed.text
+    try:
+        text = _checked(_Editor(parsed.text, dropped).edited(root, data), data)
+    except ConfigError:
+        # The lines of a block scalar end where others begin: what comes after one may have become a part of it.
+        text = _checked(_Editor(parsed.text, dropped, keep_blocks=False).edited(root, data), data)
+    return parsed.byte_order_mark + text
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two pieces of plain data are equal in value and type, in any order of keys."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+def _checked(text: str, data: Any) -> str:
+    """`text`, which must say `data`."""
+    try:
+        right = same(parse_yaml(text).data, data)
+    except DocumentError:
+        right = False
+    if not right:
+        raise ConfigError("this YAML text cannot be changed in place: edit it by hand, or write the data to a new file")
+    return text
+
+
+def _appended(text: str, data: Any) -> str:
+    """A text without data, and `data` after its comments."""
+    if data is None:
+        return text
+    newline = _newline(text)
+    gap = newline if text and not text.endswith(("\n", "\r")) else ""
+    return text + gap + dump_yaml(data).replace("\n", newline)
+
+
+def _newline(text: str) -> str:
+    found = _LINE_BREAK.search(text)
+    return found[0] if found else "\n"
+
+
+def _is_open(node: Node) -> bool:
+    """Whether it is a block collection."""
+    return not node.style and isinstance(node.value, (dict, list))
+
+
+class _Editor:
+    """Compares a tree with data, and notes what has to change in the text."""
+
+    def __init__(self, text: str, dropped: Collection[Node], *, keep_blocks: bool = True) -> None:
+        self._newline = _newline(text)
+        self._unfinished = not text.endswith(("\n", "\r"))
+        self._text = text + self._newline if self._unfinished else text
+        self._dropped = dropped
+        self._keep_blocks = keep_blocks
+        self._splices: list[tuple[int, int, str]] = []
+        self._broken: set[Node] = set()  # what aliases can no longer stand for
+
+    def edited(self, root: Node, data: Any) -> str:
+        self._settle(root, data, _Place("top"))
+        pieces, at = [], 0
+        for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
+            if start < at:
+                raise ConfigError("this YAML text cannot be changed in place: the changes overlap")
+            pieces += [self._text[at:start], written]
+            at = end
+        text = "".join([*pieces, self._text[at:]])
+        return text.removesuffix(self._newline) if self._unfinished else text
+
+    # Comparing
+
+    def _settle(self, node: Node, data: Any, place: _Place) -> bool:
+        """Note what makes `node` say `data`; returns whether that is nothing."""
+        if node.alias is not None:
+            settled = node.alias not in self._broken and same(node.data(), data)
+        elif isinstance(node.value, dict) and isinstance(data, dict) and (node.value.keys() & data.keys() or not data):
+            return self._settle_mapping(node, data, place)
+        elif isinstance(node.value, list) and isinstance(data, (list, tuple)):
+            return self._settle_list(node, data, place)
+        else:
+            settled = same(node.value, data) and (self._keep_blocks or node.style not in ("|", ">"))
+        if not settled:
+            self._replace(node, data, place)
+        return settled
+
+    def _settle_mapping(self, node: Node, data: dict[str, Any], place: _Place) -> bool:
+        kept = {child: data[key] for key, child in node.value.items() if key in data}
+        added = {key: value for key, value in data.items() if key not in node.value}
+        return self._settle_collection(node, kept, added, place)
+
+    def _settle_list(self, node: Node, data: list[Any] | tuple[Any, ...], place: _Place) -> bool:
+        children = [child for child in node.value if child not in self._dropped]
+        if len(data) < len(children):
+            pairs = zip(children, data, strict=False)
+            first = next((i for i, (child, item) in enumerate(pairs) if not same(child.data(), item)), len(data))
+            children[first : first + len(children) - len(data)] = []
+        kept = dict(zip(children, data, strict=False))
+        return self._settle_collection(node, kept, list(data[len(children) :]), place)
+
+    def _settle_collection(
+        self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
+    ) -> bool:
+        children = list(node.value.values() if isinstance(node.value, dict) else node.value)
+        if not kept and (children or added):
+            self._replace(node, added, place)
+            return False
+        entries = self._entries(node, children)
+        settled = True
+        for child in children:  # in the order of the text: an anchor is settled before its aliases
+            if child in kept:
+                inner = _Place("flow") if node.style else _Place(*entries[child])
+                settled &= self._settle(child, kept[child], inner)
+            else:
+                self._break(child)
+        if len(kept) < len(children) or added:
+            (self._reshape_flow if node.style else self._reshape_block)(node, children, kept.keys(), added)
+            settled = False
+        if not settled:
+            self._broken.add(node)
+        return settled
+
+    def _break(self, node: Node) -> None:
+        """Note that `node` and all in it go away."""
+        self._broken.add(node)
+        if node.alias is None and isinstance(node.value, (dict, list)):
+            for child in node.value.values() if isinstance(node.value, dict) else node.value:
+                self._break(child)
+
+    # Adding and removing
+
+    def _reshape_block(
+        self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
+    ) -> None:
+        starts = self._starts(node, children)
+        for i, child in enumerate(children):
+            if child in kept:
+                continue
+            start, line = starts[i], self._line(starts[i])
+            if not self._text[line:start].strip():
+                self._splice(line, self._after(child))
+            elif i == 0:  # the rest moves up, to the dash before it
+                last = next(children[j - 1] for j in range(1, len(children)) if children[j] in kept)
+                rest = re.compile(r"\s*").match(self._text, self._after(last))
+                assert rest
+                self._splice(start, rest.end())
+                kept = {*kept, *children[: children.index(last) + 1]}
+        if added:
+            lines = dump_yaml(added).split("\n")[:-1]
+            self._insert_lines(self._after(children[-1]), lines, starts[0] - self._line(starts[0]))
+
+    def _reshape_flow(
+        self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
+    ) -> None:
+        starts = self._starts(node, children)
+        last = max(i for i, child in enumerate(children) if child in kept)
+        removed = [i for i, child in enumerate(children) if child not in kept]
+        end, close = self._end(children[last]), self._end(children[-1])
+        if last + 1 < len(children) and self._comma(close) is None and not _LINE_BREAK.search(self._text, end, close):
+            self._splice(end, close)
+            removed = [i for i in removed if i < last]
+        for i in removed:
+            self._remove_between_commas(starts[i], self._end(children[i]))
+        if added:
+            self._splice(end, end, f", {dump_flow(added)[1:-1]}")
+
+    def _remove_between_commas(self, start: int, end: int) -> None:
+        comma = self._comma(end)
+        end = end if comma is None else comma + 1
+        line, rest = self._line(start), _REST_OF_LINE.match(self._text, end)
+        if rest and not self._text[line:start].strip():
+            self._splice(line, self._next_line(rest.end()))
+        else:
+            blanks = re.compile(r"[ \t]*").match(self._text, end)
+            assert blanks
+            self._splice(start, end if rest else blanks.end())
+
+    def _comma(self, end: int) -> int | None:
+        """The index of the comma after what ends at `end`."""
+        index = self._skip(end)
+        return index if self._text.startswith(",", index) else None
+
+    # Replacing
+
+    def _replace(self, node: Node, data: Any, place: _Place) -> None:
+        """Note that `data` shall stand where `node` does."""
+        self._break(node)
+        empty = not isinstance(data, (dict, list, tuple)) or not data
+        if place.kind == "flow" or empty or (node.style == "{" and node.value):
+            self._replace_inline(node, dump_flow(data) if place.kind == "flow" else _inline(data), place)
+        elif place.kind == "key":
+            self._replace_below(node, dump_yaml({"": data}).split("\n")[1:-1], place.column)
+        else:
+            self._replace_beside(node, data, place)
+
+    def _replace_inline(self, node: Node, written: str, place: _Place) -> None:
+        start, end = self._span(node)
+        colon, content = self._colon(node), self._content(node)
+        if place.kind == "key" and _is_open(node) and content >= self._next_line(colon):
+            self._splice(colon, self._anchor_end(node, colon), f" {written}")
+            self._splice(self._line(content), self._after(node))
+        else:
+            missing = ":" if start == end and node.key and self._text[start - 1] != ":" else ""
+            self._splice(start, end, missing + self._space(start) + written + self._trail(node))
+
+    def _replace_below(self, node: Node, lines: list[str], column: int) -> None:
+        """Put a collection on the lines after its key."""
+        start, _ = self._span(node)
+        colon, after = self._colon(node), self._after(node)
+        content = self._content(node) if _is_open(node) else start
+        if content < self._next_line(colon):  # beside the key: what follows on that line stays there
+            self._splice(colon, self._end(node), self._trail(node))
+            self._insert_lines(after, lines, column)
+        else:
+            self._splice(colon, self._anchor_end(node, colon))
+            self._splice(self._line(content), after)
+            self._insert_lines(after, lines, column)
+
+    def _replace_beside(self, node: Node, data: Any, place: _Place) -> None:
+        """Put a collection after a dash, or at the top."""
+        start, end = self._span(node)
+        lines = dump_yaml([data]).split("\n")[:-1]
+        gap = self._space(start)
+        column = start - self._line(start) + len(gap)
+        if place.kind == "top" and self._text[self._line(start) : start].strip():  # after three dashes
+            gap, column = self._newline, 0
+        indent = self._newline + " " * column
+        self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._trail(node))
+
+    def _space(self, index: int) -> str:
+        """The space that is missing before a value at `index`."""
+        return " " if self._text[max(index - 1, 0) : index].strip(" \t\r\n[{") else ""
+
+    def _trail(self, node: Node) -> str:
+        """What of a block scalar stays when it goes: the comment in its first line, and the line break it ends with."""
+        if node.style not in ("|", ">"):
+            return ""
+        line_break = self._newline if self._text[self._end(node) - 1] in "\r\n" else ""
+        return (self._header(node)["comment"] or "") + line_break
+
+    def _header(self, node: Node) -> re.Match[str]:
+        """The first line of a block scalar."""
+        header = _HEADER.match(self._text, self._content(node))
+        assert header
+        return header
+
+    def _insert_lines(self, index: int, lines: Iterable[str], column: int) -> None:
+        self._splice(index, index, "".join(" " * column + line + self._newline for line in lines))
+
+    def _splice(self, start: int, end: int, written: str = "") -> None:
+        self._splices.append((start, end, written))
+
+    # Where things are
+
+    def _entries(self, node: Node, children: list[Node]) -> dict[Node, tuple[Literal["key", "item"], int]]:
+        kind: Literal["key", "item"] = "key" if isinstance(node.value, dict) else "item"
+        starts = self._starts(node, children)
+        return {child: (kind, start - self._line(start)) for child, start in zip(children, starts, strict=True)}
+
+    def _starts(self, node: Node, children: list[Node]) -> list[int]:
+        """Where the entries of a collection start: with their key, their dash, or between brackets the value."""
+        if isinstance(node.value, dict):
+            return [self._key_start(child) for child in children]
+        if node.style:
+            return [child.start for child in children]
+        before = [self._content(node), *(self._end(child) for child in children[:-1])]
+        return [self._skip(index) for index in before]
+
+    def _key_start(self, node: Node) -> int:
+        assert node.key
+        start = node.key[0]
+        question = self._text[:start].rstrip(" \t")
+        return len(question) - 1 if question.endswith("?") and not question[-2:-1].strip(" \t\r\n,{-") else start
+
+    def _colon(self, node: Node) -> int:
+        """The index after the colon before `node`; after its key if there is no colon, its start if there is no key."""
+        if node.key is None:
+            return node.start
+        index = self._skip(node.key[1])
+        return index + 1 if self._text.startswith(":", index) else node.key[1]
+
+    def _span(self, node: Node) -> tuple[int, int]:
+        """Where a value starts and ends; one that is empty, after its colon or dash."""
+        if node.start == node.end and node.key:
+            return (self._colon(node),) * 2
+        return node.start, self._end(node)
+
+    def _end(self, node: Node) -> int:
+        """Where a value ends; the lines after a block scalar count only where they are a part of it."""
+        if node.alias is None and _is_open(node):
+            return self._end(list(node.value.values() if isinstance(node.value, dict) else node.value)[-1])
+        if node.style in ("|", ">"):
+            keeps = "+" in self._header(node)["how"]
+            return node.end if keeps else node.start + len(self._text[node.start : node.end].rstrip())
+        return self._span(node)[1] if node.start == node.end and node.key else node.end
+
+    def _content(self, node: Node) -> int:
+        """Where a value starts, after its anchor."""
+        return self._skip(self._anchor_end(node, node.start)) if node.anchored else node.start
+
+    def _anchor_end(self, node: Node, otherwise: int) -> int:
+        found = _ANCHOR.match(self._text, node.start) if node.anchored else None
+        return found.end() if found else otherwise
+
+    def _skip(self, index: int) -> int:
+        """The next index that is neither white nor in a comment."""
+        gap = _GAP.match(self._text, index)
+        assert gap
+        return gap.end()
+
+    def _line(self, index: int) -> int:
+        """Where the line of `index` starts."""
+        return max(self._text.rfind("\n", 0, index), self._text.rfind("\r", 0, index)) + 1
+
+    def _next_line(self, index: int) -> int:
+        """Where the line after that of `index` starts."""
+        found = _LINE_BREAK.search(self._text, max(index, 0))
+        return found.end() if found else len(self._text)
+
+    def _after(self, node: Node) -> int:
+        """Where the first line after `node` starts."""
+        end = self._end(node)
+        return end if self._text[end - 1] in "\r\n" else self._next_line(end)
+
+
+def _inline(data: Any) -> str:
+    """A scalar or an empty collection, as it stands after a key."""
+    return dump_yaml({"": data}).split(" ", 1)[1].removesuffix("\n")
