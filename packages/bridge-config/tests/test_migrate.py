@@ -304,6 +304,26 @@ def test_migrating_is_idempotent_leaves_the_input_alone_and_loses_nothing_silent
         assert result.data == before | {"_version_": 5}
 
 
+keys = st.sampled_from(["_target_", "_version_", "_omitted_", "path", "a", "b", "c", "d"])
+anything = st.recursive(
+    plain | st.sampled_from(["my.Outer", "my.Inner", "$.a", "$.c.d"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.integers(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(schemas, anything)
+def test_any_data_is_migrated_or_refused(schema: Schema, data: Any) -> None:
+    fields = {"a": INNER, "b": ANYTHING, "c": (Mapping((Plain("str"),), INNER),)}
+    targets = lookup(config("my.Outer", fields, schema), config("my.Inner", {"b": INT}, schema))
+    for document in (data, {**data, "_target_": "my.Outer"} if isinstance(data, dict) else data):
+        before = copy.deepcopy(document)
+        result = migrated(document, targets)
+        assert document == before
+        if not result.problems:
+            assert migrated(result.data, targets).data is result.data
+
+
 def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
     """By a real distribution, read in a process that has it."""
     info = tmp_path / "mine-1.0.dist-info"

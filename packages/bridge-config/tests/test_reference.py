@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bridge.config.errors import DocumentError
 from bridge.config.reference import adopted, to_run_config
@@ -343,6 +345,54 @@ def test_what_the_reference_cannot_say_is_told() -> None:
     }
 
 
+names = (
+    st.sampled_from([REFERENCE, PROVIDER, BACKEND, f"{CORE}.MLATransformerConfig", "torch.bfloat16", "a"]) | st.none()
+)
+keys = st.sampled_from(
+    [
+        "_target_",
+        "_call_",
+        "_args_",
+        "_name_",
+        "_partial_",
+        "_builder_",
+        "model",
+        "transformer",
+        "activation_func",
+        "rotary_base",
+        "scale_factor",
+        "transformer_layer_spec",
+        "generation_config",
+        "config_dict",
+        "timers",
+        "vocab_size",
+        "num_layers",
+        "other",
+    ]
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | names,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.integers(), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(anything, st.sampled_from([REFERENCE, PROVIDER]))
+def test_any_data_is_adopted_or_refused(data: Any, name: str) -> None:
+    documents = [data]
+    if isinstance(data, dict):
+        documents += [{**data, "_target_": name}, {"model": {**data, "_target_": name}}]
+    for document in documents:
+        before = copy.deepcopy(document)
+        try:
+            result = adopted(document)
+        except DocumentError:
+            continue
+        assert repr(document) == repr(before)
+        assert all(isinstance(path, tuple) for path, _ in result.problems)
+        assert not isinstance(result.data, dict) or result.data.get("_target_") not in (REFERENCE, PROVIDER)
+
+
 # The real reference.
 
 
@@ -428,7 +478,7 @@ def test_what_the_reference_writes_is_read(reference: Any, form: Callable[[Any],
     from bridge.config import ModelConfig
 
     theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
-    ours = ModelConfig.from_dict(form(theirs))
+    ours: Any = ModelConfig.from_dict(form(theirs))
     assert type(ours).__module__ == "bridge.models.gpt"
     assert set(differing(theirs.transformer, ours.transformer)) <= set(lost)
     shared = [f.name for f in fields(theirs) if f.name not in ("transformer", "extra_checkpoint_metadata")]
@@ -442,7 +492,8 @@ def test_an_activation_function_that_bridge_learns_of_is_kept(reference: Any) ->
 
     data = reference.GPTModelConfig(transformer=transformer(), **TOP).as_dict()
     data["transformer"]["activation_func"] = "silu"  # as Megatron Bridge's own config writes it
-    assert ModelConfig.from_dict(data).transformer.activation_func is torch.nn.functional.silu  # type: ignore[attr-defined]
+    ours: Any = ModelConfig.from_dict(data)
+    assert ours.transformer.activation_func is torch.nn.functional.silu
 
 
 @pytest.mark.parametrize("given", [{}, {"num_moe_experts": 4, "add_bias_linear": False}])

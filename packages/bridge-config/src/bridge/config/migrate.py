@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config.errors import ConfigError, TargetError
 from bridge.config.paths import Path, parsed, shown
+from bridge.config.types import Anything, Fixed, Instance, Items, Member, Type
+from bridge.config.types import Mapping as MappingType
 
 if TYPE_CHECKING:
     from bridge.config.tables import Target
-    from bridge.config.types import Type
 
 VERSION_KEY = "_version_"
 
@@ -210,8 +211,6 @@ def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Tar
 
     It is what `_target_` names, or else the only config class that the type has.
     """
-    from bridge.config.types import Instance
-
     if "_target_" in value:
         name = value["_target_"]
         found = [target_of(name)] if isinstance(name, str) else []
@@ -223,9 +222,6 @@ def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Tar
 
 def inner_type(type_: Type) -> Type:
     """What a type says about the items of a list or mapping."""
-    from bridge.config.types import Fixed, Items
-    from bridge.config.types import Mapping as MappingType
-
     found: list[Any] = []
     for member in type_:
         match member:
@@ -243,30 +239,42 @@ _places: dict[int, tuple[Target, dict[str, Type]]] = {}
 
 def _places_of(target: Target) -> dict[str, Type]:
     """The fields of a config that may hold configs, and their types."""
-    from bridge.config.types import Anything, Fixed, Instance, Items
-    from bridge.config.types import Mapping as MappingType
-
     if id(target) not in _places:
-        holders = (Instance, Anything, Items, Fixed, MappingType)
-        found = {one.name: one.type for one in target.fields.values() if any(isinstance(m, holders) for m in one.type)}
+        found = {one.name: one.type for one in target.fields.values() if _may_hold_configs(one.type)}
         _places[id(target)] = target, found  # the target is kept, so that its id stays its own
     return _places[id(target)][1]
 
 
+def _may_hold_configs(type_: Type) -> bool:
+    """Whether a value of this type can be a config, or have one in it."""
+    return any(isinstance(one, (Anything, Instance)) for one in type_) or any(map(_holds, type_))
+
+
+def _holds(member: Member) -> bool:
+    return isinstance(member, (Items, Fixed, MappingType)) and _may_hold_configs(inner_type((member,)))
+
+
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
-    """Whether every config in `value` is at its current version."""
-    if isinstance(value, list):
-        return all(_is_current(item, inner_type(type_), target_of) for item in value if isinstance(item, (dict, list)))
-    if not isinstance(value, dict):
+    """Whether every config in `value`, a mapping or list, is at its current version."""
+    if isinstance(value, dict) and (target := config_at(value, type_, target_of)) is not None:
+        version = value.get(VERSION_KEY)
+        if (version is not None or VERSION_KEY in value) and not _is_version(version, target):
+            return False
+        for name, inner in _places_of(target).items():
+            if type(item := value.get(name)) in _NESTING and item and not _is_current(item, inner, target_of):
+                return False
         return True
-    target = config_at(value, type_, target_of)
-    if target is None:
-        inner = inner_type(type_)
-        return all(_is_current(item, inner, target_of) for item in value.values() if isinstance(item, (dict, list)))
-    if VERSION_KEY in value and not _same(value[VERSION_KEY], target.schema.version if target.schema else 1):
-        return False
-    places = ((value[name], inner) for name, inner in _places_of(target).items() if name in value)
-    return all(_is_current(item, inner, target_of) for item, inner in places if isinstance(item, (dict, list)))
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    nested = [item for item in items if type(item) in _NESTING]
+    return not nested or all(_is_current(item, inner_type(type_), target_of) for item in nested)
+
+
+_NESTING = frozenset({dict, list})
+
+
+def _is_version(version: object, target: Target) -> bool:
+    """Whether `version` is the current one of a config class."""
+    return type(version) is int and version == (target.schema.version if target.schema else 1)
 
 
 class _Migration:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.migrate import Migrated, config_at, inner_type
@@ -124,15 +124,13 @@ def _model_section(data: object) -> tuple[dict[str, Any], Path, list[str]] | Non
     if not isinstance(data, dict):
         return None
     model = data.get("model")
-    if _is_theirs(data) and not isinstance(model, dict):
-        return data, (), []
-    if isinstance(model, dict) and _is_theirs(model) and ("_target_" not in data or _is_theirs(data)):
-        return model, ("model",), [key for key in data if key not in ("model", "_target_")]
-    return None
+    if _is_theirs(model) and ("_target_" not in data or _is_theirs(data)):
+        return model, ("model",), [str(key) for key in data if key not in ("model", "_target_")]
+    return (data, (), []) if _is_theirs(data) else None
 
 
-def _is_theirs(data: Mapping[str, Any]) -> bool:
-    name = data.get("_target_")
+def _is_theirs(data: object) -> TypeGuard[dict[str, Any]]:
+    name = data.get("_target_") if isinstance(data, dict) else None
     return isinstance(name, str) and name.startswith(_OWNERS)
 
 
@@ -188,12 +186,12 @@ class _Adoption:
         self._take_builder(data.get("_builder_"))
         inner = data.get("transformer")
         nested = inner if isinstance(inner, dict) else {}
-        cls = _flat_class(data) if self._is_provider else _NAMES.get(nested.get("_target_", ""), nested.get("_target_"))
-        transformer, gpt = shipped(cls or _TRANSFORMER), shipped(_GPT)
+        cls = _flat_class(data) if self._is_provider else _renamed(nested.get("_target_", _TRANSFORMER))
+        transformer, gpt = shipped(cls) if isinstance(cls, str) else None, shipped(_GPT)
         if gpt is None or (inner is not None and not nested and not self._is_provider):
             self._top |= {"transformer": inner}  # whoever reads the document says what is wrong with it
         else:
-            self._transformer["_target_"] = cls or _TRANSFORMER
+            self._transformer["_target_"] = cls
             self._top["transformer"] = self._transformer
         self._sort_inner(nested, transformer)
         self._sort_top(data, gpt, transformer)
@@ -202,9 +200,8 @@ class _Adoption:
         self._tell_lost_functions()
 
     def _take_builder(self, name: object) -> None:
-        if name is None:
-            return
-        self._top["_builder_"] = _NAMES.get(name, name) if isinstance(name, str) else name
+        if name is not None:
+            self._top["_builder_"] = _renamed(name)
 
     def _sort_inner(self, data: dict[str, Any], target: Target | None) -> None:
         for key, value in data.items():
@@ -252,12 +249,12 @@ class _Adoption:
         elif value is None and _is_only(field.type, "bool"):
             where[key] = False
         elif key == "activation_func" and isinstance(value, str):
-            where[key] = _ACTIVATIONS.get(value, _NAMES.get(value, value))
+            where[key] = _ACTIVATIONS.get(value, _renamed(value))
         else:
             where[key] = _form(value, field.type)
 
     def _unknown(self, key: str, value: Any, path: Path) -> None:
-        if key.startswith("_"):
+        if str(key).startswith("_"):
             self._leave_out("private or computed", path)
         elif value is None or value is False or value in ("", [], {}):
             self._leave_out("off, and unknown to Bridge", path)
@@ -292,7 +289,7 @@ class _Adoption:
 
     def _take_layers(self) -> None:
         spec = self._top.get("transformer_layer_spec")
-        name = spec.get("_target_") if isinstance(spec, dict) else None
+        name = str(spec.get("_target_")) if isinstance(spec, dict) else ""
         if name in _CHOSEN_LAYERS and self._transformer.get(_CHOSEN_LAYERS[name]) is not None:
             self._top["transformer_layer_spec"] = None
             self._note(
@@ -322,6 +319,11 @@ def _flat_class(data: Mapping[str, Any]) -> str:
     return _HETEROGENEOUS if any(data.get(key) for key in heterogeneous) else _TRANSFORMER
 
 
+def _renamed(name: Any) -> Any:
+    """Our name for a thing of the reference; whatever else is given, as it is."""
+    return _NAMES.get(name, name) if isinstance(name, str) else name
+
+
 def _form(value: Any, type_: Type) -> Any:
     """A value of the reference, written or live, in our form."""
     if isinstance(value, Enum):
@@ -337,9 +339,11 @@ def _form(value: Any, type_: Type) -> Any:
         return {key: _form(item, inner_type(type_)) for key, item in value.items()}
     if name == f"{_GENERATION}.from_dict":
         settings = value.get("config_dict")
-        kept = {key: item for key, item in settings.items() if key[:1] != "_"} if isinstance(settings, dict) else {}
+        kept = (
+            {key: item for key, item in settings.items() if str(key)[:1] != "_"} if isinstance(settings, dict) else {}
+        )
         return {"_target_": _GENERATION, **kept}
-    name = _NAMES.get(name, name)
+    name = _renamed(name)
     if value.get("_callable_") is True:
         return {"_target_": name, "_call_": False}
     if (member := _enum_member(name, value)) is not None:
