@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from bridge.config.describe import describe, is_dtype, target_of
+from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.model import ModelConfig
 from bridge.config.tables import Field, Target, target_to_json
 from bridge.config.targets import GROUP
@@ -67,11 +67,17 @@ def table() -> dict[str, Any]:
 
 
 def declared(point: EntryPoint) -> Target:
-    """What `point` declares; a class that this machine lacks the libraries for is known by its name alone."""
+    """What `point` declares; of classes that are no configs, the name is all that a document needs to know.
+
+    So the table is the same whether or not the libraries are installed that some of them stand on.
+    """
+    if point.name in OPEN_CLASSES:
+        return Target(point.name, "config", bases=(point.name,), open=True)
     try:
-        return describe(point.load(), point.name)
+        target = describe(point.load(), point.name)
     except (ImportError, AttributeError):
         return Target(point.name, "class", bases=(point.name,))
+    return replace(target, bases=(point.name,)) if target.kind == "class" else target
 
 
 def collect(target: Target, targets: dict[str, Target]) -> None:
@@ -122,7 +128,7 @@ def documented(target: Target, targets: dict[str, Target]) -> Target:
 
 def plain(field: Field, doc: str) -> Field:
     # Where an instance keeps a value concerns only those who have one.
-    return replace(field, doc=" ".join(doc.split()), attribute="")
+    return replace(field, doc=" ".join(doc.replace("``", "`").split()), attribute="")
 
 
 def words_of(target: Target) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_validate_as_json(site: Path) -> None:
     assert wrong == {
         "source": "wrong-extension",
         "ok": False,
+        "notes": [],
         "problems": [
             {
                 "path": "$.size",

@@ -1,61 +1,183 @@
-"""The commands of bridge-config: `bridge validate` and `bridge show`."""
+"""The commands of bridge-config. They need no torch: documents are checked against the shipped descriptions."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.errors import DocumentError
+from bridge.config.errors import ConfigError, DocumentError
 
 if TYPE_CHECKING:
     from bridge.config.errors import Problem
 
+_FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
+_OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 
-@click.command()
+
+@click.command(
+    help=f"""Check documents: every problem with its file, line, column and path.
+
+    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. What a constructor refuses is found when the
+    configuration is made.
+    """
+)
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
+@_as_json
 @click.pass_context
 def validate(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
-    """Check documents: every problem with its file, line, column and path.
-
-    FILE is a .yaml, .yml or .json file or the name of a preset. PATH=VALUE overrides a value in each of them, ~PATH
-    removes one.
-    """
+    """Check documents."""
     sources, overrides = _split(files)
-    verdicts = {source: _problems(source, overrides) for source in sources}
-    for source, problems in verdicts.items():
+    verdicts = {source: _verdict(source, overrides) for source in sources}
+    for source, (problems, notes) in verdicts.items():
         if not as_json:
             for problem in problems:
                 click.echo(str(problem), err=True)
+            for note in notes:
+                click.echo(f"{source}: note: {note}", err=True)
             if not problems:
                 click.echo(f"{source}: ok")
     if as_json:
-        import json
-
-        entries = [
-            {"source": source, "ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
-            for source, problems in verdicts.items()
-        ]
-        click.echo(json.dumps(entries, indent=2))
-    if any(verdicts.values()):
+        _print_json(
+            [
+                {"source": source, "ok": not problems, "problems": [asdict(one) for one in problems], "notes": notes}
+                for source, (problems, notes) in verdicts.items()
+            ]
+        )
+    if any(problems for problems, _ in verdicts.values()):
         ctx.exit(1)
 
 
-@click.command()
+@click.command(help=f"Print a document with overrides applied, without checking it.\n\n{_FILE} {_OVERRIDES}")
 @click.argument("file")
-@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of YAML.")
+@_overrides
+@_as_json
 def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print a document with overrides applied, without checking it.
-
-    FILE is a .yaml, .yml or .json file or the name of a preset. PATH=VALUE overrides a value, ~PATH removes one.
-    """
+    """Print a document."""
     from bridge.config.document import Document
 
     document = Document.load(file, overrides)
     click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
+
+
+@click.command(
+    help=f"""Print what differs between two documents, field by field.
+
+    A field that is left out counts as given with its default. Lines begin with ~ for a changed value, + and - for one
+    that only the second or the first has, > for one that a version of the form moved or renamed.
+
+    {_FILE} Exit code 0, whether they differ or not.
+    """
+)
+@click.argument("first", metavar="FILE")
+@click.argument("second", metavar="FILE")
+@click.option("--as-written", is_flag=True, help="Tell fields that are left out from fields given their default.")
+@_as_json
+def diff(first: str, second: str, as_written: bool, as_json: bool) -> None:
+    """Print what differs between two documents."""
+    from bridge.config.document import Document
+
+    found = Document.load(first).diff(Document.load(second), defaults=not as_written)
+    if as_json:
+        _print_json([asdict(difference) for difference in found])
+        return
+    for difference in found:
+        click.echo(str(difference))
+
+
+@click.command(
+    help=f"""Print the fingerprint of what a document says.
+
+    It is the same for YAML and JSON, any order of keys, any spelling of names, and on every machine; a field given its
+    default counts as one left out.
+
+    {_FILE} {_OVERRIDES}
+    """
+)
+@click.argument("file")
+@_overrides
+@_as_json
+def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print the fingerprint of a document."""
+    from bridge.config.document import Document
+
+    found = Document.load(file, overrides).fingerprint()
+    if as_json:
+        _print_json({"source": file, "fingerprint": found})
+    else:
+        click.echo(found)
+
+
+@click.command()
+@click.argument("target", required=False)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the schema to this file.")
+@_as_json
+def schema(target: str | None, output: Path | None, as_json: bool) -> None:
+    """Print the JSON Schema of the documents of TARGET, for editors.
+
+    TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file says
+    which schema is its own in the line "# yaml-language-server: $schema=FILE".
+    """
+    from bridge.config.jsonschema import json_schema, schema_targets
+
+    if target is None:
+        if output is not None:
+            raise click.UsageError("name the TARGET to write the schema of")
+        known = schema_targets()
+        if as_json:
+            _print_json(known)
+        else:
+            for name, doc in known.items():
+                click.echo(f"{name}\n    {doc}")
+        return
+    text = json.dumps(json_schema(target), indent=2, ensure_ascii=False)
+    if output is None:
+        click.echo(text)
+        return
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+
+
+@click.command(
+    help=f"""Print a document in the present form, and say what was done.
+
+    It may be of an older version, or of the reference: what its as_dict gives, or the run_config.yaml of a checkpoint.
+
+    {_FILE}
+    """
+)
+@click.argument("file")
+@click.option("--write", is_flag=True, help="Change FILE itself; comments are kept.")
+@click.option("--to", "to_form", type=click.Choice(["run-config"]), help="Print it as the reference reads it.")
+@_as_json
+def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
+    """Print a document in the present form."""
+    from bridge.config.document import Document
+
+    if write and to_form:
+        raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
+    document = Document.load(file)
+    notes = document.migrate()
+    document.check()
+    if to_form:
+        from bridge.config.canonical import canonical
+        from bridge.config.reference import to_run_config
+
+        theirs = to_run_config(canonical(document.data))
+        document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
+    for note in notes:
+        click.echo(note, err=True)
+    if write:
+        document.save()
+    else:
+        click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -69,11 +191,15 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return sources, overrides
 
 
-def _problems(source: str, overrides: list[str]) -> list[Problem]:
-    from bridge.config.document import load_config
+def _verdict(source: str, overrides: list[str]) -> tuple[list[Problem], list[str]]:
+    """What is wrong with a document, and what was done to bring it into the present form."""
+    from bridge.config.document import Document
 
     try:
-        load_config(source, overrides)
+        return [], Document.load(source, overrides).check().present.notes
     except DocumentError as error:
-        return error.problems
-    return []
+        return error.problems, []
+
+
+def _print_json(data: object) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

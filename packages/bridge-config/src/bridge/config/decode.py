@@ -34,7 +34,9 @@ def decode_config(data: object, cls: type[ConfigT]) -> ConfigT:
     """
     world = Live()
     config: ConfigT
-    config, builder = _read(current(data, world), cls, world)
+    config, builder = _read(present := current(data, world), cls, world)
+    for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
+        warnings.warn(note, OmittedWarning, stacklevel=3)
     if builder is not None and builder != getattr(config, "builder", None):
         object.__setattr__(config, "builder", builder)
     return config
@@ -48,7 +50,7 @@ class Checked:
     builder: str | None
     """The builder that builds it."""
 
-    origin: Current
+    present: Current
     """The document in its present form."""
 
 
@@ -71,6 +73,9 @@ def check(data: object, *, defaults: bool = False) -> Checked:
 @dataclass(frozen=True)
 class Current:
     """A document in the present form, and what it came from."""
+
+    given: Any
+    """The document as it was given."""
 
     data: Any
     steps: tuple[Migrated, ...]
@@ -106,7 +111,8 @@ def current(data: object, world: World) -> Current:
 
     try:
         foreign = adopted(data)
-        return Current((own := migrated(foreign.data, target_of)).data, (foreign, own))
+        own = migrated(foreign.data, target_of)
+        return Current(data, own.data, (foreign, own))
     except RecursionError:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 

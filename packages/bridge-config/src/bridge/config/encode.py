@@ -62,6 +62,13 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
     return document
 
 
+def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
+    """The document that was read as `made`, in canonical form."""
+    data = _standin(made, (), (), [])
+    heading = {"_target_": data.pop("_target_"), "_builder_": builder}
+    return {key: value for key, value in heading.items() if value is not None} | data
+
+
 def written(value: object, type_: Type) -> Any:
     """The written form of one value in a place of this type; MISSING if it has none."""
     omitted: Omitted = []

@@ -1,0 +1,71 @@
+"""The one form of all documents that say the same, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from bridge.config.decode import Checked, check
+from bridge.config.encode import encode_made
+from bridge.config.errors import ConfigError
+
+_EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript; whole ones from here on are not all different
+
+
+def canonical(data: object, *, defaults: bool = False) -> dict[str, Any]:
+    """The document `data` in its canonical form.
+
+    Canonical is: the present version's form, fields in the order of their class, full names for aliases, `_target_`
+    for every config, the builder by name, short forms where there are any, and no fields that the class computes.
+
+    Args:
+        data: a document, of any version or of the reference.
+        defaults: whether fields that it leaves out are written out with their defaults. What a constructor derives
+            is not known without running it: such a field has the default of its declaration.
+
+    Raises:
+        DocumentError: it describes no configuration.
+    """
+    return canonical_of(check(data, defaults=defaults))
+
+
+def canonical_of(checked: Checked) -> dict[str, Any]:
+    """The canonical form of a document that was checked."""
+    form = encode_made(checked.made, checked.builder)
+    if omitted := checked.present.data.get("_omitted_"):
+        form["_omitted_"] = omitted
+    return form
+
+
+def fingerprint(data: object) -> str:
+    """The fingerprint of what the document `data` says: `sha256:` and 64 hexadecimal digits.
+
+    It is the SHA-256 of the canonical JSON (RFC 8785) of the canonical form with defaults, without the versions of
+    its classes. So it is the same for YAML and JSON, any order of keys, any spelling, and on every machine; a field
+    given its default counts as one left out.
+
+    Raises:
+        DocumentError: it describes no configuration.
+        ConfigError: it holds text that is not Unicode.
+    """
+    import rfc8785
+
+    form = canonical(data, defaults=True)
+    if "_omitted_" in form:  # the reasons name objects of the process that wrote them
+        form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])
+    try:
+        text = rfc8785.dumps(_exact(form))
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
+        raise ConfigError(f"this document has no fingerprint: {error}") from error
+    return f"sha256:{hashlib.sha256(text).hexdigest()}"
+
+
+def _exact(value: Any) -> Any:
+    """`value` without versions, and with large whole numbers as text, which canonical JSON can tell apart."""
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items() if key != "_version_"}
+    if isinstance(value, list):
+        return [_exact(item) for item in value]
+    return (
+        {"_target_": "builtins.int", "_args_": [str(value)]} if type(value) is int and abs(value) >= _EXACT else value
+    )

@@ -1,0 +1,112 @@
+"""What differs between two documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bridge.config.canonical import canonical_of
+from bridge.config.decode import Checked
+from bridge.config.paths import Path, shown
+
+_NOTHING = object()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One place where two documents differ.
+
+    `path` is where the value stands in the present form of documents; `before_path` and `after_path` are where it
+    stands in the two documents themselves, which differ from it if a version or another form put it elsewhere. They are
+    None where a document does not give the value; then `before` or `after` is the default, if there is one.
+    """
+
+    kind: Literal["added", "removed", "changed", "moved"]
+    path: str
+    before: Any = None
+    after: Any = None
+    before_path: str | None = None
+    after_path: str | None = None
+
+    def __str__(self) -> str:
+        path = self.path.removeprefix("$.")
+        before, after = _said(self.before, self.before_path), _said(self.after, self.after_path)
+        match self.kind:
+            case "added":
+                return f"+ {path}: {after}"
+            case "removed":
+                return f"- {path}: {before}"
+            case "changed":
+                text = f"~ {path}: {before} -> {after}"
+            case "moved":
+                text = f"> {path}: {after}"
+        places = []
+        if self.before_path not in (None, self.path):
+            places.append(f"was {self.before_path.removeprefix('$.')}")  # type: ignore[union-attr]
+        if self.after_path not in (None, self.path):
+            places.append(f"is {self.after_path.removeprefix('$.')} there")  # type: ignore[union-attr]
+        return f"{text} ({', '.join(places)})" if places else text
+
+
+def differences(before: Checked, after: Checked) -> Iterator[Difference]:
+    """What differs between two checked documents, in the order of their fields.
+
+    Read with defaults, a field that one of them leaves out differs only from a value that is not its default. A value
+    that both have, but at different places because a version moved or renamed it, is a difference of its own kind.
+    """
+    old, new = (dict(_leaves(canonical_of(checked))) for checked in (before, after))
+    for path in dict.fromkeys((*old, *new)):
+        one, other = old.get(path, _NOTHING), new.get(path, _NOTHING)
+        before_path, after_path = _place(before, path), _place(after, path)
+        if other is _NOTHING:
+            yield Difference("removed", shown(path), before=one, before_path=before_path)
+        elif one is _NOTHING:
+            yield Difference("added", shown(path), after=other, after_path=after_path)
+        elif not _same(one, other):
+            yield Difference("changed", shown(path), one, other, before_path, after_path)
+        elif before_path != after_path and before_path is not None and after_path is not None:
+            yield Difference("moved", shown(path), one, other, before_path, after_path)
+
+
+def _place(checked: Checked, path: Path) -> str | None:
+    """Where a document itself gives the value at `path`; None if it does not."""
+    place = checked.present.origin(path)
+    node: Any = checked.present.given
+    for step in place:
+        try:
+            node = node[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return shown(_without_root(place, checked))
+
+
+def _without_root(place: Path, checked: Checked) -> Path:
+    """`place` below the mapping that describes the model: a section of a larger file counts from its own top."""
+    root = checked.present.origin(())
+    return place[len(root) :] if place[: len(root)] == root else place
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value that is compared as a whole, and its path."""
+    if isinstance(value, dict) and value and "_partial_" not in value and "_args_" not in value:
+        for key, item in value.items():
+            if key != "_version_":
+                yield from _leaves(item, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, index))
+    else:
+        yield path, value
+
+
+def _same(one: Any, other: Any) -> bool:
+    # 1 is 1.0, but not true
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def _said(value: Any, place: str | None) -> str:
+    from bridge.config.files import dump_flow
+
+    text = dump_flow(value).strip()
+    return text if place is not None else f"{text} (default)"
