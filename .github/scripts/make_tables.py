@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+
 from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.model import ModelConfig
 from bridge.config.tables import Field, Target, target_to_json
@@ -36,6 +37,7 @@ OURS = ("bridge-builders", "bridge-models")
 
 
 def main() -> int:
+    """Write the table, or check it."""
     made = json.dumps(table(), indent=1, sort_keys=False, ensure_ascii=False) + "\n"
     if "--check" not in sys.argv:
         TABLE.write_text(made)
@@ -48,6 +50,7 @@ def main() -> int:
 
 
 def table() -> dict[str, Any]:
+    """The table as plain data."""
     points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name in OURS]
     aliases = {point.name: point.value.replace(":", ".") for point in points if "." not in point.name}
     targets: dict[str, Target] = {}
@@ -127,11 +130,13 @@ def documented(target: Target, targets: dict[str, Target]) -> Target:
 
 
 def plain(field: Field, doc: str) -> Field:
+    """`field` with words about it."""
     # Where an instance keeps a value concerns only those who have one.
     return replace(field, doc=" ".join(doc.replace("``", "`").split()), attribute="")
 
 
 def words_of(target: Target) -> dict[str, Any]:
+    """What is said about `target`, and about each of its own fields."""
     if target.name in DOCS:
         return {"doc": DOCS[target.name]["doc"], "fields": DOCS[target.name].get("fields") or {}}
     if not target.name.startswith("bridge.") or not isinstance(target.obj, type):
@@ -141,6 +146,7 @@ def words_of(target: Target) -> dict[str, Any]:
 
 
 def texts_below_fields(cls: type) -> Iterator[tuple[str, str]]:
+    """The fields of a class of ours, and the text below each in its source."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     for field, text in zip(definition.body, definition.body[1:], strict=False):

@@ -39,4 +39,6 @@ def _declared(cls: type) -> set[str]:
         return {field.name for field in dataclasses.fields(cls)}
     if dataclasses.is_dataclass(cls):
         return set(inspect.get_annotations(cls))
-    return set() if hasattr(cls, "__members__") else set(inspect.signature(cls).parameters)
+    if hasattr(cls, "__members__"):
+        return set()
+    return {one.name for one in inspect.signature(cls).parameters.values() if one.kind is not one.VAR_KEYWORD}

@@ -23,8 +23,8 @@ _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.command(
     help=f"""Check documents: every problem with its file, line, column and path.
 
-    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. What a constructor refuses is found when the
-    configuration is made.
+    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. What a constructor refuses is found only
+    when the configuration is made.
     """
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")

@@ -43,9 +43,9 @@ class Difference:
                 text = f"> {path}: {after}"
         places = []
         if self.before_path not in (None, self.path):
-            places.append(f"was {self.before_path.removeprefix('$.')}")  # type: ignore[union-attr]
+            places.append(f"was {self.before_path.removeprefix('$.')}")
         if self.after_path not in (None, self.path):
-            places.append(f"is {self.after_path.removeprefix('$.')} there")  # type: ignore[union-attr]
+            places.append(f"is {self.after_path.removeprefix('$.')} there")
         return f"{text} ({', '.join(places)})" if places else text
 
 

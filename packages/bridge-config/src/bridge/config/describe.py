@@ -46,6 +46,8 @@ PLAIN_CLASSES: dict[str, dict[str, str]] = {
 # Classes whose constructor takes any keyword, and the method that gives them back.
 OPEN_CLASSES = {"transformers.generation.configuration_utils.GenerationConfig": "to_diff_dict"}
 
+_MODULE_SPEC = "megatron.core.transformer.spec_utils.ModuleSpec"
+
 _described: dict[type, Target] = {}
 
 
@@ -76,6 +78,9 @@ def is_dtype(cls: type) -> bool:
 def type_of(hint: Any) -> Type:
     """What the annotation `hint` says."""
     members = dict.fromkeys(_members(hint))
+    if Class() in members and any(isinstance(one, Instance) and one.name == _MODULE_SPEC for one in members):
+        # megatron-core 0.19.2 annotates parts of layers with `ModuleSpec | type`, and puts functions there too.
+        members[Function()] = None
     return tuple(sorted(members, key=_rank)) or ANYTHING
 
 
@@ -95,6 +100,7 @@ def _class(cls: type) -> Target:
         bases=bases,
         fields=fields,
         open=name in OPEN_CLASSES,
+        calls=any("__call__" in vars(base) for base in cls.__mro__),
         embeds=cls._embeds if issubclass(cls, WriteThrough) and cls._embeds in fields else None,
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
         schema=own if isinstance(own, Schema) else declared_schema(name),
@@ -174,6 +180,8 @@ def _members(hint: Any) -> list[Member]:
     if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
         key, value = map(type_of, args or (str, Any))
         return [Mapping(key, value)]
+    if getattr(origin, "_is_protocol", False) and "__call__" in vars(origin):
+        return [Function()]
     if isinstance(origin, type) and origin not in (Any, object):
         return [Dtype() if is_dtype(origin) else Instance(qualified_name(origin) or origin.__name__, origin)]
     return [Anything()]  # Any, object, a TypeVar: nothing that can be checked

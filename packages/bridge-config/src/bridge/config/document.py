@@ -6,10 +6,10 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, nearest
 from bridge.config.files import MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
@@ -17,6 +17,10 @@ from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
 from bridge.config.presets import presets
 from bridge.config.refusal import got
+
+if TYPE_CHECKING:
+    from bridge.config.compare import Difference
+    from bridge.config.decode import Checked
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _OVERRIDE = re.compile(r"\+{0,2}(?P<path>[A-Za-z_$][^=\s]*)=(?P<value>.*)|~(?P<removed>[A-Za-z_$][^=\s]*)", re.DOTALL)
@@ -134,8 +138,70 @@ class Document:
         """
         from bridge.config.decode import decode_config
 
-        try:
+        with self._placing_problems():
             return decode_config(self.data, ModelConfig)
+
+    def check(self, *, defaults: bool = False) -> Checked:
+        """Check the document against the shipped descriptions: no class is needed, and none is made.
+
+        Args:
+            defaults: whether the result has the defaults of fields that the document leaves out.
+
+        Raises:
+            DocumentError: it describes no configuration; every problem with the file, line and column of its value.
+        """
+        from bridge.config.decode import check
+
+        with self._placing_problems():
+            return check(self.data, defaults=defaults)
+
+    def fingerprint(self) -> str:
+        """The fingerprint of what the document says, see `bridge.config.canonical.fingerprint`.
+
+        Raises:
+            DocumentError: it describes no configuration; every problem with the file, line and column of its value.
+        """
+        from bridge.config.canonical import fingerprint
+
+        with self._placing_problems():
+            return fingerprint(self.data)
+
+    def diff(self, other: Document, *, defaults: bool = True) -> list[Difference]:
+        """What differs in `other`, field by field.
+
+        Args:
+            other: the document to compare with.
+            defaults: whether a field that is left out counts as given with its default.
+
+        Raises:
+            DocumentError: one of them describes no configuration.
+        """
+        from bridge.config.compare import differences
+
+        return list(differences(self.check(defaults=defaults), other.check(defaults=defaults)))
+
+    def migrate(self) -> list[str]:
+        """Bring the document into the present form: of this version, and Bridge's own. Returns what was done.
+
+        Raises:
+            DocumentError: it has no such form; every problem with the file, line and column of its value.
+        """
+        from bridge.config.decode import current
+        from bridge.config.worlds import Tables
+
+        with self._placing_problems():
+            present = current(self.data, Tables())
+            if present.problems:
+                raise DocumentError(present.problems)
+        if present.data is not self.data:
+            self.data, self._origins = present.data, {}
+        return present.notes
+
+    @contextlib.contextmanager
+    def _placing_problems(self) -> Iterator[None]:
+        """Add file, line and column to the problems that are found inside."""
+        try:
+            yield
         except DocumentError as error:
             raise DocumentError(self._located(error.problems)) from error.__cause__
 

@@ -232,9 +232,9 @@ class _Editor:
     def _replace(self, node: Node, data: Any, place: _Place) -> None:
         """Note that `data` shall stand where `node` does."""
         self._break(node)
-        empty = not isinstance(data, (dict, list, tuple)) or not data
-        if place.kind == "flow" or empty or (node.style == "{" and node.value):
-            self._replace_inline(node, dump_flow(data) if place.kind == "flow" else _inline(data), place)
+        holds = isinstance(data, (dict, list, tuple)) and len(data) > 0
+        if place.kind == "flow" or not holds or (node.style == "{" and node.value):
+            self._replace_inline(node, dump_flow(data) if place.kind == "flow" or holds else _inline(data), place)
         elif place.kind == "key":
             self._replace_below(node, dump_yaml({"": data}).split("\n")[1:-1], place.column)
         else:
@@ -279,11 +279,9 @@ class _Editor:
         return " " if self._text[max(index - 1, 0) : index].strip(" \t\r\n[{") else ""
 
     def _trail(self, node: Node) -> str:
-        """What of a block scalar stays when it goes: the comment in its first line, and the line break it ends with."""
-        if node.style not in ("|", ">"):
-            return ""
-        line_break = self._newline if self._text[self._end(node) - 1] in "\r\n" else ""
-        return (self._header(node)["comment"] or "") + line_break
+        """What stays of a value that goes: the comment in a block scalar's first line, the line break it ends with."""
+        comment = self._header(node)["comment"] if node.style in ("|", ">") else ""
+        return (comment or "") + (self._newline if self._text[self._end(node) - 1] in "\r\n" else "")
 
     def _header(self, node: Node) -> re.Match[str]:
         """The first line of a block scalar."""

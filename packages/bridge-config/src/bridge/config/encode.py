@@ -64,7 +64,7 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
 
 def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
     """The document that was read as `made`, in canonical form."""
-    data = _standin(made, (), (), [])
+    data: dict[str, Any] = _standin(made, (), (), [])
     heading = {"_target_": data.pop("_target_"), "_builder_": builder}
     return {key: value for key, value in heading.items() if value is not None} | data
 

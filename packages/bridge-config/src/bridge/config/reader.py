@@ -165,7 +165,7 @@ class Reader:
         """The class that `name` stands for, derived from one of those in `type_`."""
         target = self._resolved(name, type_)
         for member in type_:
-            if isinstance(member, Anything) or (isinstance(member, Instance) and member.name in target.bases):
+            if _holds(member, target):
                 return target
         raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
 
@@ -461,6 +461,19 @@ def _collected(kind: str, items: list[Any]) -> Any:
         raise refused("expected a list of plain values") from None
 
 
+def _holds(member: Member, target: Target) -> bool:
+    """Whether an instance of the class `target` is a value of `member`."""
+    match member:
+        case Anything():
+            return True
+        case Instance(name):
+            return name in target.bases
+        case Function():
+            return target.calls
+        case _:
+            return False
+
+
 def _suits(target: Target, member: Member) -> bool:
     """Whether the named thing itself is a value of `member`."""
     match member:
@@ -487,12 +500,12 @@ def _fits(value: object, member: Member) -> bool:
         case Partial():
             return isinstance(member, (Function, Anything))
         case EnumMember(target) | Made(target):
-            return isinstance(member, Anything) or (isinstance(member, Instance) and member.name in target.bases)
+            return _holds(member, target)
     match member:
         case Anything():
             return True
         case Function():
-            return callable(value) and not hasattr(value, "__dataclass_fields__")
+            return callable(value) and not (isinstance(value, type) and hasattr(value, "__dataclass_fields__"))
         case Class(bound):
             return isinstance(value, type) and (bound is None or bound in map(qualified_name, value.__mro__))
         case Dtype():

@@ -91,6 +91,9 @@ class Target:
     open: bool = False
     """Whether the constructor takes any keyword."""
 
+    calls: bool = False
+    """Of a config: whether its instances can be called, and so stand where a function may."""
+
     obj: Any = field(default=None, compare=False, repr=False)
     """The described object itself; None for a description from the table."""
 
@@ -186,6 +189,7 @@ def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = N
         accepts=entry.get("accepts"),
         schema=Schema.from_json(entry["schema"]) if "schema" in entry else None,
         open=entry.get("open", False),
+        calls=entry.get("calls", False),
     )
 
 
@@ -204,6 +208,7 @@ def target_to_json(target: Target, parent: Target | None = None) -> dict[str, An
         "accepts": target.accepts,
         "schema": target.schema.to_json() if target.schema else None,
         "open": target.open,
+        "calls": target.calls,
         "fields": fields,
     }
     return {key: value for key, value in entry.items() if value}
