@@ -76,8 +76,9 @@ class Written:
     def text(self) -> str:
         return self.newline.join(self.lines) + (self.newline if self.ends else "")
 
-    def one_of(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
+    def one_of[T](self, *choices: T) -> T:
+        chosen: T = self.draw(st.sampled_from(choices))
+        return chosen
 
     def comment(self) -> str:
         self.comments += 1
@@ -236,13 +237,18 @@ def touched(written: Written, what: str, path: Path) -> Lines:
     """The lines that the edit may change: those of the value, or of what it is the whole of, or is on one line with."""
     holder = path[:-1]
     if what == "add" and holder not in written.in_flow:
-        siblings = [written.spans[(*holder, key)] for key in inside(written.data, holder)]
-        if siblings:
-            last = max(end for _, end in siblings)
+        siblings = [written.spans.get((*holder, key)) for key in inside(written.data, holder)]
+        if siblings and all(siblings):  # else it is behind an alias
+            last = max(lines[1] for lines in siblings if lines)
             return last + 1, last
     while path and (path not in written.spans or (what == "remove" and len(inside(written.data, path[:-1])) == 1)):
         path, what = path[:-1], what if path in written.spans else "set"
-    return written.spans.get(path, (0, len(written.lines) - 1))
+    first, last = written.spans.get(path, (0, len(written.lines) - 1))
+    if what == "remove" and first == written.spans.get(path[:-1], (-1, -1))[0] and path not in written.in_flow:
+        last += 1  # what comes next moves up, to the dash before it
+        while not written.lines[last].strip():
+            last += 1
+    return first, last
 
 
 @settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
@@ -252,7 +258,7 @@ def test_an_edit_changes_the_lines_of_its_value_only(edit: tuple[Written, str, P
     document, meant = applied(*edit)
     text = document.to_yaml()
     assert json.dumps(parse_yaml(text).data, sort_keys=True) == json.dumps(meant, sort_keys=True)
-    if not written.ends:
+    if not text.endswith(written.newline):
         text += written.newline
     first, last = touched(written, what, path)
     before, after = written.lines[:first], written.lines[last + 1 :]
@@ -427,9 +433,7 @@ def test_one_value_of_a_preset_changes_its_line_only(name: str) -> None:
         if isinstance(old, dict):
             continue
         document.set(shown(path), "changed")
-        removed, added = [
-            line for line in difflib.ndiff(text.splitlines(), document.to_yaml().splitlines()) if line[0] in "+-"
-        ]
+        removed, added = changed_lines(text, document.to_yaml())
         assert removed[2:].split(":")[0] == added[2:].split(":")[0]
         assert ": changed" in added
         assert removed.partition("  #")[2] == added.partition("  #")[2]

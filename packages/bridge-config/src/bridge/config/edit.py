@@ -106,13 +106,15 @@ class _Editor:
 
     def edited(self, root: Node, data: Any) -> str:
         self._settle(root, data, _Place("top"))
-        pieces, at = [], 0
+        pieces, at, written = [], 0, ""
         for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
             if start < at:
                 raise ConfigError("this YAML text cannot be changed in place: the changes overlap")
             pieces += [self._text[at:start], written]
             at = end
         text = "".join([*pieces, self._text[at:]])
+        if at == len(self._text) and not written:  # the last line went
+            return text
         return text.removesuffix(self._newline) if self._unfinished else text
 
     # Comparing

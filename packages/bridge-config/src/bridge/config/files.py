@@ -511,8 +511,9 @@ def _dumper() -> type[Dumper]:
 
     base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     strict: Any = type("StrictDumper", (base,), {"ignore_aliases": lambda self, data: True})
-    strict.add_representer(str, _represent_text)
-    strict.add_representer(float, _represent_number)
+    plain: tuple[Any, ...] = (type(None), bool, int, list, tuple, dict, None)  # the last refuses everything else
+    strict.yaml_representers = {kind: base.yaml_representers[kind] for kind in plain}
+    strict.yaml_representers |= {str: _represent_text, float: _represent_number}
     made: type[Dumper] = strict
     return made
 
