@@ -9,6 +9,7 @@ imports are done before the first of them is read, so that whatever happens whil
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -286,6 +287,7 @@ def outcomes(reader: Reader, folder: Path, chosen: list[str]) -> Iterator[tuple[
     if reader is reference:
         names |= {"bridge.models.": "megatron.training.models."}
     lay_trap(folder)
+    importlib.metadata.version("bridge-config")  # reading what a distribution says of itself needs modules, too
     sys.addaudithook(_watch)
     warnings.simplefilter("ignore")
     for number, entry in enumerate([*HARMLESS, *WRONG]):
