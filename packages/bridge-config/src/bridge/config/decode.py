@@ -147,19 +147,16 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
         raise refused(f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {got(data)}")
     if "_target_" not in data:
         raise refused("missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'")
-    omitted = _omitted(data)
-    reader = Reader(world, omitted)
+    reader = Reader(world, _omitted(data) if "_omitted_" in data else {})
     with below("_target_"):
         target = reader.class_named(data["_target_"], (wanted,))
-    body = {key: value for key, value in data.items() if key not in ("_builder_", "_omitted_")}
-    omitted[id(body)] = omitted.get(id(data), set())
     found: Found = []
     try:
         builder = _builder(data.get("_builder_"), target, world)
     except ReadError as error:
         found += error.found
     try:
-        made = reader.config(body, target)
+        made = reader.config(data, target, is_document=True)
     except ReadError as error:
         raise ReadError(error.found + found) from error.__cause__
     if found:
@@ -183,7 +180,7 @@ def _builder(name: object, target: Target, world: World) -> str | None:
 
 def _omitted(data: dict[str, Any]) -> dict[int, set[str]]:
     """The fields that the document says it leaves out, by the identity of the mapping they are missing from."""
-    entries = data.get("_omitted_", [])
+    entries = data["_omitted_"]
     fields: dict[int, set[str]] = {}
     try:
         for entry in entries:

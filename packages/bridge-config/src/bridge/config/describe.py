@@ -104,8 +104,16 @@ def _class(cls: type) -> Target:
         embeds=cls._embeds if issubclass(cls, WriteThrough) and cls._embeds in fields else None,
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
         schema=own if isinstance(own, Schema) else declared_schema(name),
+        positional=_positional(cls),
         obj=cls,
     )
+
+
+def _positional(cls: type) -> tuple[str, ...]:
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.init:  # type: ignore[attr-defined]
+        return ()
+    arguments = [one for one in dataclasses.fields(cls) if one.init]
+    return () if any(one.kw_only for one in arguments) else tuple(one.name for one in arguments)
 
 
 def _bases(cls: type) -> tuple[str, ...]:

@@ -90,10 +90,9 @@ def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     data = _heading(target)
     data |= state if plan.plain else {name: getattr(obj, at) for name, at in plan.all}
     texts = _texts(targets.generation())
-    for name, type_ in plan.written:
+    written = plan.written if all(map(isfinite, map(data.__getitem__, plan.floats))) else plan.not_plain
+    for name, type_ in written:
         value = data[name]
-        if type(value) is float and isfinite(value):
-            continue
         text, known = texts.get((id(type_), id(value)), _UNKNOWN)
         if known is value:
             data[name] = text
@@ -116,8 +115,14 @@ class _Plan:
     """How instances of one shape are written: names of their fields, with attributes or types."""
 
     all: tuple[tuple[str, str], ...]
-    written: tuple[tuple[str, Type], ...]
+    not_plain: tuple[tuple[str, Type], ...]
     """The fields whose values may have to be written as something else; all others stand for themselves."""
+
+    floats: tuple[str, ...]
+    """Those of them whose values stand for themselves if they are finite."""
+
+    written: tuple[tuple[str, Type], ...]
+    """Those of them that are no floats."""
 
     plain: bool
     """Whether the instance's dictionary has the fields and nothing else, in their order."""
@@ -126,9 +131,13 @@ class _Plan:
 def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
     elsewhere = shared_names(obj)
     fields = [one for one in target.fields.values() if one.name not in elsewhere]
+    kinds = {one.name: type(state.get(one.attribute, ...)) for one in fields}
+    not_plain = tuple((one.name, one.type) for one in fields if kinds[one.name] not in _PLAIN)
     return _Plan(
         all=tuple((one.name, one.attribute or one.name) for one in fields),
-        written=tuple((one.name, one.type) for one in fields if type(state.get(one.attribute, ...)) not in _PLAIN),
+        not_plain=not_plain,
+        floats=tuple(name for name, _ in not_plain if kinds[name] is float),
+        written=tuple((name, type_) for name, type_ in not_plain if kinds[name] is not float),
         plain=tuple(state) == tuple(one.attribute for one in fields),
     )
 
@@ -202,6 +211,8 @@ def _standin(value: Named | EnumMember | Made | Partial, type_: Type, path: Path
 
 
 def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+    if type(value) is list and _are_plain(value):
+        return value.copy()
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
     # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
     bare = kind is list or _list_readers(type_) == {kind.__name__}
@@ -209,6 +220,11 @@ def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     ordered: Iterable[Any] = sorted(value, key=_order) if isinstance(value, (set, frozenset)) else value
     items = [_item(item, _item_type(type_, i), (*path, i), omitted) for i, item in enumerate(ordered)]
     return items if bare else {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    """Whether all of `values` stand for themselves."""
+    return all(type(value) in _PLAIN or (type(value) is float and isfinite(value)) for value in values)
 
 
 def _order(item: Any) -> tuple[str, Any]:
@@ -267,6 +283,8 @@ def _partial(
     function: str, args: Iterable[Any], keywords: dict[str, Any], path: Path, omitted: Omitted
 ) -> dict[str, Any]:
     data: dict[str, Any] = {"_target_": function, "_partial_": True}
+    if not args and _are_plain(keywords.values()) and not any(key[:1] == "_" for key in keywords):
+        return data | keywords
     if args:
         items = enumerate(args)
         data["_args_"] = [_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]

@@ -53,6 +53,9 @@ class World(Protocol):
     texts: dict[tuple[int, str], object]
     """What a text stands for in a place of the type with this identity, as far as it was read before."""
 
+    classes: dict[tuple[int, str], Target]
+    """The config class that a `_target_` names in such a place, likewise."""
+
     def named(self, name: str) -> Target:
         """What documents may call `name`; raises TargetError if nothing."""
         ...
@@ -107,19 +110,22 @@ class Reader:
             return value
         raise unexpected(self._wanted(type_), value)
 
-    def config(self, data: dict[str, Any], target: Target) -> Any:
-        """The instance of the config class `target` that the mapping `data` describes."""
-        shape = shape_of("read", data)
-        plan: _Plan = target.shapes.get(shape) or _planned(data, target)
-        if plan.settled:
-            remember(target, shape, plan)
-        values = dict(data)
+    def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Any:
+        """The instance of the config class `target` that the mapping, or the whole document, `data` describes."""
+        shape = shape_of("document" if is_document else "config", data)
+        plan: _Plan | None = target.shapes.get(shape)
+        if plan is None:
+            plan = _planned(data, target, _DOCUMENT_KEYS if is_document else _CONFIG_KEYS)
+            if plan.settled:
+                remember(target, shape, plan)
+        values = dict(zip(plan.names, data.values(), strict=True))
         for key in plan.left_out:
             del values[key]
         found: Found = []
         owned = self._owned_by_embedded(data, target) if target.embeds is not None else _NO_NAMES
-        for key in owned & data.keys():
-            found.append(((key,), f"belongs to {target.embeds}: give it as {target.embeds}.{key}"))
+        if owned:
+            belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
+            found += [((key,), f"{belongs}{key}") for key in data if key in owned]
         for key in plan.unknown:
             if key not in owned:
                 try:
@@ -156,7 +162,7 @@ class Reader:
         value = data.get(target.embeds)
         try:
             if isinstance(value, dict):
-                return frozenset(self.class_in(value, target.fields[target.embeds].type).fields)
+                return self.class_in(value, target.fields[target.embeds].type).field_names
         except ReadError:
             pass
         return frozenset(getattr(type(value), "__dataclass_fields__", ()))
@@ -172,10 +178,14 @@ class Reader:
     def class_in(self, data: dict[str, Any], type_: Type) -> Target:
         """The config class that the mapping `data` describes an instance of."""
         if "_target_" in data:
+            name = data["_target_"]
+            if type(name) is str and (known := self._world.classes.get((id(type_), name))) is not None:
+                return known
             with below("_target_"):
-                target = self.class_named(data["_target_"], type_)
+                target = self.class_named(name, type_)
                 if target.kind != "config":
-                    raise refused(f"{data['_target_']!r} is not a config: documents describe only dataclasses")
+                    raise refused(f"{name!r} is not a config: documents describe only dataclasses")
+                self._world.classes[id(type_), target.name] = target
                 return target
         candidates = [target for target in map(self._of, type_) if target is not None and target.kind == "config"]
         if len(candidates) == 1:
@@ -394,6 +404,9 @@ class Reader:
 class _Plan:
     """What is to be done with a mapping of one shape."""
 
+    names: tuple[Any, ...]
+    """All keys; those of fields as the class has them, since Python compares the same text fastest."""
+
     read: tuple[tuple[str, Type], ...]
     """The fields whose values stand for something; all others may stay as they are."""
 
@@ -413,11 +426,17 @@ class _Plan:
         return not self.unknown and not self.required
 
 
-def _planned(data: dict[str, Any], target: Target) -> _Plan:
-    heading = {"_target_", "_version_"} if target.schema is not None else {"_target_"}
+_CONFIG_KEYS = frozenset({"_target_", "_version_"})
+_DOCUMENT_KEYS = _CONFIG_KEYS | {"_builder_", "_omitted_"}
+
+
+def _planned(data: dict[str, Any], target: Target, heading: frozenset[str]) -> _Plan:
+    if target.schema is None:
+        heading -= {"_version_"}
     fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
     left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
     return _Plan(
+        names=tuple(fields[key].name if key in fields else key for key in data),
         read=tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready),
         left_out=left_out,
         unknown=tuple(key for key in data if key not in fields and key not in left_out),

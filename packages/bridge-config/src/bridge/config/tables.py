@@ -97,6 +97,9 @@ class Target:
     obj: Any = field(default=None, compare=False, repr=False)
     """The described object itself; None for a description from the table."""
 
+    positional: tuple[str, ...] = ()
+    """The arguments that the constructor takes by position, if it takes all of them so."""
+
     shapes: dict[Shape, Any] = field(default_factory=dict, compare=False, repr=False)
     """What readers and writers found out about mappings and instances of one shape, see `shape_of`."""
 
@@ -104,6 +107,11 @@ class Target:
     def short_name(self) -> str:
         """The name without its module."""
         return self.name.rpartition(".")[2]
+
+    @cached_property
+    def field_names(self) -> frozenset[str]:
+        """All fields."""
+        return frozenset(self.fields)
 
     @cached_property
     def init_names(self) -> frozenset[str]:

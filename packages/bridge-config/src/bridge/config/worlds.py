@@ -24,7 +24,7 @@ class Live:
     """The objects themselves: what was registered, what distributions declare. Makes real configs."""
 
     def __init__(self) -> None:
-        self.texts = _texts(targets.generation())
+        self.texts, self.classes = _read_before(targets.generation())
 
     def named(self, name: str) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
@@ -51,7 +51,9 @@ class Live:
 
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
         try:
-            made = target.obj(**values)
+            # By position, Python does not compare 300 names with 300 names.
+            by_position = tuple(values) == target.positional
+            made = target.obj(*values.values()) if by_position else target.obj(**values)
         except Exception as error:  # whatever its own checks raise is about these values
             raise refused(f"{target.short_name} refuses these values: {str(error) or type(error).__name__}") from error
         if complete and not target.open:
@@ -65,6 +67,7 @@ class Tables:
     def __init__(self, *, defaults: bool = False) -> None:
         """`defaults`: whether fields that a document leaves out get their defaults."""
         self.texts: dict[tuple[int, str], object] = {}
+        self.classes: dict[tuple[int, str], Target] = {}
         self._defaults = defaults
 
     def named(self, name: str) -> Target:
@@ -113,20 +116,21 @@ def _restore(made: object, values: dict[str, Any], target: Target) -> None:
     values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
     """
     state = getattr(made, "__dict__", {})
-    changed = compress(values, map(is_not, map(state.get, values), values.values()))
+    now = state.values() if tuple(state) == tuple(values) else map(state.get, values)
+    changed = compress(values, map(is_not, now, values.values()))
     parameters = getattr(type(made), "__dataclass_params__", None)
     put = object.__setattr__ if parameters and parameters.frozen else setattr
     for name in list(changed):
         value, attribute = values[name], target.fields[name].attribute
-        now = getattr(made, attribute)
-        if now is not value and not (type(now) is type(value) and now == value):
+        present = getattr(made, attribute)
+        if present is not value and not (type(present) is type(value) and present == value):
             put(made, attribute, value)
 
 
 @lru_cache(maxsize=1)
-def _texts(generation: int) -> dict[tuple[int, str], object]:
-    """What texts were read as, for as long as no name changes what it stands for."""
-    return {}
+def _read_before(generation: int) -> tuple[dict[tuple[int, str], object], dict[tuple[int, str], Target]]:
+    """What texts and `_target_` were read as, for as long as no name changes what it stands for."""
+    return {}, {}
 
 
 def check_builder(name: str, target: Target, world: World) -> None:
