@@ -45,6 +45,7 @@ _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set"
 _SCALARS = frozenset({bool, int, float, type(None)})
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
+_FUNCTION_KINDS = frozenset({Function, Anything})
 
 
 class World(Protocol):
@@ -118,7 +119,7 @@ class Reader:
             plan = _planned(data, target, _DOCUMENT_KEYS if is_document else _CONFIG_KEYS)
             if plan.settled:
                 remember(target, shape, plan)
-        values = dict(zip(plan.names, data.values(), strict=True))
+        values = dict(data)
         for key in plan.left_out:
             del values[key]
         found: Found = []
@@ -132,9 +133,14 @@ class Reader:
                     values[key] = self._unknown(key, data[key], target, owned)
                 except ReadError as error:
                     found += [((key, *path), message) for path, message in error.found]
+        texts = self._world.texts
         for key, type_ in plan.read:
+            value = data[key]
+            if type(value) is str and (known := texts.get((id(type_), value))) is not None:
+                values[key] = known
+                continue
             try:
-                values[key] = self.value(data[key], type_)
+                values[key] = self.value(value, type_)
             except ReadError as error:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.found]
@@ -326,23 +332,23 @@ class Reader:
             return made if ANYTHING[0] in type_ else self.value(made, type_)
 
     def _partial(self, data: dict[str, Any], type_: Type) -> Any:
-        if not any(isinstance(member, (Anything, Function)) for member in type_):
+        if _FUNCTION_KINDS.isdisjoint(map(type, type_)):
             raise unexpected(self._wanted(type_), data)
-        if data["_partial_"] is not True:
-            raise refused(f"expected true, got {got(data['_partial_'])}", "_partial_")
-        args = data.get("_args_", [])
-        keywords = {key: value for key, value in data.items() if key not in ("_target_", "_partial_", "_args_")}
-        if strange := [key for key in keywords if not key.isidentifier() or key.startswith("_")]:
+        keywords = dict(data)
+        name, args = keywords.pop("_target_", None), keywords.pop("_args_", [])
+        if (mark := keywords.pop("_partial_")) is not True:
+            raise refused(f"expected true, got {got(mark)}", "_partial_")
+        if strange := [key for key in keywords if not key.isidentifier() or key[0] == "_"]:
             raise ReadError([((key,), "unknown key of a partial") for key in strange])
         if not isinstance(args, list):
             raise refused(f"expected a list, got {got(args)}", "_args_")
-        with below("_target_"):
-            name = data.get("_target_")
-            function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
+        if type(name) is not str or (function := self._world.texts.get((id(_FUNCTION), name))) is None:
+            with below("_target_"):
+                function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
         if args:
             with below("_args_"):
                 args = self.value(args, ANYTHING)
-        if not all(type(value) in _SCALARS for value in keywords.values()):
+        if not _SCALARS.issuperset(map(type, keywords.values())):
             keywords = dict(zip(keywords, self._each(keywords.items(), ANYTHING), strict=True))
         return self._world.partial(function, args, keywords)
 
@@ -404,9 +410,6 @@ class Reader:
 class _Plan:
     """What is to be done with a mapping of one shape."""
 
-    names: tuple[Any, ...]
-    """All keys; those of fields as the class has them, since Python compares the same text fastest."""
-
     read: tuple[tuple[str, Type], ...]
     """The fields whose values stand for something; all others may stay as they are."""
 
@@ -436,7 +439,6 @@ def _planned(data: dict[str, Any], target: Target, heading: frozenset[str]) -> _
     fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
     left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
     return _Plan(
-        names=tuple(fields[key].name if key in fields else key for key in data),
         read=tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready),
         left_out=left_out,
         unknown=tuple(key for key in data if key not in fields and key not in left_out),

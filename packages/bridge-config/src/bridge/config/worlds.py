@@ -57,7 +57,7 @@ class Live:
         except Exception as error:  # whatever its own checks raise is about these values
             raise refused(f"{target.short_name} refuses these values: {str(error) or type(error).__name__}") from error
         if complete and not target.open:
-            _restore(made, values, target)
+            _restore(made, values, target, in_order=by_position)
         return made
 
 
@@ -99,24 +99,25 @@ class Tables:
 
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
         embedded = values.get(target.embeds) if target.embeds else None
-        elsewhere = embedded.target.fields if isinstance(embedded, Made) else {}
-        made = {}
+        elsewhere = embedded.target.field_names if isinstance(embedded, Made) else frozenset()
+        filled = target.init_names - elsewhere if self._defaults else frozenset()
+        reader, made = Reader(self, {}), {}
         for name, field in target.fields.items():
             if name in values:
                 made[name] = values[name]
-            elif self._defaults and name in target.init_names - elsewhere.keys() and field.default is not MISSING:
-                made[name] = Reader(self, {}).value(field.default, field.type)
+            elif name in filled and field.default is not MISSING:
+                made[name] = reader.value(field.default, field.type)
         return Made(target, made | values)
 
 
-def _restore(made: object, values: dict[str, Any], target: Target) -> None:
+def _restore(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
     """Put back what the constructor of `made` turned into something else.
 
     Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
     values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
     """
     state = getattr(made, "__dict__", {})
-    now = state.values() if tuple(state) == tuple(values) else map(state.get, values)
+    now = state.values() if in_order and tuple(state) == target.positional else map(state.get, values)
     changed = compress(values, map(is_not, now, values.values()))
     parameters = getattr(type(made), "__dataclass_params__", None)
     put = object.__setattr__ if parameters and parameters.frozen else setattr
