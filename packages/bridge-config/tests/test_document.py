@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,6 +11,7 @@ import pytest
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, WriteThrough, load_config
 from bridge.config.files import MAX_BYTES
+from bridge.config.jsonschema import json_schema, schema_targets
 
 
 @dataclass
@@ -173,6 +177,20 @@ def test_a_missing_field_is_told_where_its_mapping_stands(file: Path) -> None:
     assert problems(file) == ["4:1: $.block.size: required, but missing"]
 
 
+def test_problems_after_a_removed_item_keep_their_lines(file: Path) -> None:
+    file.write_text(YAML.replace("size: 3", "size: x"))
+    assert problems(file, "~blocks[0]") == ["8:5: $.blocks[0].size: expected an integer, got 'x'"]
+    json_file = file.with_suffix(".json")
+    json_file.write_text(json.dumps(Document.load(file).data, indent=1))
+    (found,) = problems(json_file, "~blocks[0]")
+    assert found == "12:4: $.blocks[0].size: expected an integer, got 'x'"
+
+
+def test_problems_behind_an_alias_are_told_where_the_anchor_has_them(file: Path) -> None:
+    file.write_text(f"_target_: {__name__}.Model\nblock: &block\n  size: x\nblocks: [*block, *block]\n")
+    assert [problem.split(":")[0] for problem in problems(file)] == ["3", "3", "3"]
+
+
 def test_json_problems_have_positions(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     path.write_text(f'{{"_target_": "{__name__}.Model",\n  "block": {{"size": "2"}}}}')
@@ -190,6 +208,8 @@ def test_json_problems_have_positions(tmp_path: Path) -> None:
         ("noname", "a: 1", "give this one such a name"),
         ("a.yaml", b"\xff\xfe", "is not UTF-8 text"),
         ("a.yaml", "x" * (MAX_BYTES + 1), "larger than"),
+        ("a.yaml", "é" * (MAX_BYTES // 2 + 1), "larger than"),
+        ("a.json", b'{"a": "\xff"}', "is not UTF-8 text"),
         ("a.yaml", None, "cannot be read: No such file"),
         ("a", None, "no such file, nor a preset of this name"),
     ],
@@ -202,7 +222,118 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: Any, mess
     assert message in found
 
 
+def test_a_name_that_cannot_be_a_file_is_told(tmp_path: Path) -> None:
+    (found,) = problems(f"{tmp_path}/{'x' * 5000}.yaml")
+    assert "cannot be read: File name too long" in found
+
+
 def test_a_directory_is_not_a_document(tmp_path: Path) -> None:
     (tmp_path / "d.yaml").mkdir()
     (found,) = problems(tmp_path / "d.yaml")
     assert "cannot be read: Is a directory" in found
+
+
+def test_saving_keeps_what_was_not_changed(file: Path) -> None:
+    document = Document.load(file, ["block.size=4", "~blocks[1].ratio"])
+    document.set("hf_model_id", "007")
+    document.save()
+    assert (
+        file.read_text() == YAML.replace("size: 2", "size: 4").replace("    ratio: 1e-1\n", "") + "hf_model_id: '007'\n"
+    )
+    assert load_config(file) == document.config()
+
+
+def test_a_saved_document_is_that_of_its_file(file: Path) -> None:
+    document = Document.load(file, ["vocab_size=x"])
+    document.save(other := file.with_name("other.yml"))
+    with pytest.raises(DocumentError) as error:
+        document.config()
+    assert str(error.value) == f"{other}:3:1: $.vocab_size: expected an integer, got 'x'"
+    document.set("vocab_size", 5)
+    document.save()
+    assert other.read_text() == YAML.replace("vocab_size: 1", "vocab_size: 5")
+    assert file.read_text() == YAML
+
+
+@pytest.mark.parametrize(
+    "content", [YAML.replace("\n", "\r\n").encode(), b"\xef\xbb\xbf" + YAML.encode(), YAML[:-1].encode()]
+)
+def test_saving_keeps_line_ends_and_byte_order_mark(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    document = Document.load(file)
+    document.save()
+    assert file.read_bytes() == content
+    document.set("block.size", 9)
+    document.save()
+    assert file.read_bytes() == content.replace(b"size: 2", b"size: 9")
+
+
+def test_json_is_saved_indented(file: Path) -> None:
+    document = Document.load(file)
+    document.save(path := file.with_suffix(".json"))
+    assert path.read_text() == json.dumps(document.data, indent=2) + "\n"
+    document.set("block.size", 7)
+    document.save()
+    assert load_config(path).as_dict()["block"]["size"] == 7
+
+
+def test_saving_keeps_the_mode_and_the_link(file: Path, tmp_path: Path) -> None:
+    file.chmod(0o640)
+    link = tmp_path / "link.yaml"
+    link.symlink_to(file)
+    document = Document.load(link)
+    document.set("vocab_size", 2)
+    document.save()
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert "vocab_size: 2" in file.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.yaml", "link.yaml"}
+
+
+def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
+    Document({"a": 1}).save(path := tmp_path / "new.yaml")
+    (beside := tmp_path / "beside").touch()
+    assert path.stat().st_mode == beside.stat().st_mode
+
+
+def test_what_cannot_be_saved_leaves_the_file_as_it_was(file: Path) -> None:
+    document = Document.load(file)
+    document.set("vocab_size", "\ud800")
+    with pytest.raises(ConfigError, match="cannot be written as YAML"):
+        document.save()
+    assert file.read_text() == YAML
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda folder: Document({"a": 1}).save(), "came from no file: say where to save it"),
+        (lambda folder: Document({"a": 1}).save(folder / "a.toml"), "a document is a .yaml, .yml or .json file"),
+        (lambda folder: Document({"a": 1}).save(folder / "no" / "a.yaml"), "cannot be written: No such file"),
+        (lambda folder: Document({"a": 1}, "tiny").save(), "'tiny' is a preset, which stays as it is"),
+    ],
+)
+def test_saving_where_nothing_can_be(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        save(tmp_path)
+
+
+def test_a_new_yaml_file_names_its_schema_and_has_it_beside(tmp_path: Path) -> None:
+    name = next(iter(schema_targets()))
+    document = Document({"_target_": name})
+    document.save(path := tmp_path / "new.yaml")
+    schema = path.with_name(f"{name.rpartition('.')[2]}.schema.json")
+    assert path.read_text() == f"# yaml-language-server: $schema={schema.name}\n_target_: {name}\n"
+    assert json.loads(schema.read_text()) == json_schema(name)
+    schema.write_text("{}")
+    Document({"_target_": name}).save(path)
+    assert schema.read_text() == "{}", "what is there stays"
+    Document.load(path).save()
+    assert path.read_text().count("$schema") == 1
+
+
+def test_a_class_without_a_schema_is_saved_without_one(tmp_path: Path) -> None:
+    Document.of(MODEL).save(path := tmp_path / "new.yaml")
+    assert load_config(path) == MODEL
+    assert os.listdir(tmp_path) == ["new.yaml"]

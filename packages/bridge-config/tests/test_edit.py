@@ -244,7 +244,7 @@ def touched(written: Written, what: str, path: Path) -> Lines:
     while path and (path not in written.spans or (what == "remove" and len(inside(written.data, path[:-1])) == 1)):
         path, what = path[:-1], what if path in written.spans else "set"
     first, last = written.spans.get(path, (0, len(written.lines) - 1))
-    if what == "remove" and first == written.spans.get(path[:-1], (-1, -1))[0] and path not in written.in_flow:
+    if what == "remove" and first == written.spans.get(path[:-1], (-1, -1))[0] and path[:-1] not in written.in_flow:
         last += 1  # what comes next moves up, to the dash before it
         while not written.lines[last].strip():
             last += 1

@@ -87,6 +87,10 @@ def _newline(text: str) -> str:
     return found[0] if found else "\n"
 
 
+def _children(node: Node) -> list[Node]:
+    return list(node.value.values() if isinstance(node.value, dict) else node.value)
+
+
 def _is_open(node: Node) -> bool:
     """Whether it is a block collection."""
     return not node.style and isinstance(node.value, (dict, list))
@@ -150,7 +154,7 @@ class _Editor:
     def _settle_collection(
         self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
     ) -> bool:
-        children = list(node.value.values() if isinstance(node.value, dict) else node.value)
+        children = _children(node)
         if not kept and (children or added):
             self._replace(node, added, place)
             return False
@@ -173,7 +177,7 @@ class _Editor:
         """Note that `node` and all in it go away."""
         self._broken.add(node)
         if node.alias is None and isinstance(node.value, (dict, list)):
-            for child in node.value.values() if isinstance(node.value, dict) else node.value:
+            for child in _children(node):
                 self._break(child)
 
     # Adding and removing
@@ -316,8 +320,10 @@ class _Editor:
     def _key_start(self, node: Node) -> int:
         assert node.key
         start = node.key[0]
-        question = self._text[:start].rstrip(" \t")
-        return len(question) - 1 if question.endswith("?") and not question[-2:-1].strip(" \t\r\n,{-") else start
+        line = self._line(start)
+        question = self._text[line:start].rstrip(" \t")
+        announced = question.endswith("?") and not question[-2:-1].strip(" \t,{")
+        return line + len(question) - 1 if announced else start
 
     def _colon(self, node: Node) -> int:
         """The index after the colon before `node`; after its key if there is no colon, its start if there is no key."""
@@ -335,7 +341,8 @@ class _Editor:
     def _end(self, node: Node) -> int:
         """Where a value ends; the lines after a block scalar count only where they are a part of it."""
         if node.alias is None and _is_open(node):
-            return self._end(list(node.value.values() if isinstance(node.value, dict) else node.value)[-1])
+            values = node.value
+            return self._end(next(reversed(values.values())) if isinstance(values, dict) else values[-1])
         if node.style in ("|", ">"):
             keeps = "+" in self._header(node)["how"]
             return node.end if keeps else node.start + len(self._text[node.start : node.end].rstrip())
@@ -357,7 +364,8 @@ class _Editor:
 
     def _line(self, index: int) -> int:
         """Where the line of `index` starts."""
-        return max(self._text.rfind("\n", 0, index), self._text.rfind("\r", 0, index)) + 1
+        start = self._text.rfind("\n", 0, index) + 1
+        return max(start, self._text.rfind("\r", start, index) + 1)
 
     def _next_line(self, index: int) -> int:
         """Where the line after that of `index` starts."""
