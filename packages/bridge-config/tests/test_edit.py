@@ -196,6 +196,7 @@ def documents(draw: Callable[[st.SearchStrategy[Any]], Any], *, anchors: bool = 
     made.data = made.mapping((), 0)
     made.gap(0)
     made.ends |= made.lines[-1].startswith("   ") or not made.lines[-1]  # a block scalar needs its last line break
+    made.ends |= len(made.lines) == 1  # else nothing tells how lines end
     return made
 
 
