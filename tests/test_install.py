@@ -1,11 +1,57 @@
 """Each package installs and works alone, from its wheel, with the layers below it and nothing above."""
 
+import json
+import sys
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 from environments import PACKAGES, Environment, workspace_versions
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "packages/bridge-models/src/bridge/models/presets/tiny.yaml"
+FIVE_ERRORS = """\
+_target_: bridge.models.gpt.GPTModelConfig
+vocab_size: many
+position_embedding_type: ropes
+transformer:
+  num_layer: 4
+  hidden_size: 64
+  num_attention_heads: 4
+  params_dtype: torch.bfloat61
+  activation_func: os.system
+"""
+FIVE_LINES = [2, 3, 5, 8, 9]
+COMMANDS = [
+    ["validate", "five.yaml", "tiny.yaml"],
+    ["validate", "--json", "five.yaml"],
+    ["show", "tiny.yaml", "transformer.num_layers=8"],
+    ["diff", "tiny.yaml", "other.json"],
+    ["diff", "--json", "--as-written", "tiny.yaml", "other.json"],
+    ["fingerprint", "tiny.yaml"],
+    ["fingerprint", "five.yaml"],
+    ["schema"],
+    ["schema", "bridge.models.gpt.GPTModelConfig"],
+    ["schema", "bridge.models.gpt.GPTModelConfi"],
+    ["migrate", "other.json"],
+    ["migrate", "tiny.yaml", "--to", "run-config"],
+    ["migrate", "run_config.yaml"],
+]
+RUN_CONFIG = """\
+model:
+  _target_: megatron.training.models.gpt.GPTModelConfig
+  _builder_: megatron.training.models.gpt.GPTModelBuilder
+  vocab_size: 256
+  transformer:
+    _target_: megatron.core.transformer.transformer_config.TransformerConfig
+    num_layers: 2
+    hidden_size: 64
+    num_attention_heads: 4
+    params_dtype: {_target_: torch.bfloat16, _call_: false}
+train: {micro_batch_size: 1}
+"""
 
 BAD_DOCUMENTS = {
     "not YAML": "a: [1,\n",
@@ -67,6 +113,33 @@ def test_validate_without_torch_names_the_fault(light: Environment, tmp_path: Pa
     assert validated.returncode == 1, said
     assert "document.yaml" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "five.yaml").write_text(FIVE_ERRORS)
+    (folder / "tiny.yaml").write_text(TINY.read_text())
+    (folder / "run_config.yaml").write_text(RUN_CONFIG)
+    other = yaml.safe_load(TINY.read_text())
+    other["transformer"] |= {"num_layers": 8, "bf16": False}
+    (folder / "other.json").write_text(json.dumps(other))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_says_the_same_without_torch(light: Environment, documents: Path, command: list[str]) -> None:
+    alone = light.run("bridge", *command, cwd=documents)
+    full = Environment(Path(sys.prefix)).run("bridge", *command, cwd=documents)
+    assert (alone.returncode, alone.stdout, alone.stderr) == (full.returncode, full.stdout, full.stderr)
+    assert "Traceback" not in alone.stderr
+    assert alone.returncode == int("five.yaml" in command or command[-1].endswith("Confi"))
+
+
+def test_five_errors_are_five_lines_without_torch(light: Environment, documents: Path) -> None:
+    done = light.run("bridge", "validate", "five.yaml", cwd=documents)
+    assert done.returncode == 1
+    assert [int(line.split(":")[1]) for line in done.stderr.splitlines()] == FIVE_LINES
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])

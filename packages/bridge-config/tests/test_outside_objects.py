@@ -16,10 +16,11 @@ from bridge.config.files import parse_yaml
 
 pytest.importorskip("megatron.core")
 
-from bridge.models.gpt import GPTModelConfig  # noqa: E402
-from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from bridge.models.gpt import GPTModelConfig
 
 TRANSFORMER: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 

@@ -19,6 +19,8 @@ from bridge.config.tables import Target, shipped, shipped_dtypes
 from bridge.config.targets import qualified_name
 from bridge.config.types import Class, Instance
 
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
+
 
 class Live:
     """The objects themselves: what was registered, what distributions declare. Makes real configs."""
@@ -50,12 +52,15 @@ class Live:
         return partial(function, *args, **keywords)
 
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
+        by_position = tuple(values) == target.positional
         try:
             # By position, Python does not compare 300 names with 300 names.
-            by_position = tuple(values) == target.positional
             made = target.obj(*values.values()) if by_position else target.obj(**values)
         except Exception as error:  # whatever its own checks raise is about these values
-            raise refused(f"{target.short_name} refuses these values: {str(error) or type(error).__name__}") from error
+            made = _made_anew(target, values) if complete else None
+            if made is None:
+                said = str(error) or type(error).__name__
+                raise refused(f"{target.short_name} refuses these values: {said}") from error
         if complete and not target.open:
             _restore(made, values, target, in_order=by_position)
         return made
@@ -108,6 +113,26 @@ class Tables:
             elif name in filled and field.default is not MISSING:
                 made[name] = reader.value(field.default, field.type)
         return Made(target, made | values)
+
+
+# Deprecated fields that TransformerConfig of megatron-core 0.19.2 turns into others, and then refuses beside them.
+_TURNED_INTO = {
+    "moe_router_topk_limited_devices": ("moe_router_group_topk", "moe_router_num_groups"),
+    "enable_cuda_graph": ("cuda_graph_impl",),
+    "external_cuda_graph": ("cuda_graph_impl",),
+}
+
+
+def _made_anew(target: Target, values: dict[str, Any]) -> object | None:
+    """The instance with the state `values` of a class that refuses its own state; None if it refuses it rightly."""
+    if TRANSFORMER_CONFIG not in target.bases:
+        return None
+    derived = {name: values[name] for old, new in _TURNED_INTO.items() if values.get(old) for name in new}
+    try:
+        made = target.obj(**{name: value for name, value in values.items() if name not in derived}) if derived else None
+    except Exception:  # these values are refused for other reasons too
+        return None
+    return made if derived == {name: getattr(made, name, None) for name in derived} else None
 
 
 def _restore(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
