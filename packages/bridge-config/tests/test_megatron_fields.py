@@ -203,7 +203,7 @@ def canonical_partials(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("deprecated", "turned_into", "contradiction"),
     [
-        ({"enable_cuda_graph": True}, {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "none"}),
+        ({"enable_cuda_graph": True}, {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"}),
         ({"external_cuda_graph": True}, {"cuda_graph_impl": "transformer_engine"}, {"cuda_graph_impl": "local"}),
         (
             {"moe_router_topk_limited_devices": 2, "num_moe_experts": 8, "expert_model_parallel_size": 4},

@@ -11,16 +11,23 @@ from bridge.config.targets import register
 from bridge.config.writethrough import WriteThrough
 
 if TYPE_CHECKING:
+    from bridge.config.compare import Difference
     from bridge.config.document import Document, load_config
+    from bridge.config.migrate import Changed, Moved, Removed, Schema
 
 __all__ = [
     "BridgeError",
+    "Changed",
     "ConfigError",
+    "Difference",
     "Document",
     "DocumentError",
     "ModelConfig",
+    "Moved",
     "OmittedWarning",
     "Problem",
+    "Removed",
+    "Schema",
     "Serializable",
     "TargetError",
     "WriteThrough",
@@ -28,13 +35,23 @@ __all__ = [
     "register",
 ]
 
+# Reading, comparing and migrating documents need more of the standard library than describing a model does.
+_LAZY = {
+    "Changed": "migrate",
+    "Difference": "compare",
+    "Document": "document",
+    "Moved": "migrate",
+    "Removed": "migrate",
+    "Schema": "migrate",
+    "load_config": "document",
+}
+
 
 def __getattr__(name: str) -> object:
-    # Reading documents needs more of the standard library than describing a model does.
-    if name in ("Document", "load_config"):
-        from bridge.config import document
+    if name in _LAZY:
+        from importlib import import_module
 
-        return getattr(document, name)
+        return getattr(import_module(f"bridge.config.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
