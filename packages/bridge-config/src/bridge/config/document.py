@@ -8,6 +8,8 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from bridge.config.compare import Difference
     from bridge.config.decode import Checked
 
+_CHUNK = 2**16
 _YAML_SUFFIXES = (".yaml", ".yml")
 _OVERRIDE = re.compile(r"\+{0,2}(?P<path>[A-Za-z_$][^=\s]*)=(?P<value>.*)|~(?P<removed>[A-Za-z_$][^=\s]*)", re.DOTALL)
 
@@ -383,7 +386,8 @@ def _read(source: str) -> str:
         if (suffix := FilePath(source).suffix) not in (*_YAML_SUFFIXES, ".json"):
             raise _failed(source, f"a document is a .yaml, .yml or .json file, not {suffix!r}")
         with open(source, "rb") as stream:
-            return _decoded(stream.read(MAX_BYTES + 1), source)
+            chunks = iter(partial(stream.read, _CHUNK), b"")
+            return _decoded(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
     except OSError as error:
         raise _failed(source, f"cannot be read: {error.strerror or error}") from error
 

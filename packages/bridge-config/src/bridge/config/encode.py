@@ -12,9 +12,10 @@ from typing import Any
 
 from bridge.config import targets
 from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
-from bridge.config.errors import OmittedWarning
+from bridge.config.errors import OmittedWarning, quoted
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
+from bridge.config.refusal import got
 from bridge.config.standins import EnumMember, Made, Named, Partial
 from bridge.config.tables import Target, remember, shape_of
 from bridge.config.types import (
@@ -93,6 +94,9 @@ def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     written = plan.written if all(map(isfinite, map(data.__getitem__, plan.floats))) else plan.not_plain
     for name, type_ in written:
         value = data[name]
+        if type(value) is list and not value:
+            data[name] = []
+            continue
         text, known = texts.get((id(type_), id(value)), _UNKNOWN)
         if known is value:
             data[name] = text
@@ -167,6 +171,8 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     """The written form of one value in a place of this type."""
     if type(value) in _PLAIN:
         return value
+    if isinstance(value, partial):
+        return _partial(_name(value.func, path), value.args, value.keywords, path, omitted)
     if isinstance(value, Enum):
         return _enum_member(value.name, describe(type(value)), type_)
     if isinstance(value, float):
@@ -177,8 +183,6 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
         return _mapping(value, type_, path, omitted)
     if isinstance(value, (list, tuple, set, frozenset)):
         return _items(value, type_, path, omitted)
-    if isinstance(value, partial):
-        return _partial(_name(value.func, path), value.args, value.keywords, path, omitted)
     if is_dtype(type(value)):
         return _named(str(value), Dtype(), type_)
     if isinstance(value, _STANDINS):
@@ -290,7 +294,7 @@ def _partial(
         data["_args_"] = [_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]
     for key, item in keywords.items():
         if key.startswith("_"):
-            raise _UnwritableError(f"a partial has the private argument {key!r}", path)
+            raise _UnwritableError(f"a partial has the private argument {quoted(key)}", path)
         data[key] = _item(item, ANYTHING, (*path, key), omitted)
     return data
 
@@ -313,7 +317,7 @@ def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
 def _name(value: Callable[..., Any], path: Path) -> str:
     name = targets.name_of(value)
     if name is None:
-        raise _UnwritableError(f"{value!r} has no importable name", path)
+        raise _UnwritableError(f"{got(value)} has no importable name", path)
     return name
 
 
