@@ -58,6 +58,8 @@ def table() -> dict[str, Any]:
         if "." in point.name:
             collect(declared(point), targets)
     collect(describe(ModelConfig), targets)
+    for name in targets.keys() - {point.name for point in points}:
+        targets[name] = replace(targets[name], nested=True)
     return {
         "made_from": {name: version(name) for name in ("megatron-core", "torch")},
         "aliases": dict(sorted(aliases.items())),

@@ -98,7 +98,7 @@ def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"json.loads": "extension_module:f"}, "a dotted name must name its own object"),
+        ({"json.loads": "extension_module:f"}, "that name is 'json.loads' alone"),
         ({"extension_module.missing": "extension_module:missing"}, "cannot be loaded"),
         ({"gone.f": "gone:f"}, "cannot be loaded"),
     ],
@@ -183,7 +183,7 @@ def placed(name: Any) -> dict[str, dict[str, Any]]:
         "$.post_wrap_hooks[0]._target_": base | {"post_wrap_hooks": [call]},
         "$.anything._target_": base | {"anything": call},
         "$.anything[0].x._target_": base | {"anything": [{"x": {"_target_": name}}]},
-        "$.anything._args_[0]._target_": base | {"anything": {"_target_": "builtins.tuple", "_args_": [call]}},
+        "$.anything._args_[0][0]._target_": base | {"anything": {"_target_": "builtins.tuple", "_args_": [[call]]}},
         "$.extra_checkpoint_metadata.k._target_": base
         | {"extra_checkpoint_metadata": {"k": {"_target_": name, "_name_": "x"}}},
     }

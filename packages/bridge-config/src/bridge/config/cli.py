@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from io import TextIOWrapper
 
 import click
 
@@ -43,6 +44,9 @@ def bridge() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # documents are UTF-8; names of files need not be
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         bridge(args=arguments, prog_name="bridge")
     except BridgeError as error:

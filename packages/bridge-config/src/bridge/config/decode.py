@@ -12,9 +12,9 @@ from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
 from bridge.config.reader import Reader, World
 from bridge.config.reference import adopted
-from bridge.config.refusal import Found, ReadError, below, got, refused
+from bridge.config.refusal import MAX_PROBLEMS, Found, ReadError, below, got, refused
 from bridge.config.standins import Made
-from bridge.config.tables import Target
+from bridge.config.tables import MODEL_CONFIG, Target
 from bridge.config.targets import qualified_name
 from bridge.config.types import Instance
 from bridge.config.worlds import Live, Tables, check_builder
@@ -105,7 +105,7 @@ def current(data: object, world: World) -> Current:
 
     def target_of(name: str) -> Target | None:
         try:
-            return world.named(name)
+            return world.named(name, suggest=False)
         except TargetError:
             return None
 
@@ -137,6 +137,8 @@ def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, 
         cause = error.__cause__
     except RecursionError:
         problems.append(Problem("$", "nested too deeply"))
+    if more := problems[MAX_PROBLEMS:]:
+        problems[MAX_PROBLEMS:] = [Problem("$", f"{len(more):,} more problems")]
     if problems:
         raise DocumentError(problems) from cause
     return read
@@ -147,10 +149,13 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
         raise refused(f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {got(data)}")
     if "_target_" not in data:
         raise refused("missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'")
-    reader = Reader(world, _omitted(data) if "_omitted_" in data else {})
-    with below("_target_"):
-        target = reader.class_named(data["_target_"], (wanted,))
-    found: Found = []
+    omissions = data.get("_omitted_", [])
+    found = _wrong_omissions(omissions)
+    reader = Reader(world, {} if found else _omitted(omissions, data))
+    try:
+        target = _class(data["_target_"], wanted, reader)
+    except ReadError as error:
+        raise ReadError(error.found + found) from error.__cause__
     try:
         builder = _builder(data.get("_builder_"), target, world)
     except ReadError as error:
@@ -162,6 +167,14 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
     if found:
         raise ReadError(found)
     return made, builder
+
+
+def _class(name: object, wanted: Instance, reader: Reader) -> Target:
+    with below("_target_"):
+        target = reader.class_named(name, (wanted,))
+        if target.name == MODEL_CONFIG:
+            raise refused(f"{target.name} is the abstract base: name a class derived from it")
+        return target
 
 
 def _builder(name: object, target: Target, world: World) -> str | None:
@@ -178,18 +191,45 @@ def _builder(name: object, target: Target, world: World) -> str | None:
     return name
 
 
-def _omitted(data: dict[str, Any]) -> dict[int, set[str]]:
-    """The fields that the document says it leaves out, by the identity of the mapping they are missing from."""
-    entries = data["_omitted_"]
-    fields: dict[int, set[str]] = {}
+_MAX_REASON = 1000  # characters
+
+
+def _wrong_omissions(entries: object) -> Found:
+    """What is wrong with the list of what a document leaves out."""
+    if not isinstance(entries, list):
+        return [(("_omitted_",), f"expected a list of {{path: ..., reason: ...}}, got {got(entries)}")]
+    found: Found = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or entry.keys() != {"path", "reason"}:
+            found.append((("_omitted_", i), "expected {path: ..., reason: ...}"))
+            continue
+        path, reason = entry["path"], entry["reason"]
+        if not _is_path(path):
+            said = f"expected a path such as '$.transformer.init_method', got {got(path)}"
+            found.append((("_omitted_", i, "path"), said))
+        if not isinstance(reason, str) or not reason.isprintable() or len(reason) > _MAX_REASON:
+            said = f"expected a line of at most {_MAX_REASON:,} characters, got {got(reason)}"
+            found.append((("_omitted_", i, "reason"), said))
+    return found
+
+
+def _is_path(text: object) -> bool:
     try:
-        for entry in entries:
-            _note_missing(fields, data, entry["path"])
-        what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in entries)
-    except (TypeError, KeyError, AttributeError, ConfigError):
-        raise refused("expected a list of {path: ..., reason: ...}", "_omitted_") from None
+        return isinstance(text, str) and bool(parsed(text))
+    except ConfigError:
+        return False
+
+
+def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, set[str]]:
+    """The fields that the document says it leaves out, by the identity of the mapping they are missing from."""
+    fields: dict[int, set[str]] = {}
+    for entry in entries:
+        _note_missing(fields, data, entry["path"])
     if entries:
-        warnings.warn(f"the document was written without {what}: the defaults are taken", OmittedWarning, stacklevel=6)
+        what = "; ".join(f"{shown(parsed(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS])
+        more = f" and {len(entries) - MAX_PROBLEMS:,} more" if len(entries) > MAX_PROBLEMS else ""
+        said = f"the document was written without {what}{more}: the defaults are taken"
+        warnings.warn(said, OmittedWarning, stacklevel=6)
     return fields
 
 

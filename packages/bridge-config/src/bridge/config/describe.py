@@ -46,6 +46,13 @@ PLAIN_CLASSES: dict[str, dict[str, str]] = {
 # Classes whose constructor takes any keyword, and the method that gives them back.
 OPEN_CLASSES = {"transformers.generation.configuration_utils.GenerationConfig": "to_diff_dict"}
 
+# Fields that name a file which the constructor reads, unless the other field holds its content.
+FILE_FIELDS: dict[str, dict[str, str]] = {
+    "megatron.core.transformer.heterogeneous.heterogeneous_config.HeterogeneousTransformerConfig": {
+        "heterogeneous_layers_config_path": "heterogeneous_layers_config_encoded_json"
+    }
+}
+
 _MODULE_SPEC = "megatron.core.transformer.spec_utils.ModuleSpec"
 
 _described: dict[type, Target] = {}
@@ -100,6 +107,7 @@ def _class(cls: type) -> Target:
         bases=bases,
         fields=fields,
         open=name in OPEN_CLASSES,
+        files={name: content for base in bases for name, content in FILE_FIELDS.get(base, {}).items()},
         calls=any("__call__" in vars(base) for base in cls.__mro__),
         embeds=cls._embeds if issubclass(cls, WriteThrough) and cls._embeds in fields else None,
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,

@@ -317,7 +317,7 @@ def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
 def _name(value: Callable[..., Any], path: Path) -> str:
     name = targets.name_of(value)
     if name is None:
-        raise _UnwritableError(f"{got(value)} has no importable name", path)
+        raise _UnwritableError(f"{got(value, 300)} has no importable name", path)
     return name
 
 

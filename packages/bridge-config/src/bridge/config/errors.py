@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_MAX_NAME = 200  # characters; no name that is known is half as long
+
 
 class BridgeError(Exception):
     """What a Bridge package, or an extension, says to its user. The command line prints the message alone."""
@@ -52,9 +54,17 @@ class DocumentError(ConfigError):
         return DocumentError, (self.problems,)
 
 
+def quoted(name: str) -> str:
+    """`name` as a message shows it: on one line, and not longer than names are."""
+    return repr(name) if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]!r}..."
+
+
 def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """The end of a message about the unknown `name`: the closest known name, with `prefix` before it, or nothing."""
+    """The end of a message about the unknown `name`: the closest known name, with `prefix` before it, or nothing.
+
+    It takes milliseconds, so it is for messages that are few.
+    """
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MAX_NAME else []
     return f"; did you mean {prefix + close[0]!r}?" if close else ""

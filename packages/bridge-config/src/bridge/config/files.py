@@ -430,7 +430,7 @@ def _core(text: str) -> Any:
     if _INTEGER.fullmatch(text):
         return _integer(text)
     if _BASED.fullmatch(text):
-        return int(text, 0)
+        return _based(text)
     if _OCTAL.fullmatch(text):
         raise ValueError(
             f"{text[:20]} may be an octal number, a decimal one or text: drop the zero, write 0o, or quote it"
@@ -448,6 +448,13 @@ def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits: quote it if it is text")
     return int(text)
+
+
+def _based(text: str) -> int:
+    number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
+    if number >= 10**MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS:,} decimal digits: quote it if it is text")
+    return number
 
 
 def _float(text: str) -> float:

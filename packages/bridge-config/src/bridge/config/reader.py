@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bridge.config.describe import is_dtype
-from bridge.config.errors import TargetError, nearest
+from bridge.config.describe import describe, is_dtype
+from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.migrate import hint_for
-from bridge.config.refusal import Found, ReadError, below, got, refused, unexpected
+from bridge.config.refusal import MAX_PROBLEMS, Found, ReadError, below, got, refused, step, unexpected
 from bridge.config.standins import EnumMember, Made, Named, Partial
 from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
 from bridge.config.targets import qualified_name
@@ -33,15 +33,10 @@ from bridge.config.types import (
     Type,
 )
 
-_BUILTINS: dict[str, Callable[[Any], Any]] = {
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.dict": dict,
-    "builtins.float": float,
-}
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
+_NOT_FINITE = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
+_MAX_TEXTS = 10_000
 _SCALARS = frozenset({bool, int, float, type(None)})
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
@@ -57,8 +52,8 @@ class World(Protocol):
     classes: dict[tuple[int, str], Target]
     """The config class that a `_target_` names in such a place, likewise."""
 
-    def named(self, name: str) -> Target:
-        """What documents may call `name`; raises TargetError if nothing."""
+    def named(self, name: str, *, suggest: bool = True) -> Target:
+        """What documents may call `name`; raises TargetError, which may suggest another name, if nothing."""
         ...
 
     def of(self, member: Instance | Class) -> Target | None:
@@ -93,6 +88,7 @@ class Reader:
         """`omitted`: the fields that the document says it leaves out, by the identity of the mapping they miss from."""
         self._world = world
         self._omitted = omitted
+        self._hints = MAX_PROBLEMS  # to look for the nearest name of more than that would take minutes
 
     def value(self, value: Any, type_: Type) -> Any:
         """The value that `value` describes, in a place of this type."""
@@ -127,12 +123,14 @@ class Reader:
         if owned:
             belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
             found += [((key,), f"{belongs}{key}") for key in data if key in owned]
+        if target.files:
+            found += _unopened(data, target)
         for key in plan.unknown:
             if key not in owned:
                 try:
                     values[key] = self._unknown(key, data[key], target, owned)
                 except ReadError as error:
-                    found += [((key, *path), message) for path, message in error.found]
+                    found += [((step(key), *path), message) for path, message in error.found]
         texts = self._world.texts
         for key, type_ in plan.read:
             value = data[key]
@@ -154,13 +152,17 @@ class Reader:
         """The value of a key that is no field, where the class takes any."""
         if target.open and isinstance(key, str) and key.isidentifier() and not key.startswith("_"):
             return self.value(value, ANYTHING)
-        became = hint_for(target, str(key))
-        hint = (
-            (f": it {became}" if became else "")
-            or nearest(str(key), target.fields)
-            or nearest(str(key), inner, prefix=f"{target.embeds}.")
-        )
+        hint = ""
+        if isinstance(key, str):
+            became = hint_for(target, key)
+            hint = f": it {became}" if became else self._near(key, target.fields)
+            hint = hint or self._near(key, inner, prefix=f"{target.embeds}.")
         raise refused(f"unknown key of {target.short_name}{hint}")
+
+    def _near(self, name: str, known: Iterable[str], *, prefix: str = "") -> str:
+        """The end of a message about an unknown name, see `nearest`."""
+        self._hints -= 1
+        return nearest(name, known, prefix=prefix) if self._hints >= 0 else ""
 
     def _owned_by_embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
         """The fields that the config in `target.embeds` owns."""
@@ -215,7 +217,10 @@ class Reader:
         raise unexpected(self._wanted(type_), value)
 
     def _text(self, value: str, type_: Type) -> Any:
-        read = self._world.texts[id(type_), value] = self._named_by(value, type_)
+        texts = self._world.texts
+        if len(texts) >= _MAX_TEXTS:
+            texts.clear()
+        read = texts[id(type_), value] = self._named_by(value, type_)
         return read
 
     def _named_by(self, value: str, type_: Type) -> Any:
@@ -238,24 +243,26 @@ class Reader:
                     known += enum.members
         if any(isinstance(member, (Function, Class)) for member in type_):
             return self._fitting(value, type_)
-        raise unexpected(self._wanted(type_), value, nearest(value, known))
+        raise unexpected(self._wanted(type_), value, self._near(value, known))
 
-    def _sequence(self, value: Any, type_: Type) -> Any:
-        """A list as the kind of sequence that the place asks for; a live tuple or set as what it is."""
+    def _sequence(self, value: Any, type_: Type, named: str = "") -> Any:
+        """A list as the kind of sequence that the place asks for, or as the kind `named`; a live tuple or set as is."""
         errors: list[ReadError] = []
+        bare = type(value) is list and not named
+        kind = named or type(value).__name__
         for member in type_:
             try:
                 match member:
-                    case Items(kind, item) if type(value) is list or type(value).__name__ == kind:
-                        return _collected(kind, self._each(enumerate(value), item))
-                    case Fixed(items) if type(value) in (list, tuple):
+                    case Items(wanted, item) if bare or wanted == kind:
+                        return _collected(wanted, self._each(enumerate(value), item))
+                    case Fixed(items) if bare or kind == "tuple":
                         return self._fixed(value, items)
                     case Anything():
-                        return self._each(enumerate(value), ANYTHING) if type(value) is list else value
+                        return _collected(kind, self._each(enumerate(value), ANYTHING)) if bare or named else value
             except ReadError as error:
                 errors.append(error)
         if not errors:
-            raise unexpected(self._wanted(type_), value)
+            raise refused(f"expected {self._wanted(type_)}, got {f'a {named}' if named else got(value)}")
         # Of a union's members, the one that fits farthest down is the one that was meant.
         raise max(errors, key=lambda error: max(len(path) for path, _ in error.found))
 
@@ -281,14 +288,15 @@ class Reader:
             try:
                 read.append(self.value(item, type_))
             except ReadError as error:
-                found += [((key, *path), message) for path, message in error.found]
+                found += [((step(key), *path), message) for path, message in error.found]
         if found:
             raise ReadError(found)
         return read
 
     def _mapping(self, data: dict[str, Any], type_: Type) -> Any:
-        if _is_builtin(data.get("_target_")):
-            return self._builtin(data, type_)
+        name = data.get("_target_")
+        if type(name) is str and name in _BUILTINS:
+            return self._builtin(data, type_, _BUILTINS[name])
         if "_target_" not in data:
             for member in type_:
                 match member:
@@ -312,34 +320,56 @@ class Reader:
         keys = self._each(((name, name) for name in data), key)
         return dict(zip(keys, self._each(data.items(), value), strict=True))
 
-    def _builtin(self, data: dict[str, Any], type_: Type) -> Any:
+    def _builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
         """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
         _only(data, {"_target_", "_args_"})
         args = data.get("_args_")
         if not isinstance(args, list) or len(args) != 1:
             raise refused("expected a list of one value", "_args_")
         with below("_args_", 0):
-            inner = self.value(args[0], ANYTHING)
+            if kind == "float":
+                return self._not_finite(args[0], type_)
+            if not isinstance(args[0], list):
+                raise refused(f"expected a list, got {got(args[0])}")
+            return self._pairs(args[0], type_) if kind == "dict" else self._sequence(args[0], type_, kind)
+
+    def _not_finite(self, text: Any, type_: Type) -> Any:
+        """A number that JSON has no notation for."""
+        if not isinstance(text, str) or text not in _NOT_FINITE:
+            raise refused(f"expected {' or '.join(map(repr, _NOT_FINITE))}, got {got(text)}")
+        return self._scalar(_NOT_FINITE[text], type_)
+
+    def _pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
+        """A dict, written as a list of its keys and values."""
+        for member in type_:
+            match member:
+                case Mapping(key, value):
+                    return self._paired(pairs, key, value)
+                case Anything():
+                    return self._paired(pairs, ANYTHING, ANYTHING)
+        raise refused(f"expected {self._wanted(type_)}, got a mapping")
+
+    def _paired(self, pairs: list[Any], key: Type, value: Type) -> dict[Any, Any]:
+        read: dict[Any, Any] = {}
+        for i, (name, item) in enumerate(self._each(enumerate(pairs), (Fixed((key, value)),))):
             try:
-                made = _BUILTINS[data["_target_"]](inner)
-            except (TypeError, ValueError) as error:
-                raise refused(f"makes no {data['_target_'].removeprefix('builtins.')}: {error}") from error
-            if isinstance(made, dict) and ANYTHING[0] not in type_:
-                for member in type_:
-                    if isinstance(member, Mapping):
-                        return self._dict(made, member.key, member.value)
-                raise unexpected(self._wanted(type_), made)
-            return made if ANYTHING[0] in type_ else self.value(made, type_)
+                is_new = name not in read
+            except TypeError:
+                raise refused("a key must be a plain value", i, 0) from None
+            if not is_new:
+                raise refused("duplicate key", i, 0)
+            read[name] = item
+        return read
 
     def _partial(self, data: dict[str, Any], type_: Type) -> Any:
         if _FUNCTION_KINDS.isdisjoint(map(type, type_)):
-            raise unexpected(self._wanted(type_), data)
+            raise refused(f"expected {self._wanted(type_)}, got a partial", "_partial_")
         keywords = dict(data)
         name, args = keywords.pop("_target_", None), keywords.pop("_args_", [])
         if (mark := keywords.pop("_partial_")) is not True:
             raise refused(f"expected true, got {got(mark)}", "_partial_")
-        if strange := [key for key in keywords if not key.isidentifier() or key[0] == "_"]:
-            raise ReadError([((key,), "unknown key of a partial") for key in strange])
+        if strange := [key for key in keywords if not isinstance(key, str) or not key.isidentifier() or key[0] == "_"]:
+            raise ReadError([((step(key),), "unknown key of a partial") for key in strange])
         if not isinstance(args, list):
             raise refused(f"expected a list, got {got(args)}", "_args_")
         if type(name) is not str or (function := self._world.texts.get((id(_FUNCTION), name))) is None:
@@ -362,8 +392,8 @@ class Reader:
                 raise refused(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
         if not isinstance(name, str) or name not in target.members:
-            near = nearest(str(name), target.members)
-            raise refused(f"{target.short_name} has no member {name!r}{near}", "_name_")
+            near = self._near(name, target.members) if isinstance(name, str) else ""
+            raise refused(f"{target.short_name} has no member {quoted(name) if near else got(name)}{near}", "_name_")
         return self._world.enum_member(target, name)
 
     def _fitting(self, name: object, type_: Type) -> Any:
@@ -382,8 +412,9 @@ class Reader:
             if own == name and (target := self._world.of(member)) is not None:  # type: ignore[arg-type]
                 return target
         try:
-            return self._world.named(name)
+            return self._world.named(name, suggest=self._hints > 0)
         except TargetError as error:
+            self._hints -= 1
             raise refused(str(error)) from error
 
     def _wanted(self, type_: Type) -> str:
@@ -500,8 +531,8 @@ def _suits(target: Target, member: Member) -> bool:
     match member:
         case Anything():
             return True
-        case Function():  # a config class can be called too, but it is no function
-            return target.kind in ("function", "class", "builder", "enum")
+        case Function():  # configs, builders and enumerations can be called too, but are no functions
+            return target.kind in ("function", "class")
         case Class(bound):
             is_class = target.kind in ("class", "config", "enum", "builder")
             return is_class and (bound is None or bound in target.bases)
@@ -526,7 +557,7 @@ def _fits(value: object, member: Member) -> bool:
         case Anything():
             return True
         case Function():
-            return callable(value) and not (isinstance(value, type) and hasattr(value, "__dataclass_fields__"))
+            return describe(value).kind == "class" if isinstance(value, type) else callable(value)
         case Class(bound):
             return isinstance(value, type) and (bound is None or bound in map(qualified_name, value.__mro__))
         case Dtype():
@@ -542,12 +573,18 @@ def _kind(target: Target) -> str:
     return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"
 
 
-def _is_builtin(name: object) -> bool:
-    return isinstance(name, str) and name in _BUILTINS
+def _unopened(data: dict[str, Any], target: Target) -> Found:
+    """Where the constructor would open a file, which documents do not."""
+    found: Found = []
+    for name, content in target.files.items():
+        if not data.get(content):
+            said = f"reading a document opens no file: give what is in it as {content}"
+            found.append(((name,), said) if name in data else ((content,), "required, but missing"))
+    return found
 
 
 def _only(data: dict[str, Any], keys: set[str]) -> None:
     """Refuse keys of `data` beside `keys`."""
     if strange := [key for key in data if key not in keys]:
         beside = " and ".join(sorted(keys & data.keys()))
-        raise ReadError([((key,), f"unknown key beside {beside}") for key in strange])
+        raise ReadError([((step(key),), f"unknown key beside {beside}") for key in strange])

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from bridge.config.paths import Path
 
 Found = list[tuple[Path, str]]
+MAX_PROBLEMS = 100
+"""So many problems of one document are told."""
 
 
 class ReadError(Exception):
@@ -37,13 +39,22 @@ def below(*path: str | int) -> Iterator[None]:
         raise ReadError([((*path, *inner), message) for inner, message in error.found]) from error.__cause__
 
 
-def got(value: object) -> str:
-    """`value` as a message shows it."""
+def got(value: object, limit: int = 60) -> str:
+    """`value` as a message shows it: on one line of at most `limit` characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "something too large to show"
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def step(key: object) -> str | int:
+    """`key` as a step of a path; in data that was never a text, keys can be anything."""
+    return key if isinstance(key, str) or (type(key) is int and 0 <= key < 2**63) else got(key)

@@ -91,6 +91,12 @@ class Target:
     open: bool = False
     """Whether the constructor takes any keyword."""
 
+    files: dict[str, str] = field(default_factory=dict)
+    """Fields that name a file which the constructor reads unless another field, named here, holds its content."""
+
+    nested: bool = False
+    """Whether the table has it only because annotations name it: documents may name it in those places alone."""
+
     calls: bool = False
     """Of a config: whether its instances can be called, and so stand where a function may."""
 
@@ -156,6 +162,12 @@ def shipped_names() -> Iterator[str]:
     yield from table["aliases"]
 
 
+def nameable() -> Iterator[str]:
+    """The names in the table that documents may use wherever they fit."""
+    table = _table()
+    return (name for name in shipped_names() if not table["targets"].get(name, {}).get("nested"))
+
+
 def shipped_aliases() -> dict[str, str]:
     """What each alias of the table stands for."""
     return dict(_table()["aliases"])
@@ -197,6 +209,8 @@ def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = N
         accepts=entry.get("accepts"),
         schema=Schema.from_json(entry["schema"]) if "schema" in entry else None,
         open=entry.get("open", False),
+        files=entry.get("files", {}),
+        nested=entry.get("nested", False),
         calls=entry.get("calls", False),
     )
 
@@ -216,6 +230,8 @@ def target_to_json(target: Target, parent: Target | None = None) -> dict[str, An
         "accepts": target.accepts,
         "schema": target.schema.to_json() if target.schema else None,
         "open": target.open,
+        "files": target.files,
+        "nested": target.nested,
         "calls": target.calls,
         "fields": fields,
     }

@@ -13,7 +13,7 @@ from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, TypeVar
 
-from bridge.config.errors import TargetError, nearest
+from bridge.config.errors import TargetError, nearest, quoted
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -50,9 +50,14 @@ def register(obj: T, name: str | None = None) -> T:
     Raises:
         TargetError: `obj` has no name of its own and none is given, or the name already stands for another object.
     """
+    from bridge.config.tables import shipped
+
     name = name or qualified_name(obj)
     if name is None:
         raise TargetError(f"{obj!r} has no name of its own: give one, register(obj, name='...')")
+    meant = shipped(name) if name != qualified_name(obj) else None
+    if meant is not None and _walk(meant.name) is not obj:
+        raise TargetError(f"{name!r} already stands for {meant.name}: register {obj!r} under another name")
     present = _registered.get(name, obj)
     # A definition that was run again (in a notebook, say) replaces the earlier one of the same name.
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
@@ -99,9 +104,9 @@ def _forget_names() -> None:
 
 def known_names() -> list[str]:
     """Every name that a document of this process may use, sorted."""
-    from bridge.config.tables import shipped_names
+    from bridge.config.tables import nameable
 
-    return sorted({*_registered, *declared(), *shipped_names()})
+    return sorted({*_registered, *declared(), *nameable()})
 
 
 def is_registered(name: str) -> bool:
@@ -109,8 +114,12 @@ def is_registered(name: str) -> bool:
     return name in _registered
 
 
-def resolve(name: str) -> object:
+def resolve(name: str, *, suggest: bool = True) -> object:
     """The object that `name` stands for in documents of this process.
+
+    Args:
+        name: the name.
+        suggest: whether the message about an unknown name suggests the nearest known one, see `nearest`.
 
     Raises:
         TargetError: the name is neither registered nor declared, or its declaration is broken.
@@ -118,19 +127,32 @@ def resolve(name: str) -> object:
     if name in _registered:
         return _registered[name]
     if name not in declared():
-        raise TargetError(unknown(name))
+        raise TargetError(_unknown(name, suggest=suggest))
     return _declared_object(name)
 
 
-def unknown(name: str) -> str:
-    """What to say about a name that stands for nothing."""
-    from bridge.config.tables import shipped_names
+def check_declared(name: str) -> None:
+    """Check that no distribution declares `name`, of the shipped table, as anything else.
 
-    message, near = f"{name!r} is not a name that documents may use here", nearest(name, known_names())
+    Raises:
+        TargetError: one does.
+    """
+    if name in declared():
+        _declaration(name)
+
+
+def _unknown(name: str, *, suggest: bool) -> str:
+    """What to say about a name that stands for nothing."""
+    from bridge.config.tables import shipped
+
     for prefix, home in _HOMES.items():
-        if name.startswith(prefix) and name in shipped_names() and not _installed(home):
+        if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
-    return f"{message}; register it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
+    near = nearest(name, known_names()) if suggest else ""
+    return (
+        f"{quoted(name)} is not a name that documents may use here; register it (bridge.config.register) or declare it"
+        f" in the entry-point group {GROUP!r}{near}"
+    )
 
 
 def name_of(obj: object) -> str | None:
@@ -214,23 +236,38 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-@cache
-def _declared_object(name: str) -> object:
+def _declaration(name: str) -> EntryPoint:
+    """The one declaration of `name`.
+
+    Raises:
+        TargetError: there are several, or it declares something else than the name says.
+    """
+    from bridge.config.tables import shipped_aliases
+
     points = declared()[name]
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
         raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
-    point = points[0]
-    owner = point.dist.name if point.dist else "an unnamed distribution"
-    # A dotted name means what it says: no distribution may let it stand for something else.
-    if "." in name and point.value.replace(":", ".") != name:
-        raise TargetError(f"{owner} declares {name!r} as {point.value!r}: a dotted name must name its own object")
+    point, own = points[0], shipped_aliases().get(name, name)
+    # A dotted name means what it says, and an alias of the table what the table says.
+    if ("." in name or own != name) and point.value.replace(":", ".") != own:
+        raise TargetError(f"{_owner(point)} declares {name!r} as {point.value!r}, but that name is {own!r} alone")
+    return point
+
+
+def _owner(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unnamed distribution"
+
+
+@cache
+def _declared_object(name: str) -> object:
+    point = _declaration(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a library says when it is imported is not about the document
             return point.load()
     except Exception as error:
-        raise TargetError(f"{name!r}, declared by {owner}, cannot be loaded: {error}") from error
+        raise TargetError(f"{name!r}, declared by {_owner(point)}, cannot be loaded: {error}") from error
 
 
 def _loaded(value: str) -> object:

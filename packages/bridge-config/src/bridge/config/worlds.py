@@ -28,10 +28,10 @@ class Live:
     def __init__(self) -> None:
         self.texts, self.classes = _read_before(targets.generation())
 
-    def named(self, name: str) -> Target:
+    def named(self, name: str, *, suggest: bool = True) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
             return describe(dtype)
-        return describe(targets.resolve(name), name)
+        return describe(targets.resolve(name, suggest=suggest), name)
 
     def of(self, member: Instance | Class) -> Target | None:
         return describe(member.cls) if member.cls is not None else None
@@ -75,14 +75,15 @@ class Tables:
         self.classes: dict[tuple[int, str], Target] = {}
         self._defaults = defaults
 
-    def named(self, name: str) -> Target:
+    def named(self, name: str, *, suggest: bool = True) -> Target:
+        if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
+            return dtype.target
         if targets.is_registered(name):
             return describe(targets.resolve(name), name)
-        if (target := shipped(name)) is not None:
+        if (target := shipped(name)) is not None and not target.nested:
+            targets.check_declared(name)
             return target
-        if (dtype := self.dtype(name)) is not None and name.startswith("torch."):
-            return dtype.target
-        return describe(targets.resolve(name), name)
+        return describe(targets.resolve(name, suggest=suggest), name)
 
     def of(self, member: Instance | Class) -> Target | None:
         name = member.name if isinstance(member, Instance) else member.bound
