@@ -6,17 +6,32 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.config import DocumentError, ModelConfig
 from bridge.config.errors import ConfigError
 from bridge.config.migrate import Changed, Moved, Removed, Schema, hint_for, migrated
 from bridge.config.tables import Field, Target
 from bridge.config.types import ANYTHING, Instance, Items, Mapping, Plain
+
+
+@dataclass
+class Inner:
+    schema: ClassVar[Schema] = Schema(2, (Moved(2, "old", "new"),))
+    new: int = 0
+
+
+@dataclass
+class Outer(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    inner: Inner = field(default_factory=Inner)
+
 
 INT = (Plain("int"),)
 INNER = (Instance("my.Inner"),)
@@ -204,6 +219,16 @@ def test_a_version_is_a_whole_number_from_one(version: Any) -> None:
     [(path, message)] = migrated(old() | {"_version_": version}, lookup(outer())).problems
     assert path == ("_version_",)
     assert "expected a whole number from 1" in message
+
+
+def test_a_class_that_only_an_annotation_names_is_migrated_too() -> None:
+    document: dict[str, Any] = {"_target_": f"{__name__}.Outer"}
+    headings: list[dict[str, Any]] = [{}, {"_target_": f"{__name__}.Inner"}]
+    for heading in headings:
+        read = ModelConfig.from_dict(document | {"inner": heading | {"_version_": 1, "old": 5}})
+        assert read == Outer(inner=Inner(5))
+        with pytest.raises(DocumentError, match=r"^\$\.inner\._version_: written by version 3 of Inner"):
+            ModelConfig.from_dict(document | {"inner": heading | {"_version_": 3, "new": 5}})
 
 
 def test_a_newer_version_is_refused_by_name() -> None:

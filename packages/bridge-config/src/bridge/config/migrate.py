@@ -213,11 +213,19 @@ def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Tar
     """
     if "_target_" in value:
         name = value["_target_"]
-        found = [target_of(name)] if isinstance(name, str) else []
+        own = [_named_by(member, target_of) for member in type_ if isinstance(member, Instance) and member.name == name]
+        found = own or ([target_of(name)] if isinstance(name, str) else [])
     else:
-        found = [target_of(member.name) for member in type_ if isinstance(member, Instance)]
+        found = [_named_by(member, target_of) for member in type_ if isinstance(member, Instance)]
     configs = [target for target in found if target is not None and target.kind == "config"]
     return configs[0] if len(configs) == 1 else None
+
+
+def _named_by(member: Instance, target_of: TargetOf) -> Target | None:
+    """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
+    from bridge.config.describe import target_of as described
+
+    return described(member) or target_of(member.name)
 
 
 def inner_type(type_: Type) -> Type:
@@ -309,7 +317,7 @@ class _Migration:
     def _config(self, data: dict[str, Any], target: Target, path: Path) -> None:
         if VERSION_KEY not in data:
             return
-        schema, version = target.schema or Schema(), data[VERSION_KEY]
+        schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
         if type(version) is not int or version < 1:
             self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {reprlib.repr(version)}")
         elif version > schema.version:
@@ -321,7 +329,7 @@ class _Migration:
         else:
             for since, changes in schema.after(version):
                 _Step(self, data, path, f"version {since} of {target.short_name}").take(changes)
-            data[VERSION_KEY] = schema.version
+            data[VERSION_KEY] = schema.version  # also where the class has none: whoever reads it says so
 
     def _problem(self, path: Path, message: str) -> None:
         self.result.problems.append((self.old(path), message))
