@@ -129,16 +129,18 @@ def _origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
 
 def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, str | None]:
     """What `present` describes, and the builder that it names."""
+    found: Found = []
     problems, cause = present.problems, None
     try:
         read = _document(present.data, Instance(qualified_name(cls) or "", cls), world)
     except ReadError as error:
-        problems += [Problem(shown(present.origin(path)), message) for path, message in error.found]
-        cause = error.__cause__
+        found, cause = error.found, error.__cause__
     except RecursionError:
-        problems.append(Problem("$", "nested too deeply"))
-    if more := problems[MAX_PROBLEMS:]:
-        problems[MAX_PROBLEMS:] = [Problem("$", f"{len(more):,} more problems")]
+        found = [((), "nested too deeply")]
+    more = len(problems) + len(found) - MAX_PROBLEMS
+    problems += [Problem(shown(present.origin(path)), message) for path, message in found[:MAX_PROBLEMS]]
+    if more > 0:
+        problems[MAX_PROBLEMS:] = [Problem("$", f"{more:,} more problems")]
     if problems:
         raise DocumentError(problems) from cause
     return read

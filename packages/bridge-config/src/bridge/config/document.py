@@ -328,8 +328,10 @@ class Document:
             found.append(node)
             inside = (node.alias or node).value
             if isinstance(inside, list):
-                inside = dict(enumerate(item for item in inside if item not in self._dropped))
-            node = inside.get(step) if isinstance(inside, dict) else None
+                kept = [item for item in inside if item not in self._dropped] if self._dropped else inside
+                node = kept[step] if isinstance(step, int) and step < len(kept) else None
+            else:
+                node = inside.get(step) if isinstance(inside, dict) else None
         return found
 
     def _drop(self, path: Path) -> None:

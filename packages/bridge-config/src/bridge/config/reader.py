@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.migrate import hint_for
-from bridge.config.refusal import MAX_PROBLEMS, Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.refusal import Found, ReadError, below, got, refused, step, unexpected
 from bridge.config.standins import EnumMember, Made, Named, Partial
 from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
 from bridge.config.targets import qualified_name
@@ -37,6 +37,7 @@ _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set"
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
 _NOT_FINITE = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 _MAX_TEXTS = 10_000
+_MAX_HINTS = 20  # so many problems of a document get the nearest name: looking for one can take 20 ms
 _SCALARS = frozenset({bool, int, float, type(None)})
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
@@ -88,7 +89,7 @@ class Reader:
         """`omitted`: the fields that the document says it leaves out, by the identity of the mapping they miss from."""
         self._world = world
         self._omitted = omitted
-        self._hints = MAX_PROBLEMS  # to look for the nearest name of more than that would take minutes
+        self._hints = _MAX_HINTS
 
     def value(self, value: Any, type_: Type) -> Any:
         """The value that `value` describes, in a place of this type."""
