@@ -223,6 +223,7 @@ def test_what_is_within_bounds_is_read() -> None:
     for text in (deep, wide, '{"a": [,]}'.replace("[,]", "[" + "[], " * 49_000 + "1]")):
         assert parse_yaml(text).data == parse_json(text).data
     assert parse_json(long).data["text"] == "9," * 500_000
+    assert parse_yaml(f"0x{10**4300 - 1:x}").data == 10**4300 - 1
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

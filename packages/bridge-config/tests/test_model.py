@@ -196,6 +196,57 @@ def test_from_dict_on_the_base_returns_the_class_of_the_document() -> None:
     assert type(Flat.from_dict(Flatter().as_dict())) is Flatter
 
 
+@pytest.mark.parametrize(
+    ("keys", "paths"),
+    [
+        ({1: 2}, {"$[1]"}),
+        ({None: 2}, {"$.null"}),
+        ({-1: 2}, {"$.-1"}),
+        ({b"x": 2, (1, 2): 3}, {"$[\"b'x'\"]", '$["(1, 2)"]'}),
+        ({10**5000: 2}, {'$["something too large to show"]'}),
+        ({"__class__": 1, "__init__": 2}, {"$.__class__", "$.__init__"}),
+        ({"extra_checkpoint_metadata": {b"x": {"_target_": "no"}}}, {"$.extra_checkpoint_metadata[\"b'x'\"]"}),
+        ({"pre_wrap_hooks": [{"_target_": "silu", "_partial_": True, 1: 2}]}, {"$.pre_wrap_hooks[0][1]"}),
+        ({"generation_config": {"_target_": None}}, {"$.generation_config._target_"}),
+        ({"generation_config": {"_target_": "builtins.list", "_args_": [[]], 1: 2}}, {"$.generation_config[1]"}),
+        ({"restore_modelopt_state": 10**5000}, {"$.restore_modelopt_state"}),
+        ({"_omitted_": [{"path": b"x", "reason": 1}]}, {"$._omitted_[0].path", "$._omitted_[0].reason"}),
+        ({"_omitted_": {"path": "x"}, "_builder_": 1}, {"$._omitted_", "$._builder_"}),
+    ],
+)
+def test_what_no_text_could_hold_is_refused_by_path_too(keys: dict[Any, Any], paths: set[str]) -> None:
+    data = Flat().as_dict() | keys
+    assert set(problems(data, Flat)) == paths
+    with pytest.raises(DocumentError) as error:
+        Document(data).check()
+    assert {problem.path for problem in error.value.problems} == paths
+
+
+def test_a_document_tells_so_many_problems_and_counts_the_rest() -> None:
+    with pytest.raises(DocumentError) as error:
+        ModelConfig.from_dict(Flat().as_dict() | {f"key{i}": 0 for i in range(250)})
+    found = [(problem.path, problem.message) for problem in error.value.problems]
+    assert [path for path, _ in found] == [*(f"$.key{i}" for i in range(100)), "$"]
+    assert found[-1][1] == "150 more problems"
+
+
+def test_what_is_said_of_an_omission_is_one_line_and_can_be_read() -> None:
+    class Wordy:
+        def __call__(self) -> None: ...
+
+        def __repr__(self) -> str:
+            return "a long\n" * 1000
+
+    config = Flat()
+    config.generation_config = Wordy()
+    with pytest.warns(OmittedWarning):
+        data = config.as_dict()
+    [entry] = data["_omitted_"]
+    assert entry["reason"].isprintable()
+    with pytest.warns(OmittedWarning, match="a long"):
+        assert ModelConfig.from_dict(data) == Flat()
+
+
 def test_from_dict_on_another_class_is_refused() -> None:
     found = problems(Flat().as_dict(), Flatter)
     assert found == {"$._target_": f"expected a Flatter, but '{__name__}.Flat' is the class Flat"}

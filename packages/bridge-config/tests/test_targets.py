@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import DocumentError, ModelConfig, TargetError, register, targets
+from bridge.config.decode import check
 
 Declare = Callable[..., None]
 
@@ -114,6 +115,39 @@ def test_two_distributions_that_disagree(declare: Declare) -> None:
     declare("def f(): ...", dist="other", alias="other_module:f")
     with pytest.raises(TargetError, match="declared differently"):
         targets.resolve("alias")
+
+
+@pytest.mark.parametrize("name", ["torch.nn.functional.silu", "relu"])
+def test_a_name_of_the_table_cannot_be_declared_as_something_else(
+    name: str, declare: Declare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare("raise SystemExit", **{name: "extension_module:f"})
+    document = {"_target_": f"{__name__}.Guarded", "function": name}
+    for read in (ModelConfig.from_dict, check):
+        with pytest.raises(DocumentError, match=f"'{name}' is declared differently by several distributions"):
+            read(document)
+    [alone] = [point for point in targets.declared()[name] if point.value == "extension_module:f"]
+    monkeypatch.setattr(targets, "declared", lambda: {name: [alone]})  # as where bridge-builders is not installed
+    for read in (ModelConfig.from_dict, check):
+        with pytest.raises(DocumentError, match=r"that name is 'torch\.nn\.functional\.[a-z]+' alone") as error:
+            read(document | {"anything": None})
+        assert [problem.path for problem in error.value.problems] == ["$.function"]
+    assert "extension_module" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["torch.nn.functional.silu", "silu", "bridge.models.gpt.GPTModelConfig"])
+def test_a_name_of_the_table_cannot_be_registered_for_something_else(name: str) -> None:
+    with pytest.raises(TargetError, match=f"'{name}' already stands for [a-zA-Z.]+: register"):
+        register(lambda: None, name)
+    assert not targets.is_registered(name)
+
+
+def test_what_only_annotations_name_may_be_named_only_there() -> None:
+    nested = {"_target_": f"{__name__}.Nested", "size": 2}
+    for read in (ModelConfig.from_dict, check):
+        read({"_target_": f"{__name__}.Guarded", "nested": nested})
+        with pytest.raises(DocumentError, match=r"^\$\.anything\._target_: '.*Nested' is not a name"):
+            read({"_target_": f"{__name__}.Guarded", "anything": nested})
 
 
 def test_an_unknown_name_says_what_to_do() -> None:
