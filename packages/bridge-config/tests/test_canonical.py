@@ -125,7 +125,7 @@ def test_the_canonical_form_has_full_names_targets_and_order() -> None:
         "_target_": TARGET,
     }
     made = canonical(long)
-    assert made["pre_wrap_hooks"] in ([f"{__name__}.hook"], ["test_canonical.hook_alias"])
+    assert made["pre_wrap_hooks"] == [f"{__name__}.hook"]
     assert list(made) == ["_target_", "_builder_", "_version_", "pre_wrap_hooks", "part", "parts"]
     assert made["part"] == {"_target_": f"{__name__}.Part", "size": 8, "mode": "slow"}
     assert made["parts"] == [{"_target_": f"{__name__}.BigPart"}]

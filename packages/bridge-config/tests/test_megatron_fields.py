@@ -165,7 +165,7 @@ def test_each_field_survives_through_the_real_constructor(cls: Any, base: Any, v
 
 
 def test_every_field_of_every_model_config_survives(capsys: pytest.CaptureFixture[str]) -> None:
-    hints = get_type_hints(GPTModelConfig, localns={"MegatronModule": Any})
+    hints = get_type_hints(GPTModelConfig, localns={"MegatronModule": Any, "Schema": Any})
     base = GPTModelConfig(transformer=TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4))
     special: dict[str, Any] = {
         "transformer": TransformerConfig(num_layers=3, hidden_size=64, num_attention_heads=4),

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -24,6 +26,7 @@ from bridge.config import (
     OmittedWarning,
     Serializable,
     TargetError,
+    WriteThrough,
     register,
 )
 from bridge.config.files import parse_yaml
@@ -350,17 +353,17 @@ def test_a_full_mapping_is_the_state_and_a_partial_one_a_description() -> None:
 
 
 def test_what_has_no_written_form_is_declared_and_said_twice() -> None:
-    config = Sample(inner=Inner(3, anything={"a": [lambda: 0]}), layer=Layer(1))
+    config = Sample(inner=Inner(3, anything={"a": [1, lambda: 0], "b": 2}), layer=Layer(1))
     config.inner.frequency = 7
     config.generation_config = object()
     with pytest.warns(OmittedWarning, match=r"Sample is written without .*generation_config"):
         data = config.as_dict()
-    assert [entry["path"] for entry in data["_omitted_"]] == ["$.generation_config", "$.inner.anything.a[0]"]
-    assert "lambda" in data["_omitted_"][1]["reason"]
-    assert "anything" not in data["inner"]
+    assert [entry["path"] for entry in data["_omitted_"]] == ["$.generation_config", "$.inner.anything.a"]
+    assert re.match(r"\$\.inner\.anything\.a\[1\]: <function .*lambda", data["_omitted_"][1]["reason"])
+    assert data["inner"]["anything"] == {"b": 2}
     with pytest.warns(OmittedWarning, match="generation_config"):
         back = Sample.from_dict(json.loads(json.dumps(data)))
-    assert back.inner.anything is None
+    assert back.inner.anything == {"b": 2}
     assert back.inner.frequency == 7, "the omission must not make the mapping a partial one"
 
 
@@ -375,7 +378,65 @@ def test_a_function_that_is_not_what_its_name_says_is_not_written() -> None:
 
     impostor.__module__, impostor.__qualname__ = "json", "loads"
     with pytest.warns(OmittedWarning, match="no importable name"):
-        assert Flat(pre_wrap_hooks=[impostor]).as_dict()["_omitted_"][0]["path"] == "$.pre_wrap_hooks[0]"  # type: ignore[list-item]
+        assert Flat(pre_wrap_hooks=[impostor]).as_dict()["_omitted_"][0]["path"] == "$.pre_wrap_hooks"  # type: ignore[list-item]
+
+
+def test_what_is_left_out_of_a_list_is_the_list() -> None:
+    with pytest.warns(OmittedWarning):
+        data = Flat(pre_wrap_hooks=[twice, lambda stages: stages]).as_dict()
+    [entry] = data["_omitted_"]
+    assert entry["path"] == "$.pre_wrap_hooks", "the first hook is gone too"
+    assert entry["reason"].startswith("$.pre_wrap_hooks[1]: ")
+
+
+@dataclass
+class Sequences(ModelConfig):
+    builder: ClassVar[str] = f"{__name__}.Builder"
+    tuple_or_list: tuple[int, ...] | list[int] | None = None
+    set_or_list: set[int] | list[int] | None = None
+    sequence: Sequence[int] = ()
+    iterable: Iterable[int] = ()
+    mapping: dict | None = None  # type: ignore[type-arg]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, kind((1,))) for name in ("tuple_or_list", "set_or_list", "sequence", "iterable") for kind in (list,)),
+        ("tuple_or_list", (1,)),
+        ("sequence", (1,)),
+        ("set_or_list", {1}),
+        ("iterable", {1}),
+        ("iterable", frozenset({1})),
+        ("mapping", {1: 2, "a": "b"}),
+    ],
+)
+def test_sequences_keep_their_kind(field: str, value: Any) -> None:
+    back = getattr(through_text(Sequences(**{field: value})), field)
+    assert (type(back), back) == (type(value), value)
+
+
+def test_a_class_whose_documents_would_lose_values_is_refused() -> None:
+    class Undecorated(Flat):
+        more: int = 3
+
+    @dataclass
+    class Unversioned(Flat):
+        schema: ClassVar[Any] = {"version": 2}
+
+    @dataclass
+    class Hollow(WriteThrough, Flat):
+        pass
+
+    for cls, message in (
+        (Undecorated, "has the fields more: decorate it with @dataclass"),
+        (Unversioned, "make it a bridge.config.Schema"),
+        (Hollow, "inherits WriteThrough, but has no field 'transformer'"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            cls().as_dict()
+        with pytest.raises(DocumentError, match=message):
+            cls.from_dict({"_target_": f"{cls.__module__}.{cls.__qualname__}"})
 
 
 def test_all_problems_at_once_each_with_its_path() -> None:

@@ -12,7 +12,9 @@ from enum import Enum
 from typing import Annotated, Any, Literal, NewType, TypeAliasType, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.config import targets
+from bridge.config.errors import TargetError
 from bridge.config.migrate import Schema, declared_schema
+from bridge.config.model import ModelConfig
 from bridge.config.tables import Field, Target, shipped
 from bridge.config.targets import qualified_name
 from bridge.config.types import (
@@ -25,6 +27,7 @@ from bridge.config.types import (
     Function,
     Instance,
     Items,
+    ItemsKind,
     Mapping,
     Member,
     Plain,
@@ -100,7 +103,8 @@ def _class(cls: type) -> Target:
     fields = _fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
-    own = getattr(cls, "schema", None)
+    _check_declaration(cls, fields)
+    own = getattr(cls, "schema", Schema() if issubclass(cls, ModelConfig) else None)
     return Target(
         name,
         "config",
@@ -109,12 +113,31 @@ def _class(cls: type) -> Target:
         open=name in OPEN_CLASSES,
         files={name: content for base in bases for name, content in FILE_FIELDS.get(base, {}).items()},
         calls=any("__call__" in vars(base) for base in cls.__mro__),
-        embeds=cls._embeds if issubclass(cls, WriteThrough) and cls._embeds in fields else None,
+        embeds=cls._embeds if issubclass(cls, WriteThrough) else None,
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
         schema=own if isinstance(own, Schema) else declared_schema(name),
         positional=_positional(cls),
         obj=cls,
     )
+
+
+def _check_declaration(cls: type, fields: dict[str, Field]) -> None:
+    """Refuse a config class whose author forgot something that would make its documents lose values.
+
+    Raises:
+        TargetError: says what is to be done.
+    """
+    if issubclass(cls, ModelConfig):
+        annotated = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+        if annotated and "__dataclass_fields__" not in vars(cls):
+            raise TargetError(f"{cls.__qualname__} has the fields {', '.join(annotated)}: decorate it with @dataclass")
+        schema = getattr(cls, "schema", Schema())
+        if not isinstance(schema, Schema) and "schema" not in fields:
+            raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")
+    if issubclass(cls, WriteThrough) and cls._embeds not in fields:
+        raise TargetError(
+            f"{cls.__qualname__} inherits WriteThrough, but has no field {cls._embeds!r}: declare it, or set _embeds"
+        )
 
 
 def _positional(cls: type) -> tuple[str, ...]:
@@ -192,21 +215,17 @@ def _members(hint: Any) -> list[Member]:
     if hint in _PLAIN:
         return [_PLAIN[hint]]
     if origin in _ITEMS:
-        return [_items(_ITEMS[origin], args)]
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            return [Fixed(tuple(map(type_of, args)))]
+        return [Items(kind, type_of(args[0]) if args else ANYTHING) for kind in _ITEMS[origin]]
     if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
-        key, value = map(type_of, args or (str, Any))
+        key, value = map(type_of, args or (Any, Any))
         return [Mapping(key, value)]
     if getattr(origin, "_is_protocol", False) and "__call__" in vars(origin):
         return [Function()]
     if isinstance(origin, type) and origin not in (Any, object):
         return [Dtype() if is_dtype(origin) else Instance(qualified_name(origin) or origin.__name__, origin)]
     return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
-
-
-def _items(kind: Any, args: tuple[Any, ...]) -> Member:
-    if kind == "tuple" and args and args[-1] is not Ellipsis:
-        return Fixed(tuple(map(type_of, args)))
-    return Items(kind, type_of(args[0]) if args else ANYTHING)
 
 
 _PLAIN: dict[Any, Member] = {
@@ -216,24 +235,28 @@ _PLAIN: dict[Any, Member] = {
     str: Plain("str"),
     type(None): Plain("null"),
 }
-_ITEMS: dict[Any, str] = {
-    list: "list",
-    tuple: "tuple",
-    set: "set",
-    frozenset: "frozenset",
-    collections.abc.Sequence: "list",
-    collections.abc.MutableSequence: "list",
-    collections.abc.Iterable: "list",
-    collections.abc.Set: "set",
+_ITEMS: dict[Any, tuple[ItemsKind, ...]] = {
+    list: ("list",),
+    tuple: ("tuple",),
+    set: ("set",),
+    frozenset: ("frozenset",),
+    collections.abc.Sequence: ("list", "tuple"),
+    collections.abc.MutableSequence: ("list",),
+    collections.abc.Iterable: ("list", "tuple", "set", "frozenset"),
+    collections.abc.Collection: ("list", "tuple", "set", "frozenset"),
+    collections.abc.Set: ("set", "frozenset"),
+    collections.abc.MutableSet: ("set",),
 }
 
 
 def _rank(member: Member) -> int:
     """Plain values are tried first, then what has names, then what holds others; null is spoken of last."""
     if isinstance(member, Plain):
-        return 0 if member.kind != "null" else 5
-    ranks: dict[type, int] = {Choice: 1, Dtype: 2, Instance: 2, Function: 2, Class: 2, Anything: 4}
-    return ranks.get(type(member), 3)
+        return 0 if member.kind != "null" else 7
+    if isinstance(member, Items) and member.kind == "list":
+        return 3  # a written list is a list, unless no list may stand there
+    ranks: dict[type, int] = {Choice: 1, Dtype: 2, Instance: 2, Function: 2, Class: 2, Anything: 6}
+    return ranks.get(type(member), 4)
 
 
 def _stripped(hint: Any) -> Any:

@@ -45,7 +45,13 @@ class _UnwritableError(Exception):
 
     def __init__(self, reason: str, path: Path) -> None:
         super().__init__(reason)
-        self.entry = {"path": shown(path), "reason": reason}
+        self._reason = reason
+        self._path = path
+
+    def entry(self, left_out: Path) -> dict[str, str]:
+        """What the document says about `left_out`, the place at or above the value that it goes without."""
+        at = "" if left_out == self._path else f"{shown(self._path)}: "
+        return {"path": shown(left_out), "reason": f"{at}{self._reason}"}
 
 
 def encode_config(config: ModelConfig) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
             data[name] = form = _value(value, type_, (*path, name), omitted)
         except _UnwritableError as error:
             del data[name]
-            omitted.append(error.entry)
+            omitted.append(error.entry((*path, name)))
         else:
             if type(form) is str:
                 texts[id(type_), id(value)] = form, value
@@ -240,7 +246,13 @@ def _order(item: Any) -> tuple[str, Any]:
 def _mapping(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitted) -> dict[str, Any]:
     inner = _joined(member.value for member in type_ if isinstance(member, Mapping))
     if all(isinstance(key, str) for key in value) and "_target_" not in value:
-        return {key: _item(item, inner, (*path, key), omitted) for key, item in value.items()}
+        data: dict[str, Any] = {}
+        for key, item in value.items():
+            try:
+                data[key] = _item(item, inner, (*path, key), omitted)
+            except _UnwritableError as error:
+                omitted.append(error.entry((*path, key)))
+        return data
     path = (*path, "_args_", 0)
     pairs = [
         [_item(key, ANYTHING, (*path, i, 0), omitted), _item(item, inner, (*path, i, 1), omitted)]

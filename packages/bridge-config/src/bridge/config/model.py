@@ -12,6 +12,8 @@ from bridge.config.errors import TargetError
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
+    from bridge.config.migrate import Schema
+
 
 @dataclass
 class ModelConfig:
@@ -22,6 +24,9 @@ class ModelConfig:
 
     builder: ClassVar[str]
     """Dotted name of the ModelBuilder class that builds this configuration."""
+
+    schema: ClassVar[Schema]
+    """The version of this class's form in documents, and what changed since the first; by default the first."""
 
     restore_modelopt_state: bool = False
     """The model carries ModelOpt quantisation or sparsity state: builders choose layers that can hold it."""

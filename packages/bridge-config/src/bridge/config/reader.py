@@ -408,11 +408,11 @@ class Reader:
         """What `name` stands for. The classes of an annotation are code: they need no registration."""
         if not isinstance(name, str):
             raise refused(f"expected a name, got {got(name)}")
-        for member in type_:
-            own = member.name if isinstance(member, Instance) else member.bound if isinstance(member, Class) else None
-            if own == name and (target := self._world.of(member)) is not None:  # type: ignore[arg-type]
-                return target
         try:
+            for member in type_:
+                own = member.name if isinstance(member, Instance) else getattr(member, "bound", None)
+                if own == name and (target := self._world.of(member)) is not None:  # type: ignore[arg-type]
+                    return target
             return self._world.named(name, suggest=self._hints > 0)
         except TargetError as error:
             self._hints -= 1

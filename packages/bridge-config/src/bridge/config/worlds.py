@@ -79,11 +79,11 @@ class Tables:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
             return dtype.target
         if targets.is_registered(name):
-            return describe(targets.resolve(name), name)
+            return _by_its_own_name(targets.resolve(name), name)
         if (target := shipped(name)) is not None and not target.nested:
             targets.check_declared(name)
             return target
-        return describe(targets.resolve(name, suggest=suggest), name)
+        return _by_its_own_name(targets.resolve(name, suggest=suggest), name)
 
     def of(self, member: Instance | Class) -> Target | None:
         name = member.name if isinstance(member, Instance) else member.bound
@@ -134,6 +134,11 @@ def _made_anew(target: Target, values: dict[str, Any]) -> object | None:
     except Exception:  # these values are refused for other reasons too
         return None
     return made if derived == {name: getattr(made, name, None) for name in derived} else None
+
+
+def _by_its_own_name(obj: object, name: str) -> Target:
+    """The description of what documents call `name`, under the one name that it is written with."""
+    return describe(obj, targets.name_of(obj) or name)
 
 
 def _restore(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:

@@ -51,7 +51,7 @@ class WriteThrough:
         if cls._embeds in vars(cls):
             raise TypeError(f"{cls.__qualname__}.{cls._embeds} must be a required field: it embeds a config")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         given = kwargs
         if args:
