@@ -149,7 +149,7 @@ def declared_schema(name: str) -> Schema | None:
     for point in entry_points(group="bridge.schemas", name=name):
         try:
             schema = point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # the import of someone else's module, or their Schema's own refusal
             raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, fails: {error}") from error
         if not isinstance(schema, Schema):
             raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a Schema")
