@@ -159,3 +159,14 @@ def test_what_goes_wrong_is_a_message_and_an_exit_code(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> None:
+    text = "train: {train_iters: 5}\nmodel:\n  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider\n"
+    text += "  num_layers: 2\n  hidden_size: 8\n  num_attention_heads: 2\n"
+    (site / "run_config.yaml").write_text(text)
+    done = bridge(site, "migrate", "run_config.yaml", "--write")
+    assert done.returncode == 1
+    assert "--write would replace what the reference wrote: print it, and save it to a new file" in done.stderr
+    assert (site / "run_config.yaml").read_text() == text
+    assert bridge(site, "migrate", "run_config.yaml").returncode == 0

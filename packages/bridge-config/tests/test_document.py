@@ -337,3 +337,44 @@ def test_a_class_without_a_schema_is_saved_without_one(tmp_path: Path) -> None:
     Document.of(MODEL).save(path := tmp_path / "new.yaml")
     assert load_config(path) == MODEL
     assert os.listdir(tmp_path) == ["new.yaml"]
+
+
+RUN_CONFIG = """\
+train:
+  train_iters: 5
+model:
+  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider
+  num_layers: 2
+  hidden_size: 8
+  num_attention_heads: 2
+  vocab_size: 64  # padded
+"""
+
+
+@pytest.mark.parametrize("head", ["", "_target_: megatron.bridge.training.config.ConfigContainer\n"])
+def test_overrides_of_a_run_config_are_of_its_model(tmp_path: Path, head: str) -> None:
+    file = tmp_path / "run_config.yaml"
+    file.write_text(head + RUN_CONFIG)
+    overrides = [
+        "vocab_size=3",
+        "transformer.num_layers=3",
+        "model.hidden_size=16",
+        "transformer.ffn_hidden_size=4",
+        "train.train_iters=6",
+    ]
+    document = Document.load(file, [*overrides, "seq_length=7", "~seq_length"])
+    expected = Document.load(file).get("model") | {
+        "vocab_size": 3,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "ffn_hidden_size": 4,
+    }
+    assert document.get("model") == expected
+    assert document.get("train") == {"train_iters": 6}
+    checked = document.check().present.data
+    assert checked["vocab_size"] == 3
+    assert checked["transformer"]["num_layers"] == 3
+    assert checked["transformer"]["ffn_hidden_size"] == 4
+    with pytest.raises(DocumentError) as error:
+        Document.load(file, ["transformer.num_layers=x"]).check()
+    assert str(error.value) == "override 'transformer.num_layers=x': $.model.num_layers: expected an integer, got 'x'"

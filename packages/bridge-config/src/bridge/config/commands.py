@@ -154,21 +154,26 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     """
 )
 @click.argument("file")
-@click.option("--write", is_flag=True, help="Change FILE itself; comments are kept.")
+@click.option("--write", is_flag=True, help="Change FILE itself: comments stay, except in lines that go.")
 @click.option("--to", "to_form", type=click.Choice(["run-config"]), help="Print it as the reference reads it.")
 @_as_json
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     """Print a document in the present form."""
     from bridge.config.document import Document
+    from bridge.config.reference import adopted, to_run_config
 
     if write and to_form:
         raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
     document = Document.load(file)
+    given = document.data
     notes = document.migrate()
     document.check()
+    if write and adopted(given).data is not given:
+        raise ConfigError(
+            f"{file}: --write would replace what the reference wrote: print it, and save it to a new file"
+        )
     if to_form:
         from bridge.config.canonical import canonical
-        from bridge.config.reference import to_run_config
 
         theirs = to_run_config(canonical(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]

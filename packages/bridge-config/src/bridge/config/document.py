@@ -117,6 +117,8 @@ class Document:
     def override(self, overrides: Sequence[str]) -> None:
         """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
 
+        In a document of the reference, a path that begins with none of its sections leads into its model.
+
         Raises:
             DocumentError: lists those that are malformed or do not apply; then none is applied.
         """
@@ -280,11 +282,26 @@ class Document:
         match = _OVERRIDE.fullmatch(text)
         if match is None:
             raise ConfigError("malformed: write path=value, or ~path to remove")
-        if removed := match["removed"]:
-            self.remove(removed)
+        path = self._meant(match["removed"] or match["path"])
+        if match["removed"]:
+            self.remove(shown(path))
             return
-        self.set(match["path"], parse_yaml(match["value"], _called(text)).data)
-        self._origins[parsed(match["path"])] = _called(text)
+        self.set(shown(path), parse_yaml(match["value"], _called(text)).data)
+        self._origins[path] = _called(text)
+
+    def _meant(self, text: str) -> Path:
+        """The path that an override names; in one of the reference, what it names in the model's present form."""
+        from bridge.config.decode import Current
+        from bridge.config.reference import adopted
+
+        path = parsed(text)
+        if not path or path[0] in self.data:
+            return path
+        try:
+            step = adopted(self.data)
+        except DocumentError:  # a model that is not known has no present form
+            return path
+        return Current(self.data, step.data, (step,)).origin(path)
 
     def _steps(self, path: str) -> Path:
         steps = parsed(path)
