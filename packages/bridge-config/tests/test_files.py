@@ -308,18 +308,44 @@ def test_every_scalar_is_written_on_one_line(text: str) -> None:
 
 
 @pytest.mark.parametrize("dump", [dump_yaml, dump_json])
-@pytest.mark.parametrize("value", [math.nan, "\ud800", {1, 2}, object()], ids=repr)
-def test_what_cannot_be_written_is_refused(dump: Any, value: Any) -> None:
-    with pytest.raises(ConfigError, match="cannot be written as"):
-        dump({"a": [value]})
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, r"\$.a\[1\] cannot be written: not a number"),
+        ("\ud800", r"\$.a\[1\] cannot be written: U\+D800 is half of a character"),
+        ({1, 2}, r"\$.a\[1\] cannot be written: a set is not plain data"),
+        (10**5000, r"\$.a\[1\] cannot be written: a number of more than 4,300 digits"),
+        ({"b": {1: 2}}, r"\$.a\[1\].b cannot be written: keys must be text, and 1 is none"),
+        ({None: 2}, r"\$.a\[1\] cannot be written: keys must be text, and null is none"),
+        ({"\udfff": 2}, r"\$.a\[1\] cannot be written: U\+DFFF is half of a character"),
+        ({"x" * 1025: 2}, r"\$.a\[1\] cannot be written: a key longer than 1024 characters"),
+        ([0] * 100_000, r"\$ cannot be written: more than 100000 values"),
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode() if type(value) is not int else "int",
+)
+def test_what_cannot_be_written_is_refused(dump: Any, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dump({"a": [1, value]})
 
 
-def test_data_that_holds_itself_is_refused() -> None:
+@pytest.mark.parametrize("dump", [dump_yaml, dump_json])
+def test_data_that_holds_itself_is_refused(dump: Any) -> None:
     endless: list[Any] = []
-    endless.append(endless)
-    for dump in (dump_yaml, dump_json):
-        with pytest.raises(ConfigError, match="cannot be written as"):
-            dump(endless)
+    endless += [endless, endless]
+    with pytest.raises(ConfigError, match="nested more than 100 deep"):
+        dump({"a": endless})
+
+
+def test_what_is_written_is_just_within_bounds() -> None:
+    deep: Any = {"a": [0] * 1000}
+    for _ in range(98):
+        deep = [deep]
+    for dump, parse in ((dump_yaml, parse_yaml), (dump_json, parse_json)):
+        assert parse(dump(deep)).data == deep
+        with pytest.raises(ConfigError, match="nested more than 100 deep"):
+            dump([deep])
+        with pytest.raises(DocumentError, match="nested more than 100 deep"):
+            parse(f"[{json.dumps(deep)}]")
 
 
 def test_all_problems_of_a_json_text_are_told_at_once() -> None:
@@ -364,6 +390,8 @@ def test_a_change_in_the_order_of_asking_does_not_change_places() -> None:
 
 
 def test_json_stays_json() -> None:
-    with pytest.raises(ConfigError, match="JSON compliant"):
-        dump_json({"a": math.inf})
-    assert json.loads(dump_json({"a": "é"})) == {"a": "é"}
+    written = dump_json({"a": [math.inf, -math.inf], "b": "é"})
+    assert json.loads(written, parse_constant=pytest.fail) == {
+        "a": [{"_target_": "builtins.float", "_args_": [text]} for text in ("inf", "-inf")],
+        "b": "é",
+    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bridge.config.errors import ConfigError, DocumentError
-from bridge.config.files import Node, Parsed, dump_flow, dump_yaml, parse_yaml
+from bridge.config.files import Node, Parsed, check_writable, dump_flow, dump_yaml, parse_yaml
 
 _GAP = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _ANCHOR = re.compile(r"&[^\s,\[\]{}]+")
@@ -40,6 +40,7 @@ def edited(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
     Raises:
         ConfigError: the text is laid out so that it cannot be changed in place, or YAML cannot say `data`.
     """
+    check_writable(data)
     root = parsed.root
     if root is None or (root.value is None and root.start == root.end):
         return parsed.byte_order_mark + _checked(_appended(parsed.text, data), data)

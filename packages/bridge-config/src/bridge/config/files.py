@@ -14,7 +14,8 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bridge.config.errors import ConfigError, DocumentError, Problem
-from bridge.config.paths import shown
+from bridge.config.paths import Path, shown
+from bridge.config.refusal import got
 
 if TYPE_CHECKING:
     from yaml import Dumper, ScalarNode
@@ -26,6 +27,7 @@ MAX_VALUES = 100_000
 MAX_PROBLEMS = 100
 MAX_KEY = 1024  # characters; YAML's own limit for a key that is not announced by a question mark
 MAX_DIGITS = 4300  # as Python's own limit: reading and writing numbers takes the square of their length
+_TOO_LARGE = 10**MAX_DIGITS
 
 Position = tuple[int, int]
 
@@ -179,28 +181,83 @@ def dump_yaml(data: Any) -> str:
     """Plain data as YAML text that reads back equal, by YAML 1.2 and by 1.1; every scalar on one line.
 
     Raises:
-        ConfigError: there is something in it that YAML cannot say.
+        ConfigError: there is something in it that YAML cannot say; with its path.
     """
+    check_writable(data)
     return _dumped(data, flow=False)
 
 
 def dump_flow(data: Any) -> str:
-    """Plain data as YAML on one line, with brackets and braces, as it may stand among others."""
+    """Writable data as YAML on one line, with brackets and braces, as it may stand among others."""
     return _dumped([data], flow=True)[1:-2]
 
 
 def dump_json(data: Any) -> str:
-    """Plain data as indented JSON text.
+    """Plain data as indented JSON text. An infinite number, which JSON has not, is written as a call of `float`.
 
     Raises:
-        ConfigError: there is something in it that JSON cannot say.
+        ConfigError: there is something in it that JSON cannot say; with its path.
     """
-    try:
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-        _check_text(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot be written as JSON: {error}") from error
-    return text
+    check_writable(data)
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False)
+
+
+def check_writable(data: Any) -> None:
+    """Refuse what no text can say, or what could not be read back.
+
+    Raises:
+        ConfigError: says what it is, and its path.
+    """
+    count = 0
+
+    def check(value: Any, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if flaw := _flaw(value):
+            raise ConfigError(f"{shown(path)} cannot be written: {flaw}")
+        if count > MAX_VALUES or len(path) > MAX_DEPTH:  # what holds itself is among these
+            bound = f"more than {MAX_VALUES} values" if count > MAX_VALUES else f"nested more than {MAX_DEPTH} deep"
+            raise ConfigError(f"$ cannot be written: {bound}")
+        if type(value) is dict:
+            for key, item in value.items():
+                if type(key) is not str or len(key) > MAX_KEY or _flaw(key):
+                    raise ConfigError(f"{shown(path)} cannot be written: {_key_flaw(key)}")
+                check(item, (*path, key))
+        elif type(value) in (list, tuple):
+            for index, item in enumerate(value):
+                check(item, (*path, index))
+
+    check(data, ())
+
+
+def _flaw(value: Any) -> str:
+    """Why no text can say `value` by itself; empty if one can."""
+    kind = type(value)
+    if kind is str:
+        wrong = None if value.isascii() else _SURROGATE.search(value)
+        return f"U+{ord(wrong[0]):04X} is half of a character" if wrong else ""
+    if kind is float:
+        return "not a number is not a value" if math.isnan(value) else ""
+    if kind is int:
+        return f"a number of more than {MAX_DIGITS:,} digits" if abs(value) >= _TOO_LARGE else ""
+    return "" if value is None or kind in (bool, dict, list, tuple) else f"a {kind.__qualname__} is not plain data"
+
+
+def _key_flaw(key: Any) -> str:
+    if type(key) is not str:
+        return f"keys must be text, and {got(key)} is none"
+    return _flaw(key) or f"a key longer than {MAX_KEY} characters"
+
+
+def _finite(data: Any) -> Any:
+    """`data` with infinite numbers in the form that documents have for them."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and math.isinf(data):
+        return {"_target_": "builtins.float", "_args_": [str(data)]}
+    return data
 
 
 class _Builder:
@@ -452,7 +509,7 @@ def _integer(text: str) -> int:
 
 def _based(text: str) -> int:
     number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
-    if number >= 10**MAX_DIGITS:
+    if number >= _TOO_LARGE:
         raise ValueError(f"a number of more than {MAX_DIGITS:,} decimal digits: quote it if it is text")
     return number
 
@@ -494,49 +551,35 @@ def _may_have_surrogates(text: str) -> bool:
 
 
 def _check_text(text: str) -> None:
-    if not text.isascii() and (wrong := _SURROGATE.search(text)):
-        raise ValueError(f"U+{ord(wrong[0]):04X} is half of a character: it cannot be in a text")
+    if flaw := _flaw(text):
+        raise ValueError(f"{flaw}: it cannot be in a text")
 
 
 def _dumped(data: Any, *, flow: bool) -> str:
     import yaml
 
-    try:
-        return str(
-            yaml.dump(
-                data, Dumper=_dumper(), default_flow_style=flow, allow_unicode=True, width=2**31 - 1, sort_keys=False
-            )
-        ).removesuffix("...\n")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot be written as YAML: {error}") from error
+    return str(
+        yaml.dump(data, Dumper=_dumper(), default_flow_style=flow, allow_unicode=True, width=2**31 - 1, sort_keys=False)
+    ).removesuffix("...\n")
 
 
 @cache
 def _dumper() -> type[Dumper]:
-    """PyYAML's safe dumper, without aliases for what stands in two places, and strict about text and numbers."""
+    """PyYAML's safe dumper, without aliases for what stands in two places, and strict about text."""
     import yaml
 
     base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     strict: Any = type("StrictDumper", (base,), {"ignore_aliases": lambda self, data: True})
-    plain: tuple[Any, ...] = (type(None), bool, int, list, tuple, dict, None)  # the last refuses everything else
-    strict.yaml_representers = {kind: base.yaml_representers[kind] for kind in plain}
-    strict.yaml_representers |= {str: _represent_text, float: _represent_number}
+    strict.yaml_representers = base.yaml_representers | {str: _represent_text}
     made: type[Dumper] = strict
     return made
 
 
 def _represent_text(dumper: SafeRepresenter, text: str) -> ScalarNode:
-    _check_text(text)
     style = None if _is_clear(text) else "'"
     # Line separators, tabs and the like are best seen; and a scalar stays on its line.
     style = style if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-def _represent_number(dumper: SafeRepresenter, number: float) -> ScalarNode:
-    if math.isnan(number):
-        raise ValueError("not a number is not a value")
-    return dumper.represent_float(number)
 
 
 def _is_clear(text: str) -> bool:
