@@ -108,6 +108,8 @@ DECLARED = """\
 [bridge.targets]
 json.loads = bridge_trap:run
 torch.hub.help = bridge_trap:run
+torch.nn.functional.selu = bridge_trap:run
+mish = bridge_trap:run
 bridge.models.gpt.OtherConfig = bridge_trap:TrapConfig
 bridge.models.gpt.OtherBuilder = bridge_trap:Builder
 """

@@ -5,6 +5,7 @@ corpus.yaml lists them, reading.py reads and watches.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import runpy
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import DocumentError, ModelConfig, register
+from bridge.config.tables import shipped, shipped_names
 
 READING = Path(__file__).parent / "reading.py"
 CORPUS: list[dict[str, Any]] = runpy.run_path(str(READING))["corpus"]()
@@ -81,6 +83,26 @@ def test_the_watch_sees_what_a_careless_reader_does(read: Read) -> None:
     assert told["os-system"]["events"] == ["os.system b'true'"]
     assert told["yaml-apply"]["ran"]
     assert told["large-text"]["verdict"] == "died"
+
+
+def test_no_constructor_opens_a_file_that_a_document_names(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    file = tmp_path / "layers.json"
+    file.write_text('{"block_configs": []}')
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    tried = 0
+    for target in (one for name in shipped_names() if (one := shipped(name)) and one.kind == "config"):
+        # A transformer of no size divides by zero before it does anything else.
+        sizes = {"num_layers", "hidden_size", "num_attention_heads"}
+        given = {field.name: 1 for field in target.fields.values() if field.required or field.name in sizes}
+        for name in [field.name for field in target.fields.values() if str in field.ready]:
+            config = {"_target_": target.name, **given, name: str(file)}
+            with contextlib.suppress(DocumentError):  # most are no good texts for their field
+                ModelConfig.from_dict({"_target_": f"{__name__}.Hooked", "generation_config": config})
+            tried += 1
+    assert tried > 30
+    assert str(file) not in opened
 
 
 @dataclass
