@@ -135,6 +135,8 @@ def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, 
         read = _document(present.data, Instance(qualified_name(cls) or "", cls), world)
     except ReadError as error:
         found, cause = error.found, error.__cause__
+    except TargetError as error:  # a class that cannot be described, where its name is not asked for
+        found = [((), str(error))]
     except RecursionError:
         found = [((), "nested too deeply")]
     more = len(problems) + len(found) - MAX_PROBLEMS
