@@ -145,6 +145,8 @@ def test_show(site: Path) -> None:
         (["odd", "--any", "thing"], 1, "it is not a click command"),
         (["show", "nothing"], 1, "nothing: $: no such file, nor a preset of this name"),
         (["show", "smal-extension"], 1, "did you mean 'small-extension'?"),
+        (["show", "small-extensio.5"], 1, "no such file, nor a preset of this name; did you mean 'small-extension'?"),
+        (["show", "small-extension", "b.yaml"], 1, "or ~path to remove (one FILE at a time)"),
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["validate"], 2, "Missing argument"),
         (["validate", "a=1"], 2, "name at least one FILE"),
@@ -170,3 +172,19 @@ def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> Non
     assert "--write would replace what the reference wrote: print it, and save it to a new file" in done.stderr
     assert (site / "run_config.yaml").read_text() == text
     assert bridge(site, "migrate", "run_config.yaml").returncode == 0
+
+
+def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
+    others = site / "other_presets"
+    others.mkdir()
+    (others / "__init__.py").touch()
+    (others / "small-extension.yaml").write_text("_target_: extension.Model\n")
+    (others / "other.yaml").write_text("_target_: extension.Model\n")
+    points = site / "extension-1.0.dist-info" / "entry_points.txt"
+    points.write_text(f"{POINTS}other = other_presets\n")
+    assert bridge(site, "validate", "other").stdout == "other: ok\n"
+    done = bridge(site, "show", "small-extension")
+    assert done.returncode == 1
+    assert "two presets are called 'small-extension':" in done.stderr
+    assert "extension_presets" in done.stderr
+    assert "other_presets" in done.stderr

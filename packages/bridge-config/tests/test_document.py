@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, WriteThrough, load_config
+from bridge.config.document import is_override
 from bridge.config.files import MAX_BYTES
 from bridge.config.jsonschema import json_schema, schema_targets
 
@@ -105,14 +106,19 @@ def test_get_of_what_is_not_there(file: Path, path: str, message: str) -> None:
     ("path", "message"),
     [
         ("vocab_size.x", r"\$.vocab_size is 1: there is no 'x' in it"),
-        ("blocks[7]", r"\$.blocks is a list: there is no 7 in it"),
-        ("blocks.x", r"\$.blocks is a list: there is no 'x' in it"),
+        ("blocks[7]", r"\$.blocks is a list of length 2: there is no 7 in it"),
+        ("blocks[2]", r"\$.blocks is a list of length 2: there is no 2 in it"),
+        ("blocks.x", r"\$.blocks is a list of length 2: there is no 'x' in it"),
+        ("pre_wrap_hooks[0]", r"\$.pre_wrap_hooks is no list, or not in the document: give the whole list there"),
+        ("a.b[0].c", r"\$.a is no list, or not in the document"),
         ("", "names the whole document"),
     ],
 )
 def test_set_where_nothing_can_be(file: Path, path: str, message: str) -> None:
+    document = Document.load(file)
     with pytest.raises(ConfigError, match=message):
-        Document.load(file).set(path, 1)
+        document.set(path, 1)
+    assert document == Document.load(file)
 
 
 def test_overrides_are_yaml_and_apply_in_order(file: Path) -> None:
@@ -227,10 +233,43 @@ def test_a_name_that_cannot_be_a_file_is_told(tmp_path: Path) -> None:
     assert "cannot be read: File name too long" in found
 
 
-def test_a_directory_is_not_a_document(tmp_path: Path) -> None:
-    (tmp_path / "d.yaml").mkdir()
-    (found,) = problems(tmp_path / "d.yaml")
-    assert "cannot be read: Is a directory" in found
+def test_what_is_not_a_regular_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    (tmp_path / "directory.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    for path in sorted(tmp_path.iterdir()):
+        assert problems(path) == [" $: cannot be read: not a regular file"]
+        with pytest.raises(ConfigError, match="cannot be written: not a regular file"):
+            Document({"a": 1}).save(path)
+    assert (tmp_path / "pipe.yaml").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["a\0b.yaml", "a\0b", "\ud900.yaml"])
+def test_what_can_be_no_name_is_no_file(name: str) -> None:
+    with pytest.raises(DocumentError, match="no file can have this name"):
+        Document.load(name)
+    with pytest.raises(ConfigError, match="no file can have this name"):
+        Document({"a": 1}).save(name)
+
+
+def test_any_text_is_an_override_or_a_file() -> None:
+    assert is_override(f"a={'x' * 5000}")
+    assert is_override("a=\0")
+    assert is_override('extra_checkpoint_metadata["a b"]=1')
+    assert is_override('~extra_checkpoint_metadata["a=\\"b"].c')
+    assert not is_override('a["b=1')
+
+
+def test_an_override_may_have_quoted_keys(file: Path) -> None:
+    document = Document.load(file, ['extra_checkpoint_metadata["a = b"].c=1', '$["hf_model_id"]=x y'])
+    assert document.get("extra_checkpoint_metadata") == {"a = b": {"c": 1}}
+    document.override(['~extra_checkpoint_metadata["a = b"].c', "~hf_model_id"])
+    assert document.get("extra_checkpoint_metadata") == {"a = b": {}}
+
+
+def test_overrides_are_a_list(file: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a list of overrides, got one text"):
+        Document.load(file, "vocab_size=3")
 
 
 def test_saving_keeps_what_was_not_changed(file: Path) -> None:
@@ -312,11 +351,24 @@ def test_what_cannot_be_saved_leaves_the_file_as_it_was(file: Path) -> None:
         (lambda folder: Document({"a": 1}).save(folder / "a.toml"), "a document is a .yaml, .yml or .json file"),
         (lambda folder: Document({"a": 1}).save(folder / "no" / "a.yaml"), "cannot be written: No such file"),
         (lambda folder: Document({"a": 1}, "tiny").save(), "'tiny' is a preset, which stays as it is"),
+        (lambda folder: Document([1]).save(folder / "a.yaml"), "a document is a mapping at the top, not a list"),  # type: ignore[arg-type]
+        (lambda folder: Document({"a": {1: 2}}).save(folder / "a.json"), r"\$.a cannot be written: keys must be text"),
+        (lambda folder: Document(endless()).save(folder / "a.json"), r"\$ cannot be written: nested more than"),
+        (lambda folder: Document(endless()).save(folder / "a.yaml"), r"\$ cannot be written: nested more than"),
+        (lambda folder: Document(endless()).override(["a=1"]), "nested too deeply"),
+        (lambda folder: Document({"a": ["x" * 1000] * 20_000}).save(folder / "a.yaml"), "larger than 10 MiB"),
     ],
 )
 def test_saving_where_nothing_can_be(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def endless() -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    data["again"] = data
+    return data
 
 
 def test_a_new_yaml_file_names_its_schema_and_has_it_beside(tmp_path: Path) -> None:
@@ -331,6 +383,37 @@ def test_a_new_yaml_file_names_its_schema_and_has_it_beside(tmp_path: Path) -> N
     assert schema.read_text() == "{}", "what is there stays"
     Document.load(path).save()
     assert path.read_text().count("$schema") == 1
+
+
+@pytest.mark.parametrize("kind", ["# mine\n{}", "\ufeff# mine\n{}", "# mine\r\n{}"])
+def test_a_copy_in_another_place_names_its_schema_and_has_it_beside(tmp_path: Path, kind: str) -> None:
+    name = next(iter(schema_targets()))
+    schema = f"{name.rpartition('.')[2]}.schema.json"
+    (file := tmp_path / "a.yaml").write_bytes(kind.format(f"_target_: {name}").encode())
+    document = Document.load(file)
+    document.save()
+    assert os.listdir(tmp_path) == ["a.yaml"], "a file that names no schema gets none"
+    (one := tmp_path / "one").mkdir()
+    document.save(one / "a.yaml")
+    line = f"# yaml-language-server: $schema={schema}"
+    text = (one / "a.yaml").read_bytes().decode()
+    assert line in text.removeprefix("\ufeff").splitlines()[0]
+    assert text.replace(line, "", 1).replace("\r\n" if "\r" in kind else "\n", "", 1).encode() == file.read_bytes()
+    (two := tmp_path / "two").mkdir()
+    Document.load(one / "a.yaml").save(two / "a.yaml")
+    assert (two / "a.yaml").read_bytes().decode() == text
+    for folder in (one, two):
+        assert json.loads((folder / schema).read_text()) == json_schema(name)
+
+
+def test_a_schema_is_put_nowhere_but_beside(tmp_path: Path) -> None:
+    name = next(iter(schema_targets()))
+    (folder := tmp_path / "folder").mkdir()
+    text = f"# yaml-language-server: $schema=../{name.rpartition('.')[2]}.schema.json\n_target_: {name}\n"
+    (folder / "a.yaml").write_text(text)
+    Document.load(folder / "a.yaml").save(folder / "b.yaml")
+    assert (folder / "b.yaml").read_text() == text
+    assert {path.name for path in tmp_path.rglob("*")} == {"folder", "a.yaml", "b.yaml"}
 
 
 def test_a_class_without_a_schema_is_saved_without_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +15,10 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
 from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, nearest
-from bridge.config.files import MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
+from bridge.config.files import BYTE_ORDER_MARK, MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
-from bridge.config.presets import presets
+from bridge.config.presets import preset, presets
 from bridge.config.refusal import got
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 _CHUNK = 2**16
 _YAML_SUFFIXES = (".yaml", ".yml")
-_OVERRIDE = re.compile(r"\+{0,2}(?P<path>[A-Za-z_$][^=\s]*)=(?P<value>.*)|~(?P<removed>[A-Za-z_$][^=\s]*)", re.DOTALL)
+_MODELINE = re.compile(r"^\ufeff?#\s*yaml-language-server:(?:\s*\$schema=(?P<schema>\S+))?", re.MULTILINE)
+_SUFFIXES = (*_YAML_SUFFIXES, ".json")
+_PATH = r'[A-Za-z_$](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
+_OVERRIDE = re.compile(rf"\+{{0,2}}(?P<path>{_PATH})=(?P<value>.*)|~(?P<removed>{_PATH})", re.DOTALL)
 
 
 @dataclass
@@ -87,16 +91,18 @@ class Document:
         Raises:
             ConfigError: something on the way is neither a mapping nor a list that is long enough.
         """
-        *before, last = self._steps(path)
+        *before, last = steps = self._steps(path)
         node: Any = self.data
         for depth, key in enumerate(before):
             if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
-                node[key] = {}
+                node[key] = _nested(steps[depth + 1 :], value, shown(steps[: depth + 1]))
+                break
             node = self._inside(node, key, path, depth)
-        if not (isinstance(node, dict) and isinstance(last, str)) and not _has(node, last):
-            self._inside(node, last, path, len(before))
-        node[last] = value
-        self._forget((*before, last))
+        else:
+            if not (isinstance(node, dict) and isinstance(last, str)):
+                self._inside(node, last, path, len(before))
+            node[last] = value
+        self._forget(steps)
 
     def remove(self, path: str) -> None:
         """Remove the value at a dotted path.
@@ -122,7 +128,13 @@ class Document:
         Raises:
             DocumentError: lists those that are malformed or do not apply; then none is applied.
         """
-        changed = Document(_copied(self.data), self.source, self._parsed, dict(self._origins), self._dropped)
+        if isinstance(overrides, str):
+            raise ConfigError(f"expected a list of overrides, got one text: write [{overrides!r}]")
+        try:
+            data = _copied(self.data)
+        except RecursionError:
+            raise _failed(self.source, "nested too deeply") from None
+        changed = Document(data, self.source, self._parsed, dict(self._origins), self._dropped)
         problems = []
         for text in overrides:
             try:
@@ -216,6 +228,7 @@ class Document:
         Raises:
             ConfigError: the text cannot be changed so, or YAML cannot say the data.
         """
+        self._check_top()
         if self._parsed is None or self._parsed.kind != "yaml":
             return dump_yaml(self.data)
         from bridge.config.edit import edited
@@ -228,13 +241,18 @@ class Document:
         Raises:
             ConfigError: JSON cannot say the data.
         """
+        self._check_top()
         return dump_json(self.data)
+
+    def _check_top(self) -> None:
+        if not isinstance(self.data, dict):
+            raise ConfigError(f"a document is a mapping at the top, not {got(self.data)}")
 
     def save(self, path: str | FilePath | None = None) -> None:
         """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.
 
         YAML text that the document was loaded from keeps its comments. A new YAML file names its JSON Schema for
-        editors, and the schema is put beside it unless it is there.
+        editors, and a schema that is named so is put beside its file unless it is there.
 
         Args:
             path: the file; without it, the file that the document was loaded from.
@@ -243,16 +261,17 @@ class Document:
             ConfigError: there is no such file, or it cannot be written, or the data has no such text.
         """
         file = self._own_file() if path is None else FilePath(path)
-        if file.suffix == ".json":
-            text = self.to_json() + "\n"
-        elif file.suffix in _YAML_SUFFIXES:
-            is_new = self._parsed is None or self._parsed.kind != "yaml"
-            text = (self._schema_line(file) if is_new else "") + self.to_yaml()
-        else:
+        _check_name(str(file))
+        if file.suffix not in _SUFFIXES:
             raise ConfigError(f"{file}: a document is a .yaml, .yml or .json file, not {file.suffix!r}")
+        is_json = file.suffix == ".json"
+        text = self.to_json() + "\n" if is_json else self._naming_schema(self.to_yaml(), file)
+        parsed_text = _parse(text, str(file))
         _write(file, text)
         self.source = str(file)
-        self._parsed, self._origins, self._dropped = _parse(text, self.source), {}, frozenset()
+        self._parsed, self._origins, self._dropped = parsed_text, {}, frozenset()
+        if not is_json:
+            self._put_schema_beside(file)
 
     def _own_file(self) -> FilePath:
         """The file that the document was loaded from."""
@@ -262,26 +281,42 @@ class Document:
             raise ConfigError(f"{self.source!r} is a preset, which stays as it is: say where to save the document")
         return FilePath(self.source)
 
-    def _schema_line(self, file: FilePath) -> str:
-        """The line that names the JSON Schema of a new file, and the schema beside it; nothing if there is none."""
+    def _naming_schema(self, text: str, file: FilePath) -> str:
+        """The YAML `text` for `file`, with the line that names its JSON Schema if the file is new and there is one."""
+        is_own = self._parsed is not None and self._parsed.kind == "yaml" and str(file) == self.source
+        if is_own or _MODELINE.search(text) or self._schema() is None:
+            return text
+        mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
+        end = "\r\n" if "\r\n" in text else "\n"
+        return f"{mark}# yaml-language-server: $schema={self._schema_name()}{end}{text[len(mark) :]}"
+
+    def _put_schema_beside(self, file: FilePath) -> None:
+        """Put the JSON Schema that the text names beside it, unless it is there. Where else it may be is not looked."""
+        assert self._parsed
+        named = _MODELINE.search(self._parsed.text)
+        beside = file.with_name(self._schema_name())
+        if named and named["schema"] == beside.name and not beside.exists() and (schema := self._schema()) is not None:
+            _write(beside, dump_json(schema) + "\n")
+
+    def _schema(self) -> dict[str, Any] | None:
+        """The JSON Schema of the document; None if there is none."""
         from bridge.config.jsonschema import json_schema
 
         name = self.data.get("_target_")
         try:
-            schema = json_schema(name) if isinstance(name, str) else None
+            return json_schema(name) if isinstance(name, str) else None
         except TargetError:  # a class of the running program, say
-            schema = None
-        if schema is None:
-            return ""
-        beside = file.with_name(f"{str(name).rpartition('.')[2]}.schema.json")
-        if not beside.exists():
-            _write(beside, dump_json(schema) + "\n")
-        return f"# yaml-language-server: $schema={beside.name}\n"
+            return None
+
+    def _schema_name(self) -> str:
+        """What the file of the document's JSON Schema is called."""
+        return f"{str(self.data.get('_target_')).rpartition('.')[2]}.schema.json"
 
     def _override(self, text: str) -> None:
         match = _OVERRIDE.fullmatch(text)
         if match is None:
-            raise ConfigError("malformed: write path=value, or ~path to remove")
+            hint = " (one FILE at a time)" if FilePath(text).suffix in _SUFFIXES else ""
+            raise ConfigError(f"malformed: write path=value, or ~path to remove{hint}")
         path = self._meant(match["removed"] or match["path"])
         if match["removed"]:
             self.remove(shown(path))
@@ -312,7 +347,8 @@ class Document:
     def _inside(self, node: Any, key: str | int, path: str, depth: int) -> Any:
         if not _has(node, key):
             where = shown(parsed(path)[:depth])
-            raise ConfigError(f"{where} is {got(node)}: there is no {key!r} in it")
+            size = f" of length {len(node)}" if isinstance(node, list) else ""
+            raise ConfigError(f"{where} is {got(node)}{size}: there is no {key!r} in it")
         return node[key]
 
     def _forget(self, path: Path) -> None:
@@ -369,7 +405,7 @@ def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelC
 
 def is_override(text: str) -> bool:
     """Whether a command line argument is an override rather than a file."""
-    return _OVERRIDE.fullmatch(text) is not None and not FilePath(text).exists()
+    return _OVERRIDE.fullmatch(text) is not None and not os.path.exists(text)
 
 
 def _called(override: str) -> str:
@@ -380,6 +416,15 @@ def _has(node: Any, key: str | int) -> bool:
     if isinstance(node, dict):
         return key in node
     return isinstance(node, list) and isinstance(key, int) and key < len(node)
+
+
+def _nested(path: Path, value: Any, above: str) -> Any:
+    """`value` inside the mappings that are on `path`, below `above`."""
+    for key in reversed(path):
+        if not isinstance(key, str):
+            raise ConfigError(f"{above} is no list, or not in the document: give the whole list there")
+        value = {key: value}
+    return value
 
 
 def _copied(data: Any) -> Any:
@@ -393,17 +438,18 @@ def _failed(source: str, message: str) -> DocumentError:
 
 
 def _is_preset(source: str) -> bool:
-    file = FilePath(source)
-    return not file.suffix or (not file.exists() and source in presets())
+    """Whether only a preset can be meant, or one is and no file of that name is there."""
+    return FilePath(source).suffix not in _SUFFIXES or (not os.path.exists(source) and source in presets())
 
 
 def _read(source: str) -> str:
     """The text of a file or preset."""
+    _check_name(source)
     try:
         if _is_preset(source):
             return _read_preset(source)
-        if (suffix := FilePath(source).suffix) not in (*_YAML_SUFFIXES, ".json"):
-            raise _failed(source, f"a document is a .yaml, .yml or .json file, not {suffix!r}")
+        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
+            raise _failed(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:
             chunks = iter(partial(stream.read, _CHUNK), b"")
             return _decoded(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
@@ -411,12 +457,21 @@ def _read(source: str) -> str:
         raise _failed(source, f"cannot be read: {error.strerror or error}") from error
 
 
+def _check_name(source: str) -> None:
+    try:
+        is_name = b"\0" not in os.fsencode(source)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise _failed(ascii(source), "no file can have this name")
+
+
 def _read_preset(name: str) -> str:
-    known = presets()
-    if name in known:
-        return _decoded(known[name].read_bytes(), name)
-    if FilePath(name).exists():
+    if (found := preset(name)) is not None:
+        return _decoded(found.read_bytes(), name)
+    if os.path.exists(name):
         raise _failed(name, "a document is a .yaml, .yml or .json file: give this one such a name")
+    known = presets()
     near = nearest(name, known) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
     raise _failed(name, f"no such file, nor a preset of this name{near}")
 
@@ -436,7 +491,9 @@ def _parse(text: str, source: str) -> Parsed:
 
 def _write(file: FilePath, text: str) -> None:
     """Put `text` into a file: all of it or, where that fails, nothing."""
-    target = file.resolve()  # a link stays one
+    target = FilePath(os.path.realpath(file))  # a link stays one
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"{file} cannot be written: not a regular file")
     written = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
         with written.open("xb") as stream:

@@ -31,7 +31,7 @@ _TOO_LARGE = 10**MAX_DIGITS
 
 Position = tuple[int, int]
 
-_BYTE_ORDER_MARK = "\ufeff"
+BYTE_ORDER_MARK = "\ufeff"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
@@ -525,7 +525,7 @@ def _begun(text: str, file: str | None) -> tuple[str, str]:
     """The byte order mark at the beginning of a text, if there is one, and the text after it."""
     if len(text) > MAX_BYTES:
         raise DocumentError([Problem("$", f"larger than {MAX_BYTES // 2**20} MiB", file)])
-    mark = _BYTE_ORDER_MARK if text.startswith(_BYTE_ORDER_MARK) else ""
+    mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
     return mark, text[len(mark) :]
 
 

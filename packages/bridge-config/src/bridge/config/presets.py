@@ -15,20 +15,33 @@ GROUP = "bridge.presets"
 
 
 def presets() -> dict[str, Traversable]:
-    """Every preset's file by its name, sorted by name.
+    """Every preset's file by its name, sorted by name. A name that two presets have is nobody's.
 
     Raises:
-        ConfigError: two packages ship a preset of the same name, or a declared package is not there.
+        ConfigError: a declared package is not there.
     """
-    found: dict[str, Traversable] = {}
+    return {name: files[0] for name, files in sorted(_shipped().items()) if len(files) == 1}
+
+
+def preset(name: str) -> Traversable | None:
+    """The file of the preset called `name`; None if there is none.
+
+    Raises:
+        ConfigError: two are called so, or a declared package is not there.
+    """
+    found = _shipped().get(name, [])
+    if len(found) > 1:
+        raise ConfigError(f"two presets are called {name!r}: {found[0]} and {found[1]}")
+    return found[0] if found else None
+
+
+def _shipped() -> dict[str, list[Traversable]]:
+    found: dict[str, list[Traversable]] = {}
     for package in sorted({point.value for point in entry_points(group=GROUP)}):
         try:
             shipped = [file for file in files(package).iterdir() if file.name.endswith(".yaml")]
         except (ImportError, OSError) as error:
             raise ConfigError(f"the presets of {package} cannot be read: {error}") from error
         for file in shipped:
-            name = file.name.removesuffix(".yaml")
-            if name in found:
-                raise ConfigError(f"two presets are called {name!r}: {found[name]} and {file}")
-            found[name] = file
-    return dict(sorted(found.items()))
+            found.setdefault(file.name.removesuffix(".yaml"), []).append(file)
+    return found
