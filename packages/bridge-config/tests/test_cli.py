@@ -188,3 +188,32 @@ def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
     assert "two presets are called 'small-extension':" in done.stderr
     assert "extension_presets" in done.stderr
     assert "other_presets" in done.stderr
+
+
+def test_what_a_document_leaves_out_is_a_note(site: Path) -> None:
+    omitted = "_target_: extension.Model\n_omitted_: [{path: $.size, reason: a number of the moment}]\n"
+    (site / "a.yaml").write_text(omitted)
+    said = "the document was written without $.size (a number of the moment): the defaults are taken"
+    note = f"a.yaml: note: {said}\n"
+    done = bridge(site, "validate", "a.yaml")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a.yaml: ok\n", note)
+    (verdict,) = json.loads(bridge(site, "validate", "--json", "a.yaml").stdout)
+    assert verdict["notes"] == [said]
+    assert bridge(site, "validate", "a.yaml", "siz=1").stderr.endswith(note)
+    assert bridge(site, "diff", "small-extension", "a.yaml").stderr == note
+    assert bridge(site, "migrate", "a.yaml").stderr == note
+    done = bridge(site, "fingerprint", "a.yaml")
+    assert done.stderr == note
+    told = json.loads(bridge(site, "fingerprint", "--json", "a.yaml").stdout)
+    assert told == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
+
+
+def test_an_infinite_number_can_be_shown_as_json_and_says_the_same(site: Path) -> None:
+    done = bridge(site, "show", "--json", "small-extension", "extra_checkpoint_metadata.a=.inf")
+    (site / "a.json").write_text(done.stdout)
+    assert bridge(site, "validate", "a.json").returncode == 0
+    prints = [
+        bridge(site, "fingerprint", *arguments).stdout
+        for arguments in (["a.json"], ["small-extension", "extra_checkpoint_metadata.a=.inf"])
+    ]
+    assert prints[0] == prints[1] != ""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.errors import ConfigError, DocumentError
+from bridge.config.errors import ConfigError, DocumentError, OmittedWarning
 
 if TYPE_CHECKING:
+    from bridge.config.decode import Checked
     from bridge.config.errors import Problem
 
 _FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
@@ -38,8 +42,7 @@ def validate(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
         if not as_json:
             for problem in problems:
                 click.echo(str(problem), err=True)
-            for note in notes:
-                click.echo(f"{source}: note: {note}", err=True)
+            _tell(source, notes)
             if not problems:
                 click.echo(f"{source}: ok")
     if as_json:
@@ -80,9 +83,10 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @_as_json
 def diff(first: str, second: str, as_written: bool, as_json: bool) -> None:
     """Print what differs between two documents."""
-    from bridge.config.document import Document
+    from bridge.config.compare import differences
 
-    found = Document.load(first).diff(Document.load(second), defaults=not as_written)
+    one, other = (_checked(source, defaults=not as_written) for source in (first, second))
+    found = list(differences(one, other))
     if as_json:
         _print_json([asdict(difference) for difference in found])
         return
@@ -106,10 +110,13 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print the fingerprint of a document."""
     from bridge.config.document import Document
 
-    found = Document.load(file, overrides).fingerprint()
+    document = Document.load(file, overrides)
+    with _omissions() as notes:
+        found = document.fingerprint()
     if as_json:
-        _print_json({"source": file, "fingerprint": found})
+        _print_json({"source": file, "fingerprint": found, "notes": notes})
     else:
+        _tell(file, notes)
         click.echo(found)
 
 
@@ -154,7 +161,9 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     """
 )
 @click.argument("file")
-@click.option("--write", is_flag=True, help="Change FILE itself: comments stay, except in lines that go.")
+@click.option(
+    "--write", is_flag=True, help="Change FILE itself; comments stay, but for those on lines of values that move or go."
+)
 @click.option("--to", "to_form", type=click.Choice(["run-config"]), help="Print it as the reference reads it.")
 @_as_json
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
@@ -167,7 +176,9 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     document = Document.load(file)
     given = document.data
     notes = document.migrate()
-    document.check()
+    with _omissions() as omissions:
+        document.check()
+    notes += omissions
     if write and adopted(given).data is not given:
         raise ConfigError(
             f"{file}: --write would replace what the reference wrote: print it, and save it to a new file"
@@ -175,10 +186,10 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     if to_form:
         from bridge.config.canonical import canonical
 
-        theirs = to_run_config(canonical(document.data))
+        with _omissions():  # told already
+            theirs = to_run_config(canonical(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
-    for note in notes:
-        click.echo(note, err=True)
+    _tell(file, notes)
     if write:
         document.save()
     else:
@@ -200,10 +211,41 @@ def _verdict(source: str, overrides: list[str]) -> tuple[list[Problem], list[str
     """What is wrong with a document, and what was done to bring it into the present form."""
     from bridge.config.document import Document
 
-    try:
-        return [], Document.load(source, overrides).check().present.notes
-    except DocumentError as error:
-        return error.problems, []
+    with _omissions() as omissions:
+        try:
+            problems, notes = [], Document.load(source, overrides).check().present.notes
+        except DocumentError as error:
+            problems, notes = error.problems, []
+    return problems, notes + omissions
+
+
+def _checked(source: str, *, defaults: bool) -> Checked:
+    """A document that was checked; what it leaves out is told."""
+    from bridge.config.document import Document
+
+    with _omissions() as notes:
+        checked = Document.load(source).check(defaults=defaults)
+    _tell(source, notes)
+    return checked
+
+
+@contextlib.contextmanager
+def _omissions() -> Iterator[list[str]]:
+    """What the documents that are read inside leave out; known at the end, and no warnings of the program."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OmittedWarning)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, OmittedWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _tell(source: str, notes: list[str]) -> None:
+    for note in notes:
+        click.echo(f"{source}: note: {note}", err=True)
 
 
 def _print_json(data: object) -> None:
