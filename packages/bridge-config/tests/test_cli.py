@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,32 @@ def test_an_infinite_number_can_be_shown_as_json_and_says_the_same(site: Path) -
         for arguments in (["a.json"], ["small-extension", "extra_checkpoint_metadata.a=.inf"])
     ]
     assert prints[0] == prints[1] != ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["show", "validate"])
+def test_output_that_has_no_room_is_a_message_and_an_exit_code(site: Path, command: str, unbuffered: str) -> None:
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "small-extension"],
+            cwd=site,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
+
+
+def test_output_is_utf_8_whatever_the_environment_says(site: Path) -> None:
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "show", "small-extension", "hf_model_id=\u2192"],
+        cwd=site,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().endswith("hf_model_id: \u2192\n")

@@ -6,6 +6,8 @@ A distribution declares a click command in the entry-point group `bridge.command
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -51,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bridge(args=arguments, prog_name="bridge")
     except BridgeError as error:
         click.echo(str(error), err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        click.echo(f"the output cannot be written: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes what is left
         sys.exit(1)
 
 
