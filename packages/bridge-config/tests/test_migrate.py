@@ -384,3 +384,9 @@ def test_importing_it_is_cheap() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert not loaded & {"torch", "megatron", "yaml", "click", "rfc8785"}
+
+
+@pytest.mark.parametrize("entry", [{"path": None, "reason": "x"}, {"path": 3}, None, "x", []])
+def test_a_malformed_omission_is_left_to_whoever_reads_the_document(entry: object) -> None:
+    data = {"_target_": "any.Thing", "_omitted_": [entry], "inner": {"_version_": 4}}
+    assert migrated(data, lambda name: None).problems == []

@@ -458,7 +458,7 @@ def _omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
     for entry in entries if isinstance(entries, list) else ():
         try:
             yield entry, parsed(entry["path"])
-        except (TypeError, KeyError, ConfigError):
+        except (TypeError, KeyError, AttributeError, ConfigError):
             continue  # whoever reads the document says what is wrong with it
 
 
