@@ -128,7 +128,7 @@ def documented(target: Target, targets: dict[str, Target]) -> Target:
         said = words["fields"].get(field.name)
         inherited = above.fields[field.name].doc if above and field.name in above.fields else ""
         fields[field.name] = plain(field, said or inherited)
-    return replace(target, doc=words["doc"], fields=fields, obj=None)
+    return replace(target, doc=words["doc"].replace("``", "`"), fields=fields, obj=None)
 
 
 def plain(field: Field, doc: str) -> Field:
