@@ -461,3 +461,24 @@ def test_overrides_of_a_run_config_are_of_its_model(tmp_path: Path, head: str) -
     with pytest.raises(DocumentError) as error:
         Document.load(file, ["transformer.num_layers=x"]).check()
     assert str(error.value) == "override 'transformer.num_layers=x': $.model.num_layers: expected an integer, got 'x'"
+
+
+def test_what_the_reference_wrote_is_not_saved_over(tmp_path: Path) -> None:
+    text = """\
+model:
+  _target_: megatron.training.models.gpt.GPTModelConfig
+  vocab_size: 8
+  transformer: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}
+train: {micro_batch_size: 1}
+"""
+    file = tmp_path / "run_config.yaml"
+    file.write_text(text)
+    document = Document.load(file)
+    document.migrate()
+    with pytest.raises(ConfigError, match="save to a new file"):
+        document.save()
+    assert file.read_text() == text
+    document.save(tmp_path / "mine.yaml")
+    document.set("vocab_size", 16)
+    document.save()
+    assert Document.load(tmp_path / "mine.yaml").get("vocab_size") == 16

@@ -169,30 +169,25 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     """Print a document in the present form."""
     from bridge.config.document import Document
-    from bridge.config.reference import adopted, to_run_config
 
     if write and to_form:
         raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
     document = Document.load(file)
-    given = document.data
     notes = document.migrate()
     with _omissions() as omissions:
         document.check()
     notes += omissions
-    if write and adopted(given).data is not given:
-        raise ConfigError(
-            f"{file}: --write would replace what the reference wrote: print it, and save it to a new file"
-        )
+    if write:
+        document.save()
     if to_form:
         from bridge.config.canonical import canonical
+        from bridge.config.reference import to_run_config
 
         with _omissions():  # told already
             theirs = to_run_config(canonical(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
     _tell(file, notes)
-    if write:
-        document.save()
-    else:
+    if not write:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 

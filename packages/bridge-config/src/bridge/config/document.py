@@ -46,6 +46,9 @@ class Document:
     _dropped: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     """The removed items of lists: those after them have another index now than in the text."""
 
+    _is_adopted: bool = field(default=False, repr=False, compare=False)
+    """Whether the data is what `migrate` made of a document of the reference, whose file says more than that."""
+
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
         """The document in a `.yaml`, `.yml` or `.json` file, or the preset of that name.
@@ -210,6 +213,7 @@ class Document:
             present = current(self.data, Tables())
             if present.problems:
                 raise DocumentError(present.problems)
+        self._is_adopted |= present.steps[0].data is not self.data
         if present.data is not self.data:
             self.data, self._origins = present.data, {}
         return present.notes
@@ -270,6 +274,7 @@ class Document:
         _write(file, text)
         self.source = str(file)
         self._parsed, self._origins, self._dropped = parsed_text, {}, frozenset()
+        self._is_adopted = False
         if not is_json:
             self._put_schema_beside(file)
 
@@ -279,6 +284,8 @@ class Document:
             raise ConfigError("this document came from no file: say where to save it")
         if _is_preset(self.source):
             raise ConfigError(f"{self.source!r} is a preset, which stays as it is: say where to save the document")
+        if self._is_adopted:
+            raise ConfigError(f"{self.source}: the reference wrote more than the model here: save to a new file")
         return FilePath(self.source)
 
     def _naming_schema(self, text: str, file: FilePath) -> str:
