@@ -366,3 +366,12 @@ def grandchildren(pid: int, count: int) -> list[int]:
 def children(pid: int) -> list[int]:
     listed = run("ps", "-o", "pid=", "--ppid", str(pid))
     return [int(child) for child in listed.stdout.split()]
+
+
+def test_a_layout_reaches_the_model_of_a_reference_document(tmp_path: Path) -> None:
+    model = DOCUMENT.replace("bridge.models.gpt.", "megatron.training.models.gpt.").replace("\n", "\n  ").rstrip()
+    (tmp_path / "run_config.yaml").write_text(f"model:\n  {model}\ntrain: {{micro_batch_size: 1}}\n")
+    done = run(BRIDGE, "build", str(tmp_path / "run_config.yaml"), "--nproc", "2", "--tp", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layout"]["tp"] == 2
+    assert "run_config.yaml: note: left out, Bridge reads the model alone: train" in done.stderr

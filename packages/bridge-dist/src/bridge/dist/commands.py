@@ -66,6 +66,10 @@ def build(
     os.environ.update(here)
     if not here:
         launch.start_fork_server(nproc or 1)
+    notes = document.migrate()  # a layout is written into the present form
+    if not here or here["RANK"] == "0":
+        for note in notes:
+            click.echo(f"{file}: note: {note}", err=True)
     apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
     config = document.config()
 
