@@ -182,8 +182,6 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     if isinstance(value, Enum):
         return _enum_member(value.name, describe(type(value)), type_)
     if isinstance(value, float):
-        if type(value) is float and isfinite(value):
-            return value
         return float(value) if isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
     if isinstance(value, dict):
         return _mapping(value, type_, path, omitted)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bridge.config.errors import ConfigError, DocumentError, Problem
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import got
+from bridge.config.refusal import MAX_PROBLEMS, got
 
 if TYPE_CHECKING:
     from yaml import Dumper, ScalarNode
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 10 * 2**20
 MAX_DEPTH = 100
 MAX_VALUES = 100_000
-MAX_PROBLEMS = 100
 MAX_KEY = 1024  # characters; YAML's own limit for a key that is not announced by a question mark
 MAX_DIGITS = 4300  # as Python's own limit: reading and writing numbers takes the square of their length
 _TOO_LARGE = 10**MAX_DIGITS

@@ -19,6 +19,7 @@ from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
 from bridge.config.targets import qualified_name
 from bridge.config.types import (
     ANYTHING,
+    PYTHON_TYPES,
     Anything,
     Choice,
     Class,
@@ -209,7 +210,7 @@ class Reader:
     def _scalar(self, value: Any, type_: Type) -> Any:
         for member in type_:
             match member:
-                case Plain(kind) if type(value) in _SCALAR_KINDS[kind]:
+                case Plain(kind) if type(value) in PYTHON_TYPES[kind]:
                     return value
                 case Choice(values) if _among(value, values):
                     return value
@@ -492,13 +493,6 @@ _WORDS: dict[object, str] = {
     Function: "the name of a function",
     Class: "the name of a class",
     Anything: "a value",
-}
-_SCALAR_KINDS: dict[str, frozenset[type]] = {
-    "bool": frozenset({bool}),
-    "int": frozenset({int}),
-    "float": frozenset({float, int}),  # an integer is a fine number, and stays the integer it was
-    "str": frozenset({str}),
-    "null": frozenset({type(None)}),
 }
 
 

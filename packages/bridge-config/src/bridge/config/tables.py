@@ -14,12 +14,10 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from bridge.config.migrate import Schema
-from bridge.config.types import Anything, Plain, Type, from_json, to_json
+from bridge.config.types import PYTHON_TYPES, Anything, Plain, Type, from_json, to_json
 
 Kinds = frozenset[type]
 Kind = Literal["config", "enum", "function", "dtype", "class", "builder", "value"]
-
-
 Shape = tuple[str, tuple[str, ...], tuple[type, ...]]
 _MAX_SHAPES = 64
 
@@ -45,19 +43,10 @@ class Field:
         found: set[type] = set()
         for member in self.type:
             if isinstance(member, Plain):
-                found |= _READY[member.kind]
+                found |= PYTHON_TYPES[member.kind]
             elif isinstance(member, Anything):
-                found |= {bool, int, float, str, type(None)}
+                found = found.union(*PYTHON_TYPES.values())
         return frozenset(found)
-
-
-_READY: dict[str, set[type]] = {
-    "bool": {bool},
-    "int": {int},
-    "float": {float, int},
-    "str": {str},
-    "null": {type(None)},
-}
 
 
 @dataclass(frozen=True)
@@ -123,11 +112,6 @@ class Target:
     def init_names(self) -> frozenset[str]:
         """The fields that the constructor takes."""
         return frozenset(one.name for one in self.fields.values() if one.init)
-
-    @cached_property
-    def ready(self) -> dict[str, Kinds]:
-        """For each field that the constructor takes, the types whose values may stand there as they are."""
-        return {one.name: one.ready for one in self.fields.values() if one.init}
 
 
 def shape_of(purpose: str, values: dict[str, Any]) -> Shape:

@@ -85,6 +85,15 @@ Type = tuple[Member, ...]
 
 ANYTHING: Type = (Anything(),)
 
+PYTHON_TYPES: dict[PlainKind, frozenset[type]] = {
+    "bool": frozenset({bool}),
+    "int": frozenset({int}),
+    "float": frozenset({float, int}),  # an integer is a fine number, and stays the integer it was
+    "str": frozenset({str}),
+    "null": frozenset({type(None)}),
+}
+"""The types of the values of a `Plain`."""
+
 _BARE: dict[str, Member] = {
     **{kind: Plain(kind) for kind in get_args(PlainKind)},
     "any": Anything(),
