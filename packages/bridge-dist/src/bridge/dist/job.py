@@ -246,10 +246,10 @@ class Size(NamedTuple):
 
 def _sizes(stage: MegatronModule, groups: ProcessGroupCollection, vocab_size: int | None) -> dict[str, Size]:
     return {
-        named.full_name: Size(
-            named.parameter.numel(), named.logical_shape(vocab_size).numel(), named.full_shape.numel()
+        placement.full_name: Size(
+            placement.shape.numel(), placement.logical_shape(vocab_size).numel(), placement.full_shape.numel()
         )
-        for named in named_parameters(stage, groups)
+        for placement, _, _ in named_parameters(stage, groups)
     }
 
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,22 +24,24 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
 
 
-@dataclass(frozen=True)
-class NamedParameter:
-    """A parameter of one stage, with its place in the whole model."""
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a parameter of one stage stands in the whole model: its name there, and which part of it this rank holds."""
 
+    name: str
     full_name: str
-    parameter: torch.nn.Parameter
-    owner: torch.nn.Module
-    shards: int
-    shard: int
+    shape: torch.Size
+    shards: int = 1
+    shard: int = 0
+    dim: int = 0
+    stride: int = 1
 
     @property
     def full_shape(self) -> torch.Size:
         """The shape of the whole, unsharded parameter."""
-        shape = list(self.parameter.shape)
+        shape = list(self.shape)
         if self.shards > 1:
-            shape[self.parameter.partition_dim] *= self.shards  # type: ignore[attr-defined]
+            shape[self.dim] *= self.shards
         return torch.Size(shape)
 
     def logical_shape(self, vocab_size: int | None) -> torch.Size:
@@ -47,6 +50,21 @@ class NamedParameter:
         if vocab_size is not None and _VOCABULARY.fullmatch(self.full_name):
             return torch.Size((min(shape[0], vocab_size), *shape[1:]))
         return shape
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Cut this rank's part out of a whole parameter, as Megatron does: strided parts (gated layers) one by one."""
+        if self.shards == 1:
+            return whole
+        pieces = whole.chunk(self.shards * self.stride, dim=self.dim)
+        return torch.cat(pieces[self.shard :: self.shards], dim=self.dim)
+
+
+class NamedParameter(NamedTuple):
+    """A parameter of one stage, the module that holds it, and its place in the whole model."""
+
+    placement: Placement
+    parameter: torch.nn.Parameter
+    owner: torch.nn.Module
 
 
 def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
@@ -61,15 +79,24 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
         if tied and full_name == "output_layer.weight":
             # The last pipeline stage holds a copy of the embedding of the first.
             full_name = _EMBEDDING
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
-        yield NamedParameter(
-            full_name=full_name,
-            parameter=parameter,
-            owner=modules[path],
-            shards=group.size() if sharded else 1,
-            shard=group.rank() if sharded else 0,
-        )
+        yield NamedParameter(_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
+
+
+def _placement(
+    name: str, full_name: str, parameter: torch.nn.Parameter, pg_collection: ProcessGroupCollection
+) -> Placement:
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return Placement(name=name, full_name=full_name, shape=parameter.shape)
+    group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
+    return Placement(
+        name=name,
+        full_name=full_name,
+        shape=parameter.shape,
+        shards=group.size(),
+        shard=group.rank(),
+        dim=parameter.partition_dim,  # type: ignore[attr-defined]
+        stride=parameter.partition_stride,  # type: ignore[attr-defined]
+    )
 
 
 def layer_indices(stage: MegatronModule) -> list[int]:
@@ -128,7 +155,7 @@ def _layer_index(layer: torch.nn.Module) -> int:
 
 
 def _initialiser(named: NamedParameter, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
-    if named.full_name == _EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
+    if named.placement.full_name == _EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
         initialiser = config.embedding_init_method
     elif getattr(named.parameter, "partition_dim", None) == 1:  # a row-parallel layer, the last of attention or MLP
         initialiser = config.output_layer_init_method
@@ -139,28 +166,20 @@ def _initialiser(named: NamedParameter, config: TransformerConfig) -> Callable[[
 
 
 def _draw(named: NamedParameter, initialise: Callable[[torch.Tensor], object], vocab_size: int | None) -> None:
-    drawn = torch.empty(named.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
+    placement = named.placement
+    drawn = torch.empty(placement.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
     generator = torch.default_generator
     state = generator.get_state()
     try:
-        generator.manual_seed(_seed(named.full_name))
+        generator.manual_seed(_seed(placement.full_name))
         initialise(drawn)
     finally:
         generator.set_state(state)
-    padding = named.full_shape[0] - drawn.shape[0]
+    padding = placement.full_shape[0] - drawn.shape[0]
     whole = torch.cat([drawn, drawn.new_zeros(padding, *drawn.shape[1:])]) if padding else drawn
     with torch.no_grad():
-        named.parameter.copy_(_shard(whole, named))
+        named.parameter.copy_(placement.cut(whole))
 
 
 def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-def _shard(whole: torch.Tensor, named: NamedParameter) -> torch.Tensor:
-    """Cut this rank's part out of a whole weight, as Megatron does: strided parts (gated layers) are cut one by one."""
-    if named.shards == 1:
-        return whole
-    dim, stride = named.parameter.partition_dim, named.parameter.partition_stride  # type: ignore[attr-defined]
-    pieces = whole.chunk(named.shards * stride, dim=dim)
-    return torch.cat(pieces[named.shard :: named.shards], dim=dim)
