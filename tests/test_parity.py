@@ -28,7 +28,7 @@ def train_tiny(
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.commands import apply_layout
+    from bridge.dist.documents import apply_layout
     from bridge.dist.job import wrapper_names
     from bridge.dist.text import Text, default_text
     from bridge.dist.train import TrainOptions, train
@@ -171,7 +171,7 @@ def build_twice() -> None:
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.commands import apply_layout
+    from bridge.dist.documents import apply_layout
 
     document = Document.load("tiny")
     apply_layout(document, {"pp": 2, "vp": 2})

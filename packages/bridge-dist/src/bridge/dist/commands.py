@@ -11,6 +11,7 @@ import click
 
 from bridge.config import Document
 from bridge.dist import launch
+from bridge.dist.documents import apply_layout
 
 if TYPE_CHECKING:
     from bridge.dist.report import BuildReport
@@ -97,28 +98,6 @@ def build(
     assert report is not None  # torch's ``record`` returns None only for a function that called sys.exit
     if not here or here["RANK"] == "0":
         _show(report, as_json=as_json)
-
-
-def apply_layout(document: Document, sizes: dict[str, int]) -> None:
-    """Write the sizes of a layout into a document, and what Megatron needs said beside them unless it is said already.
-
-    They go where the document keeps its TransformerConfig: into the part ``transformer`` if it has one.
-    """
-    from bridge.dist.layout import CONFIG_FIELDS
-
-    embedded = document.data.get("transformer")
-    prefix, holder = ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)
-
-    given = holder.get
-    for name, size in sizes.items():
-        document.set(prefix + CONFIG_FIELDS[name], size)
-    if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:
-        half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
-        document.set(f"{prefix}pipeline_dtype", half or given("params_dtype") or "torch.float32")
-    if sizes.get("vp", 1) > 1 and given("batch_p2p_comm") is None and given("overlap_p2p_comm") is None:
-        # Interleaved stages on two pipeline ranks need these (see the pre-flight rules); on more they are faster.
-        document.set(f"{prefix}batch_p2p_comm", False)
-        document.set(f"{prefix}overlap_p2p_comm", True)
 
 
 def _show(report: BuildReport, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed
@@ -28,7 +28,7 @@ from bridge.dist.preflight import check
 from bridge.dist.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
-from bridge.dist.weights import draw_weights, layer_indices, named_parameters
+from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
 
 _SEED = 1234
 _TIMEOUT = timedelta(minutes=10)
@@ -40,8 +40,9 @@ class BuildJob:
 
     document: dict[str, Any]
     wrapper: Wrapper
-    dp: int | None
-    training: TrainOptions | None
+    distributed_optimizer: bool = False
+    dp: int | None = None
+    training: TrainOptions | None = None
 
     def check(self, config: ModelConfig, world_size: int) -> Layout:
         """Check everything that can be checked before the ranks meet, and return the layout.
@@ -74,7 +75,7 @@ class BuildJob:
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=config.bf16 or config.fp16,
                 check_for_nan_in_grad=not config.fp16,  # there an overflow is the loss scaler's to find
-                use_distributed_optimizer=fsdp,
+                use_distributed_optimizer=fsdp or self.distributed_optimizer,
                 use_megatron_fsdp=fsdp,
                 data_parallel_sharding_strategy="optim_grads_params" if fsdp else "no_shard",
                 # gloo has no fused division.
@@ -142,13 +143,13 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     Raises:
         TrainingError: It cannot be read, or the configuration has no vocabulary, or one that is too small.
     """
-    vocab_size: int | None = getattr(config, "vocab_size", None)
-    if vocab_size is None:
+    vocab = vocab_size(config)
+    if vocab is None:
         raise TrainingError(f"training on a text needs a vocab_size, {type(config).__name__} has none: set it")
     longest: int | None = getattr(config, "seq_length", None)
     if longest is not None and options.seq_length > longest:
         raise TrainingError(f"samples of {options.seq_length} tokens are longer than the model's seq_length, {longest}")
-    return Text.read(options.text, vocab_size=vocab_size)
+    return Text.read(options.text, vocab_size=vocab)
 
 
 @record
@@ -163,7 +164,7 @@ def run_rank(job: BuildJob) -> BuildReport:
         layout = job.check(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout)
         try:
-            return _build(job, config, layout, groups)
+            return _report(job, build_and_train(job, config, layout, groups), layout, groups, vocab_size(config))
         finally:
             destroy_process_groups()
 
@@ -185,28 +186,42 @@ def _world() -> Iterator[None]:
         yield
 
 
-def _build(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> BuildReport:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a job made on this rank: wrapped stages, where each one's parameters stand in the whole model, steps."""
+
+    stages: list[MegatronModule]
+    placements: list[list[Placement]]
+    steps: list[Step]
+
+
+def build_and_train(
+    job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection
+) -> Run:
+    """Build the stages of this rank, wrap them, and train them if the job says so.
+
+    Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
+    """
     builder = make_builder(config)
     model_parallel_cuda_manual_seed(_SEED, te_rng_tracker=builder.transformer_config.use_te_rng_tracker)
     leader = torch.distributed.get_rank() == 0
-    vocab_size: int | None = getattr(config, "vocab_size", None)
-    sizes: list[dict[str, Size]] = []
+    placements: list[list[Placement]] = []
 
     def draw(stages: list[MegatronModule]) -> list[MegatronModule]:
-        draw_weights(stages, groups, vocab_size=vocab_size)
+        draw_weights(stages, groups, vocab_size=vocab_size(config))
         return stages
 
-    def count(stages: list[MegatronModule]) -> list[MegatronModule]:
+    def note(stages: list[MegatronModule]) -> list[MegatronModule]:
         # FSDP shards parameters when it wraps; they are whole only now.
-        sizes.extend(_sizes(stage, groups, vocab_size) for stage in stages)
+        placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
-    # The configuration is this process's own: the drawn weights come first, so that a hook may still change them.
+    # The drawn weights come first, so that a hook may still change them.
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
             _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
         config.pre_wrap_hooks.insert(0, draw)
-    config.pre_wrap_hooks.append(count)
+    config.pre_wrap_hooks.append(note)
     options = job.options(builder.transformer_config)
     stages = builder.build_distributed_models(
         groups,
@@ -215,49 +230,46 @@ def _build(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGr
         use_torch_fsdp2=options.use_torch_fsdp2,
         wrap_with_ddp=options.wrap_with_ddp,
     )
-    chunks = [_chunk_report(index, stage, sizes[index]) for index, stage in enumerate(stages)]
     steps: list[Step] = []
     if job.training is not None:
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
         taken = train(stages, groups, layout, text=text, options=job.training)
         steps = list(_with_progress(taken, job.training.steps) if leader else taken)
-    ranks, total = _gather(_rank_report(groups, chunks), sizes)
+    return Run(stages=stages, placements=placements, steps=steps)
+
+
+def vocab_size(config: ModelConfig) -> int | None:
+    """Return the number of tokens that a configuration declares, not padded; None if it has none."""
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
+def _report(job: BuildJob, run: Run, layout: Layout, groups: ProcessGroupCollection, vocab: int | None) -> BuildReport:
+    """Collective: collect what every rank built."""
+    chunks = [
+        _chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)
+    ]
+    placements = [placement for stage in run.placements for placement in stage]
+    ranks, whole = _gather(_rank_report(groups, chunks), placements)
     return BuildReport(
         world_size=layout.world_size,
         layout=asdict(layout),
         wrap=str(job.wrapper),
-        parameters=sum(size.logical for size in total.values()),
-        padded_parameters=sum(size.padded for size in total.values()),
+        parameters=sum(placement.logical_shape(vocab).numel() for placement in whole),
+        padded_parameters=sum(placement.full_shape.numel() for placement in whole),
         ranks=ranks,
-        losses=[step.loss for step in steps],
-        grad_norms=[step.grad_norm for step in steps],
-        tokens_per_second=_tokens_per_second(job.training, steps),
+        losses=[step.loss for step in run.steps],
+        grad_norms=[step.grad_norm for step in run.steps],
+        tokens_per_second=_tokens_per_second(job.training, run.steps),
     )
 
 
-class Size(NamedTuple):
-    """Elements of a parameter: on this rank, and of the whole model's without and with vocabulary padding."""
-
-    local: int
-    logical: int
-    padded: int
-
-
-def _sizes(stage: MegatronModule, groups: ProcessGroupCollection, vocab_size: int | None) -> dict[str, Size]:
-    return {
-        placement.full_name: Size(
-            placement.shape.numel(), placement.logical_shape(vocab_size).numel(), placement.full_shape.numel()
-        )
-        for placement, _, _ in named_parameters(stage, groups)
-    }
-
-
-def _chunk_report(index: int, stage: MegatronModule, sizes: dict[str, Size]) -> ChunkReport:
+def _chunk_report(index: int, stage: MegatronModule, placements: list[Placement]) -> ChunkReport:
     return ChunkReport(
         vp_stage=index,
         layers=layer_indices(stage),
-        parameters=sum(size.local for size in sizes.values()),
+        parameters=sum(placement.shape.numel() for placement in placements),
         wrappers=list(wrapper_names(stage)),
     )
 
@@ -282,15 +294,12 @@ def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport]) -> R
     )
 
 
-def _gather(rank: RankReport, sizes: list[dict[str, Size]]) -> tuple[list[RankReport], dict[str, Size]]:
+def _gather(rank: RankReport, placements: list[Placement]) -> tuple[list[RankReport], list[Placement]]:
     """Collect the ranks' reports, and every parameter of the whole model once."""
-    mine = (rank, {name: size for chunk in sizes for name, size in chunk.items()})
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    parameters: dict[str, Size] = {}
-    for _, part in everyone:
-        parameters.update(part)
-    return [report for report, _ in everyone], parameters
+    torch.distributed.all_gather_object(everyone, (rank, placements))
+    whole = {placement.full_name: placement for _, part in everyone for placement in part}
+    return [report for report, _ in everyone], list(whole.values())
 
 
 def _with_progress(steps: Iterable[Step], total: int) -> Iterator[Step]:

@@ -9,18 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
-
-# What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world.
-CONFIG_FIELDS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

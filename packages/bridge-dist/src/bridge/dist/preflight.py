@@ -11,8 +11,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import PreflightError
-from bridge.dist.layout import CONFIG_FIELDS, Layout, says_how_to_split
+from bridge.dist.layout import Layout, says_how_to_split
 from bridge.dist.options import BuildOptions, Wrapper
 
 Rule = Callable[[TransformerConfig, Layout, BuildOptions], Iterator[str]]

@@ -1,0 +1,67 @@
+"""Writing a layout into a document. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridge.config import Document
+
+# What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world.
+CONFIG_FIELDS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+# What a document says of one layout only.
+_OF_ONE_LAYOUT = (
+    *CONFIG_FIELDS.values(),
+    "sequence_parallel",
+    "pipeline_dtype",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "microbatch_group_size_per_vp_stage",
+    "batch_p2p_comm",
+    "overlap_p2p_comm",
+)
+
+
+def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
+    """Write the sizes of a layout into a document, and what Megatron needs said beside them unless it is said already.
+
+    They go where the document keeps its TransformerConfig: into the part ``transformer`` if it has one.
+    """
+    prefix, holder = _transformer(document)
+    given = holder.get
+    for name, size in sizes.items():
+        document.set(prefix + CONFIG_FIELDS[name], size)
+    if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:
+        half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
+        document.set(f"{prefix}pipeline_dtype", half or given("params_dtype") or "torch.float32")
+    if sizes.get("vp", 1) > 1 and given("batch_p2p_comm") is None and given("overlap_p2p_comm") is None:
+        # Interleaved stages on two pipeline ranks need these (see the pre-flight rules); on more they are faster.
+        document.set(f"{prefix}batch_p2p_comm", False)
+        document.set(f"{prefix}overlap_p2p_comm", True)
+
+
+def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_parallel: bool) -> None:
+    """Give a document another layout in place of its own: sizes that are not named are one."""
+    prefix, holder = _transformer(document)
+    for name in _OF_ONE_LAYOUT:
+        if name in holder:
+            document.remove(prefix + name)
+    apply_layout(document, sizes)
+    if sequence_parallel:
+        document.set(f"{prefix}sequence_parallel", True)
+
+
+def _transformer(document: Document) -> tuple[str, dict[str, Any]]:
+    embedded = document.data.get("transformer")
+    return ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)
