@@ -159,12 +159,19 @@ def run_rank(job: BuildJob) -> BuildReport:
     Collective: every rank gets the same job and returns the same report. Rank 0 shows progress on standard error,
     where also goes what Megatron prints.
     """
+    with joined(job) as (config, layout, groups):
+        return _report(job, build_and_train(job, config, layout, groups), layout, groups, vocab_size(config))
+
+
+@contextlib.contextmanager
+def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCollection]]:
+    """Join the world that the environment describes with a job's configuration and process groups."""
     with contextlib.redirect_stdout(sys.stderr), _world():
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout)
         try:
-            return _report(job, build_and_train(job, config, layout, groups), layout, groups, vocab_size(config))
+            yield config, layout, groups
         finally:
             destroy_process_groups()
 

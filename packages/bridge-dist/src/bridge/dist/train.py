@@ -21,7 +21,10 @@ from bridge.dist.errors import TrainingError
 from bridge.dist.layout import Layout
 from bridge.dist.text import Text
 
-_LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-4
+# Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
+# to a full step in one direction or the other; far below the gradients that matter.
+_EPSILON = 1e-6
 _FP16_LOSS_SCALE = 2.0**16
 
 
@@ -111,8 +114,9 @@ def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollecti
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=_LEARNING_RATE,
-            min_lr=_LEARNING_RATE,
+            lr=LEARNING_RATE,
+            min_lr=LEARNING_RATE,
+            adam_eps=_EPSILON,
             fp16=config.fp16,
             bf16=config.bf16,
             initial_loss_scale=_FP16_LOSS_SCALE,
@@ -123,7 +127,7 @@ def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollecti
         stages,
     )
     for group in optimizer.param_groups:
-        group["lr"] = _LEARNING_RATE
+        group["lr"] = LEARNING_RATE
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if ddp_config.overlap_grad_reduce:
