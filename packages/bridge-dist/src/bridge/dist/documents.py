@@ -62,6 +62,13 @@ def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_par
         document.set(f"{prefix}sequence_parallel", True)
 
 
+def switch_off_dropout(document: Document) -> None:
+    """Set the dropout rates of a document to zero."""
+    prefix, _ = _transformer(document)
+    for name in ("hidden_dropout", "attention_dropout"):
+        document.set(prefix + name, 0.0)
+
+
 def _transformer(document: Document) -> tuple[str, dict[str, Any]]:
     embedded = document.data.get("transformer")
     return ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,7 +25,7 @@ from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.preflight import check
-from bridge.dist.report import BuildReport, ChunkReport, RankReport
+from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
@@ -242,7 +242,9 @@ def build_and_train(
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
         taken = train(stages, groups, layout, text=text, options=job.training)
-        steps = list(_with_progress(taken, job.training.steps) if leader else taken)
+        if leader:
+            taken = with_progress(taken, job.training.steps, describe=lambda step: f"loss {step.loss:.4f}")
+        steps = list(taken)
     return Run(stages=stages, placements=placements, steps=steps)
 
 
@@ -307,19 +309,6 @@ def _gather(rank: RankReport, placements: list[Placement]) -> tuple[list[RankRep
     torch.distributed.all_gather_object(everyone, (rank, placements))
     whole = {placement.full_name: placement for _, part in everyone for placement in part}
     return [report for report, _ in everyone], list(whole.values())
-
-
-def _with_progress(steps: Iterable[Step], total: int) -> Iterator[Step]:
-    """Pass steps through, with a progress bar if standard error is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("training", total=total)
-        for step in steps:
-            progress.update(task, advance=1, description=f"loss {step.loss:.4f}")
-            yield step
 
 
 def _say(message: str) -> None:

@@ -1,13 +1,17 @@
-"""What a build made, per rank and stage, as plain data and as a table."""
+"""What a build made, per rank and stage, as plain data and as a table; tables and progress on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from bridge.dist.verify import Row
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,42 @@ def _steps_table(report: BuildReport) -> RenderableType:
     for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=1):
         table.add_row(str(step), f"{loss:.6f}", "skipped: overflow" if norm is None else f"{norm:.6f}")
     return table
+
+
+def verification_tables(rows: Sequence[Row]) -> list[RenderableType]:
+    """Render what `bridge verify` found: one line a layout and wrapper, then why some were refused or failed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="largest relative differences from one process", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("layout", "wrapper", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("loss", "norm", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
+    colours = {"equal": "green", "refused": "yellow"}
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        differences = (row.loss_difference, row.grad_norm_difference, row.weight_difference)
+        verdict = f"[{colours.get(row.verdict, 'red')}]{row.verdict}"
+        numbers = ["" if difference is None else f"{difference:.1e}" for difference in differences]
+        table.add_row(row.layout, row.wrapper, verdict, *numbers)
+        if row.reason is not None:
+            reasons.setdefault(f"{row.verdict}: {row.reason}", []).append(f"{row.layout} with {row.wrapper}")
+    return [table, *(escape(f"{'; '.join(cases)}\n  {reason}") for reason, cases in reasons.items())]
+
+
+def with_progress(items: Iterable[ItemT], total: int, *, describe: Callable[[ItemT], str]) -> Iterator[ItemT]:
+    """Pass items through, with a progress bar if standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        for item in items:
+            progress.update(task, advance=1, description=describe(item))
+            yield item
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -51,6 +51,11 @@ class Placement:
             return torch.Size((min(shape[0], vocab_size), *shape[1:]))
         return shape
 
+    def pad(self, logical: torch.Tensor) -> torch.Tensor:
+        """Add the rows of zeros that pad the vocabulary to a parameter of the logical shape."""
+        padding = self.full_shape[0] - logical.shape[0]
+        return torch.cat([logical, logical.new_zeros(padding, *logical.shape[1:])]) if padding else logical
+
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """Cut this rank's part out of a whole parameter, as Megatron does: strided parts (gated layers) one by one."""
         if self.shards == 1:
@@ -175,10 +180,8 @@ def _draw(named: NamedParameter, initialise: Callable[[torch.Tensor], object], v
         initialise(drawn)
     finally:
         generator.set_state(state)
-    padding = placement.full_shape[0] - drawn.shape[0]
-    whole = torch.cat([drawn, drawn.new_zeros(padding, *drawn.shape[1:])]) if padding else drawn
     with torch.no_grad():
-        named.parameter.copy_(placement.cut(whole))
+        named.parameter.copy_(placement.cut(placement.pad(drawn)))
 
 
 def _seed(name: str) -> int:

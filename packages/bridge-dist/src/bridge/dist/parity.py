@@ -1,0 +1,100 @@
+"""How far the training of several ranks is from that of one process: losses, gradient norms and final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
+
+from bridge.dist.job import BuildJob, Run, build_and_train, joined
+from bridge.dist.train import LEARNING_RATE
+from bridge.dist.weights import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training run gave: losses and gradient norms of its steps, and how far its final weights are from others.
+
+    ``weight_difference`` is that of ``parameter``, the largest: the largest difference of an element, relative to the
+    largest element of the parameter, or to a step of the optimizer where all elements are smaller than that.
+    """
+
+    losses: list[float]
+    grad_norms: list[float | None]
+    weight_difference: float
+    parameter: str
+
+
+@record
+def train_reference(job: BuildJob, weights: Path) -> Trained:
+    """Train as the only rank and write the final weights to a file."""
+    with joined(job) as (config, layout, groups):
+        run = build_and_train(job, config, layout, groups)
+        save_weights(run, weights)
+        return compare(run, weights)
+
+
+@record
+def train_and_compare(job: BuildJob, weights: Path) -> Trained:
+    """Train as one of several ranks and compare the final weights with those of a file. Collective."""
+    with joined(job) as (config, layout, groups):
+        return compare(build_and_train(job, config, layout, groups), weights)
+
+
+def save_weights(run: Run, file: Path) -> None:
+    """Write the weights of a single rank by their names in the whole model."""
+    torch.save({placement.full_name: weight for placement, weight in _final_weights(run)}, file)
+
+
+def compare(run: Run, weights: Path) -> Trained:
+    """Compare what each rank holds of the final weights with those that ``save_weights`` wrote. Collective."""
+    reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
+    mine = [
+        (_difference(weight, reference[placement.full_name], placement), placement.full_name)
+        for placement, weight in _final_weights(run)
+    ]
+    largest: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(largest, max(mine))
+    difference, parameter = max(largest)
+    return Trained(
+        losses=[step.loss for step in run.steps],
+        grad_norms=[step.grad_norm for step in run.steps],
+        weight_difference=difference,
+        parameter=parameter,
+    )
+
+
+def _final_weights(run: Run) -> Iterator[tuple[Placement, torch.Tensor]]:
+    for stage, placements in zip(run.stages, run.placements, strict=True):
+        # A state dict, and not parameters: Megatron-FSDP keeps in them what the last forward pass used.
+        state = {_bare(name): value for name, value in stage.state_dict().items()}
+        for placement in placements:
+            yield placement, state[placement.name].detach()
+
+
+def _bare(name: str) -> str:
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement) -> float:
+    scale = max(reference.abs().max().item(), LEARNING_RATE)
+    local, expected = weight, placement.cut(placement.pad(reference))
+    if isinstance(weight, DTensor):
+        if weight.shape != placement.shape:  # Megatron-FSDP counts the shards of tensor parallelism in
+            parts = [replace(placement, shard=shard).cut(placement.pad(reference)) for shard in range(placement.shards)]
+            expected = torch.cat(parts, dim=placement.dim)
+        chunk = gather_and_compute_chunk_metadata(weight)
+        local = weight.to_local()
+        expected = expected[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))]
+    if not local.numel():
+        return 0.0
+    return (local.cpu().double() - expected.double()).abs().max().item() / scale

@@ -1,0 +1,101 @@
+"""The layouts and wrappers whose training is compared with that of one process."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+from bridge.config import Document
+from bridge.dist.documents import replace_layout
+from bridge.dist.options import Wrapper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapping:
+    """A data-parallel wrapper, and whether its optimizer's state is sharded."""
+
+    wrapper: Wrapper
+    distributed_optimizer: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.wrapper}, dist. optimizer" if self.distributed_optimizer else str(self.wrapper)
+
+
+WRAPPINGS = (
+    Wrapping(wrapper=Wrapper.DDP),
+    Wrapping(wrapper=Wrapper.DDP, distributed_optimizer=True),
+    Wrapping(wrapper=Wrapper.MEGATRON_FSDP),
+    Wrapping(wrapper=Wrapper.TORCH_FSDP2),
+)
+
+
+_SHARDED_OPTIMIZER = WRAPPINGS[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A way to split a model: sizes of a layout by name, those not named are one; data parallelism takes the rest."""
+
+    sizes: tuple[tuple[str, int], ...] = ()
+    sequence_parallel: bool = False
+
+    def and_also(self, other: Split) -> Split:
+        """Return the product of two ways to split."""
+        return Split(
+            sizes=self.sizes + other.sizes, sequence_parallel=self.sequence_parallel or other.sequence_parallel
+        )
+
+    def document(self, document: Document) -> Document:
+        """Return a copy of a document with this layout in place of its own."""
+        copy = deepcopy(document)
+        replace_layout(copy, dict(self.sizes), sequence_parallel=self.sequence_parallel)
+        return copy
+
+    def name(self, world_size: int) -> str:
+        """Return the split in words, such as ``tp2 sp pp2 dp1``."""
+        parts = [f"{name}{size}" for name, size in self.sizes]
+        if self.sequence_parallel:
+            parts.insert(1, "sp")
+        ranks = 1
+        for name, size in self.sizes:
+            ranks *= size if name in ("tp", "pp", "cp") else 1
+        return " ".join([*parts, f"dp{world_size // ranks}"])
+
+
+def single_splits(world_size: int) -> list[Split]:
+    """Return the splits along one axis: data, tensor, tensor and sequence, pipeline, virtual pipeline, context, expert.
+
+    The size is the smallest prime factor of the world; data parallelism takes the ranks that are left.
+    """
+    if world_size == 1:
+        return [Split()]
+    size = _smallest_factor(world_size)
+    tp = Split(sizes=(("tp", size),))
+    return [
+        Split(),
+        tp,
+        replace(tp, sequence_parallel=True),
+        Split(sizes=(("pp", size),)),
+        Split(sizes=(("pp", size), ("vp", 2))),
+        Split(sizes=(("cp", size),)),
+        Split(sizes=(("ep", size),)),
+    ]
+
+
+def product_splits(world_size: int) -> list[Split]:
+    """Return products of two splits along different axes, of the same size each, if the world divides so."""
+    if world_size == 1 or world_size % _smallest_factor(world_size) ** 2:
+        return []
+    _, tp, tp_sp, pp, pp_vp, cp, ep = single_splits(world_size)
+    pairs = [(tp, pp), (tp_sp, pp), (tp_sp, pp_vp), (tp_sp, cp), (tp_sp, ep), (cp, pp), (cp, ep), (pp, ep)]
+    return [one.and_also(other) for one, other in pairs]
+
+
+def _smallest_factor(number: int) -> int:
+    return next(factor for factor in range(2, number + 1) if number % factor == 0)
+
+
+def cases(world_size: int) -> list[tuple[Split, Wrapping]]:
+    """Return the layouts and wrappers that `bridge verify` tries on ``world_size`` ranks."""
+    single = [(split, wrapping) for split in single_splits(world_size) for wrapping in WRAPPINGS]
+    return single + [(split, _SHARDED_OPTIMIZER) for split in product_splits(world_size)]

@@ -1,0 +1,159 @@
+"""Training the same few steps under several layouts and wrappers, and comparing each with one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from megatron.core.transformer import TransformerConfig
+
+from bridge.config import BridgeError, Document, ModelConfig
+from bridge.dist.documents import switch_off_dropout
+from bridge.dist.errors import LaunchError
+from bridge.dist.job import BuildJob, make_builder
+from bridge.dist.launch import launch
+from bridge.dist.parity import Trained, train_and_compare, train_reference
+from bridge.dist.splits import WRAPPINGS, Split, Wrapping, cases
+from bridge.dist.train import TrainOptions
+
+
+class Verdict(StrEnum):
+    """What became of a layout."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layout and wrapper beside one process: largest relative differences over all steps, ranks and parameters.
+
+    ``parameter`` is the one whose weights differ most; ``reason`` says why a layout was refused, or how it failed.
+    """
+
+    layout: str
+    wrapper: str
+    verdict: Verdict
+    loss_difference: float | None = None
+    grad_norm_difference: float | None = None
+    weight_difference: float | None = None
+    parameter: str | None = None
+    reason: str | None = None
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Whether the layout trained otherwise than one process, or not at all."""
+        return self.verdict in (Verdict.DIFFERENT, Verdict.FAILED)
+
+
+class Tolerance(NamedTuple):
+    """How large relative differences may be for rounding alone, of losses, gradient norms and weights."""
+
+    loss: float
+    grad_norm: float
+    weight: float
+
+
+_FULL_PRECISION = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-4)
+# At 16 bits every operation rounds to 8 (bfloat16) or 11 bits, and sums over ranks are rounded in another order.
+_HALF_PRECISION = Tolerance(loss=2**-8, grad_norm=2**-5, weight=2**-6)
+
+
+def tolerance(config: TransformerConfig) -> Tolerance:
+    """Return what a configuration's precision allows."""
+    return _HALF_PRECISION if config.bf16 or config.fp16 else _FULL_PRECISION
+
+
+def verify(document: Document, training: TrainOptions, *, world_size: int) -> Iterator[Row]:
+    """Train a document's model on one process, then under each layout on ``world_size`` local processes, and compare.
+
+    Every kind of parallelism alone is tried with every wrapper, and products of two with DDP and its distributed
+    optimizer. Dropout is switched off, and the layout of the document itself is left aside.
+
+    Raises:
+        BridgeError: The document, or its training on one process, is at fault.
+    """
+    document = deepcopy(document)
+    switch_off_dropout(document)
+    with TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        alone = _job(document, Split(), WRAPPINGS[0], training)
+        allowed = tolerance(_checked_transformer(alone, world_size=1))
+        expected = _launched(train_reference, alone, weights, ranks=1)
+        for split, wrapping in cases(world_size):
+            row = Row(layout=split.name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
+            try:
+                job = _job(document, split, wrapping, training)
+                _checked_transformer(job, world_size=world_size)
+            except BridgeError as error:
+                yield replace(row, verdict=Verdict.REFUSED, reason=str(error))
+                continue
+            try:
+                trained = _launched(train_and_compare, job, weights, ranks=world_size)
+            except LaunchError as error:
+                yield replace(row, verdict=Verdict.FAILED, reason=str(error))
+                continue
+            yield judged(row, trained, expected, allowed)
+
+
+def judged(row: Row, trained: Trained, expected: Trained, allowed: Tolerance) -> Row:
+    """Fill in how far a run is from the expected one, and whether that is within tolerance."""
+    differences = Tolerance(
+        loss=relative_difference(trained.losses, expected.losses),
+        grad_norm=relative_difference(trained.grad_norms, expected.grad_norms),
+        weight=trained.weight_difference,
+    )
+    # Written so that a difference that is not a number is no match.
+    equal = all(difference <= limit for difference, limit in zip(differences, allowed, strict=True))
+    return replace(
+        row,
+        verdict=Verdict.EQUAL if equal else Verdict.DIFFERENT,
+        loss_difference=differences.loss,
+        grad_norm_difference=differences.grad_norm,
+        weight_difference=differences.weight,
+        parameter=trained.parameter,
+    )
+
+
+def relative_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+    """Return the largest relative difference of two sequences; None, a step that overflowed, equals only None."""
+    return max(
+        (0.0 if value == other else math.inf if value is None or other is None else abs(value - other) / abs(other))
+        for value, other in zip(values, expected, strict=True)
+    )
+
+
+def _launched(
+    train: Callable[[BuildJob, Path], Trained | None], job: BuildJob, weights: Path, *, ranks: int
+) -> Trained:
+    trained = launch(train, job, weights, ranks=ranks)
+    assert trained is not None  # torch's ``record`` returns None only for a function that called sys.exit
+    return trained
+
+
+def _job(document: Document, split: Split, wrapping: Wrapping, training: TrainOptions) -> BuildJob:
+    return BuildJob(
+        document=split.document(document).data,
+        wrapper=wrapping.wrapper,
+        distributed_optimizer=wrapping.distributed_optimizer,
+        training=training,
+    )
+
+
+def _checked_transformer(job: BuildJob, *, world_size: int) -> TransformerConfig:
+    """Return the Megatron configuration of a job that was found fit for ``world_size`` ranks.
+
+    Raises:
+        BridgeError: It is not.
+    """
+    config = ModelConfig.from_dict(job.document)
+    job.check(config, world_size)
+    return make_builder(config).transformer_config
