@@ -1,4 +1,4 @@
-"""Imported by the command line before Megatron: keeps what Megatron says about missing CUDA libraries off the terminal."""
+"""Imported before Megatron by the command line: keeps what it says about missing CUDA libraries off the terminal."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)"
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a parameter of one stage stands in the whole model: its name there, and which part of it this rank holds."""
+    """Where a parameter of one stage stands in the whole model: its name there, and which part of it the rank holds."""
 
     name: str
     full_name: str
