@@ -132,7 +132,7 @@ def make_builder(config: ModelConfig) -> DistributedModelBuilder[MegatronModule,
     builder = config.get_builder_cls()(config)
     if not isinstance(builder, DistributedModelBuilder):
         raise BuilderContractError(
-            f"{type(builder).__name__} is no DistributedModelBuilder: derive it from bridge.dist.DistributedModelBuilder"
+            f"{type(builder).__name__} is no DistributedModelBuilder: derive it from that class of bridge.dist"
         )
     return builder
 
@@ -202,9 +202,7 @@ class Run:
     steps: list[Step]
 
 
-def build_and_train(
-    job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection
-) -> Run:
+def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> Run:
     """Build the stages of this rank, wrap them, and train them if the job says so.
 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
@@ -256,9 +254,7 @@ def vocab_size(config: ModelConfig) -> int | None:
 
 def _report(job: BuildJob, run: Run, layout: Layout, groups: ProcessGroupCollection, vocab: int | None) -> BuildReport:
     """Collective: collect what every rank built."""
-    chunks = [
-        _chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)
-    ]
+    chunks = [_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
     ranks, whole = _gather(_rank_report(groups, chunks), placements)
     return BuildReport(

@@ -114,9 +114,7 @@ def layer_indices(stage: MegatronModule) -> list[int]:
     )
 
 
-def _full_module_names(
-    modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection
-) -> dict[str, str]:
+def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection) -> dict[str, str]:
     """Map the name of each module in a stage to its name in the whole model. Parents come before children."""
     experts = {
         name: sum(1 for other in modules if re.fullmatch(re.escape(name) + r"\.\d+", other))
