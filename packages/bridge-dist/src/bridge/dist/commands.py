@@ -1,4 +1,4 @@
-"""The commands `bridge build` and `bridge verify`. Importing this module imports no torch: `bridge --help` stays quick."""
+"""The commands `bridge build` and `bridge verify`. Importing this module imports no torch: `bridge -h` stays quick."""
 
 from __future__ import annotations
 

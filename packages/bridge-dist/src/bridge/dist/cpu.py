@@ -2,9 +2,9 @@
 
 megatron-core 0.19.2 asks for a CUDA device in a few dozen places. While this runtime is installed there is one pretend
 device, `cuda:0`, and it is the CPU: tensors asked for on CUDA are made in host memory, streams and events do nothing
-because work on a CPU is already in program order, and the CUDA random generator is the CPU's.
-`torch.cuda.is_available()` stays False, so that code which has a way for the CPU takes it. Use the gloo backend for the
-process groups.
+because work on a CPU is in program order (collectives end before they return, to make it so), and the CUDA random
+generator is the CPU's. `torch.cuda.is_available()` stays False, so that code which has a way for the CPU takes it. Use
+the gloo backend for the process groups.
 
 `_replacements` lists every name that is replaced; `_REDIRECTED` lists the torch functions that name a device elsewhere
 than in the keyword `device`.
@@ -331,12 +331,48 @@ def _same(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return tensor
 
 
+def _finished(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that has ended when it returns, asynchronous or not.
+
+    A stream frees memory after the collectives that use it; on the CPU it is gone at once. Megatron-FSDP (megatron-core
+    0.19.2) frees what it gathers ahead, and gloo's thread would write into it.
+    """
+
+    def finished(*args: Any, **kwargs: Any) -> Any:
+        work = collective(*args, **kwargs)
+        if type(work) is torch.distributed.Work:
+            work.wait()
+        return work
+
+    return finished
+
+
+# By name: those that end in `_single` are what their older spellings call in newer versions of torch.
+_COLLECTIVES = [
+    getattr(torch.distributed, name)
+    for name in (
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "broadcast",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
+    )
+    if hasattr(torch.distributed, name)
+]
+
 _REDIRECTED: Mapping[object, Callable[..., Any]] = {
     torch.device: _device,
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
     torch.Tensor.cuda: _same,
     torch.Tensor.pin_memory: _same,
+    **{collective: _finished(collective) for collective in _COLLECTIVES},
 }
 
 
