@@ -22,8 +22,8 @@ from bridge.dist.weights import Placement
 class Trained:
     """What a training run gave: losses and gradient norms of its steps, and how far its final weights are from others.
 
-    ``weight_difference`` is that of ``parameter``, the largest: the largest difference of an element, relative to the
-    largest element of the parameter, or to a step of the optimizer where all elements are smaller than that.
+    ``weight_difference`` is that of ``parameter``, the largest: the root mean square of the difference over the
+    parameter's elements, in units of what Adam moves an element in these steps and of what rounding does to it.
     """
 
     losses: list[float]
@@ -57,7 +57,7 @@ def compare(run: Run, weights: Path) -> Trained:
     """Compare what each rank holds of the final weights with those that ``save_weights`` wrote. Collective."""
     reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     mine = [
-        (_difference(weight, reference[placement.full_name], placement), placement.full_name)
+        (_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)), placement.full_name)
         for placement, weight in _final_weights(run)
     ]
     largest: list[Any] = [None] * torch.distributed.get_world_size()
@@ -85,8 +85,7 @@ def _bare(name: str) -> str:
     return name
 
 
-def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement) -> float:
-    scale = max(reference.abs().max().item(), LEARNING_RATE)
+def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
     local, expected = weight, placement.cut(placement.pad(reference))
     if isinstance(weight, DTensor):
         if weight.shape != placement.shape:  # Megatron-FSDP counts the shards of tensor parallelism in
@@ -97,4 +96,11 @@ def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placem
         expected = expected[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))]
     if not local.numel():
         return 0.0
-    return (local.cpu().double() - expected.double()).abs().max().item() / scale
+    # Megatron-FSDP shows the optimizer's copies in full precision.
+    difference = local.cpu().to(reference.dtype).double() - expected.double()
+    rounding = torch.finfo(reference.dtype).eps * _root_mean_square(reference.double())
+    return _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
+
+
+def _root_mean_square(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()

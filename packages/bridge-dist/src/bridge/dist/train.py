@@ -24,7 +24,7 @@ from bridge.dist.text import Text
 LEARNING_RATE = 1e-4
 # Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
 # to a full step in one direction or the other; far below the gradients that matter.
-_EPSILON = 1e-6
+_EPSILON = 1e-5
 _FP16_LOSS_SCALE = 2.0**16
 
 
