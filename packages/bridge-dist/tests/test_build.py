@@ -19,7 +19,7 @@ from bridge.builders import HookError
 from bridge.config import ModelConfig
 from bridge.dist import BuildOptions, DistributedModelBuilder, Layout, Wrapper, create_process_groups
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
-from bridge.dist.precision import materialize
+from bridge.dist.meta import materialize
 from bridge.dist.wrap import bucket_size
 
 WIDTH = 8
@@ -363,21 +363,3 @@ def test_materialize_keeps_attributes_and_ties() -> None:
     assert model[0].weight is model[1].weight
     assert model[0].weight.allreduce is False
     assert not model[0].weight.is_meta
-
-
-def build_on_meta() -> tuple[bool, list[str]]:
-    config = config_of(init_model_with_meta_device=True)
-    import logging
-
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bridge.dist").addHandler(handler)
-    (stage,) = StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
-    return any(parameter.is_meta for parameter in stage.parameters()), records
-
-
-def test_stages_built_on_meta_end_in_memory_and_say_they_hold_no_weights() -> None:
-    (any_meta, records) = run_ranks(build_on_meta, 1)[0]
-    assert not any_meta
-    assert any("load a checkpoint before use" in record for record in records)

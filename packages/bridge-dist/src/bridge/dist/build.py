@@ -17,11 +17,12 @@ from megatron.core.transformer.module import Float16Module
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.dist.errors import BuilderContractError
+from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions, Wrapper
-from bridge.dist.precision import materialize_stages, move_to_device, wrap_mixed_precision
+from bridge.dist.precision import move_to_device, wrap_mixed_precision
 from bridge.dist.preflight import check_build
 from bridge.dist.stages import BuildStage, build_stages
-from bridge.dist.wrap import wrap_data_parallel
+from bridge.dist.wrap import check_optimizer_instances, wrap_data_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +56,22 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
         data_parallel_random_init: bool = True,
         mixed_precision_wrapper: MixedPrecisionWrapper | None = Float16Module,
         model_type: ModelType = ModelType.encoder_or_decoder,
+        *,
+        use_layer_wise_distributed_optimizer: bool = False,
+        use_layer_wise_param_layout: bool = True,
     ) -> list[ModelT]:
         """Build all stages of this rank and wrap them for training; see ``ModelBuilder``.
 
         The order: stages, pre-wrap hooks, tensor-parallel attributes, device, mixed precision, data-parallel wrapper,
         broadcast, post-wrap hooks. Neither ``ddp_config`` nor the configuration nor its hooks are changed.
 
+        Two arguments more than there, by name only: ``use_layer_wise_distributed_optimizer`` for an optimizer (Muon)
+        that updates each parameter as a whole on one rank, and ``use_layer_wise_param_layout`` to lay out DDP's buffers
+        so that gradients are reduced to that rank only.
+
         Raises:
             OptionsError: The options contradict each other.
-            PreflightError: The configuration does not fit the process groups.
+            PreflightError: The configuration does not fit the process groups or the wrapper.
             HookError: A hook returned None.
         """
         options = BuildOptions(
@@ -75,6 +83,8 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             data_parallel_random_init=data_parallel_random_init,
             mixed_precision_wrapper=mixed_precision_wrapper,
             model_type=model_type,
+            use_layer_wise_distributed_optimizer=use_layer_wise_distributed_optimizer,
+            use_layer_wise_param_layout=use_layer_wise_param_layout,
         )
         stages = build_distributed(
             self.build_model,
@@ -99,6 +109,7 @@ def build_distributed(
 ) -> list[MegatronModule]:
     """Run the whole build: stages, hooks, placement, precision, wrapping."""
     check_build(config, pg_collection, options)
+    check_optimizer_instances(pg_collection, options)
     on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
     with on_device:
         built = build_stages(
@@ -124,12 +135,11 @@ def prepare_stages(
     _log_parameters(stages, pg_collection)
 
     on_meta = config.init_model_with_meta_device
-    shards_itself = options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
     if not (on_meta or config.use_cpu_initialization or options.wrapper is Wrapper.TORCH_FSDP2):
         move_to_device(stages)
     stages = wrap_mixed_precision(stages, config, options.mixed_precision_wrapper)
-    if on_meta and not shards_itself:
-        materialize_stages(stages)
+    if on_meta and not options.shards_weights:
+        initialise_stages(stages, pg_collection)
     correct_amax_history_if_needed(list(stages))  # casting changed what FP8 modules remember
     if options.wrapper is Wrapper.NONE:
         return stages

@@ -26,6 +26,8 @@ class Wrapper(StrEnum):
 class BuildOptions:
     """How the stages of this rank are wrapped; the parameters of ``ModelBuilder.build_distributed_models`` by name.
 
+    The two for layer-wise optimizers are those of ``DistributedModelBuilder``.
+
     Raises:
         OptionsError: On contradictory options, when the value is made, so before anything is built.
     """
@@ -38,6 +40,8 @@ class BuildOptions:
     data_parallel_random_init: bool = True
     mixed_precision_wrapper: MixedPrecisionWrapper | None = Float16Module
     model_type: ModelType = ModelType.encoder_or_decoder
+    use_layer_wise_distributed_optimizer: bool = False
+    use_layer_wise_param_layout: bool = True
 
     def __post_init__(self) -> None:
         if self.use_megatron_fsdp and self.use_torch_fsdp2:
@@ -49,6 +53,26 @@ class BuildOptions:
                 "wrap_with_ddp is True but ddp_config is None: "
                 "pass a DistributedDataParallelConfig, or wrap_with_ddp=False for bare stages"
             )
+        if self.ddp_config is not None and self.ddp_config.use_megatron_fsdp and not self.use_megatron_fsdp:
+            raise OptionsError(
+                "ddp_config.use_megatron_fsdp is True but use_megatron_fsdp is not, so that the optimizer would look "
+                "for Megatron-FSDP's buffers in another wrapper: make both the same"
+            )
+        if self.use_layer_wise_distributed_optimizer:
+            self._check_layer_wise()
+
+    def _check_layer_wise(self) -> None:
+        if self.wrapper is not Wrapper.DDP:
+            raise OptionsError(
+                f"use_layer_wise_distributed_optimizer lays out the buffers of DDP, the wrapper is {self.wrapper}: "
+                "wrap with ddp, or set it to False"
+            )
+        assert self.ddp_config is not None
+        if self.ddp_config.use_distributed_optimizer and not self.use_layer_wise_param_layout:
+            raise OptionsError(
+                "use_layer_wise_distributed_optimizer without use_layer_wise_param_layout needs the whole gradients on "
+                "each rank: set ddp_config.use_distributed_optimizer to False, or use_layer_wise_param_layout to True"
+            )
 
     @property
     def wrapper(self) -> Wrapper:
@@ -58,3 +82,16 @@ class BuildOptions:
         if self.use_megatron_fsdp:
             return Wrapper.MEGATRON_FSDP
         return Wrapper.TORCH_FSDP2 if self.use_torch_fsdp2 else Wrapper.DDP
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the wrapper leaves each data-parallel rank a part of every weight only."""
+        if self.wrapper is Wrapper.MEGATRON_FSDP:
+            assert self.ddp_config is not None
+            return self.ddp_config.data_parallel_sharding_strategy == "optim_grads_params"
+        return self.wrapper is Wrapper.TORCH_FSDP2
+
+    @property
+    def has_layer_wise_layout(self) -> bool:
+        """Whether DDP's buffers keep the parameters whole that a layer-wise optimizer (Muon) updates."""
+        return self.use_layer_wise_distributed_optimizer and self.use_layer_wise_param_layout

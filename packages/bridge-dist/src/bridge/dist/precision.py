@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import MixedPrecisionWrapper
-
-logger = logging.getLogger(__name__)
-
-ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
 def move_to_device(stages: Sequence[MegatronModule]) -> None:
@@ -38,42 +32,3 @@ def wrap_mixed_precision(
             if maintain is not None:
                 maintain()
     return wrapped
-
-
-def materialize(module: ModuleT, device: torch.device, *, recurse: bool = True) -> ModuleT:
-    """Give meta tensors uninitialised memory on ``device`` and move the others there, values kept.
-
-    Parameters keep their attributes, and a parameter that two modules share stays shared.
-
-    Args:
-        module: Changed in place and returned.
-        device: Where its parameters and buffers shall be.
-        recurse: False leaves the children as they are.
-    """
-
-    placed: dict[torch.Tensor, torch.nn.Parameter] = {}
-    for owner in module.modules() if recurse else [module]:
-        for name, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in placed:
-                placed[parameter] = torch.nn.Parameter(_place(parameter.data, device), parameter.requires_grad)
-                # Megatron keeps what it knows of a parameter, such as how it is split, in attributes.
-                vars(placed[parameter]).update(vars(parameter))
-            owner._parameters[name] = placed[parameter]
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = _place(buffer, device)
-    return module
-
-
-def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-
-def materialize_stages(stages: Sequence[MegatronModule]) -> None:
-    """Materialise stages that were built on the meta device, and say that they hold no weights yet."""
-    for stage in stages:
-        materialize(stage, torch.device("cuda"))
-    logger.warning("init_model_with_meta_device: the weights are uninitialised memory; load a checkpoint before use")
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +15,50 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     FullyShardedDataParallel,
     TorchFullyShardedDataParallel,
+    param_and_grad_buffer,
 )
 from megatron.core.full_cuda_graph import get_shared_capture_stream
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer, tag_params_for_buffer_routing
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge.dist.errors import PreflightError
+from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
 from bridge.dist.options import BuildOptions, Wrapper
 
 # A bucket should be large enough that a ring all-reduce over all ranks is bound by bandwidth, not by latency.
 _SMALLEST_BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
+# Megatron-FSDP (megatron-core 0.19.2) derives how much to communicate at once from the mean size of these layers, and
+# divides by zero where a model has none. The number is what it takes at least.
+_FSDP_UNITS = (TransformerLayer, MambaLayer)
+_COMMUNICATION_UNIT = 1_000_000_000
+
+
+def check_optimizer_instances(pg_collection: ProcessGroupCollection, options: BuildOptions) -> None:
+    """Check that the process groups were made for as many instances of the distributed optimizer as are asked for.
+
+    Raises:
+        PreflightError: They were not.
+    """
+    within = getattr(pg_collection, "intra_dp_cp", None)
+    if options.ddp_config is None or not options.ddp_config.use_distributed_optimizer or within is None:
+        return
+    wanted = options.ddp_config.num_distributed_optimizer_instances
+    there = pg_collection.dp_cp.size() // within.size()
+    if wanted != there:
+        raise PreflightError(
+            [
+                f"num_distributed_optimizer_instances is {wanted}, the process groups were made for {there}: "
+                "make both the same"
+            ]
+        )
 
 
 def wrap_data_parallel(
@@ -35,18 +66,25 @@ def wrap_data_parallel(
 ) -> list[MegatronModule]:
     """Wrap each stage as the options say, and make data-parallel ranks start from the same weights if asked for.
 
-    ``options.ddp_config`` is not changed: the wrappers get a copy, with the bucket size filled in.
+    ``options.ddp_config`` is not changed: the wrappers get a copy, with what depends on the stages filled in.
+
+    Raises:
+        PreflightError: The wrapper cannot train these stages.
     """
-    assert options.ddp_config is not None
-    ddp_config = copy.copy(options.ddp_config)
-    if options.wrapper is not Wrapper.TORCH_FSDP2:
-        ddp_config.bucket_size = bucket_size(ddp_config, stages, data_parallel_size=pg_collection.dp_cp.size())
-    if options.data_parallel_random_init and options.wrapper is not Wrapper.DDP:
+    _check_stages(stages, options)
+    options = replace(options, ddp_config=_resolved_ddp_config(stages, pg_collection, options))
+    if options.has_layer_wise_layout:
+        tag_params_for_buffer_routing(stages)
+    share = partial(_broadcast, pg_collection=pg_collection) if options.data_parallel_random_init else None
+    if share is not None and options.wrapper is not Wrapper.DDP:
         # Before wrapping: parameters that are sharded afterwards (DTensor) cannot be broadcast.
-        _broadcast_weights(stages, pg_collection)
+        for stage in stages:
+            for parameter in stage.parameters():
+                if not parameter.is_meta:  # those that are still to be initialised are shared then
+                    share(parameter)
     with _on_side_stream(stages[0]):
         wrapped = [
-            _wrap_stage(stage, pg_collection, options.wrapper, ddp_config, one_bucket=one_bucket)
+            _wrap_stage(stage, pg_collection, options, one_bucket=one_bucket, share=share)
             for stage, one_bucket in zip(stages, _one_bucket_flags(len(stages), options), strict=True)
         ]
     if options.data_parallel_random_init and options.wrapper is Wrapper.DDP:
@@ -54,6 +92,44 @@ def wrap_data_parallel(
             assert isinstance(stage, DistributedDataParallel)
             stage.broadcast_params()
     return wrapped
+
+
+def _check_stages(stages: Sequence[MegatronModule], options: BuildOptions) -> None:
+    """Refuse what is known to fail with these stages; what their configuration shows is refused before."""
+    assert options.ddp_config is not None
+    tied = any(getattr(unwrap_model(stage), "share_embeddings_and_output_weights", False) for stage in stages)
+    if tied and options.wrapper is Wrapper.TORCH_FSDP2:
+        # Seen in megatron-core 0.19.2: the tied weight is sharded in one of its uses only.
+        raise PreflightError(["torch FSDP2 fails with tied embeddings: untie them, or wrap with ddp or megatron-fsdp"])
+    frozen = not all(parameter.requires_grad for stage in stages for parameter in stage.parameters())
+    strategy = options.ddp_config.data_parallel_sharding_strategy
+    if frozen and options.wrapper is Wrapper.MEGATRON_FSDP and strategy == "optim":
+        # Seen in megatron-core 0.19.2: an AttributeError in the first step, which looks for their gradients.
+        raise PreflightError(
+            [
+                "Megatron-FSDP fails with frozen parameters when data_parallel_sharding_strategy is optim: "
+                "choose optim_grads, optim_grads_params or no_shard, or wrap with ddp"
+            ]
+        )
+
+
+def _resolved_ddp_config(
+    stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, options: BuildOptions
+) -> DistributedDataParallelConfig:
+    """Return a copy of the options' configuration with what depends on the stages and on the wrapper filled in."""
+    assert options.ddp_config is not None
+    resolved = copy.copy(options.ddp_config)
+    if options.wrapper is not Wrapper.TORCH_FSDP2:
+        resolved.bucket_size = bucket_size(resolved, stages, data_parallel_size=pg_collection.dp_cp.size())
+    if options.has_layer_wise_layout:
+        resolved.use_distributed_optimizer = True  # reduces to each rank the gradients of its own parameters
+    if options.wrapper is Wrapper.MEGATRON_FSDP:
+        resolved.use_megatron_fsdp = True  # what Megatron's optimizer looks at
+        if not any(isinstance(module, _FSDP_UNITS) for stage in stages for module in stage.modules()):
+            resolved.suggested_communication_unit_size = (
+                resolved.suggested_communication_unit_size or _COMMUNICATION_UNIT
+            )
+    return resolved
 
 
 def bucket_size(
@@ -74,16 +150,12 @@ def bucket_size(
     return max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * data_parallel_size)
 
 
-def _broadcast_weights(stages: Sequence[torch.nn.Module], pg_collection: ProcessGroupCollection) -> None:
-    """Give every data-parallel rank the weights of the first; experts within their own data-parallel group."""
-    for stage in stages:
-        for parameter in stage.parameters():
-            if parameter.is_meta:
-                continue
-            group = pg_collection.dp_cp if getattr(parameter, "allreduce", True) else pg_collection.expt_dp
-            weight = parameter.data.cuda()
-            torch.distributed.broadcast(weight, group_src=0, group=group)
-            parameter.data.copy_(weight)
+def _broadcast(parameter: torch.nn.Parameter, *, pg_collection: ProcessGroupCollection) -> None:
+    """Give every data-parallel rank the weight of the first; an expert's within its own data-parallel group."""
+    group = pg_collection.dp_cp if getattr(parameter, "allreduce", True) else pg_collection.expt_dp
+    weight = parameter.data.cuda()
+    torch.distributed.broadcast(weight, group_src=0, group=group)
+    parameter.data.copy_(weight)
 
 
 def _one_bucket_flags(stages: int, options: BuildOptions) -> list[bool]:
@@ -94,68 +166,71 @@ def _one_bucket_flags(stages: int, options: BuildOptions) -> list[bool]:
 def _wrap_stage(
     stage: MegatronModule,
     pg_collection: ProcessGroupCollection,
-    wrapper: Wrapper,
-    ddp_config: DistributedDataParallelConfig,
+    options: BuildOptions,
     *,
     one_bucket: bool,
+    share: Share | None,
 ) -> MegatronModule:
+    assert options.ddp_config is not None
     common: dict[str, Any] = {
         "config": get_model_config(stage),
-        "ddp_config": ddp_config,
+        "ddp_config": options.ddp_config,
         "module": stage,
         "disable_bucketing": one_bucket,
     }
-    if wrapper is Wrapper.TORCH_FSDP2:
-        return _wrap_torch_fsdp2(stage, common)
-    if wrapper is Wrapper.MEGATRON_FSDP:
-        return FullyShardedDataParallel(**common, pg_collection=pg_collection)
-    if ddp_config.use_distributed_optimizer:
-        common["full_param_layout"] = _distributed_optimizer_layout(
-            stage, pg_collection, ddp_config, one_bucket=one_bucket
-        )
+    if options.wrapper is Wrapper.TORCH_FSDP2:
+        wrapped = _wrap_torch_fsdp2(stage, pg_collection, common)
+        initialise_shards(stage, share)
+        return wrapped
+    if options.wrapper is Wrapper.MEGATRON_FSDP:
+        with initialised_by_wrapper(stage, share):
+            return FullyShardedDataParallel(**common, pg_collection=pg_collection)
+    # Megatron-core 0.19.2 replaces this for all models of the process when one of them is wrapped with
+    # reduce_scatter_with_fp32_accumulation; gradients of a later one are then lost. The latest build decides.
+    param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
+    if options.ddp_config.use_distributed_optimizer:
+        common["full_param_layout"] = _parameter_layout(stage, pg_collection, options, one_bucket=one_bucket)
     return DistributedDataParallel(**common, pg_collection=pg_collection)
 
 
-def _wrap_torch_fsdp2(stage: MegatronModule, common: dict[str, Any]) -> MegatronModule:
+def _wrap_torch_fsdp2(
+    stage: MegatronModule, pg_collection: ProcessGroupCollection, common: dict[str, Any]
+) -> MegatronModule:
     """Wrap with FSDP2, telling it which layers there are.
 
     megatron-core 0.19.2 shards the linear layers inside a layer a second time, and fails, unless transformer_impl is
     local. Without Transformer Engine the layers are local whatever the configuration says.
     """
     config = common["config"]
-    if getattr(unwrap_model(stage), "share_embeddings_and_output_weights", False):
-        # Seen in megatron-core 0.19.2: the tied weight is sharded in one of its uses only.
-        raise PreflightError(["torch FSDP2 fails with tied embeddings: untie them, or wrap with ddp or megatron-fsdp"])
     layers = (module for module in stage.modules() if isinstance(module, TransformerLayer))
     if any(isinstance(module, ColumnParallelLinear) for layer in layers for module in layer.modules()):
         common = common | {"config": copy.copy(config)}
         common["config"].transformer_impl = "local"
-    wrapped = TorchFullyShardedDataParallel(**common)
+    wrapped = TorchFullyShardedDataParallel(**common, process_group=pg_collection.dp_cp)
     wrapped.config = config
     return wrapped
 
 
-def _distributed_optimizer_layout(
-    stage: MegatronModule,
-    pg_collection: ProcessGroupCollection,
-    ddp_config: DistributedDataParallelConfig,
-    *,
-    one_bucket: bool,
-) -> Any:
+def _parameter_layout(
+    stage: MegatronModule, pg_collection: ProcessGroupCollection, options: BuildOptions, *, one_bucket: bool
+) -> FullParamLayout:
     """Lay out the trainable parameters for the group that the optimizer shards over.
 
     That is the group within one optimizer instance where there are several instances.
     """
+    assert options.ddp_config is not None
     shards = getattr(pg_collection, "intra_dp_cp", None) or pg_collection.dp_cp
     expert_shards = getattr(pg_collection, "intra_expt_dp", None) or pg_collection.expt_dp
     no_buckets = one_bucket or pg_collection.pp.rank() > 0
-    return DistributedOptimizer.compute_full_param_layout(
+    optimizer = LayerWiseDistributedOptimizer if options.has_layer_wise_layout else DistributedOptimizer
+    layout: FullParamLayout = optimizer.compute_full_param_layout(
         [parameter for parameter in stage.parameters() if parameter.requires_grad],
-        None if no_buckets else ddp_config.bucket_size,
+        None if no_buckets else options.ddp_config.bucket_size,
         shards.size(),
-        ddp_config,
+        options.ddp_config,
         expert_data_parallel_world_size=expert_shards.size(),
     )
+    return layout
 
 
 @contextlib.contextmanager
