@@ -61,7 +61,7 @@ class BuildJob:
         layout = Layout.of(transformer, world_size, dp=self.dp)
         check(transformer, layout, self.options(transformer))
         if self.training is not None:
-            check_training(self.wrapper, config, transformer, layout)
+            check_training(self.wrapper, config, transformer)
             self.training.microbatches(layout)
             read_text(self.training, config)
         return layout
@@ -86,13 +86,12 @@ class BuildJob:
         )
 
 
-def check_training(wrapper: Wrapper, config: ModelConfig, transformer: TransformerConfig, layout: Layout) -> None:
+def check_training(wrapper: Wrapper, config: ModelConfig, transformer: TransformerConfig) -> None:
     """Refuse what the training run cannot do, or would compute differently under another layout.
 
     Raises:
         TrainingError: Says what to change.
     """
-    grouped = transformer.moe_grouped_gemm and layout.ep * (layout.etp or 1) > 1
     refused = {
         "--wrap none: training needs a data-parallel wrapper, which reduces the gradients": wrapper is Wrapper.NONE,
         "calculate_per_token_loss: set it to false, the loss is the mean over all tokens": (
@@ -104,7 +103,6 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
         "init_model_with_meta_device: set it to false, weights are drawn before they are wrapped": (
             transformer.init_model_with_meta_device
         ),
-        "moe_grouped_gemm with ep or etp above 1: set it to false, grouped experts have no names of their own": grouped,
     }
     if broken := [reason for reason, applies in refused.items() if applies]:
         raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))

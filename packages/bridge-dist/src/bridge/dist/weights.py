@@ -20,6 +20,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+")
 _EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
+_GROUPED = re.compile(r"(weight|bias)(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
 
@@ -80,6 +81,7 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
+        leaf = _full_leaf(leaf, modules[path], pg_collection)
         full_name = f"{renamed[path]}.{leaf}".lstrip(".")
         if tied and full_name == "output_layer.weight":
             # The last pipeline stage holds a copy of the embedding of the first.
@@ -132,6 +134,15 @@ def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: Proce
             leaf = str(int(leaf) + pg_collection.ep.rank() * experts[parent])
         full[name] = f"{full[parent]}.{leaf}".lstrip(".")
     return full
+
+
+def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCollection) -> str:
+    """The name of a parameter within its module: grouped experts are numbered from zero on each rank, too."""
+    experts: int | None = getattr(owner, "num_gemms", None)
+    grouped = _GROUPED.fullmatch(leaf)
+    if experts is None or grouped is None:
+        return leaf
+    return f"{grouped[1]}{int(grouped[2]) + pg_collection.ep.rank() * experts}"
 
 
 def draw_weights(

@@ -1,4 +1,4 @@
-"""Which layers a GPT is built from: Transformer Engine's where it is installed, Megatron-Core's own elsewhere."""
+"""Which layers a GPT is built from: Transformer Engine's where it is installed, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import gpt_layer_specs
@@ -16,21 +16,24 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
     get_transformer_block_with_experimental_attention_variant_spec,
 )
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
+from bridge.models.backend import TorchAttention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 
 if TYPE_CHECKING:
     from bridge.models.gpt import GPTModelConfig
 
 logger = logging.getLogger(__name__)
+
+SpecT = TypeVar("SpecT")
 
 LayerSpec = ModuleSpec | TransformerBlockSubmodules
 """One layer, repeated; or the layers of one pipeline stage, one by one."""
@@ -50,8 +53,8 @@ def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) ->
         spec = given
     else:
         spec = _call_spec_function(given, config, vp_stage)
-    if _wants_local_attention(config.transformer):
-        spec = with_local_attention(spec, config.transformer)
+    if _wants_pytorch_attention(config.transformer):
+        spec = with_pytorch_attention(spec)
     return spec
 
 
@@ -59,7 +62,7 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
     """Choose the layers of one stage by what the configuration asks for.
 
     In this order: inference-optimised, ModelOpt, experimental attention, mixture of experts, heterogeneous,
-    Transformer Engine, local.
+    Transformer Engine, PyTorch.
 
     Args:
         config: The model.
@@ -83,8 +86,19 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
         return get_transformer_block_with_experimental_attention_variant_spec(
             transformer, vp_stage=vp_stage, pp_rank=pp_rank
         )
-    if not use_te:
-        refuse_beyond_local_layers(transformer)
+    if use_te:
+        return _megatron_spec(transformer, use_te=True, vp_stage=vp_stage, pp_rank=pp_rank)
+    refuse_beyond_pytorch(transformer)
+    spec = _megatron_spec(transformer, use_te=False, vp_stage=vp_stage, pp_rank=pp_rank)
+    if isinstance(spec, ModuleSpec):  # as Megatron's block does with one, but for the choice of the last norm
+        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=WrappedTorchNorm)
+    return _in_pytorch(spec, transformer)
+
+
+def _megatron_spec(
+    transformer: TransformerConfig, *, use_te: bool, vp_stage: int | None, pp_rank: int | None
+) -> LayerSpec:
     if transformer.num_moe_experts is not None:
         return gpt_layer_specs.get_gpt_decoder_block_spec(
             transformer,
@@ -100,6 +114,10 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
     return _plain_layer_spec(transformer)
 
 
+def _in_pytorch(spec: SpecT, transformer: TransformerConfig) -> SpecT:
+    return with_pytorch_layers(spec, grouped_experts=transformer.moe_grouped_gemm)
+
+
 def mtp_block_spec(
     config: GPTModelConfig, spec: LayerSpec, *, vp_stage: int | None, pp_rank: int
 ) -> MultiTokenPredictionBlockSubmodules | None:
@@ -112,7 +130,7 @@ def mtp_block_spec(
         return None
     use_te = uses_transformer_engine(transformer)
     if not use_te:
-        refuse_beyond_local_layers(transformer)
+        refuse_beyond_pytorch(transformer)
     if isinstance(spec, TransformerBlockSubmodules) and not spec.layer_specs:
         layer = _plain_layer_spec(transformer)
     else:
@@ -123,18 +141,19 @@ def mtp_block_spec(
             qk_l2_norm=transformer.qk_l2_norm,
         )
         layer = cast(list[ModuleSpec], layers)[-1]  # megatron-core 0.19.2 annotates a block where it returns a list
-    if _wants_local_attention(transformer):
+    if _wants_pytorch_attention(transformer):
         layer = _swap_attention(layer)
-    return gpt_layer_specs.get_gpt_mtp_block_spec(
+    block = gpt_layer_specs.get_gpt_mtp_block_spec(
         transformer, layer, use_transformer_engine=use_te, vp_stage=vp_stage, pp_rank=pp_rank
     )
+    return block if use_te else _in_pytorch(block, transformer)
 
 
 def uses_transformer_engine(transformer: TransformerConfig) -> bool:
     """Whether layers come from Transformer Engine: when the configuration asks for it, and it is installed.
 
-    ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine the local layers
-    are taken instead; the log says so once.
+    ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine the layers in
+    PyTorch are taken instead; the log says so once.
     """
     if transformer.transformer_impl != "transformer_engine":
         return False
@@ -145,7 +164,7 @@ def uses_transformer_engine(transformer: TransformerConfig) -> bool:
 
 @functools.cache
 def _report_fallback() -> None:
-    message = "transformer_impl is transformer_engine, which is not installed: building Megatron-Core's local layers"
+    message = "transformer_impl is transformer_engine, which is not installed: building layers in PyTorch"
     log_single_rank(logger, logging.WARNING, message)
 
 
@@ -199,20 +218,16 @@ def _modelopt_spec(config: GPTModelConfig) -> LayerSpec:
     )
 
 
-def _wants_local_attention(transformer: TransformerConfig) -> bool:
+def _wants_pytorch_attention(transformer: TransformerConfig) -> bool:
     # An experimental attention is a computation of its own, not another way to do the usual one.
     return transformer.attention_backend == AttnBackend.local and transformer.experimental_attention_variant is None
 
 
-def with_local_attention(spec: LayerSpec, transformer: TransformerConfig) -> LayerSpec:
-    """Return a copy of ``spec`` whose attention is computed by Megatron-Core's own code; ``spec`` itself is left alone.
+def with_pytorch_attention(spec: LayerSpec) -> LayerSpec:
+    """Return a copy of ``spec`` whose attention is computed by plain PyTorch; ``spec`` itself is left alone.
 
     Layers that have no such part (no-op or linear attention of heterogeneous models) stay as they are.
-
-    Raises:
-        UnsupportedError: That code cannot do what the configuration asks for.
     """
-    _refuse(transformer, _BEYOND_LOCAL_ATTENTION, "attention_backend: local")
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_swap_attention(layer) for layer in spec.layer_specs or []])
     return _swap_attention(spec)
@@ -224,23 +239,16 @@ def _swap_attention(layer: ModuleSpec) -> ModuleSpec:
     if not isinstance(attention, ModuleSpec) or not hasattr(attention.submodules, "core_attention"):
         return layer
     attention_parts: Any = attention.submodules
-    attention = replace(attention, submodules=replace(attention_parts, core_attention=DotProductAttention))
+    attention = replace(attention, submodules=replace(attention_parts, core_attention=TorchAttention))
     return replace(layer, submodules=replace(parts, self_attention=attention))
 
 
 # What is asked for, by a field of TransformerConfig, and what to set instead.
 _Refusals = dict[str, tuple[Callable[[TransformerConfig], bool], str]]
 
-_BEYOND_LOCAL_ATTENTION: _Refusals = {
-    "context parallelism": (lambda c: c.context_parallel_size > 1, "set transformer.context_parallel_size to 1"),
-    "multi-latent attention": (lambda c: c.multi_latent_attention, "use a TransformerConfig without it"),
-}
-
-# Layers of megatron-core 0.19.2 that need no Transformer Engine. Each of these fails there in an assertion, an import
-# or a kernel; only 8- and 4-bit floats are passed over in silence.
-_BEYOND_LOCAL_LAYERS: _Refusals = {
-    **_BEYOND_LOCAL_ATTENTION,
-    "sequence parallelism": (lambda c: c.sequence_parallel, "set transformer.sequence_parallel to false"),
+# Layers without Transformer Engine. Each of these fails in an assertion, an import or a kernel of megatron-core 0.19.2;
+# only 8- and 4-bit floats are passed over in silence.
+_BEYOND_PYTORCH: _Refusals = {
     "zero-centered norm weights": (
         lambda c: c.layernorm_zero_centered_gamma,
         "set transformer.layernorm_zero_centered_gamma to false",
@@ -263,19 +271,15 @@ _BEYOND_LOCAL_LAYERS: _Refusals = {
 }
 
 
-def refuse_beyond_local_layers(transformer: TransformerConfig) -> None:
-    """Raise one error for all that Megatron-Core's local layers cannot do of what a configuration asks for.
+def refuse_beyond_pytorch(transformer: TransformerConfig) -> None:
+    """Raise one error for all that the layers without Transformer Engine cannot do of what a configuration asks for.
 
     Raises:
         UnsupportedError: There is something.
     """
-    _refuse(transformer, _BEYOND_LOCAL_LAYERS, "the local layers (Transformer Engine is not in use)")
-
-
-def _refuse(transformer: TransformerConfig, refusals: _Refusals, where: str) -> None:
-    found = [f"{what}: {advice}" for what, (asked, advice) in refusals.items() if asked(transformer)]
+    found = [f"{what}: {advice}" for what, (asked, advice) in _BEYOND_PYTORCH.items() if asked(transformer)]
     if found:
-        raise UnsupportedError(f"{where} cannot do:\n  " + "\n  ".join(found))
+        raise UnsupportedError("layers in PyTorch, without Transformer Engine, cannot do:\n  " + "\n  ".join(found))
 
 
 def _require_transformer_engine(what: str) -> None:

@@ -1,0 +1,409 @@
+"""Layers in plain PyTorch, for what Megatron-Core's own cannot do without Transformer Engine.
+
+They take the places that megatron-core's backend spec provider names: norms under sequence parallelism, attention under
+context parallelism and with heads of unequal width (multi-latent attention), grouped experts. All of it is torch
+operations and Megatron's collectives, so it runs wherever torch does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import divide
+from torch.nn.functional import linear
+
+from bridge.models.errors import UnsupportedError
+
+SpecT = TypeVar("SpecT")
+
+
+class PyTorchSpecProvider(LocalSpecProvider):
+    """Megatron's local backend with the layers of this module in their places."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        """Return what builds a norm; which one it is, the configuration says."""
+        return torch_norm
+
+    def core_attention(self) -> type:
+        """Return the attention between projected queries, keys and values."""
+        return TorchAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Return what builds the experts of a rank: with one weight a matrix each, or one module an expert."""
+        if not moe_use_grouped_gemm:
+            return super().grouped_mlp_modules(moe_use_grouped_gemm)
+        return partial(
+            TEGroupedMLP,  # by its name Transformer Engine's; it takes any grouped linear layers
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
+            ),
+        )
+
+
+def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool) -> SpecT:
+    """Return a copy of a spec with this backend's layers in place of Megatron's local ones; ``spec`` is left alone.
+
+    Megatron's functions that make local specs take no backend (seen in megatron-core 0.19.2).
+
+    Args:
+        spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
+        grouped_experts: Whether experts are grouped.
+    """
+    return cast(SpecT, _replaced(spec, grouped_experts))
+
+
+def _replaced(spec: Any, grouped_experts: bool) -> Any:
+    provider = PyTorchSpecProvider()
+    if spec is WrappedTorchNorm:
+        return provider.layer_norm()
+    if spec is DotProductAttention:
+        return provider.core_attention()
+    if isinstance(spec, partial):
+        if spec.func is SequentialMLP:
+            return provider.grouped_mlp_modules(grouped_experts)
+        keywords = {name: _replaced(value, grouped_experts) for name, value in spec.keywords.items()}
+        return partial(_replaced(spec.func, grouped_experts), *spec.args, **keywords)
+    if isinstance(spec, list):
+        return [_replaced(item, grouped_experts) for item in spec]
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = [field.name for field in dataclasses.fields(spec) if field.init]
+        return dataclasses.replace(spec, **{name: _replaced(getattr(spec, name), grouped_experts) for name in fields})
+    return spec
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+    """Build the norm that a configuration asks for, torch's own.
+
+    Under sequence parallelism each rank sees part of the sequence, so the weights are marked for Megatron to add up
+    their gradients over the tensor-parallel ranks.
+
+    Raises:
+        UnsupportedError: There is no such norm.
+    """
+    norms: dict[str, Callable[..., torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    if config.normalization not in norms:
+        raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
+    norm = norms[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+class TorchAttention(DotProductAttention):
+    """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Under context parallelism the keys and values of the other ranks are gathered, and what may be attended to follows
+    from where ``get_batch_on_this_cp_rank`` took each token from: of the sequence cut into 2 x cp pieces, rank r holds
+    pieces r and 2 x cp - 1 - r.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,  # those of queries and keys, seen in their shapes
+        v_channels: int | None = None,  # those of values, likewise
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # the base class, which refuses more, only looks at it
+        super().__init__(
+            alone,
+            layer_number,
+            attn_mask_type,
+            attention_type,
+            attention_dropout=attention_dropout,
+            softmax_scale=softmax_scale,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.config = config
+        self.cp_group = pg_collection.cp
+        # The coefficient of query-key layer scaling divides the scores and multiplies them again before the softmax.
+        coefficient = self.layer_number if config.apply_query_key_layer_scaling else 1
+        self.scale: float = self.softmax_scale * coefficient
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+        self.window = config.window_size if windowed else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads, channels], of this rank.
+            key: [sequence, batch, groups, channels]; a group serves heads / groups heads.
+            value: [sequence, batch, groups, value channels].
+            attention_mask: True where nothing may be attended to, [batch or 1, 1, sequence, sequence]; under context
+                parallelism it is left aside.
+            attn_mask_type: In place of the one the layer was built with.
+            attention_bias: Not supported.
+            packed_seq_params: Not supported.
+
+        Returns:
+            [sequence, batch, heads x value channels].
+
+        Raises:
+            UnsupportedError: For what is not supported.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            what = "packed sequences" if packed_seq_params is not None else "an attention bias"
+            raise UnsupportedError(
+                f"attention in PyTorch cannot do {what}: install Transformer Engine, or leave it out"
+            )
+        mask_type = attn_mask_type or self.attn_mask_type
+        if self.cp_group.size() > 1:
+            if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+                raise UnsupportedError(
+                    f"attention under context parallelism cannot do a mask of type {mask_type.name}: use a causal one"
+                )
+            attention_mask = None
+            key, value = (
+                tensor_parallel.gather_from_sequence_parallel_region(part, group=self.cp_group) for part in (key, value)
+            )
+        allowed, is_causal = self._allowed(len(query), len(key), attention_mask, mask_type, device=query.device)
+        # [batch, heads, sequence, channels]
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        if self.softmax_offset is not None:
+            context = self._with_sink(query, key, value, allowed, sink=self.softmax_offset)
+        else:
+            with self._dropout_generator():
+                context = torch.nn.functional.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    attn_mask=None if is_causal else allowed,
+                    dropout_p=self.attention_dropout.p if self.training else 0.0,
+                    is_causal=is_causal,
+                    scale=self.scale,
+                    enable_gqa=query.size(1) != key.size(1),
+                )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _allowed(
+        self,
+        queries: int,
+        keys: int,
+        attention_mask: torch.Tensor | None,
+        mask_type: AttnMaskType,
+        *,
+        device: torch.device,
+    ) -> tuple[torch.Tensor | None, bool]:
+        """What may be attended to (None: everything), and whether that is just what comes before."""
+        follows = mask_type is AttnMaskType.padding_causal or (
+            # As in Megatron's local attention, a mask that is given is the whole one.
+            mask_type in (AttnMaskType.causal, AttnMaskType.causal_bottom_right) and attention_mask is None
+        )
+        allowed = None if attention_mask is None else ~attention_mask
+        if not follows and self.window is None:
+            return allowed, False
+        at, of = self._positions(queries, keys, device)
+        conditions = [of <= at] if follows else []
+        if self.window is not None:
+            before, after = self.window
+            conditions += [of >= at - before] if before >= 0 else []
+            conditions += [of <= at + after] if after >= 0 else []
+        for condition in conditions:
+            allowed = condition if allowed is None else allowed & condition
+        is_plain = attention_mask is None and self.window is None and self.cp_group.size() == 1 and queries == keys
+        return allowed, is_plain
+
+    def _positions(self, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of queries, [queries, 1], and of keys, [1, keys], in the whole sequence."""
+        ranks = self.cp_group.size()
+        if ranks == 1:  # queries are the last ones, where keys of earlier steps are kept
+            of = torch.arange(keys, device=device)
+            return of[keys - queries :, None], of[None]
+        pieces = torch.arange(keys, device=device).chunk(2 * ranks)
+        by_rank = [torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]]) for rank in range(ranks)]
+        return by_rank[self.cp_group.rank()][:, None], torch.cat(by_rank)[None]
+
+    def _with_sink(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        *,
+        sink: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention whose softmax has one more term for each head, ``sink``, that nothing is taken from."""
+        heads = query.size(1) // key.size(1)
+        key, value = (part.repeat_interleave(heads, dim=1) for part in (key, value))
+        scores = (query @ key.transpose(-1, -2)).float() * self.scale
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        ends = sink.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, ends], dim=-1).softmax(dim=-1)[..., :-1].to(value.dtype)
+        with self._dropout_generator():
+            weights = torch.nn.functional.dropout(weights, self.attention_dropout.p, self.training)
+        return weights @ value
+
+    def _dropout_generator(self) -> AbstractContextManager[None]:
+        """Tensor-parallel ranks hold different heads and drop each on its own; with sequence parallelism all does so."""
+        if self.config.sequence_parallel or not (self.training and self.attention_dropout.p):
+            return nullcontext()
+        fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+        return fork
+
+
+class _GroupedLinear(torch.nn.Module):
+    """One matrix for each expert of a rank, named as Transformer Engine names them: ``weight0``, ``weight1``, ...
+
+    The exchange of tokens between the ranks, of expert-tensor parallelism too, is the token dispatcher's work.
+    """
+
+    split: int
+    """The dimension of a weight, [output, input], that expert-tensor parallelism splits."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[torch.Tensor], object],
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.num_gemms = num_gemms
+        self.skip_bias_add = skip_bias_add
+        self.groups = pg_collection
+        shape = [output_size, input_size]
+        shape[self.split] = divide(shape[self.split], pg_collection.expt_tp.size())
+        own_groups = (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        make = partial(
+            torch.empty,
+            dtype=config.params_dtype,
+            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+        )
+        for expert in range(num_gemms):
+            weight = torch.nn.Parameter(make(*shape))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.split, stride=1)
+            weight.allreduce = not own_groups  # type: ignore[attr-defined]
+            if config.perform_initialization:
+                with (
+                    torch.no_grad(),
+                    tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()),
+                ):
+                    init_method(weight)
+            self.register_parameter(f"weight{expert}", weight)
+            if bias:
+                offset = torch.nn.Parameter(make(shape[0]).zero_())
+                if self.split == 0:
+                    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
+                offset.allreduce = not own_groups  # type: ignore[attr-defined]
+                self.register_parameter(f"bias{expert}", offset)
+        self.has_bias = bias
+
+    def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Multiply.
+
+        Args:
+            tokens: [tokens, input], those of the first expert first.
+            tokens_per_expert: How many there are of each.
+
+        Returns:
+            [tokens, output]; and the biases, [experts, output], if the caller is to add them.
+        """
+        weights: list[torch.Tensor] = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
+        parts = tokens.split(tokens_per_expert)
+        if not self.has_bias:
+            return torch.cat([linear(part, weight) for part, weight in zip(parts, weights, strict=True)]), None
+        biases: list[torch.Tensor] = [getattr(self, f"bias{expert}") for expert in range(self.num_gemms)]
+        added = [None if self.skip_bias_add else bias for bias in biases]
+        outputs = [linear(part, weight, bias) for part, weight, bias in zip(parts, weights, added, strict=True)]
+        return torch.cat(outputs), torch.stack(biases) if self.skip_bias_add else None
+
+    def backward_dw(self) -> None:
+        """Nothing is left to compute: gradients of weights are not delayed."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Describe each expert's parameters as parts of those of all experts, as Megatron's other experts do."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        experts = self.groups.ep.size() * self.num_gemms
+        described = {}
+        for index in range(self.num_gemms):
+            expert = self.groups.ep.rank() * self.num_gemms + index
+            alone = metadata.get("singleton_local_shards", False)
+            offsets = sharded_offsets if alone else (*sharded_offsets, (len(sharded_offsets), expert, experts))
+            kinds = ("weight", "bias") if self.has_bias else ("weight",)
+            parts = make_sharded_tensors_for_checkpoint(
+                {kind: getattr(self, f"{kind}{index}") for kind in kinds},
+                "",
+                {"weight": self.split} | ({"bias": 0} if self.split == 0 else {}),
+                offsets,
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(parts, "", f"{expert}.{prefix}" if alone else prefix)
+            for kind, part in parts.items():
+                part.replica_id = (*part.replica_id[:2], self.groups.expt_dp.rank())
+                described[f"{prefix}{kind}{index}"] = part
+        return described
+
+
+class ColumnParallelGroupedLinear(_GroupedLinear):
+    """The first matrices of the experts: expert-tensor parallelism splits their output."""
+
+    split = 0
+
+
+class RowParallelGroupedLinear(_GroupedLinear):
+    """The second matrices of the experts: expert-tensor parallelism splits their input."""
+
+    split = 1
