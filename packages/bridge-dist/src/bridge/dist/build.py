@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import cast
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,11 +17,12 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
+from bridge.config import ModelConfig
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.precision import move_to_device, wrap_mixed_precision
-from bridge.dist.preflight import check_build
+from bridge.dist.preflight import Rule, Setup, check, layout_of_groups
 from bridge.dist.stages import BuildStage, build_stages
 from bridge.dist.wrap import check_optimizer_instances, wrap_data_parallel
 
@@ -33,6 +35,9 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
     The configuration must embed a ``TransformerConfig`` as ``transformer``; a subclass whose configuration keeps it
     elsewhere overrides ``transformer_config``.
     """
+
+    rules: ClassVar[Sequence[Rule]] = ()
+    """What is known not to work for this family of models, beside the rules for all: see ``bridge.dist.preflight``."""
 
     @property
     def transformer_config(self) -> TransformerConfig:
@@ -93,6 +98,8 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             options=options,
             pre_wrap_hook=compose_hooks(self._model_config.pre_wrap_hooks),
             post_wrap_hook=compose_hooks(self._model_config.post_wrap_hooks),
+            model=self._model_config,
+            rules=self.rules,
         )
         # The wrappers forward to the model they hold; the reference API types them as that model.
         return cast(list[ModelT], stages)
@@ -106,9 +113,18 @@ def build_distributed(
     options: BuildOptions,
     pre_wrap_hook: Hook,
     post_wrap_hook: Hook,
+    model: ModelConfig | None = None,
+    rules: Sequence[Rule] = (),
 ) -> list[MegatronModule]:
-    """Run the whole build: stages, hooks, placement, precision, wrapping."""
-    check_build(config, pg_collection, options)
+    """Run the whole build: pre-flight check, stages, hooks, placement, precision, wrapping.
+
+    ``model``, the whole configuration, and ``rules``, those of its family, are for the check alone.
+
+    Raises:
+        PreflightError: The configuration does not fit the process groups or the wrapper.
+    """
+    layout = layout_of_groups(config, pg_collection)
+    check(Setup(transformer=config, layout=layout, options=options, model=model), rules)
     check_optimizer_instances(pg_collection, options)
     on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
     with on_device:

@@ -24,7 +24,7 @@ from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.options import BuildOptions, Wrapper
-from bridge.dist.preflight import check
+from bridge.dist.preflight import Setup, check
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
@@ -57,9 +57,11 @@ class BuildJob:
         finalize = getattr(config, "finalize", None)
         if finalize is not None:
             finalize()
-        transformer = make_builder(config).transformer_config
+        builder = make_builder(config)
+        transformer = builder.transformer_config
         layout = Layout.of(transformer, world_size, dp=self.dp)
-        check(transformer, layout, self.options(transformer))
+        options = self.options(transformer)
+        check(Setup(transformer=transformer, layout=layout, options=options, model=config), builder.rules)
         if self.training is not None:
             check_training(self.wrapper, config, transformer)
             self.training.microbatches(layout)
