@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -82,6 +83,8 @@ def _replaced(spec: Any, grouped_experts: bool) -> Any:
         return provider.layer_norm()
     if spec is DotProductAttention:
         return provider.core_attention()
+    if spec is MLASelfAttention:
+        return LatentAttention
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
             return provider.grouped_mlp_modules(grouped_experts)
@@ -278,11 +281,40 @@ class TorchAttention(DotProductAttention):
         return weights @ value
 
     def _dropout_generator(self) -> AbstractContextManager[None]:
-        """Tensor-parallel ranks hold different heads and drop each on its own; with sequence parallelism all does so."""
+        """Tensor-parallel ranks hold different heads and drop each on its own; with sequence parallelism all do."""
         if self.config.sequence_parallel or not (self.training and self.attention_dropout.p):
             return nullcontext()
         fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
         return fork
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-latent attention with right gradients under tensor parallelism.
+
+    Seen in megatron-core 0.19.2, whose layers without Transformer Engine split the down projections over the ranks:
+
+    - Every rank's heads use the one positional key, but each rank goes on with the gradient of its own heads only.
+    - Gradients of ``q_layernorm``, found by its name, are added up over the ranks. That is right for a norm of a rank's
+      own heads; here it stands before the heads, and without sequence parallelism each rank has the whole gradient.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
+            for parameter in self.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
+
+    def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project down; the latent key and value with the positional key come out whole, not split over the ranks."""
+        query, latent = super()._qkv_down_projection(hidden_states)
+        if self.tp_group.size() == 1:
+            return query, latent
+        latent = tensor_parallel.gather_from_tensor_model_parallel_region(latent, group=self.tp_group)
+        if self.config.sequence_parallel:  # the caller gathers the sequence again, and that adds up gradients
+            return query, tensor_parallel.scatter_to_sequence_parallel_region(latent, group=self.tp_group)
+        latent, position = latent.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+        position = tensor_parallel.copy_to_tensor_model_parallel_region(position, group=self.tp_group)
+        return query, torch.cat([latent, position], dim=-1)
 
 
 class _GroupedLinear(torch.nn.Module):

@@ -1,0 +1,242 @@
+"""The layers in PyTorch against formulas and other layers: outputs and gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import run_ranks
+
+from bridge.models.backend import TorchAttention, torch_norm
+from bridge.models.errors import UnsupportedError
+
+Transformer = Callable[..., TransformerConfig]
+
+
+def attention(config: TransformerConfig, groups: ProcessGroupCollection, **given: Any) -> TorchAttention:
+    given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"} | given
+    return TorchAttention(config, layer_number=1, pg_collection=groups, **given)
+
+
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: Callable[[int, int], bool],
+    *,
+    scale: float,
+    sink: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention as its definition says, one query of one head at a time; all [sequence, batch, heads, channels]."""
+    length, batch, heads, _ = query.shape
+    shared = heads // key.shape[2]
+    rows = []
+    for at in range(length):
+        of = [other for other in range(len(key)) if allowed(at, other)]
+        heads_out = []
+        for b in range(batch):
+            for head in range(heads):
+                scores = torch.stack([query[at, b, head] @ key[o, b, head // shared] * scale for o in of])
+                total = scores.exp().sum() + (0 if sink is None else sink[head].exp())
+                values = torch.stack([value[o, b, head // shared] for o in of])
+                heads_out.append((scores.exp() / total) @ values)
+        rows.append(torch.stack(heads_out).view(batch, -1))
+    return torch.stack(rows)
+
+
+def random_heads(length: int, groups: int, *, channels: int = 8, values: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(length * 100 + groups)
+    return [
+        torch.randn(length, 2, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads, width in ((4, channels), (groups, channels), (groups, values))
+    ]
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Outputs and the gradients of all inputs are equal."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(3))
+    gradients = [torch.autograd.grad((output * weights).sum(), inputs) for output in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(1, 9), groups=st.sampled_from([1, 2, 4]), values=st.sampled_from([4, 8]))
+def test_causal_attention_is_the_formula(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, length: int, groups: int, values: int
+) -> None:
+    config = transformer(num_query_groups=groups)
+    inputs = random_heads(length, groups, values=values)
+    found = attention(config, pg_collection)(*inputs, None)
+    check(found, softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8)), inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"window_size": (2, 0)}, lambda at, of: at - 2 <= of <= at),
+        ({"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}, lambda at, of: of <= at),
+    ],
+)
+def test_variants_are_the_formula(
+    pg_collection: ProcessGroupCollection,
+    transformer: Transformer,
+    fields: dict[str, Any],
+    allowed: Callable[[int, int], bool],
+) -> None:
+    inputs = random_heads(6, 4)
+    found = attention(transformer(**fields), pg_collection)(*inputs, None)
+    check(found, softmax_attention(*inputs, allowed, scale=1 / math.sqrt(8)), inputs)
+
+
+def test_a_sink_takes_its_share_of_the_softmax(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+    from bridge.dist.cpu import cpu_runtime
+
+    with cpu_runtime():  # megatron-core puts the sink on a GPU
+        layer = attention(transformer(softmax_type="learnable"), pg_collection)
+    inputs = [part.detach().float().requires_grad_() for part in random_heads(5, 2)]
+    sink = layer.softmax_offset
+    assert isinstance(sink, torch.nn.Parameter)
+    found = layer(*inputs, None)
+    expected = softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8), sink=sink)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out.sum(), [*inputs, sink]) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding, AttnMaskType.causal])
+def test_a_given_mask_is_the_whole_one(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, mask_type: AttnMaskType
+) -> None:
+    inputs = random_heads(6, 4)
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(3)[None, None]  # two tokens ahead may be seen
+    found = attention(transformer(), pg_collection, attn_mask_type=mask_type)(*inputs, mask)
+    check(found, softmax_attention(*inputs, lambda at, of: of <= at + 2, scale=1 / math.sqrt(8)), inputs)
+
+
+def test_padding_adds_to_what_is_causal(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+    inputs = random_heads(6, 4)
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 1] = True
+    found = attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.padding_causal)(*inputs, mask)
+    allowed = softmax_attention(*inputs, lambda at, of: of <= at and of != 1, scale=1 / math.sqrt(8))
+    check(found, allowed, inputs)
+
+
+def test_later_queries_see_all_kept_keys(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+    query, key, value = random_heads(6, 4)
+    layer = attention(transformer(), pg_collection)
+    torch.testing.assert_close(layer(query[4:], key, value, None), layer(query, key, value, None)[4:])
+
+
+def test_packed_sequences_are_refused(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+    layer = attention(transformer(), pg_collection)
+    with pytest.raises(UnsupportedError, match="packed sequences"):
+        layer(*random_heads(4, 4), None, packed_seq_params=object())
+
+
+def test_an_unknown_norm_is_refused(transformer: Transformer) -> None:
+    config = transformer()
+    config.normalization = "L2Norm"
+    with pytest.raises(UnsupportedError, match=r"'L2Norm' is not known: set one of LayerNorm, RMSNorm"):
+        torch_norm(config, 8)
+
+
+def attend_in_parallel(config: TransformerConfig) -> list[torch.Tensor]:
+    """On each rank: attend to this rank's pieces of the sequence, and return output and gradients."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from bridge.dist import Layout, create_process_groups
+
+    ranks = torch.distributed.get_world_size()
+    groups = create_process_groups(Layout(cp=ranks))
+    inputs = [
+        # as data loaders deal it out: [batch, sequence, ...]
+        get_batch_on_this_cp_rank({"part": part.detach().transpose(0, 1)}, False, cp_group=groups.cp)["part"]
+        .transpose(0, 1)
+        .requires_grad_()
+        for part in random_heads(4 * ranks, 2)
+    ]
+    output = attention(config, groups)(*inputs, None)
+    return [part.detach() for part in (output, *torch.autograd.grad(output.sin().sum(), inputs))]
+
+
+@pytest.mark.parametrize("fields", [{}, {"window_size": (3, 0)}])
+def test_context_parallel_ranks_attend_as_one(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, fields: dict[str, Any]
+) -> None:
+    config = transformer(num_query_groups=2, **fields)
+    whole = random_heads(8, 2)
+    output = attention(config, pg_collection)(*whole, None)
+    expected = [output, *torch.autograd.grad(output.sin().sum(), whole)]
+    config.context_parallel_size = 2
+    for rank, found in enumerate(run_ranks(attend_in_parallel, 2, config)):
+        mine = [[0, 1, 6, 7], [2, 3, 4, 5]][rank]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other[mine], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_experts_compute_what_single_ones_do(bias: bool) -> None:
+    run_ranks(grouped_beside_sequential, 1, bias)
+
+
+def grouped_beside_sequential(bias: bool) -> None:
+    """On one rank: both kinds of experts with the same weights give the same output and gradients."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from bridge.config import Document
+    from bridge.dist import Layout, create_process_groups
+
+    groups = create_process_groups(Layout())
+    model_parallel_cuda_manual_seed(1)
+    layers = []
+    for grouped in (True, False):
+        document = Document.load("moe-tiny")
+        for path, value in {
+            "num_layers": 1,
+            "add_bias_linear": bias,
+            "bias_dropout_fusion": False,
+            "moe_grouped_gemm": grouped,
+        }.items():
+            document.set(f"transformer.{path}", value)
+        config = document.config()
+        model: Any = config.get_builder_cls()(config).build_model(groups)
+        layer = model.decoder.layers[0].mlp
+        assert isinstance(layer, MoELayer)
+        layers.append(layer)
+    one, other = layers
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if "experts.linear" in name:
+                parameter.normal_(std=0.1)
+            other.get_parameter(sequential_name(name)).copy_(parameter)
+    tokens = torch.randn(24, 2, 64)
+    results = []
+    for layer in layers:
+        output, _ = layer(tokens)
+        layer.zero_grad()
+        output.sin().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
+        results.append((output, gradients))
+    (output, gradients), (expected, theirs) = results
+    torch.testing.assert_close(output, expected)
+    assert len(gradients) == len(theirs)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, theirs[sequential_name(name)])
+
+
+def sequential_name(name: str) -> str:
+    """`experts.linear_fc1.weight3`, Transformer Engine's name of it, as Megatron calls it in experts one by one."""
+    return re.sub(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)", r"experts.local_experts.\3.\1.\2", name)
