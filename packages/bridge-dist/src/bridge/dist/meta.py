@@ -17,7 +17,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,16 @@ def initialised_by_wrapper(stage: MegatronModule, share: Share | None) -> Iterat
         module.share(share)
 
     for module in pending:
-        vars(module.module)["reset_parameters"] = partial(reset, module)
+        if module.kept:  # Megatron-FSDP fails to reset a module that is on the meta device in part
+            module.allocate()
+            reset(module)
+        else:
+            vars(module.module)["reset_parameters"] = partial(reset, module)
     try:
         yield
     finally:
         for module in pending:
-            del vars(module.module)["reset_parameters"]
+            vars(module.module).pop("reset_parameters", None)
     _warn(missing)
 
 
@@ -111,13 +115,7 @@ def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
     for module in _pending(stage):
         owner = module.module
         sharded = {name: module.own(name) for name in module.tensors if name in owner._parameters}
-        for name in module.tensors:
-            meta = module.own(name)
-            whole = torch.empty(meta.shape, dtype=meta.dtype, device=torch.device("cuda"))
-            if isinstance(meta, torch.nn.Parameter):
-                owner._parameters[name] = _like(meta, whole)
-            else:
-                owner._buffers[name] = whole
+        module.allocate()
         missing += module.initialise()
         module.share(share)
         for name, parameter in sharded.items():
@@ -144,6 +142,16 @@ class _Pending(NamedTuple):
     tensors: dict[str, _Tensor]
     kept: dict[str, torch.Tensor]
     initialise_embedding: Callable[[torch.Tensor], object] | None
+
+    def allocate(self) -> None:
+        """Give the tensors memory on this rank's device, each as a whole."""
+        for name in self.tensors:
+            meta = self.own(name)
+            whole = torch.empty(meta.shape, dtype=meta.dtype, device=torch.device("cuda"))
+            if isinstance(meta, torch.nn.Parameter):
+                self.module._parameters[name] = _like(meta, whole)
+            else:
+                self.module._buffers[name] = whole
 
     def initialise(self) -> list[str]:
         """Initialise the tensors, which have memory by now; return the names of those that nothing initialised."""
@@ -209,15 +217,18 @@ def _share_tied_embedding(stage: MegatronModule, pg_collection: ProcessGroupColl
 
     megatron-core 0.19.2 leaves it to whoever loads the weights (``setup_embeddings_and_output_layer``).
     """
-    model = unwrap_model(stage)
-    if pg_collection.pp.size() == 1 or not isinstance(model, LanguageModule) or not model._is_in_embd_group():
+    if pg_collection.pp.size() == 1:
         return
-    if not (model.share_embeddings_and_output_weights or getattr(model, "mtp_process", False)):
-        return
-    weight = model.shared_embedding_or_output_weight()
-    if not model.pre_process:
-        weight.data.zero_()
-    torch.distributed.all_reduce(weight.data, group=model.embd_group)
+    for model in stage.modules():
+        if isinstance(model, LanguageModule) and model._is_in_embd_group() and _has_tied_embedding(model):
+            weight = model.shared_embedding_or_output_weight()
+            if not model.pre_process:
+                weight.data.zero_()
+            torch.distributed.all_reduce(weight.data, group=model.embd_group)
+
+
+def _has_tied_embedding(model: LanguageModule) -> bool:
+    return bool(model.share_embeddings_and_output_weights or getattr(model, "mtp_process", False))
 
 
 def _warn(missing: Sequence[str]) -> None:

@@ -8,6 +8,9 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import MixedPrecisionWrapper
+from bridge.dist.errors import BuilderContractError
+
+_MAINTAIN = "_maintain_float32_expert_bias"
 
 
 def move_to_device(stages: Sequence[MegatronModule]) -> None:
@@ -21,14 +24,37 @@ def wrap_mixed_precision(
 ) -> list[MegatronModule]:
     """Wrap each stage for fp16 or bf16, if the configuration says so and there is a wrapper.
 
-    Router biases that Megatron keeps in fp32 are put back there after the wrapper has cast everything.
+    Router biases that Megatron keeps in fp32 are put back there, with the values they had, after the wrapper has cast
+    everything. The wrapper may also cast in place and return the stage itself; other modules of its choice may stay in
+    another precision.
+
+    Raises:
+        BuilderContractError: The wrapper returned something else than a MegatronModule.
     """
     if wrapper is None or not (config.fp16 or config.bf16):
         return stages
-    wrapped = [wrapper(config, stage) for stage in stages]
-    for stage in wrapped:
-        for module in stage.modules():
-            maintain = getattr(module, "_maintain_float32_expert_bias", None)
-            if maintain is not None:
-                maintain()
+    routers = [module for stage in stages for module in stage.modules() if hasattr(module, _MAINTAIN)]
+    exact = [
+        (router, name, buffer.clone())
+        for router in routers
+        for name, buffer in router.named_buffers(recurse=False)
+        if buffer.dtype is torch.float32
+    ]
+    wrapped = [_wrapped(stage, config, wrapper) for stage in stages]
+    for router in routers:
+        getattr(router, _MAINTAIN)()
+    for router, name, value in exact:
+        buffer = router.get_buffer(name)
+        if buffer.dtype is torch.float32:
+            buffer.copy_(value)
     return wrapped
+
+
+def _wrapped(stage: MegatronModule, config: TransformerConfig, wrapper: MixedPrecisionWrapper) -> MegatronModule:
+    made: object = wrapper(config, stage)
+    if not isinstance(made, MegatronModule):
+        raise BuilderContractError(
+            f"mixed_precision_wrapper {getattr(wrapper, '__qualname__', wrapper)} returned {type(made).__name__}: "
+            "return the stage, or a MegatronModule around it"
+        )
+    return made

@@ -26,7 +26,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 
 from bridge.dist.errors import PreflightError
 from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
@@ -97,7 +97,8 @@ def wrap_data_parallel(
 def _check_stages(stages: Sequence[MegatronModule], options: BuildOptions) -> None:
     """Refuse what is known to fail with these stages; what their configuration shows is refused before."""
     assert options.ddp_config is not None
-    tied = any(getattr(unwrap_model(stage), "share_embeddings_and_output_weights", False) for stage in stages)
+    modules = [module for stage in stages for module in stage.modules()]
+    tied = any(getattr(module, "share_embeddings_and_output_weights", False) for module in modules)
     if tied and options.wrapper is Wrapper.TORCH_FSDP2:
         # Seen in megatron-core 0.19.2: the tied weight is sharded in one of its uses only.
         raise PreflightError(["torch FSDP2 fails with tied embeddings: untie them, or wrap with ddp or megatron-fsdp"])
