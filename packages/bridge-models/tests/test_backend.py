@@ -16,14 +16,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
 
-from bridge.models.backend import TorchAttention, torch_norm
+from bridge.models.backend import (
+    ColumnParallelGroupedLinear,
+    RowParallelGroupedLinear,
+    TorchAttention,
+    torch_norm,
+)
 from bridge.models.errors import UnsupportedError
 
 Transformer = Callable[..., TransformerConfig]
 
 
 def attention(config: TransformerConfig, groups: ProcessGroupCollection, **given: Any) -> TorchAttention:
-    given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"} | given
+    given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "attention_dropout": 0.0} | given
     return TorchAttention(config, layer_number=1, pg_collection=groups, **given)
 
 
@@ -186,12 +191,11 @@ def test_context_parallel_ranks_attend_as_one(
             torch.testing.assert_close(one, other[mine], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_grouped_experts_compute_what_single_ones_do(bias: bool) -> None:
-    run_ranks(grouped_beside_sequential, 1, bias)
+def test_grouped_experts_compute_what_single_ones_do() -> None:
+    run_ranks(grouped_beside_sequential, 1)
 
 
-def grouped_beside_sequential(bias: bool) -> None:
+def grouped_beside_sequential() -> None:
     """On one rank: both kinds of experts with the same weights give the same output and gradients."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -204,13 +208,8 @@ def grouped_beside_sequential(bias: bool) -> None:
     layers = []
     for grouped in (True, False):
         document = Document.load("moe-tiny")
-        for path, value in {
-            "num_layers": 1,
-            "add_bias_linear": bias,
-            "bias_dropout_fusion": False,
-            "moe_grouped_gemm": grouped,
-        }.items():
-            document.set(f"transformer.{path}", value)
+        document.set("transformer.num_layers", 1)
+        document.set("transformer.moe_grouped_gemm", grouped)
         config = document.config()
         model: Any = config.get_builder_cls()(config).build_model(groups)
         layer = model.decoder.layers[0].mlp
@@ -240,3 +239,37 @@ def grouped_beside_sequential(bias: bool) -> None:
 def sequential_name(name: str) -> str:
     """`experts.linear_fc1.weight3`, Transformer Engine's name of it, as Megatron calls it in experts one by one."""
     return re.sub(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)", r"experts.local_experts.\3.\1.\2", name)
+
+
+@pytest.mark.parametrize("layer", [ColumnParallelGroupedLinear, RowParallelGroupedLinear])
+@pytest.mark.parametrize("skip_bias_add", [False, True])
+def test_biases_are_added_or_handed_out(
+    pg_collection: ProcessGroupCollection,
+    transformer: Transformer,
+    layer: type[ColumnParallelGroupedLinear],
+    skip_bias_add: bool,
+) -> None:
+    experts = layer(
+        3,
+        4,
+        5,
+        config=transformer(perform_initialization=False),
+        init_method=torch.nn.init.ones_,
+        bias=True,
+        skip_bias_add=skip_bias_add,
+        is_expert=True,
+        pg_collection=pg_collection,
+    )
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    tokens, counts = torch.randn(6, 4), [4, 0, 2]
+    output, biases = experts(tokens, counts)
+    weights = dict(experts.named_parameters())
+    of = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    plain = torch.stack([weights[f"weight{expert}"] @ token for expert, token in zip(of, tokens, strict=True)])
+    own = torch.stack([weights[f"bias{expert}"] for expert in range(3)])
+    torch.testing.assert_close(output, plain if skip_bias_add else plain + own[of])
+    assert (biases is not None) == skip_bias_add
+    if biases is not None:
+        torch.testing.assert_close(biases, own)

@@ -22,7 +22,9 @@ from megatron.training.models import gpt as reference
 from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
 
+from bridge.dist.cpu import cpu_runtime
 from bridge.models import layer_specs
+from bridge.models.backend import TorchAttention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -87,7 +89,7 @@ def test_a_function_that_takes_the_virtual_stage_gets_it(pg_collection: ProcessG
 def test_a_partial_may_give_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     spec = partial(layer_specs.default_layer_spec, pp_rank=0)
     config = gpt(outer={"transformer_layer_spec": spec})
-    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert attention_of(config, pg_collection) == [TorchAttention] * 4
 
 
 @pytest.mark.parametrize("given", [lambda config: None, lambda config: DotProductAttention, "local"])
@@ -100,14 +102,14 @@ def test_local_attention_is_swapped_in_on_a_copy(pg_collection: ProcessGroupColl
     spec = other_spec()
     before = repr(spec)
     config = gpt(outer={"transformer_layer_spec": spec}, attention_backend=AttnBackend.local)
-    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert attention_of(config, pg_collection) == [TorchAttention] * 4
     assert repr(spec) == before
 
 
 def test_local_attention_is_swapped_in_every_layer_of_a_block(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     block = TransformerBlockSubmodules(layer_specs=[other_spec() for _ in range(4)], layer_norm=L2Norm)
     config = gpt(outer={"transformer_layer_spec": lambda config: block}, attention_backend=AttnBackend.local)
-    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert attention_of(config, pg_collection) == [TorchAttention] * 4
     assert repr(block.layer_specs) == repr([other_spec() for _ in range(4)])
 
 
@@ -153,11 +155,12 @@ def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: Pro
     assert block is not None
     assert block.layer_specs is not None
     layer: Any = block.layer_specs[0].submodules
-    assert repr(layer.mtp_model_layer) == repr(get_gpt_layer_local_spec(num_experts=2))
+    plain = with_pytorch_layers(get_gpt_layer_local_spec(num_experts=2), grouped_experts=False)
+    assert repr(layer.mtp_model_layer) == repr(plain)
 
 
 @without_te
-def test_the_fallback_to_local_layers_is_said_once(
+def test_the_fallback_to_layers_in_pytorch_is_said_once(
     pg_collection: ProcessGroupCollection, gpt: GPT, caplog: pytest.LogCaptureFixture
 ) -> None:
     layer_specs._report_fallback.cache_clear()
@@ -171,15 +174,15 @@ def test_the_fallback_to_local_layers_is_said_once(
     assert "transformer_engine, which is not installed" in said[0]
 
 
-# What the local layers of megatron-core 0.19.2 cannot do, and how we say so. The second test tells when they can.
-BEYOND_LOCAL: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
-    "sequence parallelism": (
-        TransformerConfig,
-        {"sequence_parallel": True, "tensor_model_parallel_size": 2},
-        r"sequence_parallel to false",
-    ),
-    "context parallelism": (TransformerConfig, {"context_parallel_size": 2}, r"context_parallel_size to 1"),
-    "multi-latent attention": (MLATransformerConfig, {}, r"multi-latent attention"),
+# What the local layers of megatron-core 0.19.2 cannot do and ours can.
+ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
+    "sequence parallelism": (TransformerConfig, {"sequence_parallel": True, "tensor_model_parallel_size": 2}),
+    "context parallelism": (TransformerConfig, {"context_parallel_size": 2}),
+    "multi-latent attention": (MLATransformerConfig, {}),
+}
+
+# What neither can, and how we say so. A test below tells when the local ones can.
+BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
     "zero-centered norms": (
         TransformerConfig,
         {"layernorm_zero_centered_gamma": True},
@@ -196,22 +199,34 @@ BEYOND_LOCAL: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
 
 
 @without_te
-@pytest.mark.parametrize("case", BEYOND_LOCAL)
+@pytest.mark.parametrize("case", ONLY_OURS)
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_what_local_layers_cannot_do_is_refused(
+def test_what_only_our_layers_can_do_is_built(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
-    cls, inner, message = BEYOND_LOCAL[case]
+    cls, inner = ONLY_OURS[case]
+    config = gpt(cls, transformer_impl=implementation, **inner)
+    with cpu_runtime():  # the rotary embedding of multi-latent attention is made on a GPU
+        assert attention_of(config, pg_collection) == [TorchAttention] * 4
+
+
+@without_te
+@pytest.mark.parametrize("case", BEYOND_PYTORCH)
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_what_layers_in_pytorch_cannot_do_is_refused(
+    pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
+) -> None:
+    cls, inner, message = BEYOND_PYTORCH[case]
     with pytest.raises(UnsupportedError, match=message):
         GPTModelBuilder(gpt(cls, transformer_impl=implementation, **inner)).build_model(pg_collection)
 
 
 @without_te
-@pytest.mark.parametrize("case", BEYOND_LOCAL)
+@pytest.mark.parametrize("case", [*ONLY_OURS, *BEYOND_PYTORCH])
 def test_local_layers_still_cannot_do_it(
     pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
 ) -> None:
-    cls, inner, _ = BEYOND_LOCAL[case]
+    cls, inner, *_ = ONLY_OURS.get(case) or BEYOND_PYTORCH[case]
     config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
     with pytest.raises((AssertionError, RuntimeError, TypeError)):
         ReferenceBuilder(config).build_model(pg_collection)
@@ -264,7 +279,7 @@ def test_a_modelopt_state_without_transformer_engine_takes_local_layers(
     pg_collection: ProcessGroupCollection, gpt: GPT
 ) -> None:
     config = gpt(outer={"restore_modelopt_state": True})
-    assert attention_of(config, pg_collection) == [DotProductAttention] * 4
+    assert attention_of(config, pg_collection) == [TorchAttention] * 4
 
 
 class MarkedProvider(LocalSpecProvider):
@@ -316,19 +331,11 @@ def test_layers_are_local_when_asked_for(
     assert ("OtherAttention" in repr(spec)) == attention
 
 
-def test_local_attention_cannot_be_multi_latent(gpt: GPT, pg_collection: ProcessGroupCollection) -> None:
-    config = gpt(
-        MLATransformerConfig,
-        outer={"transformer_layer_spec": other_spec()},
-        attention_backend=AttnBackend.local,
-    )
-    with pytest.raises(UnsupportedError, match=r"attention_backend: local cannot do:\s+multi-latent"):
-        GPTModelBuilder(config).build_model(pg_collection)
-
-
 def test_layers_follow_the_given_rank_not_the_global_one(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [0, 0, 1, 1]}
     config = gpt(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **moe)
     expected = get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, pp_rank=1)
-    assert repr(layer_specs.default_layer_spec(config, pp_rank=1)) == repr(expected)
+    assert repr(layer_specs.default_layer_spec(config, pp_rank=1)) == repr(
+        with_pytorch_layers(expected, grouped_experts=False)
+    )
     assert repr(layer_specs.default_layer_spec(config, pp_rank=0)) != repr(expected)
