@@ -1,0 +1,102 @@
+"""Megatron-core's own sharded checkpoints hold the model, not the layout it was trained under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ranks import run_ranks
+
+VOCAB = 256  # takes no padding with one or two tensor-parallel ranks
+
+
+def build(sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
+    """Build the tiny preset under a layout; train it from weights drawn by name, or leave Megatron's own."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from bridge.config import Document
+    from bridge.dist import Layout, create_process_groups
+    from bridge.dist.documents import apply_layout
+    from bridge.dist.text import Text, default_text
+    from bridge.dist.train import TrainOptions, train
+    from bridge.dist.weights import draw_weights
+
+    document = Document.load("tiny")
+    document.set("vocab_size", VOCAB)
+    apply_layout(document, sizes)
+    config = document.config()
+    layout = Layout.of(config.transformer, torch.distributed.get_world_size())
+    groups = create_process_groups(layout)
+    model_parallel_cuda_manual_seed(1)
+
+    def draw(stages: list[Any]) -> list[Any]:
+        draw_weights(stages, groups, vocab_size=VOCAB)
+        return stages
+
+    if train_steps:
+        config.pre_wrap_hooks.append(draw)
+    stages = config.get_builder_cls()(config).build_distributed_models(groups, DistributedDataParallelConfig())
+    if train_steps:
+        options = TrainOptions(steps=train_steps, text=default_text(), seq_length=16, global_batch_size=2)
+        list(train(stages, groups, layout, text=Text.read(options.text, vocab_size=VOCAB), options=options))
+    return stages, groups
+
+
+def save(folder: Path) -> None:
+    """On each of two ranks: train under TP2, save; and note the weights as this rank holds them, by whole name."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    from bridge.dist.weights import named_parameters
+
+    (stage,), groups = build({"tp": 2}, train_steps=2)
+    mine = {}
+    for named in named_parameters(stage, groups):
+        assert named.placement.stride == 1
+        # Where the parameter is not split, both ranks hold the whole.
+        mine[named.placement.full_name] = (named.parameter.detach(), named.placement.shards, named.placement.dim)
+    torch.save(mine, folder / f"{torch.distributed.get_rank()}.pt")
+    checkpoint = folder / "checkpoint"
+    if torch.distributed.get_rank() == 0:
+        checkpoint.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": unwrap_model(stage).sharded_state_dict()}, str(checkpoint))
+
+
+def load(folder: Path, sizes: dict[str, int]) -> set[str]:
+    """On each rank: load under another layout, compare bit by bit, and return the whole names of what was compared."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    from bridge.dist.weights import named_parameters
+
+    stages, groups = build(sizes, train_steps=0)
+    saved = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    compared = set()
+    for stage in stages:
+        model = unwrap_model(stage)
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "checkpoint"))
+        model.load_state_dict(state["model"])
+        for named in named_parameters(stage, groups):
+            name = named.placement.full_name
+            first, shards, dim = saved[0][name]
+            whole = first if shards == 1 else torch.cat([part[name][0] for part in saved], dim=dim)
+            assert torch.equal(named.parameter, named.placement.cut(whole)), name
+            compared.add(name)
+    return compared
+
+
+def test_a_checkpoint_of_tp2_is_loaded_bit_by_bit_under_other_layouts(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path)
+    by_pipeline = run_ranks(load, 2, tmp_path, {"pp": 2})
+    by_both = run_ranks(load, 4, tmp_path, {"tp": 2, "pp": 2})
+    whole = set().union(*by_pipeline)
+    assert "decoder.layers.0.mlp.linear_fc1.weight" in whole
+    assert set().union(*by_both) == whole
+    assert not by_pipeline[0] & by_pipeline[1]
