@@ -349,6 +349,9 @@ class _GroupedLinear(torch.nn.Module):
         self.groups = pg_collection
         shape = [output_size, input_size]
         shape[self.split] = divide(shape[self.split], pg_collection.expt_tp.size())
+        # A rank's part of a gated layer's first matrix is one of the gate and one of what is gated.
+        gated = self.split == 0 and config.gated_linear_unit and config.moe_mlp_glu_interleave_size is None
+        stride = 2 if gated else 1
         own_groups = (
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
@@ -360,7 +363,7 @@ class _GroupedLinear(torch.nn.Module):
         )
         for expert in range(num_gemms):
             weight = torch.nn.Parameter(make(*shape))
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.split, stride=1)
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.split, stride=stride)
             weight.allreduce = not own_groups  # type: ignore[attr-defined]
             if config.perform_initialization:
                 with (
@@ -372,7 +375,7 @@ class _GroupedLinear(torch.nn.Module):
             if bias:
                 offset = torch.nn.Parameter(make(shape[0]).zero_())
                 if self.split == 0:
-                    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
+                    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=stride)
                 offset.allreduce = not own_groups  # type: ignore[attr-defined]
                 self.register_parameter(f"bias{expert}", offset)
         self.has_bias = bias
