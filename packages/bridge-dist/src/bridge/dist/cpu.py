@@ -347,6 +347,34 @@ def _finished(collective: Callable[..., Any]) -> Callable[..., Any]:
     return finished
 
 
+def _all_gather(
+    parts: list[torch.Tensor], part: torch.Tensor, group: torch.distributed.ProcessGroup | None = None, **kwargs: Any
+) -> Any:
+    """Gather parts of different sizes too, as expert-tensor parallelism does; gloo takes only equal ones."""
+    if len({each.shape for each in parts}) == 1:
+        return _finished(torch.distributed.all_gather)(parts, part, group, **kwargs)
+    parts[torch.distributed.get_rank(group)].copy_(part)
+    for rank, each in enumerate(parts):
+        torch.distributed.broadcast(each, group=group, group_src=rank)
+    return None
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    parts: list[torch.Tensor],
+    op: Any = torch.distributed.ReduceOp.SUM,
+    group: torch.distributed.ProcessGroup | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The same in the other direction."""
+    if len({each.shape for each in parts}) == 1:
+        return _finished(torch.distributed.reduce_scatter)(output, parts, op, group, **kwargs)
+    whole = torch.cat(parts)
+    torch.distributed.all_reduce(whole, op, group=group)
+    output.copy_(whole.split([len(each) for each in parts])[torch.distributed.get_rank(group)])
+    return None
+
+
 # By name: those that end in `_single` are what their older spellings call in newer versions of torch.
 _COLLECTIVES = [
     getattr(torch.distributed, name)
@@ -373,6 +401,8 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
     torch.Tensor.cuda: _same,
     torch.Tensor.pin_memory: _same,
     **{collective: _finished(collective) for collective in _COLLECTIVES},
+    torch.distributed.all_gather: _all_gather,
+    torch.distributed.reduce_scatter: _reduce_scatter,
 }
 
 
