@@ -23,6 +23,8 @@ from bridge.dist.options import BuildOptions, Wrapper
 MEGATRON = "megatron-core 0.19.2"
 """The version that the rules about Megatron were seen in."""
 
+_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -40,6 +42,11 @@ class Setup:
         return self.options.ddp_config or DistributedDataParallelConfig()
 
     @property
+    def shards_optimizer(self) -> bool:
+        """Whether DDP reduces to each rank only the gradients of the parameters that it updates."""
+        return self.ddp.use_distributed_optimizer or self.options.has_layer_wise_layout
+
+    @property
     def expert_dp(self) -> int:
         """Number of ranks that hold copies of the same experts."""
         assert self.layout.etp is not None
@@ -51,9 +58,9 @@ class Setup:
         """Whether a rank holds several stages; a pipeline of one rank is not divided further."""
         return self.layout.pp > 1 and self.layout.vp > 1
 
-    def is_wrapped_with(self, *wrappers: Wrapper) -> bool:
-        """Whether the wrapper is one of these."""
-        return self.options.wrapper in wrappers
+    def is_wrapped_with(self, wrapper: Wrapper) -> bool:
+        """Whether stages get this wrapper."""
+        return self.options.wrapper is wrapper
 
 
 Problems = Callable[[Setup], Iterator[str]]
@@ -119,8 +126,11 @@ def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColle
 
 @rule()
 def groups_fit_configuration(setup: Setup) -> Iterator[str]:
-    """Layers are cut by the process groups in some places and by the configuration in others."""
-    for name in ("tp", "pp", "cp", "ep"):
+    """Megatron cuts layers by the process groups in some places and by the configuration in others."""
+    names = ["tp", "pp", "cp", "ep"]
+    if setup.transformer.num_moe_experts:
+        names.append("etp")
+    for name in names:
         wanted, there = getattr(setup.transformer, CONFIG_FIELDS[name]), getattr(setup.layout, name)
         if wanted != there:
             yield (
@@ -137,6 +147,32 @@ def heads_divide(setup: Setup) -> Iterator[str]:
         yield f"num_attention_heads = {heads} is not a multiple of tp = {tp}: choose a tp that divides it"
     if groups and groups % tp and tp % groups:
         yield f"num_query_groups = {groups} is neither a multiple nor a divisor of tp = {tp}: choose a tp that is"
+
+
+@rule()
+def feed_forward_divides(setup: Setup) -> Iterator[str]:
+    """Each tensor-parallel rank holds an equal part of every feed-forward layer."""
+    config = setup.transformer
+    if hasattr(config, "per_block_parameters"):  # a heterogeneous model gives each layer its own sizes
+        return
+    is_moe = config.num_moe_experts is not None
+    sizes = {
+        ("ffn_hidden_size", "tp"): not is_moe or config.moe_layer_freq != 1,
+        ("moe_ffn_hidden_size", "etp"): is_moe,
+        ("moe_shared_expert_intermediate_size", "tp"): is_moe,
+    }
+    for (field, axis), applies in sizes.items():
+        size, ranks = getattr(config, field), getattr(setup.layout, axis)
+        if applies and size is not None and size % ranks:
+            yield f"{field} = {size} is not a multiple of {axis} = {ranks}: choose a multiple, or another {axis}"
+
+
+@rule()
+def experts_divide(setup: Setup) -> Iterator[str]:
+    """Each expert-parallel rank holds the same number of experts."""
+    experts, ep = setup.transformer.num_moe_experts, setup.layout.ep
+    if experts and experts % ep:
+        yield f"num_moe_experts = {experts} is not a multiple of ep = {ep}: choose an ep that divides it"
 
 
 @rule()
@@ -160,7 +196,8 @@ def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
     """With two pipeline ranks the previous and the next one are the same, and batched sends and receives of different
     chunks are matched with each other: gradients are wrong, without an error.
     """
-    if setup.has_virtual_pipeline and setup.layout.pp == 2 and setup.transformer.batch_p2p_comm:
+    config = setup.transformer
+    if setup.has_virtual_pipeline and setup.layout.pp == 2 and config.batch_p2p_comm and not config.overlap_p2p_comm:
         yield (
             "a virtual pipeline on pp = 2 computes wrong gradients with batch_p2p_comm: "
             "set batch_p2p_comm = False and overlap_p2p_comm = True, or use pp > 2"
@@ -168,8 +205,34 @@ def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
 
 
 @rule(seen=MEGATRON)
+def interleaving_group_size(setup: Setup) -> Iterator[str]:
+    """The interleaved schedule raises a ValueError in the first step."""
+    size, pp = setup.transformer.microbatch_group_size_per_vp_stage, setup.layout.pp
+    if setup.has_virtual_pipeline and size is not None and size < pp:
+        yield (
+            f"microbatch_group_size_per_vp_stage = {size} is smaller than pp = {pp}, which a virtual pipeline does not "
+            f"take: set it to {pp} or more"
+        )
+
+
+@rule(seen=MEGATRON)
+def overlapped_and_batched_messages(setup: Setup) -> Iterator[str]:
+    """The interleaved schedule raises a ValueError in the first step."""
+    config = setup.transformer
+    if setup.has_virtual_pipeline and config.overlap_p2p_comm and config.batch_p2p_comm:
+        yield "a virtual pipeline does not take both overlap_p2p_comm and batch_p2p_comm: set batch_p2p_comm = False"
+
+
+@rule(seen=MEGATRON)
+def overlapped_messages_without_interleaving(setup: Setup) -> Iterator[str]:
+    """The schedule of a pipeline without virtual stages raises a ValueError in the first step."""
+    if setup.layout.pp > 1 and not setup.has_virtual_pipeline and setup.transformer.overlap_p2p_comm:
+        yield "a pipeline without virtual stages does not take overlap_p2p_comm: set it to False, or vp > 1"
+
+
+@rule(seen=MEGATRON)
 def pipeline_dtype(setup: Setup) -> Iterator[str]:
-    """The receiving stage allocates ``pipeline_dtype``, whatever the sending one sends."""
+    """The receiving stage allocates ``pipeline_dtype``, whatever the sending one sends: it hangs or crashes."""
     config = setup.transformer
     if config.fp32_residual_connection:
         sent = torch.float32
@@ -182,32 +245,143 @@ def pipeline_dtype(setup: Setup) -> Iterator[str]:
         )
 
 
+# --- Layers
+
+
+@rule(seen=MEGATRON)
+def experts_without_sequence_parallelism(setup: Setup) -> Iterator[str]:
+    """Layers with experts raise a ValueError in the first forward pass of training."""
+    config, wrapper = setup.transformer, setup.options.wrapper
+    if config.num_moe_experts and setup.layout.tp > 1 and not config.sequence_parallel and wrapper is not Wrapper.NONE:
+        yield "a model with experts does not train with tp > 1 alone: set sequence_parallel = True, or tp = 1"
+
+
+@rule(seen=MEGATRON)
+def meta_device_and_cpu_initialization(setup: Setup) -> Iterator[str]:
+    """Parallel layers end on the meta device without an initialiser, and losses are NaN."""
+    if setup.transformer.init_model_with_meta_device and setup.transformer.use_cpu_initialization:
+        yield "init_model_with_meta_device and use_cpu_initialization leave weights uninitialised: set one to False"
+
+
+# --- DDP
+
+
+@rule(seen=MEGATRON)
+def parameter_gather_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """There is nothing to gather: a TypeError in the first forward pass."""
+    gathers = setup.is_wrapped_with(Wrapper.DDP) and setup.ddp.overlap_param_gather
+    if gathers and not (setup.shards_optimizer or setup.options.use_layer_wise_distributed_optimizer):
+        yield (
+            "DDP fails with overlap_param_gather but without a distributed optimizer: "
+            "set use_distributed_optimizer = True, or overlap_param_gather = False"
+        )
+
+
+@rule(seen=MEGATRON)
+def instances_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """A bare AssertionError while wrapping, after the whole model was built."""
+    several = setup.is_wrapped_with(Wrapper.DDP) and setup.ddp.num_distributed_optimizer_instances > 1
+    if several and not setup.shards_optimizer:
+        yield (
+            "num_distributed_optimizer_instances > 1 needs a distributed optimizer: "
+            "set use_distributed_optimizer = True, or the number of instances to 1"
+        )
+
+
+@rule(seen=MEGATRON)
+def average_of_per_token_loss(setup: Setup) -> Iterator[str]:
+    """An AssertionError while wrapping, after the whole model was built."""
+    wrapped = setup.is_wrapped_with(Wrapper.DDP)
+    if wrapped and setup.ddp.average_in_collective and setup.transformer.calculate_per_token_loss:
+        yield "DDP does not average gradients of a per-token loss: set average_in_collective = False"
+
+
+@rule(seen=MEGATRON)
+def fp32_reduce_scatter(setup: Setup) -> Iterator[str]:
+    """A bare AssertionError while wrapping, or in the first step."""
+    wrapped = setup.is_wrapped_with(Wrapper.DDP) and setup.shards_optimizer
+    if not (wrapped and setup.ddp.reduce_scatter_with_fp32_accumulation):
+        return
+    if setup.ddp.average_in_collective:
+        yield "reduce_scatter_with_fp32_accumulation only sums: set average_in_collective = False"
+    if setup.ddp.num_distributed_optimizer_instances > 1:
+        yield (
+            "reduce_scatter_with_fp32_accumulation takes one optimizer instance: "
+            "set it to False, or num_distributed_optimizer_instances = 1"
+        )
+
+
 # --- torch FSDP2
 
 
 @rule(seen=MEGATRON)
-def torch_fsdp2_pipeline(setup: Setup) -> Iterator[str]:
-    """Megatron-core forbids it: the wrapper knows nothing of the schedule's interleaved passes."""
-    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.layout.pp > 1:
-        yield "torch FSDP2 does not work with pipeline parallelism: set pp = 1, or wrap with ddp or megatron-fsdp"
+def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
+    """Experts are sharded over ranks that hold other experts: losses are wrong, or the optimizer fails."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.layout.ep > 1:
+        yield "torch FSDP2 computes wrong losses with expert parallelism: set ep = 1, or wrap with ddp"
 
 
 @rule(seen=MEGATRON)
-def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
-    """Experts are sharded over ranks that hold other experts: losses are wrong, without an error."""
-    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.layout.ep > 1:
-        yield "torch FSDP2 computes wrong losses with expert parallelism: set ep = 1, or wrap with ddp"
+def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
+    """The tied weight is sharded in one of its uses only: an error about mixed tensors in the first forward pass."""
+    tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and tied:
+        yield (
+            "torch FSDP2 fails with tied embeddings: set share_embeddings_and_output_weights = False, "
+            "or wrap with ddp or megatron-fsdp"
+        )
+
+
+@rule(seen=MEGATRON)
+def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """Megatron's distributed optimizer looks for DDP's buffers: a TypeError when it is made. FSDP2 shards by itself."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.ddp.use_distributed_optimizer:
+        yield "torch FSDP2 does not take Megatron's distributed optimizer: set use_distributed_optimizer = False"
 
 
 # --- Megatron-FSDP
 
 
 @rule(seen=MEGATRON)
+def megatron_fsdp_pipeline(setup: Setup) -> Iterator[str]:
+    """An EinopsError while wrapping: its device mesh takes the whole world for one pipeline stage."""
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.pp > 1:
+        yield "Megatron-FSDP fails in a pipeline: set pp = 1, or wrap with ddp"
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """The optimizer updates other weights than the model reads, and clips wrong norms, without an error."""
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and not setup.ddp.use_distributed_optimizer:
+        yield (
+            "Megatron-FSDP trains wrong without the distributed optimizer: set use_distributed_optimizer = True, "
+            "in the optimizer's configuration too"
+        )
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_fp16(setup: Setup) -> Iterator[str]:
+    """The optimizer unscales gradients that a rank's shard may not have: an AttributeError in the first step."""
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.transformer.fp16:
+        yield "Megatron-FSDP fails with fp16: set bf16 = True and fp16 = False, or wrap with ddp"
+
+
+@rule(seen=MEGATRON)
 def megatron_fsdp_average(setup: Setup) -> Iterator[str]:
-    """An AttributeError about expert groups, in the middle of the first step."""
+    """An AttributeError about expert groups while wrapping."""
     wrapped = setup.is_wrapped_with(Wrapper.MEGATRON_FSDP)
     if wrapped and setup.ddp.average_in_collective and setup.transformer.num_moe_experts is None:
         yield "Megatron-FSDP fails with average_in_collective in a model without experts: set it to False"
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_fused_division(setup: Setup) -> Iterator[str]:
+    """Only NCCL can multiply while it reduces: a RuntimeError in the first step."""
+    ddp, config = setup.ddp, setup.transformer
+    divides = not (ddp.average_in_collective or config.calculate_per_token_loss or config.bf16)
+    on_cpu = not torch.cuda.is_available()
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and ddp.gradient_reduce_div_fusion and divides and on_cpu:
+        yield "Megatron-FSDP cannot fuse reduction and division without NCCL: set gradient_reduce_div_fusion = False"
 
 
 @rule(seen=MEGATRON)
@@ -218,6 +392,34 @@ def megatron_fsdp_single_experts(setup: Setup) -> Iterator[str]:
             "Megatron-FSDP computes wrong gradients when each expert lives on one rank only (expert data parallelism "
             "of 1): raise dp, lower ep, or wrap with ddp"
         )
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_strategy(setup: Setup) -> Iterator[str]:
+    """A bare AssertionError while wrapping."""
+    strategy = setup.ddp.data_parallel_sharding_strategy
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and strategy not in _STRATEGIES:
+        yield f"data_parallel_sharding_strategy {strategy!r} is unknown: set one of {', '.join(_STRATEGIES)}"
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_instances(setup: Setup) -> Iterator[str]:
+    """Gradients are reduced within one instance only: they are wrong, without an error."""
+    several = setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.ddp.num_distributed_optimizer_instances > 1
+    strategy = setup.ddp.data_parallel_sharding_strategy
+    if several and strategy in ("no_shard", "optim"):
+        yield (
+            f"Megatron-FSDP computes wrong gradients with num_distributed_optimizer_instances > 1 and "
+            f"data_parallel_sharding_strategy {strategy}: set 1, or optim_grads or optim_grads_params"
+        )
+
+
+@rule(seen=MEGATRON)
+def megatron_fsdp_outer_sharding(setup: Setup) -> Iterator[str]:
+    """Gradient norms are wrong, and so is clipping, without an error; fails outright with one instance."""
+    strategy = setup.ddp.outer_dp_sharding_strategy
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and strategy != "no_shard":
+        yield f"Megatron-FSDP computes wrong norms with outer_dp_sharding_strategy {strategy}: set it to no_shard"
 
 
 RULES: tuple[Rule, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Rule))
