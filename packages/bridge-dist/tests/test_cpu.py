@@ -565,3 +565,21 @@ def start_collectives() -> list[float]:
 def test_a_collective_has_ended_when_it_returns() -> None:
     # Otherwise what is freed after it, as streams allow on a GPU, is written to by gloo: a crash now and then.
     assert run_ranks(start_collectives, 2) == [[1.5, 3.0, 1.5, 3.0]] * 2
+
+
+def exchange_uneven_parts() -> tuple[list[float], list[float]]:
+    """On each of two ranks: gather one row of rank 0 and two of rank 1, and add up shares of the same sizes."""
+    import torch
+    from torch import distributed
+
+    rank, sizes = distributed.get_rank(), [1, 2]
+    whole = torch.zeros(3)
+    distributed.all_gather(list(whole.split(sizes)), torch.full((sizes[rank],), 5.0 + rank))
+    share = torch.empty(sizes[rank])
+    distributed.reduce_scatter(share, list((torch.arange(3.0) + 10 * rank).split(sizes)))
+    return whole.tolist(), share.tolist()
+
+
+def test_parts_of_different_sizes_are_exchanged() -> None:
+    # As expert-tensor parallelism does; gloo alone takes equal ones only.
+    assert run_ranks(exchange_uneven_parts, 2) == [([5.0, 6.0, 6.0], [10.0]), ([5.0, 6.0, 6.0], [12.0, 14.0])]
