@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +17,7 @@ from torch.nn.functional import silu
 
 from bridge.config import ModelConfig
 from bridge.dist.layout import Layout, create_process_groups
+from bridge.models.backend import TorchAttention
 from bridge.models.errors import ModelConfigError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -67,7 +69,8 @@ def test_it_builds_what_the_reference_builds(
     config = GPTModelConfig(transformer=transformer(cls, transformer_impl="local", **inner), **outer)
     ours = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
     assert state(ours) == state(theirs)
-    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+    kinds = [DotProductAttention if type(module) is TorchAttention else type(module) for module in ours.modules()]
+    assert kinds == [type(module) for module in theirs.modules()]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -301,12 +301,12 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
-            for parameter in self.q_layernorm.parameters():
-                parameter.average_gradients_across_tp_domain = True
+            for parameter in cast(torch.nn.Module, self.q_layernorm).parameters():
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Project down; the latent key and value with the positional key come out whole, not split over the ranks."""
-        query, latent = super()._qkv_down_projection(hidden_states)
+        query, latent = super()._qkv_down_projection(hidden_states)  # type: ignore[no-untyped-call]
         if self.tp_group.size() == 1:
             return query, latent
         latent = tensor_parallel.gather_from_tensor_model_parallel_region(latent, group=self.tp_group)
