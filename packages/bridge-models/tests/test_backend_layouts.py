@@ -1,0 +1,133 @@
+"""The layers in PyTorch under layouts: every parameter's gradient is that of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from ranks import run_ranks
+
+
+class Case(NamedTuple):
+    """A preset with some of its values changed, and a layout."""
+
+    preset: str
+    sizes: dict[str, int]
+    sequence_parallel: bool = False
+
+
+# Attention that is far from uniform, so that all of it has gradients that matter; and norms of queries and keys.
+OVERRIDES = {
+    "tiny": [
+        "transformer.init_method_std=0.2",
+        "transformer.qk_layernorm=true",
+        "transformer.num_query_groups=2",
+        "position_embedding_type=rope",
+    ],
+    "mla-tiny": ["transformer.init_method_std=0.2"],
+    "moe-tiny": ["transformer.init_method_std=0.2", "transformer.moe_shared_expert_intermediate_size=32"],
+}
+LAYOUTS = {
+    2: {
+        "tp": Case("tiny", {"tp": 2}),
+        "tp sp": Case("tiny", {"tp": 2}, sequence_parallel=True),
+        "cp": Case("tiny", {"cp": 2}),
+        "multi-latent tp": Case("mla-tiny", {"tp": 2}),
+        "multi-latent tp sp": Case("mla-tiny", {"tp": 2}, sequence_parallel=True),
+        "multi-latent cp": Case("mla-tiny", {"cp": 2}),
+        "experts ep": Case("moe-tiny", {"ep": 2}),
+        "experts tp sp": Case("moe-tiny", {"tp": 2}, sequence_parallel=True),
+        "experts whole, tp sp": Case("moe-tiny", {"tp": 2, "etp": 1}, sequence_parallel=True),
+    },
+    4: {
+        "tp sp cp": Case("tiny", {"tp": 2, "cp": 2}, sequence_parallel=True),
+        "multi-latent tp sp cp": Case("mla-tiny", {"tp": 2, "cp": 2}, sequence_parallel=True),
+        "experts tp sp ep": Case("moe-tiny", {"tp": 2, "ep": 2}, sequence_parallel=True),
+    },
+}
+
+
+def gradients(case: Case) -> list[tuple[Any, Any]]:
+    """On each rank: where each parameter stands in the whole model, and its gradient after one backward pass."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from bridge.config import Document
+    from bridge.dist import Layout, create_process_groups
+    from bridge.dist.documents import replace_layout
+    from bridge.dist.weights import draw_weights, named_parameters
+
+    document = Document.load(case.preset, [*OVERRIDES[case.preset], "transformer.num_layers=2"])
+    replace_layout(document, case.sizes, sequence_parallel=case.sequence_parallel)
+    config = document.config()
+    groups = create_process_groups(Layout.of(config.transformer, torch.distributed.get_world_size()))
+    model_parallel_cuda_manual_seed(1)
+
+    def draw(stages: list[Any]) -> list[Any]:
+        draw_weights(stages, groups, vocab_size=config.vocab_size)
+        return stages
+
+    config.pre_wrap_hooks.append(draw)
+    (stage,) = config.get_builder_cls()(config).build_distributed_models(groups, DistributedDataParallelConfig())
+    samples = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(5))
+    mine = samples.chunk(groups.dp.size())[groups.dp.rank()]
+    batch = {"inputs": mine[:, :-1], "labels": mine[:, 1:], "positions": torch.arange(16).expand(len(mine), -1)}
+    if groups.cp.size() > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, cp_group=groups.cp)
+    inputs, labels, positions = (batch[name].contiguous() for name in ("inputs", "labels", "positions"))
+    stage(inputs, positions, None, labels=labels).float().mean().backward()
+    finalize_model_grads([stage])
+    return [(named.placement, named.parameter.main_grad) for named in named_parameters(stage, groups)]
+
+
+def save_gradients(folder: Path) -> None:
+    """On one rank: write the gradients of each whole model."""
+    import torch
+
+    from bridge.dist import destroy_process_groups
+
+    for preset in OVERRIDES:
+        whole = {placement.full_name: gradient for placement, gradient in gradients(Case(preset, {}))}
+        torch.save(whole, folder / f"{preset}.pt")
+        destroy_process_groups()
+
+
+def compare_gradients(cases: dict[str, Case], folder: Path) -> dict[str, dict[str, float]]:
+    """On each rank: by case and parameter, the largest difference in units of the parameter's largest gradient."""
+    import torch
+
+    from bridge.dist import destroy_process_groups
+
+    found = {}
+    for name, case in cases.items():
+        whole = torch.load(folder / f"{case.preset}.pt")
+        found[name] = {
+            placement.full_name: (
+                (gradient - placement.cut(whole[placement.full_name])).abs().max() / whole[placement.full_name].abs().max()
+            ).item()
+            for placement, gradient in gradients(case)
+        }
+        destroy_process_groups()
+    return found
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """By case, for each rank: differences of gradients from those of one process."""
+    folder = tmp_path_factory.mktemp("gradients")
+    run_ranks(save_gradients, 1, folder)
+    return {
+        name: [rank[name] for rank in ranks]
+        for world_size, cases in LAYOUTS.items()
+        for ranks in [run_ranks(compare_gradients, world_size, cases, folder)]
+        for name in cases
+    }
+
+
+@pytest.mark.parametrize("name", [name for cases in LAYOUTS.values() for name in cases])
+def test_gradients_are_those_of_one_process(name: str, differences: dict[str, list[dict[str, float]]]) -> None:
+    for rank in differences[name]:
+        assert not {parameter: difference for parameter, difference in rank.items() if not difference < 1e-4}
