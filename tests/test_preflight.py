@@ -1,0 +1,365 @@
+"""Each pre-flight rule refuses a setup; what it says to set passes; without the rule the setup fails, or trains wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from ranks import RankError, run_ranks
+
+from bridge.dist import BuildOptions, Layout, preflight, wrap
+from bridge.dist.documents import CONFIG_FIELDS
+from bridge.dist.errors import PreflightError
+from bridge.dist.text import Text, default_text
+from bridge.dist.train import TrainOptions, train
+from bridge.dist.weights import draw_weights
+from bridge.models.gpt import GPTModelConfig
+
+VOCAB = 256
+TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16)
+MEGATRON_FSDP = {"use_megatron_fsdp": True}
+TORCH_FSDP2 = {"use_torch_fsdp2": True}
+DDP = {"wrap_with_ddp": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A tiny GPT, how it is split, and how it is wrapped."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
+    """Assigned after the transformer's configuration was made, whose constructor would refuse it."""
+    model: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=lambda: DDP)
+
+    def config(self) -> GPTModelConfig:
+        transformer: dict[str, Any] = {
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        transformer |= {CONFIG_FIELDS[name]: size for name, size in self.sizes.items()}
+        if self.sizes.get("pp", 1) > 1:
+            transformer["pipeline_dtype"] = torch.float32
+        config = TransformerConfig(**transformer | self.transformer)
+        for name, value in self.changed.items():
+            setattr(config, name, value)
+        return GPTModelConfig(transformer=config, vocab_size=VOCAB, seq_length=16, **self.model)
+
+    def layout(self, world_size: int) -> Layout:
+        ranks = math.prod(self.sizes.get(name, 1) for name in ("tp", "pp", "cp"))
+        etp = self.transformer.get("expert_tensor_parallel_size")
+        return Layout(**self.sizes, etp=etp, dp=world_size // ranks)
+
+    def options(self) -> BuildOptions:
+        return BuildOptions(ddp_config=DistributedDataParallelConfig(**self.ddp), **self.flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a rule refuses, the same with what it says to set, and what comes of it without the rule.
+
+    ``fails`` is a part of the error; None where training goes on, with other losses or gradient norms.
+    """
+
+    refused: Setting
+    advised: Setting
+    fails: str | None = None
+    world_size: int = 2
+    alone: bool = False
+    """Not all ranks fail alike, so that the others wait; or the processes are spoilt for other cases."""
+
+
+def megatron_fsdp(**ddp: Any) -> dict[str, Any]:
+    usual = {
+        "use_megatron_fsdp": True,
+        "use_distributed_optimizer": True,
+        "data_parallel_sharding_strategy": "optim_grads_params",
+        "gradient_reduce_div_fusion": False,
+    }
+    return {"ddp": usual | ddp, "flags": MEGATRON_FSDP}
+
+
+PIPELINE = {"pp": 2}
+EXPERTS = {"num_moe_experts": 4, "moe_router_load_balancing_type": "none", "add_bias_linear": False}
+EXPERT_PARALLEL = {"sizes": {"ep": 2}, "transformer": EXPERTS}
+INTERLEAVED = {"pp": 2, "vp": 2}
+ASYNCHRONOUS = {"num_layers": 4, "batch_p2p_comm": False, "overlap_p2p_comm": True}
+TWO_INSTANCES = {"use_distributed_optimizer": True, "num_distributed_optimizer_instances": 2}
+
+CASES: dict[str, Case] = {
+    "groups-fit-configuration": Case(
+        # Each stage builds all layers: there are twice as many.
+        refused=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_size": 1}),
+        advised=Setting(sizes=PIPELINE),
+    ),
+    "heads-divide": Case(
+        refused=Setting(sizes={"tp": 2}, changed={"num_attention_heads": 3}),
+        advised=Setting(sizes={"tp": 2}),
+        fails="3 is not divisible by 2",
+    ),
+    "feed-forward-divides": Case(
+        refused=Setting(sizes={"tp": 2}, transformer={"ffn_hidden_size": 33}),
+        advised=Setting(sizes={"tp": 2}, transformer={"ffn_hidden_size": 34}),
+        fails="33 is not divisible by 2",
+    ),
+    "experts-divide": Case(
+        refused=Setting(sizes={"ep": 2}, transformer=EXPERTS | {"num_moe_experts": 3}),
+        advised=Setting(**EXPERT_PARALLEL),
+        fails="AssertionError",
+    ),
+    "layers-divide": Case(
+        refused=Setting(sizes=PIPELINE, transformer={"num_layers": 3}),
+        advised=Setting(sizes=PIPELINE),
+        fails="num_layers 3 does not divide",
+    ),
+    "interleaving-on-two-ranks": Case(
+        refused=Setting(sizes=INTERLEAVED, transformer={"num_layers": 4, "batch_p2p_comm": True}),
+        advised=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS),
+    ),
+    "interleaving-group-size": Case(
+        refused=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS | {"microbatch_group_size_per_vp_stage": 1}),
+        advised=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS | {"microbatch_group_size_per_vp_stage": 2}),
+        fails="ValueError: The number of contiguous micro-batches",
+    ),
+    "overlapped-and-batched-messages": Case(
+        refused=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS | {"batch_p2p_comm": True}),
+        advised=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS),
+        fails="ValueError: Can not use both",
+    ),
+    "overlapped-messages-without-interleaving": Case(
+        refused=Setting(sizes=PIPELINE, transformer=ASYNCHRONOUS),
+        advised=Setting(sizes=PIPELINE, transformer=ASYNCHRONOUS | {"overlap_p2p_comm": False}),
+        fails="ValueError: Non-interleaved",
+    ),
+    "pipeline-dtype": Case(
+        refused=Setting(sizes=PIPELINE, transformer={"pipeline_dtype": torch.bfloat16}),
+        advised=Setting(sizes=PIPELINE),
+        fails="RankError: rank 1 died",
+        alone=True,
+    ),
+    "experts-without-sequence-parallelism": Case(
+        refused=Setting(sizes={"tp": 2}, transformer=EXPERTS),
+        advised=Setting(sizes={"tp": 2}, transformer=EXPERTS | {"sequence_parallel": True}),
+        fails="ValueError: During training, performance may degrade",
+    ),
+    "meta-device-and-cpu-initialization": Case(
+        refused=Setting(transformer={"init_model_with_meta_device": True, "use_cpu_initialization": True}),
+        advised=Setting(transformer={"use_cpu_initialization": True}),
+    ),
+    "parameter-gather-without-distributed-optimizer": Case(
+        refused=Setting(ddp={"overlap_param_gather": True, "overlap_grad_reduce": True}),
+        advised=Setting(
+            ddp={"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": True}
+        ),
+        fails="TypeError: 'NoneType' object is not iterable",
+    ),
+    "instances-without-distributed-optimizer": Case(
+        refused=Setting(ddp={"num_distributed_optimizer_instances": 2}),
+        advised=Setting(ddp=TWO_INSTANCES),
+        fails="AssertionError: Partial DistOpt",
+    ),
+    "average-of-per-token-loss": Case(
+        refused=Setting(ddp={"average_in_collective": True}, transformer={"calculate_per_token_loss": True}),
+        advised=Setting(transformer={"calculate_per_token_loss": True}),
+        fails="AssertionError: Cannot average",
+    ),
+    "fp32-reduce-scatter": Case(
+        refused=Setting(ddp=TWO_INSTANCES | {"reduce_scatter_with_fp32_accumulation": True}),
+        advised=Setting(ddp={"use_distributed_optimizer": True, "reduce_scatter_with_fp32_accumulation": True}),
+        fails="AssertionError: RS w/ FP32 accumulation not supported",
+    ),
+    "torch-fsdp2-experts": Case(
+        refused=Setting(**EXPERT_PARALLEL, flags=TORCH_FSDP2),
+        advised=Setting(**EXPERT_PARALLEL),
+        alone=True,
+    ),
+    "torch-fsdp2-tied-embeddings": Case(
+        refused=Setting(model={"share_embeddings_and_output_weights": True}, flags=TORCH_FSDP2),
+        advised=Setting(flags=TORCH_FSDP2),
+        fails="mixed torch.Tensor and DTensor",
+    ),
+    "torch-fsdp2-distributed-optimizer": Case(
+        refused=Setting(ddp={"use_distributed_optimizer": True}, flags=TORCH_FSDP2),
+        advised=Setting(flags=TORCH_FSDP2),
+        fails="TypeError: 'method' object is not iterable",
+    ),
+    "megatron-fsdp-pipeline": Case(
+        refused=Setting(sizes=PIPELINE, **megatron_fsdp()), advised=Setting(**megatron_fsdp()), fails="EinopsError"
+    ),
+    "megatron-fsdp-distributed-optimizer": Case(
+        refused=Setting(**megatron_fsdp(use_distributed_optimizer=False)), advised=Setting(**megatron_fsdp())
+    ),
+    "megatron-fsdp-fp16": Case(
+        refused=Setting(**megatron_fsdp(), transformer={"fp16": True}),
+        advised=Setting(**megatron_fsdp(), transformer={"bf16": True}),
+        fails="AttributeError: 'NoneType' object has no attribute 'data'",
+    ),
+    "megatron-fsdp-average": Case(
+        refused=Setting(**megatron_fsdp(average_in_collective=True)),
+        advised=Setting(**megatron_fsdp()),
+        fails="AttributeError: 'NoneType' object has no attribute 'size'",
+    ),
+    "megatron-fsdp-fused-division": Case(
+        refused=Setting(**megatron_fsdp(gradient_reduce_div_fusion=True)),
+        advised=Setting(**megatron_fsdp()),
+        fails="RuntimeError: Cannot use ReduceOp.PREMUL_SUM",
+    ),
+    "megatron-fsdp-single-experts": Case(
+        refused=Setting(**EXPERT_PARALLEL, **megatron_fsdp()),
+        advised=Setting(transformer=EXPERTS, **megatron_fsdp()),
+    ),
+    "megatron-fsdp-strategy": Case(
+        refused=Setting(**megatron_fsdp(data_parallel_sharding_strategy="full")),
+        advised=Setting(**megatron_fsdp()),
+        fails="AssertionError",
+    ),
+    "megatron-fsdp-instances": Case(
+        refused=Setting(
+            **megatron_fsdp(data_parallel_sharding_strategy="optim", num_distributed_optimizer_instances=2)
+        ),
+        advised=Setting(**megatron_fsdp(num_distributed_optimizer_instances=2)),
+        world_size=4,
+    ),
+    "megatron-fsdp-outer-sharding": Case(
+        refused=Setting(**megatron_fsdp(outer_dp_sharding_strategy="optim", num_distributed_optimizer_instances=2)),
+        advised=Setting(**megatron_fsdp(num_distributed_optimizer_instances=2)),
+        world_size=4,
+    ),
+}
+
+
+def test_every_rule_has_its_case() -> None:
+    shown = [rule.name for rule in preflight.RULES if rule.not_shown is None]
+    assert list(CASES) == shown
+
+
+def test_every_rule_says_why() -> None:
+    assert all(rule.why for rule in preflight.RULES)
+
+
+def check(setting: Setting, world_size: int) -> None:
+    config = setting.config()
+    preflight.check(
+        preflight.Setup(
+            transformer=config.transformer, layout=setting.layout(world_size), options=setting.options(), model=config
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_by_this_rule_alone(name: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        check(CASES[name].refused, CASES[name].world_size)
+    assert [problem.rpartition(" ")[2] for problem in caught.value.problems] == [f"[{name}]"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_it_says_to_set_passes(name: str) -> None:
+    check(CASES[name].advised, CASES[name].world_size)
+
+
+class Run(NamedTuple):
+    """Losses and gradient norms by step."""
+
+    losses: list[float]
+    grad_norms: list[float | None]
+
+
+def unchecked(settings: list[Setting]) -> list[Run | str]:
+    """On each rank: train each setting without the checks; what came of it, or the error."""
+    preflight.RULES = ()
+    wrap._check_stages = lambda *_: None  # it finds tied embeddings a second time, of any builder
+    outcomes: list[Run | str] = []
+    for setting in settings:
+        try:
+            outcomes.append(trained(setting))
+        except Exception as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+        parallel_state.destroy_model_parallel()
+    return outcomes
+
+
+def trained(setting: Setting) -> Run:
+    config, layout = setting.config(), setting.layout(torch.distributed.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=setting.ddp.get("num_distributed_optimizer_instances", 1),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+    def draw(stages: list[MegatronModule]) -> list[MegatronModule]:
+        draw_weights(stages, groups, vocab_size=VOCAB)
+        return stages
+
+    config.pre_wrap_hooks.append(draw)
+    builder = config.get_builder_cls()(config)
+    stages = builder.build_distributed_models(groups, DistributedDataParallelConfig(**setting.ddp), **setting.flags)
+    text = Text.read(TRAINING.text, vocab_size=VOCAB)
+    steps = list(train(stages, groups, layout, text=text, options=TRAINING))
+    return Run([step.loss for step in steps], [step.grad_norm for step in steps])
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Run]:
+    """What the models of the cases that train wrong give on one process."""
+    names = [name for name, case in CASES.items() if case.fails is None]
+    outcomes = run_ranks(unchecked, 1, [_of_one_process(CASES[name].refused) for name in names])[0]
+    assert all(isinstance(outcome, Run) for outcome in outcomes), outcomes
+    return dict(zip(names, (outcome for outcome in outcomes if isinstance(outcome, Run)), strict=True))
+
+
+def _of_one_process(setting: Setting) -> Setting:
+    """The same model, whole."""
+    of_model = ("num_layers", *EXPERTS)
+    transformer = {name: value for name, value in setting.transformer.items() if name in of_model}
+    return Setting(transformer=transformer, model=setting.model)
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[str, list[Run | str]]:
+    """What came of the cases, by rank: those that every rank fails alike share the processes."""
+    found: dict[str, list[Run | str]] = {}
+    for world_size in (2, 4):
+        names = [name for name, case in CASES.items() if case.world_size == world_size and not case.alone]
+        by_rank = run_ranks(unchecked, world_size, [CASES[name].refused for name in names], timeout=240)
+        found |= {name: [rank[index] for rank in by_rank] for index, name in enumerate(names)}
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_the_rule(name: str, together: dict[str, list[Run | str]], one_process: dict[str, Run]) -> None:
+    case = CASES[name]
+    outcomes = together[name] if name in together else _outcomes_alone(case)
+    if case.fails is not None:
+        assert any(isinstance(outcome, str) and case.fails in outcome for outcome in outcomes), outcomes
+        return
+    expected = one_process[name]
+    for outcome in outcomes:
+        assert isinstance(outcome, Run), outcome
+        same_losses = outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert not (same_losses and outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4))
+
+
+def _outcomes_alone(case: Case) -> list[Run | str]:
+    try:
+        return [rank[0] for rank in run_ranks(unchecked, case.world_size, [case.refused], timeout=30)]
+    except RankError as error:
+        return [f"RankError: {error}"]
