@@ -234,6 +234,19 @@ def grouped_beside_sequential() -> None:
     assert len(gradients) == len(theirs)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, theirs[sequential_name(name)])
+    # A checkpoint of the one is a checkpoint of the other.
+    assert parts_in_checkpoint(one) == parts_in_checkpoint(other)
+
+
+def parts_in_checkpoint(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...], list[float]]]:
+    """What a layer writes into a sharded checkpoint: name and shape of the whole, where the part stands, its values."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state: Any = layer.sharded_state_dict()  # type: ignore[operator]
+    apply_factories(state)
+    parts = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    return sorted((part.key, part.global_shape, part.global_offset, part.data.flatten().tolist()) for part in parts)
 
 
 def sequential_name(name: str) -> str:
