@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.errors import ConfigError, DocumentError, OmittedWarning
+from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning
 
 if TYPE_CHECKING:
     from bridge.config.decode import Checked
+    from bridge.config.document import Document
     from bridge.config.errors import Problem
+
+    Check = Callable[[Document], list[Problem]]
+
+LAYOUT_CHECKS = "bridge.preflight"
+"""The entry-point group of functions that take a document, a layout and, by name, a wrapper, and return problems."""
 
 _FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
@@ -24,20 +32,44 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 
 
+def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, int] | None:
+    """A layout as sizes by axis."""
+    if text is None:
+        return None
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    sizes = {axis: int(size) for axis, _, size in pairs if size.isascii() and size.isdigit() and int(size)}
+    if len(sizes) < len(pairs):
+        raise click.BadParameter(f"{text!r} is not of the form tp=2,pp=2, with each axis once and sizes above 0")
+    return sizes
+
+
 @click.command(
     help=f"""Check documents: every problem with its file, line, column and path.
 
     {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. What a constructor refuses is found only
-    when the configuration is made.
+    when the configuration is made, as it is for --layout.
     """
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")
+@click.option(
+    "--layout",
+    callback=_sizes,
+    metavar="AXIS=SIZE,...",
+    help="Also check the model split so over ranks, as in tp=2,pp=2,dp=4. Axes: tp, pp, vp, cp, ep, etp, dp; those "
+    "left out are as in FILE, dp is 1. Takes bridge-dist.",
+)
+@click.option("--wrap", help="With --layout: ddp (the default), megatron-fsdp, torch-fsdp2 or none.")
 @_as_json
 @click.pass_context
-def validate(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
+def validate(
+    ctx: click.Context, files: tuple[str, ...], layout: dict[str, int] | None, wrap: str | None, as_json: bool
+) -> None:
     """Check documents."""
     sources, overrides = _split(files)
-    verdicts = {source: _verdict(source, overrides) for source in sources}
+    if wrap and layout is None:
+        raise click.UsageError("--wrap is for --layout: give both")
+    checks = [] if layout is None else _layout_checks(layout, wrap)
+    verdicts = {source: _verdict(source, overrides, checks) for source in sources}
     for source, (problems, notes) in verdicts.items():
         if not as_json:
             for problem in problems:
@@ -202,16 +234,33 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return sources, overrides
 
 
-def _verdict(source: str, overrides: list[str]) -> tuple[list[Problem], list[str]]:
+def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
     """What is wrong with a document, and what was done to bring it into the present form."""
     from bridge.config.document import Document
 
     with _omissions() as omissions:
         try:
-            problems, notes = [], Document.load(source, overrides).check().present.notes
+            document = Document.load(source, overrides)
+            notes = document.check().present.notes
         except DocumentError as error:
-            problems, notes = error.problems, []
-    return problems, notes + omissions
+            return error.problems, omissions
+    return [problem for check in checks for problem in check(document)], notes + omissions
+
+
+def _layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
+    """The installed checks of documents against a layout."""
+    points = entry_points(group=LAYOUT_CHECKS)
+    if not points:
+        raise click.UsageError("--layout takes bridge-dist, which is not installed: install it")
+    wrapper = {"wrapper": wrap} if wrap else {}
+
+    def check(document: Document, function: Callable[..., list[Problem]]) -> list[Problem]:
+        try:
+            return function(document, layout, **wrapper)
+        except BridgeError as error:  # an axis or a wrapper that it does not know
+            raise click.UsageError(str(error)) from error
+
+    return [partial(check, function=point.load()) for point in points]
 
 
 def _checked(source: str, *, defaults: bool) -> Checked:

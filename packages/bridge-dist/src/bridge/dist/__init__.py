@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
     from bridge.dist.options import BuildOptions, Wrapper
     from bridge.dist.stages import build_stages
+    from bridge.dist.validate import check_document
 
 __all__ = [
     "BuildOptions",
@@ -17,6 +18,7 @@ __all__ = [
     "Wrapper",
     "build_distributed",
     "build_stages",
+    "check_document",
     "create_process_groups",
     "destroy_process_groups",
     "prepare_stages",
@@ -29,6 +31,7 @@ _MODULES = {
     "Wrapper": "options",
     "build_distributed": "build",
     "build_stages": "stages",
+    "check_document": "validate",
     "create_process_groups": "layout",
     "destroy_process_groups": "layout",
     "prepare_stages": "build",
