@@ -351,7 +351,7 @@ def megatron_fsdp_pipeline(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_distributed_optimizer(setup: Setup) -> Iterator[str]:
-    """The optimizer updates other weights than the model reads, and clips wrong norms, without an error."""
+    """The weights that the model reads are never updated, and each rank clips by its own norm, without an error."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and not setup.ddp.use_distributed_optimizer:
         yield (
             "Megatron-FSDP trains wrong without the distributed optimizer: set use_distributed_optimizer = True, "

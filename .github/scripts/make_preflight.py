@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Write docs/preflight.md: every pre-flight rule, with what it says of the setup that its test refuses.
+
+make_preflight.py            from the packages that are installed
+make_preflight.py --check    fails if that would change the page
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/preflight.md"
+
+sys.path.insert(0, str(ROOT / "tests"))
+from test_preflight import CASES, problems  # type: ignore[import-not-found]  # noqa: E402
+
+from bridge.dist.preflight import RULES, Rule  # noqa: E402
+
+HEAD = """\
+<!-- Written by .github/scripts/make_preflight.py -->
+
+# Pre-flight rules
+
+What is known to fail late, to hang, or to train silently wrong is refused before anything is built: by every
+`DistributedModelBuilder`, by `bridge build` and `bridge verify`, and without any rank by
+
+```console
+$ uv run bridge validate tiny --layout pp=2,dp=2 --wrap megatron-fsdp
+```
+
+An error names the rule that it comes from. For every rule a test shows that what it says to set passes, and what
+happens without the rule: real processes fail, or train otherwise than one process does. When a new version of Megatron
+mends something, that test says so.
+
+A family of models adds rules of its own in the class variable `rules` of its builder.
+"""
+
+
+def section(rule: Rule) -> str:
+    """What the page says of a rule."""
+    message = problems(CASES[rule.name].refused, CASES[rule.name].world_size)[0].rpartition(" [")[0]
+    origin = f"Seen in {rule.seen}." if rule.seen else "By arithmetic."
+    why = " ".join(rule.why.replace("``", "`").split())
+    return f"## {rule.name}\n\n{why} {origin}\n\n> {message}\n"
+
+
+def main(*args: str) -> int:
+    """Write the page, or check it."""
+    text = "\n".join([HEAD, *map(section, RULES)])
+    if args != ("--check",):
+        PAGE.write_text(text)
+    elif text != PAGE.read_text():
+        print(f"{PAGE.name} does not tell the rules: run make_preflight.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
