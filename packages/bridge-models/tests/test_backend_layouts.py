@@ -106,7 +106,8 @@ def compare_gradients(cases: dict[str, Case], folder: Path) -> dict[str, dict[st
         whole = torch.load(folder / f"{case.preset}.pt")
         found[name] = {
             placement.full_name: (
-                (gradient - placement.cut(whole[placement.full_name])).abs().max() / whole[placement.full_name].abs().max()
+                (gradient - placement.cut(whole[placement.full_name])).abs().max()
+                / whole[placement.full_name].abs().max()
             ).item()
             for placement, gradient in gradients(case)
         }

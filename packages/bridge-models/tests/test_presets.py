@@ -10,17 +10,26 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from bridge.config import Document, ModelConfig, load_config
+from bridge.dist.cpu import cpu_runtime
 from bridge.models.commands import presets
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
-NAMES = ["gpt2-124m", "gpt2-xl", "llama-3.1-405b", "llama-3.1-8b", "tiny"]
+NAMES = ["gpt2-124m", "gpt2-xl", "llama-3.1-405b", "llama-3.1-8b", "mla-tiny", "moe-tiny", "tiny"]
+SMALL = ["mla-tiny", "moe-tiny", "tiny"]
 
-# The published models' sizes; every parameter once, so a tied output layer is not counted again.
+EMBEDDINGS = 2 * 256 * 64
+GATED_MLP = 3 * 64 * 128
+LATENT = (64 + 1) * 32 + 32 * 4 * (16 + 8) + 64 * (16 + 8) + 16 + 16 * 4 * (16 + 16)  # queries; keys and values
+EXPERTS = 4 * (64 + 3 * 64 * 64)  # and their rows of the router
+# The published models' sizes; every parameter once, so a tied output layer is not counted again. The small ones' are
+# added up: embeddings, layers (norms, attention with its output, MLP), last norm.
 TOTALS = {
     "gpt2-124m": 124_439_808,
     "gpt2-xl": 1_557_611_200,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-405b": 405_853_388_800,
+    "mla-tiny": EMBEDDINGS + 4 * (2 * 64 + LATENT + 4 * 16 * 64 + GATED_MLP) + 64,
+    "moe-tiny": EMBEDDINGS + 4 * (2 * 64 + 64 * (64 + 2 * 32) + 64 * 64 + EXPERTS) + 64,
 }
 
 
@@ -28,7 +37,7 @@ def on_meta(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> Me
     """The real model, whose parameters have shapes but no values."""
     config.use_cpu_initialization = True
     config.perform_initialization = False
-    with torch.device("meta"):
+    with cpu_runtime(), torch.device("meta"):  # multi-latent attention makes its rotary embedding on a GPU
         return GPTModelBuilder(config).build_model(pg_collection)
 
 
@@ -97,12 +106,13 @@ def test_llama_rotates_as_published(pg_collection: ProcessGroupCollection, name:
     torch.testing.assert_close(frequencies[-1].item(), 500000.0 ** (-126 / 128) / 8)
 
 
-def test_tiny_is_for_byte_tokens_and_even_splits() -> None:
-    config = gpt_preset("tiny")
+@pytest.mark.parametrize("name", SMALL)
+def test_small_presets_are_for_byte_tokens_and_even_splits(name: str) -> None:
+    config = gpt_preset(name)
     assert config.vocab_size is not None
     assert config.vocab_size >= 256
     for overrides in ([], ["transformer.tensor_model_parallel_size=2", *split("2", "2")], split("4", "null")):
-        gpt_preset("tiny", *overrides).finalize()
+        gpt_preset(name, *overrides).finalize()
 
 
 def split(pp: str, vp: str) -> list[str]:

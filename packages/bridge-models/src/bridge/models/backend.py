@@ -347,38 +347,49 @@ class _GroupedLinear(torch.nn.Module):
         self.num_gemms = num_gemms
         self.skip_bias_add = skip_bias_add
         self.groups = pg_collection
-        shape = [output_size, input_size]
-        shape[self.split] = divide(shape[self.split], pg_collection.expt_tp.size())
+        self.has_bias = bias
+        self.shape = [output_size, input_size]
+        self.init_method = init_method
+        self.on_cpu = config.use_cpu_initialization
         # A rank's part of a gated layer's first matrix is one of the gate and one of what is gated.
         gated = self.split == 0 and config.gated_linear_unit and config.moe_mlp_glu_interleave_size is None
-        stride = 2 if gated else 1
+        self.stride = 2 if gated else 1
         own_groups = (
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
-        make = partial(
-            torch.empty,
-            dtype=config.params_dtype,
-            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
-        )
+        shape = list(self.shape)
+        shape[self.split] = divide(shape[self.split], pg_collection.expt_tp.size())
+        placed = {} if self.on_cpu else {"device": torch.cuda.current_device()}
+        make = partial(torch.empty, dtype=config.params_dtype, **placed)
         for expert in range(num_gemms):
-            weight = torch.nn.Parameter(make(*shape))
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.split, stride=stride)
-            weight.allreduce = not own_groups  # type: ignore[attr-defined]
-            if config.perform_initialization:
-                with (
-                    torch.no_grad(),
-                    tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()),
-                ):
-                    init_method(weight)
-            self.register_parameter(f"weight{expert}", weight)
-            if bias:
-                offset = torch.nn.Parameter(make(shape[0]).zero_())
-                if self.split == 0:
-                    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=stride)
-                offset.allreduce = not own_groups  # type: ignore[attr-defined]
-                self.register_parameter(f"bias{expert}", offset)
-        self.has_bias = bias
+            parts = {"weight": (make(*shape), True)} | ({"bias": (make(shape[0]), self.split == 0)} if bias else {})
+            for kind, (empty, is_split) in parts.items():
+                parameter = torch.nn.Parameter(empty)
+                if is_split:
+                    set_tensor_model_parallel_attributes(
+                        parameter, is_parallel=True, dim=self.split, stride=self.stride
+                    )
+                parameter.allreduce = not own_groups  # type: ignore[attr-defined]
+                self.register_parameter(f"{kind}{expert}", parameter)
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights as the configuration says, and set biases to zero."""
+        ranks, rank = self.groups.expt_tp.size(), self.groups.expt_tp.rank()
+        for name, parameter in self.named_parameters():
+            if name.startswith("bias"):
+                parameter.zero_()
+            elif self.on_cpu:  # as in Megatron's own layers: every rank draws the whole and keeps its part
+                whole = parameter.new_empty(self.shape)
+                self.init_method(whole)
+                pieces = whole.chunk(ranks * self.stride, dim=self.split)
+                parameter.copy_(torch.cat(pieces[rank::ranks], dim=self.split))
+            else:
+                with tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    self.init_method(parameter)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply.
