@@ -1,5 +1,6 @@
 """Real environments to install the packages into, as people do: from built wheels, away from the workspace."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -89,3 +90,37 @@ class Environment:
 def workspace_versions() -> Sequence[str]:
     """What is installed in the workspace, as constraints: `name==version`."""
     return uv("pip", "freeze", "--exclude-editable", "--python", sys.executable).splitlines()
+
+
+_IN_ONE_PROCESS = """\
+import contextlib, io, json, sys
+from bridge.config.cli import main
+results = []
+for arguments in json.load(sys.stdin):
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def run_in_one_process(lines: Sequence[Sequence[str]], folder: Path) -> list[tuple[int, str, str]]:
+    """Run many command lines of `bridge`, since each process that imports Megatron takes seconds.
+
+    Returns the exit code, standard output and standard error of each.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_ONE_PROCESS],
+        input=json.dumps(lines),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    results: list[tuple[int, str, str]] = json.loads(done.stdout)
+    return results

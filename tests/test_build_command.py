@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environments import run_in_one_process
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 BRIDGE = str(SCRIPTS / "bridge")
@@ -27,22 +28,6 @@ transformer:
   num_layers: 4
   hidden_size: 32
   num_attention_heads: 4
-"""
-
-# Runs many command lines in one process, since each process that imports Megatron takes seconds.
-MANY = """\
-import contextlib, io, json, sys
-from bridge.config.cli import main
-results = []
-for arguments in json.load(sys.stdin):
-    out, err, code = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as end:
-            code = end.code
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
 """
 
 
@@ -248,9 +233,7 @@ def bad_input_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     for name, text in documents.items():
         (folder / f"{name}.yaml").write_text(text)
     lines = [["build", file, *arguments] for file, arguments, *_ in BAD_INPUT.values()]
-    done = run(sys.executable, "-c", MANY, input=json.dumps(lines), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(BAD_INPUT, json.loads(done.stdout), strict=True))
+    return dict(zip(BAD_INPUT, run_in_one_process(lines, folder), strict=True))
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

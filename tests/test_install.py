@@ -142,6 +142,12 @@ def test_five_errors_are_five_lines_without_torch(light: Environment, documents:
     assert [int(line.split(":")[1]) for line in done.stderr.splitlines()] == FIVE_LINES
 
 
+def test_a_layout_takes_bridge_dist(light: Environment, documents: Path) -> None:
+    done = light.run("bridge", "validate", "tiny.yaml", "--layout", "tp=2", cwd=documents)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--layout takes bridge-dist, which is not installed: install it" in done.stderr
+
+
 @pytest.mark.parametrize("package", PACKAGES[1:])
 def test_package_needs_only_the_layers_below(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     layers = PACKAGES.index(package) + 1

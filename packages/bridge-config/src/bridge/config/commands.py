@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Check = Callable[[Document], list[Problem]]
 
 LAYOUT_CHECKS = "bridge.preflight"
-"""The entry-point group of functions that take a document, a layout and, by name, a wrapper, and return problems."""
+"""The entry-point group of functions of a document, sizes by axis and, by name, a wrapper, that return problems."""
 
 _FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."

@@ -25,7 +25,6 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
         LayoutError: An axis is unknown.
         OptionsError: The wrapper is unknown.
     """
-    from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.job import BuildJob, make_builder
     from bridge.dist.options import Wrapper
 
@@ -50,3 +49,10 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
     except BridgeError as error:
         return [Problem("$", str(error), document.source)]
     return []
+
+
+def check_for_terminal(document: Document, layout: Mapping[str, int], *, wrapper: str = "ddp") -> list[Problem]:
+    """``check_document`` for the command line, without what Megatron says of libraries that are missing."""
+    from bridge.dist import quiet as quiet  # for its effect
+
+    return check_document(document, layout, wrapper=wrapper)

@@ -1,0 +1,109 @@
+"""`bridge validate --layout`: a document against a layout, as its users meet it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from environments import run_in_one_process
+
+from bridge.config import Document
+from bridge.dist import check_document
+from bridge.dist.errors import LayoutError, OptionsError
+
+DOCUMENT = """\
+_target_: bridge.models.gpt.GPTModelConfig
+vocab_size: 256
+share_embeddings_and_output_weights: true
+transformer:
+  num_layers: 4
+  hidden_size: 32
+  num_attention_heads: 4
+  pipeline_model_parallel_size: 2
+  pipeline_dtype: torch.float32
+"""
+TYPE = DOCUMENT.replace("num_layers: 4", "num_layers: four")
+
+# The command line, its exit code, and what it says in order, to standard output or to standard error.
+LINES: dict[str, tuple[list[str], int, list[str]]] = {
+    "it fits": (["good.yaml", "tiny", "--layout", "tp=2,pp=2,dp=2"], 0, ["good.yaml: ok", "tiny: ok"]),
+    "the document's sizes": (
+        ["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp"],
+        1,
+        ["good.yaml: $: Megatron-FSDP fails in a pipeline", "[megatron-fsdp-pipeline]"],
+    ),
+    "sizes in place of the document's": (
+        ["good.yaml", "--layout", "dp=2,pp=1", "--wrap", "megatron-fsdp"],
+        0,
+        ["good.yaml: ok"],
+    ),
+    "every problem": (
+        [
+            "good.yaml",
+            "transformer.overlap_p2p_comm=true",
+            "transformer.pipeline_dtype=torch.bfloat16",
+            "--layout",
+            "dp=2",
+            "--wrap",
+            "torch-fsdp2",
+        ],
+        1,
+        ["[overlapped-messages-without-interleaving]", "[pipeline-dtype]", "[torch-fsdp2-tied-embeddings]"],
+    ),
+    "the constructor": (["tiny", "--layout", "tp=3"], 1, ["tiny:", "$.transformer", "must be a multiple"]),
+    "the ranks": (
+        ["tiny", "transformer.num_moe_experts=4", "transformer.add_bias_linear=false", "--layout", "ep=4,dp=2"],
+        1,
+        ["tiny: $: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
+    ),
+    "reading comes first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
+    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown in a layout: xp; its axes are tp, pp, vp"]),
+    "no size": (["tiny", "--layout", "tp=two"], 2, ["'tp=two' is not of the form tp=2,pp=2"]),
+    "twice": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
+    "no such wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
+    "a wrapper alone": (["tiny", "--wrap", "ddp"], 2, ["--wrap is for --layout"]),
+    "as data": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "good.yaml").write_text(DOCUMENT)
+    (folder / "type.yaml").write_text(TYPE)
+    lines = [["validate", *arguments] for arguments, *_ in LINES.values()]
+    return dict(zip(LINES, run_in_one_process(lines, folder), strict=True))
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_validate_layout(name: str, results: dict[str, tuple[int, str, str]]) -> None:
+    _, expected_code, expected = LINES[name]
+    code, out, err = results[name]
+    said = out + err
+    assert code == expected_code or (code is None and expected_code == 0), said
+    places = [said.find(part) for part in expected]
+    assert -1 not in places, said
+    assert places == sorted(places)
+    assert "Traceback" not in said
+    assert "Warning" not in said
+
+
+def test_as_json(results: dict[str, tuple[int, str, str]]) -> None:
+    (verdict,) = json.loads(results["as data"][1])
+    (problem,) = verdict["problems"]
+    assert (verdict["source"], verdict["ok"], problem["path"]) == ("good.yaml", False, "$")
+    assert problem["message"].endswith("[megatron-fsdp-pipeline]")
+
+
+def test_in_python(tmp_path: Path) -> None:
+    document = Document.load("tiny")
+    before = document.to_yaml()
+    assert check_document(document, {"pp": 2, "vp": 2, "dp": 2}) == []
+    (problem,) = check_document(document, {"pp": 2}, wrapper="megatron-fsdp")
+    assert problem.message.endswith("[megatron-fsdp-pipeline]")
+    assert document.to_yaml() == before
+    with pytest.raises(LayoutError, match="xp"):
+        check_document(document, {"xp": 2})
+    with pytest.raises(OptionsError, match="fsdp3"):
+        check_document(document, {}, wrapper="fsdp3")
