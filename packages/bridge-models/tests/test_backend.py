@@ -157,6 +157,23 @@ def test_an_unknown_norm_is_refused(transformer: Transformer) -> None:
         torch_norm(config, 8)
 
 
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_norms_are_the_formula(transformer: Transformer, normalization: str, zero_centered: bool) -> None:
+    config = transformer(normalization=normalization, layernorm_zero_centered_gamma=zero_centered)
+    norm = torch_norm(config, 16, eps=1e-3).double()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    centered = x - x.mean(-1, keepdim=True) if normalization == "LayerNorm" else x
+    normed = centered / (centered.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(norm(x), normed)
+    weights = dict(norm.named_parameters())
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.normal_()
+    gain = weights["weight"] + 1 if zero_centered else weights["weight"]
+    torch.testing.assert_close(norm(x), normed * gain + weights.get("bias", 0))
+
+
 def attend_in_parallel(config: TransformerConfig) -> list[torch.Tensor]:
     """On each rank: attend to this rank's pieces of the sequence, and return output and gradients."""
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -247,6 +264,48 @@ def parts_in_checkpoint(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ..
     apply_factories(state)
     parts = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
     return sorted((part.key, part.global_shape, part.global_offset, part.data.flatten().tolist()) for part in parts)
+
+
+def part_of_experts(layer: type[ColumnParallelGroupedLinear]) -> torch.Tensor:
+    """On each of two ranks: its part of an expert's gated weight, [8, 6] in all, initialised on the CPU."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from bridge.dist import Layout, create_process_groups
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        gated_linear_unit=True,
+        tensor_model_parallel_size=2,
+        use_cpu_initialization=True,
+    )
+    torch.manual_seed(1)
+    experts = layer(
+        1,
+        6,
+        8,
+        config=config,
+        init_method=torch.nn.init.normal_,
+        bias=False,
+        skip_bias_add=False,
+        is_expert=True,
+        pg_collection=create_process_groups(Layout(tp=2)),
+    )
+    return experts.get_parameter("weight0").detach()
+
+
+@pytest.mark.parametrize(
+    ("layer", "parts"),
+    [
+        (ColumnParallelGroupedLinear, [([0, 1, 4, 5], range(6)), ([2, 3, 6, 7], range(6))]),
+        (RowParallelGroupedLinear, [(range(8), [0, 1, 2]), (range(8), [3, 4, 5])]),
+    ],
+)
+def test_ranks_initialise_parts_of_one_weight(layer: type[ColumnParallelGroupedLinear], parts: Any) -> None:
+    whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    for found, (rows, columns) in zip(run_ranks(part_of_experts, 2, layer), parts, strict=True):
+        torch.testing.assert_close(found, whole[list(rows)][:, list(columns)])
 
 
 def sequential_name(name: str) -> str:

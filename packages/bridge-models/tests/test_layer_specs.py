@@ -179,15 +179,11 @@ ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
     "sequence parallelism": (TransformerConfig, {"sequence_parallel": True, "tensor_model_parallel_size": 2}),
     "context parallelism": (TransformerConfig, {"context_parallel_size": 2}),
     "multi-latent attention": (MLATransformerConfig, {}),
+    "zero-centered norms": (TransformerConfig, {"layernorm_zero_centered_gamma": True}),
 }
 
 # What neither can, and how we say so. A test below tells when the local ones can.
 BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
-    "zero-centered norms": (
-        TransformerConfig,
-        {"layernorm_zero_centered_gamma": True},
-        r"zero_centered_gamma to false",
-    ),
     "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, r"persist_layer_norm to false"),
     "saving norms": (TransformerConfig, {"memory_efficient_layer_norm": True}, r"memory_efficient_layer_norm to false"),
     "fused gradients": (

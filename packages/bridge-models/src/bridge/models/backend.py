@@ -107,13 +107,44 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     Raises:
         UnsupportedError: There is no such norm.
     """
-    norms: dict[str, Callable[..., torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    norms: dict[str, Callable[..., torch.nn.Module]] = (
+        {"LayerNorm": ZeroCenteredLayerNorm, "RMSNorm": ZeroCenteredRMSNorm}
+        if config.layernorm_zero_centered_gamma
+        else {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    )
     if config.normalization not in norms:
         raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
     norm = norms[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm that multiplies by one more than its weight, which starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        normed = torch.nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normed, normed, self.weight) + self.bias  # one plus a small weight would round it away
+
+
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by one more than its weight, which starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set the weight to zero."""
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        normed = torch.nn.functional.rms_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normed, normed, self.weight)
 
 
 class TorchAttention(DotProductAttention):

@@ -249,10 +249,6 @@ _Refusals = dict[str, tuple[Callable[[TransformerConfig], bool], str]]
 # Layers without Transformer Engine. Each of these fails in an assertion, an import or a kernel of megatron-core 0.19.2;
 # only 8- and 4-bit floats are passed over in silence.
 _BEYOND_PYTORCH: _Refusals = {
-    "zero-centered norm weights": (
-        lambda c: c.layernorm_zero_centered_gamma,
-        "set transformer.layernorm_zero_centered_gamma to false",
-    ),
     "persistent layer norm": (lambda c: c.persist_layer_norm, "set transformer.persist_layer_norm to false"),
     "memory-efficient layer norm": (
         lambda c: c.memory_efficient_layer_norm,
