@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,13 +16,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from ranks import RankError, run_ranks
 
-from bridge.dist import BuildOptions, Layout, preflight, wrap
+from bridge.dist import BuildOptions, Layout, create_process_groups, destroy_process_groups, preflight, wrap
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import PreflightError
 from bridge.dist.text import Text, default_text
 from bridge.dist.train import TrainOptions, train
 from bridge.dist.weights import draw_weights
-from bridge.models.gpt import GPTModelConfig
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
 VOCAB = 256
 TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16)
@@ -364,3 +365,36 @@ def _outcomes_alone(case: Case) -> list[Run | str]:
         return [rank[0] for rank in run_ranks(unchecked, case.world_size, [case.refused], timeout=30)]
     except RankError as error:
         return [f"RankError: {error}"]
+
+
+@preflight.rule()
+def no_small_vocabulary(setup: preflight.Setup) -> Iterator[str]:
+    """A rule of one family of models."""
+    if getattr(setup.model, "vocab_size", VOCAB) < VOCAB:
+        yield f"vocab_size is less than {VOCAB}: set it to {VOCAB}"
+
+
+class ParticularBuilder(GPTModelBuilder):
+    rules = (no_small_vocabulary,)
+
+
+def build_particular(vocab_size: int) -> list[str]:
+    """On each rank: build with the family's own rule; the problems that it finds."""
+    config = Setting().config()
+    config.vocab_size = vocab_size
+    groups = create_process_groups(Layout())
+    model_parallel_cuda_manual_seed(1)
+    try:
+        ParticularBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)
+    except PreflightError as error:
+        return list(error.problems)
+    finally:
+        destroy_process_groups()
+    return []
+
+
+def test_a_family_of_models_has_rules_of_its_own() -> None:
+    assert run_ranks(build_particular, 1, VOCAB - 1) == [
+        ["vocab_size is less than 256: set it to 256 [no-small-vocabulary]"]
+    ]
+    assert run_ranks(build_particular, 1, VOCAB) == [[]]
