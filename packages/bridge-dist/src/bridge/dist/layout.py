@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch.distributed
+import torch.distributed.distributed_c10d
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
+
+# Longer than any step or checkpoint of a healthy run, short enough that a hanging one does not burn a night.
+LONGEST_WAIT = timedelta(minutes=10)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -85,8 +92,11 @@ class Layout:
         return self.tp * self.pp * self.cp * self.dp
 
     def __str__(self) -> str:
-        """The sizes above one, such as ``tp2 pp2``; ``one rank`` when there are none."""
-        return " ".join(f"{name}{size}" for name, size in asdict(self).items() if size > 1) or "one rank"
+        """The sizes above one, such as ``tp2 pp2``; ``one rank`` when there are none; etp where it is not tp."""
+        sizes = asdict(self)
+        if self.etp == self.tp:
+            del sizes["etp"]
+        return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def says_how_to_split(config: TransformerConfig) -> bool:
@@ -100,17 +110,33 @@ def says_how_to_split(config: TransformerConfig) -> bool:
     )
 
 
-def create_process_groups(layout: Layout) -> ProcessGroupCollection:
+def create_process_groups(
+    layout: Layout, *, timeout: timedelta = LONGEST_WAIT, optimizer_instances: int = 1
+) -> ProcessGroupCollection:
     """Create Megatron's process groups for a layout in the initialised world, and return this rank's.
 
-    Collective: every rank calls it with the same layout.
+    Collective: every rank calls it with the same layout. The world may be of any backend, the fake one too.
+
+    Args:
+        layout: The sizes.
+        timeout: How long a collective of any of these groups may wait for the other ranks.
+        optimizer_instances: Copies of the distributed optimizer's state, each sharded over its own part of the
+            data-parallel ranks.
 
     Raises:
-        LayoutError: The world has another size than the layout.
+        LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
+            optimizer instances.
     """
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
         raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")
+    if (layout.dp * layout.cp) % optimizer_instances:
+        raise LayoutError(
+            f"{optimizer_instances} optimizer instances do not divide the {layout.dp * layout.cp} ranks of "
+            f"dp x cp = {layout.dp} x {layout.cp}: choose a divisor"
+        )
+    global _existing
+    _existing = frozenset(_all_groups())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -118,11 +144,26 @@ def create_process_groups(layout: Layout) -> ProcessGroupCollection:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=optimizer_instances,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
     )
     groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
     return groups
 
 
 def destroy_process_groups() -> None:
-    """Forget Megatron's process groups; the world stays."""
-    parallel_state.destroy_model_parallel()
+    """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
+    parallel_state.destroy_model_parallel()  # which forgets them only
+    for group in _all_groups():
+        if group not in _existing:
+            torch.distributed.destroy_process_group(group)
+    # DTensor remembers what it once computed, with the groups of then, for any mesh of the same ranks.
+    _clear_sharding_prop_cache()
+
+
+_existing: frozenset[torch.distributed.ProcessGroup] = frozenset()
+"""The groups that were there before Megatron's."""
+
+
+def _all_groups() -> list[torch.distributed.ProcessGroup]:
+    return list(torch.distributed.distributed_c10d._world.pg_map)
