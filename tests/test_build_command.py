@@ -202,10 +202,10 @@ BAD_INPUT = {
         ["--steps", "1", "transformer.init_model_with_meta_device=true"],
         "set it to false",
     ),
-    "FSDP2 with a pipeline": (
+    "Megatron-FSDP with a pipeline": (
         "good.yaml",
-        ["--nproc", "2", "--pp", "2", "--wrap", "torch-fsdp2"],
-        "torch FSDP2 does not work with pipeline parallelism",
+        ["--nproc", "2", "--pp", "2", "--wrap", "megatron-fsdp"],
+        "Megatron-FSDP fails in a pipeline: set pp = 1, or wrap with ddp [megatron-fsdp-pipeline]",
     ),
     "stages that send another dtype than is expected": (
         "good.yaml",
