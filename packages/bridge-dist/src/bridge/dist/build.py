@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig
+from bridge.dist.agreement import agree_in_groups, facts, versions
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions, Wrapper
@@ -75,6 +76,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
         so that gradients are reduced to that rank only.
 
         Raises:
+            AgreementError: The ranks are about to build different things.
             OptionsError: The options contradict each other.
             PreflightError: The configuration does not fit the process groups or the wrapper.
             HookError: A hook returned None.
@@ -116,13 +118,15 @@ def build_distributed(
     model: ModelConfig | None = None,
     rules: Sequence[Rule] = (),
 ) -> list[MegatronModule]:
-    """Run the whole build: pre-flight check, stages, hooks, placement, precision, wrapping.
+    """Run the whole build: agreement of the ranks, pre-flight check, stages, hooks, placement, precision, wrapping.
 
-    ``model``, the whole configuration, and ``rules``, those of its family, are for the check alone.
+    ``model``, the whole configuration, and ``rules``, those of its family, are for agreement and check alone.
 
     Raises:
+        AgreementError: The ranks are about to build different things.
         PreflightError: The configuration does not fit the process groups or the wrapper.
     """
+    agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
     layout = layout_of_groups(config, pg_collection)
     check(Setup(transformer=config, layout=layout, options=options, model=model), rules)
     check_optimizer_instances(pg_collection, options)

@@ -1,4 +1,4 @@
-"""The errors of bridge-dist. Every one is a mistake of the caller or of the configuration, and says what to change."""
+"""The errors of bridge-dist, mistakes of the caller, of the configuration or of the start. Each says what to change."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class PreflightError(DistError, ValueError):
 
     def __reduce__(self) -> tuple[type[PreflightError], tuple[list[str]]]:
         return PreflightError, (list(self.problems),)
+
+
+class AgreementError(DistError, RuntimeError):
+    """Ranks are about to build different things, or one of them is missing. Names the ranks and the fields."""
 
 
 class BuilderContractError(DistError, TypeError):

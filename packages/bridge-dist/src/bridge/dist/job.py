@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from bridge.config import ModelConfig
-from bridge.dist import cpu
+from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
@@ -29,9 +27,9 @@ from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progre
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
+from bridge.dist.world import world
 
 _SEED = 1234
-_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +164,7 @@ def run_rank(job: BuildJob) -> BuildReport:
 @contextlib.contextmanager
 def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCollection]]:
     """Join the world that the environment describes with a job's configuration and process groups."""
-    with contextlib.redirect_stdout(sys.stderr), _world():
+    with contextlib.redirect_stdout(sys.stderr), world(facts(job=job, versions=versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout)
@@ -174,23 +172,6 @@ def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCol
             yield config, layout, groups
         finally:
             destroy_process_groups()
-
-
-@contextlib.contextmanager
-def _world() -> Iterator[None]:
-    """Join the ranks that the environment describes, on this rank's GPU or, where there is none, on the CPU."""
-    with contextlib.ExitStack() as stack:
-        if torch.cuda.is_available():
-            # Slurm may show each task its own GPU alone.
-            index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
-        else:
-            stack.enter_context(cpu.cpu_runtime())
-            torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
-        stack.callback(torch.distributed.destroy_process_group)
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
-
-# Longer than any step or checkpoint of a healthy run, short enough that a hanging one does not burn a night.
-LONGEST_WAIT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +122,11 @@ def create_process_groups(
             data-parallel ranks.
 
     Raises:
+        AgreementError: The ranks do not all ask for this layout.
         LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
             optimizer instances.
     """
+    agree_in_world(facts(layout=layout, optimizer_instances=optimizer_instances))
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
         raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")

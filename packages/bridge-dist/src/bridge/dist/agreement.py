@@ -1,0 +1,288 @@
+"""Ranks compare what each is about to do, through the store, before a collective would hang on the difference.
+
+The first of the ranks publishes a fingerprint of its facts and the facts themselves; each other one answers, with what
+differs if anything does; the first one publishes what all of them found. Messages are of constant size where ranks
+agree, waits are bounded, and what is wrong is told to every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+from bridge.config import ModelConfig
+from bridge.dist.errors import AgreementError
+
+# Longer than ranks drift apart while one of them loads data, short enough that a hanging run does not burn a night.
+LONGEST_WAIT = timedelta(minutes=10)
+# Once something is known to be wrong, nobody waits long for the ranks that are still to come.
+_GRACE = timedelta(seconds=5)
+_PACKAGES = (
+    "bridge-config",
+    "bridge-builders",
+    "bridge-dist",
+    "bridge-models",
+    "megatron-core",
+    "torch",
+    "transformer-engine",
+)
+_MOST_FIELDS = 20
+_LONGEST_VALUE = 60
+
+Facts = Mapping[str, str]
+"""Each value, as JSON, by the path of its field."""
+
+
+class _Problems(TypedDict):
+    """What is known to be wrong: by field, what it is on which rank; and the ranks that did not answer."""
+
+    values: dict[str, dict[str, str]]
+    silent: list[int]
+
+
+def facts(**subjects: object) -> Facts:
+    """Take plain facts from what a rank is about to use: configurations, options, sizes.
+
+    A ``ModelConfig`` counts as its document; what that leaves out (a hook that has no name) is compared by its place
+    alone. Of other objects without a plain form, only the class is compared.
+    """
+    return {path: json.dumps(value, sort_keys=True) for path, value in _leaves(_plain(subjects))}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what is built; those installed only."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def agree_in_world(mine: Facts, *, timeout: timedelta = LONGEST_WAIT) -> None:
+    """Compare facts between all ranks of the initialised world. Collective, through its store.
+
+    Raises:
+        AgreementError: On every rank, when they differ or a rank does not answer in time.
+    """
+    if _is_alone():
+        return
+    ranks = range(torch.distributed.get_world_size())
+    agree(mine, store=_get_default_store(), rank=torch.distributed.get_rank(), ranks=ranks, timeout=timeout)
+
+
+def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeout: timedelta = LONGEST_WAIT) -> None:
+    """Compare facts between all ranks that build one model, which need not be the whole world.
+
+    They are compared along one kind of parallelism after the other, and what is wrong travels along, so that after the
+    last one every rank knows.
+
+    Raises:
+        AgreementError: On every rank, when they differ or a rank does not answer in time.
+    """
+    if _is_alone():
+        return
+    problems = _Problems(values={}, silent=[])
+    for group in (pg_collection.tp, pg_collection.dp_cp, pg_collection.pp):
+        ranks = torch.distributed.get_process_group_ranks(group)
+        problems = _exchange(
+            mine, problems, store=_get_default_store(), rank=torch.distributed.get_rank(), ranks=ranks, timeout=timeout
+        )
+    _raise_if_any(problems, timeout)
+
+
+def agree(mine: Facts, *, store: Store, rank: int, ranks: Sequence[int], timeout: timedelta = LONGEST_WAIT) -> None:
+    """Compare facts between some ranks through a store that they share; every one of them calls this.
+
+    Args:
+        mine: What this rank is about to use.
+        store: The store.
+        rank: This rank.
+        ranks: All of them, in the same order everywhere.
+        timeout: How long to wait for the others.
+
+    Raises:
+        AgreementError: On every rank, when they differ or a rank does not answer in time.
+    """
+    problems = _Problems(values={}, silent=[])
+    _raise_if_any(_exchange(mine, problems, store=store, rank=rank, ranks=ranks, timeout=timeout), timeout)
+
+
+def _is_alone() -> bool:
+    """Whether there is nobody to ask; the other ranks of a fake world do not exist."""
+    distributed = torch.distributed
+    return not distributed.is_initialized() or distributed.get_world_size() == 1 or distributed.get_backend() == "fake"
+
+
+def _exchange(
+    mine: Facts,
+    problems: _Problems,
+    *,
+    store: Store,
+    rank: int,
+    ranks: Sequence[int],
+    timeout: timedelta,
+) -> _Problems:
+    """Tell the other ranks what is known to be wrong, and return what they all know."""
+    if len(ranks) == 1:
+        return problems
+    group = "bridge/agreement/" + hashlib.sha256(str(list(ranks)).encode()).hexdigest()[:16]
+    # Ranks call in the same order: the numbers of their calls agree where they do.
+    turn = store.add(f"{group}/turns/{rank}", 1)
+    if rank == ranks[0]:
+        return _ask(mine, problems, store=store, group=group, turn=turn, ranks=ranks, timeout=timeout)
+    return _answer(mine, problems, store=store, at=f"{group}/{turn}", rank=rank, first=ranks[0], timeout=timeout)
+
+
+def _ask(
+    mine: Facts,
+    problems: _Problems,
+    *,
+    store: Store,
+    group: str,
+    turn: int,
+    ranks: Sequence[int],
+    timeout: timedelta,
+) -> _Problems:
+    at = f"{group}/{turn}"
+    store.set(f"{at}/facts", json.dumps(mine))
+    store.set(f"{at}/fingerprint", _fingerprint(mine))
+    deadline = time.monotonic() + timeout.total_seconds()
+    for other in ranks[1:]:
+        answer = _awaited(store, f"{at}/answer/{other}", deadline)
+        if answer is None:
+            problems["silent"].append(other)
+        elif answer:
+            problems = _merged(problems, json.loads(answer))
+        if problems["values"] or problems["silent"]:
+            deadline = min(deadline, time.monotonic() + _GRACE.total_seconds())
+    store.set(f"{at}/verdict", json.dumps(problems))
+    if not problems["silent"]:  # all of them are past the turn before
+        for name in ("facts", "fingerprint", "verdict", *(f"answer/{other}" for other in ranks[1:])):
+            store.delete_key(f"{group}/{turn - 1}/{name}")
+    return problems
+
+
+def _answer(
+    mine: Facts,
+    problems: _Problems,
+    *,
+    store: Store,
+    at: str,
+    rank: int,
+    first: int,
+    timeout: timedelta,
+) -> _Problems:
+    deadline = time.monotonic() + timeout.total_seconds()
+    fingerprint = _awaited(store, f"{at}/fingerprint", deadline)
+    if fingerprint is None:
+        return _merged(problems, _Problems(values={}, silent=[first]))
+    if fingerprint.decode() != _fingerprint(mine):
+        theirs = json.loads(store.get(f"{at}/facts"))
+        problems = _merged(problems, _Problems(values=_differences(mine, rank, theirs, first), silent=[]))
+    known = problems["values"] or problems["silent"]
+    store.set(f"{at}/answer/{rank}", json.dumps(problems) if known else "")
+    verdict = _awaited(store, f"{at}/verdict", deadline + 2 * _GRACE.total_seconds())
+    if verdict is None:
+        return _merged(problems, _Problems(values={}, silent=[first]))
+    return _merged(problems, json.loads(verdict))
+
+
+def _awaited(store: Store, key: str, deadline: float) -> bytes | None:
+    """The value of a key when it is there; None if it does not come in time."""
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
+    except (torch.distributed.DistStoreError, RuntimeError):
+        return None
+    value: bytes = store.get(key)
+    return value
+
+
+def _differences(mine: Facts, rank: int, theirs: Facts, other: int) -> dict[str, dict[str, str]]:
+    return {
+        path: {str(other): theirs.get(path, "absent"), str(rank): mine.get(path, "absent")}
+        for path in dict.fromkeys((*theirs, *mine))
+        if theirs.get(path) != mine.get(path)
+    }
+
+
+def _merged(one: _Problems, other: _Problems) -> _Problems:
+    values = {path: one["values"].get(path, {}) | ranks for path, ranks in other["values"].items()}
+    return _Problems(values=one["values"] | values, silent=sorted({*one["silent"], *other["silent"]}))
+
+
+def _raise_if_any(problems: _Problems, timeout: timedelta) -> None:
+    lines = [f"{path} is {_by_rank(ranks)}" for path, ranks in problems["values"].items()]
+    if len(lines) > _MOST_FIELDS:
+        lines[_MOST_FIELDS:] = [f"and {len(lines) - _MOST_FIELDS} more"]
+    if problems["silent"]:
+        waited = f"{timeout.total_seconds():g} s, or {_GRACE.total_seconds():g} s after the first thing was found wrong"
+        lines.append(f"{_ranks(problems['silent'])} did not answer within {waited}")
+    if lines:
+        raise AgreementError("the ranks do not agree on what to build:\n  " + "\n  ".join(lines))
+
+
+def _by_rank(ranks: dict[str, str]) -> str:
+    """``4 on rank 0, 8 on ranks 1, 3``."""
+    by_value: dict[str, list[int]] = {}
+    for rank, value in sorted(ranks.items(), key=lambda item: int(item[0])):
+        shown = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+        by_value.setdefault(shown, []).append(int(rank))
+    return ", ".join(f"{value} on {_ranks(holders)}" for value, holders in by_value.items())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _fingerprint(mine: Facts) -> str:
+    return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _plain(value: object) -> Any:
+    """JSON types only, the same in every process that uses the same."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, ModelConfig):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what has no written form: said where the document is written
+            document = value.as_dict()
+        if omitted := document.get("_omitted_"):  # the reasons name objects of this process
+            document["_omitted_"] = sorted(entry["path"] for entry in omitted)
+        return _plain(document)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, torch.dtype | timedelta):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

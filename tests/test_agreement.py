@@ -1,0 +1,145 @@
+"""Ranks that are about to do different things find out, and say which and what, before any collective."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from bridge.dist.agreement import facts, versions
+
+SOON = timedelta(seconds=2)
+
+
+def message_of(action: Any) -> str:
+    from bridge.dist.errors import AgreementError
+
+    try:
+        action()
+    except AgreementError as error:
+        return str(error)
+    return ""
+
+
+def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: dict[int, dict[str, Any]]) -> str:
+    """On each rank: build the tiny preset, which some ranks change; what went wrong, if anything."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from bridge.config import Document
+    from bridge.dist import Layout, create_process_groups
+    from bridge.dist.documents import apply_layout
+
+    rank = torch.distributed.get_rank()
+    document = Document.load("tiny")
+    apply_layout(document, layout)
+    for path, value in changes.get(rank, {}).items():
+        document.set(path, value)
+    config = document.config()
+    config.pre_wrap_hooks.append(lambda stages: stages)  # has no written form, and another address in each process
+    groups = create_process_groups(
+        Layout(**layout, dp=torch.distributed.get_world_size() // Layout(**layout).world_size)
+    )
+    model_parallel_cuda_manual_seed(1)
+    builder = config.get_builder_cls()(config)
+    return message_of(
+        lambda: builder.build_distributed_models(groups, DistributedDataParallelConfig(**ddp.get(rank, {})))
+    )
+
+
+def test_ranks_that_agree_build() -> None:
+    assert run_ranks(build_with, 2, {}, {}, {}) == [""] * 2
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}, {"tp": 2}])
+@pytest.mark.parametrize("odd", [0, 3])
+def test_another_configuration_is_named_on_every_rank(layout: dict[str, int], odd: int) -> None:
+    found = run_ranks(build_with, 4, {odd: {"transformer.num_attention_heads": 2}}, layout, {})
+    for message in found:
+        assert "config.transformer.num_attention_heads is" in message
+        assert f"2 on rank {odd}" in message
+        assert "4 on rank" in message
+
+
+def test_all_fields_that_differ_are_named() -> None:
+    changes = {"transformer.hidden_size": 32, "seq_length": 64}
+    for message in run_ranks(build_with, 2, {1: changes}, {}, {1: {"overlap_grad_reduce": True}}):
+        assert "config.seq_length is 128 on rank 0, 64 on rank 1" in message
+        assert "config.transformer.hidden_size is 64 on rank 0, 32 on rank 1" in message
+        assert "options.ddp_config.overlap_grad_reduce is false on rank 0, true on rank 1" in message
+        assert "num_layers" not in message
+
+
+def groups_of_another_layout() -> str:
+    import torch
+
+    from bridge.dist import Layout, create_process_groups
+
+    layouts = [Layout(tp=2), Layout(pp=2)]
+    return message_of(lambda: create_process_groups(layouts[torch.distributed.get_rank()]))
+
+
+def test_another_layout_is_named() -> None:
+    for message in run_ranks(groups_of_another_layout, 2):
+        assert "layout.tp is 2 on rank 0, 1 on rank 1" in message
+        assert "layout.pp is 1 on rank 0, 2 on rank 1" in message
+
+
+def missing_rank(absent: int) -> tuple[str, float]:
+    """On each rank but one: ask the others."""
+    import torch
+
+    from bridge.dist.agreement import agree_in_world
+
+    start = time.monotonic()
+    if torch.distributed.get_rank() == absent:
+        return "", 0.0
+    return message_of(lambda: agree_in_world({"field": "1"}, timeout=SOON)), time.monotonic() - start
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_rank_that_does_not_come_is_named_in_time(absent: int) -> None:
+    found = run_ranks(missing_rank, 3, absent)
+    for rank, (message, seconds) in enumerate(found):
+        if rank != absent:
+            assert f"rank {absent} did not answer within 2 s" in message
+            assert seconds < 15
+
+
+def many_times(times: int) -> int:
+    """On each rank: agree again and again; how many keys that left in the store."""
+    import torch
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from bridge.dist.agreement import agree_in_world
+
+    for _ in range(3):
+        agree_in_world({"field": "1"})
+    torch.distributed.barrier()
+    before = _get_default_store().num_keys()
+    torch.distributed.barrier()
+    for _ in range(times):
+        agree_in_world({"field": "1"})
+    torch.distributed.barrier()
+    return int(_get_default_store().num_keys() - before)
+
+
+def test_nothing_piles_up_in_the_store() -> None:
+    assert max(run_ranks(many_times, 2, 50)) < 10
+
+
+def test_facts_are_the_same_in_every_process_and_tell_all_apart() -> None:
+    from bridge.config import Document
+
+    config = Document.load("tiny").config()
+    assert facts(config=config) == facts(config=Document.load("tiny").config())
+    config.transformer.init_method_std = 0.5
+    assert facts(config=config)["config.transformer.init_method_std"] == "0.5"
+
+
+def test_versions_name_what_decides_on_a_build() -> None:
+    assert {"bridge-config", "bridge-dist", "megatron-core", "python", "torch"} <= versions().keys()
