@@ -25,7 +25,7 @@ from bridge.dist.weights import draw_weights
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
 VOCAB = 256
-TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16)
+TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=4)
 MEGATRON_FSDP = {"use_megatron_fsdp": True}
 TORCH_FSDP2 = {"use_torch_fsdp2": True}
 DDP = {"wrap_with_ddp": True}
