@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,33 +83,39 @@ def train(
     Every rank of the layout must take every step.
     """
     microbatches = options.microbatches(layout)
-    optimizer = _optimizer(stages, pg_collection)
     schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
-    for index in range(options.steps):
-        start = time.perf_counter()
-        batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
-        mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
-        for stage in stages:
-            _zero_gradients(stage)
-        optimizer.zero_grad()
-        outputs = schedule(
-            forward_step_func=partial(_forward, pg_collection=pg_collection),
-            data_iterator=[iter(mine) for _ in stages] if len(stages) > 1 else iter(mine),
-            model=stages,
-            num_microbatches=microbatches,
-            seq_length=options.seq_length,
-            micro_batch_size=options.micro_batch_size,
-            forward_only=False,
-        )
-        _, grad_norm, _ = optimizer.step()
-        loss = _global_loss([output["loss"] for output in outputs], pg_collection)
-        norm = None if grad_norm is None else float(grad_norm)
-        yield Step(loss=loss, grad_norm=norm, seconds=time.perf_counter() - start)
+    with _optimizer(stages, pg_collection) as optimizer:
+        for index in range(options.steps):
+            start = time.perf_counter()
+            batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+            mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
+            for stage in stages:
+                _zero_gradients(stage)
+            optimizer.zero_grad()
+            outputs = schedule(
+                forward_step_func=partial(_forward, pg_collection=pg_collection),
+                data_iterator=[iter(mine) for _ in stages] if len(stages) > 1 else iter(mine),
+                model=stages,
+                num_microbatches=microbatches,
+                seq_length=options.seq_length,
+                micro_batch_size=options.micro_batch_size,
+                forward_only=False,
+            )
+            _, grad_norm, _ = optimizer.step()
+            loss = _global_loss([output["loss"] for output in outputs], pg_collection)
+            norm = None if grad_norm is None else float(grad_norm)
+            yield Step(loss=loss, grad_norm=norm, seconds=time.perf_counter() - start)
 
 
-def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Any:
-    """Make Megatron's Adam with a constant rate, and tell the stages' configuration how to finish a step."""
+@contextlib.contextmanager
+def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[Any]:
+    """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
+
+    Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
+    free them: part of the circle is held by torch's C++.
+    """
     config = get_model_config(stages[0])
+    before = {name: getattr(config, name) for name in ("finalize_model_grads_func", "grad_scale_func", "no_sync_func")}
     ddp_config = stages[0].ddp_config
     assert isinstance(ddp_config, DistributedDataParallelConfig)
     optimizer = get_megatron_optimizer(
@@ -133,7 +140,11 @@ def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollecti
     if ddp_config.overlap_grad_reduce:
         no_sync = [stage.no_sync for stage in stages]
         config.no_sync_func = no_sync if len(stages) > 1 else no_sync[0]
-    return optimizer
+    try:
+        yield optimizer
+    finally:
+        for name, function in before.items():
+            setattr(config, name, function)
 
 
 def _zero_gradients(stage: MegatronModule) -> None:

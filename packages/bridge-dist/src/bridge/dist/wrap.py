@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -151,6 +152,21 @@ def bucket_size(
     return max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * data_parallel_size)
 
 
+def release_megatron_fsdp() -> None:
+    """Remove the gradient hooks of all models that Megatron-FSDP wraps, whose process groups are no more.
+
+    In megatron-core 0.19.2 a model and its hooks hold each other by way of torch's C++, so that Python never frees it,
+    nor its process groups.
+    """
+    for wrapped in list(_megatron_fsdp):
+        for handle in wrapped.grad_acc_hooks.values():
+            handle.remove()
+    _megatron_fsdp.clear()
+
+
+_megatron_fsdp: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def _broadcast(parameter: torch.nn.Parameter, *, pg_collection: ProcessGroupCollection) -> None:
     """Give every data-parallel rank the weight of the first; an expert's within its own data-parallel group."""
     group = pg_collection.dp_cp if getattr(parameter, "allreduce", True) else pg_collection.expt_dp
@@ -185,7 +201,9 @@ def _wrap_stage(
         return wrapped
     if options.wrapper is Wrapper.MEGATRON_FSDP:
         with initialised_by_wrapper(stage, share):
-            return FullyShardedDataParallel(**common, pg_collection=pg_collection)
+            wrapped = FullyShardedDataParallel(**common, pg_collection=pg_collection)
+        _megatron_fsdp.add(wrapped.module)
+        return wrapped
     # Megatron-core 0.19.2 replaces this for all models of the process when one of them is wrapped with
     # reduce_scatter_with_fp32_accumulation; gradients of a later one are then lost. The latest build decides.
     param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
