@@ -253,15 +253,12 @@ def test_a_wrong_option_is_a_usage_error() -> None:
 
 
 def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
-    document = tmp_path / "mla.yaml"
-    target = "megatron.core.transformer.transformer_config.MLATransformerConfig"
-    document.write_text(
-        DOCUMENT.replace("transformer:\n", f"transformer:\n  _target_: {target}\n  multi_latent_attention: true\n")
-    )
+    document = tmp_path / "persistent.yaml"
+    document.write_text(DOCUMENT.replace("transformer:\n", "transformer:\n  persist_layer_norm: true\n"))
     done = run(BRIDGE, "build", str(document), "--nproc", "2")
     assert done.returncode == 1
     assert "UnsupportedError: " in done.stderr
-    assert "multi-latent attention" in done.stderr
+    assert "persistent layer norm" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -62,6 +62,7 @@ class BuildJob:
         check(Setup(transformer=transformer, layout=layout, options=options, model=config), builder.rules)
         if self.training is not None:
             check_training(self.wrapper, config, transformer)
+            self.training.check_sequence(transformer)
             self.training.microbatches(layout)
             read_text(self.training, config)
         return layout

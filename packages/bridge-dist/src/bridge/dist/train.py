@@ -61,6 +61,23 @@ class TrainOptions:
         return microbatches
 
 
+    def check_sequence(self, config: TransformerConfig) -> None:
+        """Check that samples divide into what each rank holds of them.
+
+        Raises:
+            TrainingError: They do not, under sequence or context parallelism.
+        """
+        parts = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
+        if config.sequence_parallel:
+            parts *= config.tensor_model_parallel_size
+        if self.seq_length % parts:
+            raise TrainingError(
+                f"samples of {self.seq_length} tokens do not divide into {parts} equal parts, "
+                "2 x cp under context parallelism, times tp under sequence parallelism: "
+                f"choose a multiple of {parts}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What one training step gave, the same on every rank; no gradient norm for a step that overflowed in fp16."""
