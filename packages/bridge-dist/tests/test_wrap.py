@@ -114,7 +114,7 @@ class Run(NamedTuple):
 
 
 class Built(NamedTuple):
-    stages: list[GPTModel]
+    stages: list[Any]  # wrapped: what forwards to the model and has methods of its own
     groups: ProcessGroupCollection
     layout: Layout
 
@@ -124,7 +124,7 @@ def built(case: Case, *, instances: int = 1) -> Iterator[Built]:
     """Build a case on process groups of its own, from weights drawn by name or by Megatron itself."""
     config = case.config
     layout = Layout.of(config.transformer, torch.distributed.get_world_size())
-    groups = create_process_groups(layout, **({"optimizer_instances": instances} if instances > 1 else {}))
+    groups = create_process_groups(layout, optimizer_instances=instances)
     model_parallel_cuda_manual_seed(1 + case.seed_by_rank * groups.dp.rank(), force_reset_rng=True)
 
     def prepare(stages: list[MegatronModule]) -> list[MegatronModule]:
