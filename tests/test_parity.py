@@ -1,135 +1,35 @@
-"""The same model trains the same under every layout: real processes, Megatron's own schedule and optimizer."""
+"""Models beyond those of the matrix train the same under layouts, and one builder builds the same twice."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from ranks import run_ranks
 
-STEPS = 5
 
-
-class Run(NamedTuple):
-    """What one run gave: per step the loss and the gradient norm, and what the stages of rank 0 are wrapped in."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    wrappers: list[list[str]]
-
-
-def train_tiny(
-    sizes: dict[str, int], overrides: dict[str, Any], ddp: dict[str, Any], flags: dict[str, bool] | None = None
-) -> Run:
-    """On each rank: build the tiny preset for a layout, wrap it, train it."""
+def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[float], list[float | None]]:
+    """On each rank: build the tiny preset for a layout, wrap it with DDP, train it; losses and gradient norms."""
     import torch
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from bridge.config import Document
-    from bridge.dist import Layout, create_process_groups
+    from bridge.dist import create_process_groups
     from bridge.dist.documents import apply_layout
-    from bridge.dist.job import wrapper_names
-    from bridge.dist.text import Text, default_text
-    from bridge.dist.train import TrainOptions, train
-    from bridge.dist.weights import draw_weights
+    from bridge.dist.job import BuildJob, build_and_train
+    from bridge.dist.options import Wrapper
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions
 
     document = Document.load("tiny")
     for path, value in overrides.items():
         document.set(path, value)
     apply_layout(document, sizes)
+    training = TrainOptions(steps=5, text=default_text(), seq_length=32)
+    job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
-    layout = Layout.of(config.transformer, torch.distributed.get_world_size())
-    groups = create_process_groups(layout)
-    model_parallel_cuda_manual_seed(1)
-
-    def draw(stages: list[Any]) -> list[Any]:
-        draw_weights(stages, groups, vocab_size=config.vocab_size)
-        return stages
-
-    config.pre_wrap_hooks.append(draw)
-    builder = config.get_builder_cls()(config)
-    stages = builder.build_distributed_models(groups, DistributedDataParallelConfig(**ddp), **flags or {})
-    text = Text.read(default_text(), vocab_size=config.vocab_size)
-    options = TrainOptions(steps=STEPS, text=default_text(), seq_length=32)
-    steps = list(train(stages, groups, layout, text=text, options=options))
-    return Run(
-        [step.loss for step in steps], [step.grad_norm for step in steps], [list(wrapper_names(s)) for s in stages]
-    )
-
-
-LAYOUTS = {
-    "dp2": (2, {}, {}),
-    "dp2 overlap": (2, {}, {"overlap_grad_reduce": True}),
-    "dp2 distributed optimizer": (2, {}, {"use_distributed_optimizer": True}),
-    "dp2 distributed optimizer, overlap": (
-        2,
-        {},
-        {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "bucket_size": 10_000},
-    ),
-    "tp2": (2, {"tp": 2}, {}),
-    "pp2": (2, {"pp": 2}, {}),
-    "pp2 vp2": (2, {"pp": 2, "vp": 2}, {}),
-    "tp2 pp2": (4, {"tp": 2, "pp": 2}, {}),
-    "tp2 pp2 vp2": (4, {"tp": 2, "pp": 2, "vp": 2}, {}),
-    "dp2 pp2 distributed optimizer": (4, {"pp": 2}, {"use_distributed_optimizer": True}),
-}
-BF16 = {"transformer.bf16": True}
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Run:
-    return run_ranks(train_tiny, 1, {}, {}, {})[0]
-
-
-@pytest.fixture(scope="module")
-def one_process_bf16() -> Run:
-    return run_ranks(train_tiny, 1, {}, BF16, {"grad_reduce_in_fp32": True})[0]
-
-
-def test_training_lowers_the_loss(one_process: Run) -> None:
-    assert one_process.losses == sorted(one_process.losses, reverse=True)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_fp32(name: str, one_process: Run) -> None:
-    world_size, sizes, ddp = LAYOUTS[name]
-    for run in run_ranks(train_tiny, world_size, sizes, {}, ddp):
-        assert run.losses == pytest.approx(one_process.losses, rel=1e-5)
-        assert run.grad_norms == pytest.approx(one_process.grad_norms, rel=1e-5)
-        assert all(wrappers == ["DistributedDataParallel", "GPTModel"] for wrappers in run.wrappers)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_bf16(name: str, one_process_bf16: Run) -> None:
-    world_size, sizes, ddp = LAYOUTS[name]
-    for run in run_ranks(train_tiny, world_size, sizes, BF16, ddp | {"grad_reduce_in_fp32": True}):
-        # bf16 has 8 bits of precision; sums over ranks are rounded in another order.
-        assert run.losses == pytest.approx(one_process_bf16.losses, rel=2**-8)
-        assert run.grad_norms == pytest.approx(one_process_bf16.grad_norms, rel=2**-6)
-        assert all(wrappers == ["DistributedDataParallel", "Float16Module", "GPTModel"] for wrappers in run.wrappers)
-
-
-FSDP = {
-    "FullyShardedDataParallel": (
-        {
-            "use_megatron_fsdp": True,
-            "use_distributed_optimizer": True,
-            "data_parallel_sharding_strategy": "optim_grads_params",
-            "gradient_reduce_div_fusion": False,
-        },
-        {"use_megatron_fsdp": True},
-    ),
-    "TorchFullyShardedDataParallel": ({}, {"use_torch_fsdp2": True}),
-}
-
-
-@pytest.mark.parametrize("wrapper", FSDP)
-def test_fully_sharded(wrapper: str, one_process: Run) -> None:
-    for run in run_ranks(train_tiny, 2, {}, {}, *FSDP[wrapper]):
-        assert run.losses == pytest.approx(one_process.losses, rel=1e-5)
-        assert run.grad_norms == pytest.approx(one_process.grad_norms, rel=1e-5)
-        assert run.wrappers[0][0] == wrapper
+    layout = job.check(config, torch.distributed.get_world_size())
+    steps = build_and_train(job, config, layout, create_process_groups(layout)).steps
+    return [step.loss for step in steps], [step.grad_norm for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -157,10 +57,10 @@ def test_fully_sharded(wrapper: str, one_process: Run) -> None:
     ids=["tied embeddings", "gated, grouped queries", "multi-token prediction", "pp4 vp2", "experts"],
 )
 def test_other_models(world_size: int, sizes: dict[str, int], overrides: dict[str, Any]) -> None:
-    one = run_ranks(train_tiny, 1, {}, overrides, {})[0]
-    for run in run_ranks(train_tiny, world_size, sizes, overrides, {}):
-        assert run.losses == pytest.approx(one.losses, rel=1e-5)
-        assert run.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
+    losses, norms = run_ranks(train_tiny, 1, {}, overrides)[0]
+    for found in run_ranks(train_tiny, world_size, sizes, overrides):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(norms, rel=1e-5)
 
 
 def build_twice() -> None:

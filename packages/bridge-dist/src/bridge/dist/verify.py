@@ -125,10 +125,13 @@ def judged(row: Row, trained: Trained, expected: Trained, allowed: Tolerance) ->
 
 def relative_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
     """Return the largest relative difference of two sequences; None, a step that overflowed, equals only None."""
-    return max(
-        (0.0 if value == other else math.inf if value is None or other is None else abs(value - other) / abs(other))
-        for value, other in zip(values, expected, strict=True)
-    )
+    return max(_relative_difference(value, other) for value, other in zip(values, expected, strict=True))
+
+
+def _relative_difference(value: float | None, expected: float | None) -> float:
+    if value == expected:
+        return 0.0
+    return math.inf if value is None or not expected else abs(value - expected) / abs(expected)
 
 
 def _launched(

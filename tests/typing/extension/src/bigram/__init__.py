@@ -1,5 +1,6 @@
 """A model family of its own: configuration, module, builder, and a hook."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
+from bridge.dist.preflight import Setup, rule
 
 
 @dataclass(kw_only=True)
@@ -50,8 +52,19 @@ class BigramModel(MegatronModule):
         return losses
 
 
+@rule()
+def in_one_piece(setup: Setup) -> Iterator[str]:
+    """The model is a single stage, and its layers do not split a sequence."""
+    if setup.layout.pp > 1:
+        yield "a bigram model has no layers to divide over a pipeline: set pp = 1"
+    if setup.transformer.sequence_parallel:
+        yield "a bigram model does not split sequences: set sequence_parallel = False"
+
+
 class BigramBuilder(DistributedModelBuilder[BigramModel, BigramConfig]):
-    """The builder: one method."""
+    """The builder: one method, and what is known not to work."""
+
+    rules = (in_one_piece,)
 
     def build_model(
         self,

@@ -1,0 +1,133 @@
+"""`bridge verify` tells layouts that train as one process from those that do not, for any builder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.dist.parity import Trained
+from bridge.dist.splits import cases
+from bridge.dist.verify import Row, Tolerance, Verdict, judged, relative_difference
+
+BRIDGE = Path(sys.executable).with_name("bridge")
+EXTENSION = Path(__file__).parent / "typing" / "extension"
+QUICK = ("--steps", "3", "--seq-length", "16", "--global-batch-size", "4")
+
+SKEWED = """
+import torch
+
+def skew(stages):
+    rank = torch.distributed.get_rank()
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if "final_layernorm" in name:  # each tensor-parallel rank has its own, so they should be the same
+                parameter.data += 0.1 * rank
+    return stages
+"""
+
+
+def verify(*args: str | Path, path: Path | None = None) -> tuple[int, list[dict[str, Any]], str]:
+    """Run the command; its exit code, its rows and what it says beside them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if path is None else {"PYTHONPATH": str(path)})
+    done = subprocess.run(
+        [BRIDGE, "verify", *args, "--json"], capture_output=True, text=True, check=False, env=environment, timeout=600
+    )
+    return done.returncode, json.loads(done.stdout) if done.stdout else [], done.stderr
+
+
+def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
+    """Make a distribution out of a folder on the path: what its metadata says may be named in documents."""
+    information = folder / f"{name}-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{target} = {value}" for target, value in targets.items()]
+    (information / "entry_points.txt").write_text("\n".join(["[bridge.targets]", *lines]))
+
+
+def test_every_layout_of_a_sound_model_is_equal_or_refused() -> None:
+    code, rows, errors = verify("tiny", "--nproc", "2", *QUICK)
+    assert code == 0, errors
+    assert [(row["layout"], row["wrapper"]) for row in rows] == [
+        (split.name(2), str(wrapping)) for split, wrapping in cases(2)
+    ]
+    verdicts = [row["verdict"] for row in rows]
+    assert set(verdicts) == {"equal", "refused"}
+    assert verdicts.count("equal") > len(rows) / 2
+    for row in rows:
+        if row["verdict"] == "equal":
+            assert row["loss_difference"] < 1e-5
+            assert row["weight_difference"] < 1e-3
+        else:
+            assert row["reason"]
+
+
+def test_a_layout_that_trains_wrong_is_found(tmp_path: Path) -> None:
+    (tmp_path / "skewed.py").write_text(SKEWED)
+    declare(tmp_path, "skewed", {"skewed.skew": "skewed:skew"})
+    code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", "--nproc", "2", *QUICK, path=tmp_path)
+    assert code == 1, errors
+    verdicts = {(row["layout"], row["wrapper"]): row["verdict"] for row in rows}
+    assert verdicts["dp2", "ddp"] == "equal"  # where the wrapper broadcasts the weights
+    assert verdicts["tp2 dp1", "ddp"] == "different"
+    assert "final_layernorm" in next(row["parameter"] for row in rows if row["layout"] == "tp2 dp1")
+
+
+def test_it_works_for_a_family_outside_bridge(tmp_path: Path) -> None:
+    targets = tomllib.loads((EXTENSION / "pyproject.toml").read_text())["project"]["entry-points"]["bridge.targets"]
+    (tmp_path / "bigram").symlink_to(EXTENSION / "src" / "bigram")
+    declare(tmp_path, "bigram", targets)
+    code, rows, errors = verify(EXTENSION / "bigram.yaml", "--nproc", "2", *QUICK, path=tmp_path)
+    assert code == 0, (errors, rows)
+    equal = {(row["layout"], row["wrapper"]) for row in rows if row["verdict"] == "equal"}
+    assert {("dp2", "ddp"), ("dp2", "megatron-fsdp"), ("dp2", "torch-fsdp2"), ("tp2 dp1", "ddp")} <= equal
+    assert any("in-one-piece" in (row["reason"] or "") for row in rows)
+
+
+def test_a_fault_of_the_document_is_said_once(tmp_path: Path) -> None:
+    code, rows, errors = verify("tiny", "transformer.num_layers=0.5", "--nproc", "2")
+    assert code == 1
+    assert not rows
+    assert "num_layers" in errors
+
+
+ROW = Row(layout="tp2", wrapper="ddp", verdict=Verdict.EQUAL)
+LIMITS = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
+
+
+def trained(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.0) -> Trained:
+    return Trained(losses=[3.0, loss], grad_norms=[1.0, grad_norm], weight_difference=weight, parameter="w")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        trained(loss=2.0001),
+        trained(loss=math.nan),
+        trained(grad_norm=1.001),
+        trained(grad_norm=math.nan),
+        trained(grad_norm=None),
+        trained(weight=0.01),
+        trained(weight=math.nan),
+    ],
+)
+def test_any_difference_beyond_rounding_is_a_mismatch(found: Trained) -> None:
+    assert judged(ROW, found, trained(), LIMITS).is_mismatch
+
+
+def test_rounding_is_no_mismatch() -> None:
+    row = judged(ROW, trained(loss=2.00001, grad_norm=1.00005, weight=1e-4), trained(), LIMITS)
+    assert row.verdict is Verdict.EQUAL
+    assert row.loss_difference == pytest.approx(5e-6)
+
+
+def test_an_overflow_equals_an_overflow_only() -> None:
+    assert relative_difference([1.0, None], [1.0, None]) == 0
+    assert relative_difference([None], [1.0]) == relative_difference([1.0], [None]) == math.inf
