@@ -40,6 +40,7 @@ _BUCKET_PER_RANK = 1_000_000
 # divides by zero where a model has none. The number is what it takes at least.
 _FSDP_UNITS = (TransformerLayer, MambaLayer)
 _COMMUNICATION_UNIT = 1_000_000_000
+_AVERAGED = "average_gradients_across_tp_domain"
 
 
 def check_optimizer_instances(pg_collection: ProcessGroupCollection, options: BuildOptions) -> None:
@@ -202,6 +203,7 @@ def _wrap_stage(
     if options.wrapper is Wrapper.MEGATRON_FSDP:
         with initialised_by_wrapper(stage, share):
             wrapped = FullyShardedDataParallel(**common, pg_collection=pg_collection)
+        _keep_gradient_averaging(wrapped)
         _megatron_fsdp.add(wrapped.module)
         return wrapped
     # Megatron-core 0.19.2 replaces this for all models of the process when one of them is wrapped with
@@ -210,6 +212,17 @@ def _wrap_stage(
     if options.ddp_config.use_distributed_optimizer:
         common["full_param_layout"] = _parameter_layout(stage, pg_collection, options, one_bucket=one_bucket)
     return DistributedDataParallel(**common, pg_collection=pg_collection)
+
+
+def _keep_gradient_averaging(wrapped: FullyShardedDataParallel) -> None:
+    """Mark the sharded parameters whose gradients tensor-parallel ranks average, as the whole ones were marked.
+
+    Megatron-FSDP (megatron-core 0.19.2) carries other marks over, and without this one gradients are added up.
+    """
+    inner: Any = wrapped.module
+    for _, parameter in inner.param_and_grad_buffer.optimizer_named_parameters:
+        if getattr(parameter.orig_param, _AVERAGED, False):
+            setattr(parameter, _AVERAGED, True)
 
 
 def _wrap_torch_fsdp2(
