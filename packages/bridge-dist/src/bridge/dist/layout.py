@@ -10,6 +10,7 @@ import torch.distributed.distributed_c10d
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
@@ -136,6 +137,7 @@ def create_process_groups(
             f"{optimizer_instances} optimizer instances do not divide the {layout.dp * layout.cp} ranks of "
             f"dp x cp = {layout.dp} x {layout.cp}: choose a divisor"
         )
+    fake = torch.distributed.get_backend() == "fake"
     global _existing
     _existing = frozenset(_all_groups())
     parallel_state.initialize_model_parallel(
@@ -146,8 +148,14 @@ def create_process_groups(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=optimizer_instances,
+        create_gloo_process_groups=not fake,  # gloo would look for the other ranks
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
     )
+    if not fake:
+        # Megatron-core 0.19.2 gives none to the gloo group of the experts' data parallelism.
+        for group in _all_groups():
+            if group not in _existing:
+                _set_pg_timeout(timeout, group)
     groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
     return groups
 
