@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from bridge.dist.errors import TrainingError
 BYTE_VALUES = 256
 
 
+@functools.cache  # the list of torch's files is long
 def default_text() -> Path:
     """Return the path of a text that every installation has: the licence of torch.
 

@@ -1,0 +1,242 @@
+"""Every layout with every wrapper trains as one process does, or is refused before it is built: the whole matrix.
+
+Each cell is a run of a few steps on real processes, by Megatron's own schedule and optimizer. A usual run takes all
+cells on two processes, and those of two kinds of parallelism at once on four, in fp32; with BRIDGE_WHOLE_MATRIX=1 in
+the environment it takes all of them, a quarter of an hour on two cores. It writes docs/matrix.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from ranks import run_ranks
+
+from bridge.config import BridgeError, Document, ModelConfig
+from bridge.dist.options import Wrapper
+from bridge.dist.parity import Trained
+from bridge.dist.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
+from bridge.dist.verify import Tolerance, relative_difference
+
+MODELS = ("tiny", "mla-tiny", "moe-tiny")
+PRECISIONS: dict[str, list[str]] = {"fp32": [], "bf16": ["transformer.bf16=true"]}
+STEPS = {"fp32": 5, "bf16": 3}
+WORLDS = (2, 4)
+# bf16 rounds to 8 bits, and sums over ranks are rounded in another order.
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3),
+    "bf16": Tolerance(loss=1e-3, grad_norm=1e-2, weight=0.1),
+}
+WRAPPERS = {
+    Wrapper.DDP: "DistributedDataParallel",
+    Wrapper.MEGATRON_FSDP: "FullyShardedDataParallel",
+    Wrapper.TORCH_FSDP2: "TorchFullyShardedDataParallel",
+}
+INTRODUCTION = """# What is proven
+
+Written by `tests/test_matrix.py`, which runs it. *Proven*: on two and on four processes, in fp32 and in bf16, five
+steps (three in bf16) by Megatron's schedule and Adam give the losses, gradient norms and final weights of one process:
+in fp32 to 1e-5, to 1e-4, and to 1e-3 of what training moves a weight. *Refused*: an error before anything is built says
+what to set. A cell holds for both precisions; `sp` is sequence parallelism, `vp` virtual pipeline stages.
+
+"""
+DOCUMENT = Path(__file__).parents[1] / "docs" / "matrix.md"
+
+
+class Cell(NamedTuple):
+    """A model in a precision, under a layout on a number of ranks, with a wrapper."""
+
+    model: str
+    precision: str
+    world_size: int
+    split: Split
+    wrapping: Wrapping
+
+    @property
+    def layout(self) -> str:
+        return self.split.name(self.world_size)
+
+
+def cells(model: str, precision: str, world_size: int, splits: Sequence[Split]) -> list[Cell]:
+    return [Cell(model, precision, world_size, split, wrapping) for split in splits for wrapping in WRAPPINGS]
+
+
+def every_split(world_size: int) -> list[Split]:
+    return single_splits(world_size) + product_splits(world_size)
+
+
+def splits_to_run(precision: str, world_size: int) -> list[Split]:
+    if world_size == 2 or "BRIDGE_WHOLE_MATRIX" in os.environ:
+        return every_split(world_size)
+    return product_splits(world_size) if precision == "fp32" else []
+
+
+@functools.cache
+def loaded(model: str, precision: str) -> Document:
+    return Document.load(model, PRECISIONS[precision])
+
+
+def job_of(cell: Cell) -> Any:
+    from bridge.dist.job import BuildJob
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions
+
+    document = cell.split.document(loaded(cell.model, cell.precision))
+    return BuildJob(
+        document=document.data,
+        wrapper=cell.wrapping.wrapper,
+        distributed_optimizer=cell.wrapping.distributed_optimizer,
+        training=TrainOptions(
+            steps=STEPS[cell.precision],
+            text=default_text(),
+            seq_length=16,
+            global_batch_size=4,
+            micro_batch_size=2 if cell.layout.endswith("dp1") else 1,  # two microbatches, where there are four ranks
+        ),
+    )
+
+
+@functools.cache
+def refusal(cell: Cell) -> str | None:
+    """Why a cell is refused; None if it is not."""
+    job = job_of(cell)
+    try:
+        job.check(ModelConfig.from_dict(job.document), cell.world_size)
+    except BridgeError as error:
+        return str(error)
+    return None
+
+
+def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
+    """On each rank: train one cell after the other, and compare with the weights in a file, or write them."""
+    import torch
+
+    from bridge.dist import create_process_groups, destroy_process_groups
+    from bridge.dist import quiet as quiet  # for its effect
+    from bridge.dist.job import build_and_train, wrapper_names
+    from bridge.dist.parity import compare, save_weights
+
+    def trained(cell: Cell) -> Trained:
+        job = job_of(cell)
+        config = ModelConfig.from_dict(job.document)
+        layout = job.check(config, torch.distributed.get_world_size())
+        run = build_and_train(job, config, layout, create_process_groups(layout))
+        half = ["Float16Module"] if cell.precision == "bf16" else []
+        for stage in run.stages:
+            names = [name.removeprefix("FSDP") for name in wrapper_names(stage)]  # torch renames classes
+            assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, "GPTModel"]
+        if not weights.exists():
+            save_weights(run, weights)
+        try:
+            return compare(run, weights)
+        finally:
+            destroy_process_groups()
+
+    found = []
+    for cell in cells:
+        try:
+            found.append(trained(cell))
+        except Exception as error:
+            error.add_note(f"{cell.layout} with {cell.wrapping}")
+            raise
+    return found
+
+
+class Reference(NamedTuple):
+    """What one process gave, and where its final weights are."""
+
+    trained: Trained
+    weights: Path
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Reference]:
+    folder = tmp_path_factory.mktemp("weights")
+    found = {}
+    for model in MODELS:
+        for precision in PRECISIONS:
+            weights = folder / f"{model}-{precision}.pt"
+            cell = Cell(model, precision, 1, Split(), WRAPPINGS[0])
+            found[model, precision] = Reference(run_ranks(train_cells, 1, [cell], weights)[0][0], weights)
+    return found
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_cell_is_refused_or_trains_as_one_process(
+    model: str,
+    precision: str,
+    world_size: int,
+    references: dict[tuple[str, str], Reference],
+) -> None:
+    splits = splits_to_run(precision, world_size)
+    run = [cell for cell in cells(model, precision, world_size, splits) if refusal(cell) is None]
+    if not run:
+        pytest.skip("in runs of the whole matrix only")
+    expected, weights = references[model, precision]
+    limits = TOLERANCES[precision]
+    wrong = []
+    for cell, *by_rank in zip(run, *run_ranks(train_cells, world_size, run, weights, timeout=600), strict=True):
+        for trained in by_rank:
+            differences = Tolerance(
+                loss=relative_difference(trained.losses, expected.losses),
+                grad_norm=relative_difference(trained.grad_norms, expected.grad_norms),
+                weight=trained.weight_difference,
+            )
+            if not all(difference <= limit for difference, limit in zip(differences, limits, strict=True)):
+                wrong.append(f"{cell.layout} with {cell.wrapping}: {differences}, {trained.parameter}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_training_lowers_the_loss(references: dict[tuple[str, str], Reference]) -> None:
+    for trained, _ in references.values():
+        assert trained.losses[-1] < trained.losses[0]
+
+
+def test_the_documentation_shows_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rendered()
+    with capsys.disabled():
+        sys.stdout.write("\n" + found)
+    if DOCUMENT.read_text() != found:
+        DOCUMENT.write_text(found)
+        pytest.fail("docs/matrix.md said otherwise; it has been written anew: run the whole matrix")
+
+
+def rendered() -> str:
+    """The matrix as a page of the documentation: a table for each model, reasons of refusals as notes below."""
+    notes: list[str] = []
+
+    def shown(cells: list[Cell]) -> str:
+        reasons = {refusal(cell) for cell in cells}
+        assert len(reasons) == 1, f"{cells[0].layout}: the precisions differ"
+        (reason,) = reasons
+        if reason is None:
+            return "proven"
+        if reason not in notes:
+            notes.append(reason)
+        return f"refused [{notes.index(reason) + 1}]"
+
+    tables = []
+    for model in MODELS:
+        lines = [
+            f"## {model}",
+            "",
+            f"| layout | {' | '.join(map(str, WRAPPINGS))} |",
+            "|" + " --- |" * (1 + len(WRAPPINGS)),
+        ]
+        for world_size in WORLDS:
+            for split in every_split(world_size):
+                verdicts = [
+                    shown([Cell(model, precision, world_size, split, wrapping) for precision in PRECISIONS])
+                    for wrapping in WRAPPINGS
+                ]
+                lines.append(f"| {split.name(world_size)} | {' | '.join(verdicts)} |")
+        tables.append("\n".join(lines))
+    reasons = "\n".join(f"{number}. {' '.join(reason.split())}" for number, reason in enumerate(notes, start=1))
+    return INTRODUCTION + "\n\n".join(tables) + "\n\n## Why refused\n\n" + reasons + "\n"
