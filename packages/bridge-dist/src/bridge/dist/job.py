@@ -164,15 +164,16 @@ def run_rank(job: BuildJob) -> BuildReport:
 
 @contextlib.contextmanager
 def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCollection]]:
-    """Join the world that the environment describes with a job's configuration and process groups."""
+    """Join the world that the environment describes with a job's configuration and process groups.
+
+    They are left after a success only, see ``world``.
+    """
     with contextlib.redirect_stdout(sys.stderr), world(facts(job=job, versions=versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout)
-        try:
-            yield config, layout, groups
-        finally:
-            destroy_process_groups()
+        yield config, layout, groups
+        destroy_process_groups()
 
 
 @dataclass(frozen=True, kw_only=True)
