@@ -8,6 +8,7 @@ the environment it takes all of them, a quarter of an hour on two cores. It writ
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -132,10 +133,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
             assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, "GPTModel"]
         if not weights.exists():
             save_weights(run, weights)
-        try:
-            return compare(run, weights)
-        finally:
-            destroy_process_groups()
+        return compare(run, weights)
 
     found = []
     for cell in cells:
@@ -144,6 +142,8 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
         except Exception as error:
             error.add_note(f"{cell.layout} with {cell.wrapping}")
             raise
+        destroy_process_groups()
+        gc.collect()  # a group's threads, which wake a hundred times a second, last as long as a model that holds it
     return found
 
 
