@@ -83,8 +83,8 @@ def agree_in_world(mine: Facts, *, timeout: timedelta = LONGEST_WAIT) -> None:
     """
     if _is_alone():
         return
-    ranks = range(torch.distributed.get_world_size())
-    agree(mine, store=_get_default_store(), rank=torch.distributed.get_rank(), ranks=ranks, timeout=timeout)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    agree(mine, store=_get_default_store(), rank=rank, world_size=world_size, timeout=timeout)
 
 
 def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeout: timedelta = LONGEST_WAIT) -> None:
@@ -99,29 +99,39 @@ def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeo
     if _is_alone():
         return
     problems = _Problems(values={}, silent=[])
-    for group in (pg_collection.tp, pg_collection.dp_cp, pg_collection.pp):
+    for turn, group in enumerate((pg_collection.tp, pg_collection.dp_cp, pg_collection.pp)):
+        # A rank that waited in vain comes late to the next group, where nobody may take it for the missing one.
+        patience = timeout + turn * 3 * _GRACE
         ranks = torch.distributed.get_process_group_ranks(group)
         problems = _exchange(
-            mine, problems, store=_get_default_store(), rank=torch.distributed.get_rank(), ranks=ranks, timeout=timeout
+            mine,
+            problems,
+            store=_get_default_store(),
+            name=hashlib.sha256(str(ranks).encode()).hexdigest()[:16],
+            rank=torch.distributed.get_rank(),
+            ranks=ranks,
+            timeout=patience,
         )
     _raise_if_any(problems, timeout)
 
 
-def agree(mine: Facts, *, store: Store, rank: int, ranks: Sequence[int], timeout: timedelta = LONGEST_WAIT) -> None:
-    """Compare facts between some ranks through a store that they share; every one of them calls this.
+def agree(mine: Facts, *, store: Store, rank: int, world_size: int, timeout: timedelta = LONGEST_WAIT) -> None:
+    """Compare facts between all ranks that share a store; every one of them calls this.
 
     Args:
         mine: What this rank is about to use.
         store: The store.
         rank: This rank.
-        ranks: All of them, in the same order everywhere.
+        world_size: Number of ranks. Those that see another number meet all the same.
         timeout: How long to wait for the others.
 
     Raises:
         AgreementError: On every rank, when they differ or a rank does not answer in time.
     """
     problems = _Problems(values={}, silent=[])
-    _raise_if_any(_exchange(mine, problems, store=store, rank=rank, ranks=ranks, timeout=timeout), timeout)
+    ranks = range(world_size)
+    problems = _exchange(mine, problems, store=store, name="world", rank=rank, ranks=ranks, timeout=timeout)
+    _raise_if_any(problems, timeout)
 
 
 def _is_alone() -> bool:
@@ -135,19 +145,29 @@ def _exchange(
     problems: _Problems,
     *,
     store: Store,
+    name: str,
     rank: int,
     ranks: Sequence[int],
     timeout: timedelta,
 ) -> _Problems:
-    """Tell the other ranks what is known to be wrong, and return what they all know."""
+    """Tell the other ranks what is known to be wrong, and return what they all know.
+
+    Raises:
+        AgreementError: The store is gone.
+    """
     if len(ranks) == 1:
         return problems
-    group = "bridge/agreement/" + hashlib.sha256(str(list(ranks)).encode()).hexdigest()[:16]
-    # Ranks call in the same order: the numbers of their calls agree where they do.
-    turn = store.add(f"{group}/turns/{rank}", 1)
-    if rank == ranks[0]:
-        return _ask(mine, problems, store=store, group=group, turn=turn, ranks=ranks, timeout=timeout)
-    return _answer(mine, problems, store=store, at=f"{group}/{turn}", rank=rank, first=ranks[0], timeout=timeout)
+    try:
+        group = f"bridge/agreement/{name}"
+        # Ranks call in the same order: the numbers of their calls agree where they do.
+        turn = store.add(f"{group}/turns/{rank}", 1)
+        if rank == ranks[0]:
+            return _ask(mine, problems, store=store, group=group, turn=turn, ranks=ranks, timeout=timeout)
+        return _answer(mine, problems, store=store, at=f"{group}/{turn}", rank=rank, first=ranks[0], timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        raise AgreementError(
+            "the store through which ranks meet was lost: rank 0, or the launcher, has ended; see what it said"
+        ) from error
 
 
 def _ask(
@@ -173,6 +193,12 @@ def _ask(
         if problems["values"] or problems["silent"]:
             deadline = min(deadline, time.monotonic() + _GRACE.total_seconds())
     store.set(f"{at}/verdict", json.dumps(problems))
+    if problems["values"] or problems["silent"]:
+        # This rank may serve the store, and is about to end.
+        deadline = time.monotonic() + _GRACE.total_seconds()
+        for other in ranks[1:]:
+            if other not in problems["silent"]:
+                _awaited(store, f"{at}/read/{other}", deadline)
     if not problems["silent"]:  # all of them are past the turn before
         for name in ("facts", "fingerprint", "verdict", *(f"answer/{other}" for other in ranks[1:])):
             store.delete_key(f"{group}/{turn - 1}/{name}")
@@ -201,14 +227,19 @@ def _answer(
     verdict = _awaited(store, f"{at}/verdict", deadline + 2 * _GRACE.total_seconds())
     if verdict is None:
         return _merged(problems, _Problems(values={}, silent=[first]))
-    return _merged(problems, json.loads(verdict))
+    problems = _merged(problems, json.loads(verdict))
+    if problems["values"] or problems["silent"]:
+        store.set(f"{at}/read/{rank}", "")
+    return problems
 
 
 def _awaited(store: Store, key: str, deadline: float) -> bytes | None:
     """The value of a key when it is there; None if it does not come in time."""
     try:
         store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
-    except (torch.distributed.DistStoreError, RuntimeError):
+    except torch.distributed.DistNetworkError:
+        raise
+    except RuntimeError:  # stores of other kinds have no error of their own for it
         return None
     value: bytes = store.get(key)
     return value

@@ -18,7 +18,8 @@ from bridge.dist.agreement import LONGEST_WAIT, Facts, agree
 def world(mine: Facts) -> Iterator[None]:
     """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, if they are about to do the same.
 
-    On this rank's GPU with NCCL or, where there is none, on the CPU with gloo.
+    On this rank's GPU with NCCL or, where there is none, on the CPU with gloo. They are left after a success only: who
+    fails ends its process, and reports its error before its peers lose the connection.
 
     Args:
         mine: What this rank is about to do; see ``bridge.dist.agreement``.
@@ -29,7 +30,7 @@ def world(mine: Facts) -> Iterator[None]:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _store(rank)
-    agree({**mine, "world size": str(world_size)}, store=store, rank=rank, ranks=range(world_size))
+    agree({**mine, "world size": str(world_size)}, store=store, rank=rank, world_size=world_size)
     with contextlib.ExitStack() as stack:
         device = None
         if torch.cuda.is_available():
@@ -47,8 +48,8 @@ def world(mine: Facts) -> Iterator[None]:
             timeout=LONGEST_WAIT,
             device_id=device,
         )
-        stack.callback(torch.distributed.destroy_process_group)
         yield
+        torch.distributed.destroy_process_group()
 
 
 def _store(rank: int) -> Store:
