@@ -1,7 +1,7 @@
 """Every layout with every wrapper trains as one process does, or is refused before it is built: the whole matrix.
 
 Each cell is a run of a few steps on real processes, by Megatron's own schedule and optimizer. A usual run takes the
-cells on two processes; with BRIDGE_WHOLE_MATRIX=1 in the environment it takes those on four as well, a quarter of an hour
+cells on two processes; with BRIDGE_WHOLE_MATRIX=1 in the environment it takes those on four as well, some minutes more
 on two cores. It writes docs/matrix.md.
 """
 
