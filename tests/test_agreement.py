@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -108,6 +109,50 @@ def test_a_rank_that_does_not_come_is_named_in_time(absent: int) -> None:
         if rank != absent:
             assert f"rank {absent} did not answer within 2 s" in message
             assert seconds < 15
+
+
+def silent_in_groups() -> str:
+    """On each rank but the last, of a model that is split two ways: ask the others."""
+    import torch
+
+    from bridge.dist import Layout, agreement, create_process_groups
+
+    groups = create_process_groups(Layout(tp=2, pp=2))
+    agreement._GRACE = timedelta(seconds=1)  # what a real run has more time for
+    if torch.distributed.get_rank() == 3:
+        return ""
+    return message_of(lambda: agreement.agree_in_groups({"field": "1"}, groups, timeout=SOON))
+
+
+def test_only_the_silent_rank_is_named() -> None:
+    for message in run_ranks(silent_in_groups, 4)[:3]:
+        assert "rank 3 did not answer" in message
+
+
+def store_of_its_own(port: int) -> tuple[str, bool]:
+    """On each rank: agree on nothing but the rank, through a store that rank 0 serves and drops; what rank 1 sees."""
+    import torch
+    from torch.distributed import TCPStore
+
+    from bridge.dist.agreement import agree
+
+    rank = torch.distributed.get_rank()
+    store = TCPStore("localhost", port, is_master=rank == 0, wait_for_workers=False)
+    message = message_of(lambda: agree({"rank": str(rank)}, store=store, rank=rank, world_size=2))
+    if rank == 0:
+        del store
+        return message, True
+    lost = message_of(lambda: agree({}, store=store, rank=rank, world_size=2))
+    return message, "the store through which ranks meet was lost" in lost
+
+
+def test_rank_0_serves_the_store_until_all_know_and_its_loss_is_named() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for message, named in run_ranks(store_of_its_own, 2, port):
+        assert "rank is 0 on rank 0, 1 on rank 1" in message
+        assert named
 
 
 def many_times(times: int) -> int:

@@ -147,16 +147,25 @@ def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folde
     assert "rank 1: ValueError: a mistake of rank 1" in written
 
 
-def test_ranks_that_somebody_else_started_with_other_documents_and_worlds(folder: Folder) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "difference"),
+    [
+        ((64, 32), (2, 2), "job.document.seq_length is 64 on rank 0, 32 on rank 1"),
+        ((64, 64), (2, 4), "world size is 2 on rank 0, 4 on rank 1"),
+        ((64, 64), (4, 2), "world size is 4 on rank 0, 2 on rank 1"),
+    ],
+    ids=["document", "larger world", "smaller world"],
+)
+def test_ranks_that_somebody_else_started_and_that_differ(
+    lengths: tuple[int, int], sizes: tuple[int, int], difference: str, folder: Folder
+) -> None:
     folder.mark_at("bridge.dist.agreement:agree")
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
-        folder.start("seq_length=64", RANK="0", WORLD_SIZE="2", **variables),
-        folder.start("seq_length=32", RANK="1", WORLD_SIZE="4", **variables),
+        folder.start(f"seq_length={lengths[rank]}", RANK=str(rank), WORLD_SIZE=str(sizes[rank]), **meeting)
+        for rank in range(2)
     ]
     for written in finished(folder, *ranks):
-        assert "job.document.seq_length is 64 on rank 0, 32 on rank 1" in written
-        assert "world size is 2 on rank 0, 4 on rank 1" in written
+        assert difference in written

@@ -60,7 +60,6 @@ class TrainOptions:
             )
         return microbatches
 
-
     def check_sequence(self, config: TransformerConfig) -> None:
         """Check that samples divide into what each rank holds of them.
 
