@@ -121,6 +121,8 @@ def silent_in_groups() -> str:
     agreement._GRACE = timedelta(seconds=1)  # what a real run has more time for
     if torch.distributed.get_rank() == 3:
         return ""
+    if torch.distributed.get_rank() == 2:
+        time.sleep(0.5)  # ranks drift apart: rank 0 is waiting for this one, which will wait for rank 3
     return message_of(lambda: agreement.agree_in_groups({"field": "1"}, groups, timeout=SOON))
 
 
@@ -137,7 +139,15 @@ def store_of_its_own(port: int) -> tuple[str, bool]:
     from bridge.dist.agreement import agree
 
     rank = torch.distributed.get_rank()
-    store = TCPStore("localhost", port, is_master=rank == 0, wait_for_workers=False)
+
+    class SlowStore(TCPStore):
+        """The verdict is there long before it is read."""
+
+        def wait(self, *args: Any) -> None:
+            time.sleep(0.5 * rank)
+            super().wait(*args)
+
+    store = SlowStore("localhost", port, is_master=rank == 0, wait_for_workers=False)
     message = message_of(lambda: agree({"rank": str(rank)}, store=store, rank=rank, world_size=2))
     if rank == 0:
         del store
