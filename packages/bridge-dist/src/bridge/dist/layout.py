@@ -10,7 +10,6 @@ import torch.distributed.distributed_c10d
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
@@ -155,7 +154,7 @@ def create_process_groups(
         # Megatron-core 0.19.2 gives none to the gloo group of the experts' data parallelism.
         for group in _all_groups():
             if group not in _existing:
-                _set_pg_timeout(timeout, group)
+                _set_timeout(timeout, group)
     groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
     return groups
 
@@ -170,6 +169,9 @@ def destroy_process_groups() -> None:
     # DTensor remembers what it once computed, with the groups of then, for any mesh of the same ranks.
     _clear_sharding_prop_cache()
 
+
+# Public, and the other deprecated, in torch 2.15; not there in 2.6.
+_set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
 
 _existing: frozenset[torch.distributed.ProcessGroup] = frozenset()
 """The groups that were there before Megatron's."""
