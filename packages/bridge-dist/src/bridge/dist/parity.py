@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +100,8 @@ def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placem
     # Megatron-FSDP shows the optimizer's copies in full precision.
     difference = local.cpu().to(reference.dtype).double() - expected.double()
     rounding = torch.finfo(reference.dtype).eps * _root_mean_square(reference.double())
-    return _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
+    relative = _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
+    return math.inf if math.isnan(relative) else relative  # a maximum would pass over what is not a number
 
 
 def _root_mean_square(tensor: torch.Tensor) -> float:

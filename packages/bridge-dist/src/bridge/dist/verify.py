@@ -131,7 +131,10 @@ def relative_difference(values: Sequence[float | None], expected: Sequence[float
 def _relative_difference(value: float | None, expected: float | None) -> float:
     if value == expected:
         return 0.0
-    return math.inf if value is None or not expected else abs(value - expected) / abs(expected)
+    # What is not a number is no match: a maximum would pass over it.
+    if value is None or not expected or math.isnan(value) or math.isnan(expected):
+        return math.inf
+    return abs(value - expected) / abs(expected)
 
 
 def _launched(
