@@ -20,6 +20,7 @@ from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuil
 from bridge.config import ModelConfig
 from bridge.dist.agreement import agree_in_groups, facts, versions
 from bridge.dist.errors import BuilderContractError
+from bridge.dist.forward import next_token_step
 from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.precision import move_to_device, wrap_mixed_precision
@@ -50,6 +51,24 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
                 f"add the field, or override {type(self).__name__}.transformer_config"
             )
         return transformer
+
+    def forward_step(
+        self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+    ) -> torch.Tensor:
+        """Run a stage on a microbatch of text, as `bridge build --steps` and `bridge verify` train.
+
+        A family of models that are no decoders overrides it.
+
+        Args:
+            stage: One of those that ``build_distributed_models`` returned.
+            tokens: [microbatch, sequence + 1], the same on all ranks that share the microbatch.
+            pg_collection: The process groups of this rank.
+
+        Returns:
+            On the last stage a loss for each token, shape [microbatch, this context-parallel rank's part of the
+            sequence]; on others what the next stage takes.
+        """
+        return next_token_step(stage, tokens, pg_collection)
 
     def build_distributed_models(
         self,

@@ -222,7 +222,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
     if job.training is not None:
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
-        taken = train(stages, groups, layout, text=text, options=job.training)
+        taken = train(stages, groups, layout, text=text, options=job.training, forward_step=builder.forward_step)
         if leader:
             taken = with_progress(taken, job.training.steps, describe=lambda step: f"loss {step.loss:.4f}")
         steps = list(taken)

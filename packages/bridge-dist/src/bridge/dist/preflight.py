@@ -178,7 +178,8 @@ def experts_divide(setup: Setup) -> Iterator[str]:
 @rule()
 def layers_divide(setup: Setup) -> Iterator[str]:
     """Stages are equal unless the configuration says how to split."""
-    if says_how_to_split(setup.transformer):
+    pattern: str | None = getattr(setup.model, "hybrid_layer_pattern", None)
+    if says_how_to_split(setup.transformer) or "|" in (pattern or ""):
         return
     pp, vp = setup.layout.pp, setup.layout.vp if setup.has_virtual_pipeline else 1
     if setup.transformer.num_layers % (pp * vp):

@@ -16,9 +16,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge.dist.errors import TrainingError
+from bridge.dist.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
 from bridge.dist.text import Text
 
@@ -93,10 +94,11 @@ def train(
     *,
     text: Text,
     options: TrainOptions,
+    forward_step: ForwardStep = next_token_step,
 ) -> Iterator[Step]:
     """Train, one step per item taken. The loss is the mean over the tokens of the global batch, before the step.
 
-    Every rank of the layout must take every step.
+    Every rank of the layout must take every step. ``forward_step`` is that of the builder that made the stages.
     """
     microbatches = options.microbatches(layout)
     schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
@@ -109,7 +111,7 @@ def train(
                 _zero_gradients(stage)
             optimizer.zero_grad()
             outputs = schedule(
-                forward_step_func=partial(_forward, pg_collection=pg_collection),
+                forward_step_func=partial(_forward, forward_step=forward_step, pg_collection=pg_collection),
                 data_iterator=[iter(mine) for _ in stages] if len(stages) > 1 else iter(mine),
                 model=stages,
                 num_microbatches=microbatches,
@@ -170,17 +172,14 @@ def _zero_gradients(stage: MegatronModule) -> None:
 
 
 def _forward(
-    samples: Iterator[torch.Tensor], stage: MegatronModule, *, pg_collection: ProcessGroupCollection
+    samples: Iterator[torch.Tensor],
+    stage: MegatronModule,
+    *,
+    forward_step: ForwardStep,
+    pg_collection: ProcessGroupCollection,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run a stage on the next microbatch; Megatron's schedule calls the returned function on the last stage."""
-    device = torch.device("cuda")
-    tokens = next(samples).to(device)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs).contiguous()
-    batch = {"inputs": inputs, "labels": labels, "positions": positions}
-    if pg_collection.cp.size() > 1:
-        batch = get_batch_on_this_cp_rank(batch, False, cp_group=pg_collection.cp)
-    output: torch.Tensor = stage(batch["inputs"], batch["positions"], None, labels=batch["labels"])
+    output = forward_step(stage, next(samples).to(torch.device("cuda")), pg_collection)
 
     def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = losses.float().mean()

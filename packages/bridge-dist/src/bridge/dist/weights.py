@@ -27,7 +27,11 @@ _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)"
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a parameter of one stage stands in the whole model: its name there, and which part of it the rank holds."""
+    """Where a parameter of one stage stands in the whole model: its name there, and which part of it the rank holds.
+
+    A parameter of several parts that are split over the ranks one by one has ``stride`` of them, all equal (gated
+    layers), or ``blocks``, the size of each on this rank (Mamba's projections).
+    """
 
     name: str
     full_name: str
@@ -36,6 +40,7 @@ class Placement:
     shard: int = 0
     dim: int = 0
     stride: int = 1
+    blocks: tuple[int, ...] | None = None
 
     @property
     def full_shape(self) -> torch.Size:
@@ -58,9 +63,12 @@ class Placement:
         return torch.cat([logical, logical.new_zeros(padding, *logical.shape[1:])]) if padding else logical
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Cut this rank's part out of a whole parameter, as Megatron does: strided parts (gated layers) one by one."""
+        """Cut this rank's part out of a whole parameter, as Megatron does."""
         if self.shards == 1:
             return whole
+        if self.blocks is not None:
+            parts = whole.split([size * self.shards for size in self.blocks], dim=self.dim)
+            return torch.cat([part.chunk(self.shards, dim=self.dim)[self.shard] for part in parts], dim=self.dim)
         pieces = whole.chunk(self.shards * self.stride, dim=self.dim)
         return torch.cat(pieces[self.shard :: self.shards], dim=self.dim)
 
@@ -94,6 +102,7 @@ def _placement(
 ) -> Placement:
     if not getattr(parameter, "tensor_model_parallel", False):
         return Placement(name=name, full_name=full_name, shape=parameter.shape)
+    blocks: Sequence[int] | None = getattr(parameter, "partition_sizes", None)
     group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
     return Placement(
         name=name,
@@ -102,18 +111,20 @@ def _placement(
         shards=group.size(),
         shard=group.rank(),
         dim=parameter.partition_dim,  # type: ignore[attr-defined]
-        stride=parameter.partition_stride,  # type: ignore[attr-defined]
+        stride=getattr(parameter, "partition_stride", 1),
+        blocks=None if blocks is None else tuple(blocks),
     )
 
 
 def layer_indices(stage: MegatronModule) -> list[int]:
-    """Return the decoder layers that a stage holds, counted from zero over the whole model."""
-    model: torch.nn.Module = unwrap_model(stage)
-    return sorted(
-        _layer_index(module)
-        for name, module in model.named_modules()
-        if re.fullmatch(r"\w+\.layers\.\d+", name) and not name.startswith("mtp.") and hasattr(module, "layer_number")
-    )
+    """Return the layers that a stage holds, counted from zero over the whole model, those of an encoder first."""
+    stacks: dict[str, list[int]] = {}
+    for name, module in unwrap_model(stage).named_modules():
+        stack = re.fullmatch(r"(\w+)\.layers\.\d+", name)
+        if stack and stack[1] != "mtp" and hasattr(module, "layer_number"):
+            before = sum(len(others) for other, others in stacks.items() if other != stack[1])
+            stacks.setdefault(stack[1], []).append(before + _layer_index(module))
+    return sorted(index for stack in stacks.values() for index in stack)
 
 
 def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection) -> dict[str, str]:
@@ -152,13 +163,15 @@ def draw_weights(
 
     The whole parameter is drawn on the CPU and each rank keeps its shard, so that a model starts from the same weights
     under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Vectors (norm
-    weights, biases) are constants and stay as they were built.
+    weights, biases) are constants and stay as they were built, unless their module has an initialiser for them: a
+    mapping ``initialisers`` from a parameter's name to a function that fills a tensor.
     """
     for stage in stages:
         config = get_model_config(stage)
         for named in named_parameters(stage, pg_collection):
-            if named.parameter.dim() > 1:
-                _draw(named, _initialiser(named, config), vocab_size)
+            own = getattr(named.owner, "initialisers", {}).get(named.placement.name.rpartition(".")[2])
+            if own is not None or named.parameter.dim() > 1:
+                _draw(named, own or _initialiser(named, config), vocab_size)
 
 
 def _layer_index(layer: torch.nn.Module) -> int:

@@ -1,0 +1,34 @@
+"""Running a stage of a language model on a microbatch of tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+
+class ForwardStep(Protocol):
+    """Runs a stage on a microbatch: see ``DistributedModelBuilder.forward_step``."""
+
+    def __call__(
+        self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+    ) -> torch.Tensor: ...
+
+
+def next_token_step(stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection) -> torch.Tensor:
+    """Run a stage of a decoder on tokens, shape [microbatch, sequence + 1], each to be told from those before it.
+
+    Returns:
+        On the last stage the losses, shape [microbatch, this context-parallel rank's part of the sequence]; on others
+        what the next stage takes.
+    """
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs).contiguous()
+    batch = {"inputs": inputs, "labels": labels, "positions": positions}
+    if pg_collection.cp.size() > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, cp_group=pg_collection.cp)
+    output: torch.Tensor = stage(batch["inputs"], batch["positions"], None, labels=batch["labels"])
+    return output
