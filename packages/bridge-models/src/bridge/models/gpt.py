@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,7 +18,8 @@ from bridge.dist import DistributedModelBuilder
 from bridge.dist.layout import says_how_to_split
 from bridge.models.errors import ModelConfigError
 from bridge.models.layer_specs import layer_spec, mtp_block_spec
-from bridge.models.vocab import pad_vocab_size
+from bridge.models.pipeline import check_cuda_graphs, ends, virtual_stages
+from bridge.models.vocab import check_vocabulary, padded_vocab_size
 
 
 @dataclass(kw_only=True)
@@ -105,9 +105,9 @@ class GPTModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field lacks a value or contradicts another one.
         """
-        _check_vocabulary(self)
+        check_vocabulary(self)
         _check_positions(self)
-        _check_cuda_graphs(self.transformer)
+        check_cuda_graphs(self.transformer)
         _check_pipeline_split(self.transformer)
         _check_multi_token_prediction(self)
 
@@ -118,24 +118,7 @@ class GPTModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: ``vocab_size`` is not set.
         """
-        if self.vocab_size is None:
-            raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
-        if not self.should_pad_vocab:
-            return self.vocab_size
-        return pad_vocab_size(
-            self.vocab_size,
-            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
-            tensor_model_parallel_size=self.transformer.tensor_model_parallel_size,
-        )
-
-
-def _check_vocabulary(config: GPTModelConfig) -> None:
-    ranks = config.transformer.tensor_model_parallel_size
-    if config.padded_vocab_size % ranks:
-        raise ModelConfigError(
-            f"vocab_size {config.vocab_size} does not split over tensor_model_parallel_size {ranks}: "
-            "set should_pad_vocab to true"
-        )
+        return padded_vocab_size(self)
 
 
 def _check_positions(config: GPTModelConfig) -> None:
@@ -150,19 +133,11 @@ def _check_positions(config: GPTModelConfig) -> None:
         )
 
 
-def _check_cuda_graphs(transformer: TransformerConfig) -> None:
-    if transformer.cuda_graph_impl != "none" and not transformer.use_te_rng_tracker:
-        raise ModelConfigError(
-            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} needs Transformer Engine's random number "
-            "tracker: set transformer.use_te_rng_tracker to true, or cuda_graph_impl to none"
-        )
-
-
 def _check_pipeline_split(transformer: TransformerConfig) -> None:
     if says_how_to_split(transformer):
         return
     pp = transformer.pipeline_model_parallel_size
-    vp = _virtual_stages(transformer)
+    vp = virtual_stages(transformer)
     if transformer.num_layers % (pp * vp):
         raise ModelConfigError(
             f"transformer.num_layers {transformer.num_layers} does not divide into {pp * vp} equal chunks, "
@@ -186,13 +161,6 @@ def _check_multi_token_prediction(config: GPTModelConfig) -> None:
             f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
             f"experimental_attention_variant {transformer.experimental_attention_variant}: set one of them to null"
         )
-
-
-def _virtual_stages(transformer: TransformerConfig) -> int:
-    """Virtual stages per rank; a pipeline of one rank is not divided further, whatever the configuration says."""
-    if transformer.pipeline_model_parallel_size == 1:
-        return 1
-    return transformer.virtual_pipeline_model_parallel_size or 1
 
 
 class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
@@ -227,11 +195,13 @@ class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
         """
         config = self._model_config
         config.validate()
-        first, last = _ends(vp_stage, _virtual_stages(config.transformer))
-        if pre_process is None:
-            pre_process = first and is_pp_first_stage(pg_collection.pp)
-        if post_process is None:
-            post_process = last and is_pp_last_stage(pg_collection.pp)
+        pre_process, post_process = ends(
+            config.transformer,
+            pg_collection.pp,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
         pp_rank = get_pg_rank(pg_collection.pp)
         spec = layer_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
         # GPTModel takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
@@ -256,17 +226,3 @@ class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-
-
-def _ends(vp_stage: int | None, virtual_stages: int) -> tuple[bool, bool]:
-    """Whether a virtual stage is the first, and the last, of its rank."""
-    if virtual_stages == 1:
-        if vp_stage not in (None, 0):
-            raise ModelConfigError(f"vp_stage is {vp_stage}, but there is no virtual pipeline: pass None")
-        return True, True
-    if vp_stage is None or not 0 <= vp_stage < virtual_stages:
-        raise ModelConfigError(
-            f"vp_stage is {vp_stage}, but virtual_pipeline_model_parallel_size is {virtual_stages}: "
-            f"pass 0 to {virtual_stages - 1}"
-        )
-    return vp_stage == 0, vp_stage == virtual_stages - 1
