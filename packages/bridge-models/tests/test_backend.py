@@ -40,8 +40,12 @@ def softmax_attention(
     *,
     scale: float,
     sink: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention as its definition says, one query of one head at a time; all [sequence, batch, heads, channels]."""
+    """Attention as its definition says, one query of one head at a time; all [sequence, batch, heads, channels].
+
+    The bias is [batch or 1, heads, queries, keys].
+    """
     length, batch, heads, _ = query.shape
     shared = heads // key.shape[2]
     rows = []
@@ -51,6 +55,8 @@ def softmax_attention(
         for b in range(batch):
             for head in range(heads):
                 scores = torch.stack([query[at, b, head] @ key[o, b, head // shared] * scale for o in of])
+                if bias is not None:
+                    scores = scores + bias[b % len(bias), head, at, of]
                 total = scores.exp().sum() + (0 if sink is None else sink[head].exp())
                 values = torch.stack([value[o, b, head // shared] for o in of])
                 heads_out.append((scores.exp() / total) @ values)
@@ -112,11 +118,50 @@ def test_a_sink_takes_its_share_of_the_softmax(pg_collection: ProcessGroupCollec
     inputs = [part.detach().float().requires_grad_() for part in random_heads(5, 2)]
     sink = layer.softmax_offset
     assert isinstance(sink, torch.nn.Parameter)
-    found = layer(*inputs, None)
-    expected = softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8), sink=sink)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(*(torch.autograd.grad(out.sum(), [*inputs, sink]) for out in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
+    for bias in (None, torch.randn(1, 4, 5, 5, requires_grad=True)):
+        found = layer(*inputs, None, attention_bias=bias)
+        expected = softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8), sink=sink, bias=bias)
+        torch.testing.assert_close(found, expected)
+        leaves = [*inputs, sink] if bias is None else [*inputs, sink, bias]
+        gradients = [torch.autograd.grad(output.sin().sum(), leaves) for output in (found, expected)]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("mask_type", [AttnMaskType.causal, AttnMaskType.no_mask, AttnMaskType.padding])
+@pytest.mark.parametrize("fields", [{}, {"apply_query_key_layer_scaling": True}, {"softmax_scale": 1.0}])
+def test_a_bias_is_added_to_the_scaled_scores(
+    pg_collection: ProcessGroupCollection,
+    transformer: Transformer,
+    samples: int,
+    mask_type: AttnMaskType,
+    fields: dict[str, Any],
+) -> None:
+    config = transformer(num_query_groups=2, **fields)
+    inputs = random_heads(5, 2)
+    mask, allowed = None, lambda at, of: mask_type is not AttnMaskType.causal or of <= at
+    if mask_type is AttnMaskType.padding:
+        mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+        mask[..., 3] = True
+        allowed = lambda at, of: of != 3  # noqa: E731
+    bias = torch.randn(samples, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    layer = attention(config, pg_collection, attn_mask_type=mask_type, softmax_scale=config.softmax_scale)
+    found = layer(*inputs, mask, attention_bias=bias)
+    scale = config.softmax_scale or 1 / math.sqrt(8)
+    check(found, softmax_attention(*inputs, allowed, scale=scale, bias=bias), [*inputs, bias])
+
+
+def test_a_bias_between_sequences_of_unequal_length(
+    pg_collection: ProcessGroupCollection, transformer: Transformer
+) -> None:
+    query, *_ = random_heads(3, 4)
+    _, key, value = random_heads(6, 4)
+    bias = torch.randn(1, 4, 3, 6, dtype=torch.float64, requires_grad=True)
+    layer = attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.arbitrary, attention_type="cross")
+    found = layer(query, key, value, None, attention_bias=bias)
+    expected = softmax_attention(query, key, value, lambda at, of: True, scale=1 / math.sqrt(8), bias=bias)
+    check(found, expected, [query, key, value, bias])
 
 
 @pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding, AttnMaskType.causal])
@@ -206,6 +251,23 @@ def test_context_parallel_ranks_attend_as_one(
         mine = [[0, 1, 6, 7], [2, 3, 4, 5]][rank]
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other[mine], rtol=1e-9, atol=1e-9)
+
+
+def attend_in_parallel_with_bias(config: TransformerConfig) -> str:
+    """On each rank: what is said to an attention bias under context parallelism."""
+    from bridge.dist import Layout, create_process_groups
+
+    layer = attention(config, create_process_groups(Layout(cp=2)))
+    try:
+        layer(*random_heads(4, 4), None, attention_bias=torch.zeros(1, 4, 4, 4))
+    except UnsupportedError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_bias_under_context_parallelism_is_refused(transformer: Transformer) -> None:
+    for said in run_ranks(attend_in_parallel_with_bias, 2, transformer(context_parallel_size=2)):
+        assert "cannot do an attention bias: set context_parallel_size to 1" in said
 
 
 def test_grouped_experts_compute_what_single_ones_do() -> None:

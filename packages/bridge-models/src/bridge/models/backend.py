@@ -209,7 +209,8 @@ class TorchAttention(DotProductAttention):
             attention_mask: True where nothing may be attended to, [batch or 1, 1, sequence, sequence]; under context
                 parallelism it is left aside.
             attn_mask_type: In place of the one the layer was built with.
-            attention_bias: Not supported.
+            attention_bias: [batch or 1, heads, queries, keys], added to the scaled scores, as Transformer Engine's
+                ``post_scale_bias`` is; not under context parallelism.
             packed_seq_params: Not supported.
 
         Returns:
@@ -218,16 +219,19 @@ class TorchAttention(DotProductAttention):
         Raises:
             UnsupportedError: For what is not supported.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            what = "packed sequences" if packed_seq_params is not None else "an attention bias"
+        if packed_seq_params is not None:
             raise UnsupportedError(
-                f"attention in PyTorch cannot do {what}: install Transformer Engine, or leave it out"
+                "attention in PyTorch cannot do packed sequences: install Transformer Engine, or leave them out"
             )
         mask_type = attn_mask_type or self.attn_mask_type
         if self.cp_group.size() > 1:
             if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
                 raise UnsupportedError(
                     f"attention under context parallelism cannot do a mask of type {mask_type.name}: use a causal one"
+                )
+            if attention_bias is not None:
+                raise UnsupportedError(
+                    "attention under context parallelism cannot do an attention bias: set context_parallel_size to 1"
                 )
             attention_mask = None
             key, value = (
@@ -237,14 +241,17 @@ class TorchAttention(DotProductAttention):
         # [batch, heads, sequence, channels]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         if self.softmax_offset is not None:
-            context = self._with_sink(query, key, value, allowed, sink=self.softmax_offset)
+            context = self._with_sink(query, key, value, allowed, sink=self.softmax_offset, bias=attention_bias)
         else:
+            mask = None if is_causal else allowed
+            if attention_bias is not None:
+                mask, is_causal = _biased(attention_bias.to(query.dtype), allowed), False
             with self._dropout_generator():
                 context = torch.nn.functional.scaled_dot_product_attention(
                     query,
                     key,
                     value,
-                    attn_mask=None if is_causal else allowed,
+                    attn_mask=mask,
                     dropout_p=self.attention_dropout.p if self.training else 0.0,
                     is_causal=is_causal,
                     scale=self.scale,
@@ -298,11 +305,14 @@ class TorchAttention(DotProductAttention):
         allowed: torch.Tensor | None,
         *,
         sink: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention whose softmax has one more term for each head, ``sink``, that nothing is taken from."""
         heads = query.size(1) // key.size(1)
         key, value = (part.repeat_interleave(heads, dim=1) for part in (key, value))
         scores = (query @ key.transpose(-1, -2)).float() * self.scale
+        if bias is not None:
+            scores = scores + bias
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
         ends = sink.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -317,6 +327,11 @@ class TorchAttention(DotProductAttention):
             return nullcontext()
         fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
         return fork
+
+
+def _biased(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """What is added to the scores for a bias where only some may be attended to."""
+    return bias if allowed is None else torch.where(allowed, bias, -math.inf)
 
 
 class LatentAttention(MLASelfAttention):
