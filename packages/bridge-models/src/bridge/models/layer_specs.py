@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
+from bridge.config import ModelConfig
 from bridge.models.backend import TorchAttention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 
@@ -49,11 +50,9 @@ def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) ->
     given = config.transformer_layer_spec
     if given is None:
         spec = default_layer_spec(config, vp_stage, pp_rank=pp_rank)
-    elif isinstance(given, LayerSpec):  # before callable(): a ModuleSpec is also callable
-        spec = given
     else:
-        spec = _call_spec_function(given, config, vp_stage)
-    if _wants_pytorch_attention(config.transformer):
+        spec = given_layer_spec(given, config, field="transformer_layer_spec", vp_stage=vp_stage)
+    if wants_pytorch_attention(config.transformer):
         spec = with_pytorch_attention(spec)
     return spec
 
@@ -75,14 +74,14 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
     transformer = config.transformer
     use_te = uses_transformer_engine(transformer)
     if transformer.transformer_impl == "inference_optimized":
-        _require_transformer_engine("transformer_impl: inference_optimized")
+        require_transformer_engine("transformer_impl: inference_optimized")
         return gpt_layer_specs.get_gpt_layer_with_inference_spec(
             transformer.qk_layernorm, transformer.multi_latent_attention, qk_l2_norm=transformer.qk_l2_norm
         )
     if config.restore_modelopt_state and use_te:  # ModelOpt's own spec is Transformer Engine's; it works on any layers
         return _modelopt_spec(config)
     if transformer.experimental_attention_variant is not None:
-        _require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
+        require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
         return get_transformer_block_with_experimental_attention_variant_spec(
             transformer, vp_stage=vp_stage, pp_rank=pp_rank
         )
@@ -141,7 +140,7 @@ def mtp_block_spec(
             qk_l2_norm=transformer.qk_l2_norm,
         )
         layer = cast(list[ModuleSpec], layers)[-1]  # megatron-core 0.19.2 annotates a block where it returns a list
-    if _wants_pytorch_attention(transformer):
+    if wants_pytorch_attention(transformer):
         layer = _swap_attention(layer)
     block = gpt_layer_specs.get_gpt_mtp_block_spec(
         transformer, layer, use_transformer_engine=use_te, vp_stage=vp_stage, pp_rank=pp_rank
@@ -168,16 +167,29 @@ def _report_fallback() -> None:
     log_single_rank(logger, logging.WARNING, message)
 
 
-def _call_spec_function(function: Callable[..., Any], config: GPTModelConfig, vp_stage: int | None) -> LayerSpec:
-    if not callable(function):
-        raise LayerSpecError(
-            f"transformer_layer_spec is {function!r}: give a ModuleSpec, a function that returns one, or None"
-        )
-    takes_stage = "vp_stage" in inspect.signature(function).parameters
-    spec = function(config, vp_stage=vp_stage) if takes_stage else function(config)
+def given_layer_spec(
+    given: LayerSpec | Callable[..., Any], config: ModelConfig, *, field: str, vp_stage: int | None = None
+) -> LayerSpec:
+    """Return the layers that a configuration gives: a spec, or what a function of the configuration returns.
+
+    Args:
+        given: The spec, or the function, which may take ``vp_stage`` by name.
+        config: What the function gets.
+        field: The field that gives them, for errors.
+        vp_stage: Virtual pipeline stage, None without a virtual pipeline.
+
+    Raises:
+        LayerSpecError: It is neither, or the function returns something else.
+    """
+    if isinstance(given, LayerSpec):  # before callable(): a ModuleSpec is also callable
+        return given
+    if not callable(given):
+        raise LayerSpecError(f"{field} is {given!r}: give a ModuleSpec, a function that returns one, or None")
+    takes_stage = "vp_stage" in inspect.signature(given).parameters
+    spec = given(config, vp_stage=vp_stage) if takes_stage else given(config)
     if not isinstance(spec, LayerSpec):
         raise LayerSpecError(
-            f"transformer_layer_spec {getattr(function, '__qualname__', repr(function))} returned {spec!r}: "
+            f"{field} {getattr(given, '__qualname__', repr(given))} returned {spec!r}: "
             "it must return a ModuleSpec or a TransformerBlockSubmodules"
         )
     return spec
@@ -218,7 +230,8 @@ def _modelopt_spec(config: GPTModelConfig) -> LayerSpec:
     )
 
 
-def _wants_pytorch_attention(transformer: TransformerConfig) -> bool:
+def wants_pytorch_attention(transformer: TransformerConfig) -> bool:
+    """Whether attention is computed by plain PyTorch in any layers: ``attention_backend: local`` asks for it."""
     # An experimental attention is a computation of its own, not another way to do the usual one.
     return transformer.attention_backend == AttnBackend.local and transformer.experimental_attention_variant is None
 
@@ -235,20 +248,21 @@ def with_pytorch_attention(spec: LayerSpec) -> LayerSpec:
 
 def _swap_attention(layer: ModuleSpec) -> ModuleSpec:
     parts: Any = layer.submodules
-    attention = getattr(parts, "self_attention", None)
-    if not isinstance(attention, ModuleSpec) or not hasattr(attention.submodules, "core_attention"):
-        return layer
-    attention_parts: Any = attention.submodules
-    attention = replace(attention, submodules=replace(attention_parts, core_attention=TorchAttention))
-    return replace(layer, submodules=replace(parts, self_attention=attention))
+    swapped = {}
+    for name in ("self_attention", "cross_attention"):
+        attention = getattr(parts, name, None)
+        if isinstance(attention, ModuleSpec) and hasattr(attention.submodules, "core_attention"):
+            attention_parts: Any = attention.submodules
+            swapped[name] = replace(attention, submodules=replace(attention_parts, core_attention=TorchAttention))
+    return replace(layer, submodules=replace(parts, **swapped)) if swapped else layer
 
 
-# What is asked for, by a field of TransformerConfig, and what to set instead.
-_Refusals = dict[str, tuple[Callable[[TransformerConfig], bool], str]]
+Refusals = Mapping[str, tuple[Callable[[TransformerConfig], bool], str]]
+"""What some layers cannot do: whether a configuration asks for it, and what to set instead."""
 
 # Layers without Transformer Engine. Each of these fails in an assertion, an import or a kernel of megatron-core 0.19.2;
 # only 8- and 4-bit floats are passed over in silence.
-_BEYOND_PYTORCH: _Refusals = {
+_BEYOND_PYTORCH: Refusals = {
     "persistent layer norm": (lambda c: c.persist_layer_norm, "set transformer.persist_layer_norm to false"),
     "memory-efficient layer norm": (
         lambda c: c.memory_efficient_layer_norm,
@@ -273,12 +287,26 @@ def refuse_beyond_pytorch(transformer: TransformerConfig) -> None:
     Raises:
         UnsupportedError: There is something.
     """
-    found = [f"{what}: {advice}" for what, (asked, advice) in _BEYOND_PYTORCH.items() if asked(transformer)]
+    refuse(transformer, _BEYOND_PYTORCH, layers="layers in PyTorch, without Transformer Engine,")
+
+
+def refuse(transformer: TransformerConfig, refusals: Refusals, *, layers: str) -> None:
+    """Raise one error for all that a configuration asks for and some layers, which ``layers`` names, cannot do.
+
+    Raises:
+        UnsupportedError: There is something.
+    """
+    found = [f"{what}: {advice}" for what, (asked, advice) in refusals.items() if asked(transformer)]
     if found:
-        raise UnsupportedError("layers in PyTorch, without Transformer Engine, cannot do:\n  " + "\n  ".join(found))
+        raise UnsupportedError(f"{layers} cannot do:\n  " + "\n  ".join(found))
 
 
-def _require_transformer_engine(what: str) -> None:
+def require_transformer_engine(what: str) -> None:
+    """Check that Transformer Engine is installed, for something that needs it.
+
+    Raises:
+        UnsupportedError: It is not.
+    """
     if not HAVE_TE:
         raise UnsupportedError(f"{what} needs Transformer Engine, which is not installed: install it, or leave it out")
 
