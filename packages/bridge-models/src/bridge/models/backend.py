@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -79,7 +80,7 @@ def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool) -> SpecT:
 
 def _replaced(spec: Any, grouped_experts: bool) -> Any:
     provider = PyTorchSpecProvider()
-    if spec is WrappedTorchNorm:
+    if spec is WrappedTorchNorm or spec is FusedLayerNorm:  # the other is Apex's, where that is installed
         return provider.layer_norm()
     if spec is DotProductAttention:
         return provider.core_attention()

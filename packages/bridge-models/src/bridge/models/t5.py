@@ -1,0 +1,335 @@
+"""T5: its configuration, and the builder that makes Megatron-Core's T5Model from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.builders import EmbedsTransformer
+from bridge.config import ModelConfig
+from bridge.dist import DistributedModelBuilder
+from bridge.dist.options import Wrapper
+from bridge.dist.preflight import MEGATRON, Setup, rule
+from bridge.models.errors import ModelConfigError, UnsupportedError
+from bridge.models.layer_specs import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
+from bridge.models.pipeline import check_cuda_graphs
+from bridge.models.t5_layers import decoder_layer_spec, encoder_layer_spec
+from bridge.models.vocab import check_vocabulary, padded_vocab_size
+
+_ENCODER_SIZES = {
+    "encoder_num_layers": "num_layers",
+    "encoder_ffn_hidden_size": "ffn_hidden_size",
+    "encoder_num_attention_heads": "num_attention_heads",
+    "encoder_kv_channels": "kv_channels",
+}
+_HIDE_EVERY = 7
+_HIDDEN = 0
+
+# What T5Model of megatron-core 0.19.2 passes over, in silence or until the first forward pass.
+_BEYOND_T5: Refusals = {
+    "multi-token prediction": (lambda c: bool(c.mtp_num_layers), "set transformer.mtp_num_layers to null"),
+    "scaling of logits by µP": (lambda c: c.use_mup, "set transformer.use_mup to false"),
+    "gates on attention": (lambda c: c.attention_output_gate, "set transformer.attention_output_gate to false"),
+}
+
+
+@dataclass(kw_only=True)
+class T5ModelConfig(EmbedsTransformer, ModelConfig):
+    """A T5: a ``TransformerConfig`` for the decoder, what differs in the encoder, and what surrounds the two.
+
+    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``. The encoder has all of it but the sizes given here.
+    """
+
+    builder: ClassVar[str] = "bridge.models.t5.T5ModelBuilder"
+
+    transformer: TransformerConfig
+    """The decoder; and, but for its own sizes, the encoder: layout, precision, kinds of layers, initialisers."""
+
+    encoder_num_layers: int | None = None
+    """Layers of the encoder; None for as many as the decoder has."""
+
+    encoder_ffn_hidden_size: int | None = None
+    """Width of the encoder's feed-forward layers; None for the decoder's."""
+
+    encoder_num_attention_heads: int | None = None
+    """Attention heads of the encoder; None for as many as the decoder has."""
+
+    encoder_kv_channels: int | None = None
+    """Channels of each of the encoder's attention heads; None for those of the decoder's."""
+
+    encoder_layer_spec: ModuleSpec | Callable[[T5ModelConfig], ModuleSpec] | None = None
+    """The encoder's layers: a spec; a function of this configuration that returns one; None for the default choice."""
+
+    decoder_layer_spec: ModuleSpec | Callable[[T5ModelConfig], ModuleSpec] | None = None
+    """The decoder's layers, likewise."""
+
+    vocab_size: int | None = None
+    """Number of tokens, not padded. Must be set before a model is built."""
+
+    make_vocab_size_divisible_by: int = 128
+    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
+
+    should_pad_vocab: bool = False
+    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
+
+    seq_length: int = 512
+    """Longest sequence of the encoder and of the decoder, in tokens; with learned positions, the number of them."""
+
+    fp16_lm_cross_entropy: bool = False
+    """Compute the loss in half precision."""
+
+    parallel_output: bool = True
+    """Leave the logits split over tensor-parallel ranks."""
+
+    share_embeddings_and_output_weights: bool = True
+    """Tie the output layer's weight to the embedding's; the output layer then has a bias, as Megatron makes it."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "relative"] = "learned_absolute"
+    """How positions enter the model: relative ones as a bias on the scores of self-attention."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated, 0 to 1."""
+
+    seq_len_interpolation_factor: float | None = None
+    """Divide rotary positions by this, to reach longer sequences."""
+
+    relative_attention_num_buckets: int = 32
+    """Number of classes that distances are sorted into, each with a bias for each head."""
+
+    relative_attention_max_distance: int = 128
+    """Distances from here on are all of one class."""
+
+    def finalize(self) -> None:
+        """Let the transformer finalize itself, if it knows how to, then validate.
+
+        Raises:
+            ModelConfigError: See ``validate``.
+        """
+        finalize = getattr(self.transformer, "finalize", None)
+        if callable(finalize):
+            finalize()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without process groups; nothing is changed.
+
+        Raises:
+            ModelConfigError: A field lacks a value or contradicts another one.
+        """
+        check_vocabulary(self)
+        check_cuda_graphs(self.transformer)
+        _check_sizes(self)
+        _check_positions(self)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+
+        Raises:
+            ModelConfigError: ``vocab_size`` is not set.
+        """
+        return padded_vocab_size(self)
+
+    @property
+    def encoder_transformer(self) -> TransformerConfig:
+        """The encoder as a configuration of its own, made anew each time: changing it changes nothing here."""
+        encoder = copy.copy(self.transformer)
+        for own, name in _ENCODER_SIZES.items():
+            size: int | None = getattr(self, own)
+            if size is not None:
+                setattr(encoder, name, size)
+        encoder.num_query_groups = encoder.num_attention_heads
+        return encoder
+
+
+def _check_sizes(config: T5ModelConfig) -> None:
+    for name in _ENCODER_SIZES:
+        size: int | None = getattr(config, name)
+        if size is not None and size < 1:
+            raise ModelConfigError(f"{name} is {size}: set it to at least 1, or to null for the decoder's")
+    heads, groups = config.transformer.num_attention_heads, config.transformer.num_query_groups
+    if groups != heads:
+        raise ModelConfigError(
+            f"transformer.num_query_groups {groups} is not num_attention_heads {heads}: cross attention of "
+            "megatron-core has no grouped queries, set num_query_groups to null"
+        )
+
+
+def _check_positions(config: T5ModelConfig) -> None:
+    transformer, encoder = config.transformer, config.encoder_transformer
+    if config.position_embedding_type == "relative":
+        _check_buckets(config)
+        if encoder.num_attention_heads != transformer.num_attention_heads:
+            # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
+            raise ModelConfigError(
+                f"relative positions need as many heads in the encoder, {encoder.num_attention_heads}, as in the "
+                f"decoder, {transformer.num_attention_heads}: set encoder_num_attention_heads to null"
+            )
+    if config.position_embedding_type == "rope" and encoder.kv_channels != transformer.kv_channels:
+        # Seen in megatron-core 0.19.2: both stacks rotate by the frequencies of the decoder's channels.
+        raise ModelConfigError(
+            f"rotary positions need as many channels a head in the encoder, {encoder.kv_channels}, as in the decoder, "
+            f"{transformer.kv_channels}: set encoder_kv_channels to null"
+        )
+
+
+def _check_buckets(config: T5ModelConfig) -> None:
+    """Half of the encoder's classes are for each direction, and half of those for distances of their own."""
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if buckets < 4:
+        raise ModelConfigError(f"relative_attention_num_buckets is {buckets}: set it to at least 4")
+    if distance <= buckets // 2:
+        raise ModelConfigError(
+            f"relative_attention_max_distance is {distance}, but the first {buckets // 2} distances have classes of "
+            f"their own: set it to more than {buckets // 2}, or lower relative_attention_num_buckets"
+        )
+
+
+_NO_PIPELINE = "T5 cannot be split into pipeline stages"
+
+
+@rule(seen=MEGATRON)
+def t5_pipeline(setup: Setup) -> Iterator[str]:
+    """The schedules know nothing of where the encoder ends and the decoder starts, and send one tensor only."""
+    if setup.layout.pp > 1:
+        yield f"{_NO_PIPELINE}: set pp = 1"
+
+
+@rule(seen=MEGATRON)
+def t5_context_parallelism(setup: Setup) -> Iterator[str]:
+    """Each rank counts positions from zero in its part of a sequence, and cross attention sees its own part alone."""
+    if setup.layout.cp > 1:
+        yield "T5 cannot split sequences over context-parallel ranks: set cp = 1"
+
+
+@rule()
+def t5_encoder_divides(setup: Setup) -> Iterator[str]:
+    """Each tensor-parallel rank holds whole heads of the encoder, and an equal part of its feed-forward layers."""
+    model, tp = _model(setup), setup.layout.tp
+    for name in ("encoder_num_attention_heads", "encoder_ffn_hidden_size"):
+        size: int | None = getattr(model, name)
+        if size is not None and size % tp:
+            yield f"{name} = {size} is not a multiple of tp = {tp}: choose a multiple, or another tp"
+
+
+@rule(seen=MEGATRON)
+def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
+    """TODO."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and _model(setup).position_embedding_type == "learned_absolute":
+        yield (
+            "torch FSDP2 fails with learned positions in T5: set position_embedding_type to rope or relative, "
+            "or wrap with ddp or megatron-fsdp"
+        )
+
+
+def _model(setup: Setup) -> T5ModelConfig:
+    assert isinstance(setup.model, T5ModelConfig)
+    return setup.model
+
+
+class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
+    """Builds ``T5Model`` from a ``T5ModelConfig``.
+
+    Example:
+        >>> transformer = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
+        >>> config = T5ModelConfig(transformer=transformer, vocab_size=256, position_embedding_type="relative")
+        >>> (model,) = T5ModelBuilder(config).build_distributed_models(pg_collection, ddp_config)
+        >>> losses = model(encoder_tokens, decoder_tokens, None, None, None, lm_labels=labels)  # [batch, sequence]
+    """
+
+    rules = (t5_pipeline, t5_context_parallelism, t5_encoder_divides, t5_torch_fsdp2_learned_positions)
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> T5Model:
+        """Build the model, neither wrapped nor moved to a device.
+
+        Args:
+            pg_collection: The process groups of this rank.
+            pre_process: Whether the model holds the embedding; None for yes.
+            post_process: Whether the model holds the output layer; None for yes.
+            vp_stage: None: there is no virtual pipeline.
+
+        Raises:
+            ModelConfigError: The configuration does not describe a model.
+            UnsupportedError: The layers at hand cannot build what the configuration asks for; or a pipeline is asked
+                for.
+            LayerSpecError: A layer spec is not, or does not return, one.
+        """
+        config = self._model_config
+        config.validate()
+        if vp_stage is not None or pg_collection.pp.size() > 1:
+            raise UnsupportedError(
+                f"{_NO_PIPELINE}: set transformer.pipeline_model_parallel_size to 1, and pass no vp_stage"
+            )
+        refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
+        model = T5Model(
+            config=config.transformer,
+            encoder_config=config.encoder_transformer,
+            # T5Model takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
+            transformer_encoder_layer_spec=cast(ModuleSpec, encoder_layer_spec(config)),
+            transformer_decoder_layer_spec=cast(ModuleSpec, decoder_layer_spec(config)),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process is not False,
+            post_process=post_process is not False,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
+            pg_collection=pg_collection,
+        )
+        _use_groups(model, pg_collection)
+        return model
+
+    def forward_step(
+        self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+    ) -> torch.Tensor:
+        """Have the model restore a text of which every seventh token is hidden; see ``DistributedModelBuilder``.
+
+        The encoder reads the tokens with the hidden ones as token 0; the decoder predicts each from those before it.
+
+        Returns:
+            A loss for each token, shape [microbatch, sequence].
+        """
+        shown, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        hidden = torch.arange(1, shown.shape[1] + 1, device=shown.device) % _HIDE_EVERY == 0
+        encoder_mask, cross_mask = self._masks_of_nothing(shown)
+        losses: torch.Tensor = stage(
+            shown.masked_fill(hidden, _HIDDEN), shown, encoder_mask, None, cross_mask, lm_labels=labels
+        )
+        return losses
+
+    def _masks_of_nothing(
+        self, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Masks, of the encoder and of cross attention, for sequences without padding: TE wants to see them."""
+        transformer = self.transformer_config
+        if wants_pytorch_attention(transformer) or not uses_transformer_engine(transformer):
+            return None, None
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)[:, None, None]
+        return nothing, (nothing, nothing)
+
+
+def _use_groups(model: T5Model, pg_collection: ProcessGroupCollection) -> None:
+    """Give a model all of its process groups: that of megatron-core 0.19.2 lets its base class take the global ones."""
+    model.pg_collection = pg_collection
+    model.cp_group, model.pp_group, model.embd_group = pg_collection.cp, pg_collection.pp, pg_collection.embd

@@ -1,0 +1,117 @@
+"""Which layers a T5 is built from: Transformer Engine's where it is installed, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron.core.models.T5 import t5_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.models.backend import with_pytorch_layers
+from bridge.models.layer_specs import (
+    LayerSpec,
+    Refusals,
+    given_layer_spec,
+    refuse,
+    refuse_beyond_pytorch,
+    uses_transformer_engine,
+    wants_pytorch_attention,
+    with_pytorch_attention,
+)
+
+if TYPE_CHECKING:
+    from bridge.models.t5 import T5ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Megatron:
+    """Megatron's specs of one stack: all layers of Transformer Engine, and one local layer."""
+
+    transformer_engine: Callable[[int], TransformerBlockSubmodules]
+    local: Callable[[], ModuleSpec]
+
+
+_ENCODER = _Megatron(
+    transformer_engine=t5_spec.get_t5_encoder_with_transformer_engine_block_spec,
+    local=t5_spec.encoder_model_with_local_spec,
+)
+_DECODER = _Megatron(
+    transformer_engine=t5_spec.get_t5_decoder_with_transformer_engine_block_spec,
+    local=t5_spec.decoder_model_with_local_spec,
+)
+
+# What the specs of megatron-core 0.19.2 pass over in silence.
+_BEYOND_SPECS: Refusals = {
+    "experts": (lambda c: c.num_moe_experts is not None, "set transformer.num_moe_experts to null"),
+    "multi-latent attention": (lambda c: c.multi_latent_attention, "embed a plain TransformerConfig"),
+    "normalised queries and keys": (
+        lambda c: c.qk_layernorm or c.qk_l2_norm,
+        "set transformer.qk_layernorm and transformer.qk_l2_norm to false",
+    ),
+    "an experimental attention": (
+        lambda c: c.experimental_attention_variant is not None,
+        "set transformer.experimental_attention_variant to null",
+    ),
+    "blocks of their own for each layer": (
+        lambda c: c.heterogeneous_block_specs,
+        "embed a plain TransformerConfig",
+    ),
+    "sliding windows": (lambda c: c.window_size is not None, "set transformer.window_size to null"),
+    "quantization by Kitchen": (lambda c: c.use_kitchen, "set transformer.use_kitchen to false"),
+    "inference_optimized": (
+        lambda c: c.transformer_impl == "inference_optimized",
+        "set transformer.transformer_impl to transformer_engine or local",
+    ),
+    "fused operations of Transformer Engine": (
+        lambda c: c.use_transformer_engine_op_fuser or c.use_grouped_gemm_for_dense_mlp or c.fused_residual_rmsnorm,
+        "set transformer.use_transformer_engine_op_fuser, use_grouped_gemm_for_dense_mlp and fused_residual_rmsnorm "
+        "to false",
+    ),
+}
+
+
+def encoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
+    """Return the layers of the encoder: those the configuration gives, or the default ones.
+
+    Raises:
+        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+        LayerSpecError: What the configuration gives is not a layer spec.
+    """
+    if config.encoder_layer_spec is None:
+        return _default(config.encoder_transformer, _ENCODER)
+    return _given(config.encoder_layer_spec, config, field="encoder_layer_spec")
+
+
+def decoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
+    """Return the layers of the decoder: those the configuration gives, or the default ones.
+
+    Raises:
+        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+        LayerSpecError: What the configuration gives is not a layer spec.
+    """
+    if config.decoder_layer_spec is None:
+        return _default(config.transformer, _DECODER)
+    return _given(config.decoder_layer_spec, config, field="decoder_layer_spec")
+
+
+def _given(given: LayerSpec | Callable[[T5ModelConfig], ModuleSpec], config: T5ModelConfig, *, field: str) -> LayerSpec:
+    spec = given_layer_spec(given, config, field=field)
+    return with_pytorch_attention(spec) if wants_pytorch_attention(config.transformer) else spec
+
+
+def _default(transformer: TransformerConfig, megatron: _Megatron) -> LayerSpec:
+    refuse(transformer, _BEYOND_SPECS, layers="Megatron's layers for T5")
+    if uses_transformer_engine(transformer):
+        spec = megatron.transformer_engine(transformer.num_layers)
+        return with_pytorch_attention(spec) if wants_pytorch_attention(transformer) else spec
+    refuse_beyond_pytorch(transformer)
+    # Megatron's own block of local layers ends in a norm of Transformer Engine.
+    block = TransformerBlockSubmodules(
+        layer_specs=[megatron.local()] * transformer.num_layers, layer_norm=WrappedTorchNorm
+    )
+    return with_pytorch_layers(block, grouped_experts=False)
