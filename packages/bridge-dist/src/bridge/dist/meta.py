@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
@@ -195,10 +196,11 @@ class _Pending(NamedTuple):
 
 def _pending(stage: torch.nn.Module) -> list[_Pending]:
     """List the modules that hold meta tensors, in the order in which modules are made."""
+    config = get_model_config(stage)
     embeddings = {
-        child: get_model_config(stage).embedding_init_method
+        child: config.embedding_init_method if isinstance(module, LanguageModelEmbedding) else config.init_method
         for module in stage.modules()
-        if isinstance(module, LanguageModelEmbedding)
+        if isinstance(module, LanguageModelEmbedding | RelativePositionEmbedding)
         for child in module.children()
         if isinstance(child, torch.nn.Embedding)  # of positions and token types: Megatron initialises them anew
     }

@@ -224,11 +224,25 @@ def t5_encoder_divides(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
-    """TODO."""
+    """The model names its embedding of positions twice, and it is sharded twice: a TypeError while wrapping."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and _model(setup).position_embedding_type == "learned_absolute":
         yield (
             "torch FSDP2 fails with learned positions in T5: set position_embedding_type to rope or relative, "
             "or wrap with ddp or megatron-fsdp"
+        )
+
+
+@rule(seen=MEGATRON)
+def t5_recomputed_relative_positions(setup: Setup) -> Iterator[str]:
+    """All layers add one bias, and recomputing a layer goes back through the whole of it: the second time, in the first
+    backward pass, is a RuntimeError.
+    """
+    config = setup.transformer
+    attention = config.recompute_granularity == "full" or "core_attn" in (config.recompute_modules or ())
+    if _model(setup).position_embedding_type == "relative" and config.recompute_granularity and attention:
+        yield (
+            "T5 cannot recompute attention with relative positions: set recompute_granularity = None, or selective "
+            "without core_attn in recompute_modules, or position_embedding_type = rope"
         )
 
 
@@ -247,7 +261,13 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         >>> losses = model(encoder_tokens, decoder_tokens, None, None, None, lm_labels=labels)  # [batch, sequence]
     """
 
-    rules = (t5_pipeline, t5_context_parallelism, t5_encoder_divides, t5_torch_fsdp2_learned_positions)
+    rules = (
+        t5_pipeline,
+        t5_context_parallelism,
+        t5_encoder_divides,
+        t5_torch_fsdp2_learned_positions,
+        t5_recomputed_relative_positions,
+    )
 
     def build_model(
         self,
