@@ -583,3 +583,35 @@ def exchange_uneven_parts() -> tuple[list[float], list[float]]:
 def test_parts_of_different_sizes_are_exchanged() -> None:
     # As expert-tensor parallelism does; gloo alone takes equal ones only.
     assert run_ranks(exchange_uneven_parts, 2) == [([5.0, 6.0, 6.0], [10.0]), ([5.0, 6.0, 6.0], [12.0, 14.0])]
+
+
+def gather_two_precisions(*, by_gloo: bool) -> tuple[list[float], list[float]]:
+    """On each of two ranks: what two tensors of different precision hold that were gathered at once."""
+    import torch
+    from torch import distributed
+    from torch.distributed import distributed_c10d
+
+    # torch's own name is not replaced where it is defined.
+    coalescing = distributed_c10d._coalescing_manager if by_gloo else distributed._coalescing_manager
+    rank = distributed.get_rank()
+    half, full = torch.zeros(4, dtype=torch.bfloat16), torch.zeros(2)
+    with coalescing(distributed.group.WORLD, async_ops=True) as gathering:
+        distributed.all_gather_into_tensor(half, torch.full((2,), 1.0 + rank, dtype=torch.bfloat16))
+        distributed.all_gather_into_tensor(full, torch.full((1,), 3.0 + rank))
+    gathering.wait()
+    return half.tolist(), full.tolist()
+
+
+def gather_at_once() -> tuple[list[float], list[float]]:
+    return gather_two_precisions(by_gloo=False)
+
+
+def gather_by_gloo() -> tuple[list[float], list[float]]:
+    return gather_two_precisions(by_gloo=True)
+
+
+def test_tensors_of_different_precision_are_gathered_at_once() -> None:
+    expected = ([1.0, 1.0, 2.0, 2.0], [3.0, 4.0])
+    assert run_ranks(gather_at_once, 2) == [expected] * 2
+    # When gloo itself can, `_not_coalesced` is no longer needed for that.
+    assert run_ranks(gather_by_gloo, 2) != [expected] * 2

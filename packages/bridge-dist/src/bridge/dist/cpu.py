@@ -37,6 +37,7 @@ import torch.cuda.memory
 import torch.cuda.nvtx
 import torch.cuda.random
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.overrides import TorchFunctionMode
 
 from bridge.dist.errors import DistError
@@ -243,6 +244,10 @@ def _replacements() -> list[_Replacement]:
     moe = [
         importlib.import_module(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
     ]
+    buffers = [
+        importlib.import_module(f"megatron.core.distributed.{name}param_and_grad_buffer")
+        for name in ("", "fsdp.src.megatron_fsdp.")
+    ]
     backward = _redirected_backward()
     return [
         *(_Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
@@ -254,6 +259,7 @@ def _replacements() -> list[_Replacement]:
         _Replacement(torch.Tensor, "record_stream", _always(None)),
         _Replacement(DeviceMesh, "__init__", _redirected_mesh()),
         *(_Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
+        *(_Replacement(module, "_coalescing_manager", _not_coalesced) for module in (torch.distributed, *buffers)),
         *(_Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
     ]
 
@@ -373,6 +379,16 @@ def _reduce_scatter(
     torch.distributed.all_reduce(whole, op, group=group)
     output.copy_(whole.split([len(each) for each in parts])[torch.distributed.get_rank(group)])
     return None
+
+
+@contextlib.contextmanager
+def _not_coalesced(*_: object, **__: object) -> Iterator[_CoalescingManager]:
+    """In place of torch's manager, which sends several tensors at once: here each goes by itself, and has arrived.
+
+    gloo packs what is sent at once into one tensor of the first one's type (seen in torch 2.15), so that parameters of
+    different precision come back wrong.
+    """
+    yield _CoalescingManager()
 
 
 # By name: those that end in `_single` are what their older spellings call in newer versions of torch.
