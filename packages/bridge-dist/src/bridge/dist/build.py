@@ -176,7 +176,12 @@ def prepare_stages(
     on_meta = config.init_model_with_meta_device
     if not (on_meta or config.use_cpu_initialization or options.wrapper is Wrapper.TORCH_FSDP2):
         move_to_device(stages)
-    stages = wrap_mixed_precision(stages, config, options.mixed_precision_wrapper)
+    stages = wrap_mixed_precision(
+        stages,
+        config,
+        options.mixed_precision_wrapper,
+        one_precision=options.wrapper is Wrapper.TORCH_FSDP2,
+    )
     if on_meta and not options.shards_weights:
         initialise_stages(stages, pg_collection)
     correct_amax_history_if_needed(list(stages))  # casting changed what FP8 modules remember

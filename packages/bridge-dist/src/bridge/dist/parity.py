@@ -97,9 +97,10 @@ def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placem
         expected = expected[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))]
     if not local.numel():
         return 0.0
-    # Megatron-FSDP shows the optimizer's copies in full precision.
-    difference = local.cpu().to(reference.dtype).double() - expected.double()
-    rounding = torch.finfo(reference.dtype).eps * _root_mean_square(reference.double())
+    # Megatron-FSDP shows the optimizer's copies in full precision; torch FSDP2 keeps none there.
+    coarser = max(local.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    difference = local.cpu().to(coarser).double() - expected.to(coarser).double()
+    rounding = torch.finfo(coarser).eps * _root_mean_square(reference.double())
     relative = _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
     return math.inf if math.isnan(relative) else relative  # a maximum would pass over what is not a number
 

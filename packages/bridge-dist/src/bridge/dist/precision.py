@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import MixedPrecisionWrapper
 from bridge.dist.errors import BuilderContractError
+
+logger = logging.getLogger(__name__)
 
 _MAINTAIN = "_maintain_float32_expert_bias"
 
@@ -20,13 +23,19 @@ def move_to_device(stages: Sequence[MegatronModule]) -> None:
 
 
 def wrap_mixed_precision(
-    stages: list[MegatronModule], config: TransformerConfig, wrapper: MixedPrecisionWrapper | None
+    stages: list[MegatronModule],
+    config: TransformerConfig,
+    wrapper: MixedPrecisionWrapper | None,
+    *,
+    one_precision: bool = False,
 ) -> list[MegatronModule]:
     """Wrap each stage for fp16 or bf16, if the configuration says so and there is a wrapper.
 
-    Router biases that Megatron keeps in fp32 are put back there, with the values they had, after the wrapper has cast
-    everything. The wrapper may also cast in place and return the stage itself; other modules of its choice may stay in
-    another precision.
+    What stays in fp32 is put back there, with the values it had, after the wrapper has cast everything: router biases
+    that Megatron keeps so, and parameters with an attribute ``keep_fp32`` that is true. The wrapper may also cast in
+    place and return the stage itself; other modules of its choice may stay in another precision.
+
+    With ``one_precision`` parameters stay as the wrapper cast them, as torch FSDP2 needs; a warning says so.
 
     Raises:
         BuilderContractError: The wrapper returned something else than a MegatronModule.
@@ -40,6 +49,12 @@ def wrap_mixed_precision(
         for name, buffer in router.named_buffers(recurse=False)
         if buffer.dtype is torch.float32
     ]
+    kept = [
+        (parameter, parameter.detach().clone())
+        for stage in stages
+        for parameter in stage.parameters()
+        if getattr(parameter, "keep_fp32", False)
+    ]
     wrapped = [_wrapped(stage, config, wrapper) for stage in stages]
     for router in routers:
         getattr(router, _MAINTAIN)()
@@ -47,6 +62,11 @@ def wrap_mixed_precision(
         buffer = router.get_buffer(name)
         if buffer.dtype is torch.float32:
             buffer.copy_(value)
+    if kept and one_precision:
+        logger.warning("torch FSDP2 shards parameters of one precision: %d do not stay in fp32", len(kept))
+        kept = []
+    for parameter, value in kept:
+        parameter.data = value
     return wrapped
 
 
