@@ -24,8 +24,17 @@ from bridge.dist.parity import Trained
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
 from bridge.dist.verify import Row, Tolerance, Verdict, judged
 
-MODELS = ("tiny", "mla-tiny", "moe-tiny")
-PRECISIONS: dict[str, list[str]] = {"fp32": [], "bf16": ["transformer.bf16=true"]}
+MODELS = {
+    "tiny": "GPTModel",
+    "mla-tiny": "GPTModel",
+    "moe-tiny": "GPTModel",
+    "mamba-tiny": "HybridModel",
+    "hybrid-tiny": "HybridModel",
+}
+PRECISIONS: dict[str, list[str]] = {
+    "fp32": [],
+    "bf16": ["transformer.bf16=true", "transformer.params_dtype=torch.bfloat16"],
+}
 STEPS = {"fp32": 5, "bf16": 3}
 WORLDS = (2, 4)
 # bf16 rounds to 8 bits, and sums over ranks are rounded in another order.
@@ -126,7 +135,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
         half = ["Float16Module"] if cell.precision == "bf16" else []
         for stage in run.stages:
             names = [name.removeprefix("FSDP") for name in wrapper_names(stage)]  # torch renames classes
-            assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, "GPTModel"]
+            assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, MODELS[cell.model]]
         if not weights.exists():
             save_weights(run, weights)
         return compare(run, weights)
