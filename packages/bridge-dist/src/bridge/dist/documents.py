@@ -44,7 +44,8 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
         document.set(prefix + CONFIG_FIELDS[name], size)
     if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:
         half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
-        document.set(f"{prefix}pipeline_dtype", half or given("params_dtype") or "torch.float32")
+        sent = "torch.float32" if given("fp32_residual_connection") else half or given("params_dtype")
+        document.set(f"{prefix}pipeline_dtype", sent or "torch.float32")
     if sizes.get("vp", 1) > 1 and given("batch_p2p_comm") is None and given("overlap_p2p_comm") is None:
         # Interleaved stages on two pipeline ranks need these (see the pre-flight rules); on more they are faster.
         document.set(f"{prefix}batch_p2p_comm", False)
