@@ -19,11 +19,15 @@ from ranks import RankError, run_ranks
 from bridge.dist import BuildOptions, Layout, create_process_groups, destroy_process_groups, preflight, wrap
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import PreflightError
+from bridge.dist.job import make_builder
 from bridge.dist.text import Text, default_text
 from bridge.dist.train import TrainOptions, train
 from bridge.dist.weights import draw_weights
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+from bridge.models.t5 import T5ModelBuilder, T5ModelConfig
 
+FAMILIES = (T5ModelBuilder,)
+"""The builders that have rules of their own."""
 VOCAB = 256
 TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=4)
 MEGATRON_FSDP = {"use_megatron_fsdp": True}
@@ -33,8 +37,9 @@ DDP = {"wrap_with_ddp": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A tiny GPT, how it is split, and how it is wrapped."""
+    """A tiny model, a GPT unless another family is named, how it is split, and how it is wrapped."""
 
+    family: type[GPTModelConfig | T5ModelConfig] = GPTModelConfig
     sizes: dict[str, int] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +48,7 @@ class Setting:
     ddp: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=lambda: DDP)
 
-    def config(self) -> GPTModelConfig:
+    def config(self) -> GPTModelConfig | T5ModelConfig:
         transformer: dict[str, Any] = {
             "num_layers": 2,
             "hidden_size": 16,
@@ -57,7 +62,7 @@ class Setting:
         config = TransformerConfig(**transformer | self.transformer)
         for name, value in self.changed.items():
             setattr(config, name, value)
-        return GPTModelConfig(transformer=config, vocab_size=VOCAB, seq_length=16, **self.model)
+        return self.family(transformer=config, vocab_size=VOCAB, seq_length=16, **self.model)
 
     def layout(self, world_size: int) -> Layout:
         ranks = math.prod(self.sizes.get(name, 1) for name in ("tp", "pp", "cp"))
@@ -99,6 +104,8 @@ EXPERT_PARALLEL = {"sizes": {"ep": 2}, "transformer": EXPERTS}
 INTERLEAVED = {"pp": 2, "vp": 2}
 ASYNCHRONOUS = {"num_layers": 4, "batch_p2p_comm": False, "overlap_p2p_comm": True}
 TWO_INSTANCES = {"use_distributed_optimizer": True, "num_distributed_optimizer_instances": 2}
+UNTIED = {"share_embeddings_and_output_weights": False}
+RELATIVE = {"position_embedding_type": "relative"}
 
 CASES: dict[str, Case] = {
     "groups-fit-configuration": Case(
@@ -239,16 +246,48 @@ CASES: dict[str, Case] = {
         advised=Setting(**megatron_fsdp(num_distributed_optimizer_instances=2)),
         world_size=4,
     ),
+    "t5-pipeline": Case(
+        refused=Setting(family=T5ModelConfig, sizes=PIPELINE),
+        advised=Setting(family=T5ModelConfig),
+        fails="UnsupportedError: T5 cannot be split",
+    ),
+    "t5-context-parallelism": Case(
+        refused=Setting(family=T5ModelConfig, sizes={"cp": 2}),
+        advised=Setting(family=T5ModelConfig),
+        fails="UnsupportedError: attention under context parallelism",
+    ),
+    "t5-encoder-divides": Case(
+        refused=Setting(family=T5ModelConfig, sizes={"tp": 2}, model={"encoder_ffn_hidden_size": 33}),
+        advised=Setting(family=T5ModelConfig, sizes={"tp": 2}, model={"encoder_ffn_hidden_size": 34}),
+        fails="33 is not divisible by 2",
+    ),
+    "t5-torch-fsdp2-learned-positions": Case(
+        refused=Setting(family=T5ModelConfig, model=UNTIED, flags=TORCH_FSDP2),
+        advised=Setting(family=T5ModelConfig, model=UNTIED | RELATIVE, flags=TORCH_FSDP2),
+        fails="TypeError: Invariant encountered",
+    ),
+    "t5-recomputed-relative-positions": Case(
+        refused=Setting(
+            family=T5ModelConfig,
+            model=RELATIVE,
+            transformer={"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        ),
+        advised=Setting(family=T5ModelConfig, model=RELATIVE),
+        fails="RuntimeError: Trying to backward through the graph a second time",
+    ),
 }
 
 
+def every_rule() -> list[preflight.Rule]:
+    return [*preflight.RULES, *(rule for family in FAMILIES for rule in family.rules)]
+
+
 def test_every_rule_has_its_case() -> None:
-    shown = [rule.name for rule in preflight.RULES if rule.not_shown is None]
-    assert list(CASES) == shown
+    assert list(CASES) == [rule.name for rule in every_rule() if rule.not_shown is None]
 
 
 def test_every_rule_says_why() -> None:
-    assert all(rule.why for rule in preflight.RULES)
+    assert all(rule.why for rule in every_rule())
 
 
 def problems(setting: Setting, world_size: int) -> list[str]:
@@ -256,7 +295,7 @@ def problems(setting: Setting, world_size: int) -> list[str]:
     config, layout = setting.config(), setting.layout(world_size)
     setup = preflight.Setup(transformer=config.transformer, layout=layout, options=setting.options(), model=config)
     try:
-        preflight.check(setup)
+        preflight.check(setup, make_builder(config).rules)
     except PreflightError as error:
         return list(error.problems)
     return []
@@ -300,6 +339,7 @@ def trained(setting: Setting) -> Run:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=setting.ddp.get("num_distributed_optimizer_instances", 1),
@@ -312,10 +352,11 @@ def trained(setting: Setting) -> Run:
         return stages
 
     config.pre_wrap_hooks.append(draw)
-    builder = config.get_builder_cls()(config)
+    builder: Any = config.get_builder_cls()(config)
+    type(builder).rules = ()
     stages = builder.build_distributed_models(groups, DistributedDataParallelConfig(**setting.ddp), **setting.flags)
     text = Text.read(TRAINING.text, vocab_size=VOCAB)
-    steps = list(train(stages, groups, layout, text=text, options=TRAINING))
+    steps = list(train(stages, groups, layout, text=text, options=TRAINING, forward_step=builder.forward_step))
     return Run([step.loss for step in steps], [step.grad_norm for step in steps])
 
 
@@ -332,7 +373,7 @@ def _of_one_process(setting: Setting) -> Setting:
     """The same model, whole."""
     of_model = ("num_layers", *EXPERTS)
     transformer = {name: value for name, value in setting.transformer.items() if name in of_model}
-    return Setting(transformer=transformer, model=setting.model)
+    return Setting(family=setting.family, transformer=transformer, model=setting.model)
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +422,7 @@ class ParticularBuilder(GPTModelBuilder):
 def build_particular(vocab_size: int) -> list[str]:
     """On each rank: build with the family's own rule; the problems that it finds."""
     config = Setting().config()
+    assert isinstance(config, GPTModelConfig)
     config.vocab_size = vocab_size
     groups = create_process_groups(Layout())
     model_parallel_cuda_manual_seed(1)
