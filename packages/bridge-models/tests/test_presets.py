@@ -16,7 +16,18 @@ from bridge.models.commands import presets
 from bridge.models.gpt import GPTModelConfig
 
 SMALL = ["hybrid-tiny", "mamba-tiny", "mla-tiny", "moe-tiny", "tiny"]
-NAMES = [*SMALL, "gpt2-124m", "gpt2-xl", "llama-3.1-405b", "llama-3.1-8b", "mamba2-2.7b", "nemotron-h-8b"]
+NAMES = [
+    *SMALL,
+    "gpt2-124m",
+    "gpt2-xl",
+    "llama-3.1-405b",
+    "llama-3.1-8b",
+    "mamba2-2.7b",
+    "nemotron-h-8b",
+    "t5-11b",
+    "t5-base",
+    "t5-tiny",
+]
 
 EMBEDDINGS = 2 * 256 * 64
 GATED_MLP = 3 * 64 * 128
@@ -25,6 +36,9 @@ EXPERTS = 4 * (64 + 3 * 64 * 64)  # and their rows of the router
 ATTENTION = 64 * (64 + 2 * 32) + 64 * 64
 # Projections, of 128 channels twice, inputs and outputs of 4 groups' states, and steps of 8 heads; convolution, norm.
 MAMBA = 64 * (2 * 128 + 2 * 4 * 16 + 8) + 128 * 64 + (128 + 2 * 4 * 16) * (4 + 1) + 3 * 8 + 128
+# What Megatron's T5 has beside the published one: the tied output layer has a bias, one number for each token.
+T5_OUTPUT_BIAS = 32_128
+T5_ATTENTION, T5_MLP, T5_BUCKETS = 4 * 64 * 64, 2 * 64 * 256, 32 * 4
 # The published models' sizes; every parameter once, so a tied output layer is not counted again. The small ones' are
 # added up: embeddings, layers (norms, attention with its output, MLP), last norm.
 TOTALS = {
@@ -34,6 +48,14 @@ TOTALS = {
     "llama-3.1-405b": 405_853_388_800,
     "mamba2-2.7b": 2_702_599_680,
     "nemotron-h-8b": 8_100_852_736,
+    "t5-base": 222_903_552 + T5_OUTPUT_BIAS,
+    "t5-11b": 11_307_321_344 + T5_OUTPUT_BIAS,
+    # Tied embedding and the output's bias; the encoder with two norms a layer, the decoder with cross attention and
+    # three; for each stack biases of relative positions and a last norm.
+    "t5-tiny": 256 * (64 + 1)
+    + 4 * (T5_ATTENTION + T5_MLP + 2 * 64)
+    + 4 * (2 * T5_ATTENTION + T5_MLP + 3 * 64)
+    + 2 * (T5_BUCKETS + 64),
     "mla-tiny": EMBEDDINGS + 4 * (2 * 64 + LATENT + 4 * 16 * 64 + GATED_MLP) + 64,
     "moe-tiny": EMBEDDINGS + 4 * (2 * 64 + ATTENTION + EXPERTS) + 64,
     "mamba-tiny": EMBEDDINGS + 4 * (64 + MAMBA) + 64,
