@@ -10,8 +10,8 @@ from ranks import run_ranks
 VOCAB = 256  # takes no padding with one or two tensor-parallel ranks
 
 
-def build(sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
-    """Build the tiny preset under a layout; train it from weights drawn by name, or leave Megatron's own."""
+def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
+    """Build a small preset under a layout; train it from weights drawn by name, or leave Megatron's own."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -23,7 +23,7 @@ def build(sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
     from bridge.dist.train import TrainOptions, train
     from bridge.dist.weights import draw_weights
 
-    document = Document.load("tiny")
+    document = Document.load(preset)
     document.set("vocab_size", VOCAB)
     apply_layout(document, sizes)
     config = document.config()
@@ -37,14 +37,16 @@ def build(sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
 
     if train_steps:
         config.pre_wrap_hooks.append(draw)
-    stages = config.get_builder_cls()(config).build_distributed_models(groups, DistributedDataParallelConfig())
+    builder = config.get_builder_cls()(config)
+    stages = builder.build_distributed_models(groups, DistributedDataParallelConfig())
     if train_steps:
         options = TrainOptions(steps=train_steps, text=default_text(), seq_length=16, global_batch_size=2)
-        list(train(stages, groups, layout, text=Text.read(options.text, vocab_size=VOCAB), options=options))
+        text = Text.read(options.text, vocab_size=VOCAB)
+        list(train(stages, groups, layout, text=text, options=options, forward_step=builder.forward_step))
     return stages, groups
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, preset: str) -> None:
     """On each of two ranks: train under TP2, save; and note the weights as this rank holds them, by whole name."""
     import torch
     from megatron.core import dist_checkpointing
@@ -52,7 +54,7 @@ def save(folder: Path) -> None:
 
     from bridge.dist.weights import named_parameters
 
-    (stage,), groups = build({"tp": 2}, train_steps=2)
+    (stage,), groups = build(preset, {"tp": 2}, train_steps=2)
     mine = {}
     for named in named_parameters(stage, groups):
         assert named.placement.stride == 1
@@ -66,7 +68,7 @@ def save(folder: Path) -> None:
     dist_checkpointing.save({"model": unwrap_model(stage).sharded_state_dict()}, str(checkpoint))
 
 
-def load(folder: Path, sizes: dict[str, int]) -> set[str]:
+def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
     """On each rank: load under another layout, compare bit by bit, and return the whole names of what was compared."""
     import torch
     from megatron.core import dist_checkpointing
@@ -74,7 +76,7 @@ def load(folder: Path, sizes: dict[str, int]) -> set[str]:
 
     from bridge.dist.weights import named_parameters
 
-    stages, groups = build(sizes, train_steps=0)
+    stages, groups = build(preset, sizes, train_steps=0)
     saved = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     compared = set()
     for stage in stages:
@@ -93,10 +95,16 @@ def load(folder: Path, sizes: dict[str, int]) -> set[str]:
 
 
 def test_a_checkpoint_of_tp2_is_loaded_bit_by_bit_under_other_layouts(tmp_path: Path) -> None:
-    run_ranks(save, 2, tmp_path)
-    by_pipeline = run_ranks(load, 2, tmp_path, {"pp": 2})
-    by_both = run_ranks(load, 4, tmp_path, {"tp": 2, "pp": 2})
+    run_ranks(save, 2, tmp_path, "tiny")
+    by_pipeline = run_ranks(load, 2, tmp_path, "tiny", {"pp": 2})
+    by_both = run_ranks(load, 4, tmp_path, "tiny", {"tp": 2, "pp": 2})
     whole = set().union(*by_pipeline)
     assert "decoder.layers.0.mlp.linear_fc1.weight" in whole
     assert set().union(*by_both) == whole
     assert not by_pipeline[0] & by_pipeline[1]
+
+
+def test_a_checkpoint_of_an_encoder_and_decoder(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path, "t5-tiny")
+    (whole,) = run_ranks(load, 1, tmp_path, "t5-tiny", {})
+    assert {"encoder_relative_pos_emb.relative_attention_bias.weight", "lm_head.output_layer.bias"} < whole
