@@ -26,6 +26,7 @@ OVERRIDES = {
         "position_embedding_type=rope",
     ],
     "mla-tiny": ["transformer.init_method_std=0.2"],
+    "t5-tiny": ["transformer.init_method_std=0.2", "encoder_num_layers=1"],
     "moe-tiny": ["transformer.init_method_std=0.2", "transformer.moe_shared_expert_intermediate_size=32"],
 }
 LAYOUTS = {
@@ -36,6 +37,8 @@ LAYOUTS = {
         "multi-latent tp": Case("mla-tiny", {"tp": 2}),
         "multi-latent tp sp": Case("mla-tiny", {"tp": 2}, sequence_parallel=True),
         "multi-latent cp": Case("mla-tiny", {"cp": 2}),
+        "relative positions tp": Case("t5-tiny", {"tp": 2}),
+        "relative positions tp sp": Case("t5-tiny", {"tp": 2}, sequence_parallel=True),
         "experts ep": Case("moe-tiny", {"ep": 2}),
         "experts tp sp": Case("moe-tiny", {"tp": 2}, sequence_parallel=True),
         "experts whole, tp sp": Case("moe-tiny", {"tp": 2, "etp": 1}, sequence_parallel=True),
@@ -53,7 +56,6 @@ def gradients(case: Case) -> list[tuple[Any, Any]]:
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
@@ -71,14 +73,11 @@ def gradients(case: Case) -> list[tuple[Any, Any]]:
         return stages
 
     config.pre_wrap_hooks.append(draw)
-    (stage,) = config.get_builder_cls()(config).build_distributed_models(groups, DistributedDataParallelConfig())
+    builder = config.get_builder_cls()(config)
+    (stage,) = builder.build_distributed_models(groups, DistributedDataParallelConfig())
     samples = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(5))
     mine = samples.chunk(groups.dp.size())[groups.dp.rank()]
-    batch = {"inputs": mine[:, :-1], "labels": mine[:, 1:], "positions": torch.arange(16).expand(len(mine), -1)}
-    if groups.cp.size() > 1:
-        batch = get_batch_on_this_cp_rank(batch, False, cp_group=groups.cp)
-    inputs, labels, positions = (batch[name].contiguous() for name in ("inputs", "labels", "positions"))
-    stage(inputs, positions, None, labels=labels).float().mean().backward()
+    builder.forward_step(stage, mine, groups).float().mean().backward()
     finalize_model_grads([stage])
     return [(named.placement, named.parameter.main_grad) for named in named_parameters(stage, groups)]
 
