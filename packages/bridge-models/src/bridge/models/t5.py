@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import get_process_group_ranks
 
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
@@ -287,7 +289,7 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         Raises:
             ModelConfigError: The configuration does not describe a model.
             UnsupportedError: The layers at hand cannot build what the configuration asks for; or a pipeline is asked
-                for.
+                for, or process groups are given that are not Megatron's global ones.
             LayerSpecError: A layer spec is not, or does not return, one.
         """
         config = self._model_config
@@ -297,7 +299,8 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
                 f"{_NO_PIPELINE}: set transformer.pipeline_model_parallel_size to 1, and pass no vp_stage"
             )
         refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
-        model = T5Model(
+        _check_groups(pg_collection)
+        return T5Model(
             config=config.transformer,
             encoder_config=config.encoder_transformer,
             # T5Model takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
@@ -317,8 +320,6 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
             relative_attention_max_distance=config.relative_attention_max_distance,
             pg_collection=pg_collection,
         )
-        _use_groups(model, pg_collection)
-        return model
 
     def forward_step(
         self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
@@ -349,7 +350,14 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         return nothing, (nothing, nothing)
 
 
-def _use_groups(model: T5Model, pg_collection: ProcessGroupCollection) -> None:
-    """Give a model all of its process groups: that of megatron-core 0.19.2 lets its base class take the global ones."""
-    model.pg_collection = pg_collection
-    model.cp_group, model.pp_group, model.embd_group = pg_collection.cp, pg_collection.pp, pg_collection.embd
+def _check_groups(pg_collection: ProcessGroupCollection) -> None:
+    """Check that the tensor-parallel ranks are those that Megatron knows of, which cross attention goes by.
+
+    Seen in megatron-core 0.19.2.
+    """
+    known = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if known is None or get_process_group_ranks(known) != get_process_group_ranks(pg_collection.tp):
+        raise UnsupportedError(
+            "T5's cross attention takes Megatron's global process groups, whatever it is given: create them for this "
+            "layout (bridge.dist.create_process_groups), and pass those"
+        )

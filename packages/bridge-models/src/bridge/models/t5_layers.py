@@ -110,7 +110,7 @@ def _default(transformer: TransformerConfig, megatron: _Megatron) -> LayerSpec:
         spec = megatron.transformer_engine(transformer.num_layers)
         return with_pytorch_attention(spec) if wants_pytorch_attention(transformer) else spec
     refuse_beyond_pytorch(transformer)
-    # Megatron's own block of local layers ends in a norm of Transformer Engine.
+    # Megatron's own block of local layers (megatron-core 0.19.2) ends in Transformer Engine's norm: in none without it.
     block = TransformerBlockSubmodules(
         layer_specs=[megatron.local()] * transformer.num_layers, layer_norm=WrappedTorchNorm
     )
