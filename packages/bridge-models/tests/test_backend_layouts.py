@@ -28,6 +28,7 @@ OVERRIDES = {
     "mla-tiny": ["transformer.init_method_std=0.2"],
     "t5-tiny": ["transformer.init_method_std=0.2", "encoder_num_layers=1"],
     "moe-tiny": ["transformer.init_method_std=0.2", "transformer.moe_shared_expert_intermediate_size=32"],
+    "mamba-tiny": ["transformer.init_method_std=0.2", "hybrid_layer_pattern=M*"],
 }
 LAYOUTS = {
     2: {
@@ -41,10 +42,14 @@ LAYOUTS = {
         "relative positions tp sp": Case("t5-tiny", {"tp": 2}, sequence_parallel=True),
         "experts ep": Case("moe-tiny", {"ep": 2}),
         "experts tp sp": Case("moe-tiny", {"tp": 2}, sequence_parallel=True),
+        "hybrid tp": Case("mamba-tiny", {"tp": 2}),
+        "hybrid tp sp": Case("mamba-tiny", {"tp": 2}, sequence_parallel=True),
+        "hybrid cp": Case("mamba-tiny", {"cp": 2}),
         "experts whole, tp sp": Case("moe-tiny", {"tp": 2, "etp": 1}, sequence_parallel=True),
     },
     4: {
         "tp sp cp": Case("tiny", {"tp": 2, "cp": 2}, sequence_parallel=True),
+        "hybrid tp sp cp": Case("mamba-tiny", {"tp": 2, "cp": 2}, sequence_parallel=True),
         "multi-latent tp sp cp": Case("mla-tiny", {"tp": 2, "cp": 2}, sequence_parallel=True),
         "experts tp sp ep": Case("moe-tiny", {"tp": 2, "ep": 2}, sequence_parallel=True),
     },
