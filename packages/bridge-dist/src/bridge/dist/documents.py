@@ -46,6 +46,8 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
         half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
         sent = "torch.float32" if given("fp32_residual_connection") else half or given("params_dtype")
         document.set(f"{prefix}pipeline_dtype", sent or "torch.float32")
+    if sizes.get("tp", 1) > 1 and given("num_moe_experts") and given("sequence_parallel") is None:
+        document.set(f"{prefix}sequence_parallel", True)  # experts do not train without it
     if sizes.get("vp", 1) > 1 and given("batch_p2p_comm") is None and given("overlap_p2p_comm") is None:
         # Interleaved stages on two pipeline ranks need these (see the pre-flight rules); on more they are faster.
         document.set(f"{prefix}batch_p2p_comm", False)
@@ -58,9 +60,8 @@ def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_par
     for name in _OF_ONE_LAYOUT:
         if name in holder:
             document.remove(prefix + name)
+    document.set(f"{prefix}sequence_parallel", sequence_parallel)
     apply_layout(document, sizes)
-    if sequence_parallel:
-        document.set(f"{prefix}sequence_parallel", True)
 
 
 def switch_off_dropout(document: Document) -> None:
