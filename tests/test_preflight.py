@@ -24,9 +24,10 @@ from bridge.dist.text import Text, default_text
 from bridge.dist.train import TrainOptions, train
 from bridge.dist.weights import draw_weights
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+from bridge.models.mamba import MambaModelBuilder, MambaModelConfig
 from bridge.models.t5 import T5ModelBuilder, T5ModelConfig
 
-FAMILIES = (T5ModelBuilder,)
+FAMILIES = (MambaModelBuilder, T5ModelBuilder)
 """The builders that have rules of their own."""
 VOCAB = 256
 TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=4)
@@ -39,7 +40,7 @@ DDP = {"wrap_with_ddp": True}
 class Setting:
     """A tiny model, a GPT unless another family is named, how it is split, and how it is wrapped."""
 
-    family: type[GPTModelConfig | T5ModelConfig] = GPTModelConfig
+    family: type[GPTModelConfig | MambaModelConfig | T5ModelConfig] = GPTModelConfig
     sizes: dict[str, int] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
@@ -48,13 +49,16 @@ class Setting:
     ddp: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=lambda: DDP)
 
-    def config(self) -> GPTModelConfig | T5ModelConfig:
+    def config(self) -> GPTModelConfig | MambaModelConfig | T5ModelConfig:
         transformer: dict[str, Any] = {
             "num_layers": 2,
             "hidden_size": 16,
             "num_attention_heads": 4,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            "mamba_state_dim": 8,
+            "mamba_head_dim": 8,
+            "mamba_num_groups": 2,
         }
         transformer |= {CONFIG_FIELDS[name]: size for name, size in self.sizes.items()}
         if self.sizes.get("pp", 1) > 1:
@@ -245,6 +249,16 @@ CASES: dict[str, Case] = {
         refused=Setting(**megatron_fsdp(outer_dp_sharding_strategy="optim", num_distributed_optimizer_instances=2)),
         advised=Setting(**megatron_fsdp(num_distributed_optimizer_instances=2)),
         world_size=4,
+    ),
+    "mamba-heads-divide": Case(
+        refused=Setting(family=MambaModelConfig, sizes={"tp": 2}, transformer={"mamba_num_groups": 1}),
+        advised=Setting(family=MambaModelConfig, sizes={"tp": 2}),
+        fails="AssertionError: ngroups must be evenly divisible by tp_size",
+    ),
+    "mamba-params-dtype": Case(
+        refused=Setting(family=MambaModelConfig, transformer={"bf16": True}),
+        advised=Setting(family=MambaModelConfig, transformer={"bf16": True, "params_dtype": torch.bfloat16}),
+        fails="mixed dtype",
     ),
     "t5-pipeline": Case(
         refused=Setting(family=T5ModelConfig, sizes=PIPELINE),

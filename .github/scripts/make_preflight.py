@@ -32,7 +32,8 @@ An error names the rule that it comes from. For every rule a test shows that wha
 happens without the rule: real processes fail, or train otherwise than one process does. When a new version of Megatron
 mends something, that test says so.
 
-A family of models adds rules of its own in the class variable `rules` of its builder; those of T5 come last.
+A family of models adds rules of its own in the class variable `rules` of its builder; those of Mamba and of T5
+come last.
 """
 
 
