@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -202,6 +203,34 @@ def test_drawn_vectors_are_of_megatrons_ranges(hybrid: HybridFactory, pg_collect
     assert 0.001 <= smallest < 0.0011
     assert 0.09 < largest <= 0.1
     assert 0.49 < drawn["conv1d_weight"].abs().max() <= 0.5
+
+
+def train_on_long_sequences() -> tuple[int, list[float], list[float | None]]:
+    """On one rank: parameters of a hybrid, and losses and gradient norms of steps on 4,096 tokens each."""
+    from bridge.config import Document
+    from bridge.dist import create_process_groups
+    from bridge.dist.job import BuildJob, build_and_train
+    from bridge.dist.options import Wrapper
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions
+
+    sizes = {"hidden_size": 384, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 512, "mamba_head_dim": 64}
+    overrides = [f"transformer.{name}={size}" for name, size in sizes.items()]
+    document = Document.load("hybrid-tiny", [*overrides, "transformer.mamba_state_dim=64", "seq_length=4096"])
+    options = TrainOptions(steps=1, text=default_text(), seq_length=4096, global_batch_size=1)
+    job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=options)
+    config = ModelConfig.from_dict(job.document)
+    layout = job.check(config, 1)
+    run = build_and_train(job, config, layout, create_process_groups(layout))
+    parameters = sum(parameter.numel() for parameter in run.stages[0].parameters())
+    return parameters, [step.loss for step in run.steps], [step.grad_norm for step in run.steps]
+
+
+def test_a_sequence_of_4096_tokens_trains() -> None:
+    ((parameters, losses, grad_norms),) = run_ranks(train_on_long_sequences, 1)
+    assert parameters > 10_000_000
+    assert losses == [pytest.approx(math.log(256), rel=0.1)]
+    assert all(norm is not None and 0 < norm < 100 for norm in grad_norms)
 
 
 # --- Stack specs
