@@ -30,6 +30,7 @@ MODELS = {
     "moe-tiny": "GPTModel",
     "mamba-tiny": "HybridModel",
     "hybrid-tiny": "HybridModel",
+    "t5-tiny": "T5Model",
 }
 PRECISIONS: dict[str, list[str]] = {
     "fp32": [],
