@@ -1,0 +1,213 @@
+"""A plan in words, and as tables and bars on the terminal. Without colour the bars are letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from bridge.dist.layout import Layout
+from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
+from bridge.dist.plan.timeline import Timeline, planned
+from bridge.dist.report import layer_ranges
+
+
+class Kind(NamedTuple):
+    """What memory is for: its name, and the field of a stage that has its bytes."""
+
+    name: str
+    field: str
+
+    def of(self, stage: StagePlan) -> int:
+        """Return its bytes on a rank of a stage."""
+        size: int = getattr(stage, self.field)
+        return size
+
+
+KINDS = (
+    Kind("weights", "weight_bytes"),
+    Kind("gradients", "gradient_bytes"),
+    Kind("optimizer", "optimizer_bytes"),
+    Kind("activations", "activation_bytes"),
+)
+"""The kinds of memory, in the order in which they are stacked."""
+
+_COLOURS = ("blue", "yellow", "green", "magenta")
+_SHORTEST_BAR, _LONGEST_BAR = 10, 60
+
+
+def gib(size: int) -> str:
+    """Write bytes as GiB with three decimals."""
+    return f"{size / 2**30:,.3f}"
+
+
+def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
+    """Say in words what holds of the whole job, by subject, and what its numbers are worth."""
+    optimizer = ", with the distributed optimizer" if plan.distributed_optimizer else ""
+    found = {
+        "layout": f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; wrapped with {plan.wrap}{optimizer}",
+        "batch": (
+            f"{plan.global_batch_size:,} samples of {plan.seq_length:,} tokens a step, "
+            f"{plan.micro_batch_size:,} at a time: {plan.microbatches:,} microbatches"
+        ),
+        "parameters": f"{plan.parameters:,}" + (f", and {plan.buffers:,} in buffers" if plan.buffers else ""),
+        "memory": _verdict(plan),
+        "computation": (
+            f"{max(stage.flops for stage in plan.stages) / 1e12:,.3f} TFLOPs a step on the busiest rank, "
+            f"{plan.imbalance:.3f} times the mean of the stages"
+        ),
+    }
+    if len(plan.stages) > 1:
+        found["bubbles"] = (
+            f"{timeline.bubble:.1%} of the ranks' time; an estimate, in which passes take time as they take FLOPs, "
+            f"and sending none"
+        )
+    found["measured"] = (
+        f"activations and FLOPs on the layers of {plan.implementation}; all else counted in the real model"
+    )
+    return found | {"not covered": "; ".join(NOT_COVERED)}
+
+
+def _verdict(plan: Plan) -> str:
+    worst = plan.worst
+    held = f"stage {worst.pp} (rank {worst.rank:,} and those beside it) holds most: {gib(worst.total_bytes)}"
+    if plan.gpu_memory is None:
+        return f"{held} GiB"
+    held += f" of {gib(plan.gpu_memory)} GiB"
+    left = plan.gpu_memory - worst.total_bytes
+    if left >= 0:
+        return f"{held}: fits, {gib(left)} GiB are left for what is not covered"
+    over = sum(stage.total_bytes > plan.gpu_memory for stage in plan.stages)
+    return f"{held}: does not fit, {gib(-left)} GiB too much; in all {over} of {len(plan.stages)} stage(s) do not fit"
+
+
+def tables(plan: Plan) -> list[RenderableType]:
+    """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, sends, and all in words."""
+    groups = list(_alike(plan))
+    parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(groups), ""]
+    if any(stage.traffic for stage in plan.stages):
+        parts += [_traffic_table(plan), ""]
+    words = Table.grid(padding=(0, 2))
+    words.add_column(style="bold", no_wrap=True)
+    for subject, statement in statements(plan, planned(plan)).items():
+        words.add_row(subject, escape(statement))
+    return [*parts, words, f"planned in {plan.seconds:.1f} s"]
+
+
+def _alike(plan: Plan) -> Iterator[list[StagePlan]]:
+    """Stages whose ranks hold and compute the same, together; those that hold most first."""
+    found: dict[tuple[int, ...], list[StagePlan]] = {}
+    for stage in plan.stages:
+        held = (
+            stage.total_bytes,
+            stage.flops,
+            stage.parameters,
+            stage.master_bytes,
+            *(kind.of(stage) for kind in KINDS),
+        )
+        layers = (len(chunk.layers) for chunk in stage.chunks)
+        found.setdefault((*held, *layers), []).append(stage)
+    yield from sorted(found.values(), key=lambda stages: -stages[0].total_bytes)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=name != "stage")
+    return table
+
+
+def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
+    table = _table("memory of a rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
+    table.add_column("", ratio=1)
+    for stages in groups:
+        stage = stages[0]
+        too_much = plan.gpu_memory is not None and stage.total_bytes > plan.gpu_memory
+        table.add_row(
+            _numbers(stages),
+            str(sum(len(chunk.layers) for chunk in stage.chunks)),
+            f"{stage.parameters:,}",
+            Text(gib(stage.total_bytes) + "!" * too_much, style="bold red" if too_much else ""),
+            _Bar(plan, stage),
+        )
+    return table
+
+
+def _numbers_table(groups: list[list[StagePlan]]) -> Table:
+    table = _table("GiB of a rank by kind, and its computation in a step", "stage", "weights", "gradients")
+    for name in ("master", "state", "activations", "TFLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stages in groups:
+        stage = stages[0]
+        sizes = (
+            stage.weight_bytes,
+            stage.gradient_bytes,
+            stage.master_bytes,
+            stage.state_bytes,
+            stage.activation_bytes,
+        )
+        table.add_row(_numbers(stages), *map(gib, sizes), f"{stage.flops / 1e12:,.3f}")
+    return table
+
+
+def _traffic_table(plan: Plan) -> Table:
+    """Each kind of collective where it moves most."""
+    most: dict[tuple[str, int, str], tuple[Traffic, StagePlan]] = {}
+    for stage in plan.stages:
+        for traffic in stage.traffic:
+            key = (traffic.group, traffic.ranks, traffic.operation)
+            if key not in most or traffic.bytes > most[key][0].bytes:
+                most[key] = (traffic, stage)
+    table = _table("sent by a rank in a step, of the stage that sends most", "group", "ranks", "operation")
+    for name in ("calls", "GiB", "stage"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
+        names = (escape(traffic.group), f"{traffic.ranks:,}", escape(traffic.operation))
+        table.add_row(*names, f"{traffic.calls:,}", gib(traffic.bytes), str(stage.pp))
+    return table
+
+
+def _numbers(stages: list[StagePlan]) -> str:
+    return layer_ranges([stage.pp for stage in stages])
+
+
+def _legend(plan: Plan) -> Text:
+    legend = Text()
+    for kind, colour in zip(KINDS, _COLOURS, strict=True):
+        legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
+    if plan.gpu_memory is not None:
+        legend.append(f"| {gib(plan.gpu_memory)} GiB of a GPU")
+    return legend
+
+
+class _Bar:
+    """The memory of a stage as one line: each kind's first letter, on its colour, and where a GPU's memory ends."""
+
+    def __init__(self, plan: Plan, stage: StagePlan) -> None:
+        self._sizes = [kind.of(stage) for kind in KINDS]
+        self._limit = plan.gpu_memory
+        self._scale = max(plan.worst.total_bytes, plan.gpu_memory or 1)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(_SHORTEST_BAR, _LONGEST_BAR)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, _LONGEST_BAR) - 1  # and the mark of the limit
+
+        def cells(size: int) -> int:
+            return round(size * width / self._scale)
+
+        bar, end = Text(), 0
+        for kind, colour, size in zip(KINDS, _COLOURS, self._sizes, strict=True):
+            end += size
+            bar.append(kind.name[0].upper() * (cells(end) - len(bar)), style=f"{colour} on {colour}")
+        if self._limit is not None:
+            limit = cells(self._limit)
+            bar.pad_right(limit - len(bar))
+            bar = Text.assemble(bar[:limit], ("|", "bold red"), bar[limit:])
+        yield bar
