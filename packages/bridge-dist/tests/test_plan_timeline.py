@@ -93,9 +93,9 @@ def test_every_pass_runs_once_as_soon_as_it_can(
             assert found[before].end <= found[after].start
             earliest[after] = max(earliest[after], found[before].end)
     for rank, timed in enumerate(step.ranks):
-        for before, after in itertools.pairwise(timed):
-            assert before.end <= after.start
-            earliest[after.what, rank] = max(earliest[after.what, rank], before.end)
+        for one, following in itertools.pairwise(timed):
+            assert one.end <= following.start
+            earliest[following.what, rank] = max(earliest[following.what, rank], one.end)
     assert {key: one.start for key, one in found.items()} == earliest
 
     for (what, rank), one in found.items():

@@ -64,8 +64,8 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
     }
     if len(plan.stages) > 1:
         found["bubbles"] = (
-            f"{timeline.bubble:.1%} of the ranks' time; an estimate, in which passes take time as they take FLOPs, "
-            f"and sending none"
+            f"{timeline.bubble:.1%} of the ranks' time is spent waiting: an estimate, as if passes took time in "
+            f"proportion to their FLOPs, and sending none"
         )
     found["measured"] = (
         f"activations and FLOPs on the layers of {plan.implementation}; all else counted in the real model"
