@@ -39,11 +39,16 @@ import torch.cuda.random
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from bridge.dist.errors import DistError
 
 _CPU = torch.device("cpu")
+_META = torch.device("meta")
 _MISSING = object()
+
+_device_in_place: torch.device = _CPU
+"""What `cuda:0` is at present: the CPU, or within `on_meta` the meta device."""
 
 
 class CpuRuntimeError(DistError, RuntimeError):
@@ -119,6 +124,38 @@ def cpu_runtime() -> Iterator[None]:
         uninstall()
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Inside the CPU runtime: tensors asked for on CUDA, or nowhere, have a shape and no memory; values read are real.
+
+    What is made of literal data (`torch.tensor`) stays on the CPU, where Megatron reads it back.
+
+    Raises:
+        CpuRuntimeError: as `install`.
+    """
+    global _device_in_place
+    with cpu_runtime(), _MetaByDefault():
+        _device_in_place = _META
+        try:
+            yield
+        finally:
+            _device_in_place = _CPU
+
+
+class _MetaByDefault(DeviceContext):
+    """`with torch.device("meta")`, but for literal data; what is asked for on CUDA is redirected below."""
+
+    def __init__(self) -> None:
+        super().__init__(_META)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor:
+            return func(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
 class _Stream:
     """A stream on which everything has already happened."""
 
@@ -191,7 +228,8 @@ class _TypeName(str):
     """`Tensor.type()` of a CPU tensor, equal to its CUDA spelling too: megatron-core's optimizers compare with that."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and str(self) == other.replace("torch.cuda.", "torch.")
+        here = f"torch.{_device_in_place.type}.".replace("torch.cpu.", "torch.")
+        return isinstance(other, str) and str(self) == other.replace("torch.cuda.", here)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -318,12 +356,12 @@ def _is_cuda(device: object) -> bool:
 
 def _device(*args: Any, **kwargs: Any) -> torch.device:
     named = args[0] if args else kwargs.get("type", kwargs.get("device"))
-    return _CPU if _is_cuda(named) else torch.device(*args, **kwargs)
+    return _device_in_place if _is_cuda(named) else torch.device(*args, **kwargs)
 
 
 def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and _is_cuda(args[0]):
-        args = (_CPU, *args[1:])
+        args = (_device_in_place, *args[1:])
     return tensor.to(*args, **kwargs)
 
 
@@ -331,6 +369,10 @@ def _type(tensor: torch.Tensor, dtype: str | torch.dtype | None = None, **kwargs
     if dtype is None:
         return _TypeName(tensor.type())
     return tensor.type(dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, **kwargs)
+
+
+def _cuda(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor.to(_device_in_place)
 
 
 def _same(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -414,7 +456,7 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
     torch.device: _device,
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
-    torch.Tensor.cuda: _same,
+    torch.Tensor.cuda: _cuda,
     torch.Tensor.pin_memory: _same,
     **{collective: _finished(collective) for collective in _COLLECTIVES},
     torch.distributed.all_gather: _all_gather,
@@ -424,7 +466,7 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
-        kwargs = {**kwargs, "device": _CPU}
+        kwargs = {**kwargs, "device": _device_in_place}
     if kwargs.get("pin_memory"):  # pinning asks for a CUDA driver
         kwargs = {**kwargs, "pin_memory": False}
     return kwargs
@@ -458,7 +500,7 @@ def _redirected_backward() -> Callable[..., Any]:
 
     @functools.wraps(engine)
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with _CudaIsCpu():
+        with _CudaIsCpu(), _MetaByDefault() if _device_in_place is _META else contextlib.nullcontext():
             return engine(*args, **kwargs)
 
     return backward

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
-from bridge.dist.errors import TrainingError
+from bridge.dist.batch import Batch
 from bridge.dist.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
 from bridge.dist.text import Text
@@ -31,51 +31,11 @@ _FP16_LOSS_SCALE = 2.0**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How many steps, and on what: sizes count samples, ``seq_length`` tokens."""
+class TrainOptions(Batch):
+    """How many steps, on which text, and the sizes of a batch."""
 
     steps: int
     text: Path
-    seq_length: int
-    global_batch_size: int = 8
-    micro_batch_size: int = 1
-
-    def microbatches(self, layout: Layout) -> int:
-        """Return how many microbatches each rank computes per step.
-
-        Raises:
-            TrainingError: The global batch does not divide into microbatches over the data-parallel ranks, or not into
-                the rounds that a virtual pipeline takes.
-        """
-        per_round = self.micro_batch_size * layout.dp
-        if self.global_batch_size % per_round:
-            raise TrainingError(
-                f"the global batch of {self.global_batch_size} samples does not divide into microbatches of "
-                f"{self.micro_batch_size} on dp = {layout.dp} ranks: choose a multiple of {per_round}"
-            )
-        microbatches = self.global_batch_size // per_round
-        if layout.vp > 1 and layout.pp > 1 and microbatches % layout.pp:
-            raise TrainingError(
-                f"a virtual pipeline on pp = {layout.pp} takes a multiple of {layout.pp} microbatches, this run has "
-                f"{microbatches}: choose another global or micro batch size"
-            )
-        return microbatches
-
-    def check_sequence(self, config: TransformerConfig) -> None:
-        """Check that samples divide into what each rank holds of them.
-
-        Raises:
-            TrainingError: They do not, under sequence or context parallelism.
-        """
-        parts = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
-        if config.sequence_parallel:
-            parts *= config.tensor_model_parallel_size
-        if self.seq_length % parts:
-            raise TrainingError(
-                f"samples of {self.seq_length} tokens do not divide into {parts} equal parts, "
-                "2 x cp under context parallelism, times tp under sequence parallelism: "
-                f"choose a multiple of {parts}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +62,7 @@ def train(
     """
     microbatches = options.microbatches(layout)
     schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
-    with _optimizer(stages, pg_collection) as optimizer:
+    with optimizer_of(stages) as optimizer:
         for index in range(options.steps):
             start = time.perf_counter()
             batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
@@ -126,7 +86,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[Any]:
+def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
     """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
 
     Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
@@ -150,6 +110,7 @@ def _optimizer(stages: list[MegatronModule], pg_collection: ProcessGroupCollecti
             overlap_param_gather=ddp_config.overlap_param_gather,
         ),
         stages,
+        use_gloo_process_groups=use_gloo_process_groups,
     )
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE

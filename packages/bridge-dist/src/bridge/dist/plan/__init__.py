@@ -1,0 +1,1 @@
+"""An exact plan of any cluster layout, without GPUs: see ``plan``."""

@@ -1,0 +1,394 @@
+"""What a rank holds, computes and sends: its real stages built, wrapped and run on the meta device, and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bridge.config import ModelConfig
+from bridge.dist.batch import Batch
+from bridge.dist.build import DistributedModelBuilder
+from bridge.dist.cpu import on_meta
+from bridge.dist.job import BuildJob, make_builder
+from bridge.dist.layout import Layout
+from bridge.dist.plan.groups import as_rank
+from bridge.dist.plan.routing import equal_shares
+from bridge.dist.train import optimizer_of
+from bridge.dist.weights import Placement, layer_indices, named_parameters
+
+Sent = Counter[tuple[str, int, str]]
+"""Bytes by group, its size, and operation."""
+
+
+class Calls(NamedTuple):
+    """Collectives of a piece of work: how many and how large, by group, its size and operation."""
+
+    number: Sent
+    size: Sent
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nothing sent."""
+        return cls(Counter(), Counter())
+
+    def add(self, other: Calls, times: int = 1) -> None:
+        """Add the calls of something that is done several times."""
+        for mine, theirs in zip(self, other, strict=True):
+            for key, value in theirs.items():
+                mine[key] += value * times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one microbatch takes in a chunk: bytes kept for the backward pass, FLOPs, collectives.
+
+    ``received`` and ``passed_on`` are the bytes from the stage before and to the stage after; the backward pass returns
+    as many.
+    """
+
+    kept: int
+    forward_flops: int
+    flops: int
+    calls: Calls
+    received: int
+    passed_on: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A chunk of a rank: its layers, its number of parameters, and what a microbatch takes."""
+
+    layers: list[int]
+    parameters: int
+    work: Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What a rank holds, in bytes; its chunks; where its parameters stand in the whole model; calls of a step's end."""
+
+    rank: int
+    weights: int
+    gradients: int
+    master: int
+    state: int
+    buckets: list[int]
+    chunks: list[Chunk]
+    placements: list[tuple[Placement, bool]]
+    """And whether a parameter is of an expert, which lives on this expert-parallel rank only."""
+    buffers: int
+    """Elements of the buffers that checkpoints hold."""
+    at_end: Calls
+    implementation: str
+    """Whose layers they are."""
+
+
+Memo = dict[Any, Work]
+"""What microbatches take in chunks that were seen before."""
+
+
+def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo) -> Rank:
+    """Build, wrap and run the stages of a rank."""
+    with on_meta(), equal_shares(), as_rank(layout, rank) as groups:
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        config = ModelConfig.from_dict(job.document)
+        builder = make_builder(config)
+        placements: list[tuple[Placement, bool]] = []
+
+        def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+            placements.extend(
+                (named.placement, not getattr(named.parameter, "allreduce", True))
+                for stage in stages
+                for named in named_parameters(stage, groups)
+            )
+            return stages
+
+        config.pre_wrap_hooks.append(note)
+        options = job.options(builder.transformer_config)
+        ddp_config = options.ddp_config
+        if ddp_config is not None:  # there are no values to check
+            ddp_config = replace(ddp_config, check_for_nan_in_grad=False)
+        stages = builder.build_distributed_models(
+            groups,
+            ddp_config=ddp_config,
+            use_megatron_fsdp=options.use_megatron_fsdp,
+            use_torch_fsdp2=options.use_torch_fsdp2,
+            wrap_with_ddp=options.wrap_with_ddp,
+        )
+        names = _names(groups)
+        chunks = [_chunk(stage, builder, groups, batch, names, memo) for stage in stages]
+        ending = _Collectives(names)
+        master = state = 0
+        if options.wrap_with_ddp:
+            master, state = _optimizer_bytes(stages)
+            with ending:
+                finalize_model_grads(list(stages))
+                for stage in stages:
+                    if isinstance(stage, DistributedDataParallel) and stage.ddp_config.use_distributed_optimizer:
+                        stage.start_param_sync(force_sync=True)
+        return Rank(
+            rank=rank,
+            weights=_bytes_of(_held(stages)),
+            gradients=_gradient_bytes(stages),
+            master=master,
+            state=state,
+            buckets=[bucket.grad_data.numel() for stage in stages for bucket in _buckets(stage)],
+            chunks=chunks,
+            placements=placements,
+            buffers=sum(_saved_buffers(stage) for stage in stages),
+            at_end=ending.calls,
+            implementation=_implementation(stages),
+        )
+
+
+def _implementation(stages: Sequence[MegatronModule]) -> str:
+    modules = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
+    return "transformer_engine" if "transformer_engine" in modules else "pytorch"
+
+
+def _held(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
+    for stage in stages:
+        yield from (_local(parameter) for parameter in stage.parameters())
+        yield from (_local(buffer) for buffer in unwrap_model(stage).buffers())
+
+
+def _saved_buffers(stage: MegatronModule) -> int:
+    model = unwrap_model(stage)
+    saved = model.state_dict()
+    return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes_of(tensors: Iterator[torch.Tensor]) -> int:
+    """Bytes of the memory behind tensors, each piece once: a view holds all of what it is a view of."""
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _buckets(stage: MegatronModule) -> list[Any]:
+    if not isinstance(stage, DistributedDataParallel):
+        return []
+    buffers: list[Any] = vars(stage)["buffers"] + stage.expert_parallel_buffers  # not the method of a module
+    return [bucket for buffer in buffers for bucket in buffer.buckets]
+
+
+def _gradient_bytes(stages: Sequence[MegatronModule]) -> int:
+    buffered = _bytes_of(bucket.grad_data for stage in stages for bucket in _buckets(stage))
+    if buffered:
+        return buffered
+    parameters = [_local(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
+    """Bytes of Megatron's optimizer: copies of the weights in full precision, and Adam's two means of each element."""
+    weights = {tensor.untyped_storage()._cdata for tensor in _held(stages)}
+    with _alike(), optimizer_of(list(stages), use_gloo_process_groups=False) as optimizer:
+        updated = [
+            _local(parameter)
+            for one in getattr(optimizer, "chained_optimizers", [optimizer])
+            for group in one.param_groups
+            for parameter in group["params"]
+        ]
+    copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in weights)
+    return _bytes_of(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
+
+
+def _chunk(
+    stage: MegatronModule,
+    builder: DistributedModelBuilder[MegatronModule, ModelConfig],
+    groups: ProcessGroupCollection,
+    batch: Batch,
+    names: dict[str, str],
+    memo: Memo,
+) -> Chunk:
+    model = unwrap_model(stage)
+    key = (
+        _signature(model),
+        (batch.micro_batch_size, batch.seq_length),
+        tuple((name, group.size()) for name, group in _groups(groups)),
+    )
+    if key not in memo:
+        memo[key] = _work(stage, builder, groups, batch, names)
+    return Chunk(
+        layers=layer_indices(stage),
+        parameters=sum(_local(parameter).numel() for parameter in model.parameters()),
+        work=memo[key],
+    )
+
+
+@contextlib.contextmanager
+def _alike() -> Iterator[None]:
+    """While Megatron's optimizer asks every rank of the world for its kinds of parameters: they say what this one does.
+
+    With ten thousand ranks that would take most of the time of a plan.
+    """
+    original = torch.distributed.all_gather_object
+
+    def answer(answers: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
+        answers[:] = [mine] * len(answers)
+
+    vars(torch.distributed)["all_gather_object"] = answer
+    try:
+        yield
+    finally:
+        vars(torch.distributed)["all_gather_object"] = original
+
+
+def _signature(model: torch.nn.Module) -> Any:
+    """What two chunks have in common that take the same: their modules, but for the layers' numbers."""
+    shapes = tuple(
+        (re.sub(r"\.\d+\.", ".", name), parameter.shape, parameter.dtype)
+        for name, parameter in model.named_parameters()
+    )
+    return (repr(model), shapes, getattr(model, "pre_process", None), getattr(model, "post_process", None))
+
+
+def _work(
+    stage: MegatronModule,
+    builder: DistributedModelBuilder[MegatronModule, ModelConfig],
+    groups: ProcessGroupCollection,
+    batch: Batch,
+    names: dict[str, str],
+) -> Work:
+    """Run one microbatch through a chunk, forward and backward."""
+    config = builder.transformer_config
+    model: Any = unwrap_model(stage)
+    received = passed_on = 0
+    kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(names)
+    with kept, flops, sent, _FusedAttention():
+        if not model.pre_process:
+            from_before = _from_stage_before(config, groups, batch)
+            received = _tensor_bytes(from_before)
+            model.set_input_tensor(from_before)
+        tokens = torch.empty(batch.micro_batch_size, batch.seq_length + 1, dtype=torch.long)
+        output = builder.forward_step(stage, tokens, groups)
+        forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
+        if model.post_process:
+            output.float().mean().backward()
+        else:
+            passed_on = _tensor_bytes(output)
+            output.backward(torch.empty_like(output))
+    return Work(
+        kept=bytes_kept,
+        forward_flops=forward_flops,
+        flops=flops.get_total_flops(),
+        calls=sent.calls,
+        received=received,
+        passed_on=passed_on,
+    )
+
+
+def _from_stage_before(config: TransformerConfig, groups: ProcessGroupCollection, batch: Batch) -> torch.Tensor:
+    """What a stage of a decoder gets."""
+    length = batch.seq_length // groups.cp.size()
+    if config.sequence_parallel:
+        length //= groups.tp.size()
+    shape = (length, batch.micro_batch_size, config.hidden_size)
+    return torch.empty(shape, dtype=config.pipeline_dtype, requires_grad=True)
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the memory that autograd keeps, beyond parameters, buffers and gradients; each piece once."""
+
+    def __init__(self, stage: MegatronModule) -> None:
+        self._others = {tensor.untyped_storage()._cdata for tensor in _held([stage])}
+        self._pieces: dict[int, torch.UntypedStorage] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        piece = tensor.untyped_storage()
+        if piece._cdata not in self._others:
+            self._pieces[piece._cdata] = piece  # which also keeps its address from being used again
+        return tensor
+
+    def total(self) -> int:
+        """Return the bytes kept so far."""
+        return sum(piece.nbytes() for piece in self._pieces.values())
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts collectives: each by its group and operation, and the bytes of its larger side."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = Calls.none()
+        self._names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            group = next(
+                ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)
+            )
+            if group.size() > 1:
+                operation = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+                key = (self._names.get(group.group_name, "other"), group.size(), operation)
+                self.calls.number[key] += 1
+                self.calls.size[key] += max(_tensor_bytes(arg) for arg in args)
+        return func(*args, **kwargs or {})
+
+
+def _is_group(argument: object) -> bool:
+    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+
+
+def _tensor_bytes(argument: object) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(map(_tensor_bytes, argument)) if isinstance(argument, list | tuple) else 0
+
+
+def _groups(groups: ProcessGroupCollection) -> list[tuple[str, ProcessGroup]]:
+    kinds = ("tp", "cp", "ep", "pp", "dp", "dp_cp", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "embd", "pos_embd", "mp")
+    there = [(kind, getattr(groups, kind, None)) for kind in kinds]
+    return [(kind, group) for kind, group in there if group is not None]
+
+
+def _names(groups: ProcessGroupCollection) -> dict[str, str]:
+    """What groups are called; ranks that are one group for several kinds of parallelism count as the first."""
+    return {group.group_name: kind for kind, group in reversed(_groups(groups))}
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by kernels that keep queries, keys, values, the output and one number for each of its rows.
+
+    On the meta device torch would compute, and keep, the whole matrix of scores. Where it has no such kernel on a CPU
+    (for values of another width than queries, or a mask with a gradient) that of GPUs is taken.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **given)
+        query, key, value = args
+        dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
+        mask, scale = given.get("attn_mask"), given.get("scale")
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        if query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad):
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, mask, True, dropout, causal, scale=scale)[0]

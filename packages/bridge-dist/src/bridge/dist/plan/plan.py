@@ -1,0 +1,127 @@
+"""An exact plan of a job of any size, made on one processor: its real stages are built, and counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from bridge.config import Document, ModelConfig
+from bridge.dist.batch import Batch
+from bridge.dist.job import BuildJob, make_builder, vocab_size
+from bridge.dist.layout import Layout
+from bridge.dist.options import Wrapper
+from bridge.dist.plan.groups import rank_of
+from bridge.dist.plan.measure import Calls, Memo, Rank, measure
+from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
+from bridge.dist.plan.schedule import passes, peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan is made for beside the model: its batch, its wrapper, the memory of a GPU in bytes."""
+
+    batch: Batch
+    world_size: int
+    wrapper: Wrapper = Wrapper.DDP
+    distributed_optimizer: bool = False
+    gpu_memory: int | None = None
+
+
+def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) -> Plan:
+    """Plan the job that a document describes, with its layout.
+
+    Args:
+        document: Model and layout.
+        options: Everything else.
+        memo: What chunks took in earlier plans of the same model, to be looked up and added to.
+
+    Raises:
+        BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
+    """
+    start = time.perf_counter()
+    memo = {} if memo is None else memo
+    job = BuildJob(document=document.data, wrapper=options.wrapper, distributed_optimizer=options.distributed_optimizer)
+    config = ModelConfig.from_dict(job.document)
+    layout = job.check(config, options.world_size)
+    batch, transformer = options.batch, make_builder(config).transformer_config
+    batch.check_sequence(transformer)
+    microbatches = batch.microbatches(layout)
+    ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
+    group_size = transformer.microbatch_group_size_per_vp_stage
+    return Plan(
+        world_size=layout.world_size,
+        layout={axis: size for axis, size in asdict(layout).items() if size is not None},
+        wrap=str(options.wrapper),
+        distributed_optimizer=options.distributed_optimizer,
+        implementation=ranks[0].implementation,
+        seq_length=batch.seq_length,
+        micro_batch_size=batch.micro_batch_size,
+        global_batch_size=batch.global_batch_size,
+        microbatches=microbatches,
+        parameters=_logical_parameters(ranks, layout, vocab_size(config)),
+        buffers=sum(rank.buffers for rank in ranks),
+        gpu_memory=options.gpu_memory,
+        stages=[
+            _stage(pp, rank, layout, microbatches=microbatches, group_size=group_size) for pp, rank in enumerate(ranks)
+        ],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _logical_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
+    """Every parameter once; experts of the other expert-parallel ranks are as many as those of the first."""
+    found = {
+        placement.full_name: placement.logical_shape(vocab).numel() * (layout.ep if of_expert else 1)
+        for rank in ranks
+        for placement, of_expert in rank.placements
+    }
+    return sum(found.values())
+
+
+def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
+    order = passes(layout, pp, microbatches, group_size=group_size)
+    activations = peak(order, [chunk.work.kept for chunk in rank.chunks])
+    return StagePlan(
+        pp=pp,
+        rank=rank.rank,
+        parameters=sum(chunk.parameters for chunk in rank.chunks),
+        weight_bytes=rank.weights,
+        gradient_bytes=rank.gradients,
+        master_bytes=rank.master,
+        state_bytes=rank.state,
+        optimizer_bytes=rank.master + rank.state,
+        activation_bytes=activations,
+        total_bytes=rank.weights + rank.gradients + rank.master + rank.state + activations,
+        flops=microbatches * sum(chunk.work.flops for chunk in rank.chunks),
+        buckets=rank.buckets,
+        chunks=[
+            ChunkPlan(
+                vp_stage=index,
+                layers=chunk.layers,
+                parameters=chunk.parameters,
+                activation_bytes=chunk.work.kept,
+                forward_flops=chunk.work.forward_flops,
+                flops=chunk.work.flops,
+            )
+            for index, chunk in enumerate(rank.chunks)
+        ],
+        traffic=_traffic(rank, layout, microbatches),
+    )
+
+
+def _traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
+    """A step's collectives, and what goes to the pipeline ranks before and after."""
+    calls = Calls.none()
+    for chunk in rank.chunks:
+        calls.add(chunk.work.calls, microbatches)
+    calls.add(rank.at_end)
+    sent = [size for chunk in rank.chunks for size in (chunk.work.received, chunk.work.passed_on) if size]
+    if sent:
+        key = ("pp", layout.pp, "send")
+        calls.number[key] += len(sent) * microbatches
+        calls.size[key] += sum(sent) * microbatches
+    return [
+        Traffic(group=group, ranks=ranks, operation=operation, calls=calls.number[group, ranks, operation], bytes=size)
+        for (group, ranks, operation), size in sorted(calls.size.items())
+    ]

@@ -1,0 +1,40 @@
+"""Experts without tokens to route: on the meta device every expert gets its equal share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+
+@contextlib.contextmanager
+def equal_shares() -> Iterator[None]:
+    """While a model with experts runs on the meta device, where where tokens go is not known."""
+    original = MoEAlltoAllTokenDispatcher.preprocess
+    setattr(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)  # noqa: B010 - mypy refuses an assignment
+    try:
+        yield
+    finally:
+        setattr(MoEAlltoAllTokenDispatcher, "preprocess", original)  # noqa: B010
+
+
+def _shared_out(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    """In place of ``preprocess`` of megatron-core 0.19.2: sizes of what is exchanged, each a tensor of real numbers."""
+    tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
+    ranks, per_rank = dispatcher.ep_size, dispatcher.num_local_experts
+    by_expert = np.full(dispatcher.num_experts, tokens // dispatcher.num_experts)
+    by_expert[: tokens % dispatcher.num_experts] += 1
+    by_rank = by_expert.reshape(ranks, per_rank)
+    mine = by_rank[dispatcher.ep_group.rank()]
+    dispatcher.num_out_tokens = tokens
+    if ranks > 1 or dispatcher.tp_size > 1:
+        dispatcher.input_splits = by_rank.sum(axis=1)
+        dispatcher.output_splits = np.full(ranks, mine.sum())
+        dispatcher.output_splits_tp = np.full(dispatcher.tp_size, mine.sum() * ranks)
+    senders = ranks * dispatcher.tp_size
+    dispatcher.num_global_tokens_per_local_expert = torch.from_numpy(np.tile(mine, (senders, 1)))
+    return torch.from_numpy(mine * senders)
