@@ -155,9 +155,10 @@ def _memory_picture(plan: Plan) -> Element:
     parts += [_memory_row(plan, stage, 24 + row * _ROW, scale) for row, stage in enumerate(plan.stages)]
     if plan.gpu_memory is not None:
         x = left + plan.gpu_memory * scale
+        anchor = "end " if x > (left + right) / 2 else ""  # there is room on this side
         parts += [
             _node("line", x1=x, x2=x, y1=18, y2=bottom, class_="limit"),
-            _node("text", f"{gib(plan.gpu_memory)} GiB of a GPU", x=x, y=13, class_="end limit-label"),
+            _node("text", f"{gib(plan.gpu_memory)} GiB of a GPU", x=x, y=13, class_=f"{anchor}limit-label"),
         ]
     return _picture("memory", 900, bottom + 24, parts)
 

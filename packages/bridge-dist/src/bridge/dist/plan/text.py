@@ -58,7 +58,7 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
         "parameters": f"{plan.parameters:,}" + (f", and {plan.buffers:,} in buffers" if plan.buffers else ""),
         "memory": _verdict(plan),
         "computation": (
-            f"{max(stage.flops for stage in plan.stages) / 1e12:,.3f} TFLOPs a step on the busiest rank, "
+            f"{_tera(max(stage.flops for stage in plan.stages))} TFLOPs a step on the busiest rank, "
             f"{plan.imbalance:.3f} times the mean of the stages"
         ),
     }
@@ -71,6 +71,12 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
         f"activations and FLOPs on the layers of {plan.implementation}; all else counted in the real model"
     )
     return found | {"not covered": "; ".join(NOT_COVERED)}
+
+
+def _tera(flops: int) -> str:
+    """Write FLOPs as TFLOPs with three decimals, or digits where they are few."""
+    tera = flops / 1e12
+    return f"{tera:,.3f}" if tera >= 1 else f"{tera:.3g}"
 
 
 def _verdict(plan: Plan) -> str:
@@ -151,7 +157,7 @@ def _numbers_table(groups: list[list[StagePlan]]) -> Table:
             stage.state_bytes,
             stage.activation_bytes,
         )
-        table.add_row(_numbers(stages), *map(gib, sizes), f"{stage.flops / 1e12:,.3f}")
+        table.add_row(_numbers(stages), *map(gib, sizes), _tera(stage.flops))
     return table
 
 
@@ -163,7 +169,7 @@ def _traffic_table(plan: Plan) -> Table:
             key = (traffic.group, traffic.ranks, traffic.operation)
             if key not in most or traffic.bytes > most[key][0].bytes:
                 most[key] = (traffic, stage)
-    table = _table("sent by a rank in a step, of the stage that sends most", "group", "ranks", "operation")
+    table = _table("most sent by a rank in a step", "group", "ranks", "operation")
     for name in ("calls", "GiB", "stage"):
         table.add_column(name, justify="right", no_wrap=True)
     for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
