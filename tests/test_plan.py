@@ -80,7 +80,7 @@ CASES = {
         keeps_alike=False,
     ),
     "mamba, half": Case(preset="mamba-tiny", sizes={"tp": 2, "pp": 2}, overrides=HALF),
-    "torch fsdp2": Case(preset="tiny", wrapper=Wrapper.TORCH_FSDP2),
+    "no wrapper": Case(preset="tiny", sizes={"tp": 2}, wrapper=Wrapper.NONE),
 }
 
 
@@ -134,7 +134,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
 
         config.pre_wrap_hooks.append(note)
         stages: list[Any] = builder.build_distributed_models(
-            groups, ddp_config=options.ddp_config, use_torch_fsdp2=options.use_torch_fsdp2
+            groups, ddp_config=options.ddp_config, wrap_with_ddp=options.wrap_with_ddp
         )
         models: list[Any] = [unwrap_model(stage) for stage in stages]
         weights = storages([t for model in models for t in (*model.parameters(), *model.buffers())])
@@ -146,13 +146,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
             for bucket in buffer.buckets
         ]
         gradients = [bucket.grad_data for bucket in buckets] or [p for model in models for p in model.parameters()]
-        with optimizer_of(stages) as optimizer:
-            updated = [
-                local(p)
-                for part in getattr(optimizer, "chained_optimizers", [optimizer])
-                for group in part.param_groups
-                for p in group["params"]
-            ]
+        updated = optimized(stages) if options.wrap_with_ddp else []
         kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
         return Held(
             parameters=names,
@@ -163,6 +157,11 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
             buckets=[bucket.grad_data.numel() for bucket in buckets],
             kept=None if not case.keeps_alike else kept,
         )
+
+    def optimized(stages: list[Any]) -> list[torch.Tensor]:
+        with optimizer_of(stages) as optimizer:
+            parts = getattr(optimizer, "chained_optimizers", [optimizer])
+            return [local(p) for part in parts for group in part.param_groups for p in group["params"]]
 
     def forward(stage: Any, model: Any, builder: Any, groups: Any) -> int:
         config = builder.transformer_config

@@ -1,13 +1,17 @@
-"""The commands `bridge build` and `bridge verify`. Importing this module imports no torch: `bridge -h` stays quick."""
+"""The commands `bridge build`, `bridge verify` and `bridge plan`.
+
+Importing this module imports no torch: `bridge -h` stays quick.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import click
 
@@ -174,6 +178,107 @@ def verify(
     else:
         _print(verification_tables(rows))
     if any(row.is_mismatch for row in rows):
+        raise click.exceptions.Exit(1)
+
+
+class _Bytes(click.ParamType[int]):
+    """An amount of memory: a number and a unit, such as 80GiB."""
+
+    name = "size"
+    _UNITS: ClassVar = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read the amount as bytes."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", str(value))
+        if found is None or found[2] not in self._UNITS or float(found[1]) == 0:
+            self.fail(f"{value!r} is no amount of memory: write 80GiB, or a number with {', '.join(self._UNITS)}")
+        return int(float(found[1]) * self._UNITS[found[2]])
+
+
+@click.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--tp", type=_SIZE, help="Tensor-parallel size.")
+@click.option("--pp", type=_SIZE, help="Pipeline-parallel size.")
+@click.option("--vp", type=_SIZE, help="Virtual pipeline stages per rank.")
+@click.option("--cp", type=_SIZE, help="Context-parallel size.")
+@click.option("--ep", type=_SIZE, help="Expert-parallel size.")
+@click.option("--etp", type=_SIZE, help="Expert-tensor-parallel size; by default that of --tp.")
+@click.option("--dp", type=_SIZE, help="Data-parallel size; by default what --gpus leaves, or 1.")
+@click.option("--gpus", type=_SIZE, help="Ranks in all; by default tp x pp x cp x dp.")
+@click.option("--wrap", type=click.Choice(_WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
+@click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
+@click.option("--micro-batch-size", type=_SIZE, default=1, show_default=True, help="Samples per forward pass.")
+@click.option(
+    "--global-batch-size",
+    type=_SIZE,
+    help="Samples per step, of all ranks; by default one microbatch a rank, in a pipeline two for each stage.",
+)
+@click.option("--seq-length", type=_SIZE, help="Tokens per sample; by default the model's.")
+@click.option("--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB: exit code 1 if a rank holds more.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(
+    file: str,
+    overrides: tuple[str, ...],
+    *,
+    dp: int | None,
+    gpus: int | None,
+    wrap: str,
+    distributed_optimizer: bool,
+    micro_batch_size: int,
+    global_batch_size: int | None,
+    seq_length: int | None,
+    gpu_memory: int | None,
+    html: Path | None,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Plan a job of any size, without a GPU: what every rank of FILE's model holds, computes and sends.
+
+    The real stages of each pipeline rank are built, wrapped and run where tensors have shapes and no memory, and
+    everything is counted: weights, gradients, optimizer, activations at the peak of the schedule, FLOPs, messages.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
+
+    from bridge.dist import quiet as quiet  # for its effect
+    from bridge.dist.batch import Batch
+    from bridge.dist.options import Wrapper
+    from bridge.dist.plan.advice import advise
+    from bridge.dist.plan.plan import PlanOptions, job_layout
+    from bridge.dist.plan.plan import plan as planned
+
+    document = Document.load(file, overrides)
+    for note in document.migrate():
+        click.echo(f"{file}: note: {note}", err=True)
+    apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
+    layout, length = job_layout(document, gpus=gpus, dp=dp)
+    default = micro_batch_size * layout.dp * (2 * layout.pp if layout.pp > 1 else 1)
+    options = PlanOptions(
+        batch=Batch(
+            seq_length=seq_length or length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size or default,
+        ),
+        world_size=layout.world_size,
+        wrapper=Wrapper(wrap),
+        distributed_optimizer=distributed_optimizer,
+        gpu_memory=gpu_memory,
+    )
+    found = planned(document, options)
+    if html is not None:
+        from bridge.dist.plan.html import page
+
+        html.write_text(page(found, title=Path(file).stem), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        from bridge.dist.plan.text import tables
+
+        _print(tables(found))
+    if found.fits is False:
+        for advice in advise(document, options, found):
+            click.echo(f"with {advice.change} the worst rank holds {advice.total_bytes / 2**30:,.3f} GiB", err=True)
         raise click.exceptions.Exit(1)
 
 

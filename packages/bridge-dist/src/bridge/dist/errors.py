@@ -42,3 +42,7 @@ class TrainingError(DistError, ValueError):
 
 class LaunchError(DistError, RuntimeError):
     """Local ranks could not be started, or one of them failed. Says which, and why."""
+
+
+class PlanError(DistError, ValueError):
+    """A job cannot be planned: says what, and what to set."""

@@ -191,6 +191,8 @@ class _Pending(NamedTuple):
 
     def _is_missing(self, name: str, reset: object) -> bool:
         tensor = self.own(name)
+        if tensor.is_meta:  # a plan has no values
+            return False
         return bool(tensor.isnan().any()) if tensor.is_floating_point() else reset is None
 
 

@@ -6,8 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron.core.transformer import TransformerConfig
+
 from bridge.config import Document, ModelConfig
 from bridge.dist.batch import Batch
+from bridge.dist.errors import PlanError
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
@@ -28,6 +31,32 @@ class PlanOptions:
     gpu_memory: int | None = None
 
 
+def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> tuple[Layout, int]:
+    """Return the layout of a document on some GPUs, and the length of its model's sequences.
+
+    Args:
+        document: Model and layout.
+        gpus: How many; None for as many as the layout takes with ``dp``.
+        dp: Data-parallel size; None for what ``gpus`` leaves, or 1.
+
+    Raises:
+        LayoutError: The layout does not fit.
+        PlanError: The model does not say how long its sequences are.
+    """
+    config = document.config()
+    transformer = make_builder(config).transformer_config
+    model = (
+        transformer.tensor_model_parallel_size
+        * transformer.pipeline_model_parallel_size
+        * transformer.context_parallel_size
+    )
+    layout = Layout.of(transformer, gpus or model * (dp or 1), dp=dp)
+    length: int | None = getattr(config, "seq_length", None)
+    if length is None:
+        raise PlanError(f"{type(config).__name__} has no seq_length: give the length of a sample, --seq-length")
+    return layout, length
+
+
 def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) -> Plan:
     """Plan the job that a document describes, with its layout.
 
@@ -37,6 +66,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         memo: What chunks took in earlier plans of the same model, to be looked up and added to.
 
     Raises:
+        PlanError: The wrapper, or how experts get their tokens, cannot be planned.
         BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
     """
     start = time.perf_counter()
@@ -45,6 +75,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, options.world_size)
     batch, transformer = options.batch, make_builder(config).transformer_config
+    _check(options, transformer)
     batch.check_sequence(transformer)
     microbatches = batch.microbatches(layout)
     ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
@@ -67,6 +98,18 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         ],
         seconds=time.perf_counter() - start,
     )
+
+
+def _check(options: PlanOptions, transformer: TransformerConfig) -> None:
+    if options.wrapper not in (Wrapper.DDP, Wrapper.NONE):
+        raise PlanError(
+            f"a plan counts what ddp holds, or no wrapper, not {options.wrapper}: choose --wrap ddp or none"
+        )
+    if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
+        raise PlanError(
+            f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} needs tokens to know its sizes: "
+            "set it to alltoall"
+        )
 
 
 def _logical_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:

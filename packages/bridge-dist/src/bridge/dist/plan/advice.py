@@ -1,0 +1,64 @@
+"""What would make a job that does not fit the memory of its GPUs fit: each change is planned, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple
+
+from bridge.config import BridgeError, Document
+from bridge.dist.options import Wrapper
+from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.plan.results import Plan
+
+
+class Advice(NamedTuple):
+    """A change, in words, and what the worst rank would hold in all then, in bytes."""
+
+    change: str
+    total_bytes: int
+
+
+def advise(document: Document, options: PlanOptions, planned: Plan) -> list[Advice]:
+    """Return the changes that make the worst rank hold less, that which helps most first."""
+    found = []
+    for change, changed, other in _changes(document, options, planned):
+        try:
+            total = plan(changed, other).worst.total_bytes
+        except BridgeError:
+            continue
+        if total < planned.worst.total_bytes:
+            found.append(Advice(change, total))
+    return sorted(found, key=lambda advice: advice.total_bytes)
+
+
+def _changes(document: Document, options: PlanOptions, planned: Plan) -> Iterator[tuple[str, Document, PlanOptions]]:
+    if options.wrapper is Wrapper.DDP and not options.distributed_optimizer:
+        yield "--distributed-optimizer", document, replace(options, distributed_optimizer=True)
+    prefix = "transformer." if "transformer" in document.data else ""
+    settings = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    yield (
+        " ".join(f"{prefix}{name}={value}" for name, value in settings.items()),
+        _with(document, {f"{prefix}{name}": value for name, value in settings.items()}),
+        options,
+    )
+    if planned.layout["tp"] > 1:
+        yield (
+            f"{prefix}sequence_parallel=true",
+            _with(document, {f"{prefix}sequence_parallel": True}),
+            options,
+        )
+    if options.batch.micro_batch_size > 1:
+        yield "--micro-batch-size 1", document, replace(options, batch=replace(options.batch, micro_batch_size=1))
+
+
+def _with(document: Document, values: dict[str, object]) -> Document:
+    changed = deepcopy(document)
+    for path, value in values.items():
+        changed.set(path, value)
+    return changed
