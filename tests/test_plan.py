@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from megatron.core import parallel_state
 from ranks import run_ranks
 
-from bridge.config import Document, ModelConfig
+from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.batch import Batch
-from bridge.dist.documents import replace_layout
+from bridge.dist.documents import apply_layout, replace_layout
+from bridge.dist.errors import PlanError
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.measure import measure
+from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.plan.results import Plan
+from bridge.dist.plan.search import Machine, search
 
 WORLD = 4
 BATCH = Batch(seq_length=32, micro_batch_size=2, global_batch_size=16)
@@ -250,7 +259,7 @@ def state() -> dict[str, Any]:
     """What Megatron's global variables about groups say, but for groups of gloo, which a plan has none of."""
     import torch
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in vars(parallel_state).items():
         if name.isupper() and "GLOO" not in name and ("GROUP" in name or "RANK" in name):
             if isinstance(value, torch.distributed.ProcessGroup):
@@ -258,3 +267,165 @@ def state() -> dict[str, Any]:
             elif value is None or isinstance(value, int | list):
                 found[name] = value
     return found
+
+
+# --- Whole jobs
+
+
+def planned(preset: str, sizes: dict[str, int], *overrides: str, world_size: int, **options: Any) -> Plan:
+    document = Document.load(preset, list(overrides))
+    apply_layout(document, sizes)
+    batch = options.pop("batch", Batch(seq_length=document.data["seq_length"], global_batch_size=world_size))
+    return plan(document, PlanOptions(batch=batch, world_size=world_size, **options))
+
+
+ENDS_ARE_LAYERS = (
+    "transformer.account_for_embedding_in_pipeline_split=true",
+    "transformer.account_for_loss_in_pipeline_split=true",
+    "transformer.sequence_parallel=true",
+)
+
+
+def test_llama_405b_on_16384_gpus() -> None:
+    found = planned(
+        "llama-3.1-405b",
+        {"tp": 8, "pp": 16, "vp": 8},
+        *ENDS_ARE_LAYERS,
+        world_size=16_384,
+        distributed_optimizer=True,
+    )
+    assert found.parameters == 405_853_388_800  # as published
+    assert [len(stage.chunks) for stage in found.stages] == [8] * 16
+    stage = found.stages[1]
+    # Eight layers over eight ranks; half precision, gradients in full, and what 128 ranks share of the optimizer's.
+    attention, feed_forward = 16384 * (16384 + 2 * 1024) + 16384 * 16384, 3 * 16384 * 53248
+    split, whole = (attention + feed_forward) // 8, 2 * 16384
+    assert stage.parameters == 8 * (split + whole)
+    assert stage.weight_bytes == pytest.approx(2 * stage.parameters, rel=1e-5)  # and padding of the buffers
+    assert stage.gradient_bytes == 2 * stage.weight_bytes
+    assert stage.optimizer_bytes == pytest.approx(12 * stage.parameters / 128, rel=1e-5)
+    # Each parameter multiplies and adds once a token forward, twice backward; scores and their product with values.
+    tokens, microbatches = 8192, found.microbatches
+    attended = 4 * tokens * 16384 // 8
+    assert stage.flops == pytest.approx(8 * microbatches * tokens * (6 * split + 3.5 * attended), rel=0.01)
+
+
+def test_deepseek_v3_on_2048_gpus() -> None:
+    # Three dense layers with the embedding, four to a stage, two with the output layer.
+    layout = "transformer.pipeline_model_parallel_layout=Ettt|(tttt|)*14,ttL"
+    found = planned("deepseek-v3", {"pp": 16, "ep": 64}, layout, world_size=2048, distributed_optimizer=True)
+    assert found.parameters + found.buffers == 671_026_419_200  # as published, with the biases of 58 routers
+    assert found.buffers == 58 * 256
+    assert {traffic.group for stage in found.stages for traffic in stage.traffic} >= {"ep", "pp", "expt_dp"}
+
+
+def test_a_plan_by_memory_of_others_is_the_same() -> None:
+    memo: Any = {}
+    document = Document.load("hybrid-tiny")
+    apply_layout(document, {"pp": 2})
+    options = PlanOptions(batch=Batch(seq_length=32), world_size=4)
+    first, again = (plan(document, options, memo=memo) for _ in range(2))
+    assert again.stages == first.stages == plan(document, options).stages
+
+
+def test_recomputing_keeps_less_and_computes_more() -> None:
+    batch = Batch(seq_length=128, global_batch_size=8)
+    usual = planned("tiny", {}, world_size=1, batch=batch).worst
+    recomputed = planned("tiny", {}, *RECOMPUTED, world_size=1, batch=batch).worst
+    assert recomputed.activation_bytes < usual.activation_bytes / 2
+    assert usual.flops < recomputed.flops <= usual.flops * 4 / 3
+
+
+def test_the_peak_is_that_of_the_schedule() -> None:
+    # 1F1B: the first of four ranks keeps four microbatches, the last one.
+    found = planned("tiny", {"pp": 4}, world_size=4, batch=Batch(seq_length=128, global_batch_size=16))
+    kept = [stage.activation_bytes / stage.chunks[0].activation_bytes for stage in found.stages]
+    assert kept == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "world_size", "says"),
+    [
+        ("tiny", {"tp": 3}, 3, r"num_attention_heads \(4\) must be a multiple of tensor_model_parallel_size \(3\)"),
+        ("moe-tiny", {"ep": 3}, 3, "num_moe_experts = 4 is not a multiple of ep = 3"),
+        ("tiny", {"tp": 2}, 3, "3"),
+        ("t5-tiny", {"pp": 2}, 2, "T5 cannot be split into pipeline stages"),
+    ],
+)
+def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], world_size: int, says: str) -> None:
+    with pytest.raises(BridgeError, match=says):
+        planned(preset, sizes, world_size=world_size)
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    with pytest.raises(PlanError, match="torch-fsdp2: choose --wrap ddp or none"):
+        planned("tiny", {}, world_size=1, wrapper=Wrapper.TORCH_FSDP2)
+    with pytest.raises(PlanError, match="set it to alltoall"):
+        planned("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)
+
+
+# --- Search
+
+
+def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
+    document = Document.load("moe-tiny")
+    limit = 4_000_000
+    options = PlanOptions(
+        batch=Batch(seq_length=64, global_batch_size=16), world_size=4, gpu_memory=limit, distributed_optimizer=True
+    )
+    found = search(document, options, Machine(), fixed={"tp": 1}, processes=2)
+    assert found.tried == found.refused + found.too_large + len(found.candidates)
+    assert found.too_large
+    seconds = [candidate.seconds for candidate in found.candidates]
+    assert seconds == sorted(seconds)
+    for candidate in found.candidates:
+        again = deepcopy(document)
+        sizes = {axis: size for axis, size in candidate.plan.layout.items() if axis not in ("dp", "etp")}
+        replace_layout(again, sizes, sequence_parallel=False)
+        assert plan(again, options).stages == candidate.plan.stages
+        assert candidate.plan.worst.total_bytes <= limit
+        assert candidate.seconds == pytest.approx(sum(candidate.parts.values()))
+    why = found.why()
+    assert why is not None
+    assert why.startswith(f"{found.candidates[0].name} is ahead of {found.candidates[1].name}")
+    with pytest.raises(PlanError, match=r"no layout of 4 GPUs fits"):
+        search(document, replace(options, gpu_memory=1000), Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
+
+
+# --- The command
+
+
+def bridge_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("bridge")), "plan", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    shown = bridge_plan("tiny", "--tp", "2", "--pp", "2", "--dp", "2", "--json", "--html", str(page))
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["world_size"] == 8
+    assert found["parameters"] == 241_024
+    assert [stage["pp"] for stage in found["stages"]] == [0, 1]
+    assert {"weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "total_bytes", "flops"} < set(
+        found["stages"][0]
+    )
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_the_command_where_a_rank_does_not_fit() -> None:
+    shown = bridge_plan("tiny", "--tp", "2", "--gpu-memory", "3MiB")
+    assert shown.returncode == 1
+    assert "does not fit" in " ".join(shown.stdout.split())
+    assert "with --distributed-optimizer the worst rank holds" not in shown.stderr  # one data-parallel rank shares none
+    assert "with transformer.sequence_parallel=true the worst rank holds" in shown.stderr
+
+
+def test_the_command_refuses_nonsense() -> None:
+    assert bridge_plan("tiny", "--tp", "0").returncode == 2
+    assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
+    refused = bridge_plan("tiny", "--tp", "3")
+    assert refused.returncode == 1
+    assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr

@@ -67,6 +67,7 @@ def _plan(stages: list[StagePlan], *, gpu_memory: int | None = 80 * GIB, **chang
         micro_batch_size=1,
         global_batch_size=8,
         microbatches=8,
+        microbatch_group_size=None,
         parameters=98_765_432_100,
         buffers=14_848,
         gpu_memory=gpu_memory,

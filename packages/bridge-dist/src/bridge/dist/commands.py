@@ -22,6 +22,8 @@ from bridge.dist.documents import apply_layout
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bridge.dist.plan.plan import PlanOptions
+    from bridge.dist.plan.search import Machine
     from bridge.dist.report import BuildReport
     from bridge.dist.train import TrainOptions
 
@@ -30,6 +32,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., object])
 _WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
 _LONGEST_DEFAULT_SAMPLE = 128
 _SIZE = click.IntRange(min=1)
+_ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
 
 def _training_options(command: CommandT) -> CommandT:
@@ -216,6 +219,20 @@ class _Bytes(click.ParamType[int]):
 )
 @click.option("--seq-length", type=_SIZE, help="Tokens per sample; by default the model's.")
 @click.option("--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB: exit code 1 if a rank holds more.")
+@click.option("--search", is_flag=True, help="Rank the layouts of --gpus that fit; sizes that are given stay.")
+@click.option("--gpu-tflops", type=_ABOVE_ZERO, default=989.0, show_default=True, help="For --search: of a GPU, dense.")
+@click.option(
+    "--efficiency",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="For --search: the share of them that is reached.",
+)
+@click.option("--gpus-per-node", type=_SIZE, default=8, show_default=True, help="For --search.")
+@click.option("--node-bandwidth", type=_ABOVE_ZERO, default=450.0, show_default=True, help="For --search: GB/s a GPU.")
+@click.option(
+    "--network-bandwidth", type=_ABOVE_ZERO, default=50.0, show_default=True, help="For --search: GB/s a GPU."
+)
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
@@ -230,6 +247,12 @@ def plan(
     global_batch_size: int | None,
     seq_length: int | None,
     gpu_memory: int | None,
+    search: bool,
+    gpu_tflops: float,
+    efficiency: float,
+    gpus_per_node: int,
+    node_bandwidth: float,
+    network_bandwidth: float,
     html: Path | None,
     as_json: bool,
     **sizes: int | None,
@@ -240,6 +263,8 @@ def plan(
     everything is counted: weights, gradients, optimizer, activations at the peak of the schedule, FLOPs, messages.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
+    if search:
+        launch.start_fork_server(os.cpu_count() or 1)
 
     from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.batch import Batch
@@ -247,24 +272,37 @@ def plan(
     from bridge.dist.plan.advice import advise
     from bridge.dist.plan.plan import PlanOptions, job_layout
     from bridge.dist.plan.plan import plan as planned
+    from bridge.dist.plan.search import Machine
 
     document = Document.load(file, overrides)
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
-    apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
-    layout, length = job_layout(document, gpus=gpus, dp=dp)
-    default = micro_batch_size * layout.dp * (2 * layout.pp if layout.pp > 1 else 1)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if not search:
+        apply_layout(document, given)
+    layout, length = job_layout(document, gpus=gpus, dp=dp, whole=search)
+    microbatches = 2 * layout.pp if layout.pp > 1 else 1
     options = PlanOptions(
         batch=Batch(
             seq_length=seq_length or length,
             micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size or default,
+            global_batch_size=global_batch_size or micro_batch_size * layout.dp * microbatches,
         ),
         world_size=layout.world_size,
         wrapper=Wrapper(wrap),
         distributed_optimizer=distributed_optimizer,
         gpu_memory=gpu_memory,
     )
+    if search:
+        machine = Machine(
+            flops=gpu_tflops * 1e12,
+            efficiency=efficiency,
+            gpus_per_node=gpus_per_node,
+            node_bandwidth=node_bandwidth * 1e9,
+            network_bandwidth=network_bandwidth * 1e9,
+        )
+        _search(document, options, machine, given, as_json=as_json)
+        return
     found = planned(document, options)
     if html is not None:
         from bridge.dist.plan.html import page
@@ -280,6 +318,19 @@ def plan(
         for advice in advise(document, options, found):
             click.echo(f"with {advice.change} the worst rank holds {advice.total_bytes / 2**30:,.3f} GiB", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _search(
+    document: Document, options: PlanOptions, machine: Machine, given: dict[str, int], *, as_json: bool
+) -> None:
+    from bridge.dist.plan.search import search
+    from bridge.dist.plan.text import search_tables
+
+    found = search(document, options, machine, fixed=given)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        _print(search_tables(found, machine))
 
 
 def _train_options(

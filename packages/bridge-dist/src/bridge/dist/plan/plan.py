@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
 from bridge.dist.batch import Batch
+from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
@@ -31,18 +33,22 @@ class PlanOptions:
     gpu_memory: int | None = None
 
 
-def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> tuple[Layout, int]:
+def job_layout(document: Document, *, gpus: int | None, dp: int | None, whole: bool = False) -> tuple[Layout, int]:
     """Return the layout of a document on some GPUs, and the length of its model's sequences.
 
     Args:
         document: Model and layout.
         gpus: How many; None for as many as the layout takes with ``dp``.
         dp: Data-parallel size; None for what ``gpus`` leaves, or 1.
+        whole: Leave the document's own layout aside: one whole model a GPU.
 
     Raises:
         LayoutError: The layout does not fit.
         PlanError: The model does not say how long its sequences are.
     """
+    if whole:
+        document = deepcopy(document)
+        replace_layout(document, {}, sequence_parallel=False)
     config = document.config()
     transformer = make_builder(config).transformer_config
     model = (
@@ -90,6 +96,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         micro_batch_size=batch.micro_batch_size,
         global_batch_size=batch.global_batch_size,
         microbatches=microbatches,
+        microbatch_group_size=group_size,
         parameters=_logical_parameters(ranks, layout, vocab_size(config)),
         buffers=sum(rank.buffers for rank in ranks),
         gpu_memory=options.gpu_memory,

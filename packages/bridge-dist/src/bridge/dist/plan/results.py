@@ -73,7 +73,8 @@ class Plan:
 
     ``parameters`` counts every parameter of the model once, without the padding of the vocabulary; ``buffers`` what
     else a checkpoint holds, such as biases of routers. ``implementation`` says on which layers activations were
-    measured. ``gpu_memory`` is in bytes, None where none was given.
+    measured. ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``. ``gpu_memory`` is in
+    bytes, None where none was given.
     """
 
     world_size: int
@@ -85,6 +86,7 @@ class Plan:
     micro_batch_size: int
     global_batch_size: int
     microbatches: int
+    microbatch_group_size: int | None
     parameters: int
     buffers: int
     gpu_memory: int | None

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bridge.dist.layout import Layout
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
+from bridge.dist.plan.search import Found, Machine
 from bridge.dist.plan.timeline import Timeline, planned
 from bridge.dist.report import layer_ranges
 
@@ -217,3 +218,26 @@ class _Bar:
             bar.pad_right(limit - len(bar))
             bar = Text.assemble(bar[:limit], ("|", "bold red"), bar[limit:])
         yield bar
+
+
+_SHOWN = 10
+
+
+def search_tables(found: Found, machine: Machine) -> list[RenderableType]:
+    """Show the fastest layouts of a search, why the first is ahead, and what the times are estimated with."""
+    kinds = list(dict.fromkeys(kind for one in found.candidates[:_SHOWN] for kind in one.parts))
+    table = Table("layout", "GiB", "step, s", *kinds, title="fastest layouts, estimated seconds of a step by kind")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in found.candidates[:_SHOWN]:
+        parts = [f"{one.parts.get(kind, 0.0):.3f}" for kind in kinds]
+        table.add_row(one.name, gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
+    said = [
+        f"{found.tried} layouts: {found.refused} refused, {found.too_large} too large, "
+        f"{len(found.candidates)} fit, {min(_SHOWN, len(found.candidates))} shown",
+        *filter(None, [found.why()]),
+        f"estimated with {machine.flops / 1e12:,.0f} TFLOPs a second of which {machine.efficiency:.0%} are reached, "
+        f"{machine.node_bandwidth / 1e9:,.0f} GB/s between {machine.gpus_per_node} GPUs of a node and "
+        f"{machine.network_bandwidth / 1e9:,.0f} GB/s beyond; nothing overlaps",
+    ]
+    return [table, *(Text(line) for line in said)]

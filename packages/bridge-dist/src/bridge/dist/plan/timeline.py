@@ -51,7 +51,7 @@ def planned(plan: Plan) -> Timeline:
     """Return the step of a plan, in FLOPs of a rank: a pass takes as long as its FLOPs are many."""
     layout = Layout(**plan.layout)
     return simulate(
-        [passes(layout, stage.pp, plan.microbatches) for stage in plan.stages],
+        [passes(layout, stage.pp, plan.microbatches, group_size=plan.microbatch_group_size) for stage in plan.stages],
         forward=[[chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
         backward=[[chunk.flops - chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
     )

@@ -1,0 +1,213 @@
+"""The layouts of some number of GPUs, planned and ranked by an estimate of what a step takes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bridge.config import BridgeError, Document
+from bridge.dist.documents import replace_layout
+from bridge.dist.errors import PlanError
+from bridge.dist.job import make_builder
+from bridge.dist.layout import Layout
+from bridge.dist.plan.measure import Memo
+from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.plan.results import Plan, StagePlan
+from bridge.dist.plan.timeline import planned
+
+_LARGEST_VP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a step's time is estimated with: a GPU's FLOPs a second and the share of them that is reached, GPUs that
+    share a node, and bytes a second to a GPU from others of its node and from other nodes.
+
+    The defaults are those of a node of eight H100: 989 TFLOPs of dense bf16, NVLink, and 400 Gb/s a GPU.
+    """
+
+    flops: float = 989e12
+    efficiency: float = 0.5
+    gpus_per_node: int = 8
+    node_bandwidth: float = 450e9
+    network_bandwidth: float = 50e9
+
+    def seconds(self, stage: StagePlan, layout: Layout) -> dict[str, float]:
+        """Return how long a stage's own work takes in a step, by kind, none of it at the same time as another."""
+        found = {"computation": stage.flops / (self.flops * self.efficiency)}
+        for sent in stage.traffic:
+            kind = f"{sent.group} traffic"
+            found[kind] = found.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout)
+        return found
+
+    def bandwidth(self, group: str, layout: Layout) -> float:
+        """Return that within a node if all ranks of a group share one; ranks are placed in Megatron's order."""
+        inner = {"tp": layout.tp, "expt_tp": layout.tp, "tp_ep": layout.tp * layout.ep, "ep": layout.tp * layout.ep}
+        inner |= {"cp": layout.tp * layout.cp, "tp_cp": layout.tp * layout.cp}
+        span = inner.get(group, layout.world_size)
+        return self.node_bandwidth if span <= self.gpus_per_node else self.network_bandwidth
+
+
+class Candidate(NamedTuple):
+    """A layout that fits: its plan, what a step is estimated to take, and of what that is made, in seconds."""
+
+    plan: Plan
+    seconds: float
+    parts: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The layout in words."""
+        return str(Layout(**self.plan.layout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: the layouts that fit, fastest first; how many were tried, refused and too large."""
+
+    candidates: list[Candidate]
+    tried: int
+    refused: int
+    too_large: int
+
+    def why(self) -> str | None:
+        """Say why the first is ahead of the second; None if there are not two."""
+        if len(self.candidates) < 2:
+            return None
+        first, second = self.candidates[:2]
+        gains = {
+            part: second.parts.get(part, 0.0) - first.parts.get(part, 0.0) for part in {**first.parts, **second.parts}
+        }
+        said = [
+            f"{abs(gain):.3f} s {'less' if gain > 0 else 'more'} of {part}"
+            for part, gain in sorted(gains.items(), key=lambda item: -abs(item[1]))
+            if abs(gain) > 0.01 * first.seconds
+        ]
+        return f"{first.name} is ahead of {second.name} by " + (", ".join(said) or "less than a hundredth")
+
+    def to_json(self) -> dict[str, object]:
+        """Return what was found as plain data."""
+        return {
+            "tried": self.tried,
+            "refused": self.refused,
+            "too_large": self.too_large,
+            "why": self.why(),
+            "candidates": [
+                {
+                    "layout": one.plan.layout,
+                    "seconds": one.seconds,
+                    "parts": one.parts,
+                    "total_bytes": one.plan.worst.total_bytes,
+                }
+                for one in self.candidates
+            ],
+        }
+
+
+def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool) -> Iterator[dict[str, int]]:
+    """Yield the sizes of layouts of some GPUs, those that ``fixed`` names as they are; pre-flight refuses more."""
+
+    def sizes(axis: str, largest: int) -> list[int]:
+        divisors = [size for size in range(1, largest + 1) if gpus % size == 0]
+        return [fixed[axis]] if axis in fixed else divisors
+
+    for tp in sizes("tp", min(8, gpus)):
+        for pp in sizes("pp", min(num_layers, gpus // tp)):
+            for cp in sizes("cp", 8 if "cp" in fixed else 1):
+                if gpus % (tp * pp * cp):
+                    continue
+                dp = gpus // (tp * pp * cp)
+                of_experts = [size for size in range(1, dp * cp + 1) if (dp * cp) % size == 0] if has_experts else [1]
+                for ep in [fixed["ep"]] if "ep" in fixed else of_experts:
+                    deepest = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
+                    for vp in [fixed["vp"]] if "vp" in fixed else range(1, deepest + 1):
+                        yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep}
+
+
+def search(
+    document: Document,
+    options: PlanOptions,
+    machine: Machine,
+    *,
+    fixed: Mapping[str, int],
+    processes: int | None = None,
+) -> Found:
+    """Plan every layout of ``options.world_size`` GPUs and rank those that fit by the time of a step.
+
+    The estimate: a pass of a chunk takes its FLOPs over those that are reached and the bytes it sends over the
+    bandwidth of the group; the pipeline runs by Megatron's schedule; then gradients are reduced. Nothing overlaps.
+
+    Args:
+        document: The model; its own layout is left aside.
+        options: The batch, the number of GPUs, the wrapper and the memory of a GPU.
+        machine: Speeds to estimate with.
+        fixed: Sizes that are given, by axis.
+        processes: How many plan at a time; by default as many as there are processors.
+
+    Raises:
+        PlanError: No layout fits.
+    """
+    transformer = make_builder(document.config()).transformer_config
+    by_chunks: dict[tuple[int, ...], list[dict[str, int]]] = defaultdict(list)
+    for sizes in layouts(
+        options.world_size, fixed, num_layers=transformer.num_layers, has_experts=bool(transformer.num_moe_experts)
+    ):
+        by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
+        groups = sorted(by_chunks.values(), key=len, reverse=True)
+        outcomes = [
+            outcome
+            for found in pool.map(_tried, *zip(*((document, options, machine, sizes) for sizes in groups), strict=True))
+            for outcome in found
+        ]
+    candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
+    counts = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
+    if not candidates:
+        raise PlanError(
+            f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {counts['refused']} are refused and "
+            f"{counts['too large']} too large; take more GPUs, recompute activations, or a smaller micro batch"
+        )
+    return Found(
+        candidates=sorted(candidates, key=lambda candidate: candidate.seconds),
+        tried=len(outcomes),
+        refused=counts["refused"],
+        too_large=counts["too large"],
+    )
+
+
+def _tried(
+    document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]
+) -> list[Candidate | str]:
+    """Plan layouts one after the other: a candidate of each, or what is wrong with it."""
+    memo: Memo = {}
+    outcomes: list[Candidate | str] = []
+    for one in sizes:
+        changed = deepcopy(document)
+        replace_layout(changed, one, sequence_parallel=one["tp"] > 1)
+        try:
+            made = plan(changed, options, memo=memo)
+        except BridgeError:
+            outcomes.append("refused")
+            continue
+        outcomes.append("too large" if made.fits is False else estimated(made, machine))
+    return outcomes
+
+
+def estimated(made: Plan, machine: Machine) -> Candidate:
+    """Estimate what a step of a plan takes."""
+    layout = Layout(**made.layout)
+    by_stage = [machine.seconds(stage, layout) for stage in made.stages]
+    busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))
+    at_end = {part: seconds for part, seconds in busiest.items() if part.startswith(("dp", "expt_dp"))}
+    in_pipeline = sum(busiest.values()) - sum(at_end.values())
+    bubble = planned(made).bubble
+    waiting = in_pipeline * bubble / (1 - bubble)
+    parts = dict(busiest) | {"pipeline bubbles": waiting}
+    return Candidate(made, sum(parts.values()), parts)
