@@ -1,0 +1,69 @@
+"""How many layouts a search plans in a minute, and how long single plans of large jobs take.
+
+uv run python tests/benchmarks/plan_search.py [PRESET] [GPUS]
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+from bridge.config import Document
+from bridge.dist import launch
+from bridge.dist import quiet as quiet  # for its effect
+from bridge.dist.batch import Batch
+from bridge.dist.documents import apply_layout
+from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.plan.search import Machine, search
+
+LARGE = {
+    "llama-3.1-405b": (
+        {"tp": 8, "pp": 16, "vp": 8},
+        16_384,
+        [
+            "transformer.sequence_parallel=true",
+            "transformer.account_for_embedding_in_pipeline_split=true",
+            "transformer.account_for_loss_in_pipeline_split=true",
+        ],
+    ),
+    "deepseek-v3": (
+        {"pp": 16, "ep": 64},
+        2048,
+        ["transformer.pipeline_model_parallel_layout=Ettt|(tttt|)*14,ttL"],
+    ),
+}
+
+
+def main() -> None:
+    preset, gpus = sys.argv[1] if sys.argv[1:] else "llama-3.1-8b", int(sys.argv[2]) if sys.argv[2:] else 64
+    launch.start_fork_server(2)
+    for name, (sizes, world_size, overrides) in LARGE.items():
+        document = Document.load(name, overrides)
+        apply_layout(document, sizes)
+        batch = Batch(seq_length=document.data["seq_length"], global_batch_size=world_size)
+        options = PlanOptions(batch=batch, world_size=world_size, distributed_optimizer=True)
+        found = plan(document, options)
+        sys.stdout.write(f"{name} on {world_size:,} ranks: {found.parameters:,} parameters, {found.seconds:.1f} s\n")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sys.stdout.write(f"peak memory of this process: {peak:.2f} GiB\n")
+
+    document = Document.load(preset)
+    options = PlanOptions(
+        batch=Batch(seq_length=document.data["seq_length"], global_batch_size=8 * gpus),
+        world_size=gpus,
+        distributed_optimizer=True,
+        gpu_memory=80 * 2**30,
+    )
+    start = time.perf_counter()
+    outcome = search(document, options, Machine(), fixed={}, processes=2)
+    seconds = time.perf_counter() - start
+    built = outcome.tried - outcome.refused
+    sys.stdout.write(
+        f"{preset} on {gpus} GPUs: {outcome.tried} layouts, {built} of them planned, in {seconds:.1f} s: "
+        f"{60 * built / seconds:.0f} planned a minute\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
