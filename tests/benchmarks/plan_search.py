@@ -37,7 +37,7 @@ LARGE = {
 
 def main() -> None:
     preset, gpus = sys.argv[1] if sys.argv[1:] else "llama-3.1-8b", int(sys.argv[2]) if sys.argv[2:] else 64
-    launch.start_fork_server(2)
+    launch.start_fork_server(2, "bridge.dist.plan.search")
     for name, (sizes, world_size, overrides) in LARGE.items():
         document = Document.load(name, overrides)
         apply_layout(document, sizes)

@@ -81,7 +81,7 @@ def agree_in_world(mine: Facts, *, timeout: timedelta = LONGEST_WAIT) -> None:
     Raises:
         AgreementError: On every rank, when they differ or a rank does not answer in time.
     """
-    if _is_alone():
+    if is_alone():
         return
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     agree(mine, store=_get_default_store(), rank=rank, world_size=world_size, timeout=timeout)
@@ -96,7 +96,7 @@ def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeo
     Raises:
         AgreementError: On every rank, when they differ or a rank does not answer in time.
     """
-    if _is_alone():
+    if is_alone():
         return
     problems = _Problems(values={}, silent=[])
     for turn, group in enumerate((pg_collection.tp, pg_collection.dp_cp, pg_collection.pp)):
@@ -134,7 +134,7 @@ def agree(mine: Facts, *, store: Store, rank: int, world_size: int, timeout: tim
     _raise_if_any(problems, timeout)
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
     """Whether there is nobody to ask; the other ranks of a fake world do not exist."""
     distributed = torch.distributed
     return not distributed.is_initialized() or distributed.get_world_size() == 1 or distributed.get_backend() == "fake"

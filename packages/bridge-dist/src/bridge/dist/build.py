@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig
-from bridge.dist.agreement import agree_in_groups, facts, versions
+from bridge.dist.agreement import agree_in_groups, facts, is_alone, versions
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.forward import next_token_step
 from bridge.dist.meta import initialise_stages
@@ -145,7 +145,8 @@ def build_distributed(
         AgreementError: The ranks are about to build different things.
         PreflightError: The configuration does not fit the process groups or the wrapper.
     """
-    agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
+    if not is_alone():
+        agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
     layout = layout_of_groups(config, pg_collection)
     check(Setup(transformer=config, layout=layout, options=options, model=model), rules)
     check_optimizer_instances(pg_collection, options)

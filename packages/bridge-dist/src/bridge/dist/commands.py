@@ -264,7 +264,7 @@ def plan(
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
     if search:
-        launch.start_fork_server(os.cpu_count() or 1)
+        launch.start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
 
     from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.batch import Batch

@@ -63,10 +63,10 @@ def _first_node(environment: Mapping[str, str]) -> str:
     return listed.stdout.split()[0]
 
 
-def start_fork_server(ranks: int) -> None:
-    """Begin to import torch and Megatron for the ranks, while this process goes on to check its input."""
+def start_fork_server(ranks: int, *modules: str) -> None:
+    """Begin to import torch, Megatron and more for the ranks, while this process goes on to check its input."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOAD, *modules])
     forkserver.ensure_running()
 
 

@@ -99,6 +99,9 @@ class Rank:
     """Whose layers they are."""
 
 
+_WITHIN_LAYERS = ("tp", "cp", "ep", "expt_tp", "tp_ep", "tp_cp")
+"""Groups whose ranks share the work of a layer."""
+
 Memo = dict[Any, Work]
 """What microbatches take in chunks that were seen before."""
 
@@ -109,6 +112,7 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
+        builder.transformer_config.perform_initialization = False  # there are no values to draw
         placements: list[tuple[Placement, bool]] = []
 
         def note(stages: list[MegatronModule]) -> list[MegatronModule]:
@@ -221,17 +225,20 @@ def _chunk(
     memo: Memo,
 ) -> Chunk:
     model = unwrap_model(stage)
-    key = (
-        _signature(model),
-        (batch.micro_batch_size, batch.seq_length),
-        tuple((name, group.size()) for name, group in _groups(groups)),
-    )
-    if key not in memo:
-        memo[key] = _work(stage, builder, groups, batch, names)
+    sizes = {kind: group.size() for kind, group in _groups(groups)}
+    chunk = (_signature(model), batch.micro_batch_size, batch.seq_length)
+    within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
+    anywhere = (chunk, *sizes.items())
+    work = memo.get(within) or memo.get(anywhere)
+    if work is None:
+        work = _work(stage, builder, groups, batch, names)
+        # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
+        talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
+        memo[within if talks_within else anywhere] = work
     return Chunk(
         layers=layer_indices(stage),
         parameters=sum(_local(parameter).numel() for parameter in model.parameters()),
-        work=memo[key],
+        work=work,
     )
 
 

@@ -54,7 +54,7 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
         "layout": f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; wrapped with {plan.wrap}{optimizer}",
         "batch": (
             f"{plan.global_batch_size:,} samples of {plan.seq_length:,} tokens a step, "
-            f"{plan.micro_batch_size:,} at a time: {plan.microbatches:,} microbatches"
+            f"{plan.micro_batch_size:,} at a time: {plan.microbatches:,} microbatch(es)"
         ),
         "parameters": f"{plan.parameters:,}" + (f", and {plan.buffers:,} in buffers" if plan.buffers else ""),
         "memory": _verdict(plan),
