@@ -282,14 +282,14 @@ def _work(
     received = passed_on = 0
     kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(names)
     with kept, flops, sent, _FusedAttention():
-        if not model.pre_process:
+        if not getattr(model, "pre_process", True):
             from_before = _from_stage_before(config, groups, batch)
             received = _tensor_bytes(from_before)
             model.set_input_tensor(from_before)
         tokens = torch.empty(batch.micro_batch_size, batch.seq_length + 1, dtype=torch.long)
         output = builder.forward_step(stage, tokens, groups)
         forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
-        if model.post_process:
+        if getattr(model, "post_process", True):
             output.float().mean().backward()
         else:
             passed_on = _tensor_bytes(output)

@@ -112,6 +112,7 @@ class Found:
 
 def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool) -> Iterator[dict[str, int]]:
     """Yield the sizes of layouts of some GPUs, those that ``fixed`` names as they are; pre-flight refuses more."""
+    etp = {"etp": fixed["etp"]} if "etp" in fixed else {}
 
     def sizes(axis: str, largest: int) -> list[int]:
         divisors = [size for size in range(1, largest + 1) if gpus % size == 0]
@@ -127,7 +128,7 @@ def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts
                 for ep in [fixed["ep"]] if "ep" in fixed else of_experts:
                     deepest = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
                     for vp in [fixed["vp"]] if "vp" in fixed else range(1, deepest + 1):
-                        yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep}
+                        yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep} | etp
 
 
 def search(
@@ -140,8 +141,9 @@ def search(
 ) -> Found:
     """Plan every layout of ``options.world_size`` GPUs and rank those that fit by the time of a step.
 
-    The estimate: a pass of a chunk takes its FLOPs over those that are reached and the bytes it sends over the
-    bandwidth of the group; the pipeline runs by Megatron's schedule; then gradients are reduced. Nothing overlaps.
+    Tensor parallelism is taken with sequence parallelism. The estimate: a pass of a chunk takes its FLOPs over those
+    that are reached and the bytes it sends over the bandwidth of the group; the pipeline runs by Megatron's schedule;
+    then gradients are reduced. Nothing overlaps.
 
     Args:
         document: The model; its own layout is left aside.
