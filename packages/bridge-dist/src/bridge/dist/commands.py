@@ -307,7 +307,7 @@ def plan(
     if html is not None:
         from bridge.dist.plan.html import page
 
-        html.write_text(page(found, title=Path(file).stem), encoding="utf-8")
+        html.write_text(page(found, title=Path(file).name.removesuffix(".yaml")), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
