@@ -426,6 +426,8 @@ def test_the_command_where_a_rank_does_not_fit() -> None:
 def test_the_command_refuses_nonsense() -> None:
     assert bridge_plan("tiny", "--tp", "0").returncode == 2
     assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
+    assert "--search needs --gpus" in bridge_plan("tiny", "--search").stderr
+    assert "--search takes neither" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
     refused = bridge_plan("tiny", "--tp", "3")
     assert refused.returncode == 1
     assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr

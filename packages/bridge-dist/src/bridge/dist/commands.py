@@ -17,7 +17,7 @@ import click
 
 from bridge.config import Document, ModelConfig
 from bridge.dist import launch
-from bridge.dist.documents import apply_layout
+from bridge.dist.documents import apply_layout, replace_layout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -264,13 +264,17 @@ def plan(
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
     if search:
+        if gpus is None:
+            raise click.UsageError("--search needs --gpus, how many there are")
+        if dp is not None or html is not None:
+            raise click.UsageError("--search takes neither --dp, which follows from the other sizes, nor --html")
         launch.start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
 
     from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.batch import Batch
     from bridge.dist.options import Wrapper
     from bridge.dist.plan.advice import advise
-    from bridge.dist.plan.plan import PlanOptions, job_layout
+    from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
     from bridge.dist.plan.plan import plan as planned
     from bridge.dist.plan.search import Machine
 
@@ -278,13 +282,15 @@ def plan(
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
     given = {name: value for name, value in sizes.items() if value is not None}
-    if not search:
+    if search:
+        replace_layout(document, {}, sequence_parallel=False)
+    else:
         apply_layout(document, given)
-    layout, length = job_layout(document, gpus=gpus, dp=dp, whole=search)
+    layout = job_layout(document, gpus=gpus, dp=dp)
     microbatches = 2 * layout.pp if layout.pp > 1 else 1
     options = PlanOptions(
         batch=Batch(
-            seq_length=seq_length or length,
+            seq_length=seq_length or sequence_length(document),
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size or micro_batch_size * layout.dp * microbatches,
         ),

@@ -7,14 +7,14 @@ with the same ranks in the same order, and put where it keeps them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._C._distributed_c10d import FakeProcessGroup, _register_process_group
-from torch.distributed import GroupName, ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bridge.dist.layout import Layout
@@ -63,7 +63,11 @@ _GROUPS = (
 
 def rank_of(layout: Layout, **coordinates: int) -> int:
     """Return the rank at some coordinates along tp, cp, dp and pp; those not named are 0."""
-    return _rank(_sizes(layout), _DENSE, coordinates)
+    sizes, rank, stride = _sizes(layout), 0, 1
+    for axis in _DENSE:
+        rank += coordinates.get(axis, 0) * stride
+        stride *= sizes[axis]
+    return rank
 
 
 @contextlib.contextmanager
@@ -133,7 +137,7 @@ def _fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
     for device in ("cpu", "cuda", "meta"):
         group._register_backend(torch.device(device), ProcessGroup.BackendType.CUSTOM, backend)
     group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
-    group._set_group_name(GroupName(f"planned {name}"))
+    group._set_group_name(f"planned {name}")  # type: ignore[arg-type]  # torch 2.6 has no type for it
     world = distributed_c10d._world
     world.pg_group_ranks[group] = {member: index for index, member in enumerate(ranks)}
     world.pg_map[group] = ("fake", store)
@@ -153,11 +157,3 @@ def _sizes(layout: Layout) -> dict[str, int]:
         "ep": layout.ep,
         "edp": layout.tp * layout.cp * layout.dp // (etp * layout.ep),
     }
-
-
-def _rank(sizes: Mapping[str, int], order: tuple[str, ...], coordinates: Mapping[str, int]) -> int:
-    rank, stride = 0, 1
-    for axis in order:
-        rank += coordinates.get(axis, 0) * stride
-        stride *= sizes[axis]
-    return rank

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
 from bridge.dist.batch import Batch
-from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
@@ -33,34 +31,37 @@ class PlanOptions:
     gpu_memory: int | None = None
 
 
-def job_layout(document: Document, *, gpus: int | None, dp: int | None, whole: bool = False) -> tuple[Layout, int]:
-    """Return the layout of a document on some GPUs, and the length of its model's sequences.
+def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layout:
+    """Return the layout of a document on some GPUs.
 
     Args:
         document: Model and layout.
         gpus: How many; None for as many as the layout takes with ``dp``.
         dp: Data-parallel size; None for what ``gpus`` leaves, or 1.
-        whole: Leave the document's own layout aside: one whole model a GPU.
 
     Raises:
         LayoutError: The layout does not fit.
-        PlanError: The model does not say how long its sequences are.
     """
-    if whole:
-        document = deepcopy(document)
-        replace_layout(document, {}, sequence_parallel=False)
-    config = document.config()
-    transformer = make_builder(config).transformer_config
+    transformer = make_builder(document.config()).transformer_config
     model = (
         transformer.tensor_model_parallel_size
         * transformer.pipeline_model_parallel_size
         * transformer.context_parallel_size
     )
-    layout = Layout.of(transformer, gpus or model * (dp or 1), dp=dp)
+    return Layout.of(transformer, gpus or model * (dp or 1), dp=dp)
+
+
+def sequence_length(document: Document) -> int:
+    """Return the length of a model's sequences, in tokens.
+
+    Raises:
+        PlanError: The model does not say how long they are.
+    """
+    config = document.config()
     length: int | None = getattr(config, "seq_length", None)
     if length is None:
         raise PlanError(f"{type(config).__name__} has no seq_length: give the length of a sample, --seq-length")
-    return layout, length
+    return length
 
 
 def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) -> Plan:

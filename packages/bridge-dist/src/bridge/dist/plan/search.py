@@ -118,17 +118,17 @@ def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts
         divisors = [size for size in range(1, largest + 1) if gpus % size == 0]
         return [fixed[axis]] if axis in fixed else divisors
 
+    cp = fixed.get("cp", 1)
     for tp in sizes("tp", min(8, gpus)):
         for pp in sizes("pp", min(num_layers, gpus // tp)):
-            for cp in sizes("cp", 8 if "cp" in fixed else 1):
-                if gpus % (tp * pp * cp):
-                    continue
-                dp = gpus // (tp * pp * cp)
-                of_experts = [size for size in range(1, dp * cp + 1) if (dp * cp) % size == 0] if has_experts else [1]
-                for ep in [fixed["ep"]] if "ep" in fixed else of_experts:
-                    deepest = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
-                    for vp in [fixed["vp"]] if "vp" in fixed else range(1, deepest + 1):
-                        yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep} | etp
+            if gpus % (tp * pp * cp):
+                continue
+            replicas = gpus // (tp * pp)
+            of_experts = [size for size in range(1, replicas + 1) if replicas % size == 0] if has_experts else [1]
+            for ep in [fixed["ep"]] if "ep" in fixed else of_experts:
+                deepest = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
+                for vp in [fixed["vp"]] if "vp" in fixed else range(1, deepest + 1):
+                    yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep} | etp
 
 
 def search(
