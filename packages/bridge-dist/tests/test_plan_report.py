@@ -395,7 +395,8 @@ const found = {
 const probe = document.createElement("pre");
 probe.id = "probe";
 document.body.append(probe);
-requestAnimationFrame(() => { probe.textContent = JSON.stringify({ ...found, problems }); });
+// Before the browser writes the page out, which it does once it is loaded; a frame may never be drawn.
+addEventListener("load", () => { probe.textContent = JSON.stringify({ ...found, problems }); });
 </script>"""
 
 
