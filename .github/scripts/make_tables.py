@@ -144,11 +144,13 @@ def words_of(target: Target) -> dict[str, Any]:
     if not target.name.startswith("bridge.") or not isinstance(target.obj, type):
         return {"doc": "", "fields": {}}
     summary = (inspect.getdoc(target.obj) or "").split("\n\n")[0]
-    return {"doc": " ".join(summary.split()), "fields": dict(texts_below_fields(target.obj))}
+    ours = [cls for cls in reversed(target.obj.__mro__) if cls.__module__.startswith("bridge.")]
+    said = {field: text for cls in ours for field, text in texts_below_fields(cls)}
+    return {"doc": " ".join(summary.split()), "fields": said}
 
 
 def texts_below_fields(cls: type) -> Iterator[tuple[str, str]]:
-    """The fields of a class of ours, and the text below each in its source."""
+    """The fields that a class of ours declares, and the text below each in its source."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     for field, text in zip(definition.body, definition.body[1:], strict=False):

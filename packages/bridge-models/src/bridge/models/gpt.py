@@ -12,18 +12,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
-from bridge.builders import EmbedsTransformer
-from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.layout import says_how_to_split
 from bridge.models.errors import ModelConfigError
+from bridge.models.language import LanguageModelConfig
 from bridge.models.layer_specs import layer_spec, mtp_block_spec
-from bridge.models.pipeline import check_cuda_graphs, ends, virtual_stages
-from bridge.models.vocab import check_vocabulary, padded_vocab_size
+from bridge.models.pipeline import ends, virtual_stages
 
 
 @dataclass(kw_only=True)
-class GPTModelConfig(EmbedsTransformer, ModelConfig):
+class GPTModelConfig(LanguageModelConfig):
     """A GPT: a ``TransformerConfig`` and what surrounds it, embeddings and output layer.
 
     Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
@@ -33,39 +31,12 @@ class GPTModelConfig(EmbedsTransformer, ModelConfig):
 
     builder: ClassVar[str] = "bridge.models.gpt.GPTModelBuilder"
 
-    transformer: TransformerConfig
-    """The transformer, and how it is split over ranks."""
-
     transformer_layer_spec: ModuleSpec | Callable[[GPTModelConfig], ModuleSpec] | None = None
     """The layers: a spec; a function of this configuration that returns one, and may take ``vp_stage`` by name; None
     for the default choice."""
 
-    vocab_size: int | None = None
-    """Number of tokens, not padded. Must be set before a model is built."""
-
-    make_vocab_size_divisible_by: int = 128
-    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
-
-    should_pad_vocab: bool = False
-    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
-
-    seq_length: int = 1024
-    """Longest sequence, in tokens; with learned positions, the number of them."""
-
-    fp16_lm_cross_entropy: bool = False
-    """Compute the loss in half precision."""
-
-    parallel_output: bool = True
-    """Leave the logits split over tensor-parallel ranks."""
-
-    share_embeddings_and_output_weights: bool = False
-    """Tie the output layer's weight to the embedding's."""
-
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "yarn", "none"] = "learned_absolute"
     """How positions enter the model."""
-
-    rotary_percent: float = 1.0
-    """Share of each head's channels that is rotated, 0 to 1."""
 
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
@@ -79,25 +50,11 @@ class GPTModelConfig(EmbedsTransformer, ModelConfig):
     scatter_embedding_sequence_parallel: bool = True
     """With sequence parallelism, split the embedding's output along the sequence."""
 
-    seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this, to reach longer sequences."""
-
     tp_comm_overlap_cfg: str | dict[str, Any] | None = None
     """Settings of ``tp_comm_overlap``: a file, or its content."""
 
     use_arbitrary_attention_mask: bool | None = None
     """With a ModelOpt state: accept any attention mask. None: unless there is context parallelism."""
-
-    def finalize(self) -> None:
-        """Let the transformer finalize itself, if it knows how to, then validate.
-
-        Raises:
-            ModelConfigError: See ``validate``.
-        """
-        finalize = getattr(self.transformer, "finalize", None)
-        if callable(finalize):
-            finalize()
-        self.validate()
 
     def validate(self) -> None:
         """Check what can be checked without process groups; nothing is changed.
@@ -105,20 +62,10 @@ class GPTModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field lacks a value or contradicts another one.
         """
-        check_vocabulary(self)
+        super().validate()
         _check_positions(self)
-        check_cuda_graphs(self.transformer)
         _check_pipeline_split(self.transformer)
         _check_multi_token_prediction(self)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
-
-        Raises:
-            ModelConfigError: ``vocab_size`` is not set.
-        """
-        return padded_vocab_size(self)
 
 
 def _check_positions(config: GPTModelConfig) -> None:

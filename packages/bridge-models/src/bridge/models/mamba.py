@@ -13,16 +13,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.builders import EmbedsTransformer
-from bridge.config import ModelConfig
 from bridge.config.migrate import Moved, Removed, Schema
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.preflight import MEGATRON, Rule, Setup, rule
 from bridge.models.errors import ModelConfigError
 from bridge.models.hybrid_layers import stack_spec
 from bridge.models.hybrid_pattern import check_layers, check_symbols, layers_of, prediction_depths, staged
-from bridge.models.pipeline import check_cuda_graphs, ends, virtual_stages
-from bridge.models.vocab import check_vocabulary, padded_vocab_size
+from bridge.models.language import LanguageModelConfig
+from bridge.models.pipeline import ends, virtual_stages
 
 _USE_PATTERN = (
     "the ratio went: write the layers out in hybrid_layer_pattern, as "
@@ -31,7 +29,7 @@ _USE_PATTERN = (
 
 
 @dataclass(kw_only=True)
-class MambaModelConfig(EmbedsTransformer, ModelConfig):
+class MambaModelConfig(LanguageModelConfig):
     """A Mamba or hybrid model: a ``TransformerConfig``, the kinds of its layers, embeddings and output layer.
 
     Every field of ``transformer`` is read and written as if it stood here too. The sizes of Mamba layers are its
@@ -60,32 +58,11 @@ class MambaModelConfig(EmbedsTransformer, ModelConfig):
     """The layers of each kind: a spec; a function of this configuration, or of nothing, that returns one; None for the
     default choice."""
 
-    vocab_size: int | None = None
-    """Number of tokens, not padded. Must be set before a model is built."""
-
-    make_vocab_size_divisible_by: int = 128
-    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
-
-    should_pad_vocab: bool = False
-    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
-
     seq_length: int = 8192
     """Longest sequence, in tokens; with learned positions, the number of them."""
 
-    fp16_lm_cross_entropy: bool = False
-    """Compute the loss in half precision."""
-
-    parallel_output: bool = True
-    """Leave the logits split over tensor-parallel ranks."""
-
-    share_embeddings_and_output_weights: bool = False
-    """Tie the output layer's weight to the embedding's."""
-
     position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "none"
     """How positions enter the model, beside the order in which Mamba layers read."""
-
-    rotary_percent: float = 1.0
-    """Share of each head's channels that is rotated, 0 to 1."""
 
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
@@ -93,41 +70,17 @@ class MambaModelConfig(EmbedsTransformer, ModelConfig):
     scatter_embedding_sequence_parallel: bool = True
     """With sequence parallelism, split the embedding's output along the sequence."""
 
-    seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this, to reach longer sequences."""
-
-    def finalize(self) -> None:
-        """Let the transformer finalize itself, if it knows how to, then validate.
-
-        Raises:
-            ModelConfigError: See ``validate``.
-        """
-        finalize = getattr(self.transformer, "finalize", None)
-        if callable(finalize):
-            finalize()
-        self.validate()
-
     def validate(self) -> None:
         """Check what can be checked without process groups; nothing is changed.
 
         Raises:
             ModelConfigError: A field lacks a value or contradicts another one.
         """
-        check_vocabulary(self)
-        check_cuda_graphs(self.transformer)
+        super().validate()
         _check_pattern(self)
         _check_positions(self)
         if Symbols.MAMBA in self.layer_pattern:
             _check_mamba_sizes(self.transformer)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
-
-        Raises:
-            ModelConfigError: ``vocab_size`` is not set.
-        """
-        return padded_vocab_size(self)
 
     @property
     def layer_pattern(self) -> str:

@@ -16,16 +16,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import get_process_group_ranks
 
-from bridge.builders import EmbedsTransformer
-from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.options import Wrapper
 from bridge.dist.preflight import MEGATRON, Setup, rule
 from bridge.models.errors import ModelConfigError, UnsupportedError
+from bridge.models.language import LanguageModelConfig
 from bridge.models.layer_specs import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
-from bridge.models.pipeline import check_cuda_graphs
 from bridge.models.t5_layers import decoder_layer_spec, encoder_layer_spec
-from bridge.models.vocab import check_vocabulary, padded_vocab_size
 
 _ENCODER_SIZES = {
     "encoder_num_layers": "num_layers",
@@ -45,7 +42,7 @@ _BEYOND_T5: Refusals = {
 
 
 @dataclass(kw_only=True)
-class T5ModelConfig(EmbedsTransformer, ModelConfig):
+class T5ModelConfig(LanguageModelConfig):
     """A T5: a ``TransformerConfig`` for the decoder, what differs in the encoder, and what surrounds the two.
 
     Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
@@ -75,23 +72,8 @@ class T5ModelConfig(EmbedsTransformer, ModelConfig):
     decoder_layer_spec: ModuleSpec | Callable[[T5ModelConfig], ModuleSpec] | None = None
     """The decoder's layers, likewise."""
 
-    vocab_size: int | None = None
-    """Number of tokens, not padded. Must be set before a model is built."""
-
-    make_vocab_size_divisible_by: int = 128
-    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
-
-    should_pad_vocab: bool = False
-    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
-
     seq_length: int = 512
     """Longest sequence of the encoder and of the decoder, in tokens; with learned positions, the number of them."""
-
-    fp16_lm_cross_entropy: bool = False
-    """Compute the loss in half precision."""
-
-    parallel_output: bool = True
-    """Leave the logits split over tensor-parallel ranks."""
 
     share_embeddings_and_output_weights: bool = True
     """Tie the output layer's weight to the embedding's; the output layer then has a bias, as Megatron makes it."""
@@ -99,28 +81,11 @@ class T5ModelConfig(EmbedsTransformer, ModelConfig):
     position_embedding_type: Literal["learned_absolute", "rope", "relative"] = "learned_absolute"
     """How positions enter the model: relative ones as a bias on the scores of self-attention."""
 
-    rotary_percent: float = 1.0
-    """Share of each head's channels that is rotated, 0 to 1."""
-
-    seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this, to reach longer sequences."""
-
     relative_attention_num_buckets: int = 32
     """Number of classes that distances are sorted into, each with a bias for each head."""
 
     relative_attention_max_distance: int = 128
     """Distances from here on are all of one class."""
-
-    def finalize(self) -> None:
-        """Let the transformer finalize itself, if it knows how to, then validate.
-
-        Raises:
-            ModelConfigError: See ``validate``.
-        """
-        finalize = getattr(self.transformer, "finalize", None)
-        if callable(finalize):
-            finalize()
-        self.validate()
 
     def validate(self) -> None:
         """Check what can be checked without process groups; nothing is changed.
@@ -128,19 +93,9 @@ class T5ModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field lacks a value or contradicts another one.
         """
-        check_vocabulary(self)
-        check_cuda_graphs(self.transformer)
+        super().validate()
         _check_sizes(self)
         _check_positions(self)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
-
-        Raises:
-            ModelConfigError: ``vocab_size`` is not set.
-        """
-        return padded_vocab_size(self)
 
     @property
     def encoder_transformer(self) -> TransformerConfig:

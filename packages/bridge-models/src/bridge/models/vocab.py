@@ -2,51 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from bridge.models.errors import ModelConfigError
-
-
-class HasVocabulary(Protocol):
-    """A configuration with a vocabulary; see the fields of ``GPTModelConfig``."""
-
-    vocab_size: int | None
-    make_vocab_size_divisible_by: int
-    should_pad_vocab: bool
-    transformer: TransformerConfig
-
-
-def padded_vocab_size(config: HasVocabulary) -> int:
-    """Return the number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
-
-    Raises:
-        ModelConfigError: ``vocab_size`` is not set.
-    """
-    if config.vocab_size is None:
-        raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
-    if not config.should_pad_vocab:
-        return config.vocab_size
-    return pad_vocab_size(
-        config.vocab_size,
-        make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=config.transformer.tensor_model_parallel_size,
-    )
-
-
-def check_vocabulary(config: HasVocabulary) -> None:
-    """Check that the vocabulary, padded or not, splits over tensor-parallel ranks.
-
-    Raises:
-        ModelConfigError: It does not, or it is not set.
-    """
-    ranks = config.transformer.tensor_model_parallel_size
-    if padded_vocab_size(config) % ranks:
-        raise ModelConfigError(
-            f"vocab_size {config.vocab_size} does not split over tensor_model_parallel_size {ranks}: "
-            "set should_pad_vocab to true"
-        )
 
 
 def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:

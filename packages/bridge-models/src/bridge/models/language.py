@@ -1,0 +1,94 @@
+"""What the configurations of all language models share: the vocabulary, the loss, and how they are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.builders import EmbedsTransformer
+from bridge.config import ModelConfig
+from bridge.models.errors import ModelConfigError
+from bridge.models.pipeline import check_cuda_graphs
+from bridge.models.vocab import pad_vocab_size
+
+
+@dataclass(kw_only=True)
+class LanguageModelConfig(EmbedsTransformer, ModelConfig):
+    """A language model: a ``TransformerConfig`` between an embedding of tokens and an output layer over them.
+
+    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``.
+    """
+
+    transformer: TransformerConfig
+    """The transformer, and how it is split over ranks."""
+
+    vocab_size: int | None = None
+    """Number of tokens, not padded. Must be set before a model is built."""
+
+    make_vocab_size_divisible_by: int = 128
+    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
+
+    should_pad_vocab: bool = False
+    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
+
+    seq_length: int = 1024
+    """Longest sequence, in tokens; with learned positions, the number of them."""
+
+    fp16_lm_cross_entropy: bool = False
+    """Compute the loss in half precision."""
+
+    parallel_output: bool = True
+    """Leave the logits split over tensor-parallel ranks."""
+
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer's weight to the embedding's."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated, 0 to 1."""
+
+    seq_len_interpolation_factor: float | None = None
+    """Divide rotary positions by this, to reach longer sequences."""
+
+    def finalize(self) -> None:
+        """Let the transformer finalize itself, if it knows how to, then validate.
+
+        Raises:
+            ModelConfigError: See ``validate``.
+        """
+        finalize = getattr(self.transformer, "finalize", None)
+        if callable(finalize):
+            finalize()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without process groups; nothing is changed.
+
+        Raises:
+            ModelConfigError: A field lacks a value or contradicts another one.
+        """
+        ranks = self.transformer.tensor_model_parallel_size
+        if self.padded_vocab_size % ranks:
+            raise ModelConfigError(
+                f"vocab_size {self.vocab_size} does not split over tensor_model_parallel_size {ranks}: "
+                "set should_pad_vocab to true"
+            )
+        check_cuda_graphs(self.transformer)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+
+        Raises:
+            ModelConfigError: ``vocab_size`` is not set.
+        """
+        if self.vocab_size is None:
+            raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
+        if not self.should_pad_vocab:
+            return self.vocab_size
+        return pad_vocab_size(
+            self.vocab_size,
+            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=self.transformer.tensor_model_parallel_size,
+        )
