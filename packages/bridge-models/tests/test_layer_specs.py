@@ -10,6 +10,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
@@ -193,6 +194,20 @@ BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] =
     ),
 }
 
+# What neither can train; built it can be.
+BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+    "recomputed norms": (
+        TransformerConfig,
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+        r"layernorm and moe_act out of transformer.recompute_modules",
+    ),
+    "single experts with biases": (
+        TransformerConfig,
+        {"num_moe_experts": 4, "add_bias_linear": True},
+        r"moe_grouped_gemm to true or transformer.add_bias_linear to false",
+    ),
+}
+
 
 @without_te
 @pytest.mark.parametrize("case", ONLY_OURS)
@@ -207,12 +222,12 @@ def test_what_only_our_layers_can_do_is_built(
 
 
 @without_te
-@pytest.mark.parametrize("case", BEYOND_PYTORCH)
+@pytest.mark.parametrize("case", [*BEYOND_PYTORCH, *BEYOND_TRAINING])
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_what_layers_in_pytorch_cannot_do_is_refused(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
-    cls, inner, message = BEYOND_PYTORCH[case]
+    cls, inner, message = (BEYOND_PYTORCH | BEYOND_TRAINING)[case]
     with pytest.raises(UnsupportedError, match=message):
         GPTModelBuilder(gpt(cls, transformer_impl=implementation, **inner)).build_model(pg_collection)
 
@@ -226,6 +241,22 @@ def test_local_layers_still_cannot_do_it(
     config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
     with pytest.raises((AssertionError, RuntimeError, TypeError)):
         ReferenceBuilder(config).build_model(pg_collection)
+
+
+@without_te
+@pytest.mark.parametrize("case", BEYOND_TRAINING)
+def test_local_layers_still_cannot_train_it(
+    pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
+) -> None:
+    cls, inner, _ = BEYOND_TRAINING[case]
+    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
+    with cpu_runtime():
+        model_parallel_cuda_manual_seed(1)  # dispatched tokens ask for its states
+        model = ReferenceBuilder(config).build_model(pg_collection)
+        tokens = torch.arange(8)[None]
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+        with pytest.raises((NameError, RuntimeError)):
+            model(tokens, tokens, mask, labels=tokens).mean().backward()
 
 
 @without_te

@@ -278,6 +278,16 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: c.gradient_accumulation_fusion and not _is_installed("fused_weight_gradient_mlp_cuda"),
         "set transformer.gradient_accumulation_fusion to false",
     ),
+    "recomputation of norms and of experts' activations": (
+        lambda c: (
+            c.recompute_granularity == "selective" and bool({"layernorm", "moe_act"} & set(c.recompute_modules or ()))
+        ),
+        "take layernorm and moe_act out of transformer.recompute_modules",
+    ),
+    "experts one by one with biases": (
+        lambda c: c.num_moe_experts is not None and c.add_bias_linear and not c.moe_grouped_gemm,
+        "set transformer.moe_grouped_gemm to true or transformer.add_bias_linear to false",
+    ),
 }
 
 
