@@ -158,7 +158,7 @@ class Document:
         """
         from bridge.config.decode import decode_config
 
-        with self._placing_problems():
+        with self.placing_problems():
             return decode_config(self.data, ModelConfig)
 
     def check(self, *, defaults: bool = False) -> Checked:
@@ -172,7 +172,7 @@ class Document:
         """
         from bridge.config.decode import check
 
-        with self._placing_problems():
+        with self.placing_problems():
             return check(self.data, defaults=defaults)
 
     def fingerprint(self) -> str:
@@ -183,7 +183,7 @@ class Document:
         """
         from bridge.config.canonical import fingerprint
 
-        with self._placing_problems():
+        with self.placing_problems():
             return fingerprint(self.data)
 
     def diff(self, other: Document, *, defaults: bool = True) -> list[Difference]:
@@ -209,7 +209,7 @@ class Document:
         from bridge.config.decode import current
         from bridge.config.worlds import Tables
 
-        with self._placing_problems():
+        with self.placing_problems():
             present = current(self.data, Tables())
             if present.problems:
                 raise DocumentError(present.problems)
@@ -219,8 +219,8 @@ class Document:
         return present.notes
 
     @contextlib.contextmanager
-    def _placing_problems(self) -> Iterator[None]:
-        """Add file, line and column to the problems that are found inside."""
+    def placing_problems(self) -> Iterator[None]:
+        """Add file, line and column to the problems that a reader of the data finds inside."""
         try:
             yield
         except DocumentError as error:

@@ -1,9 +1,10 @@
-"""The command `bridge presets`. Importing this module imports no torch, so that `bridge --help` stays quick."""
+"""The commands of bridge-models. Importing this module imports no torch, so that `bridge --help` stays quick."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import click
 
@@ -31,3 +32,59 @@ def _description(preset: Traversable) -> str:
     """The comment in a preset's first line; nothing if there is none."""
     first, _, _ = preset.read_text(encoding="utf-8").partition("\n")
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+@click.command()
+@click.argument("source", metavar="CONFIG_JSON")
+@click.option("-o", "--output", help="Write the document to this .yaml, .yml or .json file.")
+@click.option("--model-id", help="The model's name on Hugging Face, kept in hf_model_id, in place of _name_or_path.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def from_hf(*, source: str, output: str | None, model_id: str | None, as_json: bool) -> None:
+    """Make a document from a config.json of transformers.
+
+    CONFIG_JSON is the file, or a folder with a config.json; nothing is fetched. What a document cannot say is refused,
+    all of it at once, by the names of its fields.
+    """
+    from bridge.config.document import Document
+    from bridge.models import huggingface
+
+    given = huggingface.load_config_json(source)
+    with given.placing_problems():
+        converted = huggingface.from_hf(given.data, model_id=model_id)
+    _tell(given.source, converted.notes)
+    document = Document(converted.data)
+    if output is not None:
+        document.save(output)
+    else:
+        click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
+
+
+@click.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write it to this .json file, or into this folder."
+)
+def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None) -> None:
+    """Print the config.json of the model that a document describes, as versions 4 and 5 of transformers read it.
+
+    FILE is a .yaml, .yml or .json file or the name of a preset. PATH=VALUE overrides a value, ~PATH removes one. What a
+    config.json cannot say is refused, all of it at once, by the paths of its fields.
+    """
+    from bridge.config.document import Document
+    from bridge.models import huggingface
+
+    document = Document.load(file, overrides)
+    with document.placing_problems():
+        converted = huggingface.to_hf(document.data)
+    _tell(file, converted.notes)
+    written = Document(converted.data)
+    if output is not None:
+        written.save(output / "config.json" if output.is_dir() else output)
+    else:
+        click.echo(written.to_json())
+
+
+def _tell(source: str, notes: list[str]) -> None:
+    for note in notes:
+        click.echo(f"{source}: note: {note}", err=True)

@@ -1,0 +1,5 @@
+"""Documents from the config.json of transformers, and config.json from documents."""
+
+from bridge.models.huggingface.convert import Converted, from_hf, load_config_json, to_hf
+
+__all__ = ["Converted", "from_hf", "load_config_json", "to_hf"]

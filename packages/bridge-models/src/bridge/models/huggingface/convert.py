@@ -1,0 +1,403 @@
+"""From the config.json of transformers to a document, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.config.canonical import canonical
+from bridge.config.document import Document
+from bridge.config.errors import DocumentError, Problem, nearest, quoted
+from bridge.config.files import MAX_BYTES, parse_json
+from bridge.config.refusal import got
+from bridge.config.tables import shipped
+from bridge.models.huggingface import dense
+from bridge.models.huggingface.common import GENERATION
+from bridge.models.huggingface.mapping import (
+    TRANSFORMER,
+    Architecture,
+    Translation,
+    refuse_unknown,
+    translated,
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    one.model_type: one for one in (dense.GPT2, dense.LLAMA, dense.MISTRAL, dense.QWEN2, dense.QWEN3, dense.PHI3)
+}
+"""By ``model_type``. A document that several can say is written as the first of them, unless it says which."""
+
+MODEL_TYPE = "hf_model_type"
+"""The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
+
+_HEADING = ("model_type", "architectures", "transformers_version", "use_cache")
+_IGNORED = frozenset(
+    (
+        *_HEADING,
+        # how the classes of transformers behave, not what the model is
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "_commit_hash",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "output_router_logits",
+        "return_dict",
+        "tie_last_hidden_states",
+        "torchscript",
+        "use_bfloat16",
+        "use_mamba_kernels",
+        # of heads for other tasks
+        "classifier_dropout",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+        # of generation, as version 4 wrote them: they belong in generation_config.json
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_logits_to_keep",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "typical_p",
+    )
+)
+"""Fields of every config.json that mean nothing to the model."""
+
+_STORAGE = "quantization_config"
+_SHOWN = frozenset(
+    (
+        "vocab_size",
+        "seq_length",
+        "position_embedding_type",
+        "rotary_base",
+        "share_embeddings_and_output_weights",
+        "transformer.normalization",
+        "transformer.layernorm_epsilon",
+        "transformer.add_bias_linear",
+        "transformer.gated_linear_unit",
+        "transformer.activation_func",
+        "transformer.hidden_dropout",
+        "transformer.attention_dropout",
+        "transformer.init_method_std",
+    )
+)
+"""Fields that a reader looks for, and that are written also where they have our default."""
+
+SHAPING = frozenset(
+    (
+        "transformer_layer_spec",
+        "hybrid_stack_spec",
+        "encoder_layer_spec",
+        "decoder_layer_spec",
+        "rope_scaling",
+        "rope_scaling_factor",
+        "rotary_percent",
+        "seq_len_interpolation_factor",
+        *(
+            f"transformer.{name}"
+            for name in (
+                "activation_func",
+                "activation_func_clamp_value",
+                "add_bias_linear",
+                "add_qkv_bias",
+                "apply_residual_connection_post_layernorm",
+                "attention_output_gate",
+                "experimental_attention_variant",
+                "gated_linear_unit",
+                "glu_linear_offset",
+                "heterogeneous_block_specs",
+                "layernorm_zero_centered_gamma",
+                "linear_attention_freq",
+                "mamba_num_heads",
+                "moe_apply_probs_on_input",
+                "moe_expert_capacity_factor",
+                "moe_expert_rank_capacity_factor",
+                "moe_latent_size",
+                "moe_layer_freq",
+                "moe_router_enable_expert_bias",
+                "moe_router_force_biased",
+                "moe_router_force_load_balancing",
+                "moe_router_group_topk",
+                "moe_router_num_groups",
+                "moe_router_pre_softmax",
+                "moe_router_score_function",
+                "moe_router_topk_limited_devices",
+                "moe_router_topk_scaling_factor",
+                "moe_shared_expert_gate",
+                "moe_shared_expert_intermediate_size",
+                "mrope_section",
+                "mtp_num_layers",
+                "mtp_use_repeated_layer",
+                "multi_latent_attention",
+                "no_rope_freq",
+                "normalization",
+                "num_moe_experts",
+                "qk_l2_norm",
+                "qk_layernorm",
+                "rotary_interleaved",
+                "softmax_scale",
+                "softmax_type",
+                "use_mup",
+                "window_size",
+            )
+        ),
+    )
+)
+"""Fields of documents that change what a model computes or which parameters it has: none of them is left out."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A document or a config.json, and what the user should know about how it came to be."""
+
+    data: dict[str, Any]
+    notes: list[str]
+
+
+# --------------------------------------------------------------------------- from config.json
+
+
+def load_config_json(source: str) -> Document:
+    """The content of a config.json, or of that in a folder, with the memory of where each value stands.
+
+    Python writes infinity as ``Infinity``, which JSON has not: it becomes ``{"__float__": "Infinity"}``, as version 5
+    of transformers writes it.
+
+    Raises:
+        DocumentError: It cannot be read, or is no JSON object.
+    """
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    name = str(file)
+    if not file.exists():
+        raise _refused("$", "no such file, nor a folder with a config.json", name)
+    if not file.is_file():  # a pipe or device may never end
+        raise _refused("$", "cannot be read: not a regular file", name)
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        text = raw.decode()
+    except OSError as error:
+        raise _refused("$", f"cannot be read: {error.strerror or error}", name) from error
+    except UnicodeDecodeError as error:
+        raise _refused("$", f"is not UTF-8 text (byte {error.start})", name) from error
+    parsed = parse_json(_without_infinity(text), name)
+    if not isinstance(parsed.data, dict):
+        raise _refused("$", f"expected a mapping at the top, got {got(parsed.data)}", name)
+    return Document(parsed.data, name, parsed)
+
+
+_TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity\b')
+
+
+def _without_infinity(text: str) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        found = match[0]
+        return found if found.startswith('"') else f'{{"__float__": "{found}"}}'
+
+    return _TEXT_OR_INFINITY.sub(replaced, text)
+
+
+def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Converted:
+    """The document of the model that a config.json describes.
+
+    Args:
+        given: The content of config.json, as version 4 or 5 of transformers writes it.
+        model_id: The model's name, in place of ``_name_or_path``.
+
+    Raises:
+        DocumentError: Bridge does not know the architecture, or the document cannot say all of it: every problem, with
+            the path of its field in config.json.
+    """
+    architecture = _architecture(given)
+    fields = _unaliased(given, architecture)
+    if model_id is not None:
+        fields["_name_or_path"] = model_id
+    t = Translation(fields, architecture.names)
+    translated(t, (row.read for row in architecture.rows))
+    for name in fields.keys() - architecture.names.keys() - _IGNORED - architecture.ignored:
+        if name == _STORAGE:
+            t.note(f"$.{_STORAGE} is left out: it is about how published weights are stored")
+        else:
+            refuse_unknown(t, name, architecture.names)
+    _raise_any(t)
+    data = _document(t.made, architecture)
+    Document(data).check()
+    if _best(data) is not architecture:
+        data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
+        data["transformer"] = data.pop("transformer")  # the long one stays the last
+    return Converted(data, t.notes)
+
+
+def _architecture(given: Mapping[str, Any]) -> Architecture:
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str):
+        missing = "missing: is this the config.json of a model?"
+        raise _refused("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
+    found = ARCHITECTURES.get(model_type)
+    if found is None:
+        near = nearest(model_type, ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
+        raise _refused("$.model_type", f"{quoted(model_type)} is not known to Bridge{near}; known are {known}")
+    return found
+
+
+def _refused(path: str, message: str, file: str | None = None) -> DocumentError:
+    return DocumentError([Problem(path, message, file)])
+
+
+def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The fields by their usual names.
+
+    Raises:
+        DocumentError: Two names of one field have different values.
+    """
+    fields: dict[str, Any] = {}
+    problems = []
+    for name, value in given.items():
+        usual = architecture.aliases.get(name, name)
+        if fields.setdefault(usual, value) != value or type(fields[usual]) is not type(value):
+            problems.append(Problem(f"$.{name}", f"is another name of {usual}, which has another value"))
+    if problems:
+        raise DocumentError(problems)
+    return fields
+
+
+def _raise_any(t: Translation) -> None:
+    if t.problems:
+        raise DocumentError(list(dict.fromkeys(t.problems)))
+
+
+def _document(made: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The fields as a document, without those that have our default and are no news to a reader."""
+    target = shipped(architecture.target)
+    inner = made.get("transformer._target_", TRANSFORMER)
+    transformer = shipped(inner)
+    assert target
+    assert transformer
+    top: dict[str, Any] = {"_target_": architecture.target}
+    inside: dict[str, Any] = {} if inner == TRANSFORMER else {"_target_": inner}
+    for path, value in made.items():
+        outer, dot, name = path.partition(".")
+        if name == "_target_":
+            continue
+        known = (transformer.fields[name] if dot else target.fields[outer]).default
+        is_default = known is not MISSING and known == value and type(known) is type(value)
+        if is_default and path not in _SHOWN:
+            continue
+        (inside if dot else top)[name or outer] = value
+    return top | {"transformer": inside}
+
+
+# ----------------------------------------------------------------------------- to config.json
+
+
+def to_hf(data: Mapping[str, Any]) -> Converted:
+    """The config.json of the model that a document describes, with fields as both version 4 and 5 read them.
+
+    Args:
+        data: The document.
+
+    Raises:
+        DocumentError: The document describes no configuration, or config.json cannot say all of it: every problem, with
+            the path of its field in the document.
+    """
+    fields = _fields(data)
+    candidates = [one for one in ARCHITECTURES.values() if one.target == fields["_target_"]]
+    if (chosen := _chosen(fields)) is not None:
+        candidates = [chosen]
+    if not candidates:
+        raise _refused("$._target_", f"transformers has no model of the class {fields["_target_"]}")
+    written = [(one, _written(fields, one)) for one in candidates]
+    architecture, t = min(written, key=lambda pair: len(pair[1].problems))
+    if t.problems and chosen is None:
+        which = f"no architecture is the same model; the nearest is {architecture.model_type}"
+        raise DocumentError([Problem("$", which), *dict.fromkeys(t.problems)])
+    _raise_any(t)
+    heading = {"model_type": architecture.model_type, "architectures": [architecture.causal]}
+    return Converted(heading | t.made, t.notes)
+
+
+def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a document by dotted path, with defaults; settings of generation as they are."""
+    whole = canonical(data, defaults=True)
+    transformer = whole.pop("transformer")
+    whole["generation_config"] = canonical(data).get("generation_config")
+    if (whole["generation_config"] or {}).get("_target_") != GENERATION:
+        whole["generation_config"] = None
+    return whole | {f"transformer.{name}": value for name, value in transformer.items()}
+
+
+def _chosen(fields: Mapping[str, Any]) -> Architecture | None:
+    """The architecture that a document says it is.
+
+    Raises:
+        DocumentError: There is no such one.
+    """
+    metadata = fields.get("extra_checkpoint_metadata") or {}
+    model_type = metadata.get(MODEL_TYPE)
+    if model_type is None:
+        return None
+    path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
+    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        raise _refused(path, f"{got(model_type)} is not known; known are {', '.join(ARCHITECTURES)}")
+    if found.target != fields["_target_"]:
+        raise _refused(path, f"{model_type} is a {found.target}, which this document is not")
+    return found
+
+
+def _written(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
+    t = Translation(fields, {})
+    translated(t, (row.write for row in architecture.rows))
+    for path in sorted(_not_default(fields, SHAPING - architecture.fields)):
+        t.refuse(path, f"config.json of {architecture.model_type} has no field for it")
+    return t
+
+
+def _not_default(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
+    target = shipped(str(fields["_target_"]))
+    transformer = shipped(str(fields["transformer._target_"]))
+    assert target
+    assert transformer
+    for path in paths:
+        outer, dot, name = path.partition(".")
+        known = (transformer if dot else target).fields.get(name or outer)
+        if known is not None and fields.get(path) != known.default:
+            yield path
+
+
+def _best(data: Mapping[str, Any]) -> Architecture | None:
+    """The architecture that a document is written as if it does not say which."""
+    fields = _fields(data)
+    fitting = (one for one in ARCHITECTURES.values() if one.target == data["_target_"])
+    return next((one for one in fitting if not _written(fields, one).problems), None)

@@ -1,0 +1,255 @@
+"""Tables of what the fields of a config.json are in a document, each said once for both directions.
+
+An architecture is a tuple of rows. A row names fields of config.json and fields of the document, and has a function for
+each direction; the functions below make the usual rows. What no row takes is refused by name, in either direction, so
+that nothing is lost in silence. Nothing here imports torch, megatron or transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge.config.errors import Problem, nearest, quoted
+from bridge.config.paths import Path, shown
+from bridge.config.refusal import got
+
+GPT = "bridge.models.gpt.GPTModelConfig"
+TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "an integer": lambda value: type(value) is int,
+    "an integer of at least 1": lambda value: type(value) is int and value >= 1,
+    "a number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "true or false": lambda value: type(value) is bool,
+    "text": lambda value: isinstance(value, str),
+    "a list": lambda value: isinstance(value, list),
+    "a list of integers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
+    "a list of text": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a mapping": lambda value: isinstance(value, dict),
+    "anything": lambda value: True,
+}
+
+INTEGER, COUNT, NUMBER, FLAG, TEXT, LIST, INTEGERS, TEXTS, MAPPING, ANYTHING = _KINDS
+
+
+@dataclass(frozen=True)
+class Name:
+    """A field of config.json."""
+
+    kind: str
+    """What its value must be, one of the kinds above."""
+
+    default: Any = None
+    """What transformers takes where the field is left out. None also where null is as good as left out."""
+
+    null: bool = False
+    """Whether it may be null though that is not its default."""
+
+
+class RefusedError(Exception):
+    """A row cannot go on; what is wrong has been noted."""
+
+
+class Translation:
+    """What is read, on one side, and what is made of it on the other."""
+
+    def __init__(self, given: Mapping[str, Any], names: Mapping[str, Name]) -> None:
+        self.given = given
+        """The fields that are read; those of a document by dotted path, with their defaults."""
+
+        self.names = names
+        """What is known about the fields that are read; nothing about those of a document, which was checked."""
+
+        self.made: dict[str, Any] = {}
+        """The fields of the other side."""
+
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a field is given, and not null."""
+        return self.given.get(name) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field, or its default.
+
+        Raises:
+            RefusedError: It is of a wrong kind.
+        """
+        known = self.names.get(name)
+        if known is None:
+            return self.given.get(name)
+        if name not in self.given:
+            return known.default
+        value = self.given[name]
+        if value is None and (known.null or known.default is None):
+            return None
+        if not _KINDS[known.kind](value):
+            raise self.refuse(name, f"expected {known.kind}, got {got(value)}")
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.made[name] = value
+
+    def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
+        """Note that the value of a field, or what is inside it, has no counterpart; returns what a row may raise."""
+        self.problems.append(Problem(shown((*_path(name), *inside)), message))
+        return RefusedError()
+
+    def note(self, message: str) -> None:
+        """Say something that the user should know."""
+        self.notes.append(message)
+
+
+def _path(name: str) -> Path:
+    """The path of a field: of ``transformer.``, which is the only mapping there is in a document, or of the top."""
+    outer, dot, inner = name.partition(".")
+    return (outer, inner) if dot else (outer,)
+
+
+Translate = Callable[[Translation], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some fields of config.json, some of the document, and how to come from the ones to the others."""
+
+    names: Mapping[str, Name]
+    fields: tuple[str, ...]
+    read: Translate
+    """From config.json to the document."""
+
+    write: Translate
+    """From the document to config.json."""
+
+
+def same(name: str, path: str, kind: str, default: Any = None, *, null: bool = False) -> Row:
+    """A field that both sides have; null is as good as left out."""
+
+    def read(t: Translation) -> None:
+        if (value := t[name]) is not None:
+            t[path] = value
+
+    def write(t: Translation) -> None:
+        if (value := t[path]) is not None:
+            t[name] = value
+
+    return Row({name: Name(kind, default, null)}, (path,), read, write)
+
+
+def always(path: str, value: Any, why: str) -> Row:
+    """A field of the document with one value, which config.json has no field for."""
+
+    def read(t: Translation) -> None:
+        t[path] = value
+
+    def write(t: Translation) -> None:
+        if t[path] != value:
+            t.refuse(path, f"{why}: it can only be {said(value)}")
+
+    return Row({}, (path,), read, write)
+
+
+def only(name: str, value: Any, kind: str, why: str, *, default: Any = ..., also: tuple[Any, ...] = ()) -> Row:
+    """A field of config.json with one value, which the document has no field for.
+
+    Args:
+        name: The field.
+        value: What it is written as, if that is not its default.
+        kind: Its kind.
+        why: What is wrong with other values.
+        default: What transformers takes where it is left out, if that is not ``value``.
+        also: Other values that mean the same.
+    """
+    default = value if default is ... else default
+
+    def read(t: Translation) -> None:
+        found = t[name]
+        if found != value and found not in also:
+            t.refuse(name, f"{why}: it can only be {said(value)}")
+
+    def write(t: Translation) -> None:
+        if value != default:
+            t[name] = value
+
+    return Row({name: Name(kind, default, null=None in also)}, (), read, write)
+
+
+def setting(path: str, value: Any, *, of_training: str = "") -> Row:
+    """A field of the document that does not change what the model computes, and what to set it to.
+
+    Args:
+        path: The field.
+        value: What to set it to.
+        of_training: What is not said of another value when it is written, if that matters to training.
+    """
+
+    def read(t: Translation) -> None:
+        t[path] = value
+
+    def write(t: Translation) -> None:
+        if of_training and t[path] != value:
+            t.note(f"{shown(_path(path))} {said(t[path])} is left out: {of_training}")
+
+    return Row({}, (path,), read, write)
+
+
+def said(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {said(item)}" for key, item in value.items())
+    return value if isinstance(value, str) else got(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What one ``model_type`` of transformers is to Bridge."""
+
+    model_type: str
+    causal: str
+    """The class of transformers that has the output layer."""
+
+    target: str
+    """The config class of the document."""
+
+    rows: tuple[Row, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of fields of config.json."""
+
+    ignored: Set[str] = frozenset()
+    """Fields of config.json that mean nothing to the model, beside those of all architectures."""
+
+    @property
+    def names(self) -> dict[str, Name]:
+        """All fields of config.json that rows read."""
+        return {name: known for row in self.rows for name, known in row.names.items()}
+
+    @property
+    def fields(self) -> set[str]:
+        """All fields of the document that rows read."""
+        return {path for row in self.rows for path in row.fields}
+
+
+def translated(t: Translation, steps: Iterable[Translate]) -> None:
+    """Take each step; one that cannot go on does not keep the others from it."""
+    for step in steps:
+        try:
+            step(t)
+        except RefusedError:
+            continue
+
+
+def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
+    """Refuse a field of config.json that no row takes; one that is off is left out with a note."""
+    if t.given[name] is None or t.given[name] is False:
+        t.note(f"$.{name} is left out: off, and unknown to Bridge")
+    else:
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, known)}")
+
+
+def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
+    """Refuse a value that is not among the known ones."""
+    return t.refuse(name, f"{quoted(value)} is not known{nearest(value, known)}; known are {', '.join(known)}", *inside)

@@ -1,0 +1,303 @@
+"""Rotary positions: the frequencies, and how they are stretched for sequences longer than those of pre-training.
+
+Version 4 of transformers has ``rope_theta`` and ``rope_scaling`` for them, version 5 ``rope_parameters``, and reads the
+former too; so those are written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bridge.config.errors import nearest
+from bridge.config.refusal import got
+from bridge.models.huggingface.mapping import (
+    INTEGER,
+    MAPPING,
+    NUMBER,
+    TRANSFORMER,
+    Name,
+    RefusedError,
+    Row,
+    Translation,
+    unknown_choice,
+)
+
+YARN_TRANSFORMER = "bridge.models.yarn.YarnTransformerConfig"
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What megatron-core 0.19.2 computes with, wherever frequencies are scaled as those of Llama 3.1."""
+
+_BEYOND = {
+    "dynamic": "its frequencies depend on the length of each sequence",
+    "longrope": "it has a factor of its own for each frequency",
+    "su": "it has a factor of its own for each frequency",
+    "proportional": "it leaves the frequencies of some channels out",
+    "mrope": "its positions have several dimensions",
+}
+
+
+class Scaling:
+    """The mapping that says how frequencies are scaled, as it is read."""
+
+    def __init__(self, t: Translation, name: str, values: Mapping[str, Any]) -> None:
+        self.t = t
+        self.name = name
+        self.values = values
+        self.known = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+        self.kind = values.get("rope_type", values.get("type", "default"))
+        self.key = "rope_type" if "rope_type" in values else "type"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The number at ``key``; ``default`` where it is left out or null.
+
+        Raises:
+            RefusedError: It is no number.
+        """
+        self.known.add(key)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.refuse(key, f"expected a number, got {got(value)}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Whether ``key`` is true; ``default`` where it is left out or null.
+
+        Raises:
+            RefusedError: It is neither true nor false.
+        """
+        self.known.add(key)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.refuse(key, f"expected true or false, got {got(value)}")
+        return value
+
+    def factor(self) -> float:
+        """By how much sequences are longer.
+
+        Raises:
+            RefusedError: It is not said, or less than 1.
+        """
+        factor: float = self.get("factor", 0)
+        if factor < 1:
+            raise self.refuse("factor", f"expected a number of at least 1, got {got(self.values.get('factor'))}")
+        return factor
+
+    def original(self, given: int | None) -> int:
+        """The length of sequences in pre-training: that beside the mapping, in the mapping, or the longest there is."""
+        inside = self.get("original_max_position_embeddings", self.t["max_position_embeddings"])
+        if given is None and type(inside) is not int:
+            raise self.refuse("original_max_position_embeddings", f"expected an integer, got {got(inside)}")
+        return inside if given is None else given
+
+    def refuse(self, key: str, message: str) -> RefusedError:
+        """Refuse what is at ``key``."""
+        return self.t.refuse(self.name, message, key)
+
+    def refuse_unknown(self) -> None:
+        """Refuse the keys that nothing asked for."""
+        for key in self.values.keys() - self.known:
+            if self.values[key] is not None:
+                self.refuse(key, f"unknown to Bridge for the type {self.kind}{nearest(key, self.known)}")
+
+
+def rotary(
+    theta: float = 10000.0,
+    *,
+    partial: bool = False,
+    original: int | None = None,
+    kinds: tuple[str, ...] = ("linear", "llama3", "yarn"),
+    default: Mapping[str, Any] | None = None,
+) -> Row:
+    """Rotary positions of GPTs.
+
+    Args:
+        theta: What transformers takes for ``rope_theta`` where it is left out.
+        partial: Whether the architecture may rotate some channels of a head only.
+        original: What it takes for ``original_max_position_embeddings``, if it has that field beside the mapping.
+        kinds: How it may scale frequencies.
+        default: What it takes for the mapping where it is left out.
+    """
+    readers: Mapping[str, Callable[[Translation, Scaling], None]] = {
+        "linear": _read_linear,
+        "llama3": _read_llama3,
+        "yarn": _read_yarn,
+    }
+
+    def read(t: Translation) -> None:
+        scaling = given_scaling(t, default)
+        t["position_embedding_type"] = "rope"
+        base = scaling.get("rope_theta", t["rope_theta"])
+        if base != int(base):
+            t.refuse("rope_theta", f"Megatron-Core takes whole numbers, {got(base)} is none")
+        t["rotary_base"] = int(base)
+        _read_share(t, scaling, partial=partial)
+        read_scaling(t, scaling, {kind: readers[kind] for kind in kinds})
+
+    def write(t: Translation) -> None:
+        positions = t["position_embedding_type"]
+        if positions not in ("rope", "yarn"):
+            raise t.refuse("position_embedding_type", "this architecture has rotary positions: rope or yarn")
+        t["rope_theta"] = float(t["rotary_base"])
+        if partial:
+            t["partial_rotary_factor"] = t["rotary_percent"]
+        elif t["rotary_percent"] != 1:
+            t.refuse("rotary_percent", "this architecture rotates all channels of a head: it can only be 1.0")
+        if (scaling := _written_scaling(t)) is not None:
+            if scaling["rope_type"] not in kinds:
+                raise t.refuse(
+                    "position_embedding_type", f"this architecture does not scale frequencies by {scaling['rope_type']}"
+                )
+            t["rope_scaling"] = scaling
+        elif default is not None:
+            t["rope_scaling"] = {"rope_type": "default"}
+
+    return Row(
+        rope_names(theta) | ({} if original is None else {"original_max_position_embeddings": Name(INTEGER, original)}),
+        (
+            "position_embedding_type",
+            "rotary_base",
+            "rotary_percent",
+            "rope_scaling",
+            "rope_scaling_factor",
+            "seq_len_interpolation_factor",
+            "transformer._target_",
+        ),
+        read,
+        write,
+    )
+
+
+def rope_names(theta: float) -> dict[str, Name]:
+    """The fields of config.json, of either version."""
+    return {
+        "rope_theta": Name(NUMBER, theta),
+        "rope_scaling": Name(MAPPING),
+        "rope_parameters": Name(MAPPING),
+        "partial_rotary_factor": Name(NUMBER),
+    }
+
+
+def given_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Scaling:
+    """The mapping of either version; of version 4 where there are both, as transformers has it."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if values := t[name]:
+            return Scaling(t, name, values)
+    return Scaling(t, "rope_parameters", default or {})
+
+
+def read_scaling(
+    t: Translation, scaling: Scaling, readers: Mapping[str, Callable[[Translation, Scaling], None]]
+) -> None:
+    """Read how frequencies are scaled; "default" is not at all.
+
+    Raises:
+        RefusedError: There is no such way.
+    """
+    kind = scaling.kind
+    if kind in _BEYOND or (kind in ("linear", "llama3", "yarn") and kind not in readers):
+        reason = _BEYOND.get(kind, "for this architecture")
+        raise scaling.refuse(scaling.key, f"Megatron-Core does not scale frequencies by {kind}: {reason}")
+    if kind != "default" and kind not in readers:
+        raise unknown_choice(t, scaling.name, str(kind), ("default", *readers), scaling.key)
+    if kind != "default":
+        readers[kind](t, scaling)
+    scaling.refuse_unknown()
+
+
+def _read_share(t: Translation, scaling: Scaling, *, partial: bool) -> None:
+    inside = scaling.values.get("partial_rotary_factor") is not None
+    share = scaling.get("partial_rotary_factor", t["partial_rotary_factor"])
+    if share is None or share == 1:
+        return
+    if not partial or not 0 < share < 1:
+        why = "it can only be from 0 to 1" if partial else "this architecture rotates all channels of a head"
+        raise scaling.refuse("partial_rotary_factor", why) if inside else t.refuse("partial_rotary_factor", why)
+    t["rotary_percent"] = share
+
+
+def _read_linear(t: Translation, scaling: Scaling) -> None:
+    t["seq_len_interpolation_factor"] = float(scaling.factor())
+
+
+def _read_llama3(t: Translation, scaling: Scaling) -> None:
+    t["rope_scaling"] = True
+    t["rope_scaling_factor"] = float(scaling.factor())
+    for key, value in LLAMA3.items():
+        if scaling.get(key) != value:
+            scaling.refuse(key, f"Megatron-Core scales frequencies as Llama 3.1 does with {value:g} here alone")
+
+
+def _read_yarn(t: Translation, scaling: Scaling) -> None:
+    if t["partial_rotary_factor"] not in (None, 1) or scaling.get("partial_rotary_factor", 1) != 1:
+        raise scaling.refuse(scaling.key, "Megatron-Core scales frequencies by yarn of all channels of a head alone")
+    factor = scaling.factor()
+    given = t["original_max_position_embeddings"] if "original_max_position_embeddings" in t.names else None
+    mscale, mscale_all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
+    check_attention_factor(scaling, factor, mscale, mscale_all_dim)
+    t["position_embedding_type"] = "yarn"
+    t["transformer._target_"] = YARN_TRANSFORMER
+    t["transformer.yarn_rotary_scaling_factor"] = float(factor)
+    t["transformer.yarn_original_max_position_embeddings"] = scaling.original(given)
+    t["transformer.yarn_beta_fast"] = float(scaling.get("beta_fast") or 32)
+    t["transformer.yarn_beta_slow"] = float(scaling.get("beta_slow") or 1)
+    if mscale is not None and mscale_all_dim is not None:
+        t["transformer.yarn_mscale"] = float(mscale)
+        t["transformer.yarn_mscale_all_dim"] = float(mscale_all_dim)
+    t["transformer.yarn_correction_range_round_to_int"] = scaling.flag("truncate", True)
+
+
+def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None, mscale_all_dim: float | None) -> None:
+    """Refuse a factor of sines and cosines that is not the one which follows from the others."""
+    given = scaling.get("attention_factor")
+    if mscale and mscale_all_dim:
+        follows = concentration(factor, mscale) / concentration(factor, mscale_all_dim)
+    else:
+        follows = concentration(factor, 1)
+    if given is not None and not math.isclose(given, follows, rel_tol=1e-6):
+        scaling.refuse("attention_factor", f"Megatron-Core computes it from the other fields: it can only be {follows}")
+
+
+def concentration(factor: float, mscale: float) -> float:
+    """What YaRN multiplies sines and cosines by: 0.1 mscale ln(factor) + 1 (https://arxiv.org/abs/2309.00071)."""
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _written_scaling(t: Translation) -> dict[str, Any] | None:
+    ways = {
+        "rope_scaling": bool(t["rope_scaling"]),
+        "seq_len_interpolation_factor": t["seq_len_interpolation_factor"] is not None,
+        "position_embedding_type": t["position_embedding_type"] == "yarn",
+    }
+    chosen = [name for name, is_on in ways.items() if is_on]
+    if len(chosen) > 1:
+        raise t.refuse(chosen[0], f"config.json scales frequencies in one way alone, {chosen[1]} is another")
+    if t["transformer._target_"] not in (TRANSFORMER, YARN_TRANSFORMER):
+        raise t.refuse("transformer._target_", "this architecture has a plain TransformerConfig")
+    if ways["rope_scaling"]:
+        return {"rope_type": "llama3", "factor": t["rope_scaling_factor"]} | LLAMA3
+    if ways["seq_len_interpolation_factor"]:
+        return {"rope_type": "linear", "factor": t["seq_len_interpolation_factor"]}
+    return _written_yarn(t) if ways["position_embedding_type"] else None
+
+
+def _written_yarn(t: Translation) -> dict[str, Any]:
+    if t["transformer._target_"] != YARN_TRANSFORMER:
+        raise t.refuse("transformer._target_", f"positions by yarn need the fields of {YARN_TRANSFORMER}")
+    scaling = {
+        "rope_type": "yarn",
+        "factor": t["transformer.yarn_rotary_scaling_factor"],
+        "original_max_position_embeddings": t["transformer.yarn_original_max_position_embeddings"],
+        "beta_fast": t["transformer.yarn_beta_fast"],
+        "beta_slow": t["transformer.yarn_beta_slow"],
+        "truncate": t["transformer.yarn_correction_range_round_to_int"],
+    }
+    mscale, mscale_all_dim = t["transformer.yarn_mscale"], t["transformer.yarn_mscale_all_dim"]
+    if mscale is not None and mscale_all_dim is not None:
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
+    return scaling

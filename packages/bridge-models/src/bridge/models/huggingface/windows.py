@@ -1,0 +1,161 @@
+"""Sliding windows: how many tokens back a token sees, and in which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bridge.config.refusal import got
+from bridge.models.huggingface.mapping import COUNT, FLAG, INTEGER, TEXTS, Name, Row, Translation
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+_FIELDS = ("transformer.window_size", "transformer.window_attn_skip_freq")
+
+
+def window_everywhere(default: int | None) -> Row:
+    """``sliding_window`` in all layers, null for none.
+
+    Args:
+        default: What transformers takes where it is left out.
+    """
+
+    def read(t: Translation) -> None:
+        if (window := t["sliding_window"]) is not None:
+            t["transformer.window_size"] = _window(window)
+
+    def write(t: Translation) -> None:
+        window = _written(t)
+        if window is not None and not all(_slides(t)):
+            raise t.refuse("transformer.window_attn_skip_freq", "this architecture has its window in all layers")
+        t["sliding_window"] = window
+
+    return Row({"sliding_window": Name(COUNT, default, null=True)}, _FIELDS, read, write)
+
+
+def window_by_switch(*, everywhere: bool = False, default: int = 4096, max_layers: int = 28) -> Row:
+    """``sliding_window`` where ``use_sliding_window`` is on: in layers by ``layer_types``, or in all.
+
+    Args:
+        everywhere: In all layers, and there is no ``layer_types``.
+        default: What transformers takes for ``sliding_window`` where it is left out.
+        max_layers: Likewise for ``max_window_layers``: without ``layer_types``, the layers from there on slide.
+    """
+
+    def read(t: Translation) -> None:
+        layers, window = t["num_hidden_layers"], t["sliding_window"]
+        if not t["use_sliding_window"]:
+            if not everywhere and SLIDING in (t["layer_types"] or ()):
+                t.refuse("layer_types", "windows are off: use_sliding_window is false")
+            return
+        if window is None:
+            return
+        if everywhere:
+            t["transformer.window_size"] = _window(window)
+            return
+        types = _types(t, lambda index: index >= t["max_window_layers"], layers)
+        _set(t, window, types)
+
+    def write(t: Translation) -> None:
+        window = _written(t)
+        slides = _slides(t)
+        if window is None or not any(slides):
+            t["use_sliding_window"] = False
+            return
+        t["use_sliding_window"] = True
+        t["sliding_window"] = window
+        if everywhere:
+            if not all(slides):
+                t.refuse("transformer.window_attn_skip_freq", "this architecture has its window in all layers")
+            return
+        t["max_window_layers"] = slides.index(True) if slides == sorted(slides) else len(slides)
+        t["layer_types"] = _as_types(slides)
+
+    names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(COUNT, default, null=True)}
+    if not everywhere:
+        names |= {"max_window_layers": Name(INTEGER, max_layers), "layer_types": Name(TEXTS)}
+    return Row(names, _FIELDS, read, write)
+
+
+def window_in_turns(default: int, slides: Callable[[int], bool]) -> Row:
+    """``sliding_window`` in layers by ``layer_types``.
+
+    Args:
+        default: What transformers takes for ``sliding_window`` where it is left out.
+        slides: Which layers, from 0, slide where ``layer_types`` is left out.
+    """
+
+    def read(t: Translation) -> None:
+        window = t["sliding_window"]
+        types = _types(t, slides, t["num_hidden_layers"])
+        if window is None:
+            if any(types):
+                t.refuse("sliding_window", "layers slide, and there is no window")
+            return
+        _set(t, window, types)
+
+    def write(t: Translation) -> None:
+        window = _written(t)
+        t["sliding_window"] = window
+        t["layer_types"] = _as_types(_slides(t) if window is not None else [False] * t["transformer.num_layers"])
+
+    return Row({"sliding_window": Name(COUNT, default, null=True), "layer_types": Name(TEXTS)}, _FIELDS, read, write)
+
+
+def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bool]:
+    types = t["layer_types"]
+    if types is None:
+        return [usual(index) for index in range(layers)]
+    wrong = [(index, kind) for index, kind in enumerate(types) if kind not in (SLIDING, FULL)]
+    for index, kind in wrong:
+        t.refuse("layer_types", f"expected {SLIDING} or {FULL}, got {got(kind)}", index)
+    if len(types) != layers:
+        raise t.refuse("layer_types", f"has {len(types)} layers, num_hidden_layers is {layers}")
+    return [kind == SLIDING for kind in types]
+
+
+def _window(tokens: int) -> list[int]:
+    """Megatron-Core counts the tokens before a token, transformers that token too."""
+    return [tokens - 1, 0]
+
+
+def _set(t: Translation, window: int, slides: list[bool]) -> None:
+    if not any(slides):
+        return
+    t["transformer.window_size"] = _window(window)
+    if not all(slides):
+        t["transformer.window_attn_skip_freq"] = _frequency(slides)
+
+
+def _frequency(slides: list[bool]) -> int | list[int]:
+    """Every how many layers one does not slide, if that is all there is to say; else 1 or 0 for each."""
+    every = slides.index(False) + 1
+    if every > 1 and slides == [bool((index + 1) % every) for index in range(len(slides))]:
+        return every
+    return [int(one) for one in slides]
+
+
+def _slides(t: Translation) -> list[bool]:
+    """For each layer of a document, whether it has the window, if there is one."""
+    layers: int = t["transformer.num_layers"]
+    frequency: Any = t["transformer.window_attn_skip_freq"]
+    if frequency is None:
+        return [True] * layers
+    if isinstance(frequency, int):
+        return [bool((index + 1) % frequency) for index in range(layers)]
+    if len(frequency) != layers:
+        raise t.refuse("transformer.window_attn_skip_freq", f"has {len(frequency)} layers, num_layers is {layers}")
+    return [bool(one) for one in frequency]
+
+
+def _as_types(slides: list[bool]) -> list[str]:
+    return [SLIDING if one else FULL for one in slides]
+
+
+def _written(t: Translation) -> int | None:
+    size: Any = t["transformer.window_size"]
+    if size is None or size[0] < 0:
+        return None
+    before, after = size
+    if after:
+        raise t.refuse("transformer.window_size", "windows of transformers end at the token: the second can only be 0")
+    return int(before) + 1
