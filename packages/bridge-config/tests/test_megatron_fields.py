@@ -315,3 +315,18 @@ def test_an_error_of_the_constructor_is_a_problem_at_its_path() -> None:
         Holder.from_dict({"_target_": f"{Holder.__module__}.Holder", "transformer": transformer})
     assert [problem.path for problem in error.value.problems] == ["$.transformer"]
     assert "num_attention_heads (4) must be a multiple of" in str(error.value)
+
+
+def test_queries_without_compression_are_said_with_none() -> None:
+    """megatron-core 0.19.2 annotates `q_lora_rank` with int alone, and asks it `is None`."""
+    config = GPTModelConfig(
+        transformer=MLATransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, q_lora_rank=None)  # type: ignore[arg-type]
+    )
+    document = Document(config.as_dict())
+    document.check()
+    again = document.config()
+    assert isinstance(again, GPTModelConfig)
+    assert isinstance(again.transformer, MLATransformerConfig)
+    assert again.transformer.q_lora_rank is None
+    hint = get_type_hints(MLATransformerConfig)["q_lora_rank"]
+    assert hint is int, "megatron-core says it now: take it out of bridge.config.describe.NULLABLE_FIELDS"

@@ -49,6 +49,11 @@ PLAIN_CLASSES: dict[str, dict[str, str]] = {
 # Classes whose constructor takes any keyword, and the method that gives them back.
 OPEN_CLASSES = {"transformers.generation.configuration_utils.GenerationConfig": "to_diff_dict"}
 
+# Fields that may hold None, though megatron-core 0.19.2 annotates them otherwise: it asks them `is None`.
+NULLABLE_FIELDS: dict[str, frozenset[str]] = {
+    "megatron.core.transformer.transformer_config.MLATransformerConfig": frozenset({"q_lora_rank"}),
+}
+
 # Fields that name a file which the constructor reads, unless the other field holds its content.
 FILE_FIELDS: dict[str, dict[str, str]] = {
     "megatron.core.transformer.heterogeneous.heterogeneous_config.HeterogeneousTransformerConfig": {
@@ -155,7 +160,10 @@ def _fields(cls: type) -> dict[str, Field] | None:
     """The fields of a dataclass, or of a class with a written form of its own; None for any other class."""
     if dataclasses.is_dataclass(cls):
         hints = _resolved(cls)
-        return {f.name: _dataclass_field(f, hints[f.name]) for f in dataclasses.fields(cls)}
+        nullable = {name for base in _bases(cls) for name in NULLABLE_FIELDS.get(base, ())}
+        return {
+            f.name: _dataclass_field(f, hints[f.name], nullable=f.name in nullable) for f in dataclasses.fields(cls)
+        }
     if qualified_name(cls) in OPEN_CLASSES:
         return {}
     attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
@@ -174,9 +182,9 @@ def _fields(cls: type) -> dict[str, Field] | None:
     }
 
 
-def _dataclass_field(f: dataclasses.Field[Any], hint: Any) -> Field:
+def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool) -> Field:
     # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
-    type_ = type_of(Union[hint, None] if f.default is None else hint)  # noqa: UP007  (a hint may not support |)
+    type_ = type_of(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
     required = f.init and f.default is f.default_factory is MISSING
     return Field(f.name, type_, required=required, init=f.init, default=_default(f, type_), attribute=f.name)
 
