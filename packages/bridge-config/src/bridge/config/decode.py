@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError
+from bridge.config.generation import FIELD as GENERATION_FIELD
+from bridge.config.generation import GENERATION_CONFIG, wrong_settings
 from bridge.config.migrate import Migrated, migrated
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
@@ -14,7 +16,7 @@ from bridge.config.reader import Reader, World
 from bridge.config.reference import adopted
 from bridge.config.refusal import MAX_PROBLEMS, Found, ReadError, below, got, refused
 from bridge.config.standins import Made
-from bridge.config.tables import MODEL_CONFIG, Target
+from bridge.config.tables import MODEL_CONFIG, Target, shipped
 from bridge.config.targets import qualified_name
 from bridge.config.types import Instance
 from bridge.config.worlds import Live, Tables, check_builder
@@ -104,6 +106,8 @@ def current(data: object, world: World) -> Current:
     """The document `data`, which may be of the reference or of an older version, in the present form."""
 
     def target_of(name: str) -> Target | None:
+        if name == GENERATION_CONFIG:
+            return shipped(name)  # its own library is not imported for this
         try:
             return world.named(name, suggest=False)
         except TargetError:
@@ -168,9 +172,19 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
         made = reader.config(data, target, is_document=True)
     except ReadError as error:
         raise ReadError(error.found + found) from error.__cause__
+    found += _wrong_settings(data, target)
     if found:
         raise ReadError(found)
     return made, builder
+
+
+def _wrong_settings(data: dict[str, Any], target: Target) -> Found:
+    """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
+    sizes = {
+        name: data.get(name, target.fields[name].default) if name in target.fields else None
+        for name in ("vocab_size", "seq_length")
+    }
+    return [((GENERATION_FIELD, name), said) for name, said in wrong_settings(data.get(GENERATION_FIELD), **sizes)]
 
 
 def _class(name: object, wanted: Instance, reader: Reader) -> Target:

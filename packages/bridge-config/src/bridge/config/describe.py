@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NewType, TypeAliasType, TypeVar, Uni
 
 from bridge.config import targets
 from bridge.config.errors import TargetError
+from bridge.config.generation import GENERATION_CONFIG
 from bridge.config.migrate import Schema, declared_schema
 from bridge.config.model import ModelConfig
 from bridge.config.tables import Field, Target, shipped
@@ -47,7 +48,7 @@ PLAIN_CLASSES: dict[str, dict[str, str]] = {
 }
 
 # Classes whose constructor takes any keyword, and the method that gives them back.
-OPEN_CLASSES = {"transformers.generation.configuration_utils.GenerationConfig": "to_diff_dict"}
+OPEN_CLASSES = {GENERATION_CONFIG: "to_diff_dict"}
 
 # Fields that may hold None, though megatron-core 0.19.2 annotates them otherwise: it asks them `is None`.
 NULLABLE_FIELDS: dict[str, frozenset[str]] = {

@@ -13,6 +13,7 @@ from typing import Any
 from bridge.config import targets
 from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.errors import OmittedWarning, quoted
+from bridge.config.generation import GENERATION_CONFIG, GenerationSettings
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
 from bridge.config.refusal import got
@@ -95,7 +96,8 @@ def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     if plan is None:
         remember(target, shape, plan := _planned(obj, state, target))
     data = _heading(target)
-    data |= state if plan.plain else {name: getattr(obj, at) for name, at in plan.all}
+    # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
+    data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
     texts = _texts(targets.generation())
     written = plan.written if all(map(isfinite, map(data.__getitem__, plan.floats))) else plan.not_plain
     for name, type_ in written:
@@ -200,10 +202,12 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
 
-_STANDINS = (Named, EnumMember, Made, Partial)
+_STANDINS = (Named, EnumMember, Made, Partial, GenerationSettings)
 
 
-def _standin(value: Named | EnumMember | Made | Partial, type_: Type, path: Path, omitted: Omitted) -> Any:
+def _standin(
+    value: Named | EnumMember | Made | Partial | GenerationSettings, type_: Type, path: Path, omitted: Omitted
+) -> Any:
     """The written form of what was read without making objects."""
     if isinstance(value, EnumMember):
         return _enum_member(value.name, value.target, type_)
@@ -211,6 +215,9 @@ def _standin(value: Named | EnumMember | Made | Partial, type_: Type, path: Path
         return _partial(value.function.target.name, value.args, value.keywords, path, omitted)
     if isinstance(value, Named):
         return _named(value.target.name, Dtype() if value.target.kind == "dtype" else Function(), type_)
+    if isinstance(value, GenerationSettings):
+        settings = {name: _item(item, ANYTHING, (*path, name), omitted) for name, item in value.items()}
+        return {"_target_": GENERATION_CONFIG} | settings
     data = _heading(value.target)
     fields = value.target.fields
     for name, item in value.values.items():

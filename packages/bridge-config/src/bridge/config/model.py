@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config import targets
 from bridge.config.errors import TargetError
+from bridge.config.generation import GenerationField
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -35,7 +36,8 @@ class ModelConfig:
     """The Hugging Face model that this configuration came from."""
 
     generation_config: Any | None = None
-    """The generation settings to ship with the model."""
+    """The generation settings to ship with the model. Those of a document become an object of transformers when this is
+    read; where transformers is not installed, they stay a mapping."""
 
     extra_checkpoint_metadata: dict[str, Any] | None = None
     """More metadata to save with checkpoints."""
@@ -80,3 +82,7 @@ class ModelConfig:
         from bridge.config.decode import decode_config
 
         return decode_config(data, cls)
+
+
+# Not in the class body, where a dataclass would take it for the field's default.
+ModelConfig.generation_config = GenerationField()

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError, nearest, quoted
+from bridge.config.generation import FIELD as GENERATION_FIELD
+from bridge.config.generation import GenerationSettings
 from bridge.config.migrate import hint_for
 from bridge.config.refusal import Found, ReadError, below, got, refused, step, unexpected
 from bridge.config.standins import EnumMember, Made, Named, Partial
@@ -78,6 +80,10 @@ class World(Protocol):
         """A `functools.partial`."""
         ...
 
+    def without_objects(self, target: Target, value: object) -> World | None:
+        """The world that reads `value` as data, if the generation settings of a config `target` stay data here."""
+        ...
+
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
         """An instance of a config; `complete` if the document gives every field. Raises ReadError."""
         ...
@@ -140,7 +146,7 @@ class Reader:
                 values[key] = known
                 continue
             try:
-                values[key] = self.value(value, type_)
+                values[key] = self._field(key, value, type_, target)
             except ReadError as error:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.found]
@@ -149,6 +155,12 @@ class Reader:
             raise ReadError(found)
         missing = plan.missing - owned if target.embeds is not None else plan.missing
         return self._world.make(target, values, complete=missing <= self._omitted.get(id(data), _NO_NAMES))
+
+    def _field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
+        """The value of a field; generation settings may stay data, see `bridge.config.generation`."""
+        if key != GENERATION_FIELD or (world := self._world.without_objects(target, value)) is None:
+            return self.value(value, type_)
+        return GenerationSettings(Reader(world, self._omitted).value(value, ANYTHING).values)
 
     def _unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """The value of a key that is no field, where the class takes any."""

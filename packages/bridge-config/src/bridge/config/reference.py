@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bridge.config.errors import DocumentError, Problem
+from bridge.config.generation import GENERATION_CONFIG
 from bridge.config.migrate import Migrated, config_at, inner_type
 from bridge.config.paths import Path, shown
 
@@ -76,7 +77,6 @@ _CHOSEN_LAYERS = {
     "megatron.core.models.gpt.experimental_attention_variant_module_specs."
     "get_transformer_block_with_experimental_attention_variant_spec": "experimental_attention_variant",
 }
-_GENERATION = "transformers.generation.configuration_utils.GenerationConfig"
 _ENUMS = "megatron.core.transformer.enums."  # the values of all of these count from 1
 
 # Set by a training loop, for its own run.
@@ -337,12 +337,12 @@ def _form(value: Any, type_: Type) -> Any:
     name = value.get("_target_")
     if not isinstance(name, str):
         return {key: _form(item, inner_type(type_)) for key, item in value.items()}
-    if name == f"{_GENERATION}.from_dict":
+    if name == f"{GENERATION_CONFIG}.from_dict":
         settings = value.get("config_dict")
         kept = (
             {key: item for key, item in settings.items() if str(key)[:1] != "_"} if isinstance(settings, dict) else {}
         )
-        return {"_target_": _GENERATION, **kept}
+        return {"_target_": GENERATION_CONFIG, **kept}
     name = _renamed(name)
     if value.get("_callable_") is True:
         return {"_target_": name, "_call_": False}

@@ -12,6 +12,7 @@ from typing import Any
 from bridge.config import targets
 from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError
+from bridge.config.generation import stays_data
 from bridge.config.reader import Reader, World
 from bridge.config.refusal import refused
 from bridge.config.standins import EnumMember, Made, Named, Partial
@@ -50,6 +51,9 @@ class Live:
 
     def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
         return partial(function, *args, **keywords)
+
+    def without_objects(self, target: Target, value: object) -> World | None:
+        return Tables() if stays_data(target.obj, value) else None
 
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
         by_position = tuple(values) == target.positional
@@ -102,6 +106,9 @@ class Tables:
 
     def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
         return Partial(function, args, keywords)
+
+    def without_objects(self, target: Target, value: object) -> World | None:
+        return None
 
     def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
         embedded = values.get(target.embeds) if target.embeds else None

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
+from bridge.config.generation import settings_of, wrong_settings
 from bridge.models.errors import ModelConfigError
 from bridge.models.pipeline import check_cuda_graphs
 from bridge.models.vocab import pad_vocab_size
@@ -75,6 +76,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
                 "set should_pad_vocab to true"
             )
         check_cuda_graphs(self.transformer)
+        _check_generation(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -92,3 +94,9 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
             tensor_model_parallel_size=self.transformer.tensor_model_parallel_size,
         )
+
+
+def _check_generation(config: LanguageModelConfig) -> None:
+    sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
+    if found := [f"generation_config.{name}: {said}" for name, said in wrong_settings(settings_of(config), **sizes)]:
+        raise ModelConfigError("; ".join(found))

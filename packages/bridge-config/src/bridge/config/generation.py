@@ -1,0 +1,141 @@
+"""Generation settings: data for as long as nobody asks for the object, whose library takes seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from bridge.config import targets
+from bridge.config.errors import ConfigError
+from bridge.config.paths import shown
+
+GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfig"
+FIELD = "generation_config"
+"""The field of every ModelConfig that holds generation settings."""
+
+_TOKENS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "force_words_ids",
+)
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+
+
+class GenerationSettings(Mapping[str, Any]):
+    """The settings that a document gives, by name: what `ModelConfig.generation_config` is without transformers."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"GenerationSettings({self._values!r})"
+
+
+class GenerationField:
+    """`ModelConfig.generation_config`: settings that a document gave become transformers' object when they are read.
+
+    They stay data where transformers is not installed, or documents may not name its class.
+    """
+
+    def __get__(self, config: object, owner: type | None = None) -> Any:
+        if config is None:
+            return None  # the field's default, which a dataclass keeps in its class
+        value = vars(config).get(FIELD)
+        if isinstance(value, GenerationSettings) and _is_installed():
+            value = vars(config)[FIELD] = _made(value)
+        return value
+
+    def __set__(self, config: object, value: Any) -> None:
+        vars(config)[FIELD] = value
+
+
+def stays_data(cls: object, value: object) -> bool:
+    """Whether a config of the class `cls` keeps the written settings `value` as data until they are read."""
+    return (
+        isinstance(value, dict)
+        and value.get("_target_") == GENERATION_CONFIG
+        and any(isinstance(vars(base).get(FIELD), GenerationField) for base in _first_with_field(cls))
+    )
+
+
+def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) -> Iterator[tuple[str, str]]:
+    """What is wrong with the generation settings of a model, by the name of the setting.
+
+    Args:
+        settings: settings as data, or any object that has them as attributes.
+        vocab_size: number of tokens; anything but a number if it is not known.
+        seq_length: longest sequence in tokens, likewise.
+    """
+    given = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    for name in _TOKENS:
+        beyond = [token for token in _numbers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
+        if beyond:
+            yield name, f"token {max(beyond)} is not in the vocabulary, vocab_size is {vocab_size}"
+    for name in _LENGTHS:
+        if any(_exceeds(length, seq_length) for length in _numbers(given.get(name))):
+            yield name, f"{given[name]} tokens are longer than the longest sequence, seq_length is {seq_length}"
+
+
+def settings_of(config: object) -> object:
+    """The generation settings of `config` as they are, without making an object of them."""
+    return vars(config).get(FIELD)
+
+
+def _first_with_field(cls: object) -> list[type]:
+    """The class among the bases of `cls` that has the last word about the field."""
+    bases = cls.__mro__ if isinstance(cls, type) else ()
+    return [base for base in bases if FIELD in vars(base)][:1]
+
+
+def _numbers(value: object) -> Iterator[int]:
+    """The whole numbers in a value, at any depth of lists."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def _exceeds(number: int, limit: object, by: int = 0) -> bool:
+    return isinstance(limit, int) and not isinstance(limit, bool) and number + by > limit
+
+
+def _is_installed() -> bool:
+    if not (targets.is_registered(GENERATION_CONFIG) or GENERATION_CONFIG in targets.declared()):
+        return False
+    try:
+        return find_spec(GENERATION_CONFIG.partition(".")[0]) is not None
+    except (ImportError, ValueError):  # something keeps it from being imported
+        return False
+
+
+def _made(settings: GenerationSettings) -> object:
+    """The object of transformers with these settings."""
+    from bridge.config.encode import written
+    from bridge.config.reader import Reader
+    from bridge.config.refusal import ReadError
+    from bridge.config.types import ANYTHING
+    from bridge.config.worlds import Live
+
+    try:
+        return Reader(Live(), {}).value(written(settings, ANYTHING), ANYTHING)
+    except ReadError as error:
+        said = "; ".join(f"{shown((FIELD, *path))}: {message}" for path, message in error.found)
+        raise ConfigError(said) from error.__cause__
