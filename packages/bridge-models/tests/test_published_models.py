@@ -1,0 +1,170 @@
+"""The published config.json of known models, through `bridge from-hf`, builds models of the published size.
+
+The files stand in ``huggingface``, as published, but for mamba2-2.7b: the file of its authors is of another form, this one
+is of the form that transformers reads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bridge.config import ModelConfig
+from bridge.dist.cpu import cpu_runtime
+from bridge.models.huggingface import from_hf
+
+FILES = {file.stem: file for file in (Path(__file__).parent / "huggingface").glob("*.json")}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The numbers of one model; each parameter counts once, so a tied output layer does not count again."""
+
+    published: int
+    """The elements of the published weights, as the model's page says; where it says nothing, the parameters that
+    the authors' or transformers' code makes of it."""
+
+    stored: int = 0
+    """Of them, what is no parameter of its own."""
+
+    megatron: int = 0
+    """What Megatron's model has beside."""
+
+    transformers: int = 0
+    """What the class of transformers has beside."""
+
+    @property
+    def parameters(self) -> int:
+        """The parameters of the model."""
+        return self.published - self.stored
+
+
+def causal_masks(layers: int, positions: int) -> int:
+    """GPT-2's files hold the mask of each layer."""
+    return layers * positions**2
+
+
+def _v3_stored() -> int:
+    """What the files of DeepSeek-V3 hold beside the 61 layers: the layer that predicts a second token, with copies of
+    embedding and output layer, the routers' biases, and a scale for each 128 x 128 block of 8-bit weights.
+    """
+    hidden, vocabulary = 7168, 129280
+    latent = [
+        (1536, hidden),
+        (128 * 192, 1536),
+        (512 + 64, hidden),
+        (128 * 256, 512),
+        (hidden, 128 * 128),
+    ]
+    attention = latent, 1536 + 512  # matrices, and norms
+    gated = lambda width: [(width, hidden), (width, hidden), (hidden, width)]  # noqa: E731
+    experts = gated(2048) * 257
+    router, router_bias = 256 * hidden, 256
+
+    def elements(matrices: list[tuple[int, int]]) -> int:
+        return sum(rows * columns for rows, columns in matrices)
+
+    def scales(matrices: list[tuple[int, int]]) -> int:
+        return sum(-(-rows // 128) * -(-columns // 128) for rows, columns in matrices)
+
+    second = elements(latent + experts) + attention[1] + router + 2 * hidden  # a layer like the others
+    second += 2 * vocabulary * hidden + 3 * hidden + hidden * 2 * hidden  # embedding, output, norms, projection
+    return second + 59 * router_bias + scales(62 * latent + 3 * gated(18432) + 59 * experts)
+
+
+LLAMA_3 = Count(8_030_261_248)
+V3_ROUTER_BIASES = 58 * 256  # buffers, in Megatron too
+COUNTS = {
+    "Qwen--Qwen1.5-MoE-A2.7B": Count(14_315_784_192),
+    "Qwen--Qwen2-57B-A14B": Count(57_408_658_944),
+    "Qwen--Qwen2-7B": Count(7_615_616_512),
+    "Qwen--Qwen2.5-0.5B": Count(494_032_768),
+    "Qwen--Qwen2.5-72B": Count(72_706_203_648),
+    "Qwen--Qwen2.5-7B": Count(7_615_616_512),
+    "Qwen--Qwen3-0.6B": Count(751_632_384, stored=151936 * 1024),  # the tied output layer
+    "Qwen--Qwen3-235B-A22B": Count(235_093_634_560),
+    "Qwen--Qwen3-30B-A3B": Count(30_532_122_624),
+    "Qwen--Qwen3-8B": Count(8_190_735_360),
+    "deepseek-ai--DeepSeek-V2": Count(235_741_434_880),
+    "deepseek-ai--DeepSeek-V2-Lite": Count(15_706_484_224),
+    "deepseek-ai--DeepSeek-V3": Count(684_531_386_000, stored=_v3_stored()),
+    # transformers 5 ties the output layer of every T5; the published weights of version 1.1 have one of its own.
+    "google--flan-t5-xl": Count(2_849_757_184, transformers=-32128 * 2048),
+    "google--t5-v1_1-xl": Count(2_849_757_184, transformers=-32128 * 2048),
+    "google--gemma-2b": Count(2_506_172_416),
+    "google--gemma-7b": Count(8_537_680_896),
+    # Megatron's tied output layer has a bias. The file of t5-base has biases of relative positions also in the
+    # decoder's cross attention, which nothing reads.
+    "google-t5--t5-11b": Count(11_307_321_344, megatron=32128),
+    "google-t5--t5-base": Count(222_903_936, stored=32 * 12, megatron=32128),
+    "meta-llama--Llama-2-7b-hf": Count(6_738_417_664, stored=32 * 64),  # rotary frequencies in each layer
+    "meta-llama--Llama-3.1-405B": Count(405_853_388_800),
+    "meta-llama--Llama-3.1-70B": Count(70_553_706_496),
+    "meta-llama--Llama-3.1-8B": LLAMA_3,
+    "meta-llama--Llama-3.2-1B": Count(1_235_814_400),
+    "meta-llama--Meta-Llama-3-8B": LLAMA_3,
+    "microsoft--Phi-3-medium-4k-instruct": Count(13_960_238_080),
+    "microsoft--Phi-3-mini-4k-instruct": Count(3_821_079_552),
+    "mistralai--Mamba-Codestral-7B-v0.1": Count(7_285_403_648),
+    "mistralai--Mistral-7B-v0.1": Count(7_241_732_096),
+    "mistralai--Mistral-7B-v0.3": Count(7_248_023_552),
+    "mistralai--Mixtral-8x22B-v0.1": Count(140_620_634_112),
+    "mistralai--Mixtral-8x7B-v0.1": Count(46_702_792_704),
+    "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": Count(31_577_937_344),
+    "nvidia--Nemotron-H-8B-Base-8K": Count(8_100_852_736),
+    "openai--gpt-oss-120b": Count(116_829_156_672),
+    "openai--gpt-oss-20b": Count(20_914_757_184),
+    "openai-community--gpt2": Count(137_022_720, stored=causal_masks(12, 1024)),
+    "openai-community--gpt2-xl": Count(1_557_611_200),
+    "state-spaces--mamba2-2.7b": Count(2_702_599_680),
+}
+
+
+def published(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(FILES[name].read_text())
+    return content
+
+
+def document(config: dict[str, Any]) -> dict[str, Any]:
+    return from_hf(config).data
+
+
+def built(data: dict[str, Any], pg_collection: ProcessGroupCollection) -> int:
+    """The number of parameters of the real model, on the meta device."""
+    config: Any = ModelConfig.from_dict(data)
+    config.finalize()
+    config.transformer.use_cpu_initialization = True
+    config.transformer.perform_initialization = False
+    with cpu_runtime(), torch.device("meta"):  # some layers name the GPU
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        model = config.get_builder_cls()(config).build_model(pg_collection)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_each_file_is_counted() -> None:
+    assert set(FILES) == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_built_model_has_the_published_parameters(name: str, pg_collection: ProcessGroupCollection) -> None:
+    count = COUNTS[name]
+    assert built(document(published(name)), pg_collection) == count.parameters + count.megatron
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_so_has_the_class_of_transformers(name: str) -> None:
+    kept = {key: value for key, value in published(name).items() if key not in ("auto_map", "quantization_config")}
+    config = CONFIG_MAPPING[kept["model_type"]].from_dict(kept)
+    with torch.device("meta"):
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == COUNTS[name].parameters + COUNTS[name].transformers
