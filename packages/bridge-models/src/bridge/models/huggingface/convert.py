@@ -14,7 +14,7 @@ from bridge.config.errors import DocumentError, Problem, nearest, quoted
 from bridge.config.files import MAX_BYTES, parse_json
 from bridge.config.refusal import got
 from bridge.config.tables import shipped
-from bridge.models.huggingface import dense
+from bridge.models.huggingface import dense, experts, latent
 from bridge.models.huggingface.common import GENERATION
 from bridge.models.huggingface.mapping import (
     TRANSFORMER,
@@ -25,7 +25,21 @@ from bridge.models.huggingface.mapping import (
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    one.model_type: one for one in (dense.GPT2, dense.LLAMA, dense.MISTRAL, dense.QWEN2, dense.QWEN3, dense.PHI3)
+    one.model_type: one
+    for one in (
+        dense.GPT2,
+        dense.LLAMA,
+        dense.MISTRAL,
+        dense.QWEN2,
+        dense.QWEN3,
+        dense.PHI3,
+        experts.MIXTRAL,
+        experts.QWEN2_MOE,
+        experts.QWEN3_MOE,
+        experts.GPT_OSS,
+        latent.DEEPSEEK_V2,
+        latent.DEEPSEEK_V3,
+    )
 }
 """By ``model_type``. A document that several can say is written as the first of them, unless it says which."""
 
@@ -336,8 +350,9 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
     if (chosen := _chosen(fields)) is not None:
         candidates = [chosen]
     if not candidates:
-        raise _refused("$._target_", f"transformers has no model of the class {fields["_target_"]}")
-    written = [(one, _written(fields, one)) for one in candidates]
+        raise _refused("$._target_", f"transformers has no model of the class {fields['_target_']}")
+    of_class = [one for one in candidates if fields["transformer._target_"] in one.transformers]
+    written = [(one, _written(fields, one)) for one in of_class or candidates]
     architecture, t = min(written, key=lambda pair: len(pair[1].problems))
     if t.problems and chosen is None:
         which = f"no architecture is the same model; the nearest is {architecture.model_type}"
@@ -378,6 +393,9 @@ def _chosen(fields: Mapping[str, Any]) -> Architecture | None:
 
 def _written(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
     t = Translation(fields, {})
+    if fields["transformer._target_"] not in architecture.transformers:
+        t.refuse("transformer._target_", f"{architecture.model_type} is a {' or a '.join(architecture.transformers)}")
+        return t
     translated(t, (row.write for row in architecture.rows))
     for path in sorted(_not_default(fields, SHAPING - architecture.fields)):
         t.refuse(path, f"config.json of {architecture.model_type} has no field for it")
@@ -392,7 +410,7 @@ def _not_default(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[st
     for path in paths:
         outer, dot, name = path.partition(".")
         known = (transformer if dot else target).fields.get(name or outer)
-        if known is not None and fields.get(path) != known.default:
+        if known is not None and path in fields and fields[path] != known.default:
             yield path
 
 

@@ -19,7 +19,6 @@ from bridge.models.huggingface.mapping import (
     FLAG,
     GPT,
     NUMBER,
-    TRANSFORMER,
     Architecture,
     Name,
     Row,
@@ -28,11 +27,10 @@ from bridge.models.huggingface.mapping import (
     only,
     same,
 )
-from bridge.models.huggingface.rope import rotary
+from bridge.models.huggingface.rope import ANY_TRANSFORMER, rotary
 from bridge.models.huggingface.windows import window_by_switch, window_everywhere
 
-PLAIN = always("transformer._target_", TRANSFORMER, "this architecture has a plain TransformerConfig")
-_NO_ATTENTION_BIAS = only(
+NO_ATTENTION_BIAS = only(
     "attention_bias",
     False,
     FLAG,
@@ -81,14 +79,13 @@ _LLAMA_BIASES = Row(
     _write_biases,
 )
 QKV_BIAS = always("transformer.add_qkv_bias", True, "queries, keys and values of this architecture have biases")
-_QK_NORM = always("transformer.qk_layernorm", True, "queries and keys of this architecture are normalised")
+QK_NORM = always("transformer.qk_layernorm", True, "queries and keys of this architecture are normalised")
 
 GPT2 = Architecture(
     model_type="gpt2",
     causal="GPT2LMHeadModel",
     target=GPT,
     rows=(
-        PLAIN,
         same("vocab_size", "vocab_size", COUNT, 50257),
         same("n_positions", "seq_length", COUNT, 1024),
         same("n_layer", "transformer.num_layers", COUNT, 12),
@@ -130,6 +127,7 @@ LLAMA = Architecture(
     model_type="llama",
     causal="LlamaForCausalLM",
     target=GPT,
+    transformers=ANY_TRANSFORMER,
     rows=(
         *sizes(
             vocab_size=32000,
@@ -156,6 +154,7 @@ MISTRAL = Architecture(
     model_type="mistral",
     causal="MistralForCausalLM",
     target=GPT,
+    transformers=ANY_TRANSFORMER,
     rows=(
         *sizes(
             vocab_size=32000,
@@ -182,6 +181,7 @@ QWEN2 = Architecture(
     model_type="qwen2",
     causal="Qwen2ForCausalLM",
     target=GPT,
+    transformers=ANY_TRANSFORMER,
     rows=(
         *sizes(
             vocab_size=151936,
@@ -209,6 +209,7 @@ QWEN3 = Architecture(
     model_type="qwen3",
     causal="Qwen3ForCausalLM",
     target=GPT,
+    transformers=ANY_TRANSFORMER,
     rows=(
         *sizes(
             vocab_size=151936,
@@ -224,8 +225,8 @@ QWEN3 = Architecture(
         *rms_norm("rms_norm_eps", 1e-6),
         GATED,
         NO_BIASES,
-        _NO_ATTENTION_BIAS,
-        _QK_NORM,
+        NO_ATTENTION_BIAS,
+        QK_NORM,
         activation("hidden_act", "silu"),
         attention_dropout("attention_dropout", 0.0),
         NO_HIDDEN_DROPOUT,
@@ -237,6 +238,7 @@ PHI3 = Architecture(
     model_type="phi3",
     causal="Phi3ForCausalLM",
     target=GPT,
+    transformers=ANY_TRANSFORMER,
     rows=(
         *sizes(
             vocab_size=32064,

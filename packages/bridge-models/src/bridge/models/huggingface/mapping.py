@@ -215,6 +215,9 @@ class Architecture:
     target: str
     """The config class of the document."""
 
+    transformers: tuple[str, ...] = (TRANSFORMER,)
+    """The config classes that the transformer of the document may have."""
+
     rows: tuple[Row, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of fields of config.json."""

@@ -24,7 +24,10 @@ from bridge.models.huggingface.mapping import (
     unknown_choice,
 )
 
-YARN_TRANSFORMER = "bridge.models.yarn.YarnTransformerConfig"
+YARN_TRANSFORMER = "bridge.models.transformer.YarnTransformerConfig"
+
+ANY_TRANSFORMER = (TRANSFORMER, YARN_TRANSFORMER)
+"""The classes of transformers with rotary positions."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core 0.19.2 computes with, wherever frequencies are scaled as those of Llama 3.1."""
@@ -166,7 +169,6 @@ def rotary(
             "rope_scaling",
             "rope_scaling_factor",
             "seq_len_interpolation_factor",
-            "transformer._target_",
         ),
         read,
         write,
@@ -186,7 +188,8 @@ def rope_names(theta: float) -> dict[str, Name]:
 def given_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Scaling:
     """The mapping of either version; of version 4 where there are both, as transformers has it."""
     for name in ("rope_scaling", "rope_parameters"):
-        if values := t[name]:
+        values = t[name]
+        if values or (values is not None and name == "rope_parameters"):
             return Scaling(t, name, values)
     return Scaling(t, "rope_parameters", default or {})
 
@@ -277,8 +280,8 @@ def _written_scaling(t: Translation) -> dict[str, Any] | None:
     chosen = [name for name, is_on in ways.items() if is_on]
     if len(chosen) > 1:
         raise t.refuse(chosen[0], f"config.json scales frequencies in one way alone, {chosen[1]} is another")
-    if t["transformer._target_"] not in (TRANSFORMER, YARN_TRANSFORMER):
-        raise t.refuse("transformer._target_", "this architecture has a plain TransformerConfig")
+    if not ways["position_embedding_type"] and t.given.get("transformer.yarn_rotary_scaling_factor", 1) != 1:
+        raise t.refuse("position_embedding_type", "Megatron-Core goes by yarn_rotary_scaling_factor here too: set yarn")
     if ways["rope_scaling"]:
         return {"rope_type": "llama3", "factor": t["rope_scaling_factor"]} | LLAMA3
     if ways["seq_len_interpolation_factor"]:

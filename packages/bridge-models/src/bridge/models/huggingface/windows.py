@@ -32,14 +32,18 @@ def window_everywhere(default: int | None) -> Row:
     return Row({"sliding_window": Name(COUNT, default, null=True)}, _FIELDS, read, write)
 
 
-def window_by_switch(*, everywhere: bool = False, default: int = 4096, max_layers: int = 28) -> Row:
+def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row:
     """``sliding_window`` where ``use_sliding_window`` is on: in layers by ``layer_types``, or in all.
 
     Args:
         everywhere: In all layers, and there is no ``layer_types``.
-        default: What transformers takes for ``sliding_window`` where it is left out.
-        max_layers: Likewise for ``max_window_layers``: without ``layer_types``, the layers from there on slide.
+        in_turns: Without ``layer_types``, every other layer before the one at ``max_window_layers`` slides; else all
+            from there on.
     """
+
+    def usual(t: Translation, index: int) -> bool:
+        limit: int = t["max_window_layers"]
+        return index % 2 == 0 and index < limit if in_turns else index >= limit
 
     def read(t: Translation) -> None:
         layers, window = t["num_hidden_layers"], t["sliding_window"]
@@ -52,8 +56,7 @@ def window_by_switch(*, everywhere: bool = False, default: int = 4096, max_layer
         if everywhere:
             t["transformer.window_size"] = _window(window)
             return
-        types = _types(t, lambda index: index >= t["max_window_layers"], layers)
-        _set(t, window, types)
+        _set(t, window, _types(t, lambda index: usual(t, index), layers))
 
     def write(t: Translation) -> None:
         window = _written(t)
@@ -67,12 +70,12 @@ def window_by_switch(*, everywhere: bool = False, default: int = 4096, max_layer
             if not all(slides):
                 t.refuse("transformer.window_attn_skip_freq", "this architecture has its window in all layers")
             return
-        t["max_window_layers"] = slides.index(True) if slides == sorted(slides) else len(slides)
+        t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not in_turns else len(slides)
         t["layer_types"] = _as_types(slides)
 
-    names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(COUNT, default, null=True)}
+    names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(COUNT, 4096, null=True)}
     if not everywhere:
-        names |= {"max_window_layers": Name(INTEGER, max_layers), "layer_types": Name(TEXTS)}
+        names |= {"max_window_layers": Name(INTEGER, 28), "layer_types": Name(TEXTS)}
     return Row(names, _FIELDS, read, write)
 
 
