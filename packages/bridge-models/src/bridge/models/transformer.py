@@ -1,10 +1,10 @@
-"""Transformer configurations with what megatron-core 0.19.2 reads from one, and does not declare."""
+"""A transformer configuration with what megatron-core 0.19.2 reads from one, and does not declare."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass
@@ -36,11 +36,3 @@ class YarnTransformerConfig(TransformerConfig):
 
     yarn_correction_range_round_to_int: bool = True
     """Round the channels where the frequencies begin and end to change to whole ones."""
-
-
-@dataclass
-class LatentTransformerConfig(MLATransformerConfig):
-    """Multi-latent attention whose queries need not be compressed."""
-
-    q_lora_rank: int | None = 512  # type: ignore[assignment]
-    """Rank to which queries are compressed before they are projected to heads; None for not at all."""

@@ -42,7 +42,6 @@ from bridge.models.huggingface.rope import (
 )
 
 LATENT_TRANSFORMER = "megatron.core.transformer.transformer_config.MLATransformerConfig"
-UNCOMPRESSED_TRANSFORMER = "bridge.models.transformer.LatentTransformerConfig"
 
 _EPSILON = 1e-6
 """Of the norms of latents, whatever ``rms_norm_eps`` is; Megatron-Core has one number for all norms."""
@@ -59,9 +58,8 @@ def derived(name: str, value: Callable[[Translation], Any], meaning: str) -> Row
 
 
 def _read_queries(t: Translation) -> None:
-    rank = t["q_lora_rank"]
-    t["transformer._target_"] = LATENT_TRANSFORMER if rank is not None else UNCOMPRESSED_TRANSFORMER
-    t["transformer.q_lora_rank"] = rank
+    t["transformer._target_"] = LATENT_TRANSFORMER
+    t["transformer.q_lora_rank"] = t["q_lora_rank"]
 
 
 def _write_queries(t: Translation) -> None:
@@ -344,7 +342,7 @@ DEEPSEEK_V2 = Architecture(
     model_type="deepseek_v2",
     causal="DeepseekV2ForCausalLM",
     target=GPT,
-    transformers=(LATENT_TRANSFORMER, UNCOMPRESSED_TRANSFORMER),
+    transformers=(LATENT_TRANSFORMER,),
     rows=(
         *sizes(
             vocab_size=102400,
@@ -377,7 +375,7 @@ DEEPSEEK_V3 = Architecture(
     model_type="deepseek_v3",
     causal="DeepseekV3ForCausalLM",
     target=GPT,
-    transformers=(LATENT_TRANSFORMER, UNCOMPRESSED_TRANSFORMER),
+    transformers=(LATENT_TRANSFORMER,),
     rows=(
         *sizes(
             vocab_size=129280,
