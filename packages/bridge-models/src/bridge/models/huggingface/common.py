@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,17 @@ def feed_forward(name: str, path: str, kind: str, default: int | None, *, times:
     return Row({name: Name(kind, default)}, (path,), read, write)
 
 
+def _write_scores(t: Translation) -> None:
+    scale, channels = t["transformer.softmax_scale"], t["transformer.kv_channels"]
+    channels = channels or t["transformer.hidden_size"] // t["transformer.num_attention_heads"]
+    if scale is not None and not math.isclose(scale, channels**-0.5):
+        t.refuse("transformer.softmax_scale", "scores are divided by the root of the channels in this architecture")
+
+
+SCORES = Row({}, ("transformer.softmax_scale",), lambda t: None, _write_scores)
+"""Scores of attention are divided by the root of a head's channels; a configuration that was made may say so itself."""
+
+
 def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row, ...]:
     """Groups of heads that share keys and values, and the channels of a head.
 
@@ -122,6 +134,7 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
         Row(
             {"head_dim": Name(COUNT, head_dim, null=True)}, ("transformer.kv_channels",), read_channels, write_channels
         ),
+        SCORES,
     )
 
 
@@ -129,26 +142,37 @@ def activation(name: str, default: str) -> Row:
     """The function between the matrices of a feed-forward layer."""
 
     def read(t: Translation) -> None:
-        function = t[name]
-        if function not in _ACTIVATIONS:
-            raise unknown_choice(t, name, function, _ACTIVATIONS)
-        t["transformer.activation_func"] = _ACTIVATIONS[function]
+        read_function(t, name, t[name])
 
     def write(t: Translation) -> None:
-        function = t["transformer.activation_func"]
-        if function is None:
-            function = _GELU
-        names = [known for known, own in _ACTIVATIONS.items() if own == function]
-        if not names:
-            raise t.refuse("transformer.activation_func", f"transformers has no function {name_of(function)}")
-        t[name] = default if default in names else names[0]
+        t[name] = written_function(t, default)
 
     return Row({name: Name(TEXT, default)}, ("transformer.activation_func",), read, write)
 
 
-def name_of(function: Any) -> str:
-    """The function of a document as a message shows it."""
-    return str(function.get("_target_")) if isinstance(function, dict) else str(function)
+def read_function(t: Translation, name: str, function: str) -> None:
+    """Take a function by its name in config.json.
+
+    Raises:
+        RefusedError: It is not known.
+    """
+    if function not in _ACTIVATIONS:
+        raise unknown_choice(t, name, function, _ACTIVATIONS)
+    t["transformer.activation_func"] = _ACTIVATIONS[function]
+
+
+def written_function(t: Translation, usual: str) -> str:
+    """The name in config.json of the document's function: the usual one where that is among its names.
+
+    Raises:
+        RefusedError: transformers does not have it.
+    """
+    function = t["transformer.activation_func"]
+    names = [known for known, own in _ACTIVATIONS.items() if own == function]
+    if not names:
+        what = function.get("_target_") if isinstance(function, dict) else function
+        raise t.refuse("transformer.activation_func", f"transformers has no function {what}")
+    return usual if usual in names else names[0]
 
 
 def _read_dtype(t: Translation) -> None:

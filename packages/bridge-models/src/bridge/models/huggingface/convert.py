@@ -14,7 +14,7 @@ from bridge.config.errors import DocumentError, Problem, nearest, quoted
 from bridge.config.files import MAX_BYTES, parse_json
 from bridge.config.refusal import got
 from bridge.config.tables import shipped
-from bridge.models.huggingface import dense, experts, latent
+from bridge.models.huggingface import dense, experts, latent, mamba, t5
 from bridge.models.huggingface.common import GENERATION
 from bridge.models.huggingface.mapping import (
     TRANSFORMER,
@@ -33,15 +33,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         dense.QWEN2,
         dense.QWEN3,
         dense.PHI3,
+        dense.GEMMA,
         experts.MIXTRAL,
         experts.QWEN2_MOE,
         experts.QWEN3_MOE,
         experts.GPT_OSS,
         latent.DEEPSEEK_V2,
         latent.DEEPSEEK_V3,
+        mamba.MAMBA2,
+        mamba.NEMOTRON_H,
+        t5.T5_MODEL,
+        mamba.MAMBA2,
+        mamba.NEMOTRON_H,
+        t5.T5_MODEL,
     )
 }
 """By ``model_type``. A document that several can say is written as the first of them, unless it says which."""
+
+_MORE_NORMS = "it also normalises what attention and feed-forward layers give, which there are no layers for"
+BEYOND: Mapping[str, str] = {
+    "gemma2": f"{_MORE_NORMS}, and caps scores and logits (attn_logit_softcapping, final_logit_softcapping)",
+    "gemma3_text": f"{_MORE_NORMS}, and has two bases of rotary positions (rope_theta, rope_local_base_freq)",
+    "gemma3": f"{_MORE_NORMS}, has two bases of rotary positions, and sees pictures (vision_config)",
+}
+"""What is known, by ``model_type``, and why there is no document of it."""
 
 MODEL_TYPE = "hf_model_type"
 """The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
@@ -277,6 +292,8 @@ def _architecture(given: Mapping[str, Any]) -> Architecture:
     if not isinstance(model_type, str):
         missing = "missing: is this the config.json of a model?"
         raise _refused("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
+    if reason := BEYOND.get(model_type):
+        raise _refused("$.model_type", f"megatron-core 0.19.2 cannot say {model_type}: {reason}")
     found = ARCHITECTURES.get(model_type)
     if found is None:
         near = nearest(model_type, ARCHITECTURES)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 from bridge.models.huggingface.common import (
     GATED,
     NO_BIASES,
     NO_HIDDEN_DROPOUT,
+    SCORES,
     activation,
     attention_dropout,
     feed_forward,
     heads,
     language_model,
+    read_function,
     rms_norm,
     sizes,
+    written_function,
 )
 from bridge.models.huggingface.mapping import (
     COUNT,
     FLAG,
     GPT,
     NUMBER,
+    TEXT,
     Architecture,
     Name,
     Row,
@@ -99,6 +105,7 @@ GPT2 = Architecture(
         activation("activation_function", "gelu_new"),
         _residual_dropout(0.1, 0.1),
         attention_dropout("attn_pdrop", 0.1),
+        SCORES,
         only("scale_attn_weights", True, FLAG, "scores are divided by the root of the channels"),
         only("scale_attn_by_inverse_layer_idx", False, FLAG, "Megatron-Core scales scores of all layers by one number"),
         only("reorder_and_upcast_attn", False, FLAG, "Megatron-Core has another order of computing scores"),
@@ -258,5 +265,106 @@ PHI3 = Architecture(
         attention_dropout("attention_dropout", 0.0),
         _residual_dropout(0.0, 0.0),
         *language_model(tied=False),
+    ),
+)
+
+_ZERO_CENTERED = always(
+    "transformer.layernorm_zero_centered_gamma",
+    True,
+    "norms of this architecture multiply by one more than their weight",
+)
+
+
+def _read_embedding_scale(t: Translation) -> None:
+    # The only factor of embeddings that Megatron-Core has is that of µP, which is the usual model but for what is set.
+    t["transformer.use_mup"] = True
+    t["transformer.mup_embedding_mult"] = math.sqrt(t["hidden_size"])
+    t["transformer.mup_attn_scale_power"] = 0.5
+
+
+def _write_embedding_scale(t: Translation) -> None:
+    if not t["transformer.use_mup"]:
+        raise t.refuse("transformer.use_mup", "this architecture multiplies embeddings, by mup_embedding_mult")
+    scale, size = t["transformer.mup_embedding_mult"], t["transformer.hidden_size"]
+    if not math.isclose(scale, math.sqrt(size), rel_tol=1e-6):
+        t.refuse(
+            "transformer.mup_embedding_mult", f"it is the root of hidden_size in this architecture: {math.sqrt(size)}"
+        )
+    if t["transformer.mup_base_hidden_size"] not in (None, size):
+        t.refuse("transformer.mup_base_hidden_size", "Megatron-Core scales logits by it: set it to null")
+    if t["transformer.mup_output_mult"] != 1:
+        t.refuse("transformer.mup_output_mult", "this architecture does not scale logits: set it to 1")
+    if t["transformer.mup_attn_scale_power"] != 0.5 or t["transformer.mup_base_head_dim"] is not None:
+        t.refuse(
+            "transformer.mup_attn_scale_power",
+            "scores are divided by the root of the channels: set it to 0.5, and mup_base_head_dim to null",
+        )
+
+
+_EMBEDDING_SCALE = Row(
+    {},
+    (
+        "transformer.use_mup",
+        "transformer.mup_embedding_mult",
+        "transformer.mup_output_mult",
+        "transformer.mup_base_hidden_size",
+        "transformer.mup_base_head_dim",
+        "transformer.mup_attn_scale_power",
+    ),
+    _read_embedding_scale,
+    _write_embedding_scale,
+)
+
+
+def _read_gelu(t: Translation) -> None:
+    # Published files say "gelu" and mean the tanh approximation, as transformers has it.
+    if (function := t["hidden_activation"]) is None:
+        function = t["hidden_act"]
+    if function == "gelu":
+        function = "gelu_pytorch_tanh"
+    read_function(t, "hidden_act" if t["hidden_activation"] is None else "hidden_activation", function)
+
+
+def _write_gelu(t: Translation) -> None:
+    function = written_function(t, "gelu_pytorch_tanh")
+    if function == "gelu":
+        raise t.refuse("transformer.activation_func", "gelu means the tanh approximation in this architecture")
+    t["hidden_act"] = function
+
+
+_GELU = Row(
+    {"hidden_act": Name(TEXT, "gelu_pytorch_tanh"), "hidden_activation": Name(TEXT)},
+    ("transformer.activation_func",),
+    _read_gelu,
+    _write_gelu,
+)
+
+GEMMA = Architecture(
+    model_type="gemma",
+    causal="GemmaForCausalLM",
+    target=GPT,
+    transformers=ANY_TRANSFORMER,
+    rows=(
+        *sizes(
+            vocab_size=256000,
+            max_position_embeddings=8192,
+            num_hidden_layers=28,
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_attention_heads=16,
+        ),
+        *heads(16, 256),
+        rotary(),
+        _EMBEDDING_SCALE,
+        *rms_norm("rms_norm_eps", 1e-6),
+        _ZERO_CENTERED,
+        GATED,
+        NO_BIASES,
+        NO_ATTENTION_BIAS,
+        only("use_bidirectional_attention", None, FLAG, "tokens see those before them alone", also=(False,)),
+        _GELU,
+        attention_dropout("attention_dropout", 0.0),
+        NO_HIDDEN_DROPOUT,
+        *language_model(tied=True),
     ),
 )

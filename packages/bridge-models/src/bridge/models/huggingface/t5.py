@@ -1,0 +1,205 @@
+"""T5, of both versions: 1.0, whose output layer is the embedding, and 1.1, which has one of its own and gates."""
+
+from __future__ import annotations
+
+import math
+
+from bridge.models.huggingface.common import (
+    DTYPE,
+    NO_BIASES,
+    ORIGIN,
+    SPECIAL_TOKENS,
+    feed_forward,
+    read_function,
+    rms_norm,
+    written_function,
+)
+from bridge.models.huggingface.mapping import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    TEXT,
+    Architecture,
+    Name,
+    Row,
+    Translation,
+    always,
+    only,
+    same,
+)
+
+T5 = "bridge.models.t5.T5ModelConfig"
+_GATED = "gated-"
+
+
+def _read_layers(t: Translation) -> None:
+    decoder, encoder = t["num_decoder_layers"], t["num_layers"]
+    t["transformer.num_layers"] = encoder if decoder is None else decoder
+    if decoder not in (None, encoder):
+        t["encoder_num_layers"] = encoder
+
+
+def _write_layers(t: Translation) -> None:
+    decoder, encoder = t["transformer.num_layers"], t["encoder_num_layers"]
+    t["num_layers"], t["num_decoder_layers"] = decoder if encoder is None else encoder, decoder
+
+
+_LAYERS = Row(
+    {"num_layers": Name(COUNT, 6), "num_decoder_layers": Name(COUNT)},
+    ("transformer.num_layers", "encoder_num_layers"),
+    _read_layers,
+    _write_layers,
+)
+
+
+def _stacks_alike(path: str, of_decoder: str) -> Row:
+    """A size that the encoder has for itself in a document, and shares with the decoder in config.json."""
+
+    def write(t: Translation) -> None:
+        if t[path] not in (None, t[of_decoder]):
+            t.refuse(path, "encoder and decoder of this architecture differ in their number of layers alone")
+
+    return Row({}, (path,), lambda t: None, write)
+
+
+def _read_dropout(t: Translation) -> None:
+    dropout = t["dropout_rate"]
+    t["transformer.hidden_dropout"] = t["transformer.attention_dropout"] = dropout
+    if dropout:
+        t.note("$.dropout_rate is taken over, but for what lies between the matrices of feed-forward layers")
+
+
+def _write_dropout(t: Translation) -> None:
+    dropout = t["transformer.hidden_dropout"]
+    if t["transformer.attention_dropout"] != dropout:
+        t.refuse(
+            "transformer.attention_dropout", f"there is one dropout in this architecture: hidden_dropout is {dropout}"
+        )
+    t["dropout_rate"] = dropout
+
+
+_DROPOUT = Row(
+    {"dropout_rate": Name(NUMBER, 0.1)},
+    ("transformer.hidden_dropout", "transformer.attention_dropout"),
+    _read_dropout,
+    _write_dropout,
+)
+
+
+def _read_feed_forward(t: Translation) -> None:
+    projection: str = t["feed_forward_proj"]
+    function = projection.removeprefix(_GATED)
+    if projection == "gated-gelu":
+        function = "gelu_new"
+    t["transformer.gated_linear_unit"] = projection.startswith(_GATED)
+    read_function(t, "feed_forward_proj", function)
+
+
+def _write_feed_forward(t: Translation) -> None:
+    gated, function = t["transformer.gated_linear_unit"], written_function(t, "gelu_new")
+    if gated and function == "gelu":
+        raise t.refuse("transformer.activation_func", "gates of gelu mean the tanh approximation in this architecture")
+    if gated and function == "gelu_new":
+        function = "gelu"
+    t["feed_forward_proj"] = f"{_GATED if gated else ''}{function}"
+
+
+_FEED_FORWARD = Row(
+    {"feed_forward_proj": Name(TEXT, "relu")},
+    ("transformer.gated_linear_unit", "transformer.activation_func"),
+    _read_feed_forward,
+    _write_feed_forward,
+)
+
+
+def _read_output(t: Translation) -> None:
+    # Version 5 of transformers saves tie_word_embeddings as true always, and what it was as scale_decoder_outputs.
+    tied = t["tie_word_embeddings"] and t["scale_decoder_outputs"] is not False
+    t["share_embeddings_and_output_weights"] = tied
+    if not tied:
+        return
+    size, tokens = t["d_model"], t["vocab_size"]
+    t.note(f"$.tie_word_embeddings: Megatron-Core's tied output layer has a bias, {tokens:,} parameters more")
+    t.note(
+        f"$.tie_word_embeddings: transformers multiplies what a tied output layer reads by {size}^-0.5, which is "
+        f"{size**-0.5:.6g}, Megatron-Core does not: the weight of the decoder's last norm has to have it"
+    )
+
+
+def _write_output(t: Translation) -> None:
+    t["tie_word_embeddings"] = t["share_embeddings_and_output_weights"]
+
+
+_OUTPUT = Row(
+    {"tie_word_embeddings": Name(FLAG, True), "scale_decoder_outputs": Name(FLAG)},
+    ("share_embeddings_and_output_weights",),
+    _read_output,
+    _write_output,
+)
+
+
+def _read_length(t: Translation) -> None:
+    if (length := t["n_positions"]) is not None:
+        t["seq_length"] = length
+
+
+_LENGTH = Row({"n_positions": Name(COUNT)}, ("seq_length",), _read_length, lambda t: None)
+
+
+def _write_scores(t: Translation) -> None:
+    scale = t["transformer.softmax_scale"]
+    if scale is None or not math.isclose(scale, 1):
+        t.refuse("transformer.softmax_scale", "this architecture does not divide scores: it can only be 1.0")
+
+
+def _read_scores(t: Translation) -> None:
+    t["transformer.softmax_scale"] = 1.0
+
+
+def _write_channels(t: Translation) -> None:
+    channels = t["transformer.kv_channels"]
+    t["d_kv"] = t["transformer.hidden_size"] // t["transformer.num_attention_heads"] if channels is None else channels
+
+
+def _read_channels(t: Translation) -> None:
+    t["transformer.kv_channels"] = t["d_kv"]
+
+
+T5_MODEL = Architecture(
+    model_type="t5",
+    causal="T5ForConditionalGeneration",
+    target=T5,
+    rows=(
+        same("vocab_size", "vocab_size", COUNT, 32128),
+        _LENGTH,
+        always("position_embedding_type", "relative", "positions of this architecture are relative"),
+        same("relative_attention_num_buckets", "relative_attention_num_buckets", COUNT, 32),
+        same("relative_attention_max_distance", "relative_attention_max_distance", COUNT, 128),
+        _LAYERS,
+        same("d_model", "transformer.hidden_size", COUNT, 512),
+        feed_forward("d_ff", "transformer.ffn_hidden_size", COUNT, 2048),
+        same("num_heads", "transformer.num_attention_heads", COUNT, 8),
+        Row({"d_kv": Name(COUNT, 64)}, ("transformer.kv_channels",), _read_channels, _write_channels),
+        _stacks_alike("encoder_ffn_hidden_size", "transformer.ffn_hidden_size"),
+        _stacks_alike("encoder_num_attention_heads", "transformer.num_attention_heads"),
+        _stacks_alike("encoder_kv_channels", "transformer.kv_channels"),
+        Row({}, ("transformer.softmax_scale",), _read_scores, _write_scores),
+        *rms_norm("layer_norm_epsilon", 1e-6),
+        NO_BIASES,
+        _FEED_FORWARD,
+        _DROPOUT,
+        only("initializer_factor", 1.0, NUMBER, "Megatron-Core draws weights in another way"),
+        only("is_encoder_decoder", True, FLAG, "Megatron-Core's T5 has both"),
+        only("is_decoder", False, FLAG, "Megatron-Core's T5 has both"),
+        _OUTPUT,
+        ORIGIN,
+        SPECIAL_TOKENS,
+        DTYPE,
+    ),
+    aliases={
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    },
+    ignored=frozenset(("dense_act_fn", "is_gated_act")),
+)
