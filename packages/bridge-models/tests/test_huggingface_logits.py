@@ -373,6 +373,7 @@ MODELS: dict[str, tuple[dict[str, Any], Carry]] = {
         LATENT
         | {
             "model_type": "deepseek_v3",
+            "num_nextn_predict_layers": 0,  # transformers has no such layer
             "n_shared_experts": 1,
             "routed_scaling_factor": 2.5,
             "n_group": 4,
