@@ -112,10 +112,12 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
         t["num_key_value_heads"] = t["transformer.num_attention_heads"] if groups is None else groups
 
     def read_channels(t: Translation) -> None:
-        if (channels := t["head_dim"]) is not None:
+        share, rest = divmod(t["hidden_size"], t["num_attention_heads"])
+        channels = t["head_dim"]
+        if channels is None and rest:
+            raise t.refuse("num_attention_heads", f"does not divide hidden_size {t['hidden_size']}: give a head_dim")
+        if channels is not None and (head_dim is not None or channels != share or rest):
             t["transformer.kv_channels"] = channels
-        elif t["hidden_size"] % t["num_attention_heads"]:
-            t.refuse("num_attention_heads", f"does not divide hidden_size {t['hidden_size']}, and there is no head_dim")
 
     def write_channels(t: Translation) -> None:
         channels = t["transformer.kv_channels"]
@@ -224,7 +226,18 @@ def _write_tokens(t: Translation) -> None:
 
 SPECIAL_TOKENS = Row(dict.fromkeys(TOKENS, Name(ANYTHING)), ("generation_config",), _read_tokens, _write_tokens)
 
-ORIGIN = same("_name_or_path", "hf_model_id", TEXT)
+
+def _read_origin(t: Translation) -> None:
+    if name := t["_name_or_path"]:
+        t["hf_model_id"] = name
+
+
+def _write_origin(t: Translation) -> None:
+    if name := t["hf_model_id"]:
+        t["_name_or_path"] = name
+
+
+ORIGIN = Row({"_name_or_path": Name(TEXT)}, ("hf_model_id",), _read_origin, _write_origin)
 
 
 def language_model(*, tied: bool, std: float = 0.02) -> tuple[Row, ...]:

@@ -147,10 +147,10 @@ def rotary(
         if positions not in ("rope", "yarn"):
             raise t.refuse("position_embedding_type", "this architecture has rotary positions: rope or yarn")
         t["rope_theta"] = float(t["rotary_base"])
-        if partial:
+        if t["rotary_percent"] != 1:
+            if not partial:
+                raise t.refuse("rotary_percent", "this architecture rotates all channels of a head: it can only be 1.0")
             t["partial_rotary_factor"] = t["rotary_percent"]
-        elif t["rotary_percent"] != 1:
-            t.refuse("rotary_percent", "this architecture rotates all channels of a head: it can only be 1.0")
         if (scaling := _written_scaling(t)) is not None:
             if scaling["rope_type"] not in kinds:
                 raise t.refuse(

@@ -53,6 +53,8 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
             return
         if window is None:
             return
+        if window < 1:
+            raise t.refuse("sliding_window", f"expected an integer of at least 1, got {window}")
         if everywhere:
             t["transformer.window_size"] = _window(window)
             return
@@ -73,7 +75,7 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
         t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not in_turns else len(slides)
         t["layer_types"] = _as_types(slides)
 
-    names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(COUNT, 4096, null=True)}
+    names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(INTEGER, 4096, null=True)}
     if not everywhere:
         names |= {"max_window_layers": Name(INTEGER, 28), "layer_types": Name(TEXTS)}
     return Row(names, _FIELDS, read, write)
