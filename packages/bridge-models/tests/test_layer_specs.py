@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
@@ -180,6 +181,7 @@ ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
     "sequence parallelism": (TransformerConfig, {"sequence_parallel": True, "tensor_model_parallel_size": 2}),
     "context parallelism": (TransformerConfig, {"context_parallel_size": 2}),
     "multi-latent attention": (MLATransformerConfig, {}),
+    "latents of keys and values alone": (MLATransformerConfig, {"q_lora_rank": None, "qk_layernorm": True}),
     "zero-centered norms": (TransformerConfig, {"layernorm_zero_centered_gamma": True}),
 }
 
@@ -325,6 +327,21 @@ def pretended_te(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 EXPERTS = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
+
+
+def test_megatrons_specs_still_norm_queries_that_are_not_compressed(transformer: Transformer) -> None:
+    parts: Any = get_gpt_layer_local_spec(qk_layernorm=True, multi_latent_attention=True).submodules
+    config: Any = transformer(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
+    with pytest.raises(ValueError, match="q_lora_rank is None"):
+        QKNormConfigResolver(config, parts.self_attention.submodules).resolve()
+
+
+@without_te
+@pytest.mark.usefixtures("pretended_te")
+def test_transformer_engine_would_norm_queries_that_are_not_compressed(gpt: GPT) -> None:
+    config = gpt(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
+    with pytest.raises(UnsupportedError, match=r"set transformer\.transformer_impl to local"):
+        layer_specs.layer_spec(config, vp_stage=None, pp_rank=0)
 
 
 @without_te

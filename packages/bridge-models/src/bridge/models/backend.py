@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -343,6 +343,8 @@ class LatentAttention(MLASelfAttention):
     - Every rank's heads use the one positional key, but each rank goes on with the gradient of its own heads only.
     - Gradients of ``q_layernorm``, found by its name, are added up over the ranks. That is right for a norm of a rank's
       own heads; here it stands before the heads, and without sequence parallelism each rank has the whole gradient.
+    - Where queries are not compressed (``q_lora_rank`` None), there is nothing to norm but keys and values: Megatron
+      asks for Transformer Engine's layer that norms the queries' input once more.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -350,6 +352,17 @@ class LatentAttention(MLASelfAttention):
         if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
             for parameter in cast(torch.nn.Module, self.q_layernorm).parameters():
                 parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> Any:
+        """Choose what projects, and what norms."""
+        compressed = cast(int | None, self.config.q_lora_rank) is not None  # Megatron annotates it as never None
+        if compressed or not self.config.qk_layernorm:
+            return super()._resolve_qk_norm_config(submodules)
+        return {
+            "linear_q_proj": submodules.linear_q_proj,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Project down; the latent key and value with the positional key come out whole, not split over the ranks."""

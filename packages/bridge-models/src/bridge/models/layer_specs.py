@@ -86,6 +86,7 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
             transformer, vp_stage=vp_stage, pp_rank=pp_rank
         )
     if use_te:
+        refuse(transformer, _BEYOND_TRANSFORMER_ENGINE, layers="Megatron's layers of Transformer Engine")
         return _megatron_spec(transformer, use_te=True, vp_stage=vp_stage, pp_rank=pp_rank)
     refuse_beyond_pytorch(transformer)
     spec = _megatron_spec(transformer, use_te=False, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -287,6 +288,15 @@ _BEYOND_PYTORCH: Refusals = {
     "experts one by one with biases": (
         lambda c: c.num_moe_experts is not None and c.add_bias_linear and not c.moe_grouped_gemm,
         "set transformer.moe_grouped_gemm to true or transformer.add_bias_linear to false",
+    ),
+}
+
+
+# Passed over in silence in megatron-core 0.19.2, which norms the input of such queries once more.
+_BEYOND_TRANSFORMER_ENGINE: Refusals = {
+    "normalised keys and values beside queries that are not compressed": (
+        lambda c: c.multi_latent_attention and c.qk_layernorm and getattr(c, "q_lora_rank", 0) is None,
+        "set transformer.transformer_impl to local, for layers in PyTorch",
     ),
 }
 
