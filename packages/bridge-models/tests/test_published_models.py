@@ -7,6 +7,7 @@ one is of the form that transformers reads.
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bridge.config import DocumentError, ModelConfig
+from bridge.config import Document, DocumentError, ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.huggingface import from_hf
 
@@ -181,3 +182,42 @@ def test_so_has_the_class_of_transformers(name: str) -> None:
         model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == COUNTS[name].parameters + COUNTS[name].transformers
+
+
+# --- Presets
+
+
+SCRIPT = Path(__file__).parents[3] / ".github/scripts/make_presets.py"
+OF_TRAINING = {
+    "seq_length",
+    "should_pad_vocab",
+    "transformer.bf16",
+    "transformer.fp16",
+    "transformer.params_dtype",
+    "transformer.init_method_std",
+    "transformer.transformer_impl",
+    "transformer.moe_router_load_balancing_type",
+    "transformer.moe_aux_loss_coeff",
+    "transformer.moe_router_bias_update_rate",
+    "transformer.mtp_num_layers",
+}
+
+
+def flat(data: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in data.items() if key != "transformer"}
+    return rest | {f"transformer.{key}": value for key, value in data["transformer"].items()}
+
+
+def test_presets_are_what_from_hf_makes_of_the_published_files() -> None:
+    made = runpy.run_path(str(SCRIPT))
+    for name, preset in made["MODELS"].items():
+        committed = (made["PRESETS"] / f"{name}.yaml").read_text()
+        assert committed == made["text"](preset), f"run {SCRIPT.name}"
+        ours, theirs = (
+            flat(data)
+            for data in (
+                Document.load(name).data,
+                from_hf(published(preset.published.stem), model_id=preset.model_id).data,
+            )
+        )
+        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= OF_TRAINING, name
