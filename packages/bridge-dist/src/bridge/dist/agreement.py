@@ -40,6 +40,7 @@ _PACKAGES = (
     "megatron-core",
     "torch",
     "transformer-engine",
+    "nvidia-modelopt",
 )
 _MOST_FIELDS = 20
 _LONGEST_VALUE = 60

@@ -70,6 +70,24 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
         """
         return next_token_step(stage, tokens, pg_collection)
 
+    def check_restore(self) -> None:
+        """Check what stages are restored from, before anything is built.
+
+        A family of models that can restore a ModelOpt state overrides this and ``restore``.
+
+        Raises:
+            BuilderContractError: The configuration asks for it, and this builder restores nothing.
+        """
+        if self._model_config.restore_modelopt_state:
+            raise BuilderContractError(
+                f"restore_modelopt_state is true, but {type(self).__name__} restores no ModelOpt state: "
+                "set it to false, or derive the builder from bridge.models.modelopt.ModelOptBuilder"
+            )
+
+    def restore(self, stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> list[MegatronModule]:
+        """Restore the stages of this rank when they were built, before any hook; here there is nothing to restore."""
+        return stages
+
     def build_distributed_models(
         self,
         pg_collection: ProcessGroupCollection,
@@ -87,8 +105,9 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
     ) -> list[ModelT]:
         """Build all stages of this rank and wrap them for training; see ``ModelBuilder``.
 
-        The order: stages, pre-wrap hooks, tensor-parallel attributes, device, mixed precision, data-parallel wrapper,
-        broadcast, post-wrap hooks. Neither ``ddp_config`` nor the configuration nor its hooks are changed.
+        The order: stages, ``restore``, pre-wrap hooks, tensor-parallel attributes, device, mixed precision,
+        data-parallel wrapper, broadcast, post-wrap hooks. Neither ``ddp_config`` nor the configuration nor its hooks
+        are changed.
 
         Two arguments more than there, by name only: ``use_layer_wise_distributed_optimizer`` for an optimizer (Muon)
         that updates each parameter as a whole on one rank, and ``use_layer_wise_param_layout`` to lay out DDP's buffers
@@ -99,7 +118,9 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             OptionsError: The options contradict each other.
             PreflightError: The configuration does not fit the process groups or the wrapper.
             HookError: A hook returned None.
+            BridgeError: Whatever ``check_restore`` and ``restore`` raise.
         """
+        self.check_restore()
         options = BuildOptions(
             ddp_config=ddp_config,
             overlap_param_gather_with_optimizer_step=overlap_param_gather_with_optimizer_step,
@@ -112,12 +133,13 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             use_layer_wise_distributed_optimizer=use_layer_wise_distributed_optimizer,
             use_layer_wise_param_layout=use_layer_wise_param_layout,
         )
+        hooks = compose_hooks(self._model_config.pre_wrap_hooks)
         stages = build_distributed(
             self.build_model,
             self.transformer_config,
             pg_collection,
             options=options,
-            pre_wrap_hook=compose_hooks(self._model_config.pre_wrap_hooks),
+            pre_wrap_hook=lambda stages: hooks(self.restore(stages, pg_collection)),
             post_wrap_hook=compose_hooks(self._model_config.post_wrap_hooks),
             model=self._model_config,
             rules=self.rules,

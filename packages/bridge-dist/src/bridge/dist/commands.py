@@ -70,6 +70,11 @@ def _training_options(command: CommandT) -> CommandT:
 @click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
 @click.option("--wrap", type=click.Choice(_WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
 @click.option("--steps", type=_SIZE, help="Train this many steps.")
+@click.option(
+    "--load",
+    type=click.Path(path_type=Path),
+    help="With restore_modelopt_state: the checkpoint to restore the ModelOpt state and the weights from.",
+)
 @_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def build(
@@ -80,6 +85,7 @@ def build(
     wrap: str,
     distributed_optimizer: bool,
     steps: int | None,
+    load: Path | None,
     text: Path | None,
     global_batch_size: int,
     micro_batch_size: int,
@@ -91,7 +97,7 @@ def build(
     """Build FILE, a document or a preset, as distributed stages, and train them for a few steps.
 
     The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
-    that losses and gradient norms do not depend on the layout.
+    that losses and gradient norms do not depend on the layout. With --load they are the checkpoint's.
     """
     from bridge.dist import quiet as quiet  # for its effect
 
@@ -119,9 +125,11 @@ def build(
         distributed_optimizer=distributed_optimizer,
         dp=dp,
         training=training,
+        modelopt_checkpoint=load,
     )
     ranks = int(here["WORLD_SIZE"]) if here else nproc or 1
     job.check(config, ranks)
+    job.builder(config).check_restore()
     if not here:
         jobs.check_devices(ranks)
     report = jobs.run_rank(job) if here else launch.launch(jobs.run_rank, job, ranks=ranks)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,15 @@ class BuildJob:
     distributed_optimizer: bool = False
     dp: int | None = None
     training: TrainOptions | None = None
+    modelopt_checkpoint: Path | None = None
+
+    def builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
+        """Make the builder that a configuration names.
+
+        Raises:
+            BuilderContractError: This engine cannot drive it.
+        """
+        return make_builder(config, modelopt_checkpoint=self.modelopt_checkpoint)
 
     def check(self, config: ModelConfig, world_size: int) -> Layout:
         """Check everything that can be checked before the ranks meet, and return the layout.
@@ -55,7 +66,7 @@ class BuildJob:
         finalize = getattr(config, "finalize", None)
         if finalize is not None:
             finalize()
-        builder = make_builder(config)
+        builder = self.builder(config)
         transformer = builder.transformer_config
         layout = Layout.of(transformer, world_size, dp=self.dp)
         options = self.options(transformer)
@@ -122,13 +133,23 @@ def check_devices(ranks: int) -> None:
         )
 
 
-def make_builder(config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
+def make_builder(
+    config: ModelConfig, *, modelopt_checkpoint: Path | None = None
+) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
     """Make the builder that a configuration names.
 
+    Args:
+        config: What it builds.
+        modelopt_checkpoint: What it restores a ModelOpt state and weights from, if anything.
+
     Raises:
-        BuilderContractError: This engine cannot drive it.
+        BuilderContractError: This engine cannot drive it, or it restores nothing.
     """
-    builder = config.get_builder_cls()(config)
+    builder_cls = config.get_builder_cls()
+    given = {} if modelopt_checkpoint is None else {"modelopt_checkpoint": modelopt_checkpoint}
+    if not given.keys() <= inspect.signature(builder_cls).parameters.keys():
+        raise BuilderContractError(f"{builder_cls.__name__} restores no ModelOpt state: give no checkpoint to load")
+    builder = builder_cls(config, **given)
     if not isinstance(builder, DistributedModelBuilder):
         raise BuilderContractError(
             f"{type(builder).__name__} is no DistributedModelBuilder: derive it from that class of bridge.dist"
@@ -190,7 +211,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
     """
-    builder = make_builder(config)
+    builder = job.builder(config)
     model_parallel_cuda_manual_seed(_SEED, te_rng_tracker=builder.transformer_config.use_te_rng_tracker)
     leader = torch.distributed.get_rank() == 0
     placements: list[list[Placement]] = []
@@ -208,7 +229,8 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
             _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
-        config.pre_wrap_hooks.insert(0, draw)
+        if job.modelopt_checkpoint is None:
+            config.pre_wrap_hooks.insert(0, draw)
     config.pre_wrap_hooks.append(note)
     options = job.options(builder.transformer_config)
     stages = builder.build_distributed_models(

@@ -1,11 +1,14 @@
-"""Imported before Megatron by the command line: keeps what it says about missing CUDA libraries off the terminal."""
+"""Imported before Megatron by the command line: keeps what it says about missing CUDA libraries off the terminal.
+
+And what ModelOpt says of itself.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", module=r"(megatron|modelopt)\.")
 warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

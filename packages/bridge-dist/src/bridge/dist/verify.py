@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.documents import switch_off_dropout
 from bridge.dist.errors import LaunchError
-from bridge.dist.job import BuildJob, make_builder
+from bridge.dist.job import BuildJob
 from bridge.dist.launch import launch
 from bridge.dist.parity import Trained, train_and_compare, train_reference
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, cases
@@ -162,4 +162,6 @@ def _checked_transformer(job: BuildJob, *, world_size: int) -> TransformerConfig
     """
     config = ModelConfig.from_dict(job.document)
     job.check(config, world_size)
-    return make_builder(config).transformer_config
+    builder = job.builder(config)
+    builder.check_restore()
+    return builder.transformer_config

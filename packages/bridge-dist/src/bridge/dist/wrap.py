@@ -104,6 +104,9 @@ def _check_stages(stages: Sequence[MegatronModule], options: BuildOptions) -> No
     if tied and options.wrapper is Wrapper.TORCH_FSDP2:
         # Seen in megatron-core 0.19.2: the tied weight is sharded in one of its uses only.
         raise PreflightError(["torch FSDP2 fails with tied embeddings: untie them, or wrap with ddp or megatron-fsdp"])
+    if options.wrapper is Wrapper.MEGATRON_FSDP and any("_weight_mask" in module._buffers for module in modules):
+        # Seen in megatron-core 0.19.2 with nvidia-modelopt 0.47: the process dies.
+        raise PreflightError(["Megatron-FSDP crashes with weights that ModelOpt masks (sparsity): wrap with ddp"])
     frozen = not all(parameter.requires_grad for stage in stages for parameter in stage.parameters())
     strategy = options.ddp_config.data_parallel_sharding_strategy
     if frozen and options.wrapper is Wrapper.MEGATRON_FSDP and strategy == "optim":

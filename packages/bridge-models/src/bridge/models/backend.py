@@ -111,7 +111,7 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     norms: dict[str, Callable[..., torch.nn.Module]] = (
         {"LayerNorm": ZeroCenteredLayerNorm, "RMSNorm": ZeroCenteredRMSNorm}
         if config.layernorm_zero_centered_gamma
-        else {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        else {"LayerNorm": TorchLayerNorm, "RMSNorm": torch.nn.RMSNorm}
     )
     if config.normalization not in norms:
         raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
@@ -119,6 +119,18 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+class TorchLayerNorm(torch.nn.LayerNorm):
+    """Torch's own, under a name of its own.
+
+    nvidia-modelopt 0.47 quantises the input of ``torch.nn.LayerNorm``, of no other norm, and loses in Megatron's
+    distributed checkpoints how. It tells a layer by its ``forward``.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        return super().forward(x)
 
 
 class ZeroCenteredLayerNorm(torch.nn.LayerNorm):

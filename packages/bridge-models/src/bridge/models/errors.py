@@ -19,3 +19,7 @@ class UnsupportedError(ModelError, ValueError):
 
 class LayerSpecError(ModelError, TypeError):
     """A transformer layer spec is not a spec, or a function that should return one does not."""
+
+
+class CheckpointError(ModelError, ValueError):
+    """A model cannot be restored from a checkpoint. Says what is wrong with it, and what to give or to set."""

@@ -12,11 +12,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
-from bridge.dist import DistributedModelBuilder
 from bridge.dist.layout import says_how_to_split
 from bridge.models.errors import ModelConfigError
 from bridge.models.language import LanguageModelConfig
 from bridge.models.layer_specs import layer_spec, mtp_block_spec
+from bridge.models.modelopt import ModelOptBuilder
 from bridge.models.pipeline import ends, virtual_stages
 
 
@@ -110,7 +110,7 @@ def _check_multi_token_prediction(config: GPTModelConfig) -> None:
         )
 
 
-class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
+class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
     """Builds ``GPTModel`` from a ``GPTModelConfig``.
 
     Example:
@@ -140,7 +140,7 @@ class GPTModelBuilder(DistributedModelBuilder[GPTModel, GPTModelConfig]):
             UnsupportedError: The layers at hand cannot build what the configuration asks for.
             LayerSpecError: ``transformer_layer_spec`` is not, or does not return, a layer spec.
         """
-        config = self._model_config
+        config = self._restorable_config(pg_collection, vp_stage)
         config.validate()
         pre_process, post_process = ends(
             config.transformer,

@@ -14,12 +14,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config.migrate import Moved, Removed, Schema
-from bridge.dist import DistributedModelBuilder
 from bridge.dist.preflight import MEGATRON, Rule, Setup, rule
 from bridge.models.errors import ModelConfigError
 from bridge.models.hybrid_layers import stack_spec
 from bridge.models.hybrid_pattern import check_layers, check_symbols, layers_of, prediction_depths, staged
 from bridge.models.language import LanguageModelConfig
+from bridge.models.modelopt import ModelOptBuilder
 from bridge.models.pipeline import ends, virtual_stages
 
 _USE_PATTERN = (
@@ -187,10 +187,10 @@ def mamba_params_dtype(setup: Setup) -> Iterator[str]:
         yield f"params_dtype is {config.params_dtype}, but Mamba layers compute in {half}: set params_dtype to {half}"
 
 
-class MambaModelBuilder(DistributedModelBuilder[HybridModel, MambaModelConfig]):
+class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
     """Builds ``HybridModel`` from a ``MambaModelConfig``."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (mamba_heads_divide, mamba_params_dtype)
+    rules: ClassVar[tuple[Rule, ...]] = (*ModelOptBuilder.rules, mamba_heads_divide, mamba_params_dtype)
 
     def build_model(
         self,
@@ -212,7 +212,7 @@ class MambaModelBuilder(DistributedModelBuilder[HybridModel, MambaModelConfig]):
             UnsupportedError: The layers at hand cannot build what the configuration asks for.
             LayerSpecError: ``hybrid_stack_spec`` is not, or does not return, a spec.
         """
-        config = self._model_config
+        config = self._restorable_config(pg_collection, vp_stage)
         config.validate()
         pre_process, post_process = ends(
             config.transformer,

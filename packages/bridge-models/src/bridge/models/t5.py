@@ -94,6 +94,11 @@ class T5ModelConfig(LanguageModelConfig):
             ModelConfigError: A field lacks a value or contradicts another one.
         """
         super().validate()
+        if self.restore_modelopt_state:
+            raise ModelConfigError(
+                "restore_modelopt_state is true, but neither ModelOpt nor Megatron has layers of T5 for it: "
+                "set it to false"
+            )
         _check_sizes(self)
         _check_positions(self)
 

@@ -1,0 +1,193 @@
+"""Builders that restore what NVIDIA ModelOpt made of a model: quantisation, sparsity.
+
+Importing this module does not import ModelOpt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from torch.distributed import get_process_group_ranks
+
+from bridge.builders import BuildConfigT, ModelT
+from bridge.dist import DistributedModelBuilder
+from bridge.dist.preflight import Rule, Setup, rule
+from bridge.models.errors import CheckpointError, UnsupportedError
+
+MODELOPT = "nvidia-modelopt 0.47"
+"""The version that the rules about ModelOpt were seen in."""
+
+_SHOWN = "it takes a checkpoint of a quantised model: tests/test_modelopt.py shows it"
+_ITERATION = "latest_checkpointed_iteration.txt"
+
+
+@rule(seen=MODELOPT, not_shown=_SHOWN)
+def modelopt_virtual_pipeline(setup: Setup) -> Iterator[str]:
+    """ModelOpt keeps the state of one stage a rank: a ValueError in place of a checkpoint."""
+    if _restores(setup) and setup.has_virtual_pipeline:
+        yield "a ModelOpt state is of one stage a rank, without a virtual pipeline: set vp = 1"
+
+
+@rule(seen=MODELOPT, not_shown=_SHOWN)
+def modelopt_meta_device(setup: Setup) -> Iterator[str]:
+    """Weights and quantizers are loaded before they are wrapped, when they have no memory on the meta device."""
+    if _restores(setup) and setup.transformer.init_model_with_meta_device:
+        yield "what is restored needs memory, on the meta device there is none: set init_model_with_meta_device = False"
+
+
+@rule(seen=MODELOPT, not_shown=_SHOWN)
+def modelopt_experts(setup: Setup) -> Iterator[str]:
+    """A ValueError when the experts are converted."""
+    if _restores(setup) and setup.transformer.num_moe_experts and setup.layout.ep > 1 and setup.layout.tp > 1:
+        yield "ModelOpt quantises experts under expert or tensor parallelism, not both: set ep = 1 or tp = 1"
+
+
+def _restores(setup: Setup) -> bool:
+    return setup.model is not None and setup.model.restore_modelopt_state
+
+
+class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
+    """A builder whose models get a ModelOpt state, and weights, before they are wrapped.
+
+    Example:
+        >>> config = GPTModelConfig(transformer=transformer, vocab_size=256, restore_modelopt_state=True)
+        >>> model = GPTModelBuilder(config).build_model(pg_collection)  # ModelOpt's layers, to be quantised
+        >>> builder = GPTModelBuilder(config, modelopt_checkpoint=folder)
+        >>> (stage,) = builder.build_distributed_models(pg_collection, ddp_config)  # restored and wrapped
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (modelopt_virtual_pipeline, modelopt_meta_device, modelopt_experts)
+
+    def __init__(
+        self, model_config: BuildConfigT, *, modelopt_checkpoint: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Keep what to build, and what to restore it from.
+
+        Args:
+            model_config: What to build.
+            modelopt_checkpoint: With ``restore_modelopt_state``: a folder that Megatron saved (distributed, or
+                ``mp_rank_*``; or one of several iterations), or a file of ``modelopt.torch.opt.save``.
+        """
+        super().__init__(model_config)
+        self._checkpoint = None if modelopt_checkpoint is None else Path(modelopt_checkpoint)
+
+    def check_restore(self) -> None:
+        """Check that there is a checkpoint with a ModelOpt state exactly if the configuration says so.
+
+        Raises:
+            CheckpointError: There is none, there is no state in it, or it is not asked for.
+            UnsupportedError: ModelOpt is not installed.
+        """
+        wanted = self._model_config.restore_modelopt_state
+        if self._checkpoint is None and wanted:
+            raise CheckpointError(
+                "restore_modelopt_state is true, but there is no checkpoint to restore from: give one "
+                "(modelopt_checkpoint of the builder, --load of `bridge build`), or set it to false"
+            )
+        if self._checkpoint is not None and not wanted:
+            raise CheckpointError(
+                f"restore_modelopt_state is false, but {self._checkpoint} is given to restore from: set it to true, "
+                "or give no checkpoint"
+            )
+        if self._checkpoint is not None:
+            locate(self._checkpoint)
+            import_modelopt()
+
+    def restore(self, stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> list[MegatronModule]:
+        """Restore the ModelOpt state of the only stage, then load its weights.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model.
+        """
+        if self._checkpoint is None:
+            return stages
+        state = import_modelopt()
+        (stage,) = stages
+        return [state.restored(stage, locate(self._checkpoint), pg_collection)]
+
+    def _restorable_config(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> BuildConfigT:
+        """Return the configuration to build a stage from: with a ModelOpt state, which changes it, a copy.
+
+        Raises:
+            UnsupportedError: ModelOpt is not installed, or cannot do what is asked for.
+        """
+        if not self._model_config.restore_modelopt_state:
+            return self._model_config
+        import_modelopt()
+        if vp_stage is not None:
+            raise UnsupportedError("ModelOpt knows no virtual pipeline: set virtual_pipeline_model_parallel_size to 1")
+        _check_groups(pg_collection)
+        config = copy.copy(self._model_config)
+        transformer = copy.copy(self.transformer_config)
+        transformer.moe_grouped_gemm = False  # ModelOpt's experts are one module each
+        setattr(config, "transformer", transformer)  # noqa: B010 - a field of all families
+        return config
+
+
+def import_modelopt() -> ModuleType:
+    """Import ``bridge.models.modelopt_state``, and ModelOpt with it, which teaches it our layers.
+
+    Raises:
+        UnsupportedError: It is not installed.
+    """
+    try:
+        # While it is imported it warns of libraries that it could use, and prints.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            from bridge.models import modelopt_state
+    except ImportError as error:
+        raise UnsupportedError(
+            f"restore_modelopt_state needs nvidia-modelopt, which cannot be imported ({error}): "
+            "install bridge-models[modelopt], or set it to false"
+        ) from error
+    return modelopt_state
+
+
+def locate(checkpoint: Path) -> Path:
+    """Return what to restore from: the latest iteration in a folder of several, or what is given.
+
+    Raises:
+        CheckpointError: There is nothing, or nothing with a ModelOpt state.
+    """
+    if not checkpoint.exists():
+        raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: give another checkpoint")
+    if (checkpoint / _ITERATION).is_file():
+        latest = (checkpoint / _ITERATION).read_text().strip()
+        return locate(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
+    if checkpoint.is_dir() and not (is_sharded(checkpoint) or any(checkpoint.glob("mp_rank_*"))):
+        raise CheckpointError(
+            f"{checkpoint} holds no checkpoint of Megatron: give the folder that it was saved into, with metadata.json "
+            "or mp_rank_* in it, or a file of modelopt.torch.opt.save"
+        )
+    if is_sharded(checkpoint) and not (checkpoint / "modelopt_state").is_dir():
+        raise CheckpointError(
+            f"{checkpoint} has no ModelOpt state (no folder modelopt_state): give the checkpoint of a model that "
+            "ModelOpt changed, or set restore_modelopt_state to false"
+        )
+    return checkpoint
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether it is one of Megatron's distributed checkpoints."""
+    return bool(dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)))
+
+
+def _check_groups(pg_collection: ProcessGroupCollection) -> None:
+    """Check that the process groups are those that Megatron knows of, which ModelOpt goes by."""
+    known = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if known is None or get_process_group_ranks(known) != get_process_group_ranks(pg_collection.tp):
+        raise UnsupportedError(
+            "ModelOpt takes Megatron's global process groups, whatever it is given: create them for this layout "
+            "(bridge.dist.create_process_groups), and pass those"
+        )

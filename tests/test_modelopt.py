@@ -1,0 +1,455 @@
+"""Models that ModelOpt changed, rebuilt: its state and the weights are restored before stages are wrapped."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import run_ranks
+
+from bridge.config import Document, ModelConfig
+from bridge.dist import BuildOptions, Layout, preflight
+from bridge.dist.errors import BuilderContractError, PreflightError
+from bridge.models.errors import CheckpointError, ModelConfigError, UnsupportedError
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+from bridge.models.t5 import T5ModelConfig
+
+VOCAB = 256
+TOKENS = 16
+SMALL = {"transformer.num_layers": 2, "transformer.hidden_size": 32}
+HYBRID = {"hybrid_layer_pattern": "M*-E", "transformer.num_layers": 4}
+
+Changes = dict[str, Any]
+
+
+def configuration(preset: str, changes: Changes, sizes: dict[str, int] | None = None) -> Any:
+    from bridge.dist.documents import apply_layout
+
+    document = Document.load(preset)
+    for path, value in changes.items():
+        document.set(path, value)
+    apply_layout(document, sizes or {})
+    return document.config()
+
+
+def groups_of(config: Any) -> Any:
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from bridge.dist import create_process_groups, destroy_process_groups
+
+    if parallel_state.model_parallel_is_initialized():
+        destroy_process_groups()
+    groups = create_process_groups(Layout.of(config.transformer, torch.distributed.get_world_size()))
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    return groups
+
+
+def logits(model: Any, seed: int) -> Any:
+    import torch
+
+    tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
+    return model(tokens, torch.arange(TOKENS).expand(2, -1), None).detach()
+
+
+def quantise(model: Any, *, attention: bool = False) -> None:
+    """Calibrate on a few batches, other ones on each data-parallel rank."""
+    import modelopt.torch.quantization as mtq
+    from megatron.core import parallel_state
+
+    recipe: dict[str, Any] = dict(mtq.INT8_DEFAULT_CFG)
+    if attention:
+        recipe["quant_cfg"] = recipe["quant_cfg"] + mtq.FP8_KV_CFG["quant_cfg"]
+    first = 10 * parallel_state.get_data_parallel_rank()
+    mtq.quantize(model, recipe, lambda model: [logits(model, seed) for seed in range(first, first + 3)])
+
+
+def sparsify(model: Any) -> None:
+    import modelopt.torch.sparsity as mts
+
+    mts.sparsify(model, "sparse_magnitude")
+
+
+def save_file(model: Any, folder: Path) -> Path:
+    import modelopt.torch.opt as mto
+
+    mto.save(model, folder / "whole.pt")
+    return folder / "whole.pt"
+
+
+def save_shards(model: Any, folder: Path) -> Path:
+    """Save as Megatron's training does, as one of several iterations."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+    checkpoint = folder / "iter_0000012"
+    if torch.distributed.get_rank() == 0:
+        checkpoint.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("12")
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(checkpoint))
+    save_sharded_modelopt_state([model], checkpoint)
+    return folder
+
+
+def save_ranks(model: Any, folder: Path) -> Path:
+    """Save as Megatron does in its format torch, one file a rank; the arguments are beside the weights there."""
+    from argparse import Namespace
+
+    import torch
+    from megatron.core import parallel_state
+    from modelopt.torch.opt.plugins import save_modelopt_state
+
+    state = {"args": Namespace(seq_length=TOKENS), "checkpoint_version": 3.0, "model": model.state_dict()}
+    save_modelopt_state([model], state)
+    file = folder / f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
+    torch.distributed.barrier()
+    return folder
+
+
+def rebuilt(config: Any, groups: Any, checkpoint: Path, **options: Any) -> tuple[Any, Any]:
+    """Build and wrap anew, from the document of a model and a checkpoint; the configuration stays as it was."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    document = config.as_dict() | {"restore_modelopt_state": True}
+    fresh: Any = ModelConfig.from_dict(document)
+    torch.manual_seed(99)
+    builder = fresh.get_builder_cls()(fresh, modelopt_checkpoint=checkpoint)
+    ddp_config = DistributedDataParallelConfig(**options.pop("ddp", {}))
+    (stage,) = builder.build_distributed_models(groups, ddp_config, **options)
+    assert fresh.as_dict() == document
+    return builder, stage
+
+
+def switches(model: Any) -> dict[str, bool]:
+    """The quantizers, and whether each is enabled."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    return {name: part.is_enabled for name, part in model.named_modules() if isinstance(part, TensorQuantizer)}
+
+
+def equal(buffers: dict[str, Any], others: dict[str, Any]) -> bool:
+    import torch
+
+    return buffers.keys() == others.keys() and all(
+        torch.equal(buffer, others[name]) for name, buffer in buffers.items()
+    )
+
+
+def trained(builder: Any, stage: Any, groups: Any) -> list[tuple[float, float]]:
+    """Losses and gradient norms of two steps."""
+    import torch
+
+    from bridge.dist.text import Text, default_text
+    from bridge.dist.train import TrainOptions, train
+
+    options = TrainOptions(steps=2, text=default_text(), seq_length=TOKENS, global_batch_size=2)
+    layout = Layout.of(builder.transformer_config, torch.distributed.get_world_size())
+    text = Text.read(options.text, vocab_size=VOCAB)
+    steps = train([stage], groups, layout, text=text, options=options, forward_step=builder.forward_step)
+    return [(step.loss, step.grad_norm or math.nan) for step in steps]
+
+
+def check_rebuilt(model: Any, config: Any, groups: Any, checkpoint: Path) -> list[tuple[float, float]]:
+    """Compare with the model that was saved, bit by bit; then train two steps, and see that only weights move."""
+    import torch
+    from megatron.core.utils import unwrap_model
+
+    builder, stage = rebuilt(config, groups, checkpoint)
+    inner: Any = unwrap_model(stage)
+    assert torch.equal(logits(stage.eval(), 5), logits(model.eval(), 5))
+    assert equal(dict(inner.named_parameters()), dict(model.named_parameters()))
+    assert equal(dict(inner.named_buffers()), dict(model.named_buffers()))
+    assert switches(inner) == switches(model)
+    steps = trained(builder, stage.train(), groups)
+    assert all(math.isfinite(value) and value > 0 for step in steps for value in step)
+    still = [
+        name
+        for (name, parameter), before in zip(inner.named_parameters(), model.parameters(), strict=True)
+        if torch.equal(parameter, before)
+    ]
+    assert still == []
+    assert equal(dict(inner.named_buffers()), dict(model.named_buffers()))
+    assert switches(inner) == switches(model)
+    return steps
+
+
+def misfit(config: Any, groups: Any, checkpoint: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        rebuilt(config, groups, checkpoint)
+    return str(caught.value)
+
+
+def on_one_rank(folder: Path) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {}
+
+    def made(preset: str, changes: Changes, change: Callable[[Any], None] = quantise) -> tuple[Any, Any, Any]:
+        config = configuration(preset, changes)
+        groups = groups_of(config)
+        model = config.get_builder_cls()(config).build_model(groups)
+        change(model)
+        return model, config, groups
+
+    # Nothing of ours has imported ModelOpt: it does not know our attention, and need not.
+    assert "bridge.models.modelopt_state" not in sys.modules
+    model, config, groups = made("tiny", SMALL)
+    assert not any("core_attention" in name for name in switches(model))
+    whole = save_file(model, folder)
+    found["gpt"] = check_rebuilt(model, config, groups, whole)
+    check_rebuilt(model, config, groups, save_ranks(model, folder / "ranks"))
+    (folder / "ranks/mp_rank_00").rename(folder / "ranks/mp_rank_01")
+    found["other rank"] = misfit(config, groups, folder / "ranks")
+    shards = save_shards(model, folder / "gpt")
+    check_rebuilt(model, config, groups, shards)
+
+    others: dict[str, Changes] = {
+        "layers": SMALL | {"transformer.num_layers": 4},
+        "sizes": SMALL | {"transformer.hidden_size": 64},
+    }
+    for name, changes in others.items():
+        other = configuration("tiny", changes)
+        for checkpoint in (whole, shards):
+            found[f"other {name}, {checkpoint.name}"] = misfit(other, groups, checkpoint)
+    with pytest.raises(UnsupportedError, match="virtual pipeline"):
+        GPTModelBuilder(configuration("tiny", SMALL | {"restore_modelopt_state": True})).build_model(groups, vp_stage=0)
+
+    changes = SMALL | {"restore_modelopt_state": True, "transformer.normalization": "RMSNorm"}
+    model, config, groups = made("tiny", changes, lambda model: quantise(model, attention=True))
+    assert switches(model)["decoder.layers.0.self_attention.core_attention.k_bmm_quantizer"]
+    check_rebuilt(model, config, groups, save_file(model, folder))
+    check_rebuilt(model, config, groups, save_shards(model, folder / "attention"))
+
+    model, config, groups = made("hybrid-tiny", HYBRID | {"restore_modelopt_state": True})
+    quantised = {name for name, enabled in switches(model).items() if enabled}
+    assert "decoder.layers.0.mixer.in_proj.weight_quantizer" in quantised
+    assert "decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight_quantizer" in quantised
+    assert "decoder.layers.2.input_layernorm.input_quantizer" not in quantised
+    check_rebuilt(model, config, groups, save_shards(model, folder / "hybrid"))
+
+    model, config, groups = made("tiny", SMALL, sparsify)
+    weight = model.decoder.layers[0].mlp.linear_fc1.weight
+    assert (weight.unflatten(-1, (-1, 4)) == 0).sum(-1).eq(2).all()
+    for checkpoint in (save_file(model, folder), save_shards(model, folder / "sparse")):
+        builder, stage = rebuilt(config, groups, checkpoint)
+        assert torch.equal(logits(stage.eval(), 5), logits(model.eval(), 5))
+        found["sparse"] = trained(builder, stage.train(), groups)
+        masked = stage.module.decoder.layers[0].mlp.linear_fc1.weight
+        assert torch.equal(masked == 0, weight == 0)
+        assert not torch.equal(masked, weight)
+
+    model, config, groups = made("tiny", SMALL, lambda model: None)
+    found["unchanged"] = misfit(config, groups, save_file(model, folder))
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = run_ranks(on_one_rank, 1, tmp_path_factory.mktemp("one"))
+    return found
+
+
+def test_a_model_that_modelopt_changed_is_rebuilt_to_the_bit_and_trains(one_rank: dict[str, Any]) -> None:
+    assert len(one_rank["gpt"]) == len(one_rank["sparse"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("layers, whole.pt", "decoder.layers.3."),
+        ("layers, gpt", "the model alone has decoder.layers.2."),
+        ("sizes, whole.pt", "other shapes of decoder.final_layernorm.bias"),
+        ("sizes, gpt", "embedding.position_embeddings.weight"),
+    ],
+)
+def test_the_state_of_another_architecture_is_refused(one_rank: dict[str, Any], other: str, named: str) -> None:
+    message = one_rank[f"other {other}"]
+    assert "cannot be restored into this model" in message
+    assert named in message
+
+
+def test_files_that_do_not_do_are_refused(one_rank: dict[str, Any]) -> None:
+    assert "whole.pt has no ModelOpt state" in one_rank["unchanged"]
+    assert "ranks has no mp_rank_00/model_optim_rng.pt" in one_rank["other rank"]
+
+
+TORCH_FSDP2: dict[str, Any] = {"use_torch_fsdp2": True}
+MEGATRON_FSDP: dict[str, Any] = {
+    "use_megatron_fsdp": True,
+    "ddp": {
+        "use_megatron_fsdp": True,
+        "use_distributed_optimizer": True,
+        "data_parallel_sharding_strategy": "optim_grads_params",
+        "gradient_reduce_div_fusion": False,
+    },
+}
+
+
+def on_two_ranks(folder: Path) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {}
+    saved = {}
+    layouts: dict[str, dict[str, int]] = {"dp": {}, "tp": {"tp": 2}}
+    for name, sizes in layouts.items():
+        config = configuration("tiny", SMALL | {"restore_modelopt_state": True}, sizes)
+        groups = groups_of(config)
+        model = GPTModelBuilder(config).build_model(groups)
+        quantise(model)
+        saved[name] = save_shards(model, folder / name)
+        found[name] = check_rebuilt(model, config, groups, saved[name])
+        if name == "tp":
+            check_rebuilt(model, config, groups, save_ranks(model, folder / "ranks"))
+            parts = [torch.empty(0) for _ in range(2)]
+            torch.distributed.all_gather_object(parts, logits(model, 5))
+            found["tp, one file"] = misfit(config, groups, save_file(model, folder))
+
+    # Another layout: what tensor-parallel ranks saved, whole on each rank.
+    config = configuration("tiny", SMALL)
+    groups = groups_of(config)
+    _, stage = rebuilt(config, groups, saved["tp"])
+    torch.testing.assert_close(logits(stage, 5), torch.cat(parts, dim=-1))
+    for name, options in {"torch-fsdp2": TORCH_FSDP2, "megatron-fsdp": MEGATRON_FSDP}.items():
+        found[name] = trained(*rebuilt(config, groups, saved["dp"], **options), groups)
+
+    model = GPTModelBuilder(config).build_model(groups)
+    sparsify(model)
+    checkpoint = save_shards(model, folder / "sparse")
+    for name, options in {"ddp, sparse": {}, "torch-fsdp2, sparse": TORCH_FSDP2}.items():
+        found[name] = trained(*rebuilt(config, groups, checkpoint, **options), groups)
+    with pytest.raises(PreflightError, match="Megatron-FSDP crashes"):
+        rebuilt(config, groups, checkpoint, **MEGATRON_FSDP)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    first, second = run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
+    assert first == second
+    return first
+
+
+def test_state_and_weights_are_restored_under_data_and_tensor_parallelism(two_ranks: dict[str, Any]) -> None:
+    assert "the file of one rank, but 2 hold parts of the model" in two_ranks["tp, one file"]
+
+
+@pytest.mark.parametrize("wrapper", ["torch-fsdp2", "megatron-fsdp"])
+def test_a_quantised_model_trains_the_same_in_every_wrapper(two_ranks: dict[str, Any], wrapper: str) -> None:
+    assert two_ranks[wrapper] == [pytest.approx(step, rel=1e-5) for step in two_ranks["dp"]]
+
+
+def test_a_sparse_model_trains_the_same_with_torch_fsdp2(two_ranks: dict[str, Any]) -> None:
+    expected = [pytest.approx(step, rel=1e-5) for step in two_ranks["ddp, sparse"]]
+    assert two_ranks["torch-fsdp2, sparse"] == expected
+
+
+def small(**fields: Any) -> GPTModelConfig:
+    transformer = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2, **fields)
+    return GPTModelConfig(transformer=transformer, vocab_size=VOCAB, restore_modelopt_state=True)
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no .*nowhere to restore"):
+        GPTModelBuilder(small(), modelopt_checkpoint=tmp_path / "nowhere").check_restore()
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint of Megatron"):
+        GPTModelBuilder(small(), modelopt_checkpoint=tmp_path).check_restore()
+
+
+def test_a_distributed_checkpoint_without_a_state(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    with pytest.raises(CheckpointError, match=r"has no ModelOpt state .no folder modelopt_state"):
+        GPTModelBuilder(small(), modelopt_checkpoint=tmp_path).check_restore()
+
+
+def test_no_checkpoint_is_given() -> None:
+    with pytest.raises(CheckpointError, match="true, but there is no checkpoint to restore from"):
+        GPTModelBuilder(small()).check_restore()
+
+
+def test_a_checkpoint_is_given_and_not_asked_for(tmp_path: Path) -> None:
+    config = small()
+    config.restore_modelopt_state = False
+    with pytest.raises(CheckpointError, match=r"false, but .* is given to restore from"):
+        GPTModelBuilder(config, modelopt_checkpoint=tmp_path).check_restore()
+
+
+def test_t5_has_no_layers_for_it() -> None:
+    config = T5ModelConfig(transformer=small().transformer, vocab_size=VOCAB, restore_modelopt_state=True)
+    with pytest.raises(ModelConfigError, match="neither ModelOpt nor Megatron has layers of T5"):
+        config.validate()
+    with pytest.raises(BuilderContractError, match="T5ModelBuilder restores no ModelOpt state"):
+        config.get_builder_cls()(config).check_restore()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields", "rule"),
+    [
+        ({"pp": 2, "vp": 2}, {"batch_p2p_comm": False, "overlap_p2p_comm": True}, "modelopt-virtual-pipeline"),
+        ({}, {"init_model_with_meta_device": True}, "modelopt-meta-device"),
+        (
+            {"tp": 2, "ep": 2},
+            {"num_moe_experts": 4, "add_bias_linear": False, "sequence_parallel": True},
+            "modelopt-experts",
+        ),
+    ],
+)
+def test_refused_before_anything_is_built(sizes: dict[str, int], fields: dict[str, Any], rule: str) -> None:
+    import torch
+
+    from bridge.dist.documents import CONFIG_FIELDS
+
+    counts = {CONFIG_FIELDS[name]: size for name, size in sizes.items()}
+    config = small(**counts | fields | {"pipeline_dtype": torch.float32})
+    config.transformer.num_layers = 4
+    options = BuildOptions(wrap_with_ddp=False)
+    setup = preflight.Setup(transformer=config.transformer, layout=Layout(dp=2, **sizes), options=options, model=config)
+    with pytest.raises(PreflightError) as refused:
+        preflight.check(setup, GPTModelBuilder.rules)
+    assert [problem.rpartition(" ")[2] for problem in refused.value.problems] == [f"[{rule}]"]
+    config.restore_modelopt_state = False
+    preflight.check(setup, GPTModelBuilder.rules)
+
+
+class Blocked:
+    """An import system in which ModelOpt is not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == "modelopt":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def without_modelopt(folder: Path) -> list[str]:
+    sys.meta_path.insert(0, Blocked())
+    (folder / "mp_rank_00").mkdir()
+    config = small()
+    errors = []
+    for attempt in (
+        GPTModelBuilder(config, modelopt_checkpoint=folder).check_restore,
+        lambda: GPTModelBuilder(config).build_model(groups_of(config)),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            attempt()
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_modelopt_is_not_installed(tmp_path: Path) -> None:
+    (errors,) = run_ranks(without_modelopt, 1, tmp_path)
+    assert len(errors) == 2
+    for message in errors:
+        assert "No module named 'modelopt'" in message
+        assert "install bridge-models[modelopt]" in message
