@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make the table of descriptions that bridge-config ships, from the real classes and functions.
+"""Make the tables of descriptions that bridge-config ships, from the real classes, functions and arguments.
 
-    make_tables.py            write the table
-    make_tables.py --check    is the committed table what the installed libraries say?
+    make_tables.py            write the tables
+    make_tables.py --check    are the committed tables what the installed libraries say?
 
 What is described: everything that bridge-builders and bridge-models declare in the entry-point group `bridge.targets`,
 and the configs and enumerations that the annotations of those name. The words about fields come from
@@ -14,6 +14,7 @@ import inspect
 import json
 import sys
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import unified_diff
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from megatron.training.arguments import add_megatron_arguments
 
 from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.model import ModelConfig
@@ -32,21 +34,36 @@ from bridge.config.types import Fixed, Instance, Items, Mapping, Type
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"
+ARGUMENTS = PACKAGE / "src/bridge/config/arguments.json"
 DOCS = yaml.safe_load((PACKAGE / "field_docs.yaml").read_text())
 OURS = ("bridge-builders", "bridge-models")
 
 
 def main() -> int:
-    """Write the table, or check it."""
-    made = json.dumps(table(), indent=1, sort_keys=False, ensure_ascii=False) + "\n"
-    if "--check" not in sys.argv:
-        TABLE.write_text(made)
-        return 0
-    committed = TABLE.read_text()
-    sys.stdout.writelines(unified_diff(committed.splitlines(True), made.splitlines(True), "committed", "installed"))
-    if made != committed:
-        print("the table is not what the installed libraries say: run .github/scripts/make_tables.py", file=sys.stderr)
-    return int(made != committed)
+    """Write the tables, or check them."""
+    is_check, differ = "--check" in sys.argv, False
+    for path, data in ((TABLE, table()), (ARGUMENTS, arguments())):
+        made = json.dumps(data, indent=1, sort_keys=False, ensure_ascii=False) + "\n"
+        if not is_check:
+            path.write_text(made)
+            continue
+        committed = path.read_text()
+        sys.stdout.writelines(unified_diff(committed.splitlines(True), made.splitlines(True), "committed", "installed"))
+        differ |= made != committed
+    if differ:
+        print(
+            "the tables are not what the installed libraries say: run .github/scripts/make_tables.py", file=sys.stderr
+        )
+    return int(differ)
+
+
+def arguments() -> dict[str, Any]:
+    """The arguments of Megatron-LM, and their defaults."""
+    parser = ArgumentParser(add_help=False)
+    add_megatron_arguments(parser)
+    defaults = {action.dest: action.default for action in parser._actions}
+    plain = json.loads(json.dumps(defaults, default=str))
+    return {"made_from": {"megatron-core": version("megatron-core")}, "arguments": dict(sorted(plain.items()))}
 
 
 def table() -> dict[str, Any]:

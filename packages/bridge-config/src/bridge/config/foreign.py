@@ -1,0 +1,212 @@
+"""What documents of other systems have in common: their values in our form, and what is told of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from bridge.config.generation import GENERATION_CONFIG
+from bridge.config.migrate import Migrated, inner_type
+from bridge.config.paths import Path
+
+if TYPE_CHECKING:
+    from bridge.config.tables import Field
+    from bridge.config.types import Type
+
+GPT = "bridge.models.gpt.GPTModelConfig"
+MAMBA = "bridge.models.mamba.MambaModelConfig"
+T5 = "bridge.models.t5.T5ModelConfig"
+LAYERS = {
+    GPT: "bridge.models.layer_specs.default_layer_spec",
+    MAMBA: "bridge.models.hybrid_layers.default_stack_spec",
+}
+"""The functions that choose the layers of a model by its fields."""
+
+_CORE = "megatron.core.transformer"
+TRANSFORMER = f"{_CORE}.transformer_config.TransformerConfig"
+MLA = f"{_CORE}.transformer_config.MLATransformerConfig"
+HETEROGENEOUS = f"{_CORE}.heterogeneous.heterogeneous_config.HeterogeneousTransformerConfig"
+YARN = "bridge.models.transformer.YarnTransformerConfig"
+EXTENDED = {YARN: TRANSFORMER}
+"""Our transformers, and those of megatron-core that they extend."""
+
+ENUMS = f"{_CORE}.enums."  # the values of all of these count from 1
+
+_NAMES = {
+    # Where Python says that torch's built-in functions live.
+    "torch._C._nn.gelu": "torch.nn.functional.gelu",
+    "torch._C._nn.softplus": "torch.nn.functional.softplus",
+    "torch._VariableFunctionsClass.tanh": "torch.tanh",
+    "torch._VariableFunctionsClass.sigmoid": "torch.sigmoid",
+    "torch.nn.functional.tanh": "torch.tanh",
+    "torch.nn.functional.sigmoid": "torch.sigmoid",
+}
+_ACTIVATIONS = {"relu2": "squared_relu", "gelu_pytorch_tanh": "fast_gelu"}
+# Set by a training loop, for its own run.
+_RUNTIME = frozenset(
+    [
+        "timers",
+        "finalize_model_grads_func",
+        "grad_scale_func",
+        "moe_grad_scale_func",
+        "mtp_grad_scale_func",
+        "no_sync_func",
+        "grad_sync_func",
+        "param_sync_func",
+        "pre_wrap_hooks",
+        "post_wrap_hooks",
+    ]
+)
+_BLOCKS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
+
+
+class Adoption:
+    """One model of another system on its way to a document of ours."""
+
+    def __init__(self, target: str, at: Path, names: Mapping[str, str] | None = None) -> None:
+        """`target`: our config. `at`: where the model stands. `names`: our names for things of that system."""
+        self.at = at
+        self.result = Migrated({}, moves=[((), at)] if at else [])
+        self.top: dict[str, Any] = {"_target_": target}
+        self.transformer: dict[str, Any] = {}
+        self._names = {**_NAMES, **(names or {})}
+        self._left_out: dict[str, list[str]] = {}
+
+    def finished(self) -> Migrated:
+        """The document, and what is to be said about it."""
+        for why, names in self._left_out.items():
+            self.note(f"left out, {why}: {', '.join(names)}")
+        self.result.data = self.top
+        return self.result
+
+    def note(self, text: str) -> None:
+        """Say `text` about the document."""
+        self.result.notes.append(text)
+
+    def problem(self, path: Path, message: str) -> None:
+        """Refuse what stands at `path`."""
+        self.result.problems.append((path, message))
+
+    def moved(self, now: Path, before: Path) -> None:
+        """Take note of where the value at `now` stood."""
+        self.result.moves.append((now, before))
+
+    def leave_out(self, why: str, path: Path) -> None:
+        """Say that what stands at `path` is left out."""
+        self._left_out.setdefault(why, []).append(".".join(str(step) for step in path[len(self.at) :]))
+
+    def put(self, where: dict[str, Any], field: Field, value: Any, path: Path) -> None:
+        """Take over the value of a field that we have too."""
+        if field.name in _RUNTIME:
+            if value:
+                self.leave_out("set by the training loop", path)
+        elif field.name.startswith("_") or not field.init:
+            self.leave_out("private or computed", path)
+        elif value is None and _is_only(field.type, "bool"):
+            where[field.name] = False
+        elif field.name == "activation_func" and isinstance(value, str):
+            where[field.name] = _ACTIVATIONS.get(value, self.renamed(value))
+        else:
+            where[field.name] = self._form(value, field.type)
+
+    def unknown(self, key: str, value: Any, path: Path) -> None:
+        """Leave out what we have no field for, or refuse it if it could matter."""
+        if str(key).startswith("_"):
+            self.leave_out("private or computed", path)
+        elif is_off(value):
+            self.leave_out("off, and unknown to Bridge", path)
+        else:
+            self.problem(path, "unknown to Bridge: remove it if the model is the same without it")
+
+    def renamed(self, name: Any) -> Any:
+        """Our name for a thing of theirs; whatever else is given, as it is."""
+        return self._names.get(name, name) if isinstance(name, str) else name
+
+    def _form(self, value: Any, type_: Type) -> Any:
+        """A value of theirs, written or live, in our form."""
+        if isinstance(value, Enum):
+            return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", "_name_": value.name}
+        if isinstance(value, float) and value.is_integer() and _is_only(type_, "int"):
+            return int(value)
+        if isinstance(value, list):
+            return [self._form(item, inner_type(type_)) for item in value]
+        if not isinstance(value, dict):
+            return {"_target_": str(value), "_call_": False} if _is_dtype(value) else value
+        name = value.get("_target_")
+        if not isinstance(name, str):
+            return {key: self._form(item, inner_type(type_)) for key, item in value.items()}
+        if name == f"{GENERATION_CONFIG}.from_dict":
+            settings = value.get("config_dict")
+            kept = (
+                {key: item for key, item in settings.items() if str(key)[:1] != "_"}
+                if isinstance(settings, dict)
+                else {}
+            )
+            return {"_target_": GENERATION_CONFIG, **kept}
+        name = self.renamed(name)
+        if value.get("_callable_") is True:
+            return {"_target_": name, "_call_": False}
+        if (member := _enum_member(name, value)) is not None:
+            return {"_target_": name, "_name_": member}
+        return {"_target_": name} | {
+            key: self._form(item, ())
+            for key, item in value.items()
+            if key != "_target_" and not (key == "_call_" and item is True) and not (key == "_args_" and item == [])
+        }
+
+
+def transformer_of(data: Mapping[str, Any], cls: Any = None) -> Any:
+    """The class of the transformer that has the fields `data`: `cls`, or what extends it so that it can have them."""
+    if cls is None and data.get("multi_latent_attention"):
+        cls = MLA
+    if cls is None and any(data.get(key) for key in _BLOCKS):
+        return HETEROGENEOUS
+    if cls in (None, TRANSFORMER) and any(data[key] is not None for key in data if str(key).startswith("yarn_")):
+        return YARN
+    return cls or TRANSFORMER
+
+
+def is_off(value: object) -> bool:
+    """Whether a value is that of something that is not used."""
+    return value is None or value is False or value in ("", [], {})
+
+
+def layers_in(pattern: object) -> int | None:
+    """The number of layers of a hybrid model's pattern, those of multi-token prediction aside; None if it has none."""
+    return len(pattern.partition("/")[0].replace("|", "")) if isinstance(pattern, str) and pattern else None
+
+
+def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
+    """A hybrid model's pattern with that of multi-token prediction, which older versions gave apart."""
+    if not predictions or not isinstance(predictions, str) or not isinstance(pattern, str) or not depths:
+        return pattern
+    return pattern if "/" in pattern else "/".join([pattern, *[predictions] * int(depths)])
+
+
+def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
+    """The name of the enumeration member that a call with its value makes; None if it makes none that is known."""
+    from bridge.config.tables import shipped
+
+    target = shipped(name)
+    if target is None or target.kind != "enum":
+        return None
+    match value:
+        case {"_name_": str(member)}:
+            return member
+        case {"_args_": [str(member)]} if member in target.members:
+            return member
+        case {"_args_": [int(number)]} if name.startswith(ENUMS) and 0 < number <= len(target.members):
+            return target.members[number - 1]
+    return None
+
+
+def _is_only(type_: Type, kind: str) -> bool:
+    """Whether a type has numbers and truth values of this kind alone, and no null."""
+    from bridge.config.types import Plain
+
+    return {member.kind for member in type_ if isinstance(member, Plain)} - {"str"} == {kind}
+
+
+def _is_dtype(value: object) -> bool:
+    return type(value).__module__ == "torch" and type(value).__name__ == "dtype"

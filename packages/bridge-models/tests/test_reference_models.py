@@ -1,0 +1,224 @@
+"""The reference builds the same model from what we write, and we from what it writes: names and shapes are equal.
+
+The reference is the installed megatron-core, on one process without Transformer Engine. So its GPTs have their local
+layers (`transformer_impl: local`). It has no such layers for hybrid models, and those for latent attention fail in
+megatron-core 0.19.2 (DotProductAttention takes no k_channels): there we give it ours, and compare the order, number and
+sizes of the layers, the embedding, the norm and the output layer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from bridge.config import Document, ModelConfig
+from bridge.config.canonical import canonical
+from bridge.config.reference import to_run_config
+from bridge.dist.cpu import cpu_runtime
+from bridge.models.gpt import GPTModelConfig
+from bridge.models.hybrid_layers import stack_spec
+from bridge.models.layer_specs import layer_spec
+from bridge.models.mamba import MambaModelConfig
+
+pytest.importorskip("omegaconf")
+reference_gpt = pytest.importorskip("megatron.training.models.gpt")
+reference_hybrid = pytest.importorskip("megatron.training.models.hybrid")
+arguments = pytest.importorskip("megatron.training.arguments")
+
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
+from megatron.training.config.instantiate_utils import instantiate  # noqa: E402
+from megatron.training.config.yaml_utils import safe_yaml_representers  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cpu() -> Iterator[None]:
+    with cpu_runtime():
+        model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+        yield
+
+
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "use_cpu_initialization": True,
+    "transformer_impl": "local",
+    "attention_backend": "unfused",
+    "add_bias_linear": False,
+}
+TOP: dict[str, Any] = {"vocab_size": 100, "should_pad_vocab": True, "seq_length": 32, "position_embedding_type": "rope"}
+
+
+def made(cls: Any, transformer: Any = TransformerConfig, *, top: dict[str, Any], **given: Any) -> Any:
+    from megatron.core.transformer.enums import AttnBackend
+
+    values = SMALL | {"attention_backend": AttnBackend.unfused} | given
+    return cls(transformer=transformer(**values), **TOP | top)
+
+
+def silu() -> Any:
+    import torch
+
+    return torch.nn.functional.silu
+
+
+def models(gpt: Any, hybrid: Any) -> dict[str, Any]:
+    """Configs of all families, of our classes or of the reference's."""
+    mla = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_layer_freq": [0, 1], "moe_router_topk": 2}
+    return {
+        "dense": made(
+            gpt,
+            top={"share_embeddings_and_output_weights": True},
+            activation_func=silu(),
+            gated_linear_unit=True,
+            num_query_groups=2,
+            ffn_hidden_size=96,
+        ),
+        "learned": made(gpt, top={"position_embedding_type": "learned_absolute"}, add_bias_linear=True),
+        "moe": made(gpt, top={}, moe_shared_expert_intermediate_size=48, **experts),
+        "mla": made(gpt, MLATransformerConfig, top={}, multi_latent_attention=True, **mla),
+        "hybrid": made(
+            hybrid,
+            top={"hybrid_layer_pattern": "M*-ME", "position_embedding_type": "none"},
+            num_layers=5,
+            hidden_size=128,
+            mamba_num_groups=2,
+            is_hybrid_model=True,
+            num_moe_experts=4,
+            moe_ffn_hidden_size=32,
+        ),
+    }
+
+
+NAMES = ["dense", "learned", "moe", "mla", "hybrid"]
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def built(config: Any, groups: ProcessGroupCollection) -> dict[str, tuple[int, ...]]:
+    if isinstance(config, reference_hybrid.HybridModelConfig):
+        ours = MambaModelConfig(
+            transformer=config.transformer, hybrid_layer_pattern=config.hybrid_layer_pattern, vocab_size=100
+        )
+        config = replace(config, hybrid_stack_spec=stack_spec(ours))
+    elif isinstance(config, reference_gpt.GPTModelConfig) and config.transformer.multi_latent_attention:
+        gpt = GPTModelConfig(transformer=config.transformer, vocab_size=100)
+        config = replace(config, transformer_layer_spec=layer_spec(gpt, vp_stage=None, pp_rank=0))
+    return shapes(config.get_builder_cls()(config).build_model(groups, True, True))
+
+
+def run_config(config: Any) -> Any:
+    """What the reference writes into a run_config.yaml, read back."""
+    with safe_yaml_representers():
+        return yaml.safe_load(yaml.safe_dump({"model": config.as_dict(), "train": {"train_iters": 5}}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_builds_what_we_write(name: str, pg_collection: ProcessGroupCollection) -> None:
+    ours = models(GPTModelConfig, MambaModelConfig)[name]
+    written = yaml.safe_load(Document(to_run_config(canonical(ours.as_dict())).data).to_yaml())
+    theirs = instantiate(written)
+    theirs.builder = written["_builder_"]
+    assert type(theirs).__module__.startswith("megatron.training.models.")
+    assert built(theirs, pg_collection) == built(ours, pg_collection)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_we_build_what_the_reference_writes(name: str, pg_collection: ProcessGroupCollection) -> None:
+    theirs = models(reference_gpt.GPTModelConfig, reference_hybrid.HybridModelConfig)[name]
+    document = Document(run_config(theirs))
+    document.check()
+    overrides = ["transformer.activation_func=silu"] if theirs.transformer.gated_linear_unit else []
+    document.override(overrides)
+    ours = document.config()
+    assert type(ours).__module__.startswith("bridge.models.")
+    assert built(ours, pg_collection) == built(theirs, pg_collection)
+
+
+# Megatron-LM's arguments.
+
+USUAL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --vocab-size 100 --use-cpu-initialization "
+    "--transformer-impl local --attention-backend unfused "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
+)
+COMMANDS = {
+    "gpt2": "",
+    "llama": (
+        "--swiglu --group-query-attention --num-query-groups 2 --normalization RMSNorm --disable-bias-linear "
+        "--position-embedding-type rope --rotary-base 500000 --use-rope-scaling --bf16 "
+        "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --norm-epsilon 1e-6 "
+        "--no-rope-fusion --init-method-std 0.01"
+    ),
+    "moe": (
+        "--num-experts 4 --moe-ffn-hidden-size 32 --moe-layer-freq [0]+[1] --moe-router-topk 2 --disable-bias-linear "
+        "--moe-shared-expert-intermediate-size 48 --squared-relu --use-rotary-position-embeddings --no-rope-fusion "
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+    ),
+    "mla": (
+        "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
+        "--v-head-dim 16 --position-embedding-type rope --rope-type rope --disable-bias-linear --no-rope-fusion"
+    ),
+    "hybrid": (
+        "--hybrid-layer-pattern M*-M --mamba-num-groups 1 --position-embedding-type none --disable-bias-linear --bf16 "
+        "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+    ),
+}
+
+
+def parsed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(USUAL + command).split()])
+    args = arguments.parse_args()
+    arguments.validate_args(args)
+    args.padded_vocab_size = 128  # as the training set-up does, once it has the tokenizer
+    capsys.readouterr()
+    return args
+
+
+def same(value: Any, other: Any) -> bool:
+    if isinstance(value, partial) and isinstance(other, partial):
+        return (value.func, value.args, value.keywords) == (other.func, other.args, other.keywords)
+    return bool(value == other) and type(value) is type(other)
+
+
+def differing(config: Any, other: Any) -> dict[str, Any]:
+    names = {one.name for one in fields(config)} & {one.name for one in fields(other)} - {"transformer"}
+    pairs = {name: (getattr(config, name), getattr(other, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if not same(*pair)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_megatron_arguments_are_the_model_that_megatron_builds(
+    name: str,
+    pg_collection: ProcessGroupCollection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = parsed(COMMANDS[name], monkeypatch, capsys)
+    data = json.loads(json.dumps(vars(args), default=str))
+    document = Document(data)
+    document.check()
+    ours: Any = document.config()
+    args.spec = None  # the reference cannot import the layers of Transformer Engine that it names
+    theirs = (hybrid_config_from_args if name == "hybrid" else gpt_config_from_args)(args)
+    assert type(ours.transformer) is type(theirs.transformer)
+    assert differing(theirs.transformer, ours.transformer) == {}
+    assert differing(theirs, ours).keys() <= {"extra_checkpoint_metadata"}
+    assert built(ours, pg_collection) == built(theirs, pg_collection)
+    assert ModelConfig.from_dict(ours.as_dict()).as_dict() == ours.as_dict()
