@@ -424,7 +424,11 @@ def test_what_cannot_be_edited_in_place_is_refused_and_not_written_wrong() -> No
         edited(parse_yaml("? a\n? b\n"), {"a": 1, "b": None})
 
 
-@pytest.mark.parametrize("name", presets())
+# Those written by hand, and some of the others, which are alike: with long lists, comments, mappings.
+WRITTEN = [name for name in presets() if "tiny" in name or name in ("deepseek-v3", "gpt-oss-20b", "gpt2-124m")]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.skipif(not entry_points(group="bridge.presets"), reason="no presets are installed")
 def test_one_value_of_a_preset_changes_its_line_only(name: str) -> None:
     text = presets()[name].read_text(encoding="utf-8")
