@@ -188,6 +188,7 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     help=f"""Print a document in the present form, and say what was done.
 
     It may be of an older version, or of the reference: what its as_dict gives, or the run_config.yaml of a checkpoint.
+    Or it may be the arguments that Megatron-LM keeps in its checkpoints, exported as JSON.
 
     {_FILE}
     """

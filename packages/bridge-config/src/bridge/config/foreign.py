@@ -179,9 +179,10 @@ def layers_in(pattern: object) -> int | None:
 
 def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
     """A hybrid model's pattern with that of multi-token prediction, which older versions gave apart."""
-    if not predictions or not isinstance(predictions, str) or not isinstance(pattern, str) or not depths:
+    if not isinstance(pattern, str) or not isinstance(predictions, str) or not isinstance(depths, int):
         return pattern
-    return pattern if "/" in pattern else "/".join([pattern, *[predictions] * int(depths)])
+    is_apart = predictions and "/" not in pattern and 0 < depths < 1000
+    return "/".join([pattern, *[predictions] * depths]) if is_apart else pattern
 
 
 def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:

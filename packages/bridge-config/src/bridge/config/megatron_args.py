@@ -8,6 +8,7 @@ default=str)`. What describes the model and how it is split is taken, as `core_t
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,6 @@ _MARKS = frozenset(
 _NEEDED = ("hidden_size", "num_attention_heads", "max_position_embeddings")
 # What a switch that says no is called where it says yes.
 _NEGATED = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
-_NEGATIONS = {field: name for name, field in _NEGATED.items()}
 # Fields of the transformer that are called otherwise there.
 _RENAMED = {
     "num_experts": "num_moe_experts",
@@ -113,59 +113,20 @@ _REFUSED = {
     "hybrid_attention_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
     "hybrid_mlp_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
     "pipeline_model_parallel_split_rank": "megatron-core has no pipeline with an encoder in it any more",
+    "encoder_tensor_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
+    "encoder_pipeline_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
     "vision_pretraining": "Bridge has no configuration for a vision model",
 }
 # How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
-_RUN = (
-    "DDP_impl",
-    "activations_checkpoint_",
-    "async_tensor_model_parallel_allreduce",
-    "bert_",
-    "biencoder_",
-    "checkpoint_activations",
-    "consumed_",
-    "curr_iteration",
-    "data_",
-    "dataset_",
-    "delay_grad_reduce",
-    "delay_param_gather",
-    "dino_",
-    "dist_ckpt_format",
-    "distribute_checkpointed_activations",
-    "do_",
-    "embed",
-    "enable_one_logger",
-    "eval_",
-    "exit_",
-    "expert_parallel",
-    "ict_",
-    "iteration",
-    "log_",
-    "lr_",
-    "mmap_warmup",
-    "no_async_tensor_model_parallel_allreduce",
-    "num_floating_point_operations_so_far",
-    "num_workers",
-    "one_logger",
-    "rampup_",
-    "rank",
-    "retriever_",
-    "save_",
-    "scatter_gather_tensors_in_pipeline",
-    "skipped_train_samples",
-    "tensorboard_",
-    "tokenizer_",
-    "train_",
-    "transformer_pipeline_model_parallel_size",
-    "use_contiguous_buffers_in_local_ddp",
-    "use_dist_ckpt",
-    "use_layer_wise_distributed_optimizer",
-    "use_legacy_models",
-    "use_mcore_models",
-    "use_ring_exchange_p2p",
-    "valid_",
-    "wandb_",
-    "world_size",
+_RUN = re.compile(
+    "DDP_impl|activations_checkpoint_|adam_|adlr_|async_|auto_detect_|batch_size|bert_|biencoder_|checkpoint_|ckpt_|consumed_|"
+    "curr_iteration|data_|dataloader_|dataset_|ddp_|delay_grad_reduce|delay_param_gather|dino_|dist_ckpt_|"
+    "distribute_checkpointed_activations|do_(test|train|valid)|embedder_|enable_one_logger|error_injection_|eval_|exit_|"
+    "expert_parallel|fim_|fsdp_|ft_|ict_|inference_|iteration|log_|logging_|lr_|mmap_warmup|no_async_|num_floating_point_|"
+    "num_workers|one_logger_|optimizer_|profile|rampup_|rank|rerun_|retriever_|retro_|rl_|save_|"
+    "scatter_gather_tensors_in_pipeline|skipped_train_samples|straggler_|tensorboard_|tokenizer_|train_|"
+    "transformer_pipeline_model_parallel_size|use_contiguous_buffers_in_local_ddp|use_dist_ckpt|"
+    "use_layer_wise_distributed_optimizer|use_(legacy|mcore)_models|use_ring_exchange_p2p|valid_|wandb_|warmup|world_size"
 )
 # Specs that say in so many words what the default choice of layers comes to.
 _USUAL_SPECS = (
@@ -254,13 +215,16 @@ class _ArgumentsAdoption(Adoption):
         self.transformer["_target_"] = cls
         self.top["transformer"] = self.transformer
         self.moved(("transformer",), at)
-        self._sort()
+        run = self._sort()
         self._take_together()
+        if run:
+            self.note(f"left out, without a part in the model: {', '.join(run)}")
 
     def _is_yarn(self) -> bool:
         return self._args.get("position_embedding_type") == "yarn" and not self._args.get("multi_latent_attention")
 
-    def _sort(self) -> None:
+    def _sort(self) -> list[str]:
+        """Take over what stands for one field; names what is about the run alone."""
         run, usual = [], 0
         for name, value in self._args.items():
             path, known = (*self.at, name), name in known_arguments()
@@ -268,8 +232,10 @@ class _ArgumentsAdoption(Adoption):
                 if not (is_off(value) or value == 0):
                     self.problem(path, _REFUSED[name])
             elif name in _NEGATED:
-                if value is not None:
-                    self._put(_NEGATED[name], not value, name)
+                if name == "disable_bias_linear" and value and self._args.get("add_bias_linear"):
+                    self.problem(path, "add_bias_linear says the contrary: remove one of them")
+                elif value is not None:
+                    self._set(_NEGATED[name], not value)
             elif name in _RENAMED:
                 if value is not None:
                     self._put(_RENAMED[name], value, name)
@@ -278,19 +244,17 @@ class _ArgumentsAdoption(Adoption):
             elif name in _TOGETHER or (name in _YARN and self._is_yarn()):
                 continue
             elif name in self._inner.fields:
-                if self._args.get(_NEGATIONS.get(name, "")) is None:
+                if value is not None or name not in _NEGATED.values():
                     self._put(name, value, name)
             elif name in self._model.fields:
                 self._put_top(name, value, name)
             elif known and value == known_arguments()[name]:
                 usual += 1
-            elif known or str(name).startswith(_RUN):
+            elif known or _RUN.match(str(name)):
                 run.append(str(name))
             else:
                 self.unknown(name, value, path)
-        if run or usual:
-            more = f"{usual} more as by default" if usual else ""
-            self.note(f"left out, without a part in the model: {', '.join([*run, more] if more else run)}")
+        return [*run, f"{usual} more as by default"] if usual else run
 
     def _put(self, name: str, value: Any, given: str) -> None:
         """A field of the transformer."""
@@ -326,9 +290,14 @@ class _ArgumentsAdoption(Adoption):
         self._set("batch_p2p_comm", not self._args.get("overlap_p2p_comm"))
 
     def _set(self, name: str, value: Any) -> None:
-        """A field of the transformer that Megatron-LM derives."""
-        if name in self._inner.fields:
+        """A field of the transformer that Megatron-LM derives; one that is given itself, by an override say, stays."""
+        if self._args.get(name) is None:
             self.transformer[name] = value
+
+    def _set_top(self, name: str, value: Any) -> None:
+        """A field of the model that Megatron-LM derives, likewise."""
+        if self._args.get(name) is None:
+            self.top[name] = value
 
     def _take_layers(self) -> None:
         args = self._args
@@ -350,10 +319,10 @@ class _ArgumentsAdoption(Adoption):
         self._put("num_layers", layers_in(pattern) or args.get("num_layers"), "num_layers")
         if isinstance(pattern, str):
             if not args.get("mtp_num_layers") and "/" in pattern:
-                self._set("mtp_num_layers", pattern.count("/"))
-            self._set("is_hybrid_model", True)
+                self.transformer["mtp_num_layers"] = pattern.count("/")
+            self.transformer["is_hybrid_model"] = True
             if "D" in pattern:
-                self._set("experimental_attention_variant", "dsa")
+                self.transformer["experimental_attention_variant"] = "dsa"
 
     def _take_activation(self) -> None:
         args, fused = self._args, "bias_swiglu_fusion" if self._args.get("swiglu") else "bias_gelu_fusion"
@@ -417,13 +386,17 @@ class _ArgumentsAdoption(Adoption):
 
     def _take_vocabulary(self) -> None:
         args = self._args
-        self.top["share_embeddings_and_output_weights"] = not args.get("untie_embeddings_and_output_weights", False)
-        if args.get("padded_vocab_size") is not None:
-            self._put_top("vocab_size", args["padded_vocab_size"], "padded_vocab_size")
-            self.top["should_pad_vocab"] = False
-        elif args.get("vocab_size") is not None:
-            self._put_top("vocab_size", args["vocab_size"], "vocab_size")
-            self.top["should_pad_vocab"] = True
+        self._set_top("share_embeddings_and_output_weights", not args.get("untie_embeddings_and_output_weights", False))
+        size, padded = args.get("vocab_size"), args.get("padded_vocab_size")
+        if padded is not None:
+            self._put_top("vocab_size", padded, "padded_vocab_size")
+            self._set_top("should_pad_vocab", False)
+            if size not in (None, padded):
+                at = shown((*self.at, "vocab_size"))
+                self.note(f"{at}: {size} left out, the model's $.vocab_size is padded_vocab_size")
+        elif size is not None:
+            self._put_top("vocab_size", size, "vocab_size")
+            self._set_top("should_pad_vocab", True)
         else:
             self.note("the arguments have no vocabulary: set vocab_size")
         if args.get("make_vocab_size_divisible_by") is not None:
@@ -436,7 +409,7 @@ class _ArgumentsAdoption(Adoption):
         if spec in _USUAL_SPECS:
             self.note(f"{shown(path)}: left to the default, which chooses these layers")
         elif spec == ["local"]:
-            self._set("transformer_impl", "local")
+            self.transformer["transformer_impl"] = "local"
         elif not is_off(spec):
             self.problem(
                 path, "layers of a module of their own: remove it, and give them as the layers of the document"
