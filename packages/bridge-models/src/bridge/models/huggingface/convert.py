@@ -280,7 +280,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
             refuse_unknown(t, name, architecture.names)
     _raise_any(t)
     data = _document(t.made, architecture)
-    Document(data).check()
+    _check(data)
     if _best(data) is not architecture:
         data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
         data["transformer"] = data.pop("transformer")  # the long one stays the last
@@ -321,6 +321,20 @@ def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str
     if problems:
         raise DocumentError(problems)
     return fields
+
+
+def _check(data: dict[str, Any]) -> None:
+    """Check the document; what is wrong with a token is wrong with the field of config.json that has its name.
+
+    Raises:
+        DocumentError: There is something wrong.
+    """
+    try:
+        Document(data).check()
+    except DocumentError as error:
+        inside = "$.generation_config."
+        problems = [Problem(p.path.replace(inside, "$."), p.message) for p in error.problems]
+        raise DocumentError(problems) from error
 
 
 def _raise_any(t: Translation) -> None:

@@ -138,10 +138,24 @@ _POSITIONS = Row(
 )
 
 
-def _latent_attention(*, rank: int | None) -> tuple[Row, ...]:
+def _as_many_keys(default: int | None) -> Row:
+    """``num_key_value_heads`` says nothing new: each head has keys and values of its own."""
+
+    def read(t: Translation) -> None:
+        heads, groups = t["num_attention_heads"], t["num_key_value_heads"]
+        if groups not in (None, heads):
+            t.refuse("num_key_value_heads", f"it can only be num_attention_heads here, {heads}")
+
+    def write(t: Translation) -> None:
+        t["num_key_value_heads"] = t["transformer.num_attention_heads"]
+
+    return Row({"num_key_value_heads": Name(COUNT, default, null=True)}, (), read, write)
+
+
+def _latent_attention(key_value_heads: int | None) -> tuple[Row, ...]:
     return (
         Row(
-            {"q_lora_rank": Name(COUNT, rank, null=True)},
+            {"q_lora_rank": Name(COUNT, 1536, null=True)},
             ("transformer.q_lora_rank",),
             _read_queries,
             _write_queries,
@@ -152,7 +166,7 @@ def _latent_attention(*, rank: int | None) -> tuple[Row, ...]:
         same("qk_nope_head_dim", "transformer.qk_head_dim", COUNT, 128),
         same("qk_rope_head_dim", "transformer.qk_pos_emb_head_dim", COUNT, 64),
         same("v_head_dim", "transformer.v_head_dim", COUNT, 128),
-        derived("num_key_value_heads", lambda t: t["num_attention_heads"], "num_attention_heads"),
+        _as_many_keys(key_value_heads),
         derived("head_dim", lambda t: t["qk_rope_head_dim"], "qk_rope_head_dim"),
         derived(
             "qk_head_dim",
@@ -352,7 +366,7 @@ DEEPSEEK_V2 = Architecture(
             intermediate_size=11008,
             num_attention_heads=32,
         ),
-        *_latent_attention(rank=1536),
+        *_latent_attention(None),
         *experts("n_routed_experts", 64, None),
         expert_width("moe_intermediate_size", 1407),
         _shared_experts(2),
@@ -385,7 +399,7 @@ DEEPSEEK_V3 = Architecture(
             intermediate_size=18432,
             num_attention_heads=128,
         ),
-        *_latent_attention(rank=1536),
+        *_latent_attention(128),
         only("rope_interleave", True, FLAG, "Megatron-Core rotates neighbouring channels"),
         *experts("n_routed_experts", 256, 8),
         expert_width("moe_intermediate_size", 2048),
