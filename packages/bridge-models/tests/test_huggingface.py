@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridge.config import Document, DocumentError
-from bridge.models.commands import from_hf as from_hf_command
-from bridge.models.commands import to_hf as to_hf_command
-from bridge.models.gpt import GPTModelConfig
+from bridge.config.cli import main
+from bridge.config.tables import shipped
 from bridge.models.huggingface import from_hf, load_config_json, to_hf
 from bridge.models.huggingface.convert import ARCHITECTURES, SHAPING
+from bridge.models.language import LanguageModelConfig
 from bridge.models.transformer import YarnTransformerConfig
 
 Config = dict[str, Any]
@@ -347,7 +346,7 @@ def deepseeks(draw: DrawFn, model_type: str) -> Config:
 @st.composite
 def mamba2s(draw: DrawFn) -> Config:
     heads, channels = draw(one_in(4, 8)), draw(one_in(4, 8))
-    optional = {name: strategy for name, strategy in COMMON.items()} | {
+    optional = COMMON | {
         "state_size": SIZES,
         "residual_in_fp32": FLAGS,
         "num_hidden_layers": SIZES,
@@ -501,3 +500,327 @@ def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
     assert came_back["model_type"] == model_type
     assert to_hf(from_hf(came_back).data).data == came_back
     assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
+
+
+# --- What is said of the classes of transformers and of Megatron-Core
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_what_is_left_out_is_what_transformers_takes(model_type: str) -> None:
+    cls = CONFIG_MAPPING[model_type]
+    theirs = {field.name: field.default for field in dataclasses.fields(cls)} | {"rope_theta": cls.default_theta}
+    ours = ARCHITECTURES[model_type].names
+    unset = {"bos_token_id", "eos_token_id", "pad_token_id", "time_step_limit"}  # left out of the document too
+    differing = {
+        name: (known.default, theirs[name])
+        for name, known in ours.items()
+        if name in theirs and name not in unset and known.default != theirs[name]
+    }
+    assert not differing
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_field_of_the_class_is_known(model_type: str) -> None:
+    document = from_hf(saved({"model_type": model_type} | SMALLEST.get(model_type, {}))).data
+    assert to_hf(document).data["model_type"] == model_type
+
+
+SMALLEST: dict[str, Config] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "deepseek_v3": {"num_mtp_layers": 0},
+}
+
+
+def test_nothing_that_shapes_a_model_is_passed_over() -> None:
+    """Each field of a transformer is mapped, refused, or one of these, which do not change what a model is."""
+    of_how_it_runs = re.compile(
+        "|".join(
+            (
+                "(tensor|pipeline|virtual_pipeline|context|expert|expert_tensor|sequence)_.*(parallel|weight).*",
+                "(cpu_offloading|tp_comm|cuda_graph|fp8|fp4|recompute|inference|overlap|cross_entropy|offload)_.*",
+                "(moe_hybridep|moe_ncclep|moe_deepep|moe_paged_stash|moe_flex|gtp|expert_gtp|delta_offload)_.*",
+                "(batch_p2p|kitchen|wgrad|persist|memory_efficient|masked_softmax|distribute|deallocate)_.*",
+                "(use_kitchen|use_te|use_grouped_gemm|use_fused|use_ring|use_transformer_engine|symmetric|nccl).*",
+                "(dsa|linear|mup|mamba|yarn|cuda)_.*|.*_cuda_graph(_.*)?|fp8|fp4|hybrid_context.*|hierarchical.*",
+                ".*(_fusion|_func|_init_method(_std)?|_comm_type|_dtype|_backend|_rng_tracker|_logging|_layer_norm)",
+                "init_method(_std)?|.*initializ.*|init_model_with_meta_device|(fp|bf)16|enable_autocast|.*in_bf16",
+                "timers|.*_pipeline_(stage|split|layout)|pipeline_.*|variable_seq_lengths|num_microbatches.*",
+                "defer.*|delay.*|ep_overlap.*|microbatch.*|mtp_(standalone|detach_heads|loss.*|hybrid_.*)",
+                "barrier.*|deterministic_mode|flash.*|fp32_residual_connection|.*_dropout|.*_in_fp32",
+                "qk_clip.*|log_max.*|test_mode|calculate_per_token_loss|apply_query_key_layer_scaling",
+                "disable.*|first_last.*|high_priority.*|tp_only.*|activation_offload_fraction|min_offloaded.*",
+                "fine_grained.*|config_logger_dir|batch_invariant_mode|clone_scatter.*|fused_(single|residual).*",
+                "external_.*|mlp_chunks.*|hetereogenous_.*|quant_recipe|transformer_impl|is_hybrid_model",
+                "max_seqlen.*|_cpu_offloading_context|.*glu_interleave_size|use_(cpu|mamba|inference).*|cp_comm.*",
+                "moe_(aux_loss_coeff|z_loss_coeff|input_jitter_eps|token_d.*|enable_deepep|permute.*|pad_.*|per_.*)",
+                "moe_(layer_recompute|router_(fusion|padding.*|bias_update.*|load.*|dtype|quantile.*)|single.*)",
+                "moe_(enable_routing_replay|grouped_gemm|shared_expert_overlap|ffn_hidden_size|router_topk)",
+                "mtp_num.*|num_(layers|attention_heads|query_groups)|(hidden|ffn_hidden)_size|kv_channels",
+                "layernorm_epsilon|window_attn_skip_freq|window_size|recompute.*|cache_mla.*|mla_down.*",
+                "(q|kv)_lora_rank|qk_.*head_dim|v_head_dim|rope_type|rotary_.*|original_max.*|beta.*|mscale.*",
+                "attention_backend|activation_func_fp8_input_store|cpu_offloading|moe_paged_stash",
+            )
+        )
+    )
+    names = {field.name for cls in (TransformerConfig, MLATransformerConfig) for field in dataclasses.fields(cls)}
+    shaping = {path.removeprefix("transformer.") for path in SHAPING}
+    assert not {name for name in names - shaping if not of_how_it_runs.fullmatch(name)}
+    tables = [shipped(one.target) for one in ARCHITECTURES.values()]
+    top = {name for table in tables if table for name in table.fields}
+    assert shaping <= names | top
+
+
+def test_yarn_has_what_megatron_reads_and_does_not_declare() -> None:
+    read = set(re.findall(r'"(yarn_\w+)"', inspect.getsource(gpt_model)))
+    ours = {field.name for field in dataclasses.fields(YarnTransformerConfig)}
+    theirs = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert read
+    assert read == ours - theirs, "megatron-core declares them now: take YarnTransformerConfig away"
+
+
+# --- What is refused
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "paths"),
+    [
+        ("llama", {"num_hidden_layers": "many"}, ["num_hidden_layers"]),
+        ("llama", {"num_hidden_layers": 0}, ["num_hidden_layers"]),
+        ("llama", {"num_hidden_layers": True, "rms_norm_eps": "x"}, ["num_hidden_layers", "rms_norm_eps"]),
+        ("llama", {"hidden_size": 9, "num_attention_heads": 2}, ["num_attention_heads"]),
+        ("llama", {"attention_bias": True}, ["attention_bias"]),
+        ("llama", {"hidden_act": "gelu_10"}, ["hidden_act"]),
+        ("llama", {"torch_dtype": "int8"}, ["torch_dtype"]),
+        ("llama", {"rope_theta": 10000.5}, ["rope_theta"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.type"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling.factor"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2, "x": 1}}, ["rope_scaling.x"]),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type"]),
+        ("llama", {"rope_parameters": {"rope_type": "lama3"}}, ["rope_parameters.rope_type"]),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 2.0, "high_freq_factor": 8.0}},
+            ["rope_scaling.high_freq_factor", "rope_scaling.low_freq_factor"],
+        ),
+        ("llama", {"rope_scaling": YARN | {"attention_factor": 2.0}}, ["rope_scaling.attention_factor"]),
+        ("llama", {"rope_scaling": YARN | {"truncate": 1}}, ["rope_scaling.truncate"]),
+        ("llama", {"attn_logit_softcapping": 50.0, "hiden_size": 8}, ["attn_logit_softcapping", "hiden_size"]),
+        ("llama", {"vocab_size": 100, "bos_token_id": 100}, ["bos_token_id"]),
+        ("gpt2", {"embd_pdrop": 0.2}, ["embd_pdrop"]),
+        ("gpt2", {"n_embd": 8, "hidden_size": 16}, ["hidden_size"]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights"]),
+        (
+            "qwen2",
+            {"num_hidden_layers": 2, "use_sliding_window": True, "layer_types": ["x"]},
+            ["layer_types", "layer_types[0]"],
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 32}, ["layer_types"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias"]),
+        ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
+        ("mixtral", {"num_experts_per_tok": 1}, ["num_experts_per_tok"]),
+        ("qwen3_moe", {"decoder_sparse_step": 99}, ["decoder_sparse_step"]),
+        ("gpt_oss", {"swiglu_alpha": 1.0, "attention_bias": False}, ["attention_bias", "swiglu_alpha"]),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}},
+            ["rope_scaling.type"],
+        ),
+        ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ("gemma", {"hidden_activation": "gelu_11"}, ["hidden_activation"]),
+        ("gemma2", {}, ["model_type"]),
+        ("gemma3", {}, ["model_type"]),
+        ("gemma3_text", {}, ["model_type"]),
+        (
+            "deepseek_v2",
+            {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
+            ["topk_method"],
+        ),
+        ("deepseek_v2", {}, ["num_experts_per_tok"]),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5, "rope_interleave": False}, ["rms_norm_eps", "rope_interleave"]),
+        ("deepseek_v3", {"topk_group": 2}, ["topk_group"]),
+        ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob"]),
+        ("deepseek_v3", {"num_key_value_heads": 1}, ["num_key_value_heads"]),
+        ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": 1.0}}, ["rope_scaling.mscale_all_dim"]),
+        ("mamba2", {"layer_norm_epsilon": 1e-6, "conv_kernel": 3}, ["conv_kernel", "layer_norm_epsilon"]),
+        ("mamba2", {"time_step_limit": [0.1, 1.0], "num_heads": 3}, ["num_heads", "time_step_limit"]),
+        ("nemotron_h", {"hybrid_override_pattern": "M-X"}, ["hybrid_override_pattern"]),
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe", "x"]}, ["layers_block_type[2]"]),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "num_hidden_layers": 3}, ["num_hidden_layers"]),
+        ("nemotron_h", {"hybrid_override_pattern": "M", "num_nextn_predict_layers": 1}, ["num_nextn_predict_layers"]),
+        (
+            "t5",
+            {"feed_forward_proj": "gated-tanh", "initializer_factor": 2.0},
+            ["feed_forward_proj", "initializer_factor"],
+        ),
+    ],
+)
+def test_what_a_document_cannot_say_is_refused_by_name(model_type: str, fields: Config, paths: list[str]) -> None:
+    with pytest.raises(DocumentError) as error:
+        from_hf({"model_type": model_type} | fields)
+    assert sorted(problem.path for problem in error.value.problems) == [f"$.{path}" for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "path"),
+    [
+        ("llama-3.1-8b", "transformer.activation_func_clamp_value=7.0", "activation_func_clamp_value"),
+        ("llama-3.1-8b", "transformer.layernorm_zero_centered_gamma=true", "layernorm_zero_centered_gamma"),
+        ("llama-3.1-8b", "transformer.mtp_num_layers=1", "mtp_num_layers"),
+        ("llama-3.1-8b", "transformer.softmax_scale=1.0", "softmax_scale"),
+        ("llama-3.1-8b", "transformer.softmax_type=learnable", "softmax_type"),
+        ("llama-3.1-8b", "transformer.use_mup=true", "use_mup"),
+        ("llama-3.1-8b", "transformer.activation_func=torch.nn.functional.elu", "activation_func"),
+        ("llama-3.1-8b", "transformer.params_dtype=torch.float64", "params_dtype"),
+        ("gpt2-124m", "transformer.window_size=[3,0]", "window_size"),
+        ("deepseek-v3", "transformer.moe_router_group_topk=2", "moe_router_group_topk"),
+        ("nemotron-h-8b", "transformer.layernorm_epsilon=1e-6", "layernorm_epsilon"),
+        ("t5-base", "transformer.softmax_scale=null", "softmax_scale"),
+        ("t5-base", "transformer.attention_dropout=0.0", "attention_dropout"),
+    ],
+)
+def test_what_config_json_cannot_say_is_refused_by_path(preset: str, override: str, path: str) -> None:
+    document = Document.load(preset, ["transformer.bf16=false", override])
+    with pytest.raises(DocumentError) as error:
+        to_hf(document.data)
+    assert f"$.transformer.{path}" in [problem.path for problem in error.value.problems]
+
+
+def test_a_configuration_that_was_made_is_written_too() -> None:
+    """It says what its document leaves to be derived: channels, groups, scales, initialisers."""
+    for name in ("gemma-2b", "Qwen1.5-MoE-A2.7B", "gpt-oss-20b", "Llama-3.2-1B", "t5-base"):
+        (file,) = (file for stem, file in PUBLISHED.items() if stem.endswith(name))
+        document = from_hf(load_config_json(str(file)).data).data
+        config = Document(document).config()
+        assert isinstance(config, LanguageModelConfig)
+        config.finalize()
+        assert meaning(to_hf(config.as_dict()).data) == meaning(to_hf(document).data)
+
+
+@pytest.mark.parametrize(
+    ("preset", "model_type"),
+    [
+        ("gpt2-124m", "gpt2"),
+        ("llama-3.1-405b", "llama"),
+        ("deepseek-v3", "deepseek_v3"),
+        ("mamba2-2.7b", "mamba2"),
+        ("nemotron-h-8b", "nemotron_h"),
+        ("t5-11b", "t5"),
+    ],
+)
+def test_presets_are_models_of_transformers(preset: str, model_type: str) -> None:
+    written = to_hf(Document.load(preset).data).data
+    assert written["model_type"] == model_type
+    assert made(written)
+
+
+def test_a_document_says_which_of_several_architectures_it_is() -> None:
+    plain = {"sliding_window": None, "num_hidden_layers": 2}
+    documents = {name: from_hf({"model_type": name} | plain).data for name in ("llama", "mistral", "phi3")}
+    assert {name: to_hf(data).data["model_type"] for name, data in documents.items()} == {
+        name: name for name in documents
+    }
+    assert "extra_checkpoint_metadata" not in documents["llama"]
+    data = documents["mistral"] | {"extra_checkpoint_metadata": {"hf_model_type": "qwen2"}}
+    with pytest.raises(DocumentError, match="add_qkv_bias"):
+        to_hf(data)
+    with pytest.raises(DocumentError, match="'lama' is not known"):
+        to_hf(data | {"extra_checkpoint_metadata": {"hf_model_type": "lama"}})
+
+
+# --- The command line
+
+
+@pytest.fixture
+def bridge(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command; returns its exit code, and what it said on stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return int(leaving.value.code or 0), told.out, told.err
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def written(folder: Path, config: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(config, indent=1))
+    return file
+
+
+def test_from_a_file_or_folder_to_yaml_json_or_a_file(bridge: Run, tmp_path: Path) -> None:
+    file = written(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
+    code, yaml, notes = bridge("from-hf", file)
+    assert (code, notes) == (
+        0,
+        f"{file}: note: $.quantization_config is left out: it is about how published weights are stored\n",
+    )
+    assert bridge("from-hf", tmp_path) == (code, yaml, notes)
+    _, text, _ = bridge("from-hf", file, "--json", "--model-id", "another/model")
+    assert json.loads(text)["hf_model_id"] == "another/model"
+    for name in ("made.yaml", "made.json"):
+        assert bridge("from-hf", file, "-o", tmp_path / name)[:2] == (0, "")
+        assert Document.load(tmp_path / name).data == json.loads(text) | {"hf_model_id": "one/model"}
+    code, back, _ = bridge("to-hf", tmp_path / "made.yaml")
+    assert json.loads(back) == to_hf(json.loads(text)).data | {"_name_or_path": "one/model"}
+    assert bridge("to-hf", tmp_path / "made.yaml", "vocab_size=64", "-o", tmp_path) == (0, "", "")
+    assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
+
+
+def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity], "task_specific_params": "Infinity"}')
+    assert bridge("from-hf", file)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model_type": "llama",', "config.json:1:24: $: "),
+        ("[]", "config.json: $: expected a mapping at the top"),
+        ('{"num_hidden_layers": 2}', "config.json:1:1: $.model_type: missing"),
+        ('{"model_type": 3}', "config.json:1:2: $.model_type: expected text, got 3"),
+        ('{"model_type": "lama"}', "'lama' is not known to Bridge; did you mean 'llama'?"),
+        ('{"model_type": "llama",\n "rope_scaling": {"type": "dynamic"}}', "config.json:2:19: $.rope_scaling.type: "),
+        ('{"model_type": "llama", "num_hiden_layers": 2}', "did you mean 'num_hidden_layers'?"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(bridge: Run, tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    code, out, told = bridge("from-hf", file)
+    assert (code, out) == (1, "")
+    assert said in told
+
+
+def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:
+    code, _, told = bridge("from-hf", tmp_path)
+    assert code == 1
+    assert told == f"{tmp_path / 'config.json'}: $: no such file, nor a folder with a config.json\n"
+    code, out, told = bridge("to-hf", "mla-tiny")
+    assert (code, out) == (1, "")
+    assert "no architecture is the same model; the nearest is deepseek_v2" in told
+    assert "$.transformer.num_moe_experts" in told
+
+
+def test_neither_command_needs_torch_megatron_or_transformers(tmp_path: Path) -> None:
+    file = written(tmp_path, LLAMA)
+    document = tmp_path / "a.yaml"
+    code = (
+        "import sys; from bridge.config.cli import bridge\n"
+        f"for line in (['from-hf', {str(file)!r}, '-o', {str(document)!r}], ['to-hf', {str(document)!r}]):\n"
+        "    bridge(line, standalone_mode=False)\n"
+        "print({'torch', 'megatron', 'transformers', 'numpy'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -166,7 +166,6 @@ SHAPING = frozenset(
                 "heterogeneous_block_specs",
                 "layernorm_zero_centered_gamma",
                 "linear_attention_freq",
-                "mamba_num_heads",
                 "moe_apply_probs_on_input",
                 "moe_expert_capacity_factor",
                 "moe_expert_rank_capacity_factor",
