@@ -172,6 +172,8 @@ def gpt2(config: Any, weights: Weights) -> Weights:
             "transformer.ln_f": "decoder.final_layernorm",
         },
     )
+    if not config.tie_word_embeddings:
+        found |= renamed(weights, {"lm_head": "output_layer"})
     for layer in range(config.n_layer):
         theirs = {  # inputs stand before outputs
             name: tensor.T if tensor.dim() == 2 else tensor
@@ -320,6 +322,12 @@ HYBRID = STATES | {
 
 MODELS: dict[str, tuple[dict[str, Any], Carry]] = {
     "gpt2": (WORDS | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, gpt2),
+    "gpt2, of other widths, untied": (
+        WORDS
+        | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40}
+        | {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+        gpt2,
+    ),
     "llama": (SMALL | {"model_type": "llama"}, llama),
     "llama, biases": (SMALL | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}, llama),
     "llama 3.1": (

@@ -189,6 +189,11 @@ ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
 BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
     "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, r"persist_layer_norm to false"),
     "saving norms": (TransformerConfig, {"memory_efficient_layer_norm": True}, r"memory_efficient_layer_norm to false"),
+    "latent experts": (
+        TransformerConfig,
+        {"num_moe_experts": 2, "moe_latent_size": 8, "add_bias_linear": False},
+        r"moe_latent_size to null",
+    ),
     "fused gradients": (
         TransformerConfig,
         {"gradient_accumulation_fusion": True},

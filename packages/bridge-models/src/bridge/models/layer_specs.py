@@ -269,6 +269,10 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: c.memory_efficient_layer_norm,
         "set transformer.memory_efficient_layer_norm to false",
     ),
+    "experts in a latent space": (
+        lambda c: c.moe_latent_size is not None,
+        "install Transformer Engine, or set transformer.moe_latent_size to null",
+    ),
     "8- or 4-bit floats": (lambda c: bool(c.fp8 or c.fp4), "set transformer.fp8 and transformer.fp4 to null"),
     "fused softmax without its kernels": (
         # asked for only at 16 bits
