@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from bridge.models.errors import CheckpointError, ModelConfigError, UnsupportedE
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 from bridge.models.t5 import T5ModelConfig
 
+BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
 VOCAB = 256
 TOKENS = 16
 SMALL = {"transformer.num_layers": 2, "transformer.hidden_size": 32}
@@ -255,13 +259,31 @@ def on_one_rank(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    (found,) = run_ranks(on_one_rank, 1, tmp_path_factory.mktemp("one"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> dict[str, Any]:
+    (found,) = run_ranks(on_one_rank, 1, folder)
     return found
 
 
 def test_a_model_that_modelopt_changed_is_rebuilt_to_the_bit_and_trains(one_rank: dict[str, Any]) -> None:
     assert len(one_rank["gpt"]) == len(one_rank["sparse"]) == 2
+
+
+def test_bridge_build_trains_from_the_weights_of_the_checkpoint(one_rank: dict[str, Any], folder: Path) -> None:
+    changes = [f"{path}={value}" for path, value in (SMALL | {"restore_modelopt_state": "true"}).items()]
+    sizes = ["--steps", "2", "--seq-length", str(TOKENS), "--global-batch-size", "2"]
+    command = [BRIDGE, "build", "tiny", *changes, "--load", str(folder / "gpt"), *sizes, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    steps = list(zip(report["losses"], report["grad_norms"], strict=True))
+    assert steps == [pytest.approx(step, rel=1e-5) for step in one_rank["gpt"]]
+    assert "quantizers" not in done.stderr
+    assert "UserWarning" not in done.stderr
 
 
 @pytest.mark.parametrize(

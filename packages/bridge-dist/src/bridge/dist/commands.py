@@ -280,6 +280,7 @@ def plan(
 
     from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.batch import Batch
+    from bridge.dist.job import make_builder
     from bridge.dist.options import Wrapper
     from bridge.dist.plan.advice import advise
     from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
@@ -295,6 +296,7 @@ def plan(
     else:
         apply_layout(document, given)
     layout = job_layout(document, gpus=gpus, dp=dp)
+    make_builder(document.config()).check_restore()
     microbatches = 2 * layout.pp if layout.pp > 1 else 1
     options = PlanOptions(
         batch=Batch(

@@ -1,6 +1,6 @@
 """Imported before Megatron by the command line: keeps what it says about missing CUDA libraries off the terminal.
 
-And what ModelOpt says of itself.
+And what ModelOpt, and torch while it reads a checkpoint, say of themselves.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-warnings.filterwarnings("ignore", module=r"(megatron|modelopt)\.")
+warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch\.distributed\.checkpoint)\.")
 warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import os
 import warnings
@@ -102,7 +103,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
             )
         if self._checkpoint is not None:
             locate(self._checkpoint)
-            import_modelopt()
+            _require_modelopt()
 
     def restore(self, stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> list[MegatronModule]:
         """Restore the ModelOpt state of the only stage, then load its weights.
@@ -147,11 +148,25 @@ def import_modelopt() -> ModuleType:
             warnings.simplefilter("ignore")
             from bridge.models import modelopt_state
     except ImportError as error:
-        raise UnsupportedError(
-            f"restore_modelopt_state needs nvidia-modelopt, which cannot be imported ({error}): "
-            "install bridge-models[modelopt], or set it to false"
-        ) from error
+        raise _not_installed(str(error)) from error
     return modelopt_state
+
+
+def _require_modelopt() -> None:
+    """Check that ModelOpt is installed, without the seconds that it takes to import it."""
+    try:
+        found = importlib.util.find_spec("modelopt")
+    except ImportError as error:
+        raise _not_installed(str(error)) from error
+    if found is None:
+        raise _not_installed("there is no such module")
+
+
+def _not_installed(why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"restore_modelopt_state needs nvidia-modelopt, which cannot be imported ({why}): "
+        "install bridge-models[modelopt], or set it to false"
+    )
 
 
 def locate(checkpoint: Path) -> Path:
