@@ -370,6 +370,15 @@ keys = st.sampled_from(
         "rotary_base",
         "scale_factor",
         "transformer_layer_spec",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "mtp_hybrid_override_pattern",
+        "mtp_num_layers",
+        "mtp_use_repeated_layer",
+        "mtp_mamba_stack_spec",
+        "max_position_embeddings",
+        "extra_checkpoint_metadata",
+        "megatron_bridge.activation_func",
         "generation_config",
         "config_dict",
         "timers",
@@ -514,8 +523,21 @@ def test_the_pattern_of_multi_token_prediction_is_joined() -> None:
     result = adopted(data)
     assert result.data["hybrid_layer_pattern"] == "M*/*E/*E"
     assert not result.problems
+    assert result.notes == [
+        "hybrid_layer_pattern is now 'M*/*E/*E', with mtp_hybrid_override_pattern in it",
+        "left out, off, and unknown to Bridge: keep_mtp_spec_in_bf16",
+    ]
     unified = adopted(hybrid(hybrid_layer_pattern="M*/*E", mtp_hybrid_override_pattern="*E"))
     assert unified.data["hybrid_layer_pattern"] == "M*/*E"
+    assert unified.notes == ["left out, without a part in the model: mtp_hybrid_override_pattern"]
+
+
+def test_layers_of_multi_token_prediction_are_left_out_only_if_they_are_the_default() -> None:
+    name = "megatron.bridge.models.mamba.mamba_provider.get_default_mamba_stack_spec"
+    usual = adopted(hybrid(mtp_mamba_stack_spec={"_target_": name, "_call_": False}))
+    assert usual.notes == ["left out, the default, which Bridge chooses by itself: mtp_mamba_stack_spec"]
+    other = adopted(hybrid(mtp_mamba_stack_spec={"_target_": "my.spec", "_call_": False}))
+    assert [path for path, _ in other.problems] == [("mtp_mamba_stack_spec",)]
 
 
 def test_layers_of_no_pattern_are_told() -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -35,7 +35,16 @@ reference_gpt = pytest.importorskip("megatron.training.models.gpt")
 reference_hybrid = pytest.importorskip("megatron.training.models.hybrid")
 arguments = pytest.importorskip("megatron.training.arguments")
 
-from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
+from megatron.core.models.T5.t5_model import T5Model  # noqa: E402
+from megatron.core.models.T5.t5_spec import (  # noqa: E402
+    get_t5_decoder_with_local_block_spec,
+    get_t5_encoder_with_local_block_spec,
+)
+from megatron.training.argument_utils import (  # noqa: E402
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    hybrid_config_from_args,
+)
 from megatron.training.config.instantiate_utils import instantiate  # noqa: E402
 from megatron.training.config.yaml_utils import safe_yaml_representers  # noqa: E402
 
@@ -175,6 +184,10 @@ COMMANDS = {
         "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
         "--v-head-dim 16 --position-embedding-type rope --rope-type rope --disable-bias-linear --no-rope-fusion"
     ),
+    "yarn": (
+        "--position-embedding-type yarn --rotary-scaling-factor 32 --yarn-original-max-position-embeddings 16 "
+        "--yarn-beta-fast 16 --swiglu"
+    ),
     "hybrid": (
         "--hybrid-layer-pattern M*-M --mamba-num-groups 1 --position-embedding-type none --disable-bias-linear --bf16 "
         "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
@@ -182,8 +195,10 @@ COMMANDS = {
 }
 
 
-def parsed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(USUAL + command).split()])
+def parsed(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, usual: str = USUAL
+) -> Any:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(usual + command).split()])
     args = arguments.parse_args()
     arguments.validate_args(args)
     args.padded_vocab_size = 128  # as the training set-up does, once it has the tokenizer
@@ -198,7 +213,8 @@ def same(value: Any, other: Any) -> bool:
 
 
 def differing(config: Any, other: Any) -> dict[str, Any]:
-    names = {one.name for one in fields(config)} & {one.name for one in fields(other)} - {"transformer"}
+    """What differs between two configs in what both have; Megatron-LM sets more than the fields of a class."""
+    names = vars(config).keys() & {one.name for one in fields(other)} - {"transformer"}
     pairs = {name: (getattr(config, name), getattr(other, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if not same(*pair)}
 
@@ -217,8 +233,38 @@ def test_megatron_arguments_are_the_model_that_megatron_builds(
     ours: Any = document.config()
     args.spec = None  # the reference cannot import the layers of Transformer Engine that it names
     theirs = (hybrid_config_from_args if name == "hybrid" else gpt_config_from_args)(args)
-    assert type(ours.transformer) is type(theirs.transformer)
+    assert vars(theirs.transformer).keys() <= {one.name for one in fields(ours.transformer)}
     assert differing(theirs.transformer, ours.transformer) == {}
     assert differing(theirs, ours).keys() <= {"extra_checkpoint_metadata"}
     assert built(ours, pg_collection) == built(theirs, pg_collection)
     assert ModelConfig.from_dict(ours.as_dict()).as_dict() == ours.as_dict()
+
+
+def test_megatron_arguments_of_a_t5(
+    pg_collection: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference has no configuration for T5: its model is made as Megatron-LM's pretrain_t5.py makes it."""
+    command = "--encoder-num-layers 3 --decoder-num-layers 2 --decoder-seq-length 16 --vocab-extra-ids 100"
+    args = parsed(command, monkeypatch, capsys, usual=USUAL.replace("--num-layers 2", ""))
+    ours: Any = Document(json.loads(json.dumps(vars(args), default=str))).config()
+    decoder = core_transformer_config_from_args(args)
+    encoder = replace(decoder, num_layers=args.encoder_num_layers)
+    theirs = T5Model(
+        config=decoder,
+        encoder_config=encoder,
+        transformer_encoder_layer_spec=cast(Any, get_t5_encoder_with_local_block_spec(args.encoder_num_layers)),
+        transformer_decoder_layer_spec=cast(Any, get_t5_decoder_with_local_block_spec(args.decoder_num_layers)),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        pg_collection=pg_collection,
+    )
+    # Megatron-LM counts the encoder's layers in the decoder's initialisation too.
+    assert differing(decoder, ours.transformer).keys() <= {"num_layers", "output_layer_init_method"}
+    # Its blocks end in a norm of Transformer Engine alone, and without it in none (megatron-core 0.19.2).
+    norms = {
+        f"{stack}.final_layernorm.{part}": (64,) for stack in ("encoder", "decoder") for part in ("weight", "bias")
+    }
+    assert built(ours, pg_collection) == shapes(theirs) | norms
+    assert not norms.keys() & shapes(theirs).keys()

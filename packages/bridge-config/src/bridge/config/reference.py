@@ -173,7 +173,7 @@ _HYBRID = _Family(
         **dict.fromkeys(_HYBRID_LAYERS, LAYERS[MAMBA]),
     },
     renamed={"hybrid_override_pattern": "hybrid_layer_pattern", "mamba_stack_spec": "hybrid_stack_spec"},
-    idle=frozenset(["mtp_hybrid_override_pattern", "mtp_mamba_stack_spec", "max_position_embeddings"]),
+    idle=frozenset(["max_position_embeddings"]),
     zeros=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
     ours_alone={"scatter_embedding_sequence_parallel": True},
 )
@@ -204,6 +204,11 @@ _CHOSEN_LAYERS = {
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec": "num_moe_experts",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs."
     "get_transformer_block_with_experimental_attention_variant_spec": "experimental_attention_variant",
+}
+# Fields without a counterpart that are looked at together with others.
+_TAKEN_ELSEWHERE = {
+    MAMBA: ("mtp_hybrid_override_pattern", "mtp_mamba_stack_spec"),
+    T5: ("transformer_layer_spec",),
 }
 _T5_LAYERS = f"{_BRIDGE}.t5_provider.%s_layer_spec"
 # Where the configs of Megatron Bridge that lose their activation function keep its name.
@@ -315,6 +320,8 @@ class _ReferenceAdoption(Adoption):
             path = (*self.at, given)
             if given in ("_target_", "_builder_") or (given == "transformer" and not self._is_provider):
                 continue
+            if given in _TAKEN_ELSEWHERE.get(self._family.ours, ()):
+                continue
             key = self._family.renamed.get(given, given)
             is_old_name = key != given and key not in self._family.idle
             if key == given and key in self._family.idle:
@@ -352,21 +359,28 @@ class _ReferenceAdoption(Adoption):
                 self.leave_out("without a part in the model", path)
             else:
                 self.leave_out("off, and unknown to Bridge", path)
-        elif not (self._family is _T5 and key == "transformer_layer_spec"):
+        else:
             self.unknown(key, value, path)
 
     def _take_pattern(self, data: dict[str, Any]) -> None:
         """The pattern of a hybrid model, with that of multi-token prediction if it is given apart; and what follows."""
-        depths = self.transformer.get("mtp_num_layers")
-        if depths == 0:
+        if self.transformer.get("mtp_num_layers") == 0:
             self.transformer["mtp_num_layers"] = None
-        elif data.get("mtp_use_repeated_layer"):
-            depths = max(1, depths or 0)
-        pattern = self.top.get("hybrid_layer_pattern")
-        whole = with_predictions(pattern, data.get("mtp_hybrid_override_pattern"), depths)
+        depths = self.transformer.get("mtp_num_layers")
+        if depths is None and self.transformer.get("mtp_use_repeated_layer"):
+            depths = 1
+        pattern, predictions = self.top.get("hybrid_layer_pattern"), data.get("mtp_hybrid_override_pattern")
+        whole = with_predictions(pattern, predictions, depths)
         if whole != pattern:
             self.top["hybrid_layer_pattern"] = whole
             self.note(f"hybrid_layer_pattern is now {whole!r}, with mtp_hybrid_override_pattern in it")
+        elif predictions:
+            self.leave_out("without a part in the model", (*self.at, "mtp_hybrid_override_pattern"))
+        spec = data.get("mtp_mamba_stack_spec")
+        if isinstance(spec, dict) and self.renamed(spec.get("_target_")) == LAYERS[MAMBA]:
+            self.leave_out("the default, which Bridge chooses by itself", (*self.at, "mtp_mamba_stack_spec"))
+        elif spec is not None:
+            self.unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
         if not (layers := layers_in(whole)):
             # HybridModel of megatron-core 0.19.2 has no layers then; those of earlier versions had these.
             self.note("the document has no hybrid_layer_pattern: Mamba layers alone are assumed")
@@ -437,7 +451,6 @@ class _ReferenceAdoption(Adoption):
         metadata = self.top.get("extra_checkpoint_metadata")
         name = metadata.get(_ACTIVATION_KEY) if isinstance(metadata, dict) else None
         if self._inner is not None and isinstance(name, str) and "activation_func" not in self.transformer:
-            assert self._inner is not None
             path = (*self.at, "extra_checkpoint_metadata")
             self.put(self.transformer, self._inner.fields["activation_func"], name, path)
             self.note(f"transformer.activation_func: {name} taken from extra_checkpoint_metadata")
