@@ -485,7 +485,7 @@ def test_every_architecture_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
     config = data.draw(FAMILIES[model_type], label="config")
@@ -500,6 +500,48 @@ def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
     assert came_back["model_type"] == model_type
     assert to_hf(from_hf(came_back).data).data == came_back
     assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
+
+
+NUMBERS = one_in(-1, 0, 1, 2, 3, 8, 64, 10**5, 10**18, 10**400, 0.0, 0.5, 1.5, -2.0, 1e308)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | NUMBERS | one_in("", "silu", "yarn", "llama3", "MM*E"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(one_in("type", "factor", "x"), inner, max_size=3),
+    max_leaves=4,
+)
+SCALINGS = st.dictionaries(
+    one_in("rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "mscale", "mscale_all_dim"),
+    NUMBERS | one_in("yarn", "linear", "llama3"),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_whatever_is_given_is_refused_or_comes_back(data: st.DataObject) -> None:
+    model_type = data.draw(one_in(*ARCHITECTURES))
+    names = one_in(*ARCHITECTURES[model_type].names, "rope_scaling", "unheard_of")
+    config = data.draw(st.dictionaries(names, NUMBERS | ANYTHING, max_size=4))
+    if data.draw(FLAGS):
+        config["rope_scaling"] = data.draw(SCALINGS)
+    try:
+        document = from_hf({"model_type": model_type} | config).data
+    except DocumentError:
+        return
+    assert to_hf(document).data["model_type"] == model_type
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_whatever_a_document_says_is_refused_or_written(data: st.DataObject) -> None:
+    preset = data.draw(one_in("llama-3.1-8b", "deepseek-v3", "nemotron-h-8b", "t5-base", "gpt2-124m", "gpt-oss-20b"))
+    document = Document.load(preset)
+    paths = one_in(*sorted(SHAPING.union(*(one.fields for one in ARCHITECTURES.values()))))
+    for path, value in data.draw(st.dictionaries(paths, NUMBERS | ANYTHING, max_size=3)).items():
+        document.set(path, value)
+    try:
+        written = to_hf(document.data)
+    except DocumentError:
+        return
+    assert written.data["model_type"] in ARCHITECTURES
 
 
 # --- What is said of the classes of transformers and of Megatron-Core
@@ -589,6 +631,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         ("llama", {"num_hidden_layers": "many"}, ["num_hidden_layers"]),
         ("llama", {"num_hidden_layers": 0}, ["num_hidden_layers"]),
+        ("gpt_oss", {"num_hidden_layers": 10**12}, ["num_hidden_layers"]),
         ("llama", {"num_hidden_layers": True, "rms_norm_eps": "x"}, ["num_hidden_layers", "rms_norm_eps"]),
         ("llama", {"hidden_size": 9, "num_attention_heads": 2}, ["num_attention_heads"]),
         ("llama", {"attention_bias": True}, ["attention_bias"]),
@@ -632,7 +675,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
         ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ("gemma", {"hidden_activation": "gelu_11"}, ["hidden_activation"]),
-        ("gemma2", {}, ["model_type"]),
+        ("gemma2", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "model_type"]),
         ("gemma3", {}, ["model_type"]),
         ("gemma3_text", {}, ["model_type"]),
         (
@@ -801,6 +844,12 @@ def test_what_is_wrong_is_told_with_its_place(bridge: Run, tmp_path: Path, conte
     code, out, told = bridge("from-hf", file)
     assert (code, out) == (1, "")
     assert said in told
+
+
+def test_a_config_json_is_a_json_file(bridge: Run, tmp_path: Path) -> None:
+    code, out, told = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
+    assert (code, out) == (1, "")
+    assert told.endswith("config.yaml: give a .json file, or a folder to put config.json into\n")
 
 
 def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:

@@ -72,15 +72,20 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None) -> None
     config.json cannot say is refused, all of it at once, by the paths of its fields.
     """
     from bridge.config.document import Document
+    from bridge.config.errors import ConfigError
     from bridge.models import huggingface
 
+    if output is not None:
+        output = output / "config.json" if output.is_dir() else output
+        if output.suffix != ".json":
+            raise ConfigError(f"{output}: give a .json file, or a folder to put config.json into")
     document = Document.load(file, overrides)
     with document.placing_problems():
         converted = huggingface.to_hf(document.data)
     _tell(file, converted.notes)
     written = Document(converted.data)
     if output is not None:
-        written.save(output / "config.json" if output.is_dir() else output)
+        written.save(output)
     else:
         click.echo(written.to_json())
 

@@ -76,7 +76,7 @@ def _check_positions(config: GPTModelConfig) -> None:
     if positions == "yarn" and not hasattr(transformer, "yarn_rotary_scaling_factor"):
         raise ModelConfigError(
             f"position_embedding_type yarn needs the fields yarn_*, which {type(transformer).__name__} does not have: "
-            "use a transformer configuration that declares them, or another position_embedding_type"
+            "make it a bridge.models.transformer.YarnTransformerConfig, or set another position_embedding_type"
         )
 
 

@@ -130,7 +130,7 @@ def _check_positions(config: MambaModelConfig) -> None:
     if config.position_embedding_type == "yarn" and not hasattr(config.transformer, "yarn_rotary_scaling_factor"):
         raise ModelConfigError(
             f"position_embedding_type yarn needs the fields yarn_*, which {type(config.transformer).__name__} does not "
-            "have: use a transformer configuration that declares them, or another position_embedding_type"
+            "have: make it a bridge.models.transformer.YarnTransformerConfig, or set another position_embedding_type"
         )
 
 

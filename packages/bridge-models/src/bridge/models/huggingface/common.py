@@ -10,6 +10,7 @@ from bridge.models.huggingface.mapping import (
     ANYTHING,
     COUNT,
     FLAG,
+    LAYERS,
     NUMBER,
     TEXT,
     Name,
@@ -62,9 +63,11 @@ def sizes(**defaults: int | None) -> tuple[Row, ...]:
         "intermediate_size": "transformer.ffn_hidden_size",
         "num_attention_heads": "transformer.num_attention_heads",
     }
-    rows = [feed_forward if name == "intermediate_size" else same for name in defaults]
     return tuple(
-        row(name, fields[name], COUNT, default) for row, (name, default) in zip(rows, defaults.items(), strict=True)
+        feed_forward(name, fields[name], COUNT, default)
+        if name == "intermediate_size"
+        else same(name, fields[name], LAYERS if name == "num_hidden_layers" else COUNT, default)
+        for name, default in defaults.items()
     )
 
 

@@ -17,6 +17,7 @@ from bridge.config.tables import shipped
 from bridge.models.huggingface import dense, experts, latent, mamba, t5
 from bridge.models.huggingface.common import GENERATION
 from bridge.models.huggingface.mapping import (
+    MAX_LAYERS,
     TRANSFORMER,
     Architecture,
     Translation,
@@ -51,12 +52,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """By ``model_type``. A document that several can say is written as the first of them, unless it says which."""
 
 _MORE_NORMS = "it also normalises what attention and feed-forward layers give, which there are no layers for"
-BEYOND: Mapping[str, str] = {
-    "gemma2": f"{_MORE_NORMS}, and caps scores and logits (attn_logit_softcapping, final_logit_softcapping)",
-    "gemma3_text": f"{_MORE_NORMS}, and has two bases of rotary positions (rope_theta, rope_local_base_freq)",
-    "gemma3": f"{_MORE_NORMS}, has two bases of rotary positions, and sees pictures (vision_config)",
+_CAPS = {
+    "attn_logit_softcapping": "Megatron-Core does not cap scores of attention",
+    "final_logit_softcapping": "Megatron-Core does not cap logits",
 }
-"""What is known, by ``model_type``, and why there is no document of it."""
+_TWO_BASES = {"rope_local_base_freq": "Megatron-Core has one base of rotary positions for all layers"}
+BEYOND: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "gemma2": (_MORE_NORMS, _CAPS),
+    "gemma3_text": (_MORE_NORMS, _CAPS | _TWO_BASES),
+    "gemma3": (_MORE_NORMS, {"vision_config": "Bridge has no models of pictures"}),
+}
+"""What is known, by ``model_type``, and why there is no document of it; and fields that have no place in one either."""
 
 MODEL_TYPE = "hf_model_type"
 """The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
@@ -291,14 +297,21 @@ def _architecture(given: Mapping[str, Any]) -> Architecture:
     if not isinstance(model_type, str):
         missing = "missing: is this the config.json of a model?"
         raise _refused("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
-    if reason := BEYOND.get(model_type):
-        raise _refused("$.model_type", f"megatron-core 0.19.2 cannot say {model_type}: {reason}")
+    if model_type in BEYOND:
+        raise DocumentError(_beyond(model_type, given))
     found = ARCHITECTURES.get(model_type)
     if found is None:
         near = nearest(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
         raise _refused("$.model_type", f"{quoted(model_type)} is not known to Bridge{near}; known are {known}")
     return found
+
+
+def _beyond(model_type: str, given: Mapping[str, Any]) -> list[Problem]:
+    """Why there are no documents of an architecture, and what else in this one has no place in one."""
+    reason, fields = BEYOND[model_type]
+    problems = [Problem("$.model_type", f"megatron-core 0.19.2 cannot say {model_type}: {reason}")]
+    return problems + [Problem(f"$.{name}", why) for name, why in fields.items() if given.get(name) is not None]
 
 
 def _refused(path: str, message: str, file: str | None = None) -> DocumentError:
@@ -376,6 +389,7 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
             the path of its field in the document.
     """
     fields = _fields(data)
+    _check_sizes(fields)
     candidates = [one for one in ARCHITECTURES.values() if one.target == fields["_target_"]]
     if (chosen := _chosen(fields)) is not None:
         candidates = [chosen]
@@ -392,13 +406,28 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
     return Converted(heading | t.made, t.notes)
 
 
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Check the sizes that others are computed from.
+
+    Raises:
+        DocumentError: One is of no model.
+    """
+    most = {"transformer.num_layers": MAX_LAYERS, "encoder_num_layers": MAX_LAYERS}
+    sizes = ("transformer.hidden_size", "transformer.num_attention_heads", "transformer.kv_channels", *most)
+    wrong = {
+        path: size for path in sizes if (size := fields.get(path)) is not None and not 1 <= size <= most.get(path, size)
+    }
+    if wrong:
+        raise DocumentError([Problem(f"$.{path}", f"no model has {got(size)}") for path, size in wrong.items()])
+
+
 def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a document by dotted path, with defaults; settings of generation as they are."""
     whole = canonical(data, defaults=True)
     transformer = whole.pop("transformer")
-    whole["generation_config"] = canonical(data).get("generation_config")
-    if (whole["generation_config"] or {}).get("_target_") != GENERATION:
-        whole["generation_config"] = None
+    generation = canonical(data).get("generation_config")
+    is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION
+    whole["generation_config"] = generation if is_theirs else None
     return whole | {f"transformer.{name}": value for name, value in transformer.items()}
 
 

@@ -23,6 +23,7 @@ from bridge.models.huggingface.mapping import (
     COUNT,
     FLAG,
     GPT,
+    LAYERS,
     NUMBER,
     TEXT,
     Architecture,
@@ -94,7 +95,7 @@ GPT2 = Architecture(
     rows=(
         same("vocab_size", "vocab_size", COUNT, 50257),
         same("n_positions", "seq_length", COUNT, 1024),
-        same("n_layer", "transformer.num_layers", COUNT, 12),
+        same("n_layer", "transformer.num_layers", LAYERS, 12),
         same("n_embd", "transformer.hidden_size", COUNT, 768),
         same("n_head", "transformer.num_attention_heads", COUNT, 12),
         feed_forward("n_inner", "transformer.ffn_hidden_size", COUNT, None),

@@ -22,6 +22,7 @@ from bridge.models.huggingface.mapping import (
     COUNT,
     FLAG,
     INTEGER,
+    LAYERS,
     LIST,
     NUMBER,
     TEXT,
@@ -170,7 +171,7 @@ def _write_pattern(t: Translation) -> None:
 
 
 _PATTERN = Row(
-    {"hybrid_override_pattern": Name(TEXT), "layers_block_type": Name(TEXTS), "num_hidden_layers": Name(COUNT)},
+    {"hybrid_override_pattern": Name(TEXT), "layers_block_type": Name(TEXTS), "num_hidden_layers": Name(LAYERS)},
     ("hybrid_layer_pattern", "transformer.num_layers"),
     _read_pattern,
     _write_pattern,

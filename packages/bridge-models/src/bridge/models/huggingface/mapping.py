@@ -19,10 +19,23 @@ from bridge.config.refusal import got
 GPT = "bridge.models.gpt.GPTModelConfig"
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 
+MAX_LAYERS = 10_000
+"""So many layers a model may have: what is said of each is written out."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, finite and of a size that a float can hold."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "an integer": lambda value: type(value) is int,
     "an integer of at least 1": lambda value: type(value) is int and value >= 1,
-    "a number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    f"an integer from 1 to {MAX_LAYERS:,}": lambda value: type(value) is int and 1 <= value <= MAX_LAYERS,
+    "a number": is_number,
     "true or false": lambda value: type(value) is bool,
     "text": lambda value: isinstance(value, str),
     "a list": lambda value: isinstance(value, list),
@@ -32,7 +45,7 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "anything": lambda value: True,
 }
 
-INTEGER, COUNT, NUMBER, FLAG, TEXT, LIST, INTEGERS, TEXTS, MAPPING, ANYTHING = _KINDS
+INTEGER, COUNT, LAYERS, NUMBER, FLAG, TEXT, LIST, INTEGERS, TEXTS, MAPPING, ANYTHING = _KINDS
 
 
 @dataclass(frozen=True)
@@ -243,6 +256,8 @@ def translated(t: Translation, steps: Iterable[Translate]) -> None:
             step(t)
         except RefusedError:
             continue
+        except ArithmeticError:  # a division by nothing, or a result that no float can hold
+            t.problems.append(Problem("$", "its numbers are of no model: one is 0 where none may be, or far too large"))
 
 
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from bridge.models.huggingface.mapping import (
     RefusedError,
     Row,
     Translation,
+    is_number,
     unknown_choice,
 )
 
@@ -49,8 +50,10 @@ class Scaling:
         self.name = name
         self.values = values
         self.known = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
-        self.kind = values.get("rope_type", values.get("type", "default"))
         self.key = "rope_type" if "rope_type" in values else "type"
+        self.kind = values.get(self.key, "default")
+        if not isinstance(self.kind, str):
+            raise self.refuse(self.key, f"expected text, got {got(self.kind)}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The number at ``key``; ``default`` where it is left out or null.
@@ -62,7 +65,7 @@ class Scaling:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_number(value):
             raise self.refuse(key, f"expected a number, got {got(value)}")
         return value
 
@@ -207,7 +210,7 @@ def read_scaling(
         reason = _BEYOND.get(kind, "for this architecture")
         raise scaling.refuse(scaling.key, f"Megatron-Core does not scale frequencies by {kind}: {reason}")
     if kind != "default" and kind not in readers:
-        raise unknown_choice(t, scaling.name, str(kind), ("default", *readers), scaling.key)
+        raise unknown_choice(t, scaling.name, kind, ("default", *readers), scaling.key)
     if kind != "default":
         readers[kind](t, scaling)
     scaling.refuse_unknown()

@@ -17,6 +17,7 @@ from bridge.models.huggingface.common import (
 from bridge.models.huggingface.mapping import (
     COUNT,
     FLAG,
+    LAYERS,
     NUMBER,
     TEXT,
     Architecture,
@@ -45,7 +46,7 @@ def _write_layers(t: Translation) -> None:
 
 
 _LAYERS = Row(
-    {"num_layers": Name(COUNT, 6), "num_decoder_layers": Name(COUNT)},
+    {"num_layers": Name(LAYERS, 6), "num_decoder_layers": Name(LAYERS)},
     ("transformer.num_layers", "encoder_num_layers"),
     _read_layers,
     _write_layers,
