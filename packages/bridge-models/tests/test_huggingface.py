@@ -362,6 +362,7 @@ def mamba2s(draw: DrawFn) -> Config:
 def nemotrons(draw: DrawFn) -> Config:
     pattern = draw(st.text("M*-E", min_size=1, max_size=6))
     optional = COMMON | {
+        "tie_word_embeddings": st.just(False),
         "max_position_embeddings": SIZES,
         "hidden_size": SIZES.map(lambda size: 8 * size),
         "intermediate_size": SIZES,
@@ -692,6 +693,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("mamba2", {"layer_norm_epsilon": 1e-6, "conv_kernel": 3}, ["conv_kernel", "layer_norm_epsilon"]),
         ("mamba2", {"time_step_limit": [0.1, 1.0], "num_heads": 3}, ["num_heads", "time_step_limit"]),
         ("nemotron_h", {"hybrid_override_pattern": "M-X"}, ["hybrid_override_pattern"]),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "tie_word_embeddings": True}, ["tie_word_embeddings"]),
         ("nemotron_h", {"layers_block_type": ["mamba", "moe", "x"]}, ["layers_block_type[2]"]),
         ("nemotron_h", {"hybrid_override_pattern": "M-", "num_hidden_layers": 3}, ["num_hidden_layers"]),
         ("nemotron_h", {"hybrid_override_pattern": "M", "num_nextn_predict_layers": 1}, ["num_nextn_predict_layers"]),

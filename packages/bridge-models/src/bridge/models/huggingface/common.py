@@ -17,6 +17,7 @@ from bridge.models.huggingface.mapping import (
     Row,
     Translation,
     always,
+    only,
     same,
     setting,
     unknown_choice,
@@ -243,18 +244,25 @@ def _write_origin(t: Translation) -> None:
 ORIGIN = Row({"_name_or_path": Name(TEXT)}, ("hf_model_id",), _read_origin, _write_origin)
 
 
-def language_model(*, tied: bool, std: float = 0.02) -> tuple[Row, ...]:
+def language_model(*, tied: bool | None, std: float = 0.02) -> tuple[Row, ...]:
     """What every language model has, beside its sizes.
 
     Args:
-        tied: What transformers takes for ``tie_word_embeddings`` where it is left out.
+        tied: What transformers takes for ``tie_word_embeddings`` where it is left out; None where it never ties.
         std: Likewise for ``initializer_range``.
     """
+    never = "transformers gives this architecture an output layer of its own, whatever it says"
+    ties: tuple[Row, ...] = (
+        only("tie_word_embeddings", False, FLAG, never),
+        always("share_embeddings_and_output_weights", False, never),
+    )
+    if tied is not None:
+        ties = (same("tie_word_embeddings", "share_embeddings_and_output_weights", FLAG, tied),)
     return (
         ORIGIN,
         SPECIAL_TOKENS,
         DTYPE,
-        same("tie_word_embeddings", "share_embeddings_and_output_weights", FLAG, tied),
+        *ties,
         same("initializer_range", "transformer.init_method_std", NUMBER, std),
     )
 

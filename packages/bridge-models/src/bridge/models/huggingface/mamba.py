@@ -251,7 +251,7 @@ NEMOTRON_H = Architecture(
         attention_dropout("attention_dropout", 0.0),
         same("hidden_dropout", "transformer.hidden_dropout", NUMBER, 0.0),
         same("residual_in_fp32", "transformer.fp32_residual_connection", FLAG, False),
-        *language_model(tied=False),
+        *language_model(tied=None),
     ),
     aliases={
         "attention_head_dim": "head_dim",
