@@ -16,6 +16,7 @@ from bridge.config.refusal import got
 from bridge.config.tables import shipped
 from bridge.models.huggingface import dense, experts, latent, mamba, t5
 from bridge.models.huggingface.common import GENERATION
+from bridge.models.huggingface.fields import IGNORED, SHAPING, SHOWN, STORAGE
 from bridge.models.huggingface.mapping import (
     MAX_LAYERS,
     TRANSFORMER,
@@ -44,9 +45,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         mamba.MAMBA2,
         mamba.NEMOTRON_H,
         t5.T5_MODEL,
-        mamba.MAMBA2,
-        mamba.NEMOTRON_H,
-        t5.T5_MODEL,
     )
 }
 """By ``model_type``. A document that several can say is written as the first of them, unless it says which."""
@@ -67,147 +65,6 @@ BEYOND: Mapping[str, tuple[str, Mapping[str, str]]] = {
 MODEL_TYPE = "hf_model_type"
 """The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
 
-_HEADING = ("model_type", "architectures", "transformers_version", "use_cache")
-_IGNORED = frozenset(
-    (
-        *_HEADING,
-        # how the classes of transformers behave, not what the model is
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "_commit_hash",
-        "output_attentions",
-        "output_hidden_states",
-        "output_past",
-        "output_router_logits",
-        "return_dict",
-        "tie_last_hidden_states",
-        "torchscript",
-        "use_bfloat16",
-        "use_mamba_kernels",
-        # of heads for other tasks
-        "classifier_dropout",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "task_specific_params",
-        # of generation, as version 4 wrote them: they belong in generation_config.json
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_logits_to_keep",
-        "num_return_sequences",
-        "output_scores",
-        "prefix",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "typical_p",
-    )
-)
-"""Fields of every config.json that mean nothing to the model."""
-
-_STORAGE = "quantization_config"
-_SHOWN = frozenset(
-    (
-        "vocab_size",
-        "seq_length",
-        "position_embedding_type",
-        "rotary_base",
-        "share_embeddings_and_output_weights",
-        "transformer.normalization",
-        "transformer.layernorm_epsilon",
-        "transformer.add_bias_linear",
-        "transformer.gated_linear_unit",
-        "transformer.activation_func",
-        "transformer.hidden_dropout",
-        "transformer.attention_dropout",
-        "transformer.init_method_std",
-    )
-)
-"""Fields that a reader looks for, and that are written also where they have our default."""
-
-SHAPING = frozenset(
-    (
-        "transformer_layer_spec",
-        "hybrid_stack_spec",
-        "encoder_layer_spec",
-        "decoder_layer_spec",
-        "rope_scaling",
-        "rope_scaling_factor",
-        "rotary_percent",
-        "seq_len_interpolation_factor",
-        *(
-            f"transformer.{name}"
-            for name in (
-                "activation_func",
-                "activation_func_clamp_value",
-                "add_bias_linear",
-                "add_qkv_bias",
-                "apply_residual_connection_post_layernorm",
-                "attention_output_gate",
-                "experimental_attention_variant",
-                "gated_linear_unit",
-                "glu_linear_offset",
-                "heterogeneous_block_specs",
-                "layernorm_zero_centered_gamma",
-                "linear_attention_freq",
-                "moe_apply_probs_on_input",
-                "moe_expert_capacity_factor",
-                "moe_expert_rank_capacity_factor",
-                "moe_latent_size",
-                "moe_layer_freq",
-                "moe_router_enable_expert_bias",
-                "moe_router_force_biased",
-                "moe_router_force_load_balancing",
-                "moe_router_group_topk",
-                "moe_router_num_groups",
-                "moe_router_pre_softmax",
-                "moe_router_score_function",
-                "moe_router_topk_limited_devices",
-                "moe_router_topk_scaling_factor",
-                "moe_shared_expert_gate",
-                "moe_shared_expert_intermediate_size",
-                "mrope_section",
-                "mtp_num_layers",
-                "mtp_use_repeated_layer",
-                "multi_latent_attention",
-                "no_rope_freq",
-                "normalization",
-                "num_moe_experts",
-                "qk_l2_norm",
-                "qk_layernorm",
-                "rotary_interleaved",
-                "softmax_scale",
-                "softmax_type",
-                "use_mup",
-                "window_size",
-            )
-        ),
-    )
-)
-"""Fields of documents that change what a model computes or which parameters it has: none of them is left out."""
-
 
 @dataclass(frozen=True)
 class Converted:
@@ -215,9 +72,6 @@ class Converted:
 
     data: dict[str, Any]
     notes: list[str]
-
-
-# --------------------------------------------------------------------------- from config.json
 
 
 def load_config_json(source: str) -> Document:
@@ -229,16 +83,19 @@ def load_config_json(source: str) -> Document:
     Raises:
         DocumentError: It cannot be read, or is no JSON object.
     """
-    path = Path(source)
-    file = path / "config.json" if path.is_dir() else path
+    file = Path(source)
+    if file.is_dir():
+        file /= "config.json"
     name = str(file)
-    if not file.exists():
-        raise _refused("$", "no such file, nor a folder with a config.json", name)
-    if not file.is_file():  # a pipe or device may never end
-        raise _refused("$", "cannot be read: not a regular file", name)
     try:
+        if not file.exists():
+            raise _refused("$", "no such file, nor a folder with a config.json", name)
+        if not file.is_file():  # a pipe or device may never end
+            raise _refused("$", "cannot be read: not a regular file", name)
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise _refused("$", f"larger than {MAX_BYTES // 2**20} MiB", name)
         text = raw.decode()
     except OSError as error:
         raise _refused("$", f"cannot be read: {error.strerror or error}", name) from error
@@ -250,7 +107,9 @@ def load_config_json(source: str) -> Document:
     return Document(parsed.data, name, parsed)
 
 
-_TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity\b')
+_TEXT_OR_INFINITY = re.compile(
+    r'"(?:[^"\\]|\\.)*+"?|-?Infinity\b', re.DOTALL
+)  # text without an end is not looked at twice
 
 
 def _without_infinity(text: str) -> str:
@@ -278,9 +137,10 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
         fields["_name_or_path"] = model_id
     t = Translation(fields, architecture.names)
     translated(t, (row.read for row in architecture.rows))
-    for name in fields.keys() - architecture.names.keys() - _IGNORED - architecture.ignored:
-        if name == _STORAGE:
-            t.note(f"$.{_STORAGE} is left out: it is about how published weights are stored")
+    known = {*architecture.names, *architecture.ignored, *IGNORED}
+    for name in (name for name in fields if name not in known):
+        if name == STORAGE:
+            t.note(f"$.{STORAGE} is left out: it is about how published weights are stored")
         else:
             refuse_unknown(t, name, architecture.names)
     _raise_any(t)
@@ -369,13 +229,10 @@ def _document(made: Mapping[str, Any], architecture: Architecture) -> dict[str, 
             continue
         known = (transformer.fields[name] if dot else target.fields[outer]).default
         is_default = known is not MISSING and known == value and type(known) is type(value)
-        if is_default and path not in _SHOWN:
+        if is_default and path not in SHOWN:
             continue
         (inside if dot else top)[name or outer] = value
     return top | {"transformer": inside}
-
-
-# ----------------------------------------------------------------------------- to config.json
 
 
 def to_hf(data: Mapping[str, Any]) -> Converted:
