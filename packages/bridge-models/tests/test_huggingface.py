@@ -26,7 +26,8 @@ from bridge.config import Document, DocumentError
 from bridge.config.cli import main
 from bridge.config.tables import shipped
 from bridge.models.huggingface import from_hf, load_config_json, to_hf
-from bridge.models.huggingface.convert import ARCHITECTURES, SHAPING
+from bridge.models.huggingface.convert import ARCHITECTURES
+from bridge.models.huggingface.fields import SHAPING
 from bridge.models.language import LanguageModelConfig
 from bridge.models.transformer import YarnTransformerConfig
 
@@ -832,6 +833,8 @@ def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('{"model_type": "llama",', "config.json:1:24: $: "),
+        ('{"model_type": "' + 10**5 * '\\\\"', "config.json:1:"),
+        ('{"model_type": "llama", "a.b": 1}', "config.json:1:25: $["),
         ("[]", "config.json: $: expected a mapping at the top"),
         ('{"num_hidden_layers": 2}', "config.json:1:1: $.model_type: missing"),
         ('{"model_type": 3}', "config.json:1:2: $.model_type: expected text, got 3"),

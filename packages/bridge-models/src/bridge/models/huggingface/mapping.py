@@ -109,18 +109,17 @@ class Translation:
 
     def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
         """Note that the value of a field, or what is inside it, has no counterpart; returns what a row may raise."""
-        self.problems.append(Problem(shown((*_path(name), *inside)), message))
+        self.problems.append(Problem(shown((*self.path(name), *inside)), message))
         return RefusedError()
+
+    def path(self, name: str) -> Path:
+        """The path of a field: in config.json of the top, in a document of ``transformer`` where its name says so."""
+        outer, dot, inner = name.partition(".")
+        return (outer, inner) if dot and not self.names else (name,)
 
     def note(self, message: str) -> None:
         """Say something that the user should know."""
         self.notes.append(message)
-
-
-def _path(name: str) -> Path:
-    """The path of a field: of ``transformer.``, which is the only mapping there is in a document, or of the top."""
-    outer, dot, inner = name.partition(".")
-    return (outer, inner) if dot else (outer,)
 
 
 Translate = Callable[[Translation], None]
@@ -205,7 +204,7 @@ def setting(path: str, value: Any, *, of_training: str = "") -> Row:
 
     def write(t: Translation) -> None:
         if of_training and t[path] != value:
-            t.note(f"{shown(_path(path))} {said(t[path])} is left out: {of_training}")
+            t.note(f"{shown(t.path(path))} {said(t[path])} is left out: {of_training}")
 
     return Row({}, (path,), read, write)
 
@@ -263,7 +262,7 @@ def translated(t: Translation, steps: Iterable[Translate]) -> None:
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
     """Refuse a field of config.json that no row takes; one that is off is left out with a note."""
     if t.given[name] is None or t.given[name] is False:
-        t.note(f"$.{name} is left out: off, and unknown to Bridge")
+        t.note(f"{shown((name,))} is left out: off, and unknown to Bridge")
     else:
         t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, known)}")
 

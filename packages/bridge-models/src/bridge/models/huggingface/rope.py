@@ -107,8 +107,8 @@ class Scaling:
 
     def refuse_unknown(self) -> None:
         """Refuse the keys that nothing asked for."""
-        for key in self.values.keys() - self.known:
-            if self.values[key] is not None:
+        for key, value in self.values.items():
+            if key not in self.known and value is not None:
                 self.refuse(key, f"unknown to Bridge for the type {self.kind}{nearest(key, self.known)}")
 
 
