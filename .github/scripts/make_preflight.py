@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/preflight.md"
 
 sys.path.insert(0, str(ROOT / "tests"))
-from test_preflight import CASES, every_rule, problems  # type: ignore[import-not-found]  # noqa: E402
+from test_preflight import EVERY_CASE, every_rule, problems  # type: ignore[import-not-found]  # noqa: E402
 
 from bridge.dist.preflight import Rule  # noqa: E402
 
@@ -32,14 +32,14 @@ An error names the rule that it comes from. For every rule a test shows that wha
 happens without the rule: real processes fail, or train otherwise than one process does. When a new version of Megatron
 mends something, that test says so.
 
-A family of models adds rules of its own in the class variable `rules` of its builder; those of Mamba and of T5
-come last.
+A family of models adds rules of its own in the class variable `rules` of its builder; those of models with a ModelOpt
+state, of Mamba and of T5 come last.
 """
 
 
 def section(rule: Rule) -> str:
     """What the page says of a rule."""
-    message = problems(CASES[rule.name].refused, CASES[rule.name].world_size)[0].rpartition(" [")[0]
+    message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
     origin = f"Seen in {rule.seen}." if rule.seen else "By arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
     return f"## {rule.name}\n\n{why} {origin}\n\n> {message}\n"

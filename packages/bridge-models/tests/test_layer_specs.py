@@ -308,14 +308,6 @@ def test_what_needs_transformer_engine_says_so(
         GPTModelBuilder(gpt(**inner)).build_model(pg_collection)
 
 
-@without_te
-def test_a_modelopt_state_without_transformer_engine_takes_local_layers(
-    pg_collection: ProcessGroupCollection, gpt: GPT
-) -> None:
-    config = gpt(outer={"restore_modelopt_state": True})
-    assert attention_of(config, pg_collection) == [TorchAttention] * 4
-
-
 class MarkedProvider(LocalSpecProvider):
     """Gives local parts, apart from an attention to know it by."""
 

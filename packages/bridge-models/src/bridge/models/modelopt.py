@@ -42,7 +42,7 @@ def modelopt_virtual_pipeline(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MODELOPT, not_shown=_SHOWN)
 def modelopt_meta_device(setup: Setup) -> Iterator[str]:
-    """Weights and quantizers are loaded before they are wrapped, when they have no memory on the meta device."""
+    """What is restored before wrapping has no memory on the meta device: an error about copying out of it."""
     if _restores(setup) and setup.transformer.init_model_with_meta_device:
         yield "what is restored needs memory, on the meta device there is none: set init_model_with_meta_device = False"
 
