@@ -164,6 +164,22 @@ def test_what_goes_wrong_is_a_message_and_an_exit_code(
     assert done.stdout == ""
 
 
+def test_the_arguments_of_megatron_lm_are_a_document(site: Path) -> None:
+    given = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 32, "lr": 0.1}
+    args = given | {"padded_vocab_size": 128, "swiglu": True, "params_dtype": "torch.bfloat16", "my_path": None}
+    (site / "args.json").write_text(json.dumps(args))
+    run = bridge(site, "migrate", "args.json", "--json")
+    assert run.returncode == 0
+    document = json.loads(run.stdout)
+    assert (document["vocab_size"], document["transformer"]["params_dtype"]) == (128, "torch.bfloat16")
+    assert run.stderr.splitlines() == [
+        "args.json: note: left out, without a part in the model: lr",
+        "args.json: note: left out, off, and unknown to Bridge: my_path",
+    ]
+    (site / "args.json").write_text(json.dumps(args | {"my_path": "x"}))
+    assert "$.my_path: unknown to Bridge" in bridge(site, "validate", "args.json").stderr
+
+
 def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> None:
     text = "train: {train_iters: 5}\nmodel:\n  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider\n"
     text += "  num_layers: 2\n  hidden_size: 8\n  num_attention_heads: 2\n"

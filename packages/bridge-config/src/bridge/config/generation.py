@@ -79,11 +79,12 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
     """What is wrong with the generation settings of a model, by the name of the setting.
 
     Args:
-        settings: settings as data, or any object that has them as attributes.
+        settings: settings as data, or a GenerationConfig, whose defaults do not count (max_length was 20 once).
         vocab_size: number of tokens; anything but a number if it is not known.
         seq_length: longest sequence in tokens, likewise.
     """
-    given = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    said = getattr(settings, "to_diff_dict", dict)
+    given = settings if isinstance(settings, Mapping) else said()
     for name in _TOKENS:
         beyond = [token for token in _numbers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
         if beyond:
