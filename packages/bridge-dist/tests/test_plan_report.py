@@ -37,6 +37,7 @@ def _stage(
         state_bytes=optimizer - optimizer // 3,
         optimizer_bytes=optimizer,
         activation_bytes=activations,
+        unsharded_bytes=0,
         total_bytes=weights + 1 + gradients + optimizer + activations,
         flops=8 * chunks * flops,
         buckets=[40_000_000, 12_345_678],
@@ -157,6 +158,19 @@ def _sizes(stage: StagePlan) -> tuple[int, int, int, int]:
 def test_the_verdict_is_on_the_terminal_and_on_the_page(plan: Plan, verdict: str) -> None:
     assert verdict in _words(_shown(plan))
     assert verdict in html.unescape(page(plan, "a model"))
+
+
+def test_what_a_wrapper_makes_whole_is_a_kind_of_its_own() -> None:
+    stages = [replace(s, unsharded_bytes=8 * GIB, total_bytes=s.total_bytes + 8 * GIB) for s in SMALL.stages]
+    plan = replace(SMALL, stages=stages)
+    shown = _shown(plan)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"A+[|]?U+[| ]*$", shown, re.MULTILINE)
+    assert "added to that of the activations" in _words(shown)
+    assert "unsharded" not in _shown(SMALL)
+    picture = _parsed(plan).one("section", id="memory").one("svg", role="img")
+    drawn = picture.all("rect", class_="unsharded")
+    assert [rect.one("title").text for rect in drawn] == [f"stage {pp}: unsharded 8.000 GiB" for pp in (0, 1)]
 
 
 def test_traffic_is_that_of_the_stage_that_sends_most() -> None:

@@ -84,7 +84,7 @@ def install() -> None:
         )
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():
-            undo.enter_context(_replaced(replacement))
+            undo.enter_context(replaced(replacement))
         undo.enter_context(_without_generator_warning())
         # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
         undo.enter_context(torch.compiler.set_stance("force_eager"))
@@ -161,6 +161,7 @@ class _Stream:
 
     device = torch.device("cpu")
     device_index = 0
+    device_type = 1  # torch's number for CUDA
     stream_id = 0
     cuda_stream = 0
 
@@ -270,13 +271,15 @@ _TORCH_CUDA: Mapping[str, object] = {
 }
 
 
-class _Replacement(NamedTuple):
+class Replacement(NamedTuple):
+    """A name of a class or module, and what it shall mean."""
+
     owner: type | ModuleType
     name: str
     value: object
 
 
-def _replacements() -> list[_Replacement]:
+def _replacements() -> list[Replacement]:
     """Every name that is replaced, and by what."""
     # Imported before anything is replaced, and here: importing this module must stay cheap.
     moe = [
@@ -288,22 +291,23 @@ def _replacements() -> list[_Replacement]:
     ]
     backward = _redirected_backward()
     return [
-        *(_Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
-        *(_Replacement(torch.cuda.random, name, _TORCH_CUDA[name]) for name in ("current_device", "device_count")),
-        *(_Replacement(torch.cuda.nvtx, name, _always(0)) for name in ("range_push", "range_pop")),
+        *(Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
+        *(Replacement(torch.cuda.random, name, _TORCH_CUDA[name]) for name in ("current_device", "device_count")),
+        *(Replacement(torch.cuda.nvtx, name, _always(0)) for name in ("range_push", "range_pop")),
         # The source of every figure about memory: without figures all are zero.
-        _Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),
+        Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),
         # Not in `_REDIRECTED`: torch refuses a stream that is not its own before it asks the mode.
-        _Replacement(torch.Tensor, "record_stream", _always(None)),
-        _Replacement(DeviceMesh, "__init__", _redirected_mesh()),
-        *(_Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
-        *(_Replacement(module, "_coalescing_manager", _not_coalesced) for module in (torch.distributed, *buffers)),
-        *(_Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
+        Replacement(torch.Tensor, "record_stream", _always(None)),
+        Replacement(DeviceMesh, "__init__", _redirected_mesh()),
+        *(Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
+        *(Replacement(module, "_coalescing_manager", _not_coalesced) for module in (torch.distributed, *buffers)),
+        *(Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
     ]
 
 
 @contextlib.contextmanager
-def _replaced(replacement: _Replacement) -> Iterator[None]:
+def replaced(replacement: Replacement) -> Iterator[None]:
+    """Give a name another meaning until the context is left."""
     owner, name, value = replacement
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)

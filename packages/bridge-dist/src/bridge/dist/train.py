@@ -61,24 +61,14 @@ def train(
     Every rank of the layout must take every step. ``forward_step`` is that of the builder that made the stages.
     """
     microbatches = options.microbatches(layout)
-    schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
     with optimizer_of(stages) as optimizer:
         for index in range(options.steps):
             start = time.perf_counter()
             batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
             mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
-            for stage in stages:
-                _zero_gradients(stage)
+            zero_gradients(stages)
             optimizer.zero_grad()
-            outputs = schedule(
-                forward_step_func=partial(_forward, forward_step=forward_step, pg_collection=pg_collection),
-                data_iterator=[iter(mine) for _ in stages] if len(stages) > 1 else iter(mine),
-                model=stages,
-                num_microbatches=microbatches,
-                seq_length=options.seq_length,
-                micro_batch_size=options.micro_batch_size,
-                forward_only=False,
-            )
+            outputs = run_microbatches(stages, pg_collection, layout, mine, forward_step=forward_step)
             _, grad_norm, _ = optimizer.step()
             loss = _global_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
@@ -126,10 +116,47 @@ def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool 
             setattr(config, name, function)
 
 
-def _zero_gradients(stage: MegatronModule) -> None:
-    zero: Callable[[], None] | None = getattr(stage, "zero_grad_buffer", None)
-    if zero is not None:
-        zero()
+def zero_gradients(stages: Sequence[MegatronModule]) -> None:
+    """Set the buffers of gradients that stages have to zero, as before each step."""
+    for stage in stages:
+        zero: Callable[[], None] | None = getattr(stage, "zero_grad_buffer", None)
+        if zero is not None:
+            zero()
+
+
+def run_microbatches(
+    stages: list[MegatronModule],
+    pg_collection: ProcessGroupCollection,
+    layout: Layout,
+    samples: torch.Tensor,
+    *,
+    forward_step: ForwardStep,
+) -> list[dict[str, torch.Tensor]]:
+    """Run forward and backward passes by Megatron's schedule, and reduce the gradients.
+
+    Every rank of the layout must do so, within ``optimizer_of``.
+
+    Args:
+        stages: Those of this rank.
+        pg_collection: The process groups of this rank.
+        layout: Its pipeline decides on the schedule.
+        samples: This rank's tokens, shape [microbatches, samples of each, sequence + 1].
+        forward_step: That of the builder that made the stages.
+
+    Returns:
+        On the last stage the loss of each microbatch.
+    """
+    schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
+    outputs: list[dict[str, torch.Tensor]] = schedule(
+        forward_step_func=partial(_forward, forward_step=forward_step, pg_collection=pg_collection),
+        data_iterator=[iter(samples) for _ in stages] if len(stages) > 1 else iter(samples),
+        model=stages,
+        num_microbatches=samples.shape[0],
+        seq_length=samples.shape[2] - 1,
+        micro_batch_size=samples.shape[1],
+        forward_only=False,
+    )
+    return outputs
 
 
 def _forward(

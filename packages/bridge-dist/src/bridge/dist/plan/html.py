@@ -10,11 +10,11 @@ from math import ceil, log10
 from xml.etree.ElementTree import Element, tostring
 
 from bridge.dist.plan.results import Plan, StagePlan
-from bridge.dist.plan.text import KINDS, gib, statements
+from bridge.dist.plan.text import gib, kinds_of, statements
 from bridge.dist.plan.timeline import TimedPass, Timeline, planned
 from bridge.dist.report import layer_ranges
 
-_KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # told apart by colour-blind people too
+_KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # told apart by colour-blind people too
 _FORWARD, _BACKWARD = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 _MOST_PASSES = 2400
 """How many passes are drawn: more, and a browser gets slow."""
@@ -127,7 +127,7 @@ def _node(tag: str, *children: Element | str, **attributes: str | float) -> Elem
 
 
 def _memory_section(plan: Plan) -> Element:
-    legend = [(kind.name, colour) for kind, colour in zip(KINDS, _KIND_COLOURS, strict=True)]
+    legend = [(kind.name, colour) for kind, colour in zip(kinds_of(plan), _KIND_COLOURS, strict=False)]
     return _node(
         "section",
         _node("h2", "Memory of a rank by pipeline stage"),
@@ -166,7 +166,7 @@ def _memory_picture(plan: Plan) -> Element:
 def _memory_row(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element:
     row = _node("g", _node("text", f"stage {stage.pp}", x=_BARS[0] - 8, y=y + 16, class_="end"), class_="stage")
     x: float = _BARS[0]
-    for kind, colour in zip(KINDS, _KIND_COLOURS, strict=True):
+    for kind, colour in zip(kinds_of(plan), _KIND_COLOURS, strict=False):
         width = kind.of(stage) * scale
         tooltip = _node("title", f"stage {stage.pp}: {kind.name} {gib(kind.of(stage))} GiB")
         row.append(
@@ -182,7 +182,7 @@ def _memory_description(plan: Plan) -> str:
     least = min(stage.total_bytes for stage in plan.stages)
     limit = "" if plan.gpu_memory is None else f" A line marks the {gib(plan.gpu_memory)} GiB of a GPU."
     return (
-        f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in KINDS)}: "
+        f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in kinds_of(plan))}: "
         f"from {gib(least)} to {gib(plan.worst.total_bytes)} GiB.{limit} The numbers are in the table of stages."
     )
 
@@ -342,6 +342,7 @@ def _stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int]]:
             "master weights": stage.master_bytes,
             "optimizer state": stage.state_bytes,
             "activations": stage.activation_bytes,
+            "unsharded": stage.unsharded_bytes,
             "total": stage.total_bytes,
             "buckets": len(stage.buckets),
             "FLOPs": stage.flops,

@@ -15,8 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import unwrap_model
-from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +28,16 @@ from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.routing import equal_shares
-from bridge.dist.train import optimizer_of
+from bridge.dist.plan.sharded import (
+    WholeMemory,
+    is_group,
+    local,
+    sharded_gradients,
+    sharding_on_meta,
+    start_gathering,
+    weights,
+)
+from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
 from bridge.dist.weights import Placement, layer_indices, named_parameters
 
 Sent = Counter[tuple[str, int, str]]
@@ -52,6 +60,13 @@ class Calls(NamedTuple):
         for mine, theirs in zip(self, other, strict=True):
             for key, value in theirs.items():
                 mine[key] += value * times
+
+    def less(self, other: Calls) -> Calls:
+        """Return the calls without others."""
+        calls = Calls.none()
+        calls.add(self)
+        calls.add(other, -1)
+        return calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +109,28 @@ class Rank:
     """And whether a parameter is of an expert, which lives on this expert-parallel rank only."""
     buffers: int
     """Elements of the buffers that checkpoints hold."""
-    at_end: Calls
+    whole: int
+    """The most that a wrapper that shards weights makes whole at a time."""
+    traffic: Traffic
     implementation: str
     """Whose layers they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of a step: of its first microbatches and its end, and of each round of so many microbatches more."""
+
+    microbatches: int
+    first: Calls
+    round_size: int = 1
+    more: Calls
+
+    def of(self, microbatches: int) -> Calls:
+        """Return the collectives of a step of so many microbatches, whole rounds more than the first."""
+        calls = Calls.none()
+        calls.add(self.first)
+        calls.add(self.more, (microbatches - self.microbatches) // self.round_size)
+        return calls
 
 
 _WITHIN_LAYERS = ("tp", "cp", "ep", "expt_tp", "tp_ep", "tp_cp")
@@ -107,8 +141,12 @@ Memo = dict[Any, Work]
 
 
 def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo) -> Rank:
-    """Build, wrap and run the stages of a rank."""
-    with on_meta(), equal_shares(), as_rank(layout, rank) as groups:
+    """Build, wrap and run the stages of a rank.
+
+    Raises:
+        TrainingError: The batch does not divide over the ranks.
+    """
+    with on_meta(), equal_shares(), as_rank(layout, rank) as groups, sharding_on_meta(), _alike():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
@@ -135,29 +173,147 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
             use_torch_fsdp2=options.use_torch_fsdp2,
             wrap_with_ddp=options.wrap_with_ddp,
         )
-        names = _names(groups)
-        chunks = [_chunk(stage, builder, groups, batch, names, memo) for stage in stages]
-        ending = _Collectives(names)
-        master = state = 0
-        if options.wrap_with_ddp:
-            master, state = _optimizer_bytes(stages)
-            with ending:
-                finalize_model_grads(list(stages))
-                for stage in stages:
-                    if isinstance(stage, DistributedDataParallel) and stage.ddp_config.use_distributed_optimizer:
-                        stage.start_param_sync(force_sync=True)
+        run = _Run(stages, builder, groups, layout, batch)
+        parameters = [sum(local(parameter).numel() for parameter in stage.parameters()) for stage in stages]
+        master, state = _optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
+        took = run.sharded() if options.shards_weights else run.replicated(memo)
         return Rank(
             rank=rank,
             weights=_bytes_of(_held(stages)),
-            gradients=_gradient_bytes(stages),
+            gradients=took.gradients,
             master=master,
             state=state,
             buckets=[bucket.grad_data.numel() for stage in stages for bucket in _buckets(stage)],
-            chunks=chunks,
+            chunks=[
+                Chunk(layers=layer_indices(stage), parameters=count, work=work)
+                for stage, count, work in zip(stages, parameters, took.works, strict=True)
+            ],
             placements=placements,
             buffers=sum(_saved_buffers(stage) for stage in stages),
-            at_end=ending.calls,
+            whole=took.whole,
+            traffic=took.traffic,
             implementation=_implementation(stages),
+        )
+
+
+class _Took(NamedTuple):
+    """What a microbatch took in each chunk; collectives of a step; bytes of gradients, and of what was made whole."""
+
+    works: list[Work]
+    traffic: Traffic
+    gradients: int
+    whole: int
+
+
+class _Run(NamedTuple):
+    """The stages of a rank, to be run."""
+
+    stages: list[MegatronModule]
+    builder: DistributedModelBuilder[MegatronModule, ModelConfig]
+    groups: ProcessGroupCollection
+    layout: Layout
+    batch: Batch
+
+    def replicated(self, memo: Memo) -> _Took:
+        """Run a microbatch through each chunk of which it is not known what it takes, and the end of a step."""
+        names = _names(self.groups)
+        works = [self._remembered(stage, memo) for stage in self.stages]
+        ending, more = _Collectives(names), Calls.none()
+        for work in works:
+            more.add(work.calls)
+        if isinstance(self.stages[0], DistributedDataParallel):
+            with ending:
+                finalize_model_grads(list(self.stages))
+                for stage in self.stages:
+                    if isinstance(stage, DistributedDataParallel) and stage.ddp_config.use_distributed_optimizer:
+                        stage.start_param_sync(force_sync=True)
+        traffic = Traffic(microbatches=0, first=ending.calls, more=more)
+        return _Took(works, traffic, _gradient_bytes(self.stages), 0)
+
+    def sharded(self) -> _Took:
+        """Run whole steps: what is gathered when depends on what was before."""
+        fewest, round_size = self._fewest_microbatches()
+        wanted = self.batch.microbatches(self.layout)
+        with (
+            WholeMemory(self.stages, [self.groups.dp_cp, self.groups.expt_dp]) as memory,
+            optimizer_of(self.stages, use_gloo_process_groups=False) as optimizer,
+        ):
+            start_gathering(self.stages)  # as the step before has done
+            works = [self._work(stage) for stage in self.stages]
+            gradients, first = self._ended()
+            for work in works:
+                first.add(work.calls)
+            if self.layout.pp > 1:  # by the order of a pipeline's passes
+                first = self._step(min(wanted, fewest), optimizer)
+            more = self._step(fewest + round_size, optimizer).less(first) if wanted > fewest else Calls.none()
+        traffic = Traffic(microbatches=min(wanted, fewest), first=first, round_size=round_size, more=more)
+        return _Took(works, traffic, gradients, memory.peak)
+
+    def _fewest_microbatches(self) -> tuple[int, int]:
+        """Of a step after which each round more takes the same: the pipeline is full; and the size of a round."""
+        pp, vp = self.layout.pp, self.layout.vp
+        return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * pp, pp)
+
+    def _ended(self) -> tuple[int, Calls]:
+        """End a step but for the optimizer's computation; return the bytes of its gradients, and what it sends."""
+        sent = _Collectives(_names(self.groups))
+        with sent:
+            finalize_model_grads(list(self.stages))
+            gradients = _bytes_of(gradient for stage in self.stages for gradient in sharded_gradients(stage))
+            start_gathering(self.stages)
+        return gradients, sent.calls
+
+    def _step(self, microbatches: int, optimizer: Any) -> Calls:
+        """Run a step but for the optimizer's computation."""
+        shape = (microbatches, self.batch.micro_batch_size, self.batch.seq_length + 1)
+        samples = torch.empty(shape, dtype=torch.long)
+        sent = _Collectives(_names(self.groups))
+        with sent, _FusedAttention():
+            zero_gradients(self.stages)
+            optimizer.zero_grad()
+            run_microbatches(self.stages, self.groups, self.layout, samples, forward_step=self.builder.forward_step)
+            start_gathering(self.stages)
+        return sent.calls
+
+    def _remembered(self, stage: MegatronModule, memo: Memo) -> Work:
+        sizes = {kind: group.size() for kind, group in _groups(self.groups)}
+        chunk = (_signature(unwrap_model(stage)), self.batch.micro_batch_size, self.batch.seq_length)
+        within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
+        anywhere = (chunk, *sizes.items())
+        work = memo.get(within) or memo.get(anywhere)
+        if work is None:
+            work = self._work(stage)
+            # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
+            talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
+            memo[within if talks_within else anywhere] = work
+        return work
+
+    def _work(self, stage: MegatronModule) -> Work:
+        """Run one microbatch through a chunk, forward and backward."""
+        config = self.builder.transformer_config
+        model: Any = unwrap_model(stage)
+        received = passed_on = 0
+        kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(_names(self.groups))
+        with kept, flops, sent, _FusedAttention():
+            if not getattr(model, "pre_process", True):
+                from_before = _from_stage_before(config, self.groups, self.batch)
+                received = _tensor_bytes(from_before)
+                model.set_input_tensor(from_before)
+            tokens = torch.empty(self.batch.micro_batch_size, self.batch.seq_length + 1, dtype=torch.long)
+            output = self.builder.forward_step(stage, tokens, self.groups)
+            forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
+            if getattr(model, "post_process", True):
+                output.float().mean().backward()
+            else:
+                passed_on = _tensor_bytes(output)
+                output.backward(torch.empty_like(output))
+        return Work(
+            kept=bytes_kept,
+            forward_flops=forward_flops,
+            flops=flops.get_total_flops(),
+            calls=sent.calls,
+            received=received,
+            passed_on=passed_on,
         )
 
 
@@ -168,18 +324,14 @@ def _implementation(stages: Sequence[MegatronModule]) -> str:
 
 def _held(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     for stage in stages:
-        yield from (_local(parameter) for parameter in stage.parameters())
-        yield from (_local(buffer) for buffer in unwrap_model(stage).buffers())
+        yield from weights(stage)
+        yield from (local(buffer) for buffer in unwrap_model(stage).buffers())
 
 
 def _saved_buffers(stage: MegatronModule) -> int:
     model = unwrap_model(stage)
     saved = model.state_dict()
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _bytes_of(tensors: Iterator[torch.Tensor]) -> int:
@@ -198,48 +350,22 @@ def _gradient_bytes(stages: Sequence[MegatronModule]) -> int:
     buffered = _bytes_of(bucket.grad_data for stage in stages for bucket in _buckets(stage))
     if buffered:
         return buffered
-    parameters = [_local(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
+    parameters = [local(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     """Bytes of Megatron's optimizer: copies of the weights in full precision, and Adam's two means of each element."""
-    weights = {tensor.untyped_storage()._cdata for tensor in _held(stages)}
-    with _alike(), optimizer_of(list(stages), use_gloo_process_groups=False) as optimizer:
+    held = {tensor.untyped_storage()._cdata for tensor in _held(stages)}
+    with optimizer_of(list(stages), use_gloo_process_groups=False) as optimizer:
         updated = [
-            _local(parameter)
+            local(parameter)
             for one in getattr(optimizer, "chained_optimizers", [optimizer])
             for group in one.param_groups
             for parameter in group["params"]
         ]
-    copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in weights)
+    copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in held)
     return _bytes_of(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
-
-
-def _chunk(
-    stage: MegatronModule,
-    builder: DistributedModelBuilder[MegatronModule, ModelConfig],
-    groups: ProcessGroupCollection,
-    batch: Batch,
-    names: dict[str, str],
-    memo: Memo,
-) -> Chunk:
-    model = unwrap_model(stage)
-    sizes = {kind: group.size() for kind, group in _groups(groups)}
-    chunk = (_signature(model), batch.micro_batch_size, batch.seq_length)
-    within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
-    anywhere = (chunk, *sizes.items())
-    work = memo.get(within) or memo.get(anywhere)
-    if work is None:
-        work = _work(stage, builder, groups, batch, names)
-        # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
-        talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
-        memo[within if talks_within else anywhere] = work
-    return Chunk(
-        layers=layer_indices(stage),
-        parameters=sum(_local(parameter).numel() for parameter in model.parameters()),
-        work=work,
-    )
 
 
 @contextlib.contextmanager
@@ -269,41 +395,6 @@ def _signature(model: torch.nn.Module) -> Any:
     return (repr(model), shapes, getattr(model, "pre_process", None), getattr(model, "post_process", None))
 
 
-def _work(
-    stage: MegatronModule,
-    builder: DistributedModelBuilder[MegatronModule, ModelConfig],
-    groups: ProcessGroupCollection,
-    batch: Batch,
-    names: dict[str, str],
-) -> Work:
-    """Run one microbatch through a chunk, forward and backward."""
-    config = builder.transformer_config
-    model: Any = unwrap_model(stage)
-    received = passed_on = 0
-    kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(names)
-    with kept, flops, sent, _FusedAttention():
-        if not getattr(model, "pre_process", True):
-            from_before = _from_stage_before(config, groups, batch)
-            received = _tensor_bytes(from_before)
-            model.set_input_tensor(from_before)
-        tokens = torch.empty(batch.micro_batch_size, batch.seq_length + 1, dtype=torch.long)
-        output = builder.forward_step(stage, tokens, groups)
-        forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
-        if getattr(model, "post_process", True):
-            output.float().mean().backward()
-        else:
-            passed_on = _tensor_bytes(output)
-            output.backward(torch.empty_like(output))
-    return Work(
-        kept=bytes_kept,
-        forward_flops=forward_flops,
-        flops=flops.get_total_flops(),
-        calls=sent.calls,
-        received=received,
-        passed_on=passed_on,
-    )
-
-
 def _from_stage_before(config: TransformerConfig, groups: ProcessGroupCollection, batch: Batch) -> torch.Tensor:
     """What a stage of a decoder gets."""
     length = batch.seq_length // groups.cp.size()
@@ -317,19 +408,31 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """Counts the memory that autograd keeps, beyond parameters, buffers and gradients; each piece once."""
 
     def __init__(self, stage: MegatronModule) -> None:
-        self._others = {tensor.untyped_storage()._cdata for tensor in _held([stage])}
+        self._stage = stage
         self._pieces: dict[int, torch.UntypedStorage] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         piece = tensor.untyped_storage()
-        if piece._cdata not in self._others:
-            self._pieces[piece._cdata] = piece  # which also keeps its address from being used again
+        self._pieces[piece._cdata] = piece  # which also keeps its address from being used again
         return tensor
 
     def total(self) -> int:
-        """Return the bytes kept so far."""
-        return sum(piece.nbytes() for piece in self._pieces.values())
+        """Return the bytes kept so far; whole weights that a wrapper has not freed yet are parameters."""
+        others = (*_held([self._stage]), *(local(parameter) for parameter in self._stage.parameters()))
+        cdata = {tensor.untyped_storage()._cdata for tensor in others}
+        return sum(piece.nbytes() for piece in self._pieces.values() if piece._cdata not in cdata)
+
+
+_MESSAGES = ("send", "recv")
+"""Between two ranks of a pipeline, which are counted by what their passes take and give."""
+_FUNCTIONAL = {
+    "all_gather_into_tensor": "allgather",
+    "all_reduce": "allreduce",
+    "all_to_all_single": "alltoall",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+"""Collectives that return a new tensor, and what those that fill one are called."""
 
 
 class _Collectives(TorchDispatchMode):
@@ -343,20 +446,22 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        result = func(*args, **kwargs or {})
+        operation = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
-            group = next(
-                ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)
-            )
-            if group.size() > 1:
-                operation = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
-                key = (self._names.get(group.group_name, "other"), group.size(), operation)
-                self.calls.number[key] += 1
-                self.calls.size[key] += max(_tensor_bytes(arg) for arg in args)
-        return func(*args, **kwargs or {})
+            group = next(ProcessGroup.unbox(argument) for argument in args if is_group(argument))
+            self._count(group, operation.strip("_").removesuffix("_base"), args)
+        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # those of DTensor
+            name: Any = next(argument for argument in reversed(args) if isinstance(argument, str))
+            group = vars(distributed_c10d)["_resolve_process_group"](name)
+            self._count(group, _FUNCTIONAL[operation], (*args, result))
+        return result
 
-
-def _is_group(argument: object) -> bool:
-    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+    def _count(self, group: ProcessGroup, operation: str, arguments: tuple[Any, ...]) -> None:
+        if group.size() > 1 and operation not in _MESSAGES:
+            key = (self._names.get(group.group_name, "other"), group.size(), operation)
+            self.calls.number[key] += 1
+            self.calls.size[key] += max(map(_tensor_bytes, arguments))
 
 
 def _tensor_bytes(argument: object) -> int:

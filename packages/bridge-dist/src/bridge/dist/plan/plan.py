@@ -15,7 +15,7 @@ from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import rank_of
-from bridge.dist.plan.measure import Calls, Memo, Rank, measure
+from bridge.dist.plan.measure import Memo, Rank, measure
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.schedule import passes, peak
 
@@ -73,7 +73,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         memo: What chunks took in earlier plans of the same model, to be looked up and added to.
 
     Raises:
-        PlanError: The wrapper, or how experts get their tokens, cannot be planned.
+        PlanError: How experts get their tokens cannot be planned.
         BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
     """
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, options.world_size)
     batch, transformer = options.batch, make_builder(config).transformer_config
-    _check(options, transformer)
+    _check(transformer)
     batch.check_sequence(transformer)
     microbatches = batch.microbatches(layout)
     ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
@@ -108,11 +108,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     )
 
 
-def _check(options: PlanOptions, transformer: TransformerConfig) -> None:
-    if options.wrapper not in (Wrapper.DDP, Wrapper.NONE):
-        raise PlanError(
-            f"a plan counts what ddp holds, or no wrapper, not {options.wrapper}: choose --wrap ddp or none"
-        )
+def _check(transformer: TransformerConfig) -> None:
     if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
         raise PlanError(
             f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} needs tokens to know its sizes: "
@@ -143,7 +139,8 @@ def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size
         state_bytes=rank.state,
         optimizer_bytes=rank.master + rank.state,
         activation_bytes=activations,
-        total_bytes=rank.weights + rank.gradients + rank.master + rank.state + activations,
+        unsharded_bytes=rank.whole,
+        total_bytes=rank.weights + rank.gradients + rank.master + rank.state + activations + rank.whole,
         flops=microbatches * sum(chunk.work.flops for chunk in rank.chunks),
         buckets=rank.buckets,
         chunks=[
@@ -163,10 +160,7 @@ def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size
 
 def _traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
     """A step's collectives, and what goes to the pipeline ranks before and after."""
-    calls = Calls.none()
-    for chunk in rank.chunks:
-        calls.add(chunk.work.calls, microbatches)
-    calls.add(rank.at_end)
+    calls = rank.traffic.of(microbatches)
     sent = [size for chunk in rank.chunks for size in (chunk.work.received, chunk.work.passed_on) if size]
     if sent:
         key = ("pp", layout.pp, "send")

@@ -48,7 +48,9 @@ class StagePlan:
     """What a rank of a pipeline stage holds and does: the ranks beside it (tensor, data, expert parallel) alike.
 
     ``activation_bytes`` is the peak over Megatron's schedule, ``buckets`` the elements of each bucket of gradients,
-    padding included, ``flops`` those of a step.
+    padding included, ``flops`` those of a step. ``unsharded_bytes`` is the most that a wrapper which shards
+    weights makes whole at a time: weights, gradients, what is gathered and reduced. The sum with the peak of
+    activations, which may be at another moment, bounds what a rank holds.
     """
 
     pp: int
@@ -60,6 +62,7 @@ class StagePlan:
     state_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    unsharded_bytes: int
     total_bytes: int
     flops: int
     buckets: list[int]

@@ -16,6 +16,7 @@ from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.layout import Layout
+from bridge.dist.options import Wrapper
 from bridge.dist.plan.measure import Memo
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, StagePlan
@@ -153,8 +154,13 @@ def search(
         processes: How many plan at a time; by default as many as there are processors.
 
     Raises:
-        PlanError: No layout fits.
+        PlanError: No layout fits, or the wrapper shards weights.
     """
+    if options.wrapper not in (Wrapper.DDP, Wrapper.NONE):
+        raise PlanError(
+            f"a search tries layouts with ddp or no wrapper, not {options.wrapper}, whose gathering its estimate does "
+            "not follow: leave --wrap out, or plan one layout at a time"
+        )
     transformer = make_builder(document.config()).transformer_config
     by_chunks: dict[tuple[int, ...], list[dict[str, int]]] = defaultdict(list)
     for sizes in layouts(

@@ -35,11 +35,17 @@ KINDS = (
     Kind("gradients", "gradient_bytes"),
     Kind("optimizer", "optimizer_bytes"),
     Kind("activations", "activation_bytes"),
+    Kind("unsharded", "unsharded_bytes"),
 )
 """The kinds of memory, in the order in which they are stacked."""
 
-_COLOURS = ("blue", "yellow", "green", "magenta")
+_COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
 _SHORTEST_BAR, _LONGEST_BAR = 10, 60
+
+
+def kinds_of(plan: Plan) -> list[Kind]:
+    """Return the kinds of memory that a plan shows: without what a wrapper makes whole, if it makes nothing whole."""
+    return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
 
 
 def gib(size: int) -> str:
@@ -71,6 +77,11 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
     found["measured"] = (
         f"activations and FLOPs on the layers of {plan.implementation}; all else counted in the real model"
     )
+    if len(kinds_of(plan)) == len(KINDS):
+        found["unsharded"] = (
+            "whole weights and gradients, and what is gathered and reduced, at their peak: added to that of the "
+            "activations, which may be at another moment, so that the total is at most that"
+        )
     return found | {"not covered": "; ".join(NOT_COVERED)}
 
 
@@ -96,7 +107,7 @@ def _verdict(plan: Plan) -> str:
 def tables(plan: Plan) -> list[RenderableType]:
     """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, sends, and all in words."""
     groups = list(_alike(plan))
-    parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(groups), ""]
+    parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(plan, groups), ""]
     if any(stage.traffic for stage in plan.stages):
         parts += [_traffic_table(plan), ""]
     words = Table.grid(padding=(0, 2))
@@ -145,19 +156,21 @@ def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     return table
 
 
-def _numbers_table(groups: list[list[StagePlan]]) -> Table:
+def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     table = _table("GiB of a rank by kind, and its computation in a step", "stage", "weights", "gradients")
-    for name in ("master", "state", "activations", "TFLOPs"):
+    unsharded = ["unsharded"] if len(kinds_of(plan)) == len(KINDS) else []
+    for name in ("master", "state", "activations", *unsharded, "TFLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for stages in groups:
         stage = stages[0]
-        sizes = (
+        sizes = [
             stage.weight_bytes,
             stage.gradient_bytes,
             stage.master_bytes,
             stage.state_bytes,
             stage.activation_bytes,
-        )
+            *([stage.unsharded_bytes] if unsharded else []),
+        ]
         table.add_row(_numbers(stages), *map(gib, sizes), _tera(stage.flops))
     return table
 
@@ -185,7 +198,7 @@ def _numbers(stages: list[StagePlan]) -> str:
 
 def _legend(plan: Plan) -> Text:
     legend = Text()
-    for kind, colour in zip(KINDS, _COLOURS, strict=True):
+    for kind, colour in zip(kinds_of(plan), _COLOURS, strict=False):
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
         legend.append(f"| {gib(plan.gpu_memory)} GiB of a GPU")
