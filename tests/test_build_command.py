@@ -44,16 +44,21 @@ def build(*arguments: str) -> dict[str, Any]:
     return report
 
 
+# 250 tokens pad to 256 rows, on two ranks as on one.
+PADDED = ("tiny", "vocab_size=250", "should_pad_vocab=true")
+
+
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    return build("tiny", "--steps", "3")
+    return build(*PADDED, "--steps", "3")
 
 
 def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
-    # 256 tokens and 128 positions of width 64, an untied output layer, a final norm; per layer two norms, attention
+    # 250 tokens and 128 positions of width 64, an untied output layer, a final norm; per layer two norms, attention
     # and MLP with biases: 2 * 128 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64).
-    parameters = 2 * 256 * 64 + 128 * 64 + 128 + 4 * (2 * 128 + 12_480 + 4_160 + 16_640 + 16_448)
-    assert one_rank["parameters"] == one_rank["padded_parameters"] == parameters
+    parameters = 2 * 250 * 64 + 128 * 64 + 128 + 4 * (2 * 128 + 12_480 + 4_160 + 16_640 + 16_448)
+    padded = parameters + 2 * 6 * 64
+    assert (one_rank["parameters"], one_rank["padded_parameters"]) == (parameters, padded)
     assert one_rank["world_size"] == 1
     assert one_rank["layout"] == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     assert one_rank["wrap"] == "ddp"
@@ -69,7 +74,7 @@ def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
                 {
                     "vp_stage": 0,
                     "layers": [0, 1, 2, 3],
-                    "parameters": parameters,
+                    "parameters": padded,
                     "wrappers": ["DistributedDataParallel", "GPTModel"],
                 }
             ],
@@ -80,7 +85,7 @@ def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
 
 
 def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) -> None:
-    report = build("tiny", "--steps", "3", "--nproc", "4", "--tp", "2", "--pp", "2", "--vp", "2")
+    report = build(*PADDED, "--steps", "3", "--nproc", "4", "--tp", "2", "--pp", "2", "--vp", "2")
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
     assert report["grad_norms"] == pytest.approx(one_rank["grad_norms"], rel=1e-5)
     assert report["parameters"] == one_rank["parameters"]
@@ -90,7 +95,7 @@ def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) ->
 
 def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> None:
     """250 tokens pad to 256 rows on one rank and, 128 a rank, to 512 on four; the padding must take no probability."""
-    small = ("tiny", "vocab_size=250", "should_pad_vocab=true", "share_embeddings_and_output_weights=true")
+    small = (*PADDED, "share_embeddings_and_output_weights=true")
     one, four = build(*small, "--steps", "2"), build(*small, "--steps", "2", "--nproc", "4", "--tp", "4")
     assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert four["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-5)
@@ -110,8 +115,9 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
 
 @pytest.mark.parametrize("wrap", ["megatron-fsdp", "torch-fsdp2"])
 def test_every_wrapper_trains_alike(wrap: str, one_rank: dict[str, Any]) -> None:
-    report = build("tiny", "--steps", "3", "--nproc", "2", "--wrap", wrap)
+    report = build(*PADDED, "--steps", "3", "--nproc", "2", "--wrap", wrap)
     assert report["wrap"] == wrap
+    assert [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]] == [[[0, 1, 2, 3]]] * 2
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
 
 
@@ -135,7 +141,7 @@ def test_under_torchrun_it_joins_the_ranks_that_are_there(one_rank: dict[str, An
         "--rdzv-endpoint",
         "localhost:0",
     ]
-    done = run(*command, BRIDGE, "build", "tiny", "--steps", "3", "--json")
+    done = run(*command, BRIDGE, "build", *PADDED, "--steps", "3", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # of rank 0 alone
     assert report["layout"]["dp"] == 2
@@ -263,7 +269,7 @@ def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
 
 
 def test_fp16_trains_with_a_scaled_loss(one_rank: dict[str, Any]) -> None:
-    report = build("tiny", "--steps", "3", "--nproc", "2", "transformer.fp16=true")
+    report = build(*PADDED, "--steps", "3", "--nproc", "2", "transformer.fp16=true")
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=2**-10)
     assert report["ranks"][0]["chunks"][0]["wrappers"] == ["DistributedDataParallel", "Float16Module", "GPTModel"]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
+from megatron.core.utils import unwrap_model
 
 StageT = TypeVar("StageT", bound=MegatronModule, covariant=True)
 
@@ -59,3 +61,14 @@ def build_stages(
     for stage in stages:
         setattr(stage, "model_type", model_type)  # noqa: B010 - a module declares tensors and modules only
     return stages
+
+
+def unwrapped(stage: MegatronModule) -> MegatronModule:
+    """Return the model of a stage, without its wrappers.
+
+    ``unwrap_model`` of megatron-core 0.19.2 stops at the inner one of Megatron-FSDP's two wrappers.
+    """
+    model: MegatronModule = unwrap_model(stage)
+    while isinstance(model, MegatronFSDP):
+        model = unwrap_model(model.module)
+    return model

@@ -16,11 +16,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 
 from bridge.dist.batch import Batch
 from bridge.dist.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
+from bridge.dist.stages import unwrapped
 from bridge.dist.text import Text
 
 LEARNING_RATE = 1e-4
@@ -206,7 +207,7 @@ def mask_vocabulary_padding(stages: Sequence[MegatronModule], *, vocab_size: int
     How many rows pad the vocabulary depends on the tensor-parallel size, and a padded row takes part in the softmax.
     """
     for stage in stages:
-        layer = getattr(unwrap_model(stage), "output_layer", None)
+        layer = getattr(unwrapped(stage), "output_layer", None)
         if layer is not None:
             layer.register_forward_hook(partial(_mask_padding, vocab_size=vocab_size))
 

@@ -16,7 +16,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
+
+from bridge.dist.stages import unwrapped
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+")
 _EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
@@ -83,7 +85,7 @@ class NamedParameter(NamedTuple):
 
 def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
     """Yield the parameters of a built (not yet sharded by FSDP) stage with their full-model names."""
-    model: torch.nn.Module = unwrap_model(stage)
+    model: torch.nn.Module = unwrapped(stage)
     modules = dict(model.named_modules())
     renamed = _full_module_names(modules, pg_collection)
     tied = getattr(model, "share_embeddings_and_output_weights", False)
@@ -119,7 +121,7 @@ def _placement(
 def layer_indices(stage: MegatronModule) -> list[int]:
     """Return the layers that a stage holds, counted from zero over the whole model, those of an encoder first."""
     stacks: dict[str, list[int]] = {}
-    for name, module in unwrap_model(stage).named_modules():
+    for name, module in unwrapped(stage).named_modules():
         stack = re.fullmatch(r"(\w+)\.layers\.\d+", name)
         if stack and stack[1] != "mtp" and hasattr(module, "layer_number"):
             before = sum(len(others) for other, others in stacks.items() if other != stack[1])

@@ -14,7 +14,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.utils import unwrap_model
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.cpu import on_meta
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
+from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.routing import equal_shares
 from bridge.dist.plan.sharded import (
@@ -37,6 +37,7 @@ from bridge.dist.plan.sharded import (
     start_gathering,
     weights,
 )
+from bridge.dist.stages import unwrapped
 from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
 from bridge.dist.weights import Placement, layer_indices, named_parameters
 
@@ -146,7 +147,9 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
     Raises:
         TrainingError: The batch does not divide over the ranks.
     """
-    with on_meta(), equal_shares(), as_rank(layout, rank) as groups, sharding_on_meta(), _alike():
+    is_fsdp = job.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
+    sharding = sharding_on_meta() if is_fsdp else contextlib.nullcontext()
+    with on_meta(), equal_shares(), as_rank(layout, rank) as groups, sharding, _alike():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
@@ -277,7 +280,7 @@ class _Run(NamedTuple):
 
     def _remembered(self, stage: MegatronModule, memo: Memo) -> Work:
         sizes = {kind: group.size() for kind, group in _groups(self.groups)}
-        chunk = (_signature(unwrap_model(stage)), self.batch.micro_batch_size, self.batch.seq_length)
+        chunk = (_signature(unwrapped(stage)), self.batch.micro_batch_size, self.batch.seq_length)
         within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
         anywhere = (chunk, *sizes.items())
         work = memo.get(within) or memo.get(anywhere)
@@ -291,7 +294,7 @@ class _Run(NamedTuple):
     def _work(self, stage: MegatronModule) -> Work:
         """Run one microbatch through a chunk, forward and backward."""
         config = self.builder.transformer_config
-        model: Any = unwrap_model(stage)
+        model: Any = unwrapped(stage)
         received = passed_on = 0
         kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(_names(self.groups))
         with kept, flops, sent, _FusedAttention():
@@ -325,11 +328,11 @@ def _implementation(stages: Sequence[MegatronModule]) -> str:
 def _held(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     for stage in stages:
         yield from weights(stage)
-        yield from (local(buffer) for buffer in unwrap_model(stage).buffers())
+        yield from (local(buffer) for buffer in unwrapped(stage).buffers())
 
 
 def _saved_buffers(stage: MegatronModule) -> int:
-    model = unwrap_model(stage)
+    model = unwrapped(stage)
     saved = model.state_dict()
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
 

@@ -16,10 +16,7 @@ from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import Megat
 from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer, ParameterGroup
 from megatron.core.transformer import MegatronModule
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp._fully_shard import _fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +32,9 @@ def sharding_on_meta() -> Iterator[None]:
 
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
     """
+    # Private to torch, and not needed by plans under DDP.
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():
             undo.enter_context(replaced(replacement))
@@ -48,6 +48,9 @@ def sharding_on_meta() -> Iterator[None]:
 
 def _replacements() -> list[Replacement]:
     """What is replaced, seen in megatron-core 0.19.2 and torch 2.15; a test tells when one is no longer needed."""
+    from torch.distributed.fsdp._fully_shard import _fully_shard
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
     # A function of the same name hides the module.
     finalize_model_grads = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     members = cache(lambda parent: frozenset(parent.modules()))
