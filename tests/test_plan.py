@@ -14,7 +14,7 @@ import pytest
 from megatron.core import parallel_state
 from ranks import run_ranks
 
-from bridge.config import BridgeError, Document, ModelConfig
+from bridge.config import BridgeError, Document, ModelConfig, register
 from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.errors import PlanError
@@ -26,6 +26,28 @@ from bridge.dist.plan.measure import measure
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.search import Machine, search
+
+NOTED: list[tuple[str, tuple[int, ...], str]] = []
+
+
+def note(stages: list[Any]) -> list[Any]:
+    """A hook after wrapping, of real ranks and of plans: this rank's part of each parameter, and its precision."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            NOTED.append((name, tuple(mine.shape), str(mine.dtype)))
+    return stages
+
+
+register(note, "test_plan.note")
+
+
+def noted() -> list[tuple[str, tuple[int, ...], str]]:
+    found = list(NOTED)
+    assert found
+    NOTED.clear()
+    return found
+
 
 WORLD = 4
 BATCH = Batch(seq_length=32, micro_batch_size=2, global_batch_size=16)
@@ -45,7 +67,7 @@ class Case:
     """Whether a CPU keeps for the backward pass what a GPU does, wherever tokens are routed to."""
 
     def job(self) -> BuildJob:
-        document = Document.load(self.preset, list(self.overrides))
+        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[test_plan.note]"])
         replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
         return BuildJob(document=document.data, wrapper=self.wrapper, distributed_optimizer=self.distributed_optimizer)
 
@@ -96,7 +118,7 @@ CASES = {
 class Held(NamedTuple):
     """What a rank holds: parameters by name, bytes, elements of each bucket, bytes kept by each chunk."""
 
-    parameters: list[tuple[str, tuple[int, ...]]]
+    parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
     gradients: int
     master: int
@@ -135,13 +157,6 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         builder = make_builder(config)
         options = job.options(builder.transformer_config)
-        names: list[tuple[str, tuple[int, ...]]] = []
-
-        def note(stages: list[Any]) -> list[Any]:
-            names.extend((name, tuple(p.shape)) for stage in stages for name, p in stage.named_parameters())
-            return stages
-
-        config.pre_wrap_hooks.append(note)
         stages: list[Any] = builder.build_distributed_models(
             groups, ddp_config=options.ddp_config, wrap_with_ddp=options.wrap_with_ddp
         )
@@ -158,7 +173,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
         updated = optimized(stages) if options.wrap_with_ddp else []
         kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
         return Held(
-            parameters=names,
+            parameters=noted(),
             weights=sum(weights.values()),
             gradients=sum(storages(gradients).values()),
             master=sum(size for at, size in storages(updated).items() if at not in weights),
@@ -213,7 +228,7 @@ def test_the_plan_of_every_rank_is_what_it_holds(name: str, real: list[dict[str,
         planned = measure(job, layout, BATCH, rank=rank, memo={})
         assert (
             Held(
-                parameters=[(placement.name, tuple(placement.shape)) for placement, _ in planned.placements],
+                parameters=noted(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,
@@ -249,6 +264,7 @@ SHARDED = {
 class HeldInParts(NamedTuple):
     """What a rank holds of a model that is sharded, in bytes, and what it gathers and reduces in a step."""
 
+    parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
     gradients: int
     master: int
@@ -334,6 +350,7 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
             ]
         kept = memory(buffer for stage in stages for buffer in unwrap_model(stage).buffers())
         return HeldInParts(
+            parameters=noted(),
             weights=sum((weights | kept).values()),
             gradients=sum(gradients.values()),
             master=sum(size for at, size in memory(updated).items() if at not in weights),
@@ -467,6 +484,7 @@ def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
         calls = planned.traffic.of(LONGER.microbatches(layout))
         assert (
             HeldInParts(
+                parameters=noted(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,
