@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from environments import build_wheels
+from isolation import no_attention_backend_chosen  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from isolation import no_attention_backend_chosen  # noqa: F401
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
@@ -36,13 +36,6 @@ def pg_collection() -> Iterator[ProcessGroupCollection]:
     yield ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def _no_attention_backend_chosen() -> None:
-    """megatron-core 0.19.2 notes a model's attention backend in the environment, and refuses another one after that."""
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(name, None)
 
 
 def make_transformer(cls: type[TransformerConfig] = TransformerConfig, **given: Any) -> TransformerConfig:

@@ -1,0 +1,1 @@
+from isolation import no_attention_backend_chosen  # noqa: F401
