@@ -452,9 +452,17 @@ def _is_preset(source: str) -> bool:
 def _read(source: str) -> str:
     """The text of a file or preset."""
     _check_name(source)
+    return _read_preset(source) if _is_preset(source) else read_file(source)
+
+
+def read_file(source: str) -> str:
+    """The text of a file that somebody names.
+
+    Raises:
+        DocumentError: it cannot be read, is no regular file, too large, or not UTF-8.
+    """
+    _check_name(source)
     try:
-        if _is_preset(source):
-            return _read_preset(source)
         if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
             raise _failed(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:

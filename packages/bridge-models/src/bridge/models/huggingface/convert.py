@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.config.canonical import canonical
-from bridge.config.document import Document
+from bridge.config.document import Document, read_file
 from bridge.config.errors import DocumentError, Problem, nearest, quoted
-from bridge.config.files import MAX_BYTES, parse_json
+from bridge.config.files import parse_json
 from bridge.config.refusal import got
 from bridge.config.tables import shipped
 from bridge.models.huggingface import dense, experts, latent, mamba, t5
@@ -87,20 +88,9 @@ def load_config_json(source: str) -> Document:
     if file.is_dir():
         file /= "config.json"
     name = str(file)
-    try:
-        if not file.exists():
-            raise _refused("$", "no such file, nor a folder with a config.json", name)
-        if not file.is_file():  # a pipe or device may never end
-            raise _refused("$", "cannot be read: not a regular file", name)
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise _refused("$", f"larger than {MAX_BYTES // 2**20} MiB", name)
-        text = raw.decode()
-    except OSError as error:
-        raise _refused("$", f"cannot be read: {error.strerror or error}", name) from error
-    except UnicodeDecodeError as error:
-        raise _refused("$", f"is not UTF-8 text (byte {error.start})", name) from error
+    if not os.path.exists(file):
+        raise _refused("$", "no such file, nor a folder with a config.json", name)
+    text = read_file(name)
     parsed = parse_json(_without_infinity(text), name)
     if not isinstance(parsed.data, dict):
         raise _refused("$", f"expected a mapping at the top, got {got(parsed.data)}", name)
