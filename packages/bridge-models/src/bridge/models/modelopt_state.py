@@ -10,6 +10,7 @@ import io
 import logging
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from bridge.dist.cpu import Replacement, replaced
 from bridge.models.backend import TorchAttention
 from bridge.models.errors import CheckpointError
 from bridge.models.modelopt import is_sharded
@@ -94,15 +96,13 @@ def _from_shards(stage: MegatronModule, folder: Path) -> MegatronModule:
     return stage
 
 
-@contextlib.contextmanager
-def _listed_tensors() -> Iterator[None]:
+def _listed_tensors() -> AbstractContextManager[None]:
     """Have Megatron list what tensors a checkpoint has.
 
     megatron-core 0.19.2 makes each with all properties that torch keeps of it, and fails where torch (2.15) keeps its
     strides too.
     """
-    strategy: Any = TorchDistLoadShardedStrategy
-    list_tensors = strategy.load_tensors_metadata
+    list_tensors: Any = TorchDistLoadShardedStrategy.load_tensors_metadata
 
     def without_strides(self: object, folder: Path, metadata: Metadata | None = None) -> object:
         metadata = metadata or FileSystemReader(folder).read_metadata()
@@ -111,11 +111,7 @@ def _listed_tensors() -> Iterator[None]:
                 vars(stored.properties).pop("strides", None)
         return list_tensors(self, folder, metadata)
 
-    strategy.load_tensors_metadata = without_strides
-    try:
-        yield
-    finally:
-        strategy.load_tensors_metadata = list_tensors
+    return replaced(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", without_strides))
 
 
 def _from_file(stage: MegatronModule, file: Path) -> MegatronModule:
