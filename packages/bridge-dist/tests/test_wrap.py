@@ -11,12 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, FullyShardedDataParallel, param_and_grad_buffer
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 from ranks import run_ranks
 
 from bridge.config import ModelConfig
@@ -30,6 +32,7 @@ from bridge.dist import (
     wrap,
 )
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
+from bridge.dist.stages import unwrapped
 from bridge.dist.text import Text, default_text
 from bridge.dist.train import TrainOptions, train
 from bridge.dist.weights import draw_weights
@@ -334,6 +337,16 @@ def wrap_plain_model() -> int:
     with pytest.raises(ZeroDivisionError):  # when it is no longer raised, wrap.py need not give a size
         FullyShardedDataParallel(config=config, ddp_config=ddp_config, module=Plain(config), pg_collection=groups)
     return int(stage.ddp_config.suggested_communication_unit_size)
+
+
+def test_megatron_still_unwraps_one_of_the_two_wrappers_of_megatron_fsdp() -> None:
+    """When this fails, `bridge.dist.stages.unwrapped` is no longer needed."""
+    adapter, wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel), MegatronFSDP.__new__(MegatronFSDP)
+    for module in (adapter, wrapper):
+        torch.nn.Module.__init__(module)
+    adapter.module, wrapper.module = wrapper, torch.nn.Identity()
+    assert unwrap_model(adapter) is wrapper
+    assert unwrapped(adapter) is wrapper.module
 
 
 def test_megatron_fsdp_of_a_model_without_megatron_layers() -> None:
