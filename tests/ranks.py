@@ -1,33 +1,26 @@
 """Run a function on real ranks: one process each, gloo between them, the CPU runtime installed.
 
-The processes come from a fork server that has imported torch and megatron-core once, so a run of two ranks costs
-fractions of a second after the first.
+The processes are those of Bridge's own pool. They come from a fork server that has imported torch and megatron-core
+once, and stay up from one call to the next as long as the calls are those of one file and end well.
 """
 
+import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib.util
-import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from multiprocessing import connection, forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-PRELOAD = ["pytest", "torch", "torch.distributed", "megatron.core", "megatron.core.optimizer", "bridge.dist.cpu"]
+from bridge.dist.errors import LaunchError
+from bridge.dist.run.pool import RankPool, start_fork_server
+
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-GRACE_S = 2.0
 
 
 class RankError(RuntimeError):
@@ -43,9 +36,11 @@ class _Task(NamedTuple):
     arguments: bytes
 
 
-class _Rank(NamedTuple):
-    process: BaseProcess
-    reports: Connection
+class _Pool:
+    """The ranks of this process, and the file whose functions they have run."""
+
+    ranks = RankPool()
+    file: str | None = None
 
 
 def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeout: float = 120) -> list[T]:
@@ -54,7 +49,7 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
     `fn` is a top-level function of a file; arguments and results must pickle (tensors do, but to read one the caller
     imports megatron-core, which changes how they pickle: numbers are cheaper). Each rank has RANK, WORLD_SIZE,
     LOCAL_RANK and LOCAL_WORLD_SIZE in its environment, torch.distributed initialised and the CPU runtime installed.
-    No process outlives the call, whatever happens.
+    After a failure no process is left.
 
     Raises:
         RankError: a rank died, or `timeout` seconds passed (the stacks of the ranks are then on stderr).
@@ -64,102 +59,62 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
         raise TypeError(f"{fn.__qualname__} must be a top-level function: every rank loads it from its file")
     file = sys.modules[fn.__module__].__file__
     assert file is not None
-    task = _Task(fn.__module__, file, fn.__qualname__, pickle.dumps(args))
-    with tempfile.TemporaryDirectory() as directory, _started(task, world_size, Path(directory), timeout) as ranks:
-        return [pickle.loads(result) for result in _collect(ranks, timeout)]
-
-
-@contextlib.contextmanager
-def _started(task: _Task, world_size: int, directory: Path, timeout: float) -> Iterator[list[_Rank]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    if _Pool.file != file:  # what the tests of a file leave behind, those of others do not find
+        _Pool.ranks.close()
+        _Pool.file = file
     with _environment(SERVER_ENVIRONMENT):
-        forkserver.ensure_running()
-    ranks: list[_Rank] = []
+        start_fork_server(world_size, "pytest")
+    task = _Task(fn.__module__, file, fn.__qualname__, pickle.dumps(args))
     try:
-        for rank in range(world_size):
-            reports, sender = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(
-                target=_main, args=(task, rank, world_size, directory, timeout, sender)
-            )
-            ranks.append(_Rank(process, reports))
-            process.start()
-            sender.close()
-        yield ranks
-    finally:
-        for process, reports in ranks:
-            _kill(process)
-            reports.close()
+        results = _Pool.ranks.run(_call, task, timeout, ranks=world_size, timeout=timeout)
+    except LaunchError as error:
+        cause = error.__cause__
+        details = "\n".join(getattr(error, "__notes__", ()))
+        if not isinstance(cause, Exception):
+            raise RankError(f"{error}\n{details}".strip()) from None
+        cause.add_note(f"on {str(error).partition(':')[0]}:\n{details}")
+        raise cause from None
+    return [pickle.loads(result) for result in results]
 
 
-def _collect(ranks: list[_Rank], timeout: float) -> list[bytes]:
-    """The pickled results by rank; raises as soon as one rank reports an error or dies."""
-    deadline = time.monotonic() + timeout + GRACE_S
-    results: dict[int, bytes] = {}
-    pending = {rank.reports: number for number, rank in enumerate(ranks)}
-    while pending:
-        ready = connection.wait(list(pending), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RankError(f"ranks {sorted(pending.values())} of {len(ranks)} did not finish in {timeout} s")
-        for reports in ready:
-            assert isinstance(reports, Connection)
-            number = pending.pop(reports)
-            results[number] = _receive(ranks[number], number)
-    return [results[number] for number in range(len(ranks))]
+atexit.register(_Pool.ranks.close)
 
 
-def _receive(rank: _Rank, number: int) -> bytes:
-    try:
-        error, result = pickle.loads(rank.reports.recv_bytes())
-    except EOFError:
-        rank.process.join(GRACE_S)
-        raise RankError(f"rank {number} died, exit code {rank.process.exitcode}") from None
-    if error is not None:
-        raise error
-    assert isinstance(result, bytes)
-    return result
-
-
-def _main(task: _Task, rank: int, world_size: int, directory: Path, timeout: float, sender: Connection) -> None:
-    """A rank's life: report once, then wait to be killed, so that its peers never fail for its having left first."""
-    os.setsid()
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    faulthandler.dump_traceback_later(timeout)
-    try:
-        report = pickle.dumps((None, _call(task, rank, world_size, directory, timeout)))
-    except BaseException as error:  # an exit or an interrupt of the tested function is a report too
-        report = pickle.dumps((_portable(error, rank), None))
-    sender.send_bytes(report)
-    signal.pause()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _call(task: _Task, rank: int, world_size: int, directory: Path, timeout: float) -> bytes:
+def _call(task: _Task, timeout: float) -> bytes:
+    """On a rank: call the function in a world of its own, and leave the process as it was."""
     # Imported here: only the fork server and its children pay for torch.
     import torch
+    from megatron.core import parallel_state
 
     from bridge.dist import cpu
+    from bridge.dist.run.rank_environment import RankEnvironment
+    from bridge.dist.run.world import open_store
 
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
-    )
+    place = RankEnvironment.read(os.environ)
+    assert place is not None
+    environment, random_state = dict(os.environ), torch.get_rng_state()
+    faulthandler.dump_traceback_later(timeout)
     torch.set_num_threads(1)
     module = _load(task)
     torch.distributed.init_process_group(
         "gloo",
-        init_method=f"file://{directory / 'rendezvous'}",
-        rank=rank,
-        world_size=world_size,
+        store=open_store(place),
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=timedelta(seconds=timeout),
     )
     cpu.install()
-    return pickle.dumps(getattr(module, task.function)(*pickle.loads(task.arguments)))
+    result = pickle.dumps(getattr(module, task.function)(*pickle.loads(task.arguments)))
+    cpu.uninstall()
+    torch.distributed.barrier()  # nobody leaves while another still needs it
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    gc.collect()  # a group's threads, which wake a hundred times a second, last as long as a model that holds it
+    faulthandler.cancel_dump_traceback_later()
+    torch.set_rng_state(random_state)
+    os.environ.clear()
+    os.environ.update(environment)
+    return result
 
 
 def _load(task: _Task) -> ModuleType:
@@ -177,30 +132,9 @@ def _load(task: _Task) -> ModuleType:
     return sys.modules[task.module]
 
 
-def _portable(error: BaseException, rank: int) -> BaseException:
-    """The error with the remote traceback as a note, or a RankError in its place where it does not pickle."""
-    text = f"on rank {rank}:\n{''.join(traceback.format_exception(error))}"
-    error.add_note(text)
-    try:
-        portable = isinstance(pickle.loads(pickle.dumps(error)), Exception)
-    except Exception:  # an exception's own constructor may raise anything when it is called with `args`
-        portable = False
-    return error if portable else RankError(text)
-
-
-def _kill(process: BaseProcess) -> None:
-    """End a rank and whatever it started: it leads a process group of its own."""
-    if process.pid is None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    before: dict[str, Any] = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield

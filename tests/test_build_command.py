@@ -339,7 +339,7 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path) -> None:
         ranks = grandchildren(process.pid, 2)
         os.kill(ranks[1], signal.SIGKILL)
         assert process.wait(timeout=60) == 1
-    assert re.search(r"^rank [01]: Signal 9 \(SIGKILL\)", errors.read_text(), re.MULTILINE)
+    assert re.search(r"^rank [01] was killed: SIGKILL, signal 9", errors.read_text(), re.MULTILINE)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 

@@ -31,7 +31,7 @@ def fail(*args, **options):
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "bridge.dist.world":
+        if name != "bridge.dist.run.world":
             return None
         sys.meta_path.remove(Finder)
         module = importlib.import_module("{module}")
@@ -138,7 +138,7 @@ def finished(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
 def test_a_rank_that_is_killed(at: str, folder: Folder) -> None:
     folder.mark_at(at, KILL)
     (written,) = finished(folder, folder.start("--nproc", "2", *TRAINING))
-    assert "rank 1: Signal 9 (SIGKILL) received" in written
+    assert "rank 1 was killed: SIGKILL, signal 9" in written
 
 
 def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folder) -> None:

@@ -126,7 +126,6 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
     import torch
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.job import build_and_train, wrapper_names
     from bridge.dist.parity import compare, save_weights
 

@@ -10,12 +10,11 @@ import sys
 import time
 
 from bridge.config import Document
-from bridge.dist import launch
-from bridge.dist import quiet as quiet  # for its effect
 from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.search import Machine, search
+from bridge.dist.run.pool import start_fork_server
 
 LARGE = {
     "llama-3.1-405b": (
@@ -37,7 +36,7 @@ LARGE = {
 
 def main() -> None:
     preset, gpus = sys.argv[1] if sys.argv[1:] else "llama-3.1-8b", int(sys.argv[2]) if sys.argv[2:] else 64
-    launch.start_fork_server(2, "bridge.dist.plan.search")
+    start_fork_server(2, "bridge.dist.plan.search")
     for name, (sizes, world_size, overrides) in LARGE.items():
         document = Document.load(name, overrides)
         apply_layout(document, sizes)

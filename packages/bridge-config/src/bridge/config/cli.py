@@ -6,10 +6,12 @@ A distribution declares a click command in the entry-point group `bridge.command
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from io import TextIOWrapper
@@ -45,12 +47,13 @@ def bridge() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage."""
+    """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage, 128 + the number of a signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # documents are UTF-8; names of files need not be
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        bridge(args=arguments, prog_name="bridge")
+        with _ended_by_signals():
+            bridge(args=arguments, prog_name="bridge")
     except BridgeError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
@@ -60,6 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"the output cannot be written: {error.strerror}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes what is left
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End the command by an exit on Ctrl-C and SIGTERM, so that what it started is ended and cleaned up too."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, _exit_for) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_for(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # who sends it again does not want to wait
+    raise SystemExit(128 + number)
 
 
 @cache

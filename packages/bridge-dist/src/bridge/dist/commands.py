@@ -5,19 +5,24 @@ Importing this module imports no torch: `bridge -h` stays quick.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import click
 
-from bridge.config import Document, ModelConfig
-from bridge.dist import launch
+from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.documents import apply_layout, replace_layout
+from bridge.dist.imports import import_megatron
+from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
+from bridge.dist.run.pool import StartMethod, launch, start_fork_server
+from bridge.dist.run.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,6 +36,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., object])
 
 _WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
 _LONGEST_DEFAULT_SAMPLE = 128
+_STORE_ANSWERS_WITHIN = timedelta(seconds=10)
 _SIZE = click.IntRange(min=1)
 _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
@@ -75,6 +81,13 @@ def _training_options(command: CommandT) -> CommandT:
     type=click.Path(path_type=Path),
     help="With restore_modelopt_state: the checkpoint to restore the ModelOpt state and the weights from.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(list(Device)),
+    default=Device.AUTO,
+    show_default=True,
+    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
+)
 @_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def build(
@@ -86,6 +99,7 @@ def build(
     distributed_optimizer: bool,
     steps: int | None,
     load: Path | None,
+    device: str,
     text: Path | None,
     global_batch_size: int,
     micro_batch_size: int,
@@ -99,43 +113,91 @@ def build(
     The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
     that losses and gradient norms do not depend on the layout. With --load they are the checkpoint's.
     """
-    from bridge.dist import quiet as quiet  # for its effect
+    place = RankEnvironment.read(os.environ) if nproc is None else None
+    with _reporting_errors(place):
+        start_method = _prepare(Device(device), place, ranks=nproc or 1)
+        document = Document.load(file, overrides)
+        notes = document.migrate()  # a layout is written into the present form
+        if place is None or place.rank == 0:
+            for note in notes:
+                click.echo(f"{file}: note: {note}", err=True)
+        apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
+        config = document.config()
 
-    document = Document.load(file, overrides)
-    here = launch.rank_variables(os.environ) if nproc is None else {}
-    os.environ.update(here)
-    if not here:
-        launch.start_fork_server(nproc or 1)
-    notes = document.migrate()  # a layout is written into the present form
-    if not here or here["RANK"] == "0":
-        for note in notes:
-            click.echo(f"{file}: note: {note}", err=True)
-    apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
-    config = document.config()
+        from bridge.dist import job as jobs
+        from bridge.dist.options import Wrapper
 
-    from bridge.dist import job as jobs
-    from bridge.dist.options import Wrapper
-
-    training = None
-    if steps is not None:
-        training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
-    job = jobs.BuildJob(
-        document=document.data,
-        wrapper=Wrapper(wrap),
-        distributed_optimizer=distributed_optimizer,
-        dp=dp,
-        training=training,
-        modelopt_checkpoint=load,
-    )
-    ranks = int(here["WORLD_SIZE"]) if here else nproc or 1
-    job.check(config, ranks)
-    job.builder(config).check_restore()
-    if not here:
-        jobs.check_devices(ranks)
-    report = jobs.run_rank(job) if here else launch.launch(jobs.run_rank, job, ranks=ranks)
-    assert report is not None  # torch's ``record`` returns None only for a function that called sys.exit
-    if not here or here["RANK"] == "0":
+        training = None
+        if steps is not None:
+            training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+        job = jobs.BuildJob(
+            document=document.data,
+            wrapper=Wrapper(wrap),
+            distributed_optimizer=distributed_optimizer,
+            dp=dp,
+            training=training,
+            modelopt_checkpoint=load,
+        )
+        ranks = (nproc or 1) if place is None else place.world_size
+        job.check(config, ranks)
+        job.builder(config).check_restore()
+        if place is None:
+            report = launch(jobs.run_rank, job, ranks=ranks, start_method=start_method)
+        else:
+            report = jobs.run_rank(job)
+    if place is None or place.rank == 0:
         _show(report, as_json=as_json)
+
+
+def _prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> StartMethod:
+    """Choose the device, in this process and those it starts, and import megatron-core for it.
+
+    Args:
+        asked: What the user asks for.
+        place: This process's among the ranks of a launcher; None if it starts them itself.
+        ranks: How many it starts.
+
+    Returns:
+        How ranks are started that compute on the device.
+
+    Raises:
+        LaunchError: There is no GPU for each rank of this machine, and the user asks for it.
+    """
+    if place is not None:
+        from bridge.dist.run.failures import end_with_launcher
+
+        end_with_launcher()
+    local_ranks = ranks if place is None else place.local_world_size
+    device = choose_device(asked, local_ranks=local_ranks)
+    if device is Device.CUDA:
+        import_megatron(with_compiler=place is not None)  # the process that starts ranks computes nothing
+        return "spawn"
+    if asked is Device.AUTO and (gpus := count_gpus()) and (place is None or place.rank == 0):
+        click.echo(f"{local_ranks} ranks, {gpus} GPU(s): computing on the CPU", err=True)
+    hide_gpus()
+    if place is None:
+        start_fork_server(ranks)
+    import_megatron(with_compiler=False)
+    return "forkserver"
+
+
+@contextlib.contextmanager
+def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
+    """Among the ranks of a launcher: print an error that each of them finds once, and leave it for torchrun to find."""
+    try:
+        yield
+    except Exception as error:
+        if place is None:
+            raise
+        from bridge.dist.run.failures import record_for_launcher, say_once
+        from bridge.dist.run.world import open_store
+
+        record_for_launcher(error)
+        if not isinstance(error, BridgeError):
+            raise
+        if say_once(str(error), place, connect=lambda: open_store(place, timeout=_STORE_ANSWERS_WITHIN)):
+            raise
+        raise click.exceptions.Exit(1) from None
 
 
 @click.command()
@@ -145,6 +207,13 @@ def build(
     "--nproc", type=_SIZE, default=4, show_default=True, help="Ranks to split the model over, on this machine."
 )
 @click.option("--steps", type=_SIZE, default=5, show_default=True, help="Steps to train.")
+@click.option(
+    "--device",
+    type=click.Choice(list(Device)),
+    default=Device.AUTO,
+    show_default=True,
+    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
+)
 @_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def verify(
@@ -153,6 +222,7 @@ def verify(
     *,
     nproc: int,
     steps: int,
+    device: str,
     text: Path | None,
     global_batch_size: int,
     micro_batch_size: int,
@@ -165,22 +235,18 @@ def verify(
     weights must agree but for rounding; exit code 1 if any layout trains otherwise, or fails. Dropout is switched off,
     and the layout of FILE is left aside.
     """
-    from bridge.dist import quiet as quiet  # for its effect
-
+    start_method = _prepare(Device(device), None, ranks=nproc)
     document = Document.load(file, overrides)
-    launch.start_fork_server(nproc)
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
 
-    from bridge.dist import job as jobs
     from bridge.dist import verify as verification
     from bridge.dist.report import verification_tables, with_progress
     from bridge.dist.splits import cases
 
-    jobs.check_devices(nproc)
     config = document.config()
     training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
-    found = verification.verify(document, training, world_size=nproc)
+    found = verification.verify(document, training, world_size=nproc, start_method=start_method)
     rows = list(
         with_progress(found, len(cases(nproc)), describe=lambda row: f"{row.layout}, {row.wrapper}: {row.verdict}")
     )
@@ -270,15 +336,15 @@ def plan(
     The real stages of each pipeline rank are built, wrapped and run where tensors have shapes and no memory, and
     everything is counted: weights, gradients, optimizer, activations at the peak of the schedule, FLOPs, messages.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
+    hide_gpus()  # a plan takes none
     if search:
         if gpus is None:
             raise click.UsageError("--search needs --gpus, how many there are")
         if dp is not None or html is not None:
             raise click.UsageError("--search takes neither --dp, which follows from the other sizes, nor --html")
-        launch.start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
+        start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
 
-    from bridge.dist import quiet as quiet  # for its effect
+    import_megatron(with_compiler=False)
     from bridge.dist.batch import Batch
     from bridge.dist.job import make_builder
     from bridge.dist.options import Wrapper

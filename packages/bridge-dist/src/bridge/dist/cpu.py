@@ -42,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from bridge.dist.errors import DistError
+from bridge.dist.imports import is_compiler_left_out
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
@@ -86,8 +87,9 @@ def install() -> None:
         for replacement in _replacements():
             undo.enter_context(replaced(replacement))
         undo.enter_context(_without_generator_warning())
-        # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        if not is_compiler_left_out():
+            # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_entered(_CudaIsCpu()))
         _installation = _Installation(undo.pop_all(), threading.get_ident())
 

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
-from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
+from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.preflight import Setup, check
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
+from bridge.dist.run.world import world
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
-from bridge.dist.world import world
 
 _SEED = 1234
+_SEEDS_OF_A_STAGE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,19 +122,6 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
         raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))
 
 
-def check_devices(ranks: int) -> None:
-    """Check that local ranks have a GPU each, on a machine that has any.
-
-    Raises:
-        LayoutError: There are more ranks than GPUs.
-    """
-    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
-        raise LayoutError(
-            f"{ranks} ranks do not fit {torch.cuda.device_count()} GPU(s), one each: "
-            "start fewer, or set CUDA_VISIBLE_DEVICES='' to run on the CPU"
-        )
-
-
 def make_builder(
     config: ModelConfig, *, modelopt_checkpoint: Path | None = None
 ) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
@@ -172,7 +161,6 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     return Text.read(options.text, vocab_size=vocab)
 
 
-@record
 def run_rank(job: BuildJob) -> BuildReport:
     """Run a job as one rank of the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
@@ -212,7 +200,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
     """
     builder = job.builder(config)
-    model_parallel_cuda_manual_seed(_SEED, te_rng_tracker=builder.transformer_config.use_te_rng_tracker)
+    seed_random_states(builder.transformer_config, groups)
     leader = torch.distributed.get_rank() == 0
     placements: list[list[Placement]] = []
 
@@ -249,6 +237,23 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
             taken = with_progress(taken, job.training.steps, describe=lambda step: f"loss {step.loss:.4f}")
         steps = list(taken)
     return Run(stages=stages, placements=placements, steps=steps)
+
+
+def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:
+    """Seed Python, numpy, torch and Megatron's random states as Megatron-LM does: each pipeline stage its own way.
+
+    Source: ``_set_random_seed`` of megatron.training 0.19.2.
+    """
+    seed += _SEEDS_OF_A_STAGE * groups.pp.rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed,
+        te_rng_tracker=config.use_te_rng_tracker,
+        inference_rng_tracker=config.inference_rng_tracker,
+        use_cudagraphable_rng=config.cuda_graph_impl != "none",
+    )
 
 
 def vocab_size(config: ModelConfig) -> int | None:

@@ -10,7 +10,7 @@ import torch.distributed.distributed_c10d
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor import DTensor
 
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
@@ -166,8 +166,16 @@ def destroy_process_groups() -> None:
     for group in _all_groups():
         if group not in _existing:
             torch.distributed.destroy_process_group(group)
-    # DTensor remembers what it once computed, with the groups of then, for any mesh of the same ranks.
-    _clear_sharding_prop_cache()
+    _forget_sharding()
+
+
+def _forget_sharding() -> None:
+    """Clear what DTensor remembers of operators, with the groups of then, for any mesh of the same ranks.
+
+    ``torch.distributed.tensor.debug`` has a function for it, in a module that imports torch's compiler (torch 2.15).
+    """
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 # Public, and the other deprecated, in torch 2.15; not there in 2.6.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
 from bridge.dist.job import BuildJob, Run, build_and_train, joined
+from bridge.dist.run.devices import forbid_tf32
 from bridge.dist.train import LEARNING_RATE
 from bridge.dist.weights import Placement
 
@@ -33,18 +33,18 @@ class Trained:
     parameter: str
 
 
-@record
 def train_reference(job: BuildJob, weights: Path) -> Trained:
     """Train as the only rank and write the final weights to a file."""
+    forbid_tf32()
     with joined(job) as (config, layout, groups):
         run = build_and_train(job, config, layout, groups)
         save_weights(run, weights)
         return compare(run, weights)
 
 
-@record
 def train_and_compare(job: BuildJob, weights: Path) -> Trained:
     """Train as one of several ranks and compare the final weights with those of a file. Collective."""
+    forbid_tf32()
     with joined(job) as (config, layout, groups):
         return compare(build_and_train(job, config, layout, groups), weights)
 

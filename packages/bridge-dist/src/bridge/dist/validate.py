@@ -9,6 +9,7 @@ from copy import deepcopy
 from bridge.config import BridgeError, Document, DocumentError, Problem
 from bridge.dist.documents import CONFIG_FIELDS, apply_layout
 from bridge.dist.errors import LayoutError, OptionsError, PreflightError
+from bridge.dist.imports import import_megatron
 
 
 def check_document(document: Document, layout: Mapping[str, int], *, wrapper: str = "ddp") -> list[Problem]:
@@ -53,6 +54,5 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
 
 def check_for_terminal(document: Document, layout: Mapping[str, int], *, wrapper: str = "ddp") -> list[Problem]:
     """``check_document`` for the command line, without what Megatron says of libraries that are missing."""
-    from bridge.dist import quiet as quiet  # for its effect
-
+    import_megatron(with_compiler=False)
     return check_document(document, layout, wrapper=wrapper)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -17,8 +17,8 @@ from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.documents import switch_off_dropout
 from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
-from bridge.dist.launch import launch
 from bridge.dist.parity import Trained, train_and_compare, train_reference
+from bridge.dist.run.pool import RankPool, StartMethod
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, cases
 from bridge.dist.train import TrainOptions
 
@@ -72,22 +72,25 @@ def tolerance(config: TransformerConfig) -> Tolerance:
     return _HALF_PRECISION if config.bf16 or config.fp16 else _FULL_PRECISION
 
 
-def verify(document: Document, training: TrainOptions, *, world_size: int) -> Iterator[Row]:
+def verify(
+    document: Document, training: TrainOptions, *, world_size: int, start_method: StartMethod = "forkserver"
+) -> Iterator[Row]:
     """Train a document's model on one process, then under each layout on ``world_size`` local processes, and compare.
 
     Every kind of parallelism alone is tried with every wrapper, and products of two with DDP and its distributed
-    optimizer. Dropout is switched off, and the layout of the document itself is left aside.
+    optimizer. Dropout is switched off, and the layout of the document itself is left aside. The processes stay up from
+    one layout to the next; one that fails costs its layout alone.
 
     Raises:
         BridgeError: The document, or its training on one process, is at fault.
     """
     document = deepcopy(document)
     switch_off_dropout(document)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, RankPool(start_method=start_method) as pool:
         weights = Path(folder) / "weights.pt"
         alone = _job(document, Split(), WRAPPINGS[0], training)
         allowed = tolerance(_checked_transformer(alone, world_size=1))
-        expected = _launched(train_reference, alone, weights, ranks=1)
+        expected = pool.run(train_reference, alone, weights, ranks=1)[0]
         for split, wrapping in cases(world_size):
             row = Row(layout=split.name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
             try:
@@ -97,7 +100,7 @@ def verify(document: Document, training: TrainOptions, *, world_size: int) -> It
                 yield replace(row, verdict=Verdict.REFUSED, reason=str(error))
                 continue
             try:
-                trained = _launched(train_and_compare, job, weights, ranks=world_size)
+                trained = pool.run(train_and_compare, job, weights, ranks=world_size)[0]
             except LaunchError as error:
                 yield replace(row, verdict=Verdict.FAILED, reason=str(error))
                 continue
@@ -135,14 +138,6 @@ def _relative_difference(value: float | None, expected: float | None) -> float:
     if value is None or not expected or math.isnan(value) or math.isnan(expected):
         return math.inf
     return abs(value - expected) / abs(expected)
-
-
-def _launched(
-    train: Callable[[BuildJob, Path], Trained | None], job: BuildJob, weights: Path, *, ranks: int
-) -> Trained:
-    trained = launch(train, job, weights, ranks=ranks)
-    assert trained is not None  # torch's ``record`` returns None only for a function that called sys.exit
-    return trained
 
 
 def _job(document: Document, split: Split, wrapping: Wrapping, training: TrainOptions) -> BuildJob:

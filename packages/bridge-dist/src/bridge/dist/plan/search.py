@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -168,13 +169,15 @@ def search(
     ):
         by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
-        groups = sorted(by_chunks.values(), key=len, reverse=True)
-        outcomes = [
-            outcome
-            for found in pool.map(_tried, *zip(*((document, options, machine, sizes) for sizes in groups), strict=True))
-            for outcome in found
-        ]
+    groups = sorted(by_chunks.values(), key=len, reverse=True)
+    work = zip(*((document, options, machine, sizes) for sizes in groups), strict=True)
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_ignore_interrupts) as pool:
+        try:
+            outcomes = [outcome for found in pool.map(_tried, *work) for outcome in found]
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # the pool would wait for the layouts that they plan
+            raise
     candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
     counts = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
     if not candidates:
@@ -188,6 +191,11 @@ def search(
         refused=counts["refused"],
         too_large=counts["too large"],
     )
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the one that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _tried(

@@ -33,7 +33,7 @@ def sharding_on_meta() -> Iterator[None]:
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
     """
     # Private to torch, and not needed by plans under DDP.
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from bridge.dist.layout import _forget_sharding as _clear_sharding_prop_cache
 
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():

@@ -1,0 +1,110 @@
+"""Importing megatron-core in the processes of the command line: without noise and, on a CPU, without torch's compiler.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+_DYNAMO = "torch._dynamo"
+
+
+def import_megatron(*, with_compiler: bool) -> None:
+    """Import megatron-core, and keep what it says about missing CUDA libraries off the terminal.
+
+    Args:
+        with_compiler: False for a process that computes on the CPU only, where the CPU runtime compiles nothing:
+            ``torch.compile`` then returns functions as they are for the rest of the process. megatron-core 0.19.2
+            decorates functions with it as it is imported, which imports torch's compiler and doubles the time of the
+            import.
+    """
+    _silence_imports()
+    collects = gc.isenabled()
+    gc.disable()  # there is nothing to free, and looking for it takes a sixth of the time
+    try:
+        if not with_compiler:
+            _leave_out_compiler()
+        importlib.import_module("megatron.core")
+        atexit.register(gc.unfreeze)  # what is frozen as Python ends counts as leaked
+        gc.freeze()  # modules stay: later collections need not look at them, nor copy their pages in forked ranks
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _silence_imports() -> None:
+    """Also silences what ModelOpt says of itself, and torch while it reads a checkpoint."""
+    warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch\.distributed\.checkpoint)\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _leave_out_compiler() -> None:
+    import torch  # takes a second, and the command line imports this module before it knows whether it needs torch
+
+    if _DYNAMO not in sys.modules:
+        torch.compile = _as_written  # type: ignore[assignment]
+        torch.compiler.disable = _as_written  # type: ignore[assignment]
+        torch._dynamo = sys.modules[_DYNAMO] = _UnloadedDynamo.make()
+
+
+def is_compiler_left_out() -> bool:
+    """Whether megatron-core was imported without the compiler, and nothing has loaded the compiler since."""
+    return isinstance(sys.modules.get(_DYNAMO), _UnloadedDynamo)
+
+
+class _UnloadedDynamo(ModuleType):
+    """``torch._dynamo`` without its contents, which are loaded when something asks for more than is here.
+
+    torch (2.6 to 2.15) imports the compiler in many places (an optimizer's step, DTensor, device meshes, activation
+    checkpoints, dispatch modes) only to keep it out of a function. Here are the names that those places use.
+    """
+
+    @classmethod
+    def make(cls) -> _UnloadedDynamo:
+        spec = importlib.util.find_spec(_DYNAMO)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        module.__class__ = cls
+        vars(module).update(_NAMES_TO_KEEP_OUT)
+        assert isinstance(module, cls)
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        for stand_in in _NAMES_TO_KEEP_OUT:
+            delattr(self, stand_in)
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def _as_written(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
+    return _as_written if function is None else function
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    pass
+
+
+_NAMES_TO_KEEP_OUT = {
+    "disable": _as_written,
+    "disable_nested_graph_breaks": contextlib.nullcontext,
+    "graph_break": _do_nothing,
+    "trace_rules": SimpleNamespace(clear_lru_cache=_do_nothing),
+}

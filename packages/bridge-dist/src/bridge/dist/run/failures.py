@@ -1,0 +1,202 @@
+"""What the ranks of a launcher tell each other when one of them fails, so that the first cause is named, once.
+
+They talk through the store they met at. Nothing here is needed for ranks that Bridge starts itself: their pool sees
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch.distributed
+from torch._C._distributed_c10d import Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from bridge.dist.errors import DistError, LaunchError
+from bridge.dist.run.rank_environment import RankEnvironment
+
+# How long ranks that lose their connections wait for the others to say what became of them.
+_LISTEN_S = 5.0
+_BEAT_S = 2.0
+# Far longer than a healthy node is silent (the thread that beats needs Python for a moment), and short enough that a
+# job ends within a minute.
+_SILENCE_S = 30.0
+_SAYING_TAKES_S = 3.0
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+Connect = Callable[[], Store]
+
+
+@contextlib.contextmanager
+def explained(place: RankEnvironment, *, connect: Connect) -> Iterator[None]:
+    """Turn the loss of a connection into an error that names the rank that went first; watch the other nodes meanwhile.
+
+    Args:
+        place: This rank's.
+        connect: Makes a connection to the store of its own: a thread that waits in one keeps others out of it.
+
+    Raises:
+        LaunchError: Names the rank that was lost or failed.
+    """
+    if place.world_size == 1 or _is_of_pool(place):
+        yield
+        return
+    with _watching(place, connect):
+        try:
+            yield
+        except BaseException as error:
+            cause = _cause(error)
+            try:
+                verdict = _tell(place, connect(), cause)
+            except (RuntimeError, LaunchError):
+                verdict = (
+                    f"the store at {place.address}:{place.port} was lost: "
+                    f"{'the launcher of node 0' if place.has_agent else 'rank 0'}, which serves it, has ended"
+                )
+            if cause is None:
+                raise LaunchError(verdict) from error
+            raise
+
+
+def say_once(message: str, place: RankEnvironment, *, connect: Connect) -> bool:
+    """Return whether this rank is the one to print an error that each rank may have found.
+
+    Each prints it where the ranks cannot find out, and where nothing brings their output together.
+    """
+    if not ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
+        return True
+    try:
+        store = connect()
+        key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+        count = store.add(key, 1)
+        deadline = time.monotonic() + _SAYING_TAKES_S
+        while place.rank == 0 and not place.has_agent and store.add(key, 0) < place.world_size:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)  # it serves the store, which the others need for this
+    except (RuntimeError, LaunchError):
+        return True
+    return count == 1
+
+
+def record_for_launcher(error: BaseException) -> None:
+    """Write the error where torchrun looks for it, if it started this process."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        handler = get_error_handler()
+        handler.initialize()
+        handler.record_exception(error)
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this process when torchrun's agent, which started it, ends; nobody would end it otherwise."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _is_of_pool(place: RankEnvironment) -> bool:
+    return place.nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and place.has_agent
+
+
+def _cause(error: BaseException) -> str | None:
+    """What this rank failed for; None if it only lost its connection to others."""
+    if isinstance(error, DistError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
+        return None
+    if isinstance(error, SystemExit):
+        return "it was told to end"
+    return f"{type(error).__name__}: {text}"
+
+
+def _tell(place: RankEnvironment, store: Store, cause: str | None) -> str:
+    """Tell the other ranks what this one failed for, and return what is known of the first that failed."""
+    store.set(f"ended/{place.rank}", cause or "")
+    if cause is not None:
+        return store.compare_set("verdict", "", f"{_name(place)} failed first: {cause}").decode()
+    if store.compare_set("listener", "", str(place.rank)).decode() != str(place.rank):
+        store.wait(["verdict"], timedelta(seconds=2 * _LISTEN_S))
+        return store.get("verdict").decode()
+    deadline = time.monotonic() + _LISTEN_S
+    while time.monotonic() < deadline and not store.check(["verdict"]):
+        time.sleep(0.1)
+    silent = [rank for rank in range(place.world_size) if not store.check([f"ended/{rank}"])]
+    lost = [_name_of(rank, store) for rank in silent[:4]] + (["and more"] if len(silent) > 4 else [])
+    verdict = f"lost {', '.join(lost)}: killed, or on a machine that is gone" if lost else "ranks lost their connection"
+    return store.compare_set("verdict", "", verdict).decode()
+
+
+def _name(place: RankEnvironment) -> str:
+    return f"rank {place.rank}" + ("" if place.node is None else f" on node {place.node} ({os.uname().nodename})")
+
+
+def _name_of(rank: int, store: Store) -> str:
+    return store.get(f"names/{rank}").decode() if store.check([f"names/{rank}"]) else f"rank {rank}"
+
+
+@contextlib.contextmanager
+def _watching(place: RankEnvironment, connect: Connect) -> Iterator[None]:
+    """Let the nodes know that this one lives, and end this process when one of them does not.
+
+    One rank of a node does so. Rank 0 looks after the nodes; the others learn from it.
+    """
+    store = connect()
+    store.set(f"names/{place.rank}", _name(place))
+    if place.node is None or (place.nodes or 1) == 1 or place.local_rank != 0:
+        yield
+        return
+    done = threading.Event()
+    threading.Thread(target=_beat, args=(place, store, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            store.set(f"left/{place.node}", "")
+
+
+def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:
+    seen: dict[int, tuple[int, float]] = {}
+    while not done.wait(_BEAT_S):
+        try:
+            store.add(f"beats/{place.node}", 1)
+            if place.rank == 0 and (silent := _silent_node(place, store, seen)) is not None:
+                verdict = (
+                    f"lost node {silent}, silent for {_SILENCE_S:g} s: its launcher has ended, or its machine is gone"
+                )
+                store.compare_set("verdict", "", verdict)
+                store.set("silence", "")
+            if store.check(["silence"]):
+                _end(store.get("verdict").decode())
+        except RuntimeError as error:
+            if not done.is_set():
+                _end(f"the store at {place.address}:{place.port} was lost, so node 0 has ended: {error}")
+
+
+def _silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
+    """Return a node that has begun to beat, and ceased."""
+    now = time.monotonic()
+    for node in range(place.nodes or 1):
+        beats = store.add(f"beats/{node}", 0)
+        if node not in seen or seen[node][0] != beats:
+            seen[node] = (beats, now)
+        elif beats and now - seen[node][1] > _SILENCE_S and not store.check([f"left/{node}"]):
+            return node
+    return None
+
+
+def _end(message: str) -> None:
+    """End the process whatever its main thread waits for, a collective that never ends perhaps."""
+    record_for_launcher(LaunchError(message))
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,271 @@
+"""Local ranks that stay up from one job to the next.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+
+from bridge.dist.errors import LaunchError
+from bridge.dist.imports import import_megatron
+from bridge.dist.run.rank_environment import RankEnvironment
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+ResultT = TypeVar("ResultT")
+StartMethod = Literal["forkserver", "spawn"]
+
+_PRELOAD = "bridge.dist.run.preload"
+_ADDRESS = "localhost"
+# A rank that was killed is seen a moment after its peers say that they lost the connection to it.
+_KILLED_IS_SEEN_WITHIN_S = 1.0
+_ENDS_WITHIN_S = 5.0
+
+
+def start_fork_server(ranks: int, *modules: str) -> None:
+    """Begin to import torch, Megatron and more for ranks on the CPU, while this process goes on to check its input."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD, *modules])
+    forkserver.ensure_running()
+
+
+def launch(
+    function: Callable[..., ResultT], *args: object, ranks: int, start_method: StartMethod = "forkserver"
+) -> ResultT:
+    """Call a top-level function on each of ``ranks`` local ranks and return what it returned on rank 0.
+
+    Raises:
+        LaunchError: Names the rank that failed first, and why; its cause is what the function raised.
+    """
+    with RankPool(start_method=start_method) as pool:
+        return pool.run(function, *args, ranks=ranks)[0]
+
+
+class RankPool:
+    """Processes of this machine that run one job after another, as the ranks of a world.
+
+    They are started when a job first needs them. When one of them fails, all are ended, and the next job gets new ones.
+    None of them outlives the process that made the pool.
+
+    Args:
+        start_method: ``forkserver`` forks ranks from a process that has imported everything. CUDA cannot be used in a
+            forked process if the one that it was forked from has asked CUDA for its devices, as importing megatron-core
+            does: ``spawn``, which imports anew in each rank, is for ranks on GPUs.
+    """
+
+    def __init__(self, *, start_method: StartMethod = "forkserver") -> None:
+        self._start_method: StartMethod = start_method
+        self._ranks: list[_Rank] = []
+        self._store: TCPStore | None = None
+        self._jobs = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def run(
+        self, function: Callable[..., ResultT], *args: object, ranks: int, timeout: float | None = None
+    ) -> list[ResultT]:
+        """Call a top-level function on the first ``ranks`` ranks and return what it returned, by rank.
+
+        Each has the variables of torchrun in its environment, so that they can join a world.
+
+        Args:
+            function: Is sent by name; arguments and results are pickled.
+            args: Its arguments.
+            ranks: How many ranks call it.
+            timeout: How long they may take, in seconds; None for as long as they live.
+
+        Raises:
+            LaunchError: Names the rank that failed first, and why, or those that take too long; its cause is what the
+                function raised.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._start(ranks)
+        self._jobs += 1
+        try:
+            for rank, worker in enumerate(self._ranks[:ranks]):
+                task = _Task(function, args, self._variables(rank, ranks))
+                with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
+                    worker.connection.send(task)
+            return _collect(self._ranks[:ranks], deadline)
+        except BaseException:
+            self._end_ranks()
+            raise
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._end_ranks()
+        self._store = None
+
+    def _start(self, ranks: int) -> None:
+        if not all(worker.process.is_alive() for worker in self._ranks):
+            self._end_ranks()
+        context = multiprocessing.get_context(self._start_method)
+        while len(self._ranks) < ranks:
+            here, there = context.Pipe()
+            process: BaseProcess = context.Process(  # type: ignore[attr-defined]
+                target=_serve, args=(there, self._start_method), daemon=True
+            )
+            self._ranks.append(_Rank(process, here))
+            process.start()
+            there.close()
+
+    def _end_ranks(self) -> None:
+        ranks, self._ranks = self._ranks, []
+        for worker in ranks:
+            worker.end()
+
+    def _variables(self, rank: int, world_size: int) -> dict[str, str]:
+        if self._store is None:
+            from torch._C._distributed_c10d import TCPStore  # takes a second: not before ranks were started
+
+            self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
+        place = RankEnvironment(
+            rank=rank,
+            world_size=world_size,
+            address=_ADDRESS,
+            port=self._store.port,
+            node=0,
+            nodes=1,
+            local_rank=rank,
+            local_world_size=world_size,
+            has_agent=True,
+            attempt=str(self._jobs),
+        )
+        return place.variables()
+
+
+class _Task(NamedTuple):
+    """What a rank is to call, and the variables of its environment."""
+
+    function: Callable[..., Any]
+    args: tuple[object, ...]
+    variables: Mapping[str, str]
+
+
+class _Rank(NamedTuple):
+    process: BaseProcess
+    connection: Connection
+
+    def end(self) -> None:
+        """Kill the rank and whatever it started: it leads a process group of its own."""
+        if self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank's function raised; ``error`` is None if that cannot be sent to another process."""
+
+    message: str
+    details: str
+    error: BaseException | None
+
+
+def _collect(ranks: Sequence[_Rank], deadline: float | None) -> list[Any]:
+    """Return the results by rank.
+
+    Raises:
+        LaunchError: A rank failed or ended, or the deadline passed.
+    """
+    results: dict[int, Any] = {}
+    pending = {worker.connection: rank for rank, worker in enumerate(ranks)}
+    while pending:
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        answers = connection.wait(list(pending), patience)
+        if not answers:
+            raise LaunchError(f"ranks {sorted(pending.values())} of {len(ranks)} did not finish in time")
+        for answer in answers:
+            assert isinstance(answer, Connection)
+            rank = pending.pop(answer)
+            try:
+                result = answer.recv()
+            except (EOFError, ConnectionResetError):
+                raise LaunchError(_describe_end(rank, ranks[rank].process)) from None
+            if isinstance(result, _Failure):
+                _raise_if_killed(pending.values(), ranks)
+                raise _launch_error(rank, result) from result.error
+            results[rank] = result
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _launch_error(rank: int, failure: _Failure) -> LaunchError:
+    error = LaunchError(f"rank {rank}: {failure.message}")
+    error.add_note(failure.details)
+    return error
+
+
+def _raise_if_killed(pending: Iterable[int], ranks: Sequence[_Rank]) -> None:
+    """Raise the error of a rank that was killed, which the others fail for when they lose their connection to it."""
+    sentinels = {ranks[rank].process.sentinel: rank for rank in pending}
+    for ended in connection.wait(list(sentinels), _KILLED_IS_SEEN_WITHIN_S):
+        rank = sentinels[ended]  # type: ignore[index]
+        raise LaunchError(_describe_end(rank, ranks[rank].process))
+
+
+def _describe_end(rank: int, process: BaseProcess) -> str:
+    process.join(_ENDS_WITHIN_S)
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"rank {rank} was killed: {signal.Signals(-code).name}, signal {-code}"
+    return f"rank {rank} ended with exit code {code}"
+
+
+def _serve(tasks: Connection, start_method: StartMethod) -> None:
+    """Run the tasks that come, one after the other, as a rank."""
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import_megatron(with_compiler=start_method == "spawn")
+    while True:
+        try:
+            message = tasks.recv_bytes()
+        except EOFError:
+            return
+        try:
+            task: _Task = pickle.loads(message)
+            os.environ.update(task.variables)
+            tasks.send(task.function(*task.args))
+        except BaseException as error:  # an exit of the function is a failure too
+            tasks.send(_failure_of(error))
+            # It keeps its connections until it is killed: peers must not fail before it for having lost them.
+            signal.pause()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _failure_of(error: BaseException) -> _Failure:
+    details = "".join(traceback.format_exception(error))
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception's own constructor may raise anything when it is called with `args`
+        return _Failure(message, details, None)
+    return _Failure(message, details, error)

@@ -1,0 +1,157 @@
+"""What a launcher tells each rank through the environment: torchrun, srun, or the ranks that Bridge itself starts.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from bridge.dist.errors import LaunchError
+
+# Below the ports that Linux hands out by itself (32768 and up), where another program may hold any of them.
+_FIRST_SLURM_PORT = 20_000
+_SLURM_PORTS = 32_768 - _FIRST_SLURM_PORT
+_STEPS_OF_A_JOB = 31  # a prime that does not divide the number of ports: neighbouring jobs and steps differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnvironment:
+    """This process's place among the ranks of a job, and where they meet.
+
+    ``node`` is the number of its machine among ``nodes``; ``local_rank`` and ``local_world_size`` count the ranks
+    there. They are None where the launcher does not tell. ``has_agent`` says that the launcher serves the store at the
+    meeting point, so that rank 0 does not; ``attempt`` tells apart jobs that share it.
+    """
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    node: int | None = None
+    nodes: int | None = None
+    local_rank: int | None = None
+    local_world_size: int | None = None
+    has_agent: bool = False
+    attempt: str = "0"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise LaunchError(f"RANK is {self.rank}, WORLD_SIZE is {self.world_size}: a rank is less than the size")
+        if not 0 < self.port < 65_536:
+            raise LaunchError(f"MASTER_PORT is {self.port}: a port is 1 to 65535")
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Self | None:
+        """Return the place of this process; None if it is not one of several that torchrun or srun started.
+
+        Raises:
+            LaunchError: A variable is missing or no number, or the nodes of the Slurm step cannot be listed.
+        """
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            return cls._of_torchrun(environment)
+        if "SLURM_STEP_ID" in environment and _integer(environment, "SLURM_NTASKS", default=1) > 1:
+            return cls._of_slurm(environment)
+        return None
+
+    @classmethod
+    def _of_torchrun(cls, environment: Mapping[str, str]) -> Self:
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+            raise LaunchError(
+                f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not: start the ranks with torchrun or srun, or "
+                "set both to where rank 0 runs and a free port there"
+            )
+        return cls(
+            rank=_integer(environment, "RANK"),
+            world_size=_integer(environment, "WORLD_SIZE"),
+            address=environment["MASTER_ADDR"],
+            port=_integer(environment, "MASTER_PORT"),
+            node=_optional_integer(environment, "GROUP_RANK"),
+            nodes=_optional_integer(environment, "GROUP_WORLD_SIZE"),
+            local_rank=_optional_integer(environment, "LOCAL_RANK"),
+            local_world_size=_optional_integer(environment, "LOCAL_WORLD_SIZE"),
+            has_agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+
+    @classmethod
+    def _of_slurm(cls, environment: Mapping[str, str]) -> Self:
+        node = _optional_integer(environment, "SLURM_NODEID")
+        return cls(
+            rank=_integer(environment, "SLURM_PROCID"),
+            world_size=_integer(environment, "SLURM_NTASKS"),
+            address=environment.get("MASTER_ADDR") or _first_node(environment),
+            port=_optional_integer(environment, "MASTER_PORT") or _slurm_port(environment),
+            node=node,
+            nodes=_optional_integer(environment, "SLURM_NNODES"),
+            local_rank=_integer(environment, "SLURM_LOCALID"),
+            local_world_size=_tasks_on_node(environment, node),
+        )
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables of torchrun that say the same, as other code reads them."""
+        values: dict[str, object] = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.world_size,
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": self.port,
+            "GROUP_RANK": self.node,
+            "GROUP_WORLD_SIZE": self.nodes,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_WORLD_SIZE": self.local_world_size,
+            "TORCHELASTIC_USE_AGENT_STORE": self.has_agent,
+            "TORCHELASTIC_RESTART_COUNT": self.attempt,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _integer(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or re.fullmatch(r"\d{1,18}", text) is None:
+        shown = "not set" if text is None else f"{text[:40]!r}"
+        raise LaunchError(f"{name} is {shown}: the launcher sets it to a whole number")
+    return int(text)
+
+
+def _optional_integer(environment: Mapping[str, str], name: str) -> int | None:
+    return _integer(environment, name) if environment.get(name) else None
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """Return a port for the step: jobs that share a node, and steps of one job, must not meet."""
+    job = _integer(environment, "SLURM_JOB_ID")
+    step = _integer(environment, "SLURM_STEP_ID")
+    return _FIRST_SLURM_PORT + (job * _STEPS_OF_A_JOB + step) % _SLURM_PORTS
+
+
+def _tasks_on_node(environment: Mapping[str, str], node: int | None) -> int | None:
+    """Return how many ranks run on this node, from Slurm's short form: ``4(x2),1`` is 4, 4, 1."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if tasks is None or node is None:
+        return _optional_integer(environment, "SLURM_NTASKS_PER_NODE")
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d{1,6})(?:\(x(\d{1,6})\))?", tasks)
+        for _ in range(int(times or 1))
+    ]
+    return counts[node] if node < len(counts) else None
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(
+            f"cannot list the nodes of this Slurm step ({error}): set MASTER_ADDR to the first node"
+        ) from error
+    if not listed:
+        raise LaunchError(f"scontrol lists no node in {nodes!r}: set MASTER_ADDR to the first node")
+    return listed[0]

@@ -1,0 +1,101 @@
+"""Which device each rank gets; where GPUs are needed, the operating system and torch are made to show some."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed
+
+from bridge.dist.errors import LaunchError
+from bridge.dist.run import devices, world
+from bridge.dist.run.devices import Device, choose_device, choose_gpu, count_gpus, hide_gpus
+from bridge.dist.run.rank_environment import RankEnvironment
+
+
+def rank(number: int, world_size: int = 4, local_rank: int | None = None) -> RankEnvironment:
+    return RankEnvironment(rank=number, world_size=world_size, address="localhost", port=1, local_rank=local_rank)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with two GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "_DRIVER_FILES", ("/dev/null",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return monkeypatch
+
+
+def test_without_a_driver_there_is_none() -> None:
+    assert count_gpus() == 0
+    assert choose_device(Device.AUTO, local_ranks=1) is Device.CPU
+
+
+def test_auto_takes_gpus_where_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> None:
+    assert choose_device(Device.AUTO, local_ranks=2) is Device.CUDA
+    assert choose_device(Device.AUTO, local_ranks=3) is Device.CPU
+    assert choose_device(Device.AUTO, local_ranks=None) is Device.CUDA
+    assert choose_device(Device.CPU, local_ranks=1) is Device.CPU
+
+
+def test_cuda_insists(gpus: pytest.MonkeyPatch) -> None:
+    assert choose_device(Device.CUDA, local_ranks=2) is Device.CUDA
+    with pytest.raises(LaunchError, match=r"3 rank\(s\), 2 GPU\(s\) visible here; start fewer ranks, or choose"):
+        choose_device(Device.CUDA, local_ranks=3)
+    gpus.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(LaunchError, match=r"1 rank\(s\), 0 GPU\(s\) visible here"):
+        choose_device(Device.CUDA, local_ranks=1)
+
+
+def test_hidden_gpus_are_none(gpus: pytest.MonkeyPatch) -> None:
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # put back after the test
+    hide_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert count_gpus() == 0
+
+
+def test_a_rank_that_is_shown_its_own_gpu_takes_it(gpus: pytest.MonkeyPatch) -> None:
+    shown = {"CUDA_VISIBLE_DEVICES": "3"}
+    gpus.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device(Device.AUTO, local_ranks=8, environment=shown) is Device.CUDA
+    assert choose_gpu(rank(3, local_rank=3), gpus=1, environment=shown) == 0
+    assert choose_device(Device.AUTO, local_ranks=8, environment={}) is Device.CPU
+
+
+def test_otherwise_the_local_rank_is_the_index() -> None:
+    assert choose_gpu(rank(5, 8, local_rank=1), gpus=4, environment={}) == 1
+    assert choose_gpu(rank(0, 1), gpus=4, environment={}) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "message"),
+    [
+        (
+            rank(3, local_rank=3),
+            2,
+            "rank 3 is number 3 on its node, where 2 GPU\\(s\\) are visible: start one rank for",
+        ),
+        (rank(1, local_rank=1), 1, "rank 1 is number 1 on its node, where 1 GPU"),
+        (rank(1), 4, "LOCAL_RANK is not set and rank 1 sees 4 GPU"),
+    ],
+)
+def test_a_rank_without_a_gpu_of_its_own(place: RankEnvironment, count: int, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        choose_gpu(place, gpus=count, environment={})
+
+
+class _Properties:
+    uuid = "GPU-1"
+
+
+def test_two_ranks_that_take_one_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher shows them the same one; the comparison of what ranks are about to do finds the difference."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
+    store = torch.distributed.HashStore()
+    assert [world._claim(0, rank(number), store) for number in (1, 0, 2)] == [
+        "its own",
+        "that of rank 1",
+        "that of rank 1",
+    ]
+    assert world._claim(0, rank(1), store) == "its own"

@@ -1,0 +1,99 @@
+"""What torchrun and srun set, as a rank reads it, and what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bridge.dist.errors import LaunchError
+from bridge.dist.run.rank_environment import RankEnvironment
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "9",
+    "SLURM_PROCID": "8",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_NNODES": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+    "MASTER_ADDR": "node1",
+}
+
+
+def read(environment: dict[str, str]) -> RankEnvironment:
+    place = RankEnvironment.read(environment)
+    assert place is not None
+    return place
+
+
+def test_a_process_that_nobody_else_started() -> None:
+    assert RankEnvironment.read({}) is None
+    assert RankEnvironment.read({"WORLD_SIZE": "4"}) is None
+    assert RankEnvironment.read(SLURM | {"SLURM_NTASKS": "1"}) is None
+
+
+def test_torchrun() -> None:
+    agent = {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    agent |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "5"}
+    place = read(TORCHRUN | agent)
+    assert (place.rank, place.world_size, place.address, place.port) == (3, 4, "node1", 29500)
+    assert (place.node, place.nodes, place.local_rank, place.local_world_size) == (1, 2, 1, 2)
+    assert place.has_agent
+    assert place.attempt == "5"
+    assert read(place.variables()) == place
+
+
+def test_variables_set_by_hand() -> None:
+    place = read(TORCHRUN)
+    assert (place.node, place.local_rank, place.local_world_size, place.has_agent) == (None, None, None, False)
+    assert read(place.variables()) == place
+
+
+def test_srun() -> None:
+    place = read(SLURM)
+    assert (place.rank, place.world_size, place.address) == (8, 9, "node1")
+    assert (place.node, place.nodes, place.local_rank, place.local_world_size) == (2, 3, 0, 1)
+    assert read(SLURM | {"SLURM_NODEID": "1", "SLURM_PROCID": "7", "SLURM_LOCALID": "3"}).local_world_size == 4
+
+
+def test_steps_and_jobs_that_share_a_node_get_ports_of_their_own_outside_the_ephemeral_range() -> None:
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    jobs = [
+        read(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
+        for job in (1, 4242, 4243, 99_999_999)
+        for step in range(4)
+    ]
+    assert len(set(jobs)) == len(jobs)
+    assert all(1024 < port < min(first_ephemeral, 32_768) for port in jobs)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not: start the ranks with torchrun or srun"),
+        (TORCHRUN | {"MASTER_PORT": ""}, "RANK and WORLD_SIZE are set, MASTER_PORT not"),
+        (TORCHRUN | {"RANK": "zero"}, "RANK is 'zero': the launcher sets it to a whole number"),
+        (TORCHRUN | {"RANK": "9" * 5000}, "RANK is '9999"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
+        (TORCHRUN | {"RANK": "4"}, "RANK is 4, WORLD_SIZE is 4"),
+        (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: a port is 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({name: value for name, value in SLURM.items() if name != "SLURM_PROCID"}, "SLURM_PROCID is not set"),
+        (SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
+    ],
+)
+def test_what_is_wrong_is_said_by_name(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=re.escape(message)) as caught:
+        RankEnvironment.read(environment)
+    assert len(str(caught.value)) < 300
+
+
+def test_nodes_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match="cannot list the nodes of this Slurm step .*: set MASTER_ADDR"):
+        RankEnvironment.read({name: value for name, value in SLURM.items() if name != "MASTER_ADDR"})

@@ -1,0 +1,43 @@
+"""Meeting the other ranks: each way in which that fails is one error."""
+
+from __future__ import annotations
+
+import re
+import socket
+from datetime import timedelta
+
+import pytest
+
+from bridge.dist.errors import LaunchError
+from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.run.world import open_store
+
+
+def meet(rank: int, port: int, address: str = "localhost") -> None:
+    place = RankEnvironment(rank=rank, world_size=2, address=address, port=port)
+    open_store(place, timeout=timedelta(seconds=1))
+
+
+def fails(message: str) -> pytest.RaisesExc[LaunchError]:
+    return pytest.raises(LaunchError, match=re.escape(message))
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with fails(f"MASTER_ADDR=localhost, MASTER_PORT={port}: rank 0 cannot listen there, choose a free port"):
+            meet(0, port)
+
+
+def test_a_host_that_nobody_knows() -> None:
+    with fails("MASTER_ADDR=no-such-host.invalid, MASTER_PORT=29500: no such host or port"):
+        meet(1, 29500, "no-such-host.invalid")
+
+
+def test_a_store_that_does_not_answer() -> None:
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        with fails("rank 0 does not answer there"):
+            meet(1, silent.getsockname()[1])

@@ -1,0 +1,119 @@
+"""Two torchrun agents on the loopback interface: what becomes of a job when a rank or an agent is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+LIMIT_S = 60  # from the fault on
+STARTING_S = 180  # imports, on a machine that is busy
+
+
+class Nodes:
+    """Two agents with one rank each, which train until they are ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            endpoint = f"localhost:{free.getsockname()[1]}"
+        self.agents = [self._start(node, endpoint) for node in range(2)]
+
+    def _start(self, node: int, endpoint: str) -> subprocess.Popen[bytes]:
+        command = [
+            SCRIPTS / "torchrun",
+            *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"),
+            *("--rdzv-backend", "static", "--master-addr", "localhost", "--master-port", endpoint.rpartition(":")[2]),
+            "--no-python",
+            *(SCRIPTS / "bridge", "build", "tiny", "--tp", "2", "--steps", "1000000", "--seq-length", "16"),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "BRIDGE_TEST_FOLDER": str(self.folder)}
+        with (self.folder / f"node{node}").open("wb") as output:
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+    def output(self) -> str:
+        return "".join((self.folder / f"node{node}").read_text() for node in range(2))
+
+    def processes(self) -> dict[int, list[bytes]]:
+        """The command line of each process that belongs to the job, by its number."""
+        mark = f"BRIDGE_TEST_FOLDER={self.folder}".encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # ended, or of another user
+                continue
+        return found
+
+    def rank_of(self, node: int) -> int:
+        """The process of a node's rank, once it trains: it has used the processor for a while after it said so."""
+        agent = self.agents[node].pid
+        children = Path(f"/proc/{agent}/task/{agent}/children")
+        deadline = time.monotonic() + STARTING_S
+        while time.monotonic() < deadline:
+            ranks = [int(child) for child in children.read_text().split()]
+            if ranks and _connections(ranks[0]) >= _CONNECTIONS_OF_A_RANK_THAT_TRAINS:
+                return ranks[0]
+            time.sleep(0.2)
+        raise TimeoutError(self.output())
+
+    def wait_until_gone(self) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while self.processes() and time.monotonic() < deadline:
+            for agent in self.agents:
+                agent.poll()
+            time.sleep(0.2)
+        assert self.processes() == {}, self.output()
+
+
+_CONNECTIONS_OF_A_RANK_THAT_TRAINS = 10
+
+
+def _connections(pid: int) -> int:
+    """How many sockets a process has: a rank that trains has those of its process groups."""
+    links = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            links += os.readlink(entry).startswith("socket:")
+        except OSError:
+            continue
+    return links
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path)
+    yield nodes
+    for process in nodes.processes():
+        os.kill(process, signal.SIGKILL)
+    for agent in nodes.agents:
+        agent.wait()
+
+
+def test_a_rank_that_is_killed_is_named_with_its_node(nodes: Nodes) -> None:
+    nodes.rank_of(0)
+    os.kill(nodes.rank_of(1), signal.SIGKILL)
+    nodes.wait_until_gone()
+    assert f"lost rank 1 on node 1 ({socket.gethostname()}): killed" in nodes.output()
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_an_agent_that_is_killed_is_named(node: int, nodes: Nodes) -> None:
+    for each in range(2):
+        nodes.rank_of(each)
+    nodes.agents[node].kill()
+    nodes.wait_until_gone()
+    if node == 1:
+        assert f"lost rank 1 on node 1 ({socket.gethostname()}): killed" in nodes.output()
+    else:
+        assert "was lost: the launcher of node 0, which serves it, has ended" in nodes.output()
