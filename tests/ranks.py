@@ -88,7 +88,7 @@ def _call(task: _Task, timeout: float) -> bytes:
 
     from bridge.dist import cpu
     from bridge.dist.run.rank_environment import RankEnvironment
-    from bridge.dist.run.world import open_store
+    from bridge.dist.run.store import open_store
 
     place = RankEnvironment.read(os.environ)
     assert place is not None
@@ -98,7 +98,7 @@ def _call(task: _Task, timeout: float) -> bytes:
     module = _load(task)
     torch.distributed.init_process_group(
         "gloo",
-        store=open_store(place),
+        store=open_store(place, timeout=timedelta(seconds=timeout)),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout),

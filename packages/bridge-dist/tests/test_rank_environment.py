@@ -95,5 +95,5 @@ def test_what_is_wrong_is_said_by_name(environment: dict[str, str], message: str
 
 def test_nodes_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(LaunchError, match="cannot list the nodes of this Slurm step .*: set MASTER_ADDR"):
+    with pytest.raises(LaunchError, match=r"cannot list the nodes of this Slurm step .*: set MASTER_ADDR"):
         RankEnvironment.read({name: value for name, value in SLURM.items() if name != "MASTER_ADDR"})

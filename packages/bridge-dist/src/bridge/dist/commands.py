@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -36,7 +35,6 @@ CommandT = TypeVar("CommandT", bound=Callable[..., object])
 
 _WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
 _LONGEST_DEFAULT_SAMPLE = 128
-_STORE_ANSWERS_WITHIN = timedelta(seconds=10)
 _SIZE = click.IntRange(min=1)
 _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
@@ -184,18 +182,17 @@ def _prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> Sta
 @contextlib.contextmanager
 def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
     """Among the ranks of a launcher: print an error that each of them finds once, and leave it for torchrun to find."""
-    try:
+    if place is None:
         yield
-    except Exception as error:
-        if place is None:
-            raise
-        from bridge.dist.run.failures import record_for_launcher, say_once
-        from bridge.dist.run.world import open_store
+        return
+    from bridge.dist.run import failures
 
-        record_for_launcher(error)
-        if not isinstance(error, BridgeError):
-            raise
-        if say_once(str(error), place, connect=lambda: open_store(place, timeout=_STORE_ANSWERS_WITHIN)):
+    try:
+        with failures.ended_by_signals(place), failures.watching_nodes(place):
+            yield
+    except Exception as error:
+        failures.record_for_launcher(error)
+        if not isinstance(error, BridgeError) or failures.say_once(str(error), place):
             raise
         raise click.exceptions.Exit(1) from None
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed
@@ -23,9 +23,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from bridge.dist.errors import DistError, LaunchError
 from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.run.store import open_store
 
 # How long ranks that lose their connections wait for the others to say what became of them.
 _LISTEN_S = 5.0
+_ANSWERS_WITHIN = timedelta(seconds=5)
+_OTHERS_START_WITHIN = timedelta(minutes=10)
 _BEAT_S = 2.0
 # Far longer than a healthy node is silent (the thread that beats needs Python for a moment), and short enough that a
 # job ends within a minute.
@@ -33,16 +36,10 @@ _SILENCE_S = 30.0
 _SAYING_TAKES_S = 3.0
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
-Connect = Callable[[], Store]
-
 
 @contextlib.contextmanager
-def explained(place: RankEnvironment, *, connect: Connect) -> Iterator[None]:
-    """Turn the loss of a connection into an error that names the rank that went first; watch the other nodes meanwhile.
-
-    Args:
-        place: This rank's.
-        connect: Makes a connection to the store of its own: a thread that waits in one keeps others out of it.
+def explained(place: RankEnvironment) -> Iterator[None]:
+    """Turn the loss of a connection into an error that names the rank that went first.
 
     Raises:
         LaunchError: Names the rank that was lost or failed.
@@ -50,24 +47,21 @@ def explained(place: RankEnvironment, *, connect: Connect) -> Iterator[None]:
     if place.world_size == 1 or _is_of_pool(place):
         yield
         return
-    with _watching(place, connect):
+    try:
+        open_store(place, timeout=_ANSWERS_WITHIN).set(f"names/{place.rank}", _name(place))
+        yield
+    except BaseException as error:
+        cause = _cause(error)
         try:
-            yield
-        except BaseException as error:
-            cause = _cause(error)
-            try:
-                verdict = _tell(place, connect(), cause)
-            except (RuntimeError, LaunchError):
-                verdict = (
-                    f"the store at {place.address}:{place.port} was lost: "
-                    f"{'the launcher of node 0' if place.has_agent else 'rank 0'}, which serves it, has ended"
-                )
-            if cause is None:
-                raise LaunchError(verdict) from error
-            raise
+            verdict = _tell(place, open_store(place, timeout=_ANSWERS_WITHIN), cause)
+        except (RuntimeError, LaunchError):
+            verdict = _describe_lost_store(place)
+        if cause is None:
+            raise LaunchError(verdict) from error
+        raise
 
 
-def say_once(message: str, place: RankEnvironment, *, connect: Connect) -> bool:
+def say_once(message: str, place: RankEnvironment) -> bool:
     """Return whether this rank is the one to print an error that each rank may have found.
 
     Each prints it where the ranks cannot find out, and where nothing brings their output together.
@@ -75,7 +69,7 @@ def say_once(message: str, place: RankEnvironment, *, connect: Connect) -> bool:
     if not ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
         return True
     try:
-        store = connect()
+        store = open_store(place, timeout=_ANSWERS_WITHIN)
         key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
         count = store.add(key, 1)
         deadline = time.monotonic() + _SAYING_TAKES_S
@@ -143,17 +137,23 @@ def _name_of(rank: int, store: Store) -> str:
     return store.get(f"names/{rank}").decode() if store.check([f"names/{rank}"]) else f"rank {rank}"
 
 
-@contextlib.contextmanager
-def _watching(place: RankEnvironment, connect: Connect) -> Iterator[None]:
-    """Let the nodes know that this one lives, and end this process when one of them does not.
+def _describe_lost_store(place: RankEnvironment) -> str:
+    server = "the launcher of node 0" if place.has_agent else "rank 0"
+    return f"the store at {place.address}:{place.port} was lost: {server}, which serves it, has ended"
 
-    One rank of a node does so. Rank 0 looks after the nodes; the others learn from it.
+
+@contextlib.contextmanager
+def watching_nodes(place: RankEnvironment) -> Iterator[None]:
+    """Let the other nodes know that this one lives, and end this process when one of them does not.
+
+    One rank of a node does so. Rank 0 looks after the nodes; the others learn from it. A node that never came is not
+    missed here, but where ranks compare what they are about to do.
     """
-    store = connect()
-    store.set(f"names/{place.rank}", _name(place))
     if place.node is None or (place.nodes or 1) == 1 or place.local_rank != 0:
         yield
         return
+    # A connection of its own: a thread that waits in one keeps others out of it.
+    store = open_store(place, timeout=_OTHERS_START_WITHIN)
     done = threading.Event()
     threading.Thread(target=_beat, args=(place, store, done), daemon=True).start()
     try:
@@ -162,6 +162,32 @@ def _watching(place: RankEnvironment, connect: Connect) -> Iterator[None]:
         done.set()
         with contextlib.suppress(RuntimeError):  # the store may be gone
             store.set(f"left/{place.node}", "")
+
+
+@contextlib.contextmanager
+def ended_by_signals(place: RankEnvironment) -> Iterator[None]:
+    """End this process at once on SIGTERM and Ctrl-C, even in a collective, where Python calls no handler.
+
+    The other ranks are told, so that they do not take it for the one that went first.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)  # Python writes the number of each signal there
+    threading.Thread(target=_end_for_signal, args=(reader, place), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _end_for_signal(reader: int, place: RankEnvironment) -> None:
+    while number := os.read(reader, 1):
+        if number[0] in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(RuntimeError, LaunchError):
+                open_store(place, timeout=_ANSWERS_WITHIN).set(f"ended/{place.rank}", "it was told to end")
+            os._exit(128 + number[0])
+    os.close(reader)
 
 
 def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:
@@ -177,9 +203,9 @@ def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:
                 store.set("silence", "")
             if store.check(["silence"]):
                 _end(store.get("verdict").decode())
-        except RuntimeError as error:
+        except RuntimeError:
             if not done.is_set():
-                _end(f"the store at {place.address}:{place.port} was lost, so node 0 has ended: {error}")
+                _end(_describe_lost_store(place))
 
 
 def _silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:

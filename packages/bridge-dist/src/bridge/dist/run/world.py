@@ -7,11 +7,10 @@ import gc
 import os
 import socket
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from bridge.dist import cpu
 from bridge.dist.agreement import LONGEST_WAIT, Facts, agree
@@ -19,6 +18,7 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.run.devices import choose_gpu
 from bridge.dist.run.failures import explained
 from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.run.store import open_store
 
 _OWN_GPU = "its own"
 
@@ -42,7 +42,7 @@ def world(mine: Facts) -> Iterator[None]:
     place = RankEnvironment.read(os.environ)
     if place is None:
         raise LaunchError("this process is no rank: start it with torchrun or srun, or set RANK and WORLD_SIZE")
-    store = open_store(place)
+    store = open_store(place, timeout=LONGEST_WAIT)
     on_gpu = torch.cuda.is_available()
     gpu = choose_gpu(place, gpus=torch.cuda.device_count()) if on_gpu else None
     about = {
@@ -51,7 +51,7 @@ def world(mine: Facts) -> Iterator[None]:
         "device": "cuda" if on_gpu else "cpu",
         "GPU": _OWN_GPU if gpu is None else _claim(gpu, place, store),
     }
-    with explained(place, connect=lambda: open_store(place)):
+    with explained(place):
         agree(about, store=store, rank=place.rank, world_size=place.world_size)
         with contextlib.ExitStack() as stack:
             if gpu is None:
@@ -68,42 +68,6 @@ def world(mine: Facts) -> Iterator[None]:
             )
             yield
             torch.distributed.destroy_process_group()
-
-
-def open_store(place: RankEnvironment, *, timeout: timedelta = LONGEST_WAIT) -> Store:
-    """Connect to the store that rank 0 serves, or the launcher's agent.
-
-    It does not wait for a number of ranks, which is what they may disagree on.
-
-    Raises:
-        LaunchError: There is none at the address of the environment, or rank 0 cannot serve it there.
-    """
-    where = f"MASTER_ADDR={place.address}, MASTER_PORT={place.port}"
-    serves = place.rank == 0 and not place.has_agent
-    try:
-        # torch would look for an unknown host for as long as it waits for one that is not up yet.
-        socket.getaddrinfo(place.address, place.port)
-        store = TCPStore(
-            place.address,
-            place.port,
-            is_master=serves,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except OSError as error:
-        raise LaunchError(f"{where}: no such host or port: {error}") from error
-    except torch.distributed.DistError as error:
-        if serves:
-            raise LaunchError(
-                f"{where}: rank 0 cannot listen there, choose a free port: {_first_line(error)}"
-            ) from error
-        raise LaunchError(f"{where}: rank 0 does not answer there: {_first_line(error)}") from error
-    return PrefixStore(f"bridge/{place.attempt}", store)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _claim(gpu: int, place: RankEnvironment, store: Store) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.rank_environment import RankEnvironment
-from bridge.dist.run.world import open_store
+from bridge.dist.run.store import open_store
 
 
 def meet(rank: int, port: int, address: str = "localhost") -> None:
