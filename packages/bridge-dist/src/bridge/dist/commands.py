@@ -121,6 +121,7 @@ def build(
         training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
     job = jobs.BuildJob(
         document=document.data,
+        overrides=overrides,
         wrapper=Wrapper(wrap),
         distributed_optimizer=distributed_optimizer,
         dp=dp,
