@@ -62,6 +62,9 @@ def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
     assert one_rank["world_size"] == 1
     assert one_rank["layout"] == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     assert one_rank["wrap"] == "ddp"
+    (peak,) = (rank["peak_memory_bytes"] for rank in one_rank["ranks"])
+    assert (peak["allocated"], peak["reserved"]) == (None, None)
+    assert 100 * 2**20 < peak["resident"] < 4 * 2**30  # torch is never less, this model never as much
     assert one_rank["ranks"] == [
         {
             "rank": 0,
@@ -78,10 +81,59 @@ def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
                     "wrappers": ["DistributedDataParallel", "GPTModel"],
                 }
             ],
+            "peak_memory_bytes": peak,
         }
     ]
     assert len(one_rank["losses"]) == len(one_rank["grad_norms"]) == 3
     assert one_rank["losses"][-1] < one_rank["losses"][0]
+
+
+def test_the_report_says_what_made_it_and_how_fast(one_rank: dict[str, Any]) -> None:
+    assert (one_rank["kind"], one_rank["layers"], one_rank["device"]) == ("build", "pytorch", "cpu")
+    assert one_rank["overrides"] == list(PADDED[1:])
+    assert one_rank["document"]["vocab_size"] == 250
+    assert {"python", "torch", "megatron-core", "bridge-dist"} <= one_rank["versions"].keys()
+    # Per token twice each of 4 layers' 12 x 64 x 64 and of the output's 250 x 64, attention over 128 positions of
+    # width 64, scores and values; three times that with the backward pass, for 8 samples of 128 tokens.
+    assert one_rank["model_flops"] == 3 * 2 * 8 * 128 * (4 * 12 * 64 * 64 + 250 * 64 + 4 * 2 * 128 * 64)
+    assert one_rank["tokens_per_second_per_gpu"] * one_rank["step_seconds"] == pytest.approx(8 * 128)
+    assert one_rank["model_flops_utilization"] is None
+
+
+def test_a_report_is_held_against_the_plan_of_what_it_says(one_rank: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(one_rank))
+    (tmp_path / "small.json").write_text(json.dumps(one_rank | {"micro_batch_size": 3}))
+    (tmp_path / "untrained.json").write_text(json.dumps(one_rank | {"seq_length": None}))
+    (tmp_path / "edited.json").write_text(json.dumps(one_rank | {"document": {"_target_": "bridge.models.gpt.GPT"}}))
+    plan = ("plan", *PADDED, "--global-batch-size", "8", "--json")
+    alone, planned, *wrong = run_in_one_process(
+        [["compare", "run.json", "--json"], plan, *(["compare", f"{name}.json"] for name in WRONG_REPORTS)], tmp_path
+    )
+    code, out, err = alone
+    assert code in (0, None), err
+    found = json.loads(out)
+    assert (found["kind"], found["files"]) == ("comparison", ["run.json", "its plan"])
+    rows = {row["name"]: row["values"] for row in found["rows"]}
+    for name in ("layers", "layout", "wrapper", "batch", "parameters"):
+        assert rows[name][0] == rows[name][1]
+    (stage,) = json.loads(planned[1])["stages"]
+    kinds = ("weights", "gradients", "master", "state", "activations", "unsharded", "peak")
+    keys = ("weight", "gradient", "master", "state", "activation", "unsharded", "total")
+    for name, key in zip(kinds, keys, strict=True):
+        assert rows[name] == [None, stage[f"{key}_bytes"]]
+    assert rows["resident"] == [one_rank["ranks"][0]["peak_memory_bytes"]["resident"], None]
+    assert rows["step_seconds"] == [one_rank["step_seconds"], None]
+    for (code, out, err), says in zip(wrong, WRONG_REPORTS.values(), strict=True):
+        assert (code, out) == (1, "")
+        assert says in err
+        assert "Traceback" not in err
+
+
+WRONG_REPORTS = {
+    "small": "does not divide into microbatches of 3",
+    "untrained": "untrained.json: $.seq_length: the build trained nothing",
+    "edited": "edited.json: $._target_: ",
+}
 
 
 def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) -> None:
@@ -91,6 +143,10 @@ def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) ->
     assert report["parameters"] == one_rank["parameters"]
     layers = [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]]
     assert layers == [[[0], [2]], [[0], [2]], [[1], [3]], [[1], [3]]]
+    assert all(rank["peak_memory_bytes"]["resident"] > 100 * 2**20 for rank in report["ranks"])
+    assert report["model_flops"] == one_rank["model_flops"]  # however the vocabulary is padded
+    tokens_per_rank = report["tokens_per_second_per_gpu"] * report["step_seconds"]
+    assert tokens_per_rank == pytest.approx(8 * 128 / 4)
 
 
 def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> None:
@@ -125,6 +181,8 @@ def test_a_table_on_the_terminal() -> None:
     done = run(BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", environment={"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     assert "2 rank(s): tp=1 pp=2" in done.stdout
+    assert "peak memory, GiB" in done.stdout
+    assert len(re.findall(r"^│ +[01] │ +\d\.\d{3} │$", done.stdout, re.MULTILINE)) == 2
     for expected in ("0-1", "2-3", "DistributedDataParallel > GPTModel", "parameters of the whole model: 241,024"):
         assert expected in done.stdout
     assert "Warning" not in done.stderr

@@ -18,7 +18,8 @@ from bridge.config import BridgeError, Document, ModelConfig, register
 from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.errors import PlanError
-from bridge.dist.job import BuildJob
+from bridge.dist.flops import model_flops
+from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import as_rank
@@ -136,7 +137,6 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
     from torch.distributed.tensor import DTensor
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.job import make_builder
     from bridge.dist.train import optimizer_of
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -290,7 +290,6 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.job import make_builder
     from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -643,6 +642,41 @@ def test_deepseek_v3_on_2048_gpus() -> None:
     assert {traffic.group for stage in found.stages for traffic in stage.traffic} >= {"ep", "pp", "expt_dp"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("tiny", []),
+        ("tiny", ["position_embedding_type=rope", "transformer.mtp_num_layers=1"]),
+        ("tiny", ["share_embeddings_and_output_weights=true"]),
+        ("moe-tiny", []),
+        ("mla-tiny", []),
+        ("t5-tiny", []),
+    ],
+)
+def test_the_flops_of_a_model_by_its_shapes_are_those_counted(preset: str, overrides: list[str]) -> None:
+    by_shapes, counted = flops_of(Document.load(preset, overrides))
+    assert by_shapes == 3 * counted
+
+
+def test_the_flops_of_a_state_space_model_leave_out_what_chunks_compute_beside() -> None:
+    by_shapes, counted = flops_of(Document.load("mamba-tiny"))
+    # In each of 4 layers and for each of 128 tokens in one chunk: scores of 4 groups over a state of 16, and their
+    # product with 128 channels.
+    beside = 4 * 128 * (2 * 128 * 4 * 16 + 2 * 128 * 128)
+    assert by_shapes == 3 * (counted - beside)
+
+
+def flops_of(document: Document) -> tuple[int, int]:
+    """FLOPs of a step of one sample of 128 tokens by the shapes of parameters; those counted in the forward pass."""
+    batch = Batch(seq_length=128, global_batch_size=1)
+    job = BuildJob(document=document.data, wrapper=Wrapper.DDP)
+    config = document.config()
+    rank = measure(job, Layout(), batch, rank=0, memo={})
+    shapes = {placement.full_name: placement.logical_shape(vocab_size(config)) for placement, _ in rank.placements}
+    by_shapes = model_flops(shapes, make_builder(config).transformer_config, batch)
+    return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)
+
+
 def test_a_plan_by_memory_of_others_is_the_same() -> None:
     memo: Any = {}
     document = Document.load("hybrid-tiny")
@@ -710,6 +744,7 @@ def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
         assert plan(again, options).stages == candidate.plan.stages
         assert candidate.plan.worst.total_bytes <= limit
         assert candidate.seconds == pytest.approx(sum(candidate.parts.values()))
+    assert found.to_json()["kind"] == "search"
     why = found.why()
     assert why is not None
     assert why.startswith(f"{found.candidates[0].name} is ahead of {found.candidates[1].name}")
@@ -731,6 +766,7 @@ def test_the_command(tmp_path: Path) -> None:
     shown = bridge_plan("tiny", "--tp", "2", "--pp", "2", "--dp", "2", "--json", "--html", str(page))
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
+    assert (found["kind"], found["layers"]) == ("plan", "pytorch")
     assert found["world_size"] == 8
     assert found["parameters"] == 241_024
     assert [stage["pp"] for stage in found["stages"]] == [0, 1]

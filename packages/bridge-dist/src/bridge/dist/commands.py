@@ -1,4 +1,4 @@
-"""The commands `bridge build`, `bridge verify` and `bridge plan`.
+"""The commands `bridge build`, `bridge verify`, `bridge plan` and `bridge compare`.
 
 Importing this module imports no torch: `bridge -h` stays quick.
 """
@@ -130,6 +130,7 @@ def build(
             training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
         job = jobs.BuildJob(
             document=document.data,
+            overrides=overrides,
             wrapper=Wrapper(wrap),
             distributed_optimizer=distributed_optimizer,
             dp=dp,
@@ -410,6 +411,27 @@ def _search(
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
         _print(search_tables(found, machine))
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+def compare(files: tuple[str, ...], *, as_json: bool) -> None:
+    """Print build reports and plans side by side, and by how much each differs from the first.
+
+    FILE is what `bridge build --json` or `bridge plan --json` printed. A build report alone is compared with the plan
+    of the same job, which is made. Memory is that of the rank that holds most.
+    """
+    if len(files) == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
+
+    from bridge.dist.run import compare as comparing  # rich, which other commands do without
+
+    found = comparing.compare(files)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        _print(comparing.tables(found))
 
 
 def _train_options(

@@ -6,10 +6,11 @@ import contextlib
 import inspect
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -23,11 +24,14 @@ from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.errors import BuilderContractError, TrainingError
+from bridge.dist.flops import model_flops, peak_flops
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
+from bridge.dist.memory import PeakMemory, peak_memory, reset_peak_memory
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.preflight import Setup, check
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
 from bridge.dist.run.world import world
+from bridge.dist.stages import layers_of
 from bridge.dist.text import Text
 from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
@@ -38,10 +42,14 @@ _SEEDS_OF_A_STAGE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
-    """One build, as plain data that every rank gets."""
+    """One build, as plain data that every rank gets.
+
+    ``overrides`` are those that ``document`` holds already; they are reported.
+    """
 
     document: dict[str, Any]
     wrapper: Wrapper
+    overrides: tuple[str, ...] = ()
     distributed_optimizer: bool = False
     dp: int | None = None
     training: TrainOptions | None = None
@@ -168,7 +176,7 @@ def run_rank(job: BuildJob) -> BuildReport:
     where also goes what Megatron prints.
     """
     with joined(job) as (config, layout, groups):
-        return _report(job, build_and_train(job, config, layout, groups), layout, groups, vocab_size(config))
+        return _report(job, config, build_and_train(job, config, layout, groups), layout, groups)
 
 
 @contextlib.contextmanager
@@ -199,6 +207,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
     """
+    reset_peak_memory()
     builder = job.builder(config)
     seed_random_states(builder.transformer_config, groups)
     leader = torch.distributed.get_rank() == 0
@@ -262,21 +271,39 @@ def vocab_size(config: ModelConfig) -> int | None:
     return size
 
 
-def _report(job: BuildJob, run: Run, layout: Layout, groups: ProcessGroupCollection, vocab: int | None) -> BuildReport:
-    """Collective: collect what every rank built."""
+def _report(
+    job: BuildJob, config: ModelConfig, run: Run, layout: Layout, groups: ProcessGroupCollection
+) -> BuildReport:
+    """Collective: collect what every rank built, held at most, and took for a step."""
+    memory = peak_memory()
     chunks = [_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
-    ranks, whole = _gather(_rank_report(groups, chunks), placements)
+    everyone = _gather(_Outcome(_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
+    whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
+    shapes = {name: placement.logical_shape(vocab_size(config)) for name, placement in whole.items()}
+    transformer, training = job.builder(config).transformer_config, job.training
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    in_half_precision = transformer.bf16 or transformer.fp16
     return BuildReport(
         world_size=layout.world_size,
         layout=asdict(layout),
         wrap=str(job.wrapper),
-        parameters=sum(placement.logical_shape(vocab).numel() for placement in whole),
-        padded_parameters=sum(placement.full_shape.numel() for placement in whole),
-        ranks=ranks,
+        distributed_optimizer=job.distributed_optimizer,
+        layers=layers_of(run.stages),
+        device="cpu" if device is None else "cuda",
+        device_name=device,
+        device_peak_flops=peak_flops(device) if device is not None and in_half_precision else None,
+        **{size: getattr(training, size, None) for size in ("seq_length", "micro_batch_size", "global_batch_size")},
+        parameters=sum(shape.numel() for shape in shapes.values()),
+        padded_parameters=sum(placement.full_shape.numel() for placement in whole.values()),
+        ranks=[outcome.report for outcome in everyone],
         losses=[step.loss for step in run.steps],
         grad_norms=[step.grad_norm for step in run.steps],
-        tokens_per_second=_tokens_per_second(job.training, run.steps),
+        step_seconds=max((outcome.step_seconds for outcome in everyone if outcome.step_seconds), default=None),
+        model_flops=None if training is None else model_flops(shapes, transformer, training),
+        document=job.document,
+        overrides=list(job.overrides),
+        versions=versions(),
     )
 
 
@@ -297,7 +324,7 @@ def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
         yield from wrapper_names(inner)
 
 
-def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport]) -> RankReport:
+def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport], memory: PeakMemory) -> RankReport:
     return RankReport(
         rank=torch.distributed.get_rank(),
         tp=groups.tp.rank(),
@@ -306,25 +333,28 @@ def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport]) -> R
         cp=groups.cp.rank(),
         ep=groups.ep.rank(),
         chunks=chunks,
+        peak_memory_bytes=memory,
     )
 
 
-def _gather(rank: RankReport, placements: list[Placement]) -> tuple[list[RankReport], list[Placement]]:
-    """Collect the ranks' reports, and every parameter of the whole model once."""
+class _Outcome(NamedTuple):
+    """What the others need to know of a rank: its report, where its parameters stand, the mean time of its steps."""
+
+    report: RankReport
+    placements: list[Placement]
+    step_seconds: float | None
+
+
+def _gather(mine: _Outcome) -> list[_Outcome]:
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (rank, placements))
-    whole = {placement.full_name: placement for _, part in everyone for placement in part}
-    return [report for report, _ in everyone], list(whole.values())
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)  # noqa: T201
 
 
-def _tokens_per_second(training: TrainOptions | None, steps: list[Step]) -> float | None:
-    """Mean over the steps but the first, which warms up; None without steps."""
-    timed = steps[1:] or steps
-    if training is None or not timed:
-        return None
-    tokens = training.global_batch_size * training.seq_length * len(timed)
-    return tokens / sum(step.seconds for step in timed)
+def _mean_seconds(steps: Sequence[Step]) -> float | None:
+    """Mean time of the steps but the first, which warms up; None if there is no other."""
+    return mean(step.seconds for step in steps[1:]) if len(steps) > 1 else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bridge.dist.memory import PeakMemory
     from bridge.dist.verify import Row
 
 ItemT = TypeVar("ItemT")
@@ -26,7 +27,7 @@ class ChunkReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """The stages of one rank and its coordinates in the layout."""
+    """The stages of one rank, its coordinates in the layout, and its peak memory from the build to the last step."""
 
     rank: int
     tp: int
@@ -35,38 +36,82 @@ class RankReport:
     cp: int
     ep: int
     chunks: list[ChunkReport]
+    peak_memory_bytes: PeakMemory
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """The whole of a build: ``parameters`` are the model's, ``padded_parameters`` count vocabulary padding too."""
+    """The whole of a build, and what made it.
+
+    ``layers`` says whose layers were built. ``parameters`` are the model's, ``padded_parameters`` count vocabulary
+    padding too. The sizes of a batch are None if nothing was trained. ``step_seconds`` is the mean over the steps but
+    the first, which warms up, on the slowest rank; None if there was no other. ``model_flops`` are those that the model
+    needs for a step (``bridge.dist.flops``), ``device_peak_flops`` those that a rank's device does in a second at most,
+    in dense bf16; None for devices that are not known, and in full precision. ``document`` is as the ranks got it:
+    ``overrides`` and layout are written into it.
+    """
 
     world_size: int
     layout: dict[str, int]
     wrap: str
+    distributed_optimizer: bool
+    layers: str
+    device: Literal["cuda", "cpu"]
+    device_name: str | None
+    device_peak_flops: float | None
+    seq_length: int | None
+    micro_batch_size: int | None
+    global_batch_size: int | None
     parameters: int
     padded_parameters: int
     ranks: list[RankReport]
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float | None] = field(default_factory=list)
-    tokens_per_second: float | None = None
+    losses: list[float]
+    grad_norms: list[float | None]
+    step_seconds: float | None
+    model_flops: int | None
+    document: dict[str, Any]
+    overrides: list[str]
+    versions: dict[str, str]
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float | None:
+        """Tokens of a step, by its time and the number of ranks; None if no step was timed."""
+        if self.step_seconds is None or self.global_batch_size is None or self.seq_length is None:
+            return None
+        return self.global_batch_size * self.seq_length / self.step_seconds / self.world_size
+
+    @property
+    def model_flops_utilization(self) -> float | None:
+        """FLOPs that the model needs, by those that the devices could have done; None if one of them is unknown."""
+        if self.step_seconds is None or self.model_flops is None or self.device_peak_flops is None:
+            return None
+        return self.model_flops / (self.step_seconds * self.world_size * self.device_peak_flops)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return asdict(self)
+        derived = {
+            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
+            "model_flops_utilization": self.model_flops_utilization,
+        }
+        return {"kind": "build"} | asdict(self) | derived
 
 
 def tables(report: BuildReport) -> list[RenderableType]:
-    """Render a report for a terminal: ranks and stages, then steps if there were any, then the totals."""
-    parts: list[RenderableType] = [_ranks_table(report)]
+    """Render a report for a terminal: ranks and stages, memory, then steps if there were any, then the totals."""
+    parts: list[RenderableType] = [_ranks_table(report), _memory_table(report)]
     if report.losses:
         parts.append(_steps_table(report))
     total = f"parameters of the whole model: {report.parameters:,}"
     if report.padded_parameters != report.parameters:
         total += f" ({report.padded_parameters:,} with the padded vocabulary)"
     parts.append(total)
-    if report.tokens_per_second is not None:
-        parts.append(f"tokens per second: {report.tokens_per_second:,.0f}")
+    if report.step_seconds is not None:
+        parts.append(f"time of a step: {report.step_seconds:.3f} s, the mean of all but the first, which warms up")
+    if report.tokens_per_second_per_gpu is not None:
+        whole = report.tokens_per_second_per_gpu * report.world_size
+        parts.append(f"tokens per second: {whole:,.0f}, of a rank {report.tokens_per_second_per_gpu:,.0f}")
+    if report.model_flops_utilization is not None:
+        parts.append(f"model-FLOPs utilisation: {report.model_flops_utilization:.1%}")
     return parts
 
 
@@ -92,6 +137,25 @@ def _ranks_table(report: BuildReport) -> RenderableType:
                 " > ".join(chunk.wrappers),
             )
     return table
+
+
+def _memory_table(report: BuildReport) -> RenderableType:
+    """The kinds of memory that this device has."""
+    from rich.table import Table
+
+    peaks = [asdict(rank.peak_memory_bytes) for rank in report.ranks]
+    kinds = [kind for kind in peaks[0] if peaks[0][kind] is not None]
+    table = Table(title="peak memory, GiB", title_justify="left")
+    for name in ("rank", *kinds):
+        table.add_column(name, justify="right")
+    for rank, peak in zip(report.ranks, peaks, strict=True):
+        table.add_row(str(rank.rank), *(gib(peak[kind]) for kind in kinds))
+    return table
+
+
+def gib(size: int) -> str:
+    """Write bytes as GiB with three decimals."""
+    return f"{size / 2**30:,.3f}"
 
 
 def _steps_table(report: BuildReport) -> RenderableType:

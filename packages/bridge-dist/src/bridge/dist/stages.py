@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
@@ -72,3 +73,9 @@ def unwrapped(stage: MegatronModule) -> MegatronModule:
     while isinstance(model, MegatronFSDP):
         model = unwrap_model(model.module)
     return model
+
+
+def layers_of(stages: Sequence[MegatronModule]) -> str:
+    """Return whose layers stages are made of: ``transformer_engine``, or ``pytorch`` if there is none of those."""
+    packages = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
+    return "transformer_engine" if "transformer_engine" in packages else "pytorch"

@@ -41,7 +41,10 @@ class TrainOptions(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one training step gave, the same on every rank; no gradient norm for a step that overflowed in fp16."""
+    """What one training step gave, the same on every rank; no gradient norm for a step that overflowed in fp16.
+
+    ``seconds`` are this rank's, until its device was done.
+    """
 
     loss: float
     grad_norm: float | None
@@ -64,7 +67,7 @@ def train(
     microbatches = options.microbatches(layout)
     with optimizer_of(stages) as optimizer:
         for index in range(options.steps):
-            start = time.perf_counter()
+            start = _time_when_done()
             batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
             mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
             zero_gradients(stages)
@@ -73,7 +76,13 @@ def train(
             _, grad_norm, _ = optimizer.step()
             loss = _global_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
-            yield Step(loss=loss, grad_norm=norm, seconds=time.perf_counter() - start)
+            yield Step(loss=loss, grad_norm=norm, seconds=_time_when_done() - start)
+
+
+def _time_when_done() -> float:
+    """Read the clock when the device has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextlib.contextmanager

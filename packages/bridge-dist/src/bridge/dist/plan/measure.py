@@ -37,7 +37,7 @@ from bridge.dist.plan.sharded import (
     start_gathering,
     weights,
 )
-from bridge.dist.stages import unwrapped
+from bridge.dist.stages import layers_of, unwrapped
 from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
 from bridge.dist.weights import Placement, layer_indices, named_parameters
 
@@ -113,7 +113,7 @@ class Rank:
     whole: int
     """The most that a wrapper that shards weights makes whole at a time."""
     traffic: Traffic
-    implementation: str
+    layers: str
     """Whose layers they are."""
 
 
@@ -195,7 +195,7 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
             buffers=sum(_saved_buffers(stage) for stage in stages),
             whole=took.whole,
             traffic=took.traffic,
-            implementation=_implementation(stages),
+            layers=layers_of(stages),
         )
 
 
@@ -318,11 +318,6 @@ class _Run(NamedTuple):
             received=received,
             passed_on=passed_on,
         )
-
-
-def _implementation(stages: Sequence[MegatronModule]) -> str:
-    modules = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
-    return "transformer_engine" if "transformer_engine" in modules else "pytorch"
 
 
 def _held(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:

@@ -75,16 +75,16 @@ class Plan:
     """A job: its layout by axis, its batch, and its pipeline stages.
 
     ``parameters`` counts every parameter of the model once, without the padding of the vocabulary; ``buffers`` what
-    else a checkpoint holds, such as biases of routers. ``implementation`` says on which layers activations were
-    measured. ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``. ``gpu_memory`` is in
-    bytes, None where none was given.
+    else a checkpoint holds, such as biases of routers. ``layers`` says on whose layers activations were measured.
+    ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``. ``gpu_memory`` is in bytes, None
+    where none was given.
     """
 
     world_size: int
     layout: dict[str, int]
     wrap: str
     distributed_optimizer: bool
-    implementation: str
+    layers: str
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
@@ -114,4 +114,5 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with what follows from it."""
-        return asdict(self) | {"fits": self.fits, "imbalance": self.imbalance, "worst": self.worst.pp}
+        derived = {"fits": self.fits, "imbalance": self.imbalance, "worst": self.worst.pp}
+        return {"kind": "plan"} | asdict(self) | derived

@@ -96,6 +96,7 @@ class Found:
     def to_json(self) -> dict[str, object]:
         """Return what was found as plain data."""
         return {
+            "kind": "search",
             "tried": self.tried,
             "refused": self.refused,
             "too_large": self.too_large,

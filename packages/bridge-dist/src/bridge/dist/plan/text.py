@@ -15,7 +15,7 @@ from bridge.dist.layout import Layout
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
 from bridge.dist.plan.search import Found, Machine
 from bridge.dist.plan.timeline import Timeline, planned
-from bridge.dist.report import layer_ranges
+from bridge.dist.report import gib, layer_ranges
 
 
 class Kind(NamedTuple):
@@ -48,11 +48,6 @@ def kinds_of(plan: Plan) -> list[Kind]:
     return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
 
 
-def gib(size: int) -> str:
-    """Write bytes as GiB with three decimals."""
-    return f"{size / 2**30:,.3f}"
-
-
 def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
     """Say in words what holds of the whole job, by subject, and what its numbers are worth."""
     optimizer = ", with the distributed optimizer" if plan.distributed_optimizer else ""
@@ -74,9 +69,7 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
             f"{timeline.bubble:.1%} of the ranks' time is spent waiting: an estimate, as if passes took time in "
             f"proportion to their FLOPs, and sending none"
         )
-    found["measured"] = (
-        f"activations and FLOPs on the layers of {plan.implementation}; all else counted in the real model"
-    )
+    found["measured"] = f"activations and FLOPs on the layers of {plan.layers}; all else counted in the real model"
     if len(kinds_of(plan)) == len(KINDS):
         found["unsharded"] = (
             "whole weights and gradients, and what is gathered and reduced, at their peak: added to that of the "

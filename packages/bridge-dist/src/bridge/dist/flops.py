@@ -1,0 +1,86 @@
+"""Model-FLOPs utilisation: the FLOPs that a model needs for a step, and those that a GPU could do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+from bridge.dist.batch import Batch
+
+_PEAKS = (
+    (re.compile(r"\bA100\b"), 312e12),
+    (re.compile(r"\bH100 PCIe\b"), 756e12),
+    (re.compile(r"\b(H100|H200) NVL\b"), 835.5e12),
+    (re.compile(r"\b(H100|H200|GH200)\b"), 989.4e12),
+    (re.compile(r"\bB200\b"), 2250e12),
+    (re.compile(r"\bGB200\b"), 2500e12),
+)
+"""Dense bf16 FLOPs a second of the tensor cores, by names that CUDA gives devices; the first that matches counts.
+
+From NVIDIA's data sheets of these products and the whitepaper of the Hopper architecture; a data sheet that counts
+sparse matrices shows twice as many.
+"""
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the dense bf16 (and fp16) FLOPs a second of a device by the name that CUDA gives it; None if unknown.
+
+    A part of a GPU (MIG) is unknown.
+    """
+    if "MIG" in device.split():
+        return None
+    return next((peak for name, peak in _PEAKS if name.search(device)), None)
+
+
+_LOOKED_UP = re.compile(r".*(position_embeddings|relative_attention_bias)\.weight")
+_EMBEDDING = re.compile(r"(.*\.)?word_embeddings\.weight")
+_OUTPUT = re.compile(r"(.*\.)?output_layer\.weight")
+_ROUTED = re.compile(r".*\.experts\..*")
+_AFTER_ATTENTION = re.compile(r".*attention\.linear_proj\.weight")
+_AFTER_SCAN = re.compile(r".*\bmixer\.out_proj\.weight")
+
+
+def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConfig, batch: Batch) -> int:
+    """Return the FLOPs that a model needs for a training step, of all ranks, whatever the layout and the layers.
+
+    Per token, as in appendix B of the PaLM paper (arXiv 2204.02311): two for each element of a matrix that the token
+    is multiplied with, those of the experts by the share that a token is routed to; attention in full, not halved for
+    its mask, over the scores and the values; for a state-space layer, two for each element of the state to enter it
+    and two to be read from it. The backward pass needs twice what the forward pass does. What is computed again, or
+    for padding, does not count, nor does what is done element by element.
+
+    Args:
+        parameters: The shapes of the whole model's parameters, without padding, by Megatron's names in the whole model.
+        config: Sizes of attention, experts and states.
+        batch: Samples of a step, and their tokens. Encoder and decoder of T5 take as many each.
+    """
+    matrices = {name: shape for name, shape in parameters.items() if len(shape) > 1}
+    tied = not any(map(_OUTPUT.fullmatch, matrices))
+    products = sum(prod(shape) * _uses(name, config, tied=tied) for name, shape in matrices.items())
+    for name, shape in matrices.items():
+        if _AFTER_ATTENTION.fullmatch(name):
+            products += batch.seq_length * shape[1] * (1 + _query_to_value_width(config))
+        elif _AFTER_SCAN.fullmatch(name):
+            products += 2 * shape[1] * config.mamba_state_dim
+    return round(3 * 2 * products * batch.global_batch_size * batch.seq_length)
+
+
+def _uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
+    """How often a token is multiplied with a matrix, on average."""
+    if (_EMBEDDING.fullmatch(name) and not tied) or _LOOKED_UP.fullmatch(name):
+        return 0
+    if _EMBEDDING.fullmatch(name) or _OUTPUT.fullmatch(name):
+        return 1 + (config.mtp_num_layers or 0)  # predicting several tokens, the logits of each
+    if _ROUTED.fullmatch(name) and config.num_moe_experts:
+        return config.moe_router_topk / config.num_moe_experts
+    return 1
+
+
+def _query_to_value_width(config: TransformerConfig) -> float:
+    """Width of a head's queries and keys over that of its values, which differ in multi-head latent attention."""
+    if isinstance(config, MLATransformerConfig):
+        return (config.qk_head_dim + config.qk_pos_emb_head_dim) / config.v_head_dim
+    return 1.0

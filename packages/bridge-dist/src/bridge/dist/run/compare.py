@@ -1,0 +1,343 @@
+"""Build reports and plans side by side. Importing this module imports no torch; only making a plan does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from bridge.config import Document, DocumentError, Problem
+from bridge.config.document import read_file
+from bridge.config.refusal import got
+from bridge.dist.documents import switch_off_dropout
+from bridge.dist.plan.results import NOT_COVERED
+from bridge.dist.report import gib
+
+Value = str | int | float | None
+ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
+
+
+class _Measure(NamedTuple):
+    """A row: its name in JSON and in the table, the unit of its numbers, and how they are written."""
+
+    name: str
+    label: str
+    unit: str | None = None
+    write: Callable[[Any], str] = str
+
+
+_JOB = (
+    _Measure("kind", "kind"),
+    _Measure("device", "device"),
+    _Measure("ranks", "ranks", write="{:,}".format),
+    _Measure("layout", "layout"),
+    _Measure("wrapper", "wrapper"),
+    _Measure("layers", "layers"),
+    _Measure("batch", "batch"),
+    _Measure("micro_batch_size", "microbatch"),
+    _Measure("stage", "fullest stage"),
+)
+_NUMBERS = (
+    _Measure("parameters", "parameters", "parameters", "{:,}".format),
+    _Measure("weights", "weights, GiB", "bytes", gib),
+    _Measure("gradients", "gradients, GiB", "bytes", gib),
+    _Measure("master", "master, GiB", "bytes", gib),
+    _Measure("state", "state, GiB", "bytes", gib),
+    _Measure("activations", "activations, GiB", "bytes", gib),
+    _Measure("unsharded", "unsharded, GiB", "bytes", gib),
+    _Measure("peak", "total or allocated, GiB", "bytes", gib),
+    _Measure("reserved", "reserved, GiB", "bytes", gib),
+    _Measure("resident", "resident, GiB", "bytes", gib),
+    _Measure("step_seconds", "step, s", "seconds", "{:.3f}".format),
+    _Measure("tokens_per_second_per_gpu", "tokens/s per GPU", "tokens per second", "{:,.0f}".format),
+    _Measure("model_flops_utilization", "model-FLOPs utilisation", "share", "{:.1%}".format),
+)
+_SAME_JOB = ("ranks", "layout", "wrapper", "layers", "batch", "micro_batch_size", "parameters")
+"""What must be equal for differences to be those of two measurements of one job."""
+_KINDS_OF_A_STAGE = {
+    "weights": "weight_bytes",
+    "gradients": "gradient_bytes",
+    "master": "master_bytes",
+    "state": "state_bytes",
+    "activations": "activation_bytes",
+    "unsharded": "unsharded_bytes",
+    "peak": "total_bytes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measure of every file, None where one does not tell; and by how much per cent each is above the first."""
+
+    name: str
+    unit: str | None
+    values: list[Value]
+    differences: list[float | None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON types."""
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "values": self.values,
+            "difference_percent": self.differences,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What files say, measure by measure, and what cannot be compared.
+
+    Memory is that of the rank that holds most: ``peak`` is the total of a plan, and what a run had allocated.
+    """
+
+    files: list[str]
+    rows: list[Row]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON types."""
+        rows = [row.as_dict() for row in self.rows]
+        return {"kind": "comparison", "files": self.files, "rows": rows, "notes": self.notes}
+
+
+def compare(files: Sequence[str]) -> Comparison:
+    """Compare build reports and plans; a report alone with the plan of the same job, which is made.
+
+    Raises:
+        DocumentError: A file cannot be read, or is neither a report nor a plan; or there is a plan alone.
+        BridgeError: The job of a report cannot be planned.
+    """
+    names, parts = list(files), [_read(file) for file in files]
+    if len(parts) == 1:
+        names.append("its plan")
+        parts.append(_planned(parts[0]))
+    values = [_values_of(part) for part in parts]
+    rows = [_row(measure, [one.get(measure.name) for one in values]) for measure in (*_JOB, *_NUMBERS)]
+    return Comparison(files=names, rows=rows, notes=list(_notes(names, parts, rows)))
+
+
+def tables(comparison: Comparison) -> list[RenderableType]:
+    """Render a comparison for a terminal of 80 columns: a column a file, a row a measure that any of them tells."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for file in comparison.files:
+        table.add_column(escape(file), justify="right", overflow="fold")
+    measures = {measure.name: measure for measure in (*_JOB, *_NUMBERS)}
+    for row in comparison.rows:
+        if any(value is not None for value in row.values):
+            measure = measures[row.name]
+            cells = zip(row.values, row.differences, strict=True)
+            table.add_row(measure.label, *(_cell(measure, value, difference) for value, difference in cells))
+    return [table, *("", *map(escape, comparison.notes))]
+
+
+def _cell(measure: _Measure, value: Value, difference: float | None) -> str:
+    if value is None:
+        return "-"
+    written = escape(measure.write(value))
+    return written if difference is None else f"{written} {difference:+.1f} %"
+
+
+def _row(measure: _Measure, values: list[Value]) -> Row:
+    first = values[0]
+    differences = [None if measure.unit is None else _difference(first, value) for value in values[1:]]
+    return Row(name=measure.name, unit=measure.unit, values=values, differences=[None, *differences])
+
+
+def _difference(first: Value, value: Value) -> float | None:
+    """By how much per cent a number is above the first; None where one is missing, or the first is zero."""
+    if not isinstance(first, int | float) or not isinstance(value, int | float) or first == 0:
+        return None
+    return 100 * (value - first) / first
+
+
+def _notes(names: Sequence[str], parts: Sequence[_Part], rows: Sequence[Row]) -> Iterator[str]:
+    differing = [row.name for row in rows if row.name in _SAME_JOB and len(set(row.values) - {None}) > 1]
+    if differing:
+        yield f"not the same job: they differ in {', '.join(differing)}"
+    kinds = [part.take("kind", str) for part in parts]
+    builds = [(name, part) for name, kind, part in zip(names, kinds, parts, strict=True) if kind == "build"]
+    if any(part.take("device", str) == "cpu" for _, part in builds):
+        yield (
+            "resident memory contains the interpreter and the libraries: it cannot be compared with a plan, nor with "
+            "what a GPU has allocated"
+        )
+    for name, part in builds:
+        if part.find("seq_length", int) is None:
+            yield f"{name} trained no step: its memory is that of the build alone"
+    if len(set(kinds)) > 1:
+        yield f"not in the total of a plan: {'; '.join(NOT_COVERED)}"
+
+
+# --- What a file says
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A mapping of a file, and where it stands there."""
+
+    data: Mapping[str, Any]
+    source: str
+    path: str = "$"
+
+    def take(self, key: str, kind: type[ValueT]) -> ValueT:
+        """Return a value.
+
+        Raises:
+            DocumentError: It is missing, or of another kind.
+        """
+        value = self.find(key, kind)
+        if value is None:
+            raise self.problem(key, "is missing: write the file again with this version of bridge")
+        return value
+
+    def find(self, key: str, kind: type[ValueT]) -> ValueT | None:
+        """Return a value, or None if there is none.
+
+        Raises:
+            DocumentError: It is of another kind.
+        """
+        value = self.data.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is None or type(value) is kind:
+            return value
+        raise self.problem(key, f"expected {_CALLED[kind]}, got {got(value)}")
+
+    def inside(self, key: str) -> _Part:
+        """Return a mapping within."""
+        return _Part(data=self.take(key, dict), source=self.source, path=f"{self.path}.{key}")
+
+    def each(self, key: str) -> list[_Part]:
+        """Return the mappings of a list that is not empty."""
+        items = self.take(key, list)
+        if not items:
+            raise self.problem(key, "is empty: write the file again with this version of bridge")
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
+        return [
+            _Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
+        ]
+
+    def problem(self, key: str, message: str) -> DocumentError:
+        """Say what is wrong with a value."""
+        return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
+
+
+_CALLED: Mapping[type, str] = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def _read(file: str) -> _Part:
+    """Read a build report or a plan.
+
+    Raises:
+        DocumentError: It cannot be read, or is neither.
+    """
+    wanted = "write one with bridge build --json, or bridge plan --json"
+    try:
+        data = json.loads(read_file(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError([Problem("$", f"is not JSON ({error}): {wanted}", file)]) from None
+    if not isinstance(data, dict) or "kind" not in data:
+        raise DocumentError([Problem("$", f"has no kind, so it is neither a build report nor a plan: {wanted}", file)])
+    part = _Part(data=data, source=file)
+    if (kind := part.take("kind", str)) not in ("build", "plan"):
+        raise part.problem("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
+    return part
+
+
+def _values_of(part: _Part) -> dict[str, Value]:
+    layout = {axis: size for axis, size in part.take("layout", dict).items() if size != 1}
+    if layout.get("etp") == layout.get("tp"):
+        layout.pop("etp", None)
+    sharded = ", distributed optimizer" if part.take("distributed_optimizer", bool) else ""
+    kind = part.take("kind", str)
+    values: dict[str, Value] = {
+        "kind": kind,
+        "ranks": part.take("world_size", int),
+        "layout": " ".join(f"{axis}{size}" for axis, size in layout.items()) or "one rank",
+        "wrapper": part.take("wrap", str) + sharded,
+        "layers": part.take("layers", str),
+        "batch": _batch(part),
+        "micro_batch_size": part.find("micro_batch_size", int),
+        "parameters": part.take("parameters", int),
+        **{name: part.find(name, float) for name in ("step_seconds", "tokens_per_second_per_gpu")},
+        "model_flops_utilization": part.find("model_flops_utilization", float),
+    }
+    return values | (_built(part) if kind == "build" else _of_fullest_stage(part))
+
+
+def _batch(part: _Part) -> str | None:
+    samples, tokens = part.find("global_batch_size", int), part.find("seq_length", int)
+    return None if samples is None or tokens is None else f"{samples:,} x {tokens:,}"
+
+
+def _of_fullest_stage(plan: _Part) -> dict[str, Value]:
+    fullest = max(plan.each("stages"), key=lambda stage: stage.take("total_bytes", int))
+    kinds = {name: fullest.take(key, int) for name, key in _KINDS_OF_A_STAGE.items()}
+    return {"stage": fullest.take("pp", int), **kinds}
+
+
+def _built(report: _Part) -> dict[str, Value]:
+    """The device of a build, and the memory of its fullest rank."""
+    peaks = [(rank.take("pp", int), rank.inside("peak_memory_bytes")) for rank in report.each("ranks")]
+    sizes = [
+        {"stage": stage, **{kind: peak.find(kind, int) for kind in ("allocated", "reserved", "resident")}}
+        for stage, peak in peaks
+    ]
+    fullest = max(sizes, key=lambda size: size["allocated"] or size["resident"] or 0)
+    fullest["peak"] = fullest.pop("allocated")
+    return {"device": report.find("device_name", str) or report.take("device", str), **fullest}
+
+
+def _planned(report: _Part) -> _Part:
+    """Make the plan of the job that a report is of, as it was trained: without dropout.
+
+    Raises:
+        DocumentError: It is no report, or of a build that trained nothing.
+        BridgeError: The job cannot be planned.
+    """
+    if report.take("kind", str) != "build":
+        raise report.problem("kind", "a plan alone has nothing to be compared with: name a build report beside it")
+    if _batch(report) is None:
+        raise report.problem("seq_length", "the build trained nothing, so a plan of it has no batch: add --steps to it")
+    # Torch and Megatron, which comparing files does without.
+    from bridge.dist import quiet as quiet  # for its effect
+    from bridge.dist.batch import Batch
+    from bridge.dist.job import make_builder
+    from bridge.dist.options import Wrapper
+    from bridge.dist.plan.plan import PlanOptions, plan
+
+    document = Document(report.take("document", dict), report.source)
+    switch_off_dropout(document)
+    make_builder(document.config()).check_restore()
+    wrapper = report.take("wrap", str)
+    if wrapper not in list(Wrapper):
+        raise report.problem("wrap", f"expected one of {', '.join(Wrapper)}, got {wrapper!r}")
+    options = PlanOptions(
+        batch=Batch(
+            seq_length=report.take("seq_length", int),
+            micro_batch_size=report.take("micro_batch_size", int),
+            global_batch_size=report.take("global_batch_size", int),
+        ),
+        world_size=report.take("world_size", int),
+        wrapper=Wrapper(wrapper),
+        distributed_optimizer=report.take("distributed_optimizer", bool),
+    )
+    return _Part(data=plan(document, options).to_json(), source=f"the plan of {report.source}")

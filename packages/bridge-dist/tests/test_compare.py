@@ -1,0 +1,188 @@
+"""Build reports and plans side by side: the numbers, what is said of them, and files that are neither."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bridge.config import DocumentError
+from bridge.config.cli import main
+from bridge.dist.run.compare import Comparison, compare, tables
+
+GIB = 2**30
+LAYOUT = {"tp": 2, "pp": 2, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
+JOB = {
+    "world_size": 4,
+    "layout": LAYOUT,
+    "wrap": "ddp",
+    "distributed_optimizer": False,
+    "layers": "pytorch",
+    "seq_length": 4096,
+    "micro_batch_size": 1,
+    "global_batch_size": 8,
+    "parameters": 1_000_000,
+}
+
+
+def stage(pp: int, *gib: int) -> dict[str, int]:
+    kinds = ("weight", "gradient", "master", "state", "activation", "unsharded")
+    sizes = {f"{kind}_bytes": size * GIB for kind, size in zip(kinds, gib, strict=True)}
+    return {"pp": pp, **sizes, "total_bytes": sum(gib) * GIB}
+
+
+def rank(pp: int, allocated: float | None) -> dict[str, Any]:
+    reserved = None if allocated is None else int((allocated + 2) * GIB)
+    peak = {"allocated": None if allocated is None else int(allocated * GIB), "reserved": reserved, "resident": GIB}
+    return {"pp": pp, "peak_memory_bytes": peak}
+
+
+PLAN = {"kind": "plan", **JOB, "stages": [stage(0, 4, 8, 2, 4, 2, 0), stage(1, 4, 8, 0, 8, 5, 0)]}  # 20 and 25
+ON_GPUS = {
+    "kind": "build",
+    **JOB,
+    "device": "cuda",
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "ranks": [rank(0, 20.5), rank(0, 20.5), rank(1, 26), rank(1, 25.5)],
+    "step_seconds": 0.5,
+    "tokens_per_second_per_gpu": 16_384.0,
+    "model_flops_utilization": 0.4,
+}
+FASTER = {**ON_GPUS, "step_seconds": 0.4, "tokens_per_second_per_gpu": 20_480.0, "model_flops_utilization": 0.5}
+ON_THE_CPU = {**ON_GPUS, "device": "cpu", "device_name": None, "ranks": [rank(0, None)], "layout": LAYOUT | {"pp": 1}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compared(**files: dict[str, Any]) -> Comparison:
+    for name, data in files.items():
+        Path(f"{name}.json").write_text(json.dumps(data))
+    return compare([f"{name}.json" for name in files])
+
+
+def words(comparison: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    for part in tables(comparison):
+        console.print(part)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_is_held_against_its_plan() -> None:
+    found = compared(plan=PLAN, run=ON_GPUS)
+    rows = {row.name: (row.values, row.differences) for row in found.rows}
+    # The fullest stage of the plan is 1, of 25 GiB; the fullest rank is one of that stage, and 26 / 25 = 1.04.
+    assert rows["stage"][0] == [1, 1]
+    assert rows["peak"] == ([25 * GIB, 26 * GIB], [None, pytest.approx(4.0)])
+    kinds = {"weights": 4, "gradients": 8, "master": 0, "state": 8, "activations": 5, "unsharded": 0}
+    assert {kind: rows[kind][0] for kind in kinds} == {kind: [size * GIB, None] for kind, size in kinds.items()}
+    assert rows["reserved"] == ([None, 28 * GIB], [None, None])
+    assert rows["parameters"] == ([1_000_000, 1_000_000], [None, 0.0])
+    assert rows["layout"][0] == ["tp2 pp2", "tp2 pp2"]
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("not in the total of a plan: fragmentation of the allocator")
+    assert found.as_dict()["kind"] == "comparison"
+
+
+@pytest.mark.usefixtures("folder")
+def test_every_later_file_is_compared_with_the_first() -> None:
+    found = compared(run=ON_GPUS, faster=FASTER, cpu=ON_THE_CPU)
+    rows = {row.name: row.differences for row in found.rows}
+    assert rows["step_seconds"] == [None, pytest.approx(-20.0), 0.0]
+    assert rows["tokens_per_second_per_gpu"] == [None, pytest.approx(25.0), 0.0]
+    assert rows["model_flops_utilization"] == [None, pytest.approx(25.0), 0.0]
+    assert rows["peak"] == [None, 0.0, None]
+    assert found.notes[0] == "not the same job: they differ in layout"
+    assert found.notes[1].startswith(
+        "resident memory contains the interpreter and the libraries: it cannot be compared"
+    )
+    untrained = compared(run=ON_GPUS, untrained=ON_GPUS | {"seq_length": None})
+    assert untrained.notes == ["untrained.json trained no step: its memory is that of the build alone"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_table_fits_80_columns() -> None:
+    shown = words(compared(**{"a run of Tuesday night": ON_GPUS, "faster": FASTER, "plan": PLAN}))
+    assert "…" not in shown
+    rows = [line.split("  ") for line in shown.splitlines()]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    assert cells["step, s"] == ["0.500", "0.400 -20.0 %", "-"]
+    assert cells["total or allocated, GiB"] == ["26.000", "26.000 +0.0 %", "25.000 -3.8 %"]
+    assert cells["model-FLOPs utilisation"] == ["40.0%", "50.0% +25.0 %", "-"]
+    assert cells["batch"] == ["8 x 4,096"] * 3
+
+
+WRONG = {
+    "no file": (None, "no file.json: $: cannot be read: No such file or directory"),
+    "torn": ('{"kind": "build"', "torn.json: $: is not JSON (Expecting ',' delimiter: line 1 column 17"),
+    "deep": ("[" * 100_000, "deep.json: $: is not JSON (maximum recursion depth exceeded"),
+    "list": (
+        "[]",
+        "list.json: $: has no kind, so it is neither a build report nor a plan: write one with bridge build",
+    ),
+    "document": ('{"_target_": "a.b"}', "document.json: $: has no kind"),
+    "kind": ('{"kind": 3}', "kind.json: $.kind: expected a text, got 3"),
+    "search": ('{"kind": "search"}', "search.json: $.kind: a search cannot be compared, only a build report or a plan"),
+    "empty": ('{"kind": "build"}', "empty.json: $.layout: is missing: write the file again with this version"),
+    "size": (PLAN | {"world_size": "4"}, "size.json: $.world_size: expected an integer, got '4'"),
+    "flag": (PLAN | {"world_size": True}, "flag.json: $.world_size: expected an integer, got true"),
+    "no stages": (PLAN | {"stages": []}, "no stages.json: $.stages: is empty"),
+    "stage": (PLAN | {"stages": [3]}, "stage.json: $.stages[0]: expected a mapping, got 3"),
+    "bytes": (PLAN | {"stages": [{"pp": 0, "total_bytes": 1}]}, "bytes.json: $.stages[0].weight_bytes: is missing"),
+    "peak": (ON_GPUS | {"ranks": [{"pp": 0}]}, "peak.json: $.ranks[0].peak_memory_bytes: is missing"),
+    "device": (ON_GPUS | {"device": None, "device_name": None}, "device.json: $.device: is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_neither_a_report_nor_a_plan(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, says = WRONG[name]
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    if content is not None:
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "plan.json", f"{name}.json"])
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(says)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_plan_alone_is_compared_with_nothing() -> None:
+    with pytest.raises(DocumentError, match=r"plan\.json: \$\.kind: a plan alone has nothing to be compared with"):
+        compared(plan=PLAN)
+
+
+def test_the_command_without_files_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare"])
+    assert ended.value.code == 2
+    assert "Missing argument 'FILE...'" in capsys.readouterr().err
+
+
+def test_files_are_compared_without_torch(folder: Path) -> None:
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "run.json").write_text(json.dumps(ON_GPUS))
+    check = (
+        "import sys; from bridge.config.cli import main\n"
+        "try: main(['compare', 'plan.json', 'run.json', '--json'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'megatron', 'megatron.core'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == ["plan.json", "run.json"]

@@ -1,0 +1,44 @@
+"""The peak memory of a process: what it held at most, and nothing of the process that started it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from bridge.dist.memory import peak_memory
+
+MIB = 2**20
+CHILD = """\
+import resource
+from bridge.dist.memory import peak_memory
+print(peak_memory().resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def resident_now() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def test_the_peak_outlives_what_was_held() -> None:
+    before = resident_now()
+    held = bytearray(300 * MIB)
+    with_it = resident_now()
+    del held
+    peak = peak_memory()
+    assert peak.allocated is None
+    assert peak.reserved is None
+    assert peak.resident is not None
+    assert with_it > before + 290 * MIB
+    assert peak.resident > with_it - MIB  # the kernel adds up pages a little late
+    assert resident_now() < peak.resident - 200 * MIB
+
+
+def test_a_program_does_not_inherit_the_peak_of_the_one_that_started_it() -> None:
+    """As ``ru_maxrss`` does: were this to fail in its last line, ``getrusage`` would do as well."""
+    held = bytearray(1000 * MIB)
+    ended = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    peak, inherited = map(int, ended.stdout.split())
+    assert 50 * MIB < peak < len(held)
+    assert inherited >= len(held)
