@@ -86,9 +86,13 @@ class Folder:
             "CUDA_VISIBLE_DEVICES": "",
             **variables,
         }
-        command = [BRIDGE, "build", "tiny", *arguments, "--json"]
         return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.path
+            [BRIDGE, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.path,
         )
 
     def processes(self) -> list[int]:
@@ -137,13 +141,13 @@ def finished(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
 )
 def test_a_rank_that_is_killed(at: str, folder: Folder) -> None:
     folder.mark_at(at, KILL)
-    (written,) = finished(folder, folder.start("--nproc", "2", *TRAINING))
+    (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", *TRAINING))
     assert "rank 1 was killed: SIGKILL, signal 9" in written
 
 
 def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folder) -> None:
     folder.add_hook()
-    (written,) = finished(folder, folder.start("--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
+    (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
     assert "rank 1: ValueError: a mistake of rank 1" in written
 
 
@@ -164,7 +168,9 @@ def test_ranks_that_somebody_else_started_and_that_differ(
         free.bind(("localhost", 0))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
-        folder.start(f"seq_length={lengths[rank]}", RANK=str(rank), WORLD_SIZE=str(sizes[rank]), **meeting)
+        folder.start(
+            "build", "tiny", f"seq_length={lengths[rank]}", RANK=str(rank), WORLD_SIZE=str(sizes[rank]), **meeting
+        )
         for rank in range(2)
     ]
     for written in finished(folder, *ranks):

@@ -29,7 +29,7 @@ class Nodes:
         self.agents = [self._start(node, endpoint) for node in range(2)]
 
     def _start(self, node: int, endpoint: str) -> subprocess.Popen[bytes]:
-        command = [
+        command: list[str | Path] = [
             SCRIPTS / "torchrun",
             *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"),
             *("--rdzv-backend", "static", "--master-addr", "localhost", "--master-port", endpoint.rpartition(":")[2]),

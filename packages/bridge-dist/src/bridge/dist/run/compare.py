@@ -15,8 +15,10 @@ from bridge.config import Document, DocumentError, Problem
 from bridge.config.document import read_file
 from bridge.config.refusal import got
 from bridge.dist.documents import switch_off_dropout
+from bridge.dist.imports import import_megatron
 from bridge.dist.plan.results import NOT_COVERED
 from bridge.dist.report import gib
+from bridge.dist.run.devices import hide_gpus
 
 Value = str | int | float | None
 ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
@@ -317,8 +319,9 @@ def _planned(report: _Part) -> _Part:
         raise report.problem("kind", "a plan alone has nothing to be compared with: name a build report beside it")
     if _batch(report) is None:
         raise report.problem("seq_length", "the build trained nothing, so a plan of it has no batch: add --steps to it")
+    hide_gpus()  # a plan takes none
+    import_megatron(with_compiler=False)
     # Torch and Megatron, which comparing files does without.
-    from bridge.dist import quiet as quiet  # for its effect
     from bridge.dist.batch import Batch
     from bridge.dist.job import make_builder
     from bridge.dist.options import Wrapper

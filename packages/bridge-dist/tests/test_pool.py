@@ -1,0 +1,88 @@
+"""Local ranks that stay up, and how they are started where there are GPUs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import rank_functions
+
+from bridge.dist.errors import LaunchError
+from bridge.dist.run.pool import RankPool, launch, start_fork_server
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    start_fork_server(2)
+    with RankPool() as pool:
+        yield pool
+
+
+def test_ranks_stay_up_from_one_job_to_the_next(pool: RankPool) -> None:
+    first = pool.run(rank_functions.process, ranks=2)
+    assert len(set(first)) == 2
+    assert pool.run(rank_functions.process, ranks=2) == first
+    assert pool.run(rank_functions.process, ranks=1) == first[:1]
+
+
+def test_each_rank_knows_its_place(pool: RankPool) -> None:
+    assert pool.run(rank_functions.place, ranks=2) == [("0", "2", "0", "2"), ("1", "2", "1", "2")]
+    assert pool.run(rank_functions.place, ranks=1) == [("0", "1", "0", "1")]
+
+
+def test_the_first_error_is_raised_and_costs_its_job_alone(pool: RankPool) -> None:
+    with pytest.raises(LaunchError, match=r"^rank 1: ValueError: a mistake") as caught:
+        pool.run(rank_functions.fail_on, 1, ranks=2)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "in fail_on" in caught.value.__notes__[0]
+    assert len(pool.run(rank_functions.process, ranks=2)) == 2
+
+
+def test_a_rank_that_ends_is_an_error(pool: RankPool) -> None:
+    with pytest.raises(LaunchError, match="rank 0 ended with exit code 7"):
+        pool.run(rank_functions.exit_on, 0, ranks=2)
+    with pytest.raises(LaunchError, match="rank 1 was killed: SIGKILL, signal 9"):
+        pool.run(rank_functions.kill, 1, ranks=2)
+    assert len(pool.run(rank_functions.process, ranks=2)) == 2
+
+
+def test_a_rank_that_was_killed_between_jobs_is_replaced(pool: RankPool) -> None:
+    before = pool.run(rank_functions.process, ranks=2)
+    os.kill(before[1], signal.SIGKILL)
+    time.sleep(0.5)
+    assert not set(pool.run(rank_functions.process, ranks=2)) & {before[1]}
+
+
+def test_what_cannot_be_sent_is_an_error(pool: RankPool) -> None:
+    with pytest.raises(LaunchError, match=r"rank 0: .*pickle"):
+        pool.run(rank_functions.return_a_function, ranks=1)
+
+
+def test_no_rank_outlives_the_pool() -> None:
+    start_fork_server(2)
+    with RankPool() as pool:
+        ranks = pool.run(rank_functions.process, ranks=2)
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+
+
+def test_cuda_can_be_used_in_ranks_that_are_started_for_gpus() -> None:
+    """torch refuses CUDA in forks of a process that has asked for its devices, as megatron-core's import does."""
+    assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="spawn")
+    assert not launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="forkserver")
+
+
+def test_ranks_on_the_cpu_train_without_the_compiler() -> None:
+    start_fork_server(1)
+    loaded = launch(rank_functions.compiler_modules_after_training, ranks=1)
+    assert loaded == []
+
+
+def test_errors_of_other_processes_keep_their_type() -> None:
+    error = pickle.loads(pickle.dumps(LaunchError("rank 1: x")))
+    assert re.fullmatch("rank 1: x", str(error))

@@ -1,0 +1,65 @@
+"""What tests let ranks of a pool do: functions that another process can import."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+def process() -> int:
+    return os.getpid()
+
+
+def place() -> tuple[str, ...]:
+    return tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+
+def fail_on(rank: int) -> None:
+    if os.environ["RANK"] == str(rank):
+        raise ValueError("a mistake")
+    signal.pause()
+
+
+def exit_on(rank: int) -> None:
+    if os.environ["RANK"] == str(rank):
+        os._exit(7)
+    signal.pause()
+
+
+def kill(rank: int) -> None:
+    if os.environ["RANK"] == str(rank):
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def return_a_function() -> Callable[[], None]:
+    return lambda: None
+
+
+def is_cuda_usable_after_imports() -> bool:
+    """Whether CUDA could be initialised in this process if there were a GPU, after everything that a build imports."""
+    import torch
+
+    from bridge.dist import job as job
+
+    return not torch.cuda._is_in_bad_fork()
+
+
+def compiler_modules_after_training() -> list[str]:
+    """Train a step, and return which modules of torch's compiler were imported."""
+    from bridge.config import Document
+    from bridge.dist.job import BuildJob, run_rank
+    from bridge.dist.options import Wrapper
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions
+
+    training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+    for wrapper in (Wrapper.DDP, Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2):
+        run_rank(BuildJob(document=Document.load("tiny").data, wrapper=wrapper, training=training))
+    return compiler_modules()
+
+
+def compiler_modules() -> list[str]:
+    """The modules of torch's compiler that this process has loaded; its configuration is not the compiler."""
+    found = [name for name in sys.modules if name.startswith(("torch._dynamo.", "torch._inductor."))]
+    return [name for name in found if not name.startswith("torch._dynamo.config")]

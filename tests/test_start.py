@@ -1,0 +1,165 @@
+"""What the start of a command costs: which modules it loads; and how a signal ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_faults import Folder
+
+BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
+
+LOADED = """\
+import json, sys
+from bridge.config.cli import main
+from rank_functions import compiler_modules
+try:
+    main(json.loads(sys.argv[1]))
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(compiler_modules()))
+"""
+
+
+def modules_of_the_compiler(*command: str) -> list[str]:
+    """Those that a command has loaded when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps(command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    modules: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return modules
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "tiny", "--wrap", "torch-fsdp2"),
+        ("validate", "tiny", "--layout", "tp=2"),
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_what_compiles_nothing_does_not_load_the_compiler(command: tuple[str, ...]) -> None:
+    assert modules_of_the_compiler(*command) == []
+
+
+COMPILING = """\
+from bridge.dist.imports import import_megatron, is_compiler_left_out
+import_megatron(with_compiler=False)
+import torch
+assert is_compiler_left_out()
+torch._dynamo.graph_break()  # what optimizers call
+assert torch.compile(len) is len and torch.compile(fullgraph=True)(len) is len
+assert is_compiler_left_out()
+assert torch._dynamo.list_backends()  # somebody needs it after all
+assert not is_compiler_left_out()
+assert "torch._dynamo.trace_rules" in __import__("sys").modules
+torch._dynamo.reset()
+"""
+
+
+def test_who_asks_for_the_compiler_gets_it() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def folder() -> Iterator[Folder]:
+    with tempfile.TemporaryDirectory(prefix="f") as path:  # short: sockets are made below it
+        folder = Folder(Path(path))
+        yield folder
+        for process in folder.processes():
+            os.kill(process, 9)
+
+
+SIGNALLED = {
+    "build, Ctrl-C": (("build", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGINT, 4),
+    "verify, SIGTERM": (("verify", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGTERM, 3),
+    "search, Ctrl-C": (("plan", "llama-3.1-8b", "--search", "--gpus", "64"), signal.SIGINT, 4),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALLED)
+def test_a_signal_ends_a_command_and_all_that_it_started(name: str, folder: Folder) -> None:
+    command, number, processes = SIGNALLED[name]
+    process = folder.start(*command)
+    wait_for_work(folder, processes)
+    begin = time.monotonic()
+    process.send_signal(number)
+    _, written = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, written
+    assert time.monotonic() - begin < 10
+    assert folder.processes() == []
+    assert "Traceback" not in written
+    assert "failed" not in written
+    left = [entry.name for entry in folder.temporary.iterdir() if not entry.name.startswith("torchinductor_")]
+    assert left == []
+
+
+def wait_for_work(folder: Folder, processes: int) -> None:
+    """Wait until a command and what it started are there, and the last of them have computed for a second."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        there = folder.processes()
+        if len(there) >= processes and min(map(processor_seconds, there[-2:])) > 1:
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"{len(folder.processes())} processes, {processes} expected")
+
+
+def processor_seconds(process: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+ONE_GPU = """
+import importlib, os, sys
+
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "0":
+    del os.environ["CUDA_VISIBLE_DEVICES"]  # nothing is said of it on a workstation
+
+def visible():
+    return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 1
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "bridge.dist.run.pool":
+            importlib.import_module("bridge.dist.run.devices")._DRIVER_FILES = ("/dev/null",)
+            import torch
+            torch.cuda.device_count = visible
+            torch.cuda.is_available = lambda: bool(visible())
+            sys.meta_path.remove(Finder)
+        return None
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_two_ranks_on_a_machine_with_one_gpu_compute_on_the_cpu(folder: Folder) -> None:
+    """As the first command of the README does on a workstation."""
+    (folder.path / "sitecustomize.py").write_text(ONE_GPU)
+    process = folder.start(
+        "build", "tiny", "--nproc", "2", "--tp", "2", "--steps", "1", "--json", CUDA_VISIBLE_DEVICES="0"
+    )
+    output, written = process.communicate(timeout=240)
+    assert process.returncode == 0, written
+    assert written.count("2 ranks, 1 GPU(s): computing on the CPU") == 1
+    assert json.loads(output)["device"] == "cpu"
