@@ -173,7 +173,7 @@ def test_the_fallback_to_layers_in_pytorch_is_said_once(
             GPTModelBuilder(gpt(mtp_num_layers=1)).build_model(pg_collection)
     said = [record.getMessage() for record in caplog.records if record.name == "bridge.models.layer_specs"]
     assert len(said) == 1
-    assert "transformer_engine, which is not installed" in said[0]
+    assert "Transformer Engine is not installed" in said[0]
 
 
 # What the local layers of megatron-core 0.19.2 cannot do and ours can.
