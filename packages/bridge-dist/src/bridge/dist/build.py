@@ -197,7 +197,7 @@ def prepare_stages(
     _log_parameters(stages, pg_collection)
 
     on_meta = config.init_model_with_meta_device
-    if not (on_meta or config.use_cpu_initialization or options.wrapper is Wrapper.TORCH_FSDP2):
+    if not (on_meta or options.wrapper is Wrapper.TORCH_FSDP2):  # that moves what it shards
         move_to_device(stages)
     stages = wrap_mixed_precision(
         stages,
