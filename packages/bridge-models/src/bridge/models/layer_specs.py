@@ -284,6 +284,10 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: c.gradient_accumulation_fusion and not _is_installed("fused_weight_gradient_mlp_cuda"),
         "set transformer.gradient_accumulation_fusion to false",
     ),
+    "offloading of activations": (
+        lambda c: c.cpu_offloading or c.fine_grained_activation_offloading,
+        "set transformer.cpu_offloading and transformer.fine_grained_activation_offloading to false",
+    ),
     "recomputation of norms and of experts' activations": (
         lambda c: (
             c.recompute_granularity == "selective" and bool({"layernorm", "moe_act"} & set(c.recompute_modules or ()))
