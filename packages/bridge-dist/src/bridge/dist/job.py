@@ -21,13 +21,21 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
+from bridge.dist.environment import leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import BuilderContractError, LayoutError, TrainingError
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.preflight import Setup, check
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
 from bridge.dist.text import Text
-from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
+from bridge.dist.train import (
+    Step,
+    TrainOptions,
+    left_to_others,
+    mask_vocabulary_padding,
+    switch_off_dropout,
+    train,
+)
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
 from bridge.dist.world import world
 
@@ -68,6 +76,7 @@ class BuildJob:
             finalize()
         builder = self.builder(config)
         transformer = builder.transformer_config
+        leave_out_cuda_graphs(transformer)
         layout = Layout.of(transformer, world_size, dp=self.dp)
         options = self.options(transformer)
         check(Setup(transformer=transformer, layout=layout, options=options, model=config), builder.rules)
@@ -116,6 +125,7 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
             transformer.init_model_with_meta_device
         ),
     }
+    refused |= {f"{field}: {advice}": True for field, advice in left_to_others(transformer)}
     if broken := [reason for reason, applies in refused.items() if applies]:
         raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))
 
@@ -212,6 +222,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
     """
     builder = job.builder(config)
+    prepare_process(builder.transformer_config)
     model_parallel_cuda_manual_seed(_SEED, te_rng_tracker=builder.transformer_config.use_te_rng_tracker)
     leader = torch.distributed.get_rank() == 0
     placements: list[list[Placement]] = []
