@@ -98,3 +98,41 @@ def build_twice() -> None:
 
 def test_the_same_builder_builds_the_same_twice() -> None:
     run_ranks(build_twice, 2)
+
+
+def step_in_fp16(sharded: bool) -> tuple[float, bool]:
+    """On each rank: the loss of a second step, and whether weights are updated when gradients of rank 1 overflow."""
+    import torch
+
+    from bridge.config import Document
+    from bridge.dist import create_process_groups
+    from bridge.dist.job import BuildJob, build_and_train
+    from bridge.dist.options import Wrapper
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions, optimizer_of
+
+    document = Document.load("tiny", ["transformer.fp16=true", "transformer.params_dtype=torch.float16"])
+    training = TrainOptions(steps=2, text=default_text(), seq_length=32)
+    wrapper = Wrapper.TORCH_FSDP2 if sharded else Wrapper.DDP
+    job = BuildJob(document=document.data, wrapper=wrapper, training=training)
+    config = document.config()
+    layout = job.check(config, torch.distributed.get_world_size())
+    run = build_and_train(job, config, layout, create_process_groups(layout))
+    for parameter in run.stages[0].parameters():
+        gradient: Any = torch.zeros_like(parameter)
+        if torch.distributed.get_rank() == 1:
+            (gradient.to_local() if sharded else gradient).fill_(torch.inf)
+        parameter.grad = gradient
+    with optimizer_of(run.stages) as optimizer:
+        updated, _, _ = optimizer.step()
+    return run.steps[-1].loss, updated
+
+
+def test_torch_fsdp2_trains_in_fp16_and_its_ranks_skip_the_same_steps() -> None:
+    """Megatron-LM refuses it; megatron-core 0.19.2 looks for overflows over model-parallel ranks, and DTensor over the
+    others.
+    """
+    (whole, _), *_ = run_ranks(step_in_fp16, 2, False)
+    for loss, updated in run_ranks(step_in_fp16, 2, True):
+        assert loss == pytest.approx(whole, rel=1e-3)
+        assert not updated

@@ -715,6 +715,13 @@ def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], wor
         planned(preset, sizes, world_size=world_size)
 
 
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
+def test_a_plan_counts_no_cuda_graphs(implementation: str) -> None:
+    graphs = ("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
+    found, without = planned("tiny", {}, *graphs, world_size=1), planned("tiny", {}, world_size=1)
+    assert found.stages == without.stages
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     options = PlanOptions(batch=BATCH, world_size=4, wrapper=Wrapper.TORCH_FSDP2)
     with pytest.raises(PlanError, match="not torch-fsdp2, whose gathering"):

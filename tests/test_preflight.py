@@ -14,10 +14,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from ranks import RankError, run_ranks
 
 from bridge.dist import BuildOptions, Layout, create_process_groups, destroy_process_groups, preflight, wrap
 from bridge.dist.documents import CONFIG_FIELDS
+from bridge.dist.environment import Environment
 from bridge.dist.errors import PreflightError
 from bridge.dist.job import make_builder
 from bridge.dist.text import Text, default_text
@@ -48,6 +50,7 @@ class Setting:
     model: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=lambda: DDP)
+    environment: Environment = field(default_factory=Environment)
 
     def config(self) -> GPTModelConfig | MambaModelConfig | T5ModelConfig:
         transformer: dict[str, Any] = {
@@ -81,12 +84,14 @@ class Setting:
 class Case:
     """What a rule refuses, the same with what it says to set, and what comes of it without the rule.
 
-    ``fails`` is a part of the error; None where training goes on, with other losses or gradient norms.
+    ``fails`` is a part of the error; None where training goes on, with other losses or gradient norms; or, where it is
+    ``passed_over``, with the same, as if it had not been asked for.
     """
 
     refused: Setting
     advised: Setting
     fails: str | None = None
+    passed_over: bool = False
     world_size: int = 2
     alone: bool = False
     """Not all ranks fail alike, so that the others wait; or the processes are spoilt for other cases."""
@@ -110,6 +115,23 @@ ASYNCHRONOUS = {"num_layers": 4, "batch_p2p_comm": False, "overlap_p2p_comm": Tr
 TWO_INSTANCES = {"use_distributed_optimizer": True, "num_distributed_optimizer_instances": 2}
 UNTIED = {"share_embeddings_and_output_weights": False}
 RELATIVE = {"position_embedding_type": "relative"}
+TENSOR_PARALLEL = {"tp": 2}
+CONTEXT_PARALLEL = {"cp": 2}
+OVERLAP = {"tp_comm_overlap": True, "sequence_parallel": True}
+FLASH = {"attention_backend": AttnBackend.flash, "flash_attention_version": 3}
+GRAPHS = {"cuda_graph_impl": "full_iteration", "use_te_rng_tracker": True}
+OFFLOADING = {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
+DETERMINISTIC = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+HOPPER = (9, 0)
+
+
+def on_gpu(compute_capability: tuple[int, int] = HOPPER, **variables: str) -> Environment:
+    return Environment(compute_capability=compute_capability, variables=variables)
+
+
+def connections(number: int, compute_capability: tuple[int, int] = HOPPER) -> Environment:
+    return on_gpu(compute_capability, CUDA_DEVICE_MAX_CONNECTIONS=str(number))
+
 
 CASES: dict[str, Case] = {
     "groups-fit-configuration": Case(
@@ -171,6 +193,51 @@ CASES: dict[str, Case] = {
         refused=Setting(transformer={"init_model_with_meta_device": True, "use_cpu_initialization": True}),
         advised=Setting(transformer={"use_cpu_initialization": True}),
     ),
+    "weight-shards": Case(
+        refused=Setting(transformer={"tensor_parallel_num_weight_shards": 2}), advised=Setting(), passed_over=True
+    ),
+    "context-parallelism-in-two-levels": Case(
+        refused=Setting(
+            sizes=CONTEXT_PARALLEL,
+            transformer={"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [1, 2]},
+        ),
+        advised=Setting(sizes=CONTEXT_PARALLEL, transformer={"cp_comm_type": "a2a"}),
+        passed_over=True,
+    ),
+    "hybrid-context-parallelism": Case(
+        refused=Setting(transformer={"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 16}),
+        advised=Setting(sizes=CONTEXT_PARALLEL),
+        fails="IndexError",
+    ),
+    "pipeline-backend": Case(
+        refused=Setting(sizes=PIPELINE, transformer={"pipeline_model_parallel_comm_backend": "ucc"}),
+        advised=Setting(sizes=PIPELINE),
+        passed_over=True,
+    ),
+    "ring-exchange": Case(
+        refused=Setting(sizes=PIPELINE, transformer={"use_ring_exchange_p2p": True}),
+        advised=Setting(sizes=PIPELINE),
+        fails="AttributeError: module 'torch.distributed' has no attribute 'ring_exchange'",
+    ),
+    "tensor-parallel-overlap": Case(
+        refused=Setting(sizes=TENSOR_PARALLEL, transformer=OVERLAP),
+        advised=Setting(sizes=TENSOR_PARALLEL, transformer=OVERLAP, environment=Environment(has_user_buffers=True)),
+        passed_over=True,
+    ),
+    "batch-invariant-kernels": Case(
+        refused=Setting(transformer=FLASH | {"batch_invariant_mode": True}),
+        advised=Setting(
+            transformer=FLASH | {"batch_invariant_mode": True}, environment=Environment(is_batch_invariant=True)
+        ),
+        passed_over=True,
+        alone=True,
+    ),
+    "cuda-graphs": Case(
+        refused=Setting(transformer=GRAPHS),
+        advised=Setting(transformer=GRAPHS | {"cuda_graph_impl": "none"}),
+        passed_over=True,
+    ),
+    "nccl-buffers": Case(refused=Setting(ddp={"nccl_ub": True}), advised=Setting(), fails="Error: "),
     "parameter-gather-without-distributed-optimizer": Case(
         refused=Setting(ddp={"overlap_param_gather": True, "overlap_grad_reduce": True}),
         advised=Setting(
@@ -192,6 +259,9 @@ CASES: dict[str, Case] = {
         refused=Setting(ddp=TWO_INSTANCES | {"reduce_scatter_with_fp32_accumulation": True}),
         advised=Setting(ddp={"use_distributed_optimizer": True, "reduce_scatter_with_fp32_accumulation": True}),
         fails="AssertionError: RS w/ FP32 accumulation not supported",
+    ),
+    "custom-fsdp": Case(
+        refused=Setting(ddp={"use_custom_fsdp": True}), advised=Setting(**megatron_fsdp()), passed_over=True
     ),
     "torch-fsdp2-experts": Case(
         refused=Setting(**EXPERT_PARALLEL, flags=TORCH_FSDP2),
@@ -293,6 +363,36 @@ CASES: dict[str, Case] = {
 
 MODELOPT = {"restore_modelopt_state": True}
 SHOWN_ELSEWHERE: dict[str, Case] = {
+    "connections-of-split-layers": Case(
+        refused=Setting(sizes=TENSOR_PARALLEL, environment=connections(8)),
+        advised=Setting(sizes=TENSOR_PARALLEL, environment=connections(1)),
+    ),
+    "connections-of-fsdp": Case(
+        refused=Setting(flags=TORCH_FSDP2, environment=connections(1)),
+        advised=Setting(flags=TORCH_FSDP2, environment=on_gpu()),
+    ),
+    "deterministic-libraries": Case(
+        refused=Setting(
+            transformer={"deterministic_mode": True}, environment=on_gpu(**DETERMINISTIC | {"NCCL_ALGO": "Ring,Tree"})
+        ),
+        advised=Setting(transformer={"deterministic_mode": True}, environment=on_gpu(**DETERMINISTIC)),
+    ),
+    "offloaded-weights": Case(
+        refused=Setting(transformer=OFFLOADING, environment=on_gpu()),
+        advised=Setting(transformer=OFFLOADING, environment=on_gpu(NVTE_CPU_OFFLOAD_V1="1")),
+    ),
+    "torch-fsdp2-fused-gradients": Case(
+        refused=Setting(transformer={"gradient_accumulation_fusion": True}, flags=TORCH_FSDP2),
+        advised=Setting(flags=TORCH_FSDP2),
+    ),
+    "torch-fsdp2-quantized-parameters": Case(
+        refused=Setting(transformer={"fp8": "hybrid", "fp8_param": True}, flags=TORCH_FSDP2),
+        advised=Setting(transformer={"fp8": "hybrid"}, flags=TORCH_FSDP2),
+    ),
+    "megatron-fsdp-grouped-parameters": Case(
+        refused=Setting(**megatron_fsdp(), changed={"moe_single_grouped_weight": True}),
+        advised=Setting(**megatron_fsdp()),
+    ),
     "modelopt-virtual-pipeline": Case(
         refused=Setting(sizes=INTERLEAVED, transformer=ASYNCHRONOUS, model=MODELOPT),
         advised=Setting(sizes=PIPELINE, transformer={"num_layers": 4}, model=MODELOPT),
@@ -305,6 +405,10 @@ SHOWN_ELSEWHERE: dict[str, Case] = {
         refused=Setting(sizes={"tp": 2, "ep": 2}, transformer=EXPERTS | {"sequence_parallel": True}, model=MODELOPT),
         advised=Setting(sizes={"ep": 2}, transformer=EXPERTS, model=MODELOPT),
         world_size=4,
+    ),
+    "mamba-offloading": Case(
+        refused=Setting(family=MambaModelConfig, transformer={"cpu_offloading": True, "cpu_offloading_num_layers": 1}),
+        advised=Setting(family=MambaModelConfig),
     ),
 }
 """Of the rules whose ``not_shown`` says why no process here shows what comes of it without them."""
@@ -327,8 +431,14 @@ def test_every_rule_says_why() -> None:
 
 def problems(setting: Setting, world_size: int) -> list[str]:
     """What the check finds."""
-    config, layout = setting.config(), setting.layout(world_size)
-    setup = preflight.Setup(transformer=config.transformer, layout=layout, options=setting.options(), model=config)
+    config = setting.config()
+    setup = preflight.Setup(
+        transformer=config.transformer,
+        layout=setting.layout(world_size),
+        options=setting.options(),
+        model=config,
+        environment=setting.environment,
+    )
     try:
         preflight.check(setup, make_builder(config).rules)
     except PreflightError as error:
@@ -345,6 +455,61 @@ def test_refused_by_this_rule_alone(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_what_it_says_to_set_passes(name: str) -> None:
     assert problems(EVERY_CASE[name].advised, EVERY_CASE[name].world_size) == []
+
+
+def setup_of(setting: Setting, groups: ProcessGroupCollection | None = None) -> preflight.Setup:
+    return preflight.Setup(
+        transformer=setting.config().transformer,
+        layout=setting.layout(4),
+        options=setting.options(),
+        groups=groups,
+        environment=setting.environment,
+    )
+
+
+CONNECTIONS: dict[str, tuple[Setting, str | None]] = {
+    "nothing is split": (Setting(environment=connections(8)), None),
+    "Blackwell": (Setting(sizes=TENSOR_PARALLEL, environment=connections(8, (10, 0))), None),
+    "no GPU": (Setting(sizes=TENSOR_PARALLEL), None),
+    "FSDP goes before": (Setting(sizes=TENSOR_PARALLEL, flags=TORCH_FSDP2, environment=connections(8)), None),
+    "context parallelism": (Setting(sizes=CONTEXT_PARALLEL, environment=connections(8)), "= 1, not 8"),
+    "Megatron-FSDP on Blackwell": (
+        Setting(**megatron_fsdp(), environment=connections(1, (10, 0))),
+        "megatron-fsdp overlaps nothing with CUDA_DEVICE_MAX_CONNECTIONS = 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_connections_to_a_gpu(name: str) -> None:
+    setting, problem = CONNECTIONS[name]
+    found = [one for rule in preflight.RULES for one in rule.problems(setup_of(setting))]
+    assert len(found) == (problem is not None)
+    assert all(problem in one for one in found if problem)
+
+
+def test_where_the_number_of_connections_is_not_set_a_warning_says_so() -> None:
+    warning = preflight.warning(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
+    assert warning is not None
+    assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set")
+    for environment in (connections(1), on_gpu((10, 0)), Environment()):
+        assert preflight.warning(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
+
+
+def groups_that_were_made() -> tuple[list[str], list[str]]:
+    """On each rank: what is said of a pipeline's backend, and of context parallelism in two levels."""
+    parallel_state.initialize_model_parallel(context_parallel_size=4, hierarchical_context_parallel_sizes=[2, 2])
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    backend = Setting(sizes=PIPELINE, transformer={"pipeline_model_parallel_comm_backend": "gloo"})
+    levels = Setting(sizes={"cp": 4}, transformer={"cp_comm_type": "a2a+p2p"})
+    return (
+        list(preflight.pipeline_backend.problems(setup_of(backend, groups))),
+        list(preflight.context_parallelism_in_two_levels.problems(setup_of(levels, groups))),
+    )
+
+
+def test_groups_that_somebody_made_are_taken() -> None:
+    assert run_ranks(groups_that_were_made, 4) == [([], [])] * 4
 
 
 class Run(NamedTuple):
@@ -433,7 +598,8 @@ def test_without_the_rule(name: str, together: dict[str, list[Run | str]], one_p
     for outcome in outcomes:
         assert isinstance(outcome, Run), outcome
         same_losses = outcome.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert not (same_losses and outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4))
+        same_norms = outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
+        assert (same_losses and same_norms) == case.passed_over
 
 
 def _outcomes_alone(case: Case) -> list[Run | str]:

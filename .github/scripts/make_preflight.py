@@ -28,9 +28,9 @@ What is known to fail late, to hang, or to train silently wrong is refused befor
 $ uv run bridge validate tiny --layout pp=2,dp=2 --wrap megatron-fsdp
 ```
 
-An error names the rule that it comes from. For every rule a test shows that what it says to set passes, and what
-happens without the rule: real processes fail, or train otherwise than one process does. When a new version of Megatron
-mends something, that test says so.
+An error names the rule that it comes from. For every rule a test shows that what it says to set passes, and, unless the
+page says why not, what happens without the rule: real processes fail, or train otherwise than one process does, or as
+if something had not been asked for. When a new version of Megatron mends something, that test says so.
 
 A family of models adds rules of its own in the class variable `rules` of its builder; those of models with a ModelOpt
 state, of Mamba and of T5 come last.
@@ -42,7 +42,8 @@ def section(rule: Rule) -> str:
     message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
     origin = f"Seen in {rule.seen}." if rule.seen else "By arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
-    return f"## {rule.name}\n\n{why} {origin}\n\n> {message}\n"
+    unseen = f" The common test does not show it: {rule.not_shown}." if rule.not_shown else ""
+    return f"## {rule.name}\n\n{why} {origin}{unseen}\n\n> {message}\n"
 
 
 def main(*args: str) -> int:

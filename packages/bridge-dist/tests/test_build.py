@@ -17,7 +17,16 @@ from ranks import run_ranks
 
 from bridge.builders import HookError
 from bridge.config import ModelConfig
-from bridge.dist import BuildOptions, DistributedModelBuilder, Layout, Wrapper, create_process_groups
+from bridge.dist import (
+    BuildOptions,
+    DistributedModelBuilder,
+    Layout,
+    Wrapper,
+    build_stages,
+    create_process_groups,
+    prepare_stages,
+)
+from bridge.dist.cpu import on_meta
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
 from bridge.dist.meta import materialize
 from bridge.dist.wrap import bucket_size
@@ -203,6 +212,19 @@ def returns_none(stages: Any) -> None:
 def test_a_hook_that_returns_none_ends_the_build() -> None:
     with pytest.raises(HookError, match=r"returns_none, returned None"):
         run_ranks(hooked, 1, returns_none)
+
+
+def devices_after_cpu_initialization() -> set[str]:
+    config = config_of(use_cpu_initialization=True)
+    groups = groups_of(config)
+    stages = build_stages(StageBuilder(config).build_model, groups, vp_size=None)
+    with on_meta():  # where `cuda` is no longer what the stages were made on
+        (stage,) = prepare_stages(list(stages), config.transformer, groups, BuildOptions(wrap_with_ddp=False))
+    return {tensor.device.type for tensor in (*stage.parameters(), *stage.buffers())}
+
+
+def test_what_was_initialised_on_the_cpu_is_moved_to_the_device() -> None:
+    assert run_ranks(devices_after_cpu_initialization, 1) == [{"meta"}]
 
 
 # Data-parallel wrappers

@@ -173,7 +173,7 @@ def test_the_fallback_to_layers_in_pytorch_is_said_once(
             GPTModelBuilder(gpt(mtp_num_layers=1)).build_model(pg_collection)
     said = [record.getMessage() for record in caplog.records if record.name == "bridge.models.layer_specs"]
     assert len(said) == 1
-    assert "transformer_engine, which is not installed" in said[0]
+    assert "Transformer Engine is not installed" in said[0]
 
 
 # What the local layers of megatron-core 0.19.2 cannot do and ours can.
@@ -194,6 +194,11 @@ BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] =
         {"num_moe_experts": 2, "moe_latent_size": 8, "add_bias_linear": False},
         r"moe_latent_size to null",
     ),
+    "offloaded layers": (
+        TransformerConfig,
+        {"cpu_offloading": True, "cpu_offloading_num_layers": 1},
+        r"cpu_offloading and",
+    ),
     "fused gradients": (
         TransformerConfig,
         {"gradient_accumulation_fusion": True},
@@ -203,6 +208,11 @@ BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] =
 
 # What neither can train; built it can be.
 BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+    "offloaded inputs": (
+        TransformerConfig,
+        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
+        r"fine_grained_activation_offloading to false",
+    ),
     "recomputed norms": (
         TransformerConfig,
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},

@@ -15,6 +15,7 @@ from megatron.core.fp8_utils import correct_amax_history_if_needed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import log_single_rank
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig
@@ -24,7 +25,7 @@ from bridge.dist.forward import next_token_step
 from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.precision import move_to_device, wrap_mixed_precision
-from bridge.dist.preflight import Rule, Setup, check, layout_of_groups
+from bridge.dist.preflight import Rule, Setup, check, layout_of_groups, warning
 from bridge.dist.stages import BuildStage, build_stages
 from bridge.dist.wrap import check_optimizer_instances, wrap_data_parallel
 
@@ -170,7 +171,10 @@ def build_distributed(
     if not is_alone():
         agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
     layout = layout_of_groups(config, pg_collection)
-    check(Setup(transformer=config, layout=layout, options=options, model=model), rules)
+    setup = Setup(transformer=config, layout=layout, options=options, model=model, groups=pg_collection)
+    check(setup, rules)
+    if slower := warning(setup):
+        log_single_rank(logger, logging.WARNING, slower)
     check_optimizer_instances(pg_collection, options)
     on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
     with on_device:
@@ -197,7 +201,7 @@ def prepare_stages(
     _log_parameters(stages, pg_collection)
 
     on_meta = config.init_model_with_meta_device
-    if not (on_meta or config.use_cpu_initialization or options.wrapper is Wrapper.TORCH_FSDP2):
+    if not (on_meta or options.wrapper is Wrapper.TORCH_FSDP2):  # that moves what it shards
         move_to_device(stages)
     stages = wrap_mixed_precision(
         stages,

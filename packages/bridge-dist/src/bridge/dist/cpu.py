@@ -41,6 +41,7 @@ from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
+from bridge.dist import gpu_libraries
 from bridge.dist.errors import DistError
 from bridge.dist.imports import is_compiler_left_out
 
@@ -73,7 +74,8 @@ def install() -> None:
     """Make `cuda:0` the CPU until `uninstall`; does nothing where that is so already.
 
     Raises:
-        CpuRuntimeError: there is a real GPU, or this version of torch lacks a name that is replaced.
+        CpuRuntimeError: there is a real GPU, or a library was imported that needs one, or this version of torch lacks
+            a name that is replaced.
     """
     global _installation
     if is_installed():
@@ -82,6 +84,11 @@ def install() -> None:
         raise CpuRuntimeError(
             "the CPU runtime does not hide a real GPU: leave it out to compute on that, "
             "or start the process with CUDA_VISIBLE_DEVICES='' to compute on the CPU"
+        )
+    if bound := gpu_libraries.hide_without_gpu():
+        raise CpuRuntimeError(
+            f"{', '.join(bound)} cannot compute on the CPU, and Megatron computes with what is imported: "
+            "install the CPU runtime before megatron-core is imported"
         )
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():

@@ -17,11 +17,15 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from bridge.dist.gpu_libraries import hide_without_gpu
+
 _DYNAMO = "torch._dynamo"
 
 
 def import_megatron(*, with_compiler: bool) -> None:
     """Import megatron-core, and keep what it says about missing CUDA libraries off the terminal.
+
+    Those that are there count as missing where no GPU is visible.
 
     Args:
         with_compiler: False for a process that computes on the CPU only, where the CPU runtime compiles nothing:
@@ -35,6 +39,7 @@ def import_megatron(*, with_compiler: bool) -> None:
     try:
         if not with_compiler:
             _leave_out_compiler()
+        hide_without_gpu()
         importlib.import_module("megatron.core")
         atexit.register(gc.unfreeze)  # what is frozen as Python ends counts as leaked
         gc.freeze()  # modules stay: later collections need not look at them, nor copy their pages in forked ranks

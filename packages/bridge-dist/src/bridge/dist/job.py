@@ -23,6 +23,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
+from bridge.dist.environment import leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.flops import model_flops, peak_flops
 from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
@@ -33,7 +34,14 @@ from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progre
 from bridge.dist.run.world import world
 from bridge.dist.stages import layers_of
 from bridge.dist.text import Text
-from bridge.dist.train import Step, TrainOptions, mask_vocabulary_padding, switch_off_dropout, train
+from bridge.dist.train import (
+    Step,
+    TrainOptions,
+    left_to_others,
+    mask_vocabulary_padding,
+    switch_off_dropout,
+    train,
+)
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
 
 _SEED = 1234
@@ -78,6 +86,7 @@ class BuildJob:
             finalize()
         builder = self.builder(config)
         transformer = builder.transformer_config
+        leave_out_cuda_graphs(transformer)
         layout = Layout.of(transformer, world_size, dp=self.dp)
         options = self.options(transformer)
         check(Setup(transformer=transformer, layout=layout, options=options, model=config), builder.rules)
@@ -126,6 +135,7 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
             transformer.init_model_with_meta_device
         ),
     }
+    refused |= {f"{field}: {advice}": True for field, advice in left_to_others(transformer)}
     if broken := [reason for reason, applies in refused.items() if applies]:
         raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))
 
@@ -209,6 +219,7 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
     """
     reset_peak_memory()
     builder = job.builder(config)
+    prepare_process(builder.transformer_config)
     seed_random_states(builder.transformer_config, groups)
     leader = torch.distributed.get_rank() == 0
     placements: list[list[Placement]] = []

@@ -6,16 +6,18 @@ One table: a rule looks at a configuration, a layout and the build options, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import cleandoc
 
 import torch
+import torch.distributed
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import ModelConfig
 from bridge.dist.documents import CONFIG_FIELDS
+from bridge.dist.environment import Environment
 from bridge.dist.errors import PreflightError
 from bridge.dist.layout import Layout, says_how_to_split
 from bridge.dist.options import BuildOptions, Wrapper
@@ -28,13 +30,16 @@ _STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a rule looks at: a model, how it is split, and how its stages are wrapped."""
+    """What a rule looks at: a model, how it is split, how its stages are wrapped, and where that is done."""
 
     transformer: TransformerConfig
     layout: Layout
     options: BuildOptions
     model: ModelConfig | None = None
     """The whole configuration of the model, where there is one."""
+    groups: ProcessGroupCollection | None = None
+    """The process groups; None where they are still to be made, by ``create_process_groups``."""
+    environment: Environment = field(default_factory=Environment.here)
 
     @property
     def ddp(self) -> DistributedDataParallelConfig:
@@ -57,6 +62,11 @@ class Setup:
     def has_virtual_pipeline(self) -> bool:
         """Whether a rank holds several stages; a pipeline of one rank is not divided further."""
         return self.layout.pp > 1 and self.layout.vp > 1
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether stages get a wrapper that shards them."""
+        return self.options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
 
     def is_wrapped_with(self, wrapper: Wrapper) -> bool:
         """Whether stages get this wrapper."""
@@ -161,10 +171,10 @@ def feed_forward_divides(setup: Setup) -> Iterator[str]:
         ("moe_ffn_hidden_size", "etp"): is_moe,
         ("moe_shared_expert_intermediate_size", "tp"): is_moe,
     }
-    for (field, axis), applies in sizes.items():
-        size, ranks = getattr(config, field), getattr(setup.layout, axis)
+    for (name, axis), applies in sizes.items():
+        size, ranks = getattr(config, name), getattr(setup.layout, axis)
         if applies and size is not None and size % ranks:
-            yield f"{field} = {size} is not a multiple of {axis} = {ranks}: choose a multiple, or another {axis}"
+            yield f"{name} = {size} is not a multiple of {axis} = {ranks}: choose a multiple, or another {axis}"
 
 
 @rule()
@@ -264,6 +274,197 @@ def meta_device_and_cpu_initialization(setup: Setup) -> Iterator[str]:
         yield "init_model_with_meta_device and use_cpu_initialization leave weights uninitialised: set one to False"
 
 
+# --- What somebody must make first
+
+
+@rule(seen=MEGATRON)
+def weight_shards(setup: Setup) -> Iterator[str]:
+    """Without process groups of their own, weights are not split further than tensor parallelism splits them: training
+    goes on as if it had not been asked for.
+    """
+    config = setup.transformer
+    splits = [("tensor_parallel_num_weight_shards", config.gtp_weight_remat_size, "tensor_model_parallel_size")]
+    if config.num_moe_experts:
+        experts = ("expert_tensor_parallel_num_weight_shards", config.expert_gtp_weight_remat_size)
+        splits.append((*experts, "expert_tensor_parallel_size"))
+    for name, parts, usual in splits:
+        if parts > 1:
+            yield (
+                f"weights in {parts} shards a tensor-parallel rank need process groups and optimizers that Bridge does "
+                f"not make: set {name} to None, or raise {usual}"
+            )
+
+
+@rule(seen=MEGATRON)
+def context_parallelism_in_two_levels(setup: Setup) -> Iterator[str]:
+    """Transformer Engine's attention gets None for its groups; attention in PyTorch communicates otherwise and does not
+    say so.
+    """
+    config = setup.transformer
+    kinds = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
+    asked = config.hierarchical_context_parallel_sizes or "a2a+p2p" in kinds
+    made = setup.groups is not None and setup.groups.hcp is not None
+    if setup.layout.cp > 1 and asked and not made:
+        yield (
+            "context parallelism in two levels needs process groups that Bridge does not make: set "
+            "hierarchical_context_parallel_sizes to None, and cp_comm_type to p2p, all_gather or a2a"
+        )
+
+
+@rule(seen=MEGATRON)
+def hybrid_context_parallelism(setup: Setup) -> Iterator[str]:
+    """It takes groups of every size, and samples that say how many ranks share them: an IndexError in the first
+    step.
+    """
+    if setup.transformer.hybrid_context_parallel:
+        yield (
+            "hybrid_context_parallel needs process groups and samples that Bridge does not make: set it to False, "
+            "and context_parallel_size for all samples alike"
+        )
+
+
+@rule(seen=MEGATRON)
+def pipeline_backend(setup: Setup) -> Iterator[str]:
+    """Process groups are of the world's backend, and messages go by it, whatever the configuration says."""
+    backend, groups = setup.transformer.pipeline_model_parallel_comm_backend, setup.groups
+    made = groups is not None and torch.distributed.get_backend(groups.pp) == backend
+    if setup.layout.pp > 1 and backend not in (None, "nccl") and not made:
+        yield (
+            f"pipeline_model_parallel_comm_backend is {backend}, but the pipeline's process group is of the world's "
+            "backend: set it to None, or make the group so"
+        )
+
+
+@rule(seen=MEGATRON)
+def ring_exchange(setup: Setup) -> Iterator[str]:
+    """An AttributeError in the first step: it needs a custom build of torch."""
+    missing = not hasattr(torch.distributed, "ring_exchange")
+    if setup.layout.pp > 1 and setup.transformer.use_ring_exchange_p2p and missing:
+        yield "this torch has no ring_exchange: set use_ring_exchange_p2p = False"
+
+
+@rule(seen=MEGATRON)
+def tensor_parallel_overlap(setup: Setup) -> Iterator[str]:
+    """Transformer Engine asserts in the first forward pass that its buffers were made; layers in PyTorch overlap
+    nothing, and do not say so.
+    """
+    if setup.layout.tp > 1 and setup.transformer.tp_comm_overlap and not setup.environment.has_user_buffers:
+        yield (
+            "tp_comm_overlap communicates through buffers of Transformer Engine that nobody has made: set it to False, "
+            "or call transformer_engine.pytorch.module.base.initialize_ub before the build"
+        )
+
+
+@rule(seen=MEGATRON)
+def batch_invariant_kernels(setup: Setup) -> Iterator[str]:
+    """Layers say that they are batch-invariant, but the kernels that they call are the usual ones."""
+    if setup.transformer.batch_invariant_mode and not setup.environment.is_batch_invariant:
+        yield (
+            "batch_invariant_mode needs Megatron's own kernels switched on: set it to False, or call "
+            "enable_batch_invariant_mode of megatron.core.transformer.custom_layers.batch_invariant_kernels first"
+        )
+
+
+# --- GPUs
+
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_BLACKWELL = (10, 0)
+_OFFLOAD = "NVTE_CPU_OFFLOAD_V1"
+
+
+@rule(seen=MEGATRON, not_shown="it is about how GPUs order kernels")
+def connections_of_split_layers(setup: Setup) -> Iterator[str]:
+    """Before Blackwell, a GPU that takes work by several connections may start a computation before the communication
+    that it shall overlap: Megatron's layers rely on one connection. Where it is not set, a warning says so.
+    """
+    connections = setup.environment.variables.get(_CONNECTIONS)
+    if _takes_one_connection(setup) and connections not in (None, "1"):
+        yield (
+            f"tensor and context parallelism on this GPU take {_CONNECTIONS} = 1, not {connections}: "
+            "set it so in the environment of every rank"
+        )
+
+
+def warning(setup: Setup) -> str | None:
+    """Return what costs a setup that passes some of its speed."""
+    if _takes_one_connection(setup) and _CONNECTIONS not in setup.environment.variables:
+        return (
+            f"{_CONNECTIONS} is not set: with tensor or context parallelism on this GPU, set it to 1 in the "
+            "environment of every rank, or communication may wait for the computation that it shall overlap"
+        )
+    return None
+
+
+def _takes_one_connection(setup: Setup) -> bool:
+    capability = setup.environment.compute_capability
+    before_blackwell = capability is not None and capability < _BLACKWELL
+    overlaps_otherwise = setup.is_fsdp or setup.transformer.overlap_moe_expert_parallel_comm
+    return before_blackwell and (setup.layout.tp > 1 or setup.layout.cp > 1) and not overlaps_otherwise
+
+
+@rule(seen=MEGATRON, not_shown="it is about how GPUs order kernels")
+def connections_of_fsdp(setup: Setup) -> Iterator[str]:
+    """By a single connection, what FSDP gathers ahead waits for the computation that it shall overlap."""
+    has_gpu = setup.environment.compute_capability is not None
+    if has_gpu and setup.is_fsdp and setup.environment.variables.get(_CONNECTIONS) == "1":
+        yield (
+            f"{setup.options.wrapper} overlaps nothing with {_CONNECTIONS} = 1: take that out of the environment of "
+            "every rank, or wrap with ddp"
+        )
+
+
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+"""What makes NCCL, Transformer Engine and cuBLAS add up in one order, by Megatron's own start-up; NCCL takes a list."""
+
+
+@rule(seen=MEGATRON, not_shown="a CPU adds up in one order anyway")
+def deterministic_libraries(setup: Setup) -> Iterator[str]:
+    """Layers choose deterministic algorithms, but the libraries that they call go on with the faster ones."""
+    if not setup.transformer.deterministic_mode or setup.environment.compute_capability is None:
+        return
+    for name in ("cross_entropy_loss_fusion", "tp_comm_overlap"):
+        if getattr(setup.transformer, name):
+            yield f"deterministic_mode does not go with {name}: set one of them to False"
+    for name, allowed in _DETERMINISTIC.items():
+        values = setup.environment.variables.get(name, "").split(",")
+        if not {value.strip() for value in values} <= set(allowed):
+            yield (
+                f"deterministic_mode takes {name} = {allowed[0]} in the environment of every rank: set it, or "
+                "deterministic_mode = False"
+            )
+
+
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def offloaded_weights(setup: Setup) -> Iterator[str]:
+    """From version 2.10 on, Transformer Engine offloads weights too, unless it is told to work as before."""
+    asked = setup.transformer.fine_grained_activation_offloading and setup.environment.compute_capability is not None
+    if asked and setup.environment.variables.get(_OFFLOAD) != "1":
+        yield (
+            f"fine_grained_activation_offloading takes {_OFFLOAD} = 1 in the environment of every rank: set it, or "
+            "fine_grained_activation_offloading = False"
+        )
+
+
+@rule(seen=MEGATRON)
+def cuda_graphs(setup: Setup) -> Iterator[str]:
+    """An AssertionError about random states while layers are built, or no graphs and no word of it."""
+    implementation = setup.transformer.cuda_graph_impl
+    if implementation != "none" and setup.environment.compute_capability is None:
+        yield f"cuda_graph_impl is {implementation}, but there is no GPU: set it to none"
+
+
+@rule(seen=MEGATRON)
+def nccl_buffers(setup: Setup) -> Iterator[str]:
+    """A ValueError about an unknown GPU while wrapping, after the whole model was built."""
+    wrapped = setup.is_wrapped_with(Wrapper.DDP) or setup.is_wrapped_with(Wrapper.MEGATRON_FSDP)
+    if wrapped and setup.ddp.nccl_ub and setup.environment.compute_capability is None:
+        yield "nccl_ub registers buffers with NCCL, but there is no GPU: set it to False"
+
+
 # --- DDP
 
 
@@ -312,6 +513,13 @@ def fp32_reduce_scatter(setup: Setup) -> Iterator[str]:
         )
 
 
+@rule(seen=MEGATRON)
+def custom_fsdp(setup: Setup) -> Iterator[str]:
+    """Nothing reads this older name of ``use_megatron_fsdp``: stages are wrapped with DDP."""
+    if setup.ddp.use_custom_fsdp and not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
+        yield "use_custom_fsdp is an older name that nothing reads: set use_megatron_fsdp in its place"
+
+
 # --- torch FSDP2
 
 
@@ -340,6 +548,21 @@ def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
         yield "torch FSDP2 does not take Megatron's distributed optimizer: set use_distributed_optimizer = False"
 
 
+@rule(seen=MEGATRON, not_shown="the kernel runs on a GPU only")
+def torch_fsdp2_fused_gradients(setup: Setup) -> Iterator[str]:
+    """The kernel adds to a buffer of Megatron's (``main_grad``) that FSDP2's parameters do not have."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.transformer.gradient_accumulation_fusion:
+        yield "torch FSDP2 has no buffers to accumulate gradients in: set gradient_accumulation_fusion = False"
+
+
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def torch_fsdp2_quantized_parameters(setup: Setup) -> Iterator[str]:
+    """Transformer Engine 2 has no way for FSDP2 to gather them: Megatron's start-up turns them off."""
+    quantized = [name for name in ("fp8_param", "fp4_param") if getattr(setup.transformer, name)]
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and quantized:
+        yield f"torch FSDP2 does not take parameters of 8 or 4 bits: set {' and '.join(quantized)} to False"
+
+
 # --- Megatron-FSDP
 
 
@@ -365,6 +588,15 @@ def megatron_fsdp_fp16(setup: Setup) -> Iterator[str]:
     """The optimizer unscales gradients that a rank's shard may not have: an AttributeError in the first step."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.transformer.fp16:
         yield "Megatron-FSDP fails with fp16: set bf16 = True and fp16 = False, or wrap with ddp"
+
+
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def megatron_fsdp_grouped_parameters(setup: Setup) -> Iterator[str]:
+    """Megatron-FSDP cannot put the storage of Transformer Engine's grouped parameters into its own buffers."""
+    names = ("moe_single_grouped_weight", "moe_single_grouped_bias")
+    grouped = [name for name in names if getattr(setup.transformer, name)]
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and grouped:
+        yield f"Megatron-FSDP does not take grouped parameters: set {' and '.join(grouped)} to False, or wrap with ddp"
 
 
 @rule(seen=MEGATRON)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,36 @@ def _time_when_done() -> float:
     """Read the clock when the device has done what it was given."""
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+_LEFT_TO_OTHERS: Mapping[str, tuple[Callable[[TransformerConfig], object], str]] = {
+    "overlap_moe_expert_parallel_comm": (
+        lambda c: c.overlap_moe_expert_parallel_comm,
+        "set it, and delay_wgrad_compute, to false: it takes steps that return plans of a schedule",
+    ),
+    "num_microbatches_with_partial_activation_checkpoints": (
+        lambda c: c.num_microbatches_with_partial_activation_checkpoints is not None,
+        "set it to null: it takes steps that are told what to recompute",
+    ),
+    "qk_clip": (lambda c: c.qk_clip, "set it to false: nothing clips the weights after a step"),
+    "log_max_attention_logit": (lambda c: c.log_max_attention_logit, "set it to false: nothing logs it"),
+    "moe_expert_rank_capacity_factor": (
+        lambda c: c.moe_expert_rank_capacity_factor is not None,
+        "set it to null, and moe_paged_stash to false: nothing repeats a step that dropped tokens",
+    ),
+    "cuda_graph_impl": (
+        lambda c: c.cuda_graph_impl in ("transformer_engine", "full_iteration"),
+        "set it to local or none: nothing captures the graphs",
+    ),
+}
+"""What megatron-core 0.19.2 leaves to the training loop, and the one here does not do."""
+
+
+def left_to_others(config: TransformerConfig) -> Iterator[tuple[str, str]]:
+    """Name the fields of a configuration that ``train`` would pass over, or fail for, each with what to set."""
+    for name, (asked, advice) in _LEFT_TO_OTHERS.items():
+        if asked(config):
+            yield name, advice
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import log_single_rank
 from torch.nn.functional import silu, softplus
 
+from bridge.dist.gpu_libraries import why_missing
 from bridge.models.backend import PyTorchSpecProvider, torch_norm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.hybrid_pattern import prediction_depths, refuse_layers
@@ -165,7 +166,7 @@ class TorchHybridStack(HybridStack):
 
 
 def has_mamba_kernels() -> bool:
-    """Whether the CUDA kernels of Mamba are installed: mamba-ssm and causal-conv1d, which it calls."""
+    """Whether the CUDA kernels of Mamba can be used: mamba-ssm and causal-conv1d, which it calls."""
     return bool(mamba_mixer.HAVE_MAMBA_SSM) and mamba_mixer.causal_conv1d_fn is not None
 
 
@@ -183,7 +184,8 @@ def _with_mixer(spec: Any) -> Any:
 
 @functools.cache
 def _report_fallback() -> None:
-    message = "mamba-ssm or causal-conv1d is not installed: computing Mamba layers in PyTorch"
+    missing = why_missing("mamba_ssm", "causal_conv1d")
+    message = f"mamba-ssm and causal-conv1d {missing}: computing Mamba layers in PyTorch"
     log_single_rank(logger, logging.WARNING, message)
 
 

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
 from bridge.config import ModelConfig
+from bridge.dist.gpu_libraries import why_missing
 from bridge.models.backend import TorchAttention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 
@@ -150,10 +151,10 @@ def mtp_block_spec(
 
 
 def uses_transformer_engine(transformer: TransformerConfig) -> bool:
-    """Whether layers come from Transformer Engine: when the configuration asks for it, and it is installed.
+    """Whether layers come from Transformer Engine: when the configuration asks for it, and it can be used here.
 
-    ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine the layers in
-    PyTorch are taken instead; the log says so once.
+    ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine, or without a GPU
+    to run it on, the layers in PyTorch are taken instead; the log says so once.
     """
     if transformer.transformer_impl != "transformer_engine":
         return False
@@ -164,7 +165,7 @@ def uses_transformer_engine(transformer: TransformerConfig) -> bool:
 
 @functools.cache
 def _report_fallback() -> None:
-    message = "transformer_impl is transformer_engine, which is not installed: building layers in PyTorch"
+    message = f"Transformer Engine {why_missing('transformer_engine')}: building layers in PyTorch"
     log_single_rank(logger, logging.WARNING, message)
 
 
@@ -283,6 +284,10 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: c.gradient_accumulation_fusion and not _is_installed("fused_weight_gradient_mlp_cuda"),
         "set transformer.gradient_accumulation_fusion to false",
     ),
+    "offloading of activations": (
+        lambda c: c.cpu_offloading or c.fine_grained_activation_offloading,
+        "set transformer.cpu_offloading and transformer.fine_grained_activation_offloading to false",
+    ),
     "recomputation of norms and of experts' activations": (
         lambda c: (
             c.recompute_granularity == "selective" and bool({"layernorm", "moe_act"} & set(c.recompute_modules or ()))
@@ -326,13 +331,16 @@ def refuse(transformer: TransformerConfig, refusals: Refusals, *, layers: str) -
 
 
 def require_transformer_engine(what: str) -> None:
-    """Check that Transformer Engine is installed, for something that needs it.
+    """Check that Transformer Engine can be used, for something that needs it.
 
     Raises:
-        UnsupportedError: It is not.
+        UnsupportedError: It cannot.
     """
     if not HAVE_TE:
-        raise UnsupportedError(f"{what} needs Transformer Engine, which is not installed: install it, or leave it out")
+        raise UnsupportedError(
+            f"{what} needs Transformer Engine, which {why_missing('transformer_engine')}: "
+            "install it where there is a GPU, or leave it out"
+        )
 
 
 def _is_installed(module: str) -> bool:

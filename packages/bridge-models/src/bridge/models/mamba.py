@@ -187,10 +187,22 @@ def mamba_params_dtype(setup: Setup) -> Iterator[str]:
         yield f"params_dtype is {config.params_dtype}, but Mamba layers compute in {half}: set params_dtype to {half}"
 
 
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def mamba_offloading(setup: Setup) -> Iterator[str]:
+    """A stack of hybrid layers offloads nothing, without a word of it: Megatron's transformer block does."""
+    if setup.transformer.cpu_offloading:
+        yield "a hybrid model does not offload whole layers: set cpu_offloading = False"
+
+
 class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
     """Builds ``HybridModel`` from a ``MambaModelConfig``."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*ModelOptBuilder.rules, mamba_heads_divide, mamba_params_dtype)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *ModelOptBuilder.rules,
+        mamba_heads_divide,
+        mamba_params_dtype,
+        mamba_offloading,
+    )
 
     def build_model(
         self,

@@ -23,6 +23,7 @@ from bridge.config import ModelConfig
 from bridge.dist.batch import Batch
 from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.cpu import on_meta
+from bridge.dist.environment import leave_out_cuda_graphs
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
@@ -153,6 +154,7 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
+        leave_out_cuda_graphs(builder.transformer_config)
         builder.transformer_config.perform_initialization = False  # there are no values to draw
         placements: list[tuple[Placement, bool]] = []
 

@@ -1,0 +1,107 @@
+"""What a configuration wants of its process: set, left out where there is no GPU, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from bridge.config import Document, ModelConfig
+from bridge.dist.environment import Environment, leave_out_cuda_graphs, prepare_process
+from bridge.dist.errors import TrainingError
+from bridge.dist.job import BuildJob
+from bridge.dist.options import Wrapper
+from bridge.dist.text import default_text
+from bridge.dist.train import TrainOptions
+
+GRAPHS = ("transformer.use_te_rng_tracker=true", "transformer.cuda_graph_impl=local")
+
+
+def transformer(**changed: Any) -> TransformerConfig:
+    """The constructor would want whole models and libraries: the fields are assigned afterwards."""
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    return config
+
+
+def job(*overrides: str) -> BuildJob:
+    training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+    return BuildJob(document=Document.load("tiny", overrides).data, wrapper=Wrapper.DDP, training=training)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """The streams that are set, of a torch that has none: there is no GPU."""
+    found: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of its own")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "the default stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", found.append)
+    yield found
+    torch.use_deterministic_algorithms(False)
+
+
+def test_graphs_of_transformer_engine_get_a_stream_that_is_not_the_default_one(streams: list[object]) -> None:
+    for implementation in ("transformer_engine", "local", "none"):
+        prepare_process(transformer(cuda_graph_impl=implementation))
+    assert streams == ["a stream of its own", "the default stream", "the default stream"]
+
+
+@pytest.mark.usefixtures("streams")
+def test_deterministic_algorithms_are_those_of_the_latest_configuration() -> None:
+    for deterministic in (True, False):
+        prepare_process(transformer(deterministic_mode=deterministic))
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+def test_there_is_no_gpu_here_and_nothing_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    here = Environment.here()
+    assert here.variables["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert (here.compute_capability, here.has_user_buffers, here.is_batch_invariant) == (None, False, False)
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
+def test_without_a_gpu_there_are_no_cuda_graphs(implementation: str) -> None:
+    config = transformer(cuda_graph_impl=implementation)
+    leave_out_cuda_graphs(config)
+    assert config.cuda_graph_impl == "none"
+
+
+def test_a_job_with_cuda_graphs_runs_without_a_gpu() -> None:
+    build = job(*GRAPHS)
+    config = ModelConfig.from_dict(build.document)
+    build.check(config, 1)
+    assert build.builder(config).transformer_config.cuda_graph_impl == "none"
+
+
+LEFT_TO_OTHERS = {
+    "overlap_moe_expert_parallel_comm": True,
+    "num_microbatches_with_partial_activation_checkpoints": 1,
+    "qk_clip": True,
+    "log_max_attention_logit": True,
+    "moe_expert_rank_capacity_factor": 1.5,
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_OTHERS)
+def test_what_the_training_loop_does_not_do_is_refused(name: str) -> None:
+    build = job()
+    config: Any = ModelConfig.from_dict(build.document)
+    setattr(config.transformer, name, LEFT_TO_OTHERS[name])
+    with pytest.raises(TrainingError, match=f"cannot train with {name}: set it"):
+        build.check(config, 1)
+
+
+@pytest.mark.parametrize("implementation", ["transformer_engine", "full_iteration"])
+def test_graphs_that_nothing_captures_are_refused_where_there_is_a_gpu(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    build = job("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
+    with pytest.raises(TrainingError, match="cannot train with cuda_graph_impl: set it to local or none"):
+        build.check(ModelConfig.from_dict(build.document), 1)
