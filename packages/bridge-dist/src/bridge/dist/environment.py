@@ -65,7 +65,8 @@ def prepare_process(config: TransformerConfig) -> None:
     # Transformer Engine captures its CUDA graphs on another stream than the default one.
     of_graphs = config.cuda_graph_impl == "transformer_engine"
     torch.cuda.set_stream(torch.cuda.Stream() if of_graphs else torch.cuda.default_stream())
-    torch.use_deterministic_algorithms(config.deterministic_mode)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic_mode:  # setting it imports the compiler
+        torch.use_deterministic_algorithms(config.deterministic_mode)
 
 
 def leave_out_cuda_graphs(config: TransformerConfig) -> None:

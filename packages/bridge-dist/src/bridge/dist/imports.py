@@ -62,7 +62,7 @@ def _leave_out_compiler() -> None:
     if _DYNAMO not in sys.modules:
         torch.compile = _as_written  # type: ignore[assignment]
         torch.compiler.disable = _as_written  # type: ignore[assignment]
-        torch._dynamo = sys.modules[_DYNAMO] = _UnloadedDynamo.make()
+        torch._dynamo = _UnloadedDynamo.make()
 
 
 def is_compiler_left_out() -> bool:
@@ -82,20 +82,23 @@ class _UnloadedDynamo(ModuleType):
         spec = importlib.util.find_spec(_DYNAMO)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[_DYNAMO] = module
+        importlib.import_module(f"{_DYNAMO}.config")  # which is read without a wish to compile, and imports nothing else
         module.__class__ = cls
         vars(module).update(_NAMES_TO_KEEP_OUT)
+        del module.__path__  # looked up for other submodules: they come with the rest
         assert isinstance(module, cls)
         return module
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        spec = self.__spec__
+        if spec is None or spec.loader is None or (name.startswith("__") and name != "__path__"):
             raise AttributeError(name)
         self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__path__ = spec.submodule_search_locations or []
         for stand_in in _NAMES_TO_KEEP_OUT:
             delattr(self, stand_in)
-        assert self.__spec__ is not None
-        assert self.__spec__.loader is not None
-        self.__spec__.loader.exec_module(self)
+        spec.loader.exec_module(self)
         return getattr(self, name)
 
 
