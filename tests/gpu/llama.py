@@ -25,7 +25,7 @@ from bridge.dist.job import BuildJob, build_and_train
 from bridge.dist.options import Wrapper
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.text import Text
-from bridge.dist.train import LEARNING_RATE, Step, TrainOptions, train
+from bridge.dist.train import LEARNING_RATE, TrainOptions, train
 from bridge.models.layer_specs import layer_spec
 
 _WARM_UP, _TIMED, _ROUNDS = 2, 4, 3
@@ -70,6 +70,13 @@ def measure_memory(name: str, small: bool) -> dict[str, int]:
     return {"built": built - before, "between_steps": between - before, "peak": peak - before}
 
 
+class _Timed(NamedTuple):
+    """A step of training."""
+
+    loss: float
+    seconds: float
+
+
 class _Measured(NamedTuple):
     step_seconds: float
     peak: int
@@ -85,7 +92,7 @@ def measure_speed(name: str, own_layers: bool, small: bool) -> dict[str, dict[st
         small: A small model.
     """
     job, options = _prepare(SETTINGS[name], steps=_WARM_UP + _TIMED, small=small)
-    sides: dict[str, Callable[[BuildJob, Joined, TrainOptions], Iterator[Step]]] = {
+    sides: dict[str, Callable[[BuildJob, Joined, TrainOptions], Iterator[_Timed]]] = {
         "bridge": _bridge,
         "megatron": _megatron_with_local_layers if own_layers else _megatron_with_same_layers,
     }
@@ -100,7 +107,7 @@ def measure_speed(name: str, own_layers: bool, small: bool) -> dict[str, dict[st
     }
 
 
-def _measured(training: Iterator[Step]) -> _Measured:
+def _measured(training: Iterator[_Timed]) -> _Measured:
     before = _allocated()
     torch.cuda.reset_peak_memory_stats()
     steps = list(training)  # which builds first
@@ -126,28 +133,29 @@ def _prepare(setting: Setting, *, steps: int, small: bool) -> tuple[BuildJob, Tr
     return job, options
 
 
-def _bridge(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[Step]:
+def _bridge(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
     # A configuration of its own: a build adds to its hooks.
     rank = rank._replace(config=type(rank.config).from_dict(job.document))
     yield from _train_with_bridge(job, build_and_train(job, *rank).stages, rank, options)
 
 
-def _train_with_bridge(job: BuildJob, stages: list[Any], rank: Joined, options: TrainOptions) -> Iterator[Step]:
+def _train_with_bridge(job: BuildJob, stages: list[Any], rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
     text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
     step = job.builder(rank.config).forward_step
-    return train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=step)
+    for taken in train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=step):
+        yield _Timed(taken.loss, taken.seconds)
 
 
-def _megatron_with_same_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[Step]:
+def _megatron_with_same_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
     return _megatron(rank, options, layer_spec(rank.config, vp_stage=None, pp_rank=0))  # type: ignore[arg-type]
 
 
-def _megatron_with_local_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[Step]:
+def _megatron_with_local_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
     config: Any = rank.config
     return _megatron(rank, options, get_gpt_layer_local_spec(normalization=config.transformer.normalization))
 
 
-def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[Step]:
+def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[_Timed]:
     """Build and train with nothing of Bridge's but its configuration and its text."""
     config: Any = rank.config
     transformer = config.transformer
@@ -188,7 +196,7 @@ def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[Step]:
             start = time.perf_counter()
             batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
             loss = _step(model, optimizer, batch, options)
-            yield Step(loss=loss, grad_norm=None, seconds=time.perf_counter() - start)
+            yield _Timed(loss, time.perf_counter() - start)
     finally:  # or configuration and optimizer hold each other
         transformer.finalize_model_grads_func = transformer.grad_scale_func = None
 

@@ -56,7 +56,7 @@ elif [[ ! -e $BRIDGE_GPU_RECORD && -e tests/gpu/results/gpu.json ]]; then
 fi
 echo "installed after $(($(date +%s) - started)) s"
 status=0
-"$python" -m pytest -m gpu --tb=no -v tests/gpu || status=$?
+COLUMNS=160 "$python" -m pytest -m gpu --tb=no -v tests/gpu || status=$?
 "$python" tests/gpu/record.py "$BRIDGE_GPU_RECORD"
 echo "done after $(($(date +%s) - started)) s"
 exit "$status"
