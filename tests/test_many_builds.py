@@ -63,7 +63,7 @@ def build_and_train(ddp: dict[str, Any], flags: dict[str, bool]) -> None:
     from bridge.dist.text import Text, default_text
     from bridge.dist.train import TrainOptions, train
 
-    config = Document.load("tiny").config()
+    config = Document.load("tiny", ["position_embedding_type=rope"]).config()
     layout = Layout()
     groups = create_process_groups(layout)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed
 import torch.distributed.distributed_c10d
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch.distributed.tensor import DTensor
@@ -163,6 +164,10 @@ def destroy_process_groups() -> None:
     """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
     parallel_state.destroy_model_parallel()  # which forgets them only
     release_megatron_fsdp()
+    # megatron-core 0.19.2 remembers what these computed, with the module: its group, and under Megatron-FSDP by way of
+    # its hooks the whole model.
+    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+        rotary.forward.cache_clear()
     for group in _all_groups():
         if group not in _existing:
             torch.distributed.destroy_process_group(group)

@@ -1,0 +1,74 @@
+"""A whole step of forward and backward passes as one CUDA graph, by megatron-core's wrapper of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gpu.training import few_steps, make_job, only_rank
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from bridge.dist.job import vocab_size
+from bridge.dist.text import Text
+from bridge.dist.train import optimizer_of, zero_gradients
+from bridge.dist.weights import draw_weights
+
+_WARM_UP = 2
+
+
+def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) -> dict[str, list[float]]:
+    """Train five steps, of which those after the first two replay a graph; return losses and gradient norms.
+
+    Without ``capture`` no step does.
+    """
+    job, options = make_job(model, overrides), few_steps()
+    losses, norms = [], []
+    with only_rank(job) as rank:
+        builder = job.builder(rank.config)
+        vocab = vocab_size(rank.config)
+        assert vocab is not None
+
+        def draw(stages: list[Any]) -> list[Any]:
+            draw_weights(stages, rank.groups, vocab_size=vocab)
+            return stages
+
+        def forward(samples: Iterator[dict[str, torch.Tensor]], stage: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            return builder.forward_step(stage, next(samples)["tokens"], rank.groups), _mean
+
+        rank.config.pre_wrap_hooks.append(draw)
+        # Graphs replay what the generators were when they were captured, unless they know of them.
+        model_parallel_cuda_manual_seed(1234, use_cudagraphable_rng=capture, force_reset_rng=True)
+        # A check for NaN reads the gradients back, which cannot be captured.
+        stages = builder.build_distributed_models(rank.groups, DistributedDataParallelConfig())
+        text = Text.read(options.text, vocab_size=vocab)
+        warm_up = _WARM_UP if capture else options.steps
+        schedule = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=warm_up)
+        with optimizer_of(stages) as optimizer:
+            for index in range(options.steps):
+                batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+                microbatches = batch.split(options.micro_batch_size)
+                zero_gradients(stages)
+                optimizer.zero_grad()
+                outputs = schedule(
+                    forward_step_func=forward,
+                    data_iterator=iter([{"tokens": tokens.cuda()} for tokens in microbatches]),
+                    model=stages,
+                    num_microbatches=len(microbatches),
+                    seq_length=options.seq_length,
+                    micro_batch_size=options.micro_batch_size,
+                    forward_only=False,
+                )
+                _, norm, _ = optimizer.step()
+                losses.append(torch.stack(outputs).mean().item())
+                norms.append(float(norm))
+    assert (FullCudaGraphWrapper.cuda_graph["training"] is not None) == capture
+    return {"losses": losses, "grad_norms": norms}
+
+
+def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = losses.float().mean()
+    return loss, loss.detach().clone()  # the schedule works in place

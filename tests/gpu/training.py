@@ -1,0 +1,132 @@
+"""What rows run in the worker: jobs of one rank, on the GPU over NCCL, or on the CPU over gloo where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpu.settings import BATCH, PRECISIONS, STEPS
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+
+from bridge.config import Document, ModelConfig
+from bridge.dist.job import BuildJob, Run, build_and_train, joined
+from bridge.dist.layout import Layout, destroy_process_groups
+from bridge.dist.options import Wrapper
+from bridge.dist.text import Text
+from bridge.dist.train import TrainOptions, train
+
+TEXT = Path(__file__).parents[2] / "LICENSE"
+"""Not torch's licence, the default: the references may be of another version of torch."""
+
+
+class Joined(NamedTuple):
+    """What the only rank has of a job."""
+
+    config: ModelConfig
+    layout: Layout
+    groups: ProcessGroupCollection
+
+
+def make_job(
+    model: str,
+    overrides: Sequence[str] = (),
+    *,
+    wrapper: str = "ddp",
+    distributed_optimizer: bool = False,
+    training: TrainOptions | None = None,
+) -> BuildJob:
+    """Describe a build of a preset."""
+    return BuildJob(
+        document=Document.load(model, overrides).data,
+        wrapper=Wrapper(wrapper),
+        distributed_optimizer=distributed_optimizer,
+        training=training,
+    )
+
+
+def few_steps(steps: int = STEPS) -> TrainOptions:
+    """Return what every small model is trained on: several microbatches a step."""
+    return TrainOptions(steps=steps, text=TEXT, **BATCH)
+
+
+@contextlib.contextmanager
+def only_rank(job: BuildJob) -> Iterator[Joined]:
+    """Join a world of one rank for a job, and leave it whatever happens: the next row joins another."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        with joined(job) as (config, layout, groups):
+            yield Joined(config, layout, groups)
+    finally:
+        if torch.distributed.is_initialized():
+            destroy_process_groups()
+            torch.distributed.destroy_process_group()
+
+
+def train_model(
+    model: str,
+    precision: str,
+    overrides: Sequence[str] = (),
+    wrapper: str = "ddp",
+    distributed_optimizer: bool = False,
+) -> dict[str, list[float | None]]:
+    """Train a model five steps from weights drawn by name; return losses and gradient norms."""
+    job = make_job(
+        model,
+        [*PRECISIONS[precision], *overrides],
+        wrapper=wrapper,
+        distributed_optimizer=distributed_optimizer,
+        training=few_steps(),
+    )
+    with only_rank(job) as rank:
+        return _curves(build_and_train(job, *rank))
+
+
+def _curves(run: Run) -> dict[str, list[float | None]]:
+    return {"losses": [step.loss for step in run.steps], "grad_norms": [step.grad_norm for step in run.steps]}
+
+
+def train_as_initialised(model: str, overrides: Sequence[str], wrapper: str) -> dict[str, Any]:
+    """Build a model with Megatron's own initial weights and train it; return where it was built, and the losses.
+
+    ``built_on`` names the devices of its parameters before they are moved anywhere.
+    """
+    job = make_job(model, overrides, wrapper=wrapper)
+    built_on: set[str] = set()
+
+    def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+        built_on.update(parameter.device.type for stage in stages for parameter in stage.parameters())
+        return stages
+
+    with only_rank(job) as rank:
+        rank.config.pre_wrap_hooks.append(note)
+        run = build_and_train(job, *rank)
+        losses = train_stages(run.stages, rank, job, few_steps())
+        trained_on = {parameter.device.type for stage in run.stages for parameter in stage.parameters()}
+    return {"built_on": sorted(built_on), "trained_on": sorted(trained_on), "losses": losses}
+
+
+def train_stages(stages: list[MegatronModule], rank: Joined, job: BuildJob, options: TrainOptions) -> list[float]:
+    """Train stages that were built; return the losses."""
+    builder = job.builder(rank.config)
+    text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
+    steps = train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=builder.forward_step)
+    return [step.loss for step in steps]
+
+
+def uniform_loss(model: str) -> float:
+    """Return the loss of a model that finds all tokens equally likely, about that of an untrained one."""
+    config: Any = Document.load(model).config()
+    return math.log(config.vocab_size)

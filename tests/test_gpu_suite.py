@@ -1,0 +1,150 @@
+"""The GPU suite, as far as a machine without a GPU can tell: what it is made of, and a rehearsal of a row."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gpu import record
+from gpu.settings import CASES, SETTINGS
+from gpu.worker import Worker, WorkerError, WorkerTimeoutError
+
+from bridge.config import Document
+
+SUITE = Path(__file__).parent / "gpu"
+REFERENCES = json.loads((SUITE / "references.json").read_text())
+
+
+def suite(record: Path, only: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run some rows as `pytest -m gpu`, where no GPU is visible."""
+    settings = {"BRIDGE_GPU_ONLY": only, "BRIDGE_GPU_RECORD": str(record), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs", str(SUITE)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **settings, **environment}, timeout=240
+    )
+
+
+def test_every_case_has_a_reference_made_from_its_document_of_today() -> None:
+    assert REFERENCES["training"].keys() == {*CASES, "tiny-fp16"}
+    assert REFERENCES["plans"].keys() == SETTINGS.keys()
+    for case, reference in REFERENCES["training"].items():
+        fingerprint = Document.load(case.rpartition("-")[0]).fingerprint()
+        assert reference["fingerprint"] == fingerprint, f"{case}: run tests/gpu/references.py"
+
+
+def test_functions_that_rows_name_are_there() -> None:
+    named = set(re.findall(r'"gpu\.(\w+):(\w+)"', "".join(file.read_text() for file in SUITE.glob("*.py"))))
+    assert named
+    for module, function in named:
+        assert f"\ndef {function}(" in (SUITE / f"{module}.py").read_text()
+
+
+def test_rows_are_left_out_of_a_usual_run() -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-q", str(SUITE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "deselected" in done.stdout
+
+
+def test_a_rehearsed_row_is_recorded(tmp_path: Path) -> None:
+    done = suite(tmp_path / "gpu.json", "family:tiny-fp32,graphs-by-layer", BRIDGE_GPU_REHEARSE="1")
+    assert done.returncode == 0, done.stdout
+    rows = record.load(tmp_path / "gpu.json")["rows"]
+    assert {name: row["outcome"] for name, row in rows.items()} == {
+        "family:tiny-fp32": record.PASSED,
+        "graphs-by-layer": record.NOT_RUN,
+    }
+    assert rows["family:tiny-fp32"]["figures"]["loss difference"]["value"] < 1e-5
+    assert rows["graphs-by-layer"]["why"] == "needs CUDA"
+
+
+def test_without_a_gpu_nothing_is_run_or_recorded(tmp_path: Path) -> None:
+    done = suite(tmp_path / "gpu.json", "family")
+    assert done.returncode == 0, done.stdout
+    assert "[10] " in done.stdout
+    assert "no CUDA device" in done.stdout
+    assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Worker:
+    return Worker(tmp_path / "worker.log")
+
+
+def test_what_crashes_or_hangs_costs_itself_alone(worker: Worker, tmp_path: Path) -> None:
+    first = worker.run("os:getpid", limit=30)
+    with pytest.raises(WorkerError, match=r"^ValueError: "):
+        worker.run("math:sqrt", -1, limit=30)
+    assert worker.run("os:getpid", limit=30) == first
+    with pytest.raises(WorkerError, match="died, exit code 3"):
+        worker.run("os:_exit", 3, limit=30)
+    second = worker.run("os:getpid", limit=30)
+    assert second != first
+    start = time.monotonic()
+    with pytest.raises(WorkerTimeoutError, match="longer than 1 s"):
+        worker.run("time:sleep", 60, limit=1)
+    assert time.monotonic() - start < 20
+    assert "Timeout" in (tmp_path / "worker.log").read_text()  # and where it hung
+    assert worker.run("os:getpid", limit=30, fresh=True) not in (first, second)
+    worker.close()
+
+
+def test_the_page_tells_each_row_of_the_record_and_where_it_ran() -> None:
+    script = Path(__file__).parents[1] / ".github/scripts/make_gpu_page.py"
+    spec = importlib.util.spec_from_file_location("make_gpu_page", script)
+    assert spec is not None
+    assert spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    machine = {"device": "NVIDIA H100 80GB HBM3", "devices": 1, "memory": 80 * 2**30, "driver": "580.1", "cuda": "13.0"}
+    machine |= {
+        "nccl": "2.28.9",
+        "python": "3.12.3",
+        "torch": "2.11.0",
+        "commit": "abc",
+        "packages": {"numpy": "2.5.2"},
+    }
+    data = record.load(Path("nowhere"))
+    rows = [maker.Listed(f"memory:{name}", "What it holds.") for name in ("ddp", "recompute", "other")]
+    assert "Never run" in maker.page(rows, data)
+    measured = {"difference": {"value": 0.07, "at_most": 0.05}}
+    record.add_row(data, "memory:ddp", row(record.FAILED, figures=measured, why="AssertionError: too much"), machine)
+    record.add_row(data, "memory:recompute", row(record.PASSED), machine | {"device": "NVIDIA H200"})
+    page = maker.page(rows, data)
+    assert "Never run" not in page
+    assert (
+        "| date | 2026-11-27 | 2026-11-27 |\n| device | 1 x NVIDIA H100 80GB HBM3, 80 GiB | 1 x NVIDIA H200, 80" in page
+    )
+    assert "| memory:ddp | failed [1] | AssertionError: too much; difference 0.07 (at most 0.05) |" in page
+    assert "| memory:recompute | passed [2] |  |" in page
+    assert "| memory:other | not run |  |" in page
+
+
+def row(outcome: str, **rest: object) -> record.Data:
+    return {"outcome": outcome, "date": "2026-11-27", "seconds": 1.0, "figures": {}, **rest}
+
+
+def test_a_run_of_some_rows_leaves_the_others() -> None:
+    data = record.load(Path("nowhere"))
+    first, second = {"device": "one"}, {"device": "another"}
+    for name in ("a", "b", "c"):
+        record.add_row(data, name, row(record.PASSED), first)
+    record.add_row(data, "b", row(record.FAILED, why="too large"), second)
+    record.add_row(data, "c", row(record.NOT_RUN, why="out of time"), second)
+    assert data["runs"] == [first, second]
+    assert [(each["outcome"], each["run"]) for each in data["rows"].values()] == [
+        (record.PASSED, 0),
+        (record.FAILED, 1),
+        (record.PASSED, 0),
+    ]
+    for name in ("a", "c"):
+        record.add_row(data, name, row(record.PASSED), second)
+    assert data["runs"] == [second]
+    assert {each["run"] for each in data["rows"].values()} == {0}
