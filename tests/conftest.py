@@ -1,10 +1,13 @@
 """What the tests across packages share."""
 
+import os
 from pathlib import Path
 
 import pytest
 from environments import build_wheels
 from isolation import no_attention_backend_chosen  # noqa: F401
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the processors
 
 
 @pytest.fixture(scope="session")

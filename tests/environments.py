@@ -1,5 +1,7 @@
 """Real environments to install the packages into, as people do: from built wheels, away from the workspace."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -90,6 +92,28 @@ class Environment:
 def workspace_versions() -> Sequence[str]:
     """What is installed in the workspace, as constraints: `name==version`."""
     return uv("pip", "freeze", "--exclude-editable", "--python", sys.executable).splitlines()
+
+
+def run_command(*arguments: str | Path) -> tuple[int, str, str]:
+    """Run `bridge` in this process, which has imported Megatron already; the ranks that it starts are processes.
+
+    Returns the exit code, standard output and standard error; what ranks print is not in them.
+    """
+    from bridge.config.cli import main  # here: other tests install environments without it
+
+    out, err = io.StringIO(), io.StringIO()
+    variables = dict(os.environ)
+    code: object = None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+    assert code is None or isinstance(code, int)
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 _IN_ONE_PROCESS = """\

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import run_in_one_process
+from environments import run_command, run_in_one_process
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 BRIDGE = str(SCRIPTS / "bridge")
-TORCHRUN = str(SCRIPTS / "torchrun")
 
 DOCUMENT = """\
 _target_: bridge.models.gpt.GPTModelConfig
@@ -38,9 +37,9 @@ def run(*command: str, environment: dict[str, str] | None = None, **options: Any
 
 
 def build(*arguments: str) -> dict[str, Any]:
-    done = run(BRIDGE, "build", *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
+    code, out, err = run_command("build", *arguments, "--json")
+    assert code == 0, err
+    report: dict[str, Any] = json.loads(out)
     return report
 
 
@@ -188,51 +187,6 @@ def test_a_table_on_the_terminal() -> None:
     assert "Warning" not in done.stderr
 
 
-def test_under_torchrun_it_joins_the_ranks_that_are_there(one_rank: dict[str, Any]) -> None:
-    command = [
-        TORCHRUN,
-        "--no-python",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
-    done = run(*command, BRIDGE, "build", *PADDED, "--steps", "3", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)  # of rank 0 alone
-    assert report["layout"]["dp"] == 2
-    assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
-
-
-def test_under_slurm_it_joins_the_tasks_of_the_step(tmp_path: Path) -> None:
-    """Two tasks with the variables that srun sets, and an scontrol that answers as Slurm's does."""
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo localhost && echo node2\n')
-    scontrol.chmod(0o755)
-    shared = {
-        "SLURM_STEP_ID": "0",
-        "SLURM_JOB_ID": "4242",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NODELIST": "node[1-2]",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
-    tasks = [
-        subprocess.Popen(
-            [BRIDGE, "build", "tiny", "--tp", "2", "--json"],
-            env=os.environ | shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [task.communicate(timeout=240)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0]
-    assert json.loads(outputs[0])["layout"]["tp"] == 2
-    assert outputs[1] == ""
-
-
 BAD_INPUT = {
     "an unknown key": ("key.yaml", [], r"key.yaml:5:3: $.transformer.num_layer: ", "did you mean 'num_layers'"),
     "a wrong type": ("type.yaml", [], "type.yaml:5:3: $.transformer.num_layers: expected an integer, got 'four'"),
@@ -319,11 +273,11 @@ def test_a_wrong_option_is_a_usage_error() -> None:
 def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
     document = tmp_path / "persistent.yaml"
     document.write_text(DOCUMENT.replace("transformer:\n", "transformer:\n  persist_layer_norm: true\n"))
-    done = run(BRIDGE, "build", str(document), "--nproc", "2")
-    assert done.returncode == 1
-    assert "UnsupportedError: " in done.stderr
-    assert "persistent layer norm" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = run_command("build", document, "--nproc", "2")
+    assert code == 1
+    assert "rank 0: UnsupportedError: " in err or "rank 1: UnsupportedError: " in err
+    assert "persistent layer norm" in err
+    assert "Traceback" not in err
 
 
 def test_fp16_trains_with_a_scaled_loss(one_rank: dict[str, Any]) -> None:
@@ -420,7 +374,7 @@ def children(pid: int) -> list[int]:
 def test_a_layout_reaches_the_model_of_a_reference_document(tmp_path: Path) -> None:
     model = DOCUMENT.replace("bridge.models.gpt.", "megatron.training.models.gpt.").replace("\n", "\n  ").rstrip()
     (tmp_path / "run_config.yaml").write_text(f"model:\n  {model}\ntrain: {{micro_batch_size: 1}}\n")
-    done = run(BRIDGE, "build", str(tmp_path / "run_config.yaml"), "--nproc", "2", "--tp", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["layout"]["tp"] == 2
-    assert "run_config.yaml: note: left out, Bridge reads the model alone: train" in done.stderr
+    code, out, err = run_command("build", tmp_path / "run_config.yaml", "--nproc", "2", "--tp", "2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["layout"]["tp"] == 2
+    assert "run_config.yaml: note: left out, Bridge reads the model alone: train" in err

@@ -36,7 +36,7 @@ size() { # size of what is committed or would be, and of folders
 
 locked() { # NAME==VERSION of each name
     local exported name
-    exported=$(uv export --quiet --frozen --all-packages --all-groups --no-hashes --no-emit-workspace --no-annotate \
+    exported=$(uv export --quiet --all-packages --all-groups --no-hashes --no-emit-workspace --no-annotate \
         --no-header)
     for name in "$@"; do
         grep -iE "^$name==" <<<"$exported" | cut -d ' ' -f 1

@@ -99,3 +99,14 @@ def test_two_ranks_that_take_one_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -
         "that of rank 1",
     ]
     assert world._claim(0, rank(1), store) == "its own"
+
+
+def test_full_precision_stays_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # put back after the test
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    devices.forbid_tf32()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

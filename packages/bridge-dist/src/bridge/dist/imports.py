@@ -83,7 +83,7 @@ class _UnloadedDynamo(ModuleType):
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[_DYNAMO] = module
-        importlib.import_module(f"{_DYNAMO}.config")  # which is read without a wish to compile, and imports nothing else
+        importlib.import_module(f"{_DYNAMO}.config")  # many read it, and it imports nothing of the rest
         module.__class__ = cls
         vars(module).update(_NAMES_TO_KEEP_OUT)
         del module.__path__  # looked up for other submodules: they come with the rest

@@ -50,7 +50,10 @@ def explained(place: RankEnvironment) -> Iterator[None]:
     try:
         open_store(place, timeout=_ANSWERS_WITHIN).set(f"names/{place.rank}", _name(place))
         yield
-    except BaseException as error:
+    except SystemExit:
+        _say_told_to_end(place)
+        raise
+    except Exception as error:
         cause = _cause(error)
         try:
             verdict = _tell(place, open_store(place, timeout=_ANSWERS_WITHIN), cause)
@@ -100,15 +103,13 @@ def _is_of_pool(place: RankEnvironment) -> bool:
     return place.nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and place.has_agent
 
 
-def _cause(error: BaseException) -> str | None:
+def _cause(error: Exception) -> str | None:
     """What this rank failed for; None if it only lost its connection to others."""
     if isinstance(error, DistError):
         return str(error)
     text = str(error)
     if isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
         return None
-    if isinstance(error, SystemExit):
-        return "it was told to end"
     return f"{type(error).__name__}: {text}"
 
 
@@ -184,10 +185,14 @@ def ended_by_signals(place: RankEnvironment) -> Iterator[None]:
 def _end_for_signal(reader: int, place: RankEnvironment) -> None:
     while number := os.read(reader, 1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(RuntimeError, LaunchError):
-                open_store(place, timeout=_ANSWERS_WITHIN).set(f"ended/{place.rank}", "it was told to end")
+            _say_told_to_end(place)
             os._exit(128 + number[0])
     os.close(reader)
+
+
+def _say_told_to_end(place: RankEnvironment) -> None:
+    with contextlib.suppress(RuntimeError, LaunchError):
+        open_store(place, timeout=_ANSWERS_WITHIN).set(f"ended/{place.rank}", "it was told to end")
 
 
 def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:

@@ -1,0 +1,67 @@
+"""What ranks of a launcher make of a failure, through the store alone; real ones are killed in tests/test_nodes.py."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed
+
+from bridge.dist.errors import LayoutError
+from bridge.dist.run import failures
+from bridge.dist.run.rank_environment import RankEnvironment
+
+LOST = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+
+
+def place(rank: int) -> RankEnvironment:
+    return RankEnvironment(rank=rank, world_size=4, address="localhost", port=1, node=rank // 2, nodes=2)
+
+
+def verdicts(
+    causes: dict[int, Exception], monkeypatch: pytest.MonkeyPatch, *, told_to_end: tuple[int, ...] = ()
+) -> set[str]:
+    """What each of the ranks that are left learns."""
+    monkeypatch.setattr(failures, "_LISTEN_S", 0.5)
+    store = torch.distributed.HashStore()
+    for rank in range(4):
+        store.set(f"names/{rank}", failures._name(place(rank)))
+    monkeypatch.setattr(failures, "open_store", lambda *_, **__: store)
+    for rank in told_to_end:
+        failures._say_told_to_end(place(rank))
+    with ThreadPoolExecutor() as threads:
+        told = [
+            threads.submit(failures._tell, place(rank), store, failures._cause(error)) for rank, error in causes.items()
+        ]
+        return {each.result() for each in told}
+
+
+def test_the_silent_rank_is_the_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    (verdict,) = verdicts({0: LOST, 1: LOST, 3: LOST}, monkeypatch)
+    assert verdict.startswith("lost rank 2 on node 1 (")
+
+
+def test_ranks_that_were_told_to_end_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    (verdict,) = verdicts({0: LOST, 1: LOST}, monkeypatch, told_to_end=(3,))
+    assert "rank 2 on node 1" in verdict
+    assert "rank 3" not in verdict
+
+
+def test_a_rank_that_failed_for_a_reason_of_its_own_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (verdict,) = verdicts({0: LOST, 1: LOST, 2: ValueError("a mistake"), 3: LOST}, monkeypatch)
+    assert verdict.startswith("rank 2 on node 1 (")
+    assert verdict.endswith("failed first: ValueError: a mistake")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (LOST, None),
+        (torch.distributed.DistNetworkError("reset"), None),
+        (LayoutError("2 ranks do not fit"), "2 ranks do not fit"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_whose_fault_an_error_is(error: Exception, cause: str | None) -> None:
+    assert failures._cause(error) == cause

@@ -1,0 +1,89 @@
+"""The scripts of docs/cluster.md, run as they are printed, as far as one machine can: two nodes on its loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+TORCHRUN, SLURM = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+JOB = ("tiny", "--tp", "2", "--steps", "2", "--seq-length", "16", "--json")
+
+# Starts a task for each node, with the variables that Slurm's own sets.
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do
+    SLURM_PROCID=$node SLURM_NODEID=$node SLURM_LOCALID=0 "$@" &
+done
+wait -n && wait -n
+"""
+SCONTROL = """\
+#!/bin/sh
+[ "$*" = "show hostnames node[1-2]" ] && echo localhost && echo node2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in {"torchrun.sh": TORCHRUN, "job.sbatch": SLURM, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def start(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{folder}:{SCRIPTS}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [folder / script, *arguments],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def report_of(*nodes: subprocess.Popen[str]) -> dict[str, object]:
+    """The report, which rank 0 alone prints."""
+    written = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), written
+    report: dict[str, object] = json.loads("".join(output for output, _ in written))
+    return report
+
+
+def test_torchrun_on_two_nodes(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GPUS_PER_NODE": "1"}
+    report = report_of(*(start(folder, "torchrun.sh", *JOB, **meeting, NODE_RANK=str(node)) for node in range(2)))
+    assert report["world_size"] == 2
+
+
+def test_an_error_that_each_rank_finds_is_said_once_and_recorded(folder: Path) -> None:
+    """Two ranks of one agent; the layout needs four."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GPUS_PER_NODE": "2", "NNODES": "1", "NODE_RANK": "0"}
+    recorded = folder / "error.json"
+    process = start(folder, "torchrun.sh", "tiny", "--tp", "4", **meeting, TORCHELASTIC_ERROR_FILE=str(recorded))
+    _, written = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert len(re.findall("^2 ranks do not fit tp x pp x cp = 4", written, re.MULTILINE)) == 1, written
+    assert "2 ranks do not fit" in recorded.read_text()
+
+
+def test_slurm_on_two_nodes(folder: Path) -> None:
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
+    job |= {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    report = report_of(start(folder, "job.sbatch", *JOB, **job))
+    assert report["layout"] == {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
