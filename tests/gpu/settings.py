@@ -67,6 +67,3 @@ SMALL_LLAMA = (
     "generation_config=null",
 )
 SMALL_SEQUENCE = 32
-
-# Dense TFLOP/s of bfloat16, by the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}

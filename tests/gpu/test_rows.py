@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gpu.session import Row
-from gpu.settings import BATCH, CASES, LLAMA, PEAK_FLOPS, SETTINGS, STEPS, TOLERANCES
+from gpu.settings import BATCH, CASES, LLAMA, SETTINGS, STEPS, TOLERANCES
 
 pytestmark = pytest.mark.gpu
 
@@ -59,11 +59,12 @@ def test_family(row: Row, case: str) -> None:
 def test_launch(row: Row) -> None:
     """`bridge build` starts a rank on a GPU, which trains as the CPU does."""
     report = row.bridge("build", "tiny", *TRAINING, *on_cuda(row))
+    assert report["device"] == ("cpu" if row.rehearsing else "cuda")
     compare(row, report, "tiny-fp32")
 
 
 def on_cuda(row: Row) -> list[str]:
-    return [] if row.rehearsing else ["--device", "cuda"]
+    return ["--device", "cpu" if row.rehearsing else "cuda"]
 
 
 @pytest.mark.parametrize("case", [f"{wrapper}-{precision}" for precision in ("fp32", "bf16") for wrapper in WRAPPERS])
@@ -106,7 +107,7 @@ def test_speed(row: Row, layers: str) -> None:
     name = "ddp" if layers == "same-layers" else "short"
     sides = row.run("gpu.llama:measure_speed", name, layers == "own-layers", row.rehearsing, limit=90)
     setting, flops = SETTINGS[name], REFERENCES["plans"][name]["flops"]
-    peak = next((peak for device, peak in PEAK_FLOPS.items() if device in row.device), None)
+    peak = row.run("bridge.dist.flops:peak_flops", row.device)
     for side, found in sides.items():
         row.measure(f"{side}, tokens/s", setting.global_batch_size * setting.seq_length / found["step_seconds"])
         row.measure(f"{side}, GiB", found["peak"] / 2**30)

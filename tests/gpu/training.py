@@ -19,6 +19,7 @@ from bridge.config import Document, ModelConfig
 from bridge.dist.job import BuildJob, Run, build_and_train, joined
 from bridge.dist.layout import Layout, destroy_process_groups
 from bridge.dist.options import Wrapper
+from bridge.dist.run.devices import forbid_tf32
 from bridge.dist.text import Text
 from bridge.dist.train import TrainOptions, train
 
@@ -59,8 +60,7 @@ def few_steps(steps: int = STEPS) -> TrainOptions:
 @contextlib.contextmanager
 def only_rank(job: BuildJob) -> Iterator[Joined]:
     """Join a world of one rank for a job, and leave it whatever happens: the next row joins another."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
