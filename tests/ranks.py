@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.pool import RankPool, start_fork_server
 
+MOST_THREADS = 60
+"""Ranks that are left with more, of process groups that somebody still holds, are replaced: all these threads wake."""
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -74,19 +76,24 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
             raise RankError(f"{error}\n{details}".strip()) from None
         cause.add_note(f"on {str(error).partition(':')[0]}:\n{details}")
         raise cause from None
-    return [pickle.loads(result) for result in results]
+    if max(threads for _, threads in results) > MOST_THREADS:
+        _Pool.ranks.close()
+    return [pickle.loads(result) for result, _ in results]
 
 
 atexit.register(_Pool.ranks.close)
 
 
-def _call(task: _Task, timeout: float) -> bytes:
-    """On a rank: call the function in a world of its own, and leave the process as it was."""
+def _call(task: _Task, timeout: float) -> tuple[bytes, int]:
+    """On a rank: call the function in a world of its own, and leave the process as it was.
+
+    Returns what it returned, and how many threads the process is left with.
+    """
     # Imported here: only the fork server and its children pay for torch.
     import torch
-    from megatron.core import parallel_state
 
     from bridge.dist import cpu
+    from bridge.dist.layout import destroy_process_groups
     from bridge.dist.run.rank_environment import RankEnvironment
     from bridge.dist.run.store import open_store
 
@@ -107,14 +114,15 @@ def _call(task: _Task, timeout: float) -> bytes:
     result = pickle.dumps(getattr(module, task.function)(*pickle.loads(task.arguments)))
     cpu.uninstall()
     torch.distributed.barrier()  # nobody leaves while another still needs it
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    destroy_process_groups()
+    if torch.distributed.is_initialized():  # the function may have made no groups but the world's
+        torch.distributed.destroy_process_group()
     gc.collect()  # a group's threads, which wake a hundred times a second, last as long as a model that holds it
     faulthandler.cancel_dump_traceback_later()
     torch.set_rng_state(random_state)
     os.environ.clear()
     os.environ.update(environment)
-    return result
+    return result, len(os.listdir("/proc/self/task"))
 
 
 def _load(task: _Task) -> ModuleType:

@@ -89,6 +89,7 @@ def folder() -> Iterator[Folder]:
 SIGNALLED = {
     "build, Ctrl-C": (("build", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGINT, 4),
     "verify, SIGTERM": (("verify", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGTERM, 3),
+    "plan, SIGTERM": (("plan", "llama-3.1-405b", "--gpus", "64", "--wrap", "torch-fsdp2"), signal.SIGTERM, 1),
     "search, Ctrl-C": (("plan", "llama-3.1-8b", "--search", "--gpus", "64"), signal.SIGINT, 4),
 }
 

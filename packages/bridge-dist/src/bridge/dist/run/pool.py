@@ -6,6 +6,7 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -247,7 +248,9 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
         try:
             task: _Task = pickle.loads(message)
             os.environ.update(task.variables)
-            tasks.send(task.function(*task.args))
+            result = task.function(*task.args)
+            gc.collect()  # models hold the threads of their process groups, which wake a hundred times a second
+            tasks.send(result)
         except BaseException as error:  # an exit of the function is a failure too
             tasks.send(_failure_of(error))
             # It keeps its connections until it is killed: peers must not fail before it for having lost them.
