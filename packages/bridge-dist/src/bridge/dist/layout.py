@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
-from bridge.dist.wrap import release_megatron_fsdp
+from bridge.dist.wrap import release_sharded_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def create_process_groups(
 def destroy_process_groups() -> None:
     """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
     parallel_state.destroy_model_parallel()  # which forgets them only
-    release_megatron_fsdp()
+    release_sharded_models()
     for group in _all_groups():
         if group not in _existing:
             torch.distributed.destroy_process_group(group)
