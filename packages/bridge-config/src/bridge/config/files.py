@@ -404,7 +404,9 @@ def _read_yaml(builder: _Builder) -> None:
     except MarkedYAMLError as error:
         said = " ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
-        builder.give_up(f"not YAML: {said}", mark.index if mark else None)
+        is_deep = error.problem == "exceeded maximum nesting depth"  # libyaml 0.2.6 reads ahead, to a depth of 1000
+        found = f"nested more than {MAX_DEPTH} deep" if is_deep else f"not YAML: {said}"
+        builder.give_up(found, mark.index if mark else None)
     except YAMLError as error:
         builder.give_up(f"not YAML: {error}", None)
     builder.finish()

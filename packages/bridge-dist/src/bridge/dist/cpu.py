@@ -302,6 +302,8 @@ def _replacements() -> list[Replacement]:
     return [
         *(Replacement(torch.cuda, name, value) for name, value in _TORCH_CUDA.items()),
         *(Replacement(torch.cuda.random, name, _TORCH_CUDA[name]) for name in ("current_device", "device_count")),
+        # torch 2.11 asks here, at the end of a backward pass under FSDP2, and 2.15 in torch.cuda.
+        Replacement(torch.accelerator, "current_stream", _always(_STREAM)),
         *(Replacement(torch.cuda.nvtx, name, _always(0)) for name in ("range_push", "range_pop")),
         # The source of every figure about memory: without figures all are zero.
         Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
-from bridge.dist.wrap import release_megatron_fsdp
+from bridge.dist.wrap import release_sharded_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def create_process_groups(
 def destroy_process_groups() -> None:
     """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
     parallel_state.destroy_model_parallel()  # which forgets them only
-    release_megatron_fsdp()
+    release_sharded_models()
     # megatron-core 0.19.2 remembers what these computed, with the module: its group, and under Megatron-FSDP by way of
     # its hooks the whole model.
     for rotary in (RotaryEmbedding, YarnRotaryEmbedding):

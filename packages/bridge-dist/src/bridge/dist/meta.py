@@ -18,6 +18,7 @@ from megatron.core.models.common.embeddings.relative_pos_embedding import Relati
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -136,13 +137,18 @@ class _Tensor(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A module that holds meta tensors of its own, and what to keep of each; ``kept`` are its other tensors."""
+    """A module that holds meta tensors of its own, and what to keep of each; ``kept`` are its other tensors.
+
+    ``draws_in_fp32`` is for modules that Megatron draws in fp32, whatever it casts them to. On a CPU it makes a
+    difference: torch 2.11 draws bf16 from coarser random numbers, 2.15 no longer does.
+    """
 
     name: str
     module: torch.nn.Module
     tensors: dict[str, _Tensor]
     kept: dict[str, torch.Tensor]
     initialise_embedding: Callable[[torch.Tensor], object] | None
+    draws_in_fp32: bool
 
     def allocate(self) -> None:
         """Give the tensors memory on this rank's device, each as a whole."""
@@ -161,6 +167,8 @@ class _Pending(NamedTuple):
         with torch.no_grad():
             for name in self.tensors:
                 tensor = self.own(name)
+                if self.draws_in_fp32:
+                    tensor.data = tensor.data.float()
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
             if reset is not None:
                 reset(self.module)
@@ -170,7 +178,7 @@ class _Pending(NamedTuple):
                 self.own(name).copy_(tensor)
         for name, (dtype, attributes) in self.tensors.items():
             tensor = self.own(name)
-            tensor.data = tensor.data.to(dtype)  # Megatron's router resets to its own precision, not the wrapper's
+            tensor.data = tensor.data.to(dtype)  # the wrapper's
             for attribute, value in attributes.items():
                 vars(tensor).setdefault(attribute, value)
         return [f"{self.name}.{name}".lstrip(".") for name in self.tensors if self._is_missing(name, reset)]
@@ -212,7 +220,8 @@ def _pending(stage: torch.nn.Module) -> list[_Pending]:
         meta = {n: _Tensor(t.dtype, dict(vars(t))) for n, t in own.items() if t.is_meta}
         if meta:
             kept = {n: t.detach().clone() for n, t in own.items() if n not in meta}
-            pending.append(_Pending(name, module, meta, kept, embeddings.get(module)))
+            in_fp32 = module in embeddings or isinstance(module, Router)
+            pending.append(_Pending(name, module, meta, kept, embeddings.get(module), in_fp32))
     return pending
 
 

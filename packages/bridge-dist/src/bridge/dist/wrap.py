@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_model_config
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from bridge.dist.errors import PreflightError
 from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
@@ -156,19 +158,29 @@ def bucket_size(
     return max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * data_parallel_size)
 
 
-def release_megatron_fsdp() -> None:
-    """Remove the gradient hooks of all models that Megatron-FSDP wraps, whose process groups are no more.
+def release_sharded_models() -> None:
+    """Take from all models that an FSDP wraps, whose process groups are no more, what would keep those for ever.
 
-    In megatron-core 0.19.2 a model and its hooks hold each other by way of torch's C++, so that Python never frees it,
-    nor its process groups.
+    In megatron-core 0.19.2 a model that Megatron-FSDP wraps and its gradient hooks hold each other by way of torch's
+    C++, so that Python never frees it. In torch 2.11 DTensor never frees the meshes it computes with, and a mesh holds
+    its groups, with their threads and files; 2.15 frees them.
     """
     for wrapped in list(_megatron_fsdp):
         for handle in wrapped.grad_acc_hooks.values():
             handle.remove()
     _megatron_fsdp.clear()
+    for mesh in list(_meshes.values()):
+        vars(mesh).get("_pg_registry", {}).clear()  # torch 2.6 has none, and holds no groups
+    _meshes.clear()
 
 
 _megatron_fsdp: weakref.WeakSet[Any] = weakref.WeakSet()
+_meshes: weakref.WeakValueDictionary[int, DeviceMesh] = weakref.WeakValueDictionary()
+"""By identity: meshes of the same ranks are equal."""
+
+
+def _remember_meshes(meshes: Iterable[DeviceMesh | None]) -> None:
+    _meshes.update({id(mesh): mesh for mesh in meshes if mesh is not None})
 
 
 def _broadcast(parameter: torch.nn.Parameter, *, pg_collection: ProcessGroupCollection) -> None:
@@ -201,13 +213,16 @@ def _wrap_stage(
     }
     if options.wrapper is Wrapper.TORCH_FSDP2:
         wrapped = _wrap_torch_fsdp2(stage, pg_collection, common)
+        _remember_meshes(parameter.device_mesh for parameter in stage.parameters() if isinstance(parameter, DTensor))
         initialise_shards(stage, share)
         return wrapped
     if options.wrapper is Wrapper.MEGATRON_FSDP:
         with initialised_by_wrapper(stage, share):
             wrapped = FullyShardedDataParallel(**common, pg_collection=pg_collection)
         _keep_gradient_averaging(wrapped)
-        _megatron_fsdp.add(wrapped.module)
+        inner: Any = wrapped.module
+        _megatron_fsdp.add(inner)
+        _remember_meshes((inner.dist_index.device_mesh, inner.dist_index.expt_device_mesh))
         return wrapped
     # Megatron-core 0.19.2 replaces this for all models of the process when one of them is wrapped with
     # reduce_scatter_with_fp32_accumulation; gradients of a later one are then lost. The latest build decides.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -15,14 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.distributed import ProcessGroup, distributed_c10d
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.config import ModelConfig
 from bridge.dist.batch import Batch
 from bridge.dist.build import DistributedModelBuilder
-from bridge.dist.cpu import on_meta
+from bridge.dist.cpu import Replacement, on_meta, replaced
 from bridge.dist.environment import leave_out_cuda_graphs
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
@@ -273,7 +274,7 @@ class _Run(NamedTuple):
         shape = (microbatches, self.batch.micro_batch_size, self.batch.seq_length + 1)
         samples = torch.empty(shape, dtype=torch.long)
         sent = _Collectives(_names(self.groups))
-        with sent, _FusedAttention():
+        with sent, _fused_attention():
             zero_gradients(self.stages)
             optimizer.zero_grad()
             run_microbatches(self.stages, self.groups, self.layout, samples, forward_step=self.builder.forward_step)
@@ -298,8 +299,9 @@ class _Run(NamedTuple):
         config = self.builder.transformer_config
         model: Any = unwrapped(stage)
         received = passed_on = 0
-        kept, flops, sent = _Kept(stage), FlopCounterMode(display=False), _Collectives(_names(self.groups))
-        with kept, flops, sent, _FusedAttention():
+        kept, sent = _Kept(stage), _Collectives(_names(self.groups))
+        flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
+        with kept, flops, sent, _fused_attention():
             if not getattr(model, "pre_process", True):
                 from_before = _from_stage_before(config, self.groups, self.batch)
                 received = _tensor_bytes(from_before)
@@ -481,26 +483,52 @@ def _names(groups: ProcessGroupCollection) -> dict[str, str]:
     return {group.group_name: kind for kind, group in reversed(_groups(groups))}
 
 
-class _FusedAttention(TorchFunctionMode):
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # the kernels see it in the shapes
+) -> torch.Tensor:
     """Attention by kernels that keep queries, keys, values, the output and one number for each of its rows.
 
     On the meta device torch would compute, and keep, the whole matrix of scores. Where it has no such kernel on a CPU
     (for values of another width than queries, or a mask with a gradient) that of GPUs is taken.
     """
+    mask = attn_mask
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    if query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad):
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]  # type: ignore[no-any-return]
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **given)
-        query, key, value = args
-        dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
-        mask, scale = given.get("attn_mask"), given.get("scale")
-        if mask is not None and mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        if query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad):
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return kernel(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(query, key, value, mask, True, dropout, causal, scale=scale)[0]
+
+def _fused_attention() -> AbstractContextManager[None]:
+    """Attention by `_attention`, in recomputed passes too: torch switches function modes off in the backward pass."""
+    return replaced(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attention))
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """FLOPs of the scores, and of their product with the values."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: object, **___: object
+) -> int:
+    """FLOPs of the scores again, and of two gradients for each of the two products."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops,
+}
+"""torch 2.15 has formulas for all four; 2.11 counts nothing for the first two, and refuses grouped queries."""

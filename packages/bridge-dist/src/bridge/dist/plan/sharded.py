@@ -42,7 +42,7 @@ def sharding_on_meta() -> Iterator[None]:
             yield
         finally:
             # Both would keep the process groups of a plan for the next one, see `destroy_process_groups`.
-            wrap.release_megatron_fsdp()
+            wrap.release_sharded_models()
             _clear_sharding_prop_cache()
 
 
