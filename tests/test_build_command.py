@@ -177,7 +177,7 @@ def test_every_wrapper_trains_alike(wrap: str, one_rank: dict[str, Any]) -> None
 
 
 def test_a_table_on_the_terminal() -> None:
-    done = run(BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", environment={"COLUMNS": "120"})
+    done = run(BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", "--device", "cpu", environment={"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     assert "2 rank(s): tp=1 pp=2" in done.stdout
     assert "peak memory, GiB" in done.stdout
@@ -262,6 +262,12 @@ def test_bad_input_is_a_clear_error(name: str, bad_input_results: dict[str, tupl
     for expected in BAD_INPUT[name][2:]:
         assert expected in err
     assert "Traceback" not in err
+
+
+def test_gpus_that_are_not_there() -> None:
+    code, _, err = run_command("build", "tiny", "--nproc", "2", "--device", "cuda")
+    assert code == 1
+    assert "--device cuda needs a GPU for each rank: 2 rank(s), 0 GPU(s) visible here" in err
 
 
 def test_a_wrong_option_is_a_usage_error() -> None:

@@ -81,8 +81,8 @@ def _training_options(command: CommandT) -> CommandT:
 )
 @click.option(
     "--device",
-    type=click.Choice(list(Device)),
-    default=Device.AUTO,
+    type=click.Choice([device.value for device in Device]),
+    default=Device.AUTO.value,
     show_default=True,
     help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
 )
@@ -207,8 +207,8 @@ def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
 @click.option("--steps", type=_SIZE, default=5, show_default=True, help="Steps to train.")
 @click.option(
     "--device",
-    type=click.Choice(list(Device)),
-    default=Device.AUTO,
+    type=click.Choice([device.value for device in Device]),
+    default=Device.AUTO.value,
     show_default=True,
     help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
 )
