@@ -4,7 +4,6 @@ The processes are those of Bridge's own pool. They come from a fork server that 
 once, and stay up from one call to the next as long as the calls are those of one file and end well.
 """
 
-import atexit
 import contextlib
 import faulthandler
 import gc
@@ -79,9 +78,6 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
     if max(threads for _, threads in results) > MOST_THREADS:
         _Pool.ranks.close()
     return [pickle.loads(result) for result, _ in results]
-
-
-atexit.register(_Pool.ranks.close)
 
 
 def _call(task: _Task, timeout: float) -> tuple[bytes, int]:

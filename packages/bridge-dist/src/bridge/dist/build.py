@@ -27,7 +27,7 @@ from bridge.dist.options import BuildOptions, Wrapper
 from bridge.dist.precision import move_to_device, wrap_mixed_precision
 from bridge.dist.preflight import Rule, Setup, check, layout_of_groups, warning
 from bridge.dist.stages import BuildStage, build_stages
-from bridge.dist.wrap import check_optimizer_instances, wrap_data_parallel
+from bridge.dist.wrap import check_optimizer_instances, check_torch, wrap_data_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ def build_distributed(
     check(setup, rules)
     if slower := warning(setup):
         log_single_rank(logger, logging.WARNING, slower)
+    check_torch(options)
     check_optimizer_instances(pg_collection, options)
     on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
     with on_device:

@@ -256,7 +256,7 @@ def verify(
         raise click.exceptions.Exit(1)
 
 
-class _Bytes(click.ParamType[int]):
+class _Bytes(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has no type for it
     """An amount of memory: a number and a unit, such as 80GiB."""
 
     name = "size"

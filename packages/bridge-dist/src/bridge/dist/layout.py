@@ -11,11 +11,11 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from torch.distributed.tensor import DTensor
 
 from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
+from bridge.dist.internals import clear_sharding_caches
 from bridge.dist.wrap import release_sharded_models
 
 
@@ -169,18 +169,9 @@ def destroy_process_groups() -> None:
     for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
         rotary.forward.cache_clear()
     for group in _all_groups():
-        if group not in _existing:
+        if group not in _existing and group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
-    _forget_sharding()
-
-
-def _forget_sharding() -> None:
-    """Clear what DTensor remembers of operators, with the groups of then, for any mesh of the same ranks.
-
-    ``torch.distributed.tensor.debug`` has a function for it, in a module that imports torch's compiler (torch 2.15).
-    """
-    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
-    torch._C._clear_DTensor_sharding_propagator_cache()
+    clear_sharding_caches()
 
 
 # Public, and the other deprecated, in torch 2.15; not there in 2.6.

@@ -16,9 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
@@ -39,6 +37,15 @@ from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.hybrid_pattern import prediction_depths, refuse_layers
 from bridge.models.layer_specs import refuse_beyond_pytorch, require_transformer_engine, uses_transformer_engine
 from bridge.models.ssm import GatedRMSNorm, causal_conv1d, selective_scan
+
+try:
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+except RuntimeError as error:  # of triton 3.2 and 3.3, which look for a GPU where a kernel is declared
+    raise UnsupportedError(
+        f"megatron-core's Mamba layers cannot be imported without a GPU beside torch {torch.__version__}: use "
+        "torch 2.8 or later"
+    ) from error
 
 if TYPE_CHECKING:
     from bridge.models.mamba import MambaModelConfig

@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
 from bridge.dist.batch import Batch
 from bridge.dist.errors import PlanError
+from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.options import Wrapper
@@ -73,7 +75,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         memo: What chunks took in earlier plans of the same model, to be looked up and added to.
 
     Raises:
-        PlanError: How experts get their tokens cannot be planned.
+        PlanError: How experts get their tokens cannot be planned, or the installed torch is too old.
         BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
     """
     start = time.perf_counter()
@@ -109,6 +111,8 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
 
 
 def _check(transformer: TransformerConfig) -> None:
+    if TORCH < TESTED_THROUGHOUT:
+        raise PlanError(f"plans need torch 2.11 or later, not {torch.__version__}: update torch")
     if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
         raise PlanError(
             f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} needs tokens to know its sizes: "

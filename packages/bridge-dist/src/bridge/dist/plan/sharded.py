@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.dist import wrap
 from bridge.dist.cpu import Replacement, replaced
+from bridge.dist.internals import clear_sharding_caches
 
 _META = torch.device("meta")
 
@@ -32,9 +33,6 @@ def sharding_on_meta() -> Iterator[None]:
 
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
     """
-    # Private to torch, and not needed by plans under DDP.
-    from bridge.dist.layout import _forget_sharding as _clear_sharding_prop_cache
-
     with contextlib.ExitStack() as undo:
         for replacement in _replacements():
             undo.enter_context(replaced(replacement))
@@ -43,7 +41,7 @@ def sharding_on_meta() -> Iterator[None]:
         finally:
             # Both would keep the process groups of a plan for the next one, see `destroy_process_groups`.
             wrap.release_sharded_models()
-            _clear_sharding_prop_cache()
+            clear_sharding_caches()
 
 
 def _replacements() -> list[Replacement]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed
@@ -125,9 +125,13 @@ def _tell(place: RankEnvironment, store: Store, cause: str | None) -> str:
     while time.monotonic() < deadline and not store.check(["verdict"]):
         time.sleep(0.1)
     silent = [rank for rank in range(place.world_size) if not store.check([f"ended/{rank}"])]
-    lost = [_name_of(rank, store) for rank in silent[:4]] + (["and more"] if len(silent) > 4 else [])
-    verdict = f"lost {', '.join(lost)}: killed, or on a machine that is gone" if lost else "ranks lost their connection"
+    verdict = _describe_lost(silent, store) if silent else "ranks lost their connection"
     return store.compare_set("verdict", "", verdict).decode()
+
+
+def _describe_lost(ranks: Sequence[int], store: Store) -> str:
+    names = [_name_of(rank, store) for rank in ranks[:4]] + (["and more"] if len(ranks) > 4 else [])
+    return f"lost {', '.join(names)}: killed, or on a machine that is gone"
 
 
 def _name(place: RankEnvironment) -> str:
@@ -155,6 +159,7 @@ def watching_nodes(place: RankEnvironment) -> Iterator[None]:
         return
     # A connection of its own: a thread that waits in one keeps others out of it.
     store = open_store(place, timeout=_OTHERS_START_WITHIN)
+    store.set(f"names/{place.rank}", _name(place))
     done = threading.Event()
     threading.Thread(target=_beat, args=(place, store, done), daemon=True).start()
     try:
@@ -201,9 +206,8 @@ def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:
         try:
             store.add(f"beats/{place.node}", 1)
             if place.rank == 0 and (silent := _silent_node(place, store, seen)) is not None:
-                verdict = (
-                    f"lost node {silent}, silent for {_SILENCE_S:g} s: its launcher has ended, or its machine is gone"
-                )
+                there = [rank for rank in range(place.world_size) if f" on node {silent} " in _name_of(rank, store)]
+                verdict = _describe_lost(there, store) if there else f"lost node {silent}, silent for {_SILENCE_S:g} s"
                 store.compare_set("verdict", "", verdict)
                 store.set("silence", "")
             if store.check(["silence"]):

@@ -5,6 +5,7 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import multiprocessing
@@ -114,6 +115,7 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks."""
+        atexit.unregister(self.close)
         self._end_ranks()
         self._store = None
 
@@ -121,10 +123,12 @@ class RankPool:
         if not all(worker.process.is_alive() for worker in self._ranks):
             self._end_ranks()
         context = multiprocessing.get_context(self._start_method)
+        # Python waits for processes that are no daemons, and daemons could not start any, as writing a checkpoint does.
+        atexit.register(self.close)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
             process: BaseProcess = context.Process(  # type: ignore[attr-defined]
-                target=_serve, args=(there, self._start_method), daemon=True
+                target=_serve, args=(there, self._start_method)
             )
             self._ranks.append(_Rank(process, here))
             process.start()

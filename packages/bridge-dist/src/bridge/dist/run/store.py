@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 
-import torch.distributed
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from bridge.dist.errors import LaunchError
@@ -35,7 +34,7 @@ def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
         )
     except OSError as error:
         raise LaunchError(f"{where}: no such host or port: {error}") from error
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:  # torch 2.6 has no class of its own for a port that is taken
         if serves:
             raise LaunchError(
                 f"{where}: rank 0 cannot listen there, choose a free port: {_first_line(error)}"
