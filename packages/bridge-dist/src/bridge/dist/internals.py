@@ -1,4 +1,4 @@
-"""What bridge-dist uses of torch that torch does not promise to keep, in more than one place."""
+"""What bridge-dist uses of torch that torch does not promise to keep."""
 
 from __future__ import annotations
 
@@ -29,3 +29,33 @@ def clear_sharding_caches() -> None:
     else:
         propagator.propagate_op_sharding.cache_clear()
         torch._C._clear_DTensor_sharding_propagator_cache()
+
+
+PRIVATE_NAMES = {
+    "torch._C._distributed_c10d.PrefixStore": "run.store: keeps the keys of jobs apart",
+    "torch._C._distributed_c10d.TCPStore": "run.store, run.pool: where ranks meet",
+    "torch._dynamo": "imports: is left unloaded where nothing is compiled",
+    "torch.autograd.graph._engine_run_backward": "cpu: redirects the backward pass",
+    "torch.autograd._engine_run_backward": "cpu: the same, as torch.autograd has bound it",
+    "torch.distributed._coalescing_manager": "cpu: gloo mixes up tensors of different precision",
+    "torch.distributed.distributed_c10d._CoalescingManager": "cpu: what stands in for it yields",
+    "torch.distributed.distributed_c10d._get_default_store": "agreement: ranks compare through it",
+    "torch.distributed.distributed_c10d._world": "layout: lists the process groups",
+    "torch.distributed.tensor.DTensor._op_dispatcher": "clear_sharding_caches",
+    "torch.overrides._pop_mode": "cpu: takes its mode out from under others",
+    "torch.overrides._push_mode": "cpu: the same",
+    "torch.utils._device.DeviceContext": "cpu: makes tensors on the meta device",
+    "torch.utils._python_dispatch.TorchDispatchMode": "plan: counts what is computed",
+}
+"""What each is for, by name; seen in torch 2.6 to 2.15. A test tells which of them is gone."""
+
+PRIVATE_NAMES_OF_PLANS = {
+    "torch._C._clear_DTensor_sharding_propagator_cache": "clear_sharding_caches",
+    "torch._C._distributed_c10d.FakeProcessGroup": "plan.groups: groups of ranks that do not exist",
+    "torch._C._distributed_c10d._register_process_group": "plan.groups: the same",
+    "torch.UntypedStorage._new_with_weak_ptr": "plan.sharded: follows memory until it is freed",
+    "torch.distributed.fsdp._fully_shard._fully_shard": "plan.sharded: lets FSDP2 run on the meta device",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup": "plan.sharded: the same",
+    "torch.testing._internal.distributed.fake_pg.FakeStore": "plan.groups: groups of ranks that do not exist",
+}
+"""What plans need besides; seen in torch 2.11 to 2.15."""
