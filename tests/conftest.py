@@ -1,11 +1,14 @@
 """What the tests across packages share."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from environments import build_wheels
 from isolation import no_attention_backend_chosen  # noqa: F401
+from started import Folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the processors
 
@@ -14,3 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the processors
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The built wheel of every package, by name."""
     return build_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Folder]:
+    with tempfile.TemporaryDirectory(prefix="f") as path:  # short: sockets are made below it
+        folder = Folder(Path(path))
+        yield folder
+        for process in folder.processes():
+            os.kill(process, 9)

@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_faults import Folder
+from started import Folder
 
 BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
 
@@ -75,15 +73,6 @@ torch._dynamo.reset()
 def test_who_asks_for_the_compiler_gets_it() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def folder() -> Iterator[Folder]:
-    with tempfile.TemporaryDirectory(prefix="f") as path:  # short: sockets are made below it
-        folder = Folder(Path(path))
-        yield folder
-        for process in folder.processes():
-            os.kill(process, 9)
 
 
 SIGNALLED = {

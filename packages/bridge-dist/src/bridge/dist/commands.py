@@ -39,6 +39,15 @@ _SIZE = click.IntRange(min=1)
 _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
 
+_device_option = click.option(
+    "--device",
+    type=click.Choice([device.value for device in Device]),
+    default=Device.AUTO.value,
+    show_default=True,
+    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
+)
+
+
 def _training_options(command: CommandT) -> CommandT:
     """Give a command the options that say what to train on."""
     for option in (
@@ -79,13 +88,7 @@ def _training_options(command: CommandT) -> CommandT:
     type=click.Path(path_type=Path),
     help="With restore_modelopt_state: the checkpoint to restore the ModelOpt state and the weights from.",
 )
-@click.option(
-    "--device",
-    type=click.Choice([device.value for device in Device]),
-    default=Device.AUTO.value,
-    show_default=True,
-    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
-)
+@_device_option
 @_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def build(
@@ -205,13 +208,7 @@ def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
     "--nproc", type=_SIZE, default=4, show_default=True, help="Ranks to split the model over, on this machine."
 )
 @click.option("--steps", type=_SIZE, default=5, show_default=True, help="Steps to train.")
-@click.option(
-    "--device",
-    type=click.Choice([device.value for device in Device]),
-    default=Device.AUTO.value,
-    show_default=True,
-    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
-)
+@_device_option
 @_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def verify(
