@@ -1,21 +1,32 @@
-"""Names of torch that torch does not promise to keep: a version that lacks one is told by it."""
+"""Names that torch and megatron-core do not promise to keep: a version that lacks one is told by it."""
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 
 import pytest
+from megatron.core.tensor_parallel import random
 
-from bridge.dist.internals import PRIVATE_NAMES, PRIVATE_NAMES_OF_PLANS, TESTED_THROUGHOUT, TORCH
+from bridge.dist.internals import (
+    MEGATRON_MESSAGE,
+    MEGATRON_NAMES,
+    PRIVATE_NAMES,
+    PRIVATE_NAMES_OF_PLANS,
+    TESTED_THROUGHOUT,
+    TORCH,
+)
 
-NEEDED = PRIVATE_NAMES | (PRIVATE_NAMES_OF_PLANS if TORCH >= TESTED_THROUGHOUT else {})
+NEEDED = PRIVATE_NAMES | MEGATRON_NAMES | (PRIVATE_NAMES_OF_PLANS if TORCH >= TESTED_THROUGHOUT else {})
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_torch_still_has_it(name: str) -> None:
+def test_it_is_still_there(name: str) -> None:
     try:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError) as error:
-        pytest.fail(
-            f"torch {'.'.join(map(str, TORCH))} has no {name}, which bridge-dist uses ({NEEDED[name]}): {error}"
-        )
+        pytest.fail(f"there is no {name}, which bridge-dist uses ({NEEDED[name]}): {error}")
+
+
+def test_the_message_is_still_logged() -> None:
+    assert MEGATRON_MESSAGE in inspect.getsource(random)

@@ -44,6 +44,7 @@ from torch.utils._device import DeviceContext
 from bridge.dist import gpu_libraries
 from bridge.dist.errors import DistError
 from bridge.dist.imports import is_compiler_left_out
+from bridge.dist.internals import MEGATRON_MESSAGE
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
@@ -343,7 +344,7 @@ def _without_generator_warning() -> Iterator[None]:
 
 
 def _is_not_generator_warning(record: logging.LogRecord) -> bool:
-    return record.msg != "CPU RNG state changed within GPU RNG context"
+    return record.msg != MEGATRON_MESSAGE
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What bridge-dist uses of torch that torch does not promise to keep."""
+"""What bridge-dist uses of torch and megatron-core that they do not promise to keep."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ PRIVATE_NAMES_OF_PLANS = {
     "torch.testing._internal.distributed.fake_pg.FakeStore": "plan.groups: groups of ranks that do not exist",
 }
 """What plans need besides; seen in torch 2.11 to 2.15."""
+
+MEGATRON_NAMES = {
+    "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func": "wrap: is put back for each build",
+    "megatron.core.models.common.language_module.language_module.LanguageModule._is_in_embd_group": "meta",
+    "megatron.core.models.common.embeddings.RotaryEmbedding.forward.cache_clear": "layout",
+    "megatron.core.models.common.embeddings.YarnRotaryEmbedding.forward.cache_clear": "layout",
+    "megatron.core.parallel_state._set_global_memory_buffer": "plan.groups: stands in for its initialiser",
+    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "cpu: a tensor that is there already",
+    "megatron.core.transformer.moe.router.TopKRouter._maintain_float32_expert_bias": "precision: biases stay in fp32",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": "cpu: the same",
+}
+"""What each is for, by name; seen in megatron-core 0.19.2. Most would be passed over in silence if they were gone."""
+
+MEGATRON_MESSAGE = "CPU RNG state changed within GPU RNG context"
+"""What the CPU runtime keeps out of the log of ``megatron.core.tensor_parallel.random`` (megatron-core 0.19.2)."""

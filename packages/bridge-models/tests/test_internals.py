@@ -1,0 +1,17 @@
+"""Names that megatron-core does not promise to keep: a version that lacks one is told by it."""
+
+from __future__ import annotations
+
+import pkgutil
+
+import pytest
+
+from bridge.models.internals import MEGATRON_NAMES
+
+
+@pytest.mark.parametrize("name", MEGATRON_NAMES)
+def test_it_is_still_there(name: str) -> None:
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError) as error:
+        pytest.fail(f"there is no {name}, which bridge-models uses ({MEGATRON_NAMES[name]}): {error}")
