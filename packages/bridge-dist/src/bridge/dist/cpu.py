@@ -44,7 +44,7 @@ from torch.utils._device import DeviceContext
 from bridge.dist import gpu_libraries
 from bridge.dist.errors import DistError
 from bridge.dist.imports import is_compiler_left_out
-from bridge.dist.internals import MEGATRON_MESSAGE
+from bridge.dist.internals import MEGATRON_MESSAGE, TESTED_THROUGHOUT, TORCH
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
@@ -314,7 +314,16 @@ def _replacements() -> list[Replacement]:
         *(Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
         *(Replacement(module, "_coalescing_manager", _not_coalesced) for module in (torch.distributed, *buffers)),
         *(Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
+        *_methods_of_groups(),
     ]
+
+
+def _methods_of_groups() -> Iterator[Replacement]:
+    """What collectives call, for torch 2.6, where they do not ask function modes: `_REDIRECTED` would be ignored."""
+    if TORCH < TESTED_THROUGHOUT:
+        group = torch.distributed.ProcessGroup
+        for name in _GROUP_METHODS:
+            yield Replacement(group, name, _finished(getattr(group, name)))
 
 
 @contextlib.contextmanager
@@ -448,6 +457,18 @@ def _not_coalesced(*_: object, **__: object) -> Iterator[_CoalescingManager]:
     """
     yield _CoalescingManager()
 
+
+_GROUP_METHODS = (
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "alltoall_base",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+)
 
 # By name: those that end in `_single` are what their older spellings call in newer versions of torch.
 _COLLECTIVES = [

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 TESTED_THROUGHOUT = (2, 11)
-"""The oldest torch that everything is tested with; plans and both FSDPs want it.
+"""The oldest torch that everything is tested with; plans and torch FSDP2 want it.
 
-Seen with torch 2.6: collectives of tensors without memory are refused, which plans are made of, Megatron-FSDP crashes
-in the first step, and FSDP2 misses a method of streams. With 2.8 FSDP2 makes gradients on gloo as many times too large
-as there are ranks.
+With torch 2.6 collectives of tensors without memory are refused, which plans are made of, and FSDP2 misses a method of
+streams; with 2.8 FSDP2 makes gradients on gloo as many times too large as there are ranks.
 """
 
 
@@ -23,6 +21,9 @@ def clear_sharding_caches() -> None:
 
     ``torch.distributed.tensor.debug`` has a function for it, in a module that imports torch's compiler (torch 2.15).
     """
+    # Here: the CPU runtime imports this module, and stays cheap to import.
+    from torch.distributed.tensor import DTensor
+
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
     if TORCH < TESTED_THROUGHOUT:  # seen in 2.6: the only cache is Python's
         propagator.propagate_op_sharding.cache.cache_clear()

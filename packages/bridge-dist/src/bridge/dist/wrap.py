@@ -31,7 +31,6 @@ from megatron.core.utils import get_model_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from bridge.dist import cpu
 from bridge.dist.errors import PreflightError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
@@ -53,15 +52,9 @@ def check_torch(options: BuildOptions) -> None:
     Raises:
         PreflightError: It is.
     """
-    if TORCH >= TESTED_THROUGHOUT:
-        return
-    needs = f"needs torch 2.11 or later, not {torch.__version__}"
-    if options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2):
-        raise PreflightError([f"{options.wrapper} {needs}: wrap with ddp"])
-    ddp = options.ddp_config
-    if ddp is not None and (ddp.overlap_grad_reduce or ddp.overlap_param_gather) and cpu.is_installed():
-        # Seen with 2.6: the CPU runtime does not see torch's collectives, which end too late.
-        raise PreflightError([f"overlapping communication on the CPU {needs}: set overlap_grad_reduce = False"])
+    if options.wrapper is Wrapper.TORCH_FSDP2 and TORCH < TESTED_THROUGHOUT:
+        needs = f"needs torch 2.11 or later, not {torch.__version__}"
+        raise PreflightError([f"{options.wrapper} {needs}: wrap with ddp or megatron-fsdp"])
 
 
 def check_optimizer_instances(pg_collection: ProcessGroupCollection, options: BuildOptions) -> None:
