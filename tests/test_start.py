@@ -75,6 +75,7 @@ def test_who_asks_for_the_compiler_gets_it() -> None:
     assert done.returncode == 0, done.stderr
 
 
+LIMIT_S = 30  # at once, but for a machine that is busy
 SIGNALLED = {
     "build, Ctrl-C": (("build", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGINT, 4),
     "verify, SIGTERM": (("verify", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGTERM, 3),
@@ -92,7 +93,9 @@ def test_a_signal_ends_a_command_and_all_that_it_started(name: str, folder: Fold
     process.send_signal(number)
     _, written = process.communicate(timeout=60)
     assert process.returncode == 128 + number, written
-    assert time.monotonic() - begin < 10
+    while folder.processes() and time.monotonic() - begin < LIMIT_S:  # killed processes take a moment to be gone
+        time.sleep(0.1)
+    assert time.monotonic() - begin < LIMIT_S
     assert folder.processes() == []
     assert "Traceback" not in written
     assert "failed" not in written
