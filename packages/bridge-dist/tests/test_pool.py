@@ -73,6 +73,7 @@ def test_no_rank_outlives_the_pool() -> None:
 
 def test_cuda_can_be_used_in_ranks_that_are_started_for_gpus() -> None:
     """torch refuses CUDA in forks of a process that has asked for its devices, as megatron-core's import does."""
+    start_fork_server(1)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="spawn")
     assert not launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="forkserver")
 
