@@ -166,9 +166,7 @@ def _prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> Sta
         LaunchError: There is no GPU for each rank of this machine, and the user asks for it.
     """
     if place is not None:
-        from bridge.dist.run.failures import end_with_launcher
-
-        end_with_launcher()
+        os.environ.update(place.variables())  # as libraries look for them, under srun too
     local_ranks = ranks if place is None else place.local_world_size
     device = choose_device(asked, local_ranks=local_ranks)
     if device is Device.CUDA:
@@ -189,8 +187,9 @@ def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
     if place is None:
         yield
         return
-    from bridge.dist.run import failures
+    from bridge.dist.run import failures  # and torch, which `bridge -h` does without
 
+    failures.end_with_launcher()
     try:
         with failures.ended_by_signals(place), failures.watching_nodes(place):
             yield

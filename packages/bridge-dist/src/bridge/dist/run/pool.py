@@ -120,11 +120,14 @@ class RankPool:
         self._store = None
 
     def _start(self, ranks: int) -> None:
-        if not all(worker.process.is_alive() for worker in self._ranks):
+        if any(
+            worker.connection.poll() for worker in self._ranks
+        ):  # one that waits for a job says nothing: it has ended
             self._end_ranks()
         context = multiprocessing.get_context(self._start_method)
-        # Python waits for processes that are no daemons, and daemons could not start any, as writing a checkpoint does.
-        atexit.register(self.close)
+        if not self._ranks:
+            # Python waits for processes that are not daemons; daemons could start none, as writing a checkpoint does.
+            atexit.register(self.close)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
             process: BaseProcess = context.Process(  # type: ignore[attr-defined]
