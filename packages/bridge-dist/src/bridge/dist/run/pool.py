@@ -120,9 +120,8 @@ class RankPool:
         self._store = None
 
     def _start(self, ranks: int) -> None:
-        if any(
-            worker.connection.poll() for worker in self._ranks
-        ):  # one that waits for a job says nothing: it has ended
+        # A rank that waits for a job sends nothing: what can be read is the end of its connection.
+        if any(worker.connection.poll() for worker in self._ranks):
             self._end_ranks()
         context = multiprocessing.get_context(self._start_method)
         if not self._ranks:
