@@ -15,7 +15,11 @@ from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.generation import FIELD as GENERATION_FIELD
 from bridge.config.generation import GenerationSettings
 from bridge.config.migrate import hint_for
+from bridge.config.paths import parsed
 from bridge.config.refusal import Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.schema.arithmetic import CHECKS, check_fields
+from bridge.config.schema.ranges import ranges_of
+from bridge.config.schema.view import View
 from bridge.config.standins import EnumMember, Made, Named, Partial
 from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
 from bridge.config.targets import qualified_name
@@ -97,6 +101,8 @@ class Reader:
         self._world = world
         self._omitted = omitted
         self._hints = _MAX_HINTS
+        self._views: dict[int, View] = {}
+        """Configs whose fields were checked, by the identity of their mapping."""
 
     def value(self, value: Any, type_: Type) -> Any:
         """The value that `value` describes, in a place of this type."""
@@ -151,10 +157,22 @@ class Reader:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.found]
         found += [((key,), "required, but missing") for key in plan.required if key not in owned]
-        if found:
+        if found or (found := self._wrong_fields(data, target)):
             raise ReadError(found)
         missing = plan.missing - owned if target.embeds is not None else plan.missing
         return self._world.make(target, values, complete=missing <= self._omitted.get(id(data), _NO_NAMES))
+
+    def _wrong_fields(self, data: dict[str, Any], target: Target) -> Found:
+        """What is wrong with the fields of a config, alone and with each other; each is of its type."""
+        ranges = ranges_of(target.bases)
+        found: Found = [
+            ((name,), said) for name in ranges.keys() & data.keys() if (said := ranges[name].problem(data[name]))
+        ]
+        if found or CHECKS.keys().isdisjoint(target.bases):
+            return found
+        embedded = data.get(target.embeds) if target.embeds is not None else None
+        view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))
+        return [(parsed(path), said) for path, said in check_fields(view, target.bases)]
 
     def _field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """The value of a field; generation settings may stay data, see `bridge.config.generation`."""

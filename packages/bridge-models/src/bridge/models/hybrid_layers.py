@@ -31,10 +31,11 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import log_single_rank
 from torch.nn.functional import silu, softplus
 
+from bridge.config.schema.hybrid_pattern import prediction_depths
 from bridge.dist.gpu_libraries import why_missing
 from bridge.models.backend import PyTorchSpecProvider, torch_norm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
-from bridge.models.hybrid_pattern import prediction_depths, refuse_layers
+from bridge.models.hybrid_pattern import refuse_layers
 from bridge.models.layer_specs import refuse_beyond_pytorch, require_transformer_engine, uses_transformer_engine
 from bridge.models.ssm import GatedRMSNorm, causal_conv1d, selective_scan
 

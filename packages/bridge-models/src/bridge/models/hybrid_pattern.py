@@ -1,75 +1,11 @@
-"""The pattern of a hybrid model: one symbol a layer, ``|`` between pipeline stages.
-
-``M*M-|M*ME`` is a model of two stages: Mamba, attention, Mamba, MLP, then Mamba, attention, Mamba, experts.
-"""
+"""How the pattern of a hybrid model divides into pipeline stages, and which of its layers are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-
+from bridge.config.schema.hybrid_pattern import MEANINGS, STAGE, decoder_of, point_at
 from bridge.models.errors import ModelConfigError
-
-MEANINGS = {
-    Symbols.MAMBA: "Mamba",
-    Symbols.ATTENTION: "attention",
-    Symbols.MLP: "MLP",
-    Symbols.MOE: "experts",
-    Symbols.MLA: "multi-latent attention",
-    Symbols.DS_ATTENTION: "sparse attention",
-    Symbols.GDN: "gated delta net",
-}
-
-
-def layers_of(pattern: str) -> str:
-    """Return the symbols of the decoder's layers, without the borders of stages and multi-token prediction."""
-    return _decoder(pattern).replace(Symbols.PIPE, "")
-
-
-def prediction_depths(pattern: str) -> int:
-    """Return how many further tokens the pattern predicts: the parts that ``/`` begins."""
-    return pattern.count(Symbols.MTP_SEPARATOR)
-
-
-def check_symbols(pattern: str) -> None:
-    """Check that a pattern consists of layers, and that they go together.
-
-    Raises:
-        ModelConfigError: With a picture of the pattern that points at what is wrong.
-    """
-    if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, "|", "/"}]:
-        known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
-        raise _error(f"has symbols of no layer; there are {known}, and | between pipeline stages", pattern, unknown)
-    if not layers_of(pattern):
-        raise _error("has no layers: give at least one", pattern, [0])
-    latent = [at for at, symbol in enumerate(pattern) if symbol in (Symbols.MLA, Symbols.DS_ATTENTION)]
-    if latent and Symbols.ATTENTION in pattern:
-        raise _error("has both usual and latent attention, which Megatron-Core cannot: choose one", pattern, latent)
-    decoder, *predictions = pattern.split(Symbols.MTP_SEPARATOR)
-    at = len(decoder) + 1
-    for part in predictions:
-        if part != predictions[0] or not part or Symbols.PIPE in part:
-            raise _error(
-                "must repeat the same layers, of one stage, after each /", pattern, range(at, at + max(len(part), 1))
-            )
-        at += len(part) + 1
-
-
-def check_layers(pattern: str, num_layers: int) -> None:
-    """Check the number of layers of a pattern.
-
-    Raises:
-        ModelConfigError: With a picture of the pattern that points at the layers too many, or where some lack.
-    """
-    found = len(layers_of(pattern))
-    if found != num_layers:
-        at = [place for place, symbol in enumerate(_decoder(pattern)) if symbol != Symbols.PIPE]
-        raise _error(
-            f"has {found} layers, transformer.num_layers is {num_layers}: change one of them",
-            pattern,
-            at[num_layers:] or [len(_decoder(pattern))],
-        )
 
 
 def staged(pattern: str, stages: int) -> str:
@@ -82,9 +18,9 @@ def staged(pattern: str, stages: int) -> str:
     Raises:
         ModelConfigError: With a picture of the pattern, which has another number of stages, or cannot be split equally.
     """
-    decoder = _decoder(pattern)
+    decoder = decoder_of(pattern)
     rest = pattern[len(decoder) :]
-    parts = decoder.split(Symbols.PIPE)
+    parts = decoder.split(STAGE)
     if stages == 1:
         return "".join(parts) + rest
     if len(parts) == stages:
@@ -105,7 +41,7 @@ def staged(pattern: str, stages: int) -> str:
             pattern,
             range(size * stages, len(decoder)),
         )
-    return Symbols.PIPE.join(decoder[at : at + size] for at in range(0, len(decoder), size)) + rest
+    return STAGE.join(decoder[at : at + size] for at in range(0, len(decoder), size)) + rest
 
 
 def refuse_layers(pattern: str, symbols: str, reason: str) -> None:
@@ -119,11 +55,5 @@ def refuse_layers(pattern: str, symbols: str, reason: str) -> None:
         raise _error(f"has layers of {named}: {reason}", pattern, found)
 
 
-def _decoder(pattern: str) -> str:
-    return pattern.split(Symbols.MTP_SEPARATOR)[0]
-
-
 def _error(problem: str, pattern: str, places: Iterable[int]) -> ModelConfigError:
-    marked = set(places)
-    arrows = "".join("^" if at in marked else " " for at in range(max(marked) + 1))
-    return ModelConfigError(f"hybrid_layer_pattern {problem}\n  {pattern}\n  {arrows}")
+    return ModelConfigError(f"hybrid_layer_pattern {point_at(problem, pattern, places)}")

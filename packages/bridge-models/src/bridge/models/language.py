@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.config.generation import settings_of, wrong_settings
+from bridge.config.schema.arithmetic import check_live
 from bridge.models.errors import ModelConfigError
 from bridge.models.pipeline import check_cuda_graphs
 from bridge.models.vocab import pad_vocab_size
@@ -69,6 +70,9 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field lacks a value or contradicts another one.
         """
+        found = [*check_live(self.transformer, "transformer."), *check_live(self)]
+        if found:
+            raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
         ranks = self.transformer.tensor_model_parallel_size
         if self.padded_vocab_size % ranks:
             raise ModelConfigError(

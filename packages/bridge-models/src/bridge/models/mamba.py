@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config.migrate import Moved, Removed, Schema
+from bridge.config.schema import hybrid_pattern
 from bridge.dist.preflight import MEGATRON, Rule, Setup, rule
 from bridge.models.errors import ModelConfigError
 from bridge.models.hybrid_layers import stack_spec
-from bridge.models.hybrid_pattern import check_layers, check_symbols, layers_of, prediction_depths, staged
+from bridge.models.hybrid_pattern import staged
 from bridge.models.language import LanguageModelConfig
 from bridge.models.modelopt import ModelOptBuilder
 from bridge.models.pipeline import ends, virtual_stages
@@ -77,32 +77,14 @@ class MambaModelConfig(LanguageModelConfig):
             ModelConfigError: A field lacks a value or contradicts another one.
         """
         super().validate()
-        _check_pattern(self)
+        _pattern_of_stages(self)
         _check_positions(self)
-        if Symbols.MAMBA in self.layer_pattern:
-            _check_mamba_sizes(self.transformer)
 
     @property
     def layer_pattern(self) -> str:
         """The kind of each layer: ``hybrid_layer_pattern``, or Mamba layers alone."""
-        return self.hybrid_layer_pattern or Symbols.MAMBA * self.transformer.num_layers
-
-
-def _check_pattern(config: MambaModelConfig) -> None:
-    pattern, transformer = config.layer_pattern, config.transformer
-    check_symbols(pattern)
-    check_layers(pattern, transformer.num_layers)
-    if Symbols.MOE in layers_of(pattern) and not transformer.num_moe_experts:
-        raise ModelConfigError(
-            f"hybrid_layer_pattern {pattern} has layers of experts (E): set transformer.num_moe_experts"
-        )
-    depths = prediction_depths(pattern)
-    if depths != (transformer.mtp_num_layers or 0):
-        raise ModelConfigError(
-            f"hybrid_layer_pattern {pattern} predicts {depths} tokens further (one for each /), "
-            f"transformer.mtp_num_layers is {transformer.mtp_num_layers}: change one of them"
-        )
-    _pattern_of_stages(config)
+        pattern = self.hybrid_layer_pattern
+        return hybrid_pattern.MAMBA * self.transformer.num_layers if pattern is None else pattern
 
 
 def _pattern_of_stages(config: MambaModelConfig) -> str:
@@ -139,29 +121,13 @@ def mamba_heads(transformer: TransformerConfig) -> int:
     return transformer.mamba_num_heads or 2 * transformer.hidden_size // transformer.mamba_head_dim
 
 
-def _check_mamba_sizes(transformer: TransformerConfig) -> None:
-    sizes = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups")
-    if wrong := [f"{name} = {getattr(transformer, name)}" for name in sizes if not getattr(transformer, name) > 0]:
-        raise ModelConfigError(f"transformer.{', '.join(wrong)}: set it to at least 1")
-    if transformer.mamba_num_heads is None and 2 * transformer.hidden_size % transformer.mamba_head_dim:
-        raise ModelConfigError(
-            f"transformer.mamba_head_dim {transformer.mamba_head_dim} does not divide twice the hidden_size, "
-            f"{2 * transformer.hidden_size}: choose another, or set mamba_num_heads"
-        )
-    if mamba_heads(transformer) % transformer.mamba_num_groups:
-        raise ModelConfigError(
-            f"transformer.mamba_num_groups {transformer.mamba_num_groups} does not divide the "
-            f"{mamba_heads(transformer)} heads of a Mamba layer: choose a divisor"
-        )
-
-
 @rule()
 def mamba_heads_divide(setup: Setup) -> Iterator[str]:
     """Each rank of tensor parallelism holds whole heads and groups of a Mamba layer, and context parallelism shares
     them out again.
     """
     assert isinstance(setup.model, MambaModelConfig)
-    if Symbols.MAMBA not in setup.model.layer_pattern:
+    if hybrid_pattern.MAMBA not in setup.model.layer_pattern:
         return
     tp, cp = setup.layout.tp, setup.layout.cp
     heads, groups = mamba_heads(setup.transformer), setup.transformer.mamba_num_groups

@@ -99,8 +99,6 @@ class T5ModelConfig(LanguageModelConfig):
                 "restore_modelopt_state is true, but neither ModelOpt nor Megatron has layers of T5 for it: "
                 "set it to false"
             )
-        _check_sizes(self)
-        _check_positions(self)
 
     @property
     def encoder_transformer(self) -> TransformerConfig:
@@ -112,49 +110,6 @@ class T5ModelConfig(LanguageModelConfig):
                 setattr(encoder, name, size)
         encoder.num_query_groups = encoder.num_attention_heads
         return encoder
-
-
-def _check_sizes(config: T5ModelConfig) -> None:
-    for name in _ENCODER_SIZES:
-        size: int | None = getattr(config, name)
-        if size is not None and size < 1:
-            raise ModelConfigError(f"{name} is {size}: set it to at least 1, or to null for the decoder's")
-    heads, groups = config.transformer.num_attention_heads, config.transformer.num_query_groups
-    if groups != heads:
-        raise ModelConfigError(
-            f"transformer.num_query_groups {groups} is not num_attention_heads {heads}: cross attention of "
-            "megatron-core has no grouped queries, set num_query_groups to null"
-        )
-
-
-def _check_positions(config: T5ModelConfig) -> None:
-    transformer, encoder = config.transformer, config.encoder_transformer
-    if config.position_embedding_type == "relative":
-        _check_buckets(config)
-        if encoder.num_attention_heads != transformer.num_attention_heads:
-            # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
-            raise ModelConfigError(
-                f"relative positions need as many heads in the encoder, {encoder.num_attention_heads}, as in the "
-                f"decoder, {transformer.num_attention_heads}: set encoder_num_attention_heads to null"
-            )
-    if config.position_embedding_type == "rope" and encoder.kv_channels != transformer.kv_channels:
-        # Seen in megatron-core 0.19.2: both stacks rotate by the frequencies of the decoder's channels.
-        raise ModelConfigError(
-            f"rotary positions need as many channels a head in the encoder, {encoder.kv_channels}, as in the decoder, "
-            f"{transformer.kv_channels}: set encoder_kv_channels to null"
-        )
-
-
-def _check_buckets(config: T5ModelConfig) -> None:
-    """Half of the encoder's classes are for each direction, and half of those for distances of their own."""
-    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
-    if buckets < 4:
-        raise ModelConfigError(f"relative_attention_num_buckets is {buckets}: set it to at least 4")
-    if distance <= buckets // 2:
-        raise ModelConfigError(
-            f"relative_attention_max_distance is {distance}, but the first {buckets // 2} distances have classes of "
-            f"their own: set it to more than {buckets // 2}, or lower relative_attention_num_buckets"
-        )
 
 
 _NO_PIPELINE = "T5 cannot be split into pipeline stages"

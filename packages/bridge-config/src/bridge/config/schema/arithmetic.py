@@ -1,0 +1,300 @@
+"""What must hold between the fields of a config, whatever the layout.
+
+A check reads a config by attribute, live or as the view of a document, and yields what is wrong: the path of a field
+below the config, and a message. megatron-core 0.19.2 is the judge: what is refused here fails there, while a model is
+built or in its first step, or trains something that its fields do not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from bridge.config.schema import hybrid_pattern
+from bridge.config.schema.ranges import COUNT, NOT_NEGATIVE, Range, ranges_of
+
+Problems = Iterator[tuple[str, str]]
+Check = Callable[[Any], Problems]
+
+_TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+_LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
+_LANGUAGE = "bridge.models.language.LanguageModelConfig"
+_MAMBA = "bridge.models.mamba.MambaModelConfig"
+_T5 = "bridge.models.t5.T5ModelConfig"
+
+
+def check_fields(config: Any, bases: tuple[str, ...]) -> Problems:
+    """Yield what is wrong between the fields of a config, for its class and each of its base classes.
+
+    Args:
+        config: A live config or the view of one; its fields alone are within their ranges.
+        bases: The dotted names of its class and of the base classes.
+    """
+    for base in bases:
+        for check in CHECKS.get(base, ()):
+            yield from check(config)
+
+
+def check_live(config: Any, prefix: str = "") -> Problems:
+    """Yield what is wrong with a live config: ranges first, then what must hold between its fields.
+
+    Args:
+        config: A config; those that it embeds are not looked into.
+        prefix: Goes before each path.
+    """
+    bases = tuple(f"{base.__module__}.{base.__qualname__}" for base in type(config).__mro__)
+    found = [
+        (name, problem)
+        for name, allowed in ranges_of(bases).items()
+        if (problem := allowed.problem(getattr(config, name, None)))
+    ]
+    for path, message in found or check_fields(config, bases):
+        yield prefix + path, message
+
+
+def _out_of_range(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
+    """Fields, separated by spaces, that count in this model only."""
+    return [(name, said) for name in names.split() if (said := allowed.problem(getattr(config, name)))]
+
+
+# --- Transformers
+
+
+def _sizes(config: Any) -> Problems:
+    # Their defaults are 0: a document may leave them out, and a model may not.
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if not getattr(config, name)]
+    yield from ((name, "required, but missing") for name in missing)
+
+
+def _heads(config: Any) -> Problems:
+    hidden, heads, channels = config.hidden_size, config.num_attention_heads, config.kv_channels
+    if not (hidden and heads):
+        return
+    if channels == 0:
+        yield (
+            "num_attention_heads",
+            f"{heads} heads are more than hidden_size = {hidden}: choose fewer, or set kv_channels",
+        )
+        return
+    if config.multi_latent_attention:  # its heads have sizes of their own
+        return
+    if hidden % heads and channels == hidden // heads:
+        yield (
+            "num_attention_heads",
+            f"{heads} heads do not divide hidden_size = {hidden}, and channels would be lost: choose a divisor, or set "
+            "kv_channels",
+        )
+    if heads % config.num_query_groups:
+        yield (
+            "num_query_groups",
+            f"{config.num_query_groups} does not divide num_attention_heads = {heads}: choose a divisor",
+        )
+
+
+def _experts(config: Any) -> Problems:
+    # The constructor asks for these without experts too.
+    wrong = _out_of_range(config, "moe_shared_expert_intermediate_size", COUNT)
+    wrong += _out_of_range(config, "moe_router_group_topk", NOT_NEGATIVE)
+    if config.num_moe_experts is not None:
+        wrong += _out_of_range(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk moe_layer_freq", COUNT)
+        wrong += _out_of_range(config, "moe_router_num_groups", NOT_NEGATIVE)
+    yield from wrong or _routing(config)
+
+
+def _routing(config: Any) -> Problems:
+    experts, topk = config.num_moe_experts, config.moe_router_topk
+    softmax = config.moe_router_score_function == "softmax" and config.moe_router_load_balancing_type != "sinkhorn"
+    if topk == 1 and softmax and not config.moe_router_pre_softmax:
+        yield (
+            "moe_router_topk",
+            "with 1 the softmax over the chosen expert has no gradient: set moe_router_pre_softmax to true",
+        )
+    if experts is None:
+        names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
+        if config.moe_ffn_hidden_size is not None and _holds_only(config.moe_layer_freq, 1):
+            names.append("moe_ffn_hidden_size")
+        yield from ((name, "there are no experts: set num_moe_experts, or leave this out") for name in names)
+        return
+    yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
+    if topk > experts:
+        yield "moe_router_topk", f"a token cannot go to {topk} of num_moe_experts = {experts} experts"
+    elif config.moe_router_group_topk:
+        yield from _expert_groups(config)
+
+
+def _holds_only(value: object, wanted: int) -> bool:
+    return all(item == wanted for item in value) if isinstance(value, list) else value == wanted
+
+
+def _expert_groups(config: Any) -> Problems:
+    experts, topk = config.num_moe_experts, config.moe_router_topk
+    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
+    if not groups:
+        yield "moe_router_group_topk", "there are no groups to choose from: set moe_router_num_groups"
+    elif experts % groups:
+        yield "moe_router_num_groups", f"{groups} does not divide num_moe_experts = {experts}: choose a divisor"
+    elif chosen > groups:
+        yield "moe_router_group_topk", f"{chosen} is more than moe_router_num_groups = {groups}: choose fewer"
+    elif topk < chosen:
+        yield (
+            "moe_router_group_topk",
+            f"{chosen} groups for moe_router_topk = {topk} experts, fewer than one a group: lower it to {topk}",
+        )
+    elif topk > chosen * (experts // groups):
+        yield (
+            "moe_router_topk",
+            f"{topk} is more than moe_router_group_topk = {chosen} groups of {experts // groups} experts hold: "
+            f"lower it to {chosen * (experts // groups)}, or choose more groups",
+        )
+
+
+def _windows(config: Any) -> Problems:
+    if config.window_size:
+        wrong = _out_of_range(config, "window_attn_skip_freq", COUNT)
+        yield from wrong or _flags(config, "window_attn_skip_freq", "a window (1) or all tokens (0)")
+
+
+def _positions_left_out(config: Any) -> Problems:
+    every, layers = config.no_rope_freq, config.num_layers
+    if isinstance(every, int) and every and layers % every:
+        yield "no_rope_freq", f"{every} does not divide num_layers = {layers}: choose a divisor"
+    elif every and not isinstance(every, int) and len(every) != layers:
+        yield "no_rope_freq", f"{len(every)} entries for num_layers = {layers}: give one a layer"
+
+
+def _flags(config: Any, name: str, meaning: str) -> Problems:
+    """Check a list of a 0 or 1 for each layer."""
+    flags = getattr(config, name)
+    if not isinstance(flags, (list, tuple)):
+        return
+    if len(flags) != config.num_layers:
+        yield name, f"{len(flags)} entries for num_layers = {config.num_layers}: give one a layer"
+    for at, flag in enumerate(flags):
+        if flag not in (0, 1):
+            yield f"{name}[{at}]", f"expected 0 or 1, for {meaning}, got {flag}"
+
+
+def _precision(config: Any) -> Problems:
+    if config.fp16 and config.bf16:
+        yield "fp16", "there is one half precision: set fp16 or bf16 to false"
+
+
+def _latent_attention(config: Any) -> Problems:
+    if not config.multi_latent_attention:
+        return
+    sizes = "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim"
+    wrong = _out_of_range(config, sizes, COUNT)
+    yield from wrong
+    if not wrong and config.qk_pos_emb_head_dim % 2:
+        yield "qk_pos_emb_head_dim", f"channels are rotated in pairs: {config.qk_pos_emb_head_dim} is odd"
+
+
+# --- Models
+
+
+def _rotary_channels(model: Any) -> Problems:
+    transformer = model.transformer
+    rotates = model.position_embedding_type in ("rope", "mrope", "yarn")
+    layers = getattr(model, "hybrid_layer_pattern", hybrid_pattern.ATTENTION) or hybrid_pattern.MAMBA
+    if not rotates or hybrid_pattern.ATTENTION not in layers or transformer.multi_latent_attention:
+        return
+    channels = transformer.kv_channels
+    share = model.rotary_percent if model.position_embedding_type != "yarn" else 1
+    rotated = int(channels * share) if share < 1 else channels
+    if rotated % 2:
+        of = "" if rotated == channels else f" of {channels}, by rotary_percent = {share}"
+        yield (
+            "transformer.kv_channels",
+            f"channels are rotated in pairs, and {rotated}{of} is odd: choose an even number",
+        )
+
+
+def _hybrid_layers(model: Any) -> Problems:
+    pattern, transformer = model.hybrid_layer_pattern, model.transformer
+    if pattern is None:
+        pattern = hybrid_pattern.MAMBA * transformer.num_layers
+    elif (said := hybrid_pattern.problem(pattern, transformer.num_layers)) is not None:
+        yield "hybrid_layer_pattern", said
+        return
+    if hybrid_pattern.EXPERTS in pattern and not transformer.num_moe_experts:
+        yield "hybrid_layer_pattern", f"{pattern} has layers of experts (E): set transformer.num_moe_experts"
+    depths = hybrid_pattern.prediction_depths(pattern)
+    if depths != (transformer.mtp_num_layers or 0):
+        yield (
+            "hybrid_layer_pattern",
+            f"{pattern} predicts {depths} tokens further (one for each /), transformer.mtp_num_layers is "
+            f"{transformer.mtp_num_layers}: change one of them",
+        )
+    if hybrid_pattern.MAMBA in pattern:
+        yield from ((f"transformer.{name}", said) for name, said in _mamba_sizes(transformer))
+
+
+def _mamba_sizes(config: Any) -> Problems:
+    wrong = _out_of_range(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
+    yield from wrong
+    if wrong:
+        return
+    size, groups = config.mamba_head_dim, config.mamba_num_groups
+    if config.mamba_num_heads is None and 2 * config.hidden_size % size:
+        yield (
+            "mamba_head_dim",
+            f"{size} does not divide twice the hidden_size, {2 * config.hidden_size}: choose another, or set "
+            "mamba_num_heads",
+        )
+        return
+    heads = config.mamba_num_heads or 2 * config.hidden_size // size
+    if heads % groups:
+        yield "mamba_num_groups", f"{groups} does not divide the {heads} heads of a Mamba layer: choose a divisor"
+
+
+def _t5_heads(model: Any) -> Problems:
+    transformer = model.transformer
+    if transformer.num_query_groups != transformer.num_attention_heads:
+        yield (
+            "transformer.num_query_groups",
+            f"{transformer.num_query_groups} is not num_attention_heads = {transformer.num_attention_heads}: cross "
+            "attention of megatron-core has no grouped queries, leave this out",
+        )
+
+
+def _t5_positions(model: Any) -> Problems:
+    transformer = model.transformer
+    heads = model.encoder_num_attention_heads
+    if model.position_embedding_type == "relative":
+        yield from _buckets(model)
+        if heads not in (None, transformer.num_attention_heads):
+            # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
+            yield (
+                "encoder_num_attention_heads",
+                f"relative positions need as many heads in the encoder, {heads}, as in the decoder, "
+                f"{transformer.num_attention_heads}: leave this out",
+            )
+    channels = model.encoder_kv_channels
+    if model.position_embedding_type == "rope" and channels not in (None, transformer.kv_channels):
+        # Seen in megatron-core 0.19.2: both stacks rotate by the frequencies of the decoder's channels.
+        yield (
+            "encoder_kv_channels",
+            f"rotary positions need as many channels a head in the encoder, {channels}, as in the decoder, "
+            f"{transformer.kv_channels}: leave this out",
+        )
+
+
+def _buckets(model: Any) -> Problems:
+    """Half of the encoder's classes are for each direction, and half of those for distances of their own."""
+    buckets, distance = model.relative_attention_num_buckets, model.relative_attention_max_distance
+    if distance <= buckets // 2:
+        yield (
+            "relative_attention_max_distance",
+            f"{distance} is too short, the first {buckets // 2} distances have classes of their own: set it to more "
+            f"than {buckets // 2}, or lower relative_attention_num_buckets",
+        )
+
+
+CHECKS: Mapping[str, Sequence[Check]] = {
+    _TRANSFORMER: (_sizes, _heads, _experts, _windows, _positions_left_out, _precision),
+    _LATENT: (_latent_attention,),
+    _LANGUAGE: (_rotary_channels,),
+    _MAMBA: (_hybrid_layers,),
+    _T5: (_t5_heads, _t5_positions),
+}
+"""By the class whose configs are checked."""

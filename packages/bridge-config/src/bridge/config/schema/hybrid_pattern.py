@@ -1,0 +1,75 @@
+"""The pattern of a hybrid model: one symbol a layer, ``|`` between pipeline stages, ``/`` before further predictions.
+
+``M*M-|M*ME`` is a model of two stages: Mamba, attention, Mamba, MLP, then Mamba, attention, Mamba, experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# Source: Symbols of megatron.core.models.hybrid.hybrid_layer_allocation, megatron-core 0.19.2.
+MAMBA, ATTENTION, MLP, EXPERTS, LATENT_ATTENTION, SPARSE_ATTENTION, DELTA_NET = "M", "*", "-", "E", "+", "D", "G"
+STAGE, PREDICTION = "|", "/"
+MEANINGS = {
+    MAMBA: "Mamba",
+    ATTENTION: "attention",
+    MLP: "MLP",
+    EXPERTS: "experts",
+    LATENT_ATTENTION: "multi-latent attention",
+    SPARSE_ATTENTION: "sparse attention",
+    DELTA_NET: "gated delta net",
+}
+
+
+def decoder_of(pattern: str) -> str:
+    """Return the part of a pattern before further predictions, with the borders of its stages."""
+    return pattern.split(PREDICTION)[0]
+
+
+def layers_of(pattern: str) -> str:
+    """Return the symbols of the decoder's layers, without the borders of stages and multi-token prediction."""
+    return decoder_of(pattern).replace(STAGE, "")
+
+
+def prediction_depths(pattern: str) -> int:
+    """Return how many further tokens the pattern predicts: the parts that ``/`` begins."""
+    return pattern.count(PREDICTION)
+
+
+def problem(pattern: str, num_layers: int) -> str | None:
+    """Say what is wrong with a pattern of so many layers, with a picture that points at it; None if nothing is."""
+    if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, STAGE, PREDICTION}]:
+        known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
+        return point_at(f"has symbols of no layer; there are {known}, and | between pipeline stages", pattern, unknown)
+    if not layers_of(pattern):
+        return point_at("has no layers: give at least one, or null for Mamba layers alone", pattern, [0])
+    latent = [at for at, symbol in enumerate(pattern) if symbol in (LATENT_ATTENTION, SPARSE_ATTENTION)]
+    if latent and ATTENTION in pattern:
+        return point_at("has both usual and latent attention, which Megatron-Core cannot: choose one", pattern, latent)
+    decoder, *predictions = pattern.split(PREDICTION)
+    at = len(decoder) + 1
+    for part in predictions:
+        if part != predictions[0] or not part or STAGE in part:
+            places = range(at, at + max(len(part), 1))
+            return point_at("must repeat the same layers, of one stage, after each /", pattern, places)
+        at += len(part) + 1
+    return _wrong_number(pattern, num_layers)
+
+
+def _wrong_number(pattern: str, num_layers: int) -> str | None:
+    found = len(layers_of(pattern))
+    if found == num_layers:
+        return None
+    places = [place for place, symbol in enumerate(decoder_of(pattern)) if symbol != STAGE]
+    return point_at(
+        f"has {found} layers, transformer.num_layers is {num_layers}: change one of them",
+        pattern,
+        places[num_layers:] or [len(decoder_of(pattern))],
+    )
+
+
+def point_at(problem: str, pattern: str, places: Iterable[int]) -> str:
+    """Return a message with the pattern below it, and arrows below some of its symbols."""
+    marked = set(places)
+    arrows = "".join("^" if at in marked else " " for at in range(max(marked) + 1))
+    return f"{problem}\n  {pattern}\n  {arrows}"
