@@ -49,9 +49,9 @@ def compiler_modules_after_training() -> list[str]:
     """Train a step, and return which modules of torch's compiler were imported."""
     from bridge.config import Document
     from bridge.dist.job import BuildJob, run_rank
-    from bridge.dist.options import Wrapper
     from bridge.dist.text import default_text
     from bridge.dist.train import TrainOptions
+    from bridge.dist.wrapper import Wrapper
 
     training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
     for wrapper in (Wrapper.DDP, Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2):

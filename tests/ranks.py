@@ -89,7 +89,7 @@ def _call(task: _Task, timeout: float) -> tuple[bytes, int]:
     import torch
 
     from bridge.dist import cpu
-    from bridge.dist.layout import destroy_process_groups
+    from bridge.dist.engine.groups import destroy_process_groups
     from bridge.dist.run.rank_environment import RankEnvironment
     from bridge.dist.run.store import open_store
 

@@ -13,9 +13,9 @@ from bridge.config import Document, ModelConfig
 from bridge.dist.environment import Environment, leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import TrainingError
 from bridge.dist.job import BuildJob
-from bridge.dist.options import Wrapper
 from bridge.dist.text import default_text
 from bridge.dist.train import TrainOptions
+from bridge.dist.wrapper import Wrapper
 
 GRAPHS = ("transformer.use_te_rng_tracker=true", "transformer.cuda_graph_impl=local")
 

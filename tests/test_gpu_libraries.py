@@ -26,7 +26,7 @@ from bridge.config import Document, ModelConfig
 from bridge.dist import create_process_groups, destroy_process_groups
 from bridge.dist.cpu import install
 from bridge.dist.job import BuildJob, build_and_train
-from bridge.dist.options import Wrapper
+from bridge.dist.wrapper import Wrapper
 from bridge.dist.text import default_text
 from bridge.dist.train import TrainOptions
 

@@ -19,10 +19,10 @@ import pytest
 from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig
-from bridge.dist.options import Wrapper
 from bridge.dist.parity import Trained
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
 from bridge.dist.verify import Row, Tolerance, Verdict, judged
+from bridge.dist.wrapper import Wrapper
 
 MODELS = {
     "tiny": "GPTModel",

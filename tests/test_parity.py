@@ -16,9 +16,9 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     from bridge.dist import create_process_groups
     from bridge.dist.documents import apply_layout
     from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.options import Wrapper
     from bridge.dist.text import default_text
     from bridge.dist.train import TrainOptions
+    from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny")
     for path, value in overrides.items():
@@ -107,9 +107,9 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.options import Wrapper
     from bridge.dist.text import default_text
     from bridge.dist.train import TrainOptions, optimizer_of
+    from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny", ["transformer.fp16=true", "transformer.params_dtype=torch.float16"])
     training = TrainOptions(steps=2, text=default_text(), seq_length=32)

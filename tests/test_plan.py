@@ -21,12 +21,12 @@ from bridge.dist.errors import PlanError
 from bridge.dist.flops import model_flops
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.measure import measure
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.search import Machine, search
+from bridge.dist.wrapper import Wrapper
 
 NOTED: list[tuple[str, tuple[int, ...], str]] = []
 

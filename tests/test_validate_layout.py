@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from environments import run_in_one_process
+from test_preflight import CASES, Setting, megatron_fsdp
 
 from bridge.config import Document
 from bridge.dist import check_document
+from bridge.dist.checks.preflight import Environment
+from bridge.dist.checks.rules import machine
 from bridge.dist.errors import LayoutError, OptionsError
 
 DOCUMENT = """\
@@ -51,7 +57,22 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["[overlapped-messages-without-interleaving]", "[pipeline-dtype]", "[torch-fsdp2-tied-embeddings]"],
     ),
-    "the constructor": (["tiny", "--layout", "tp=3"], 1, ["tiny:", "$.transformer", "must be a multiple"]),
+    "every size": (
+        ["tiny", "--layout", "tp=3"],
+        1,
+        ["num_attention_heads = 4 is not", "ffn_hidden_size = 256 is not", "vocab_size 256 does not split"],
+    ),
+    "what the constructor derives": (
+        ["good.yaml", "transformer.pipeline_dtype=null", "transformer.bf16=true", "--layout", "pp=2"],
+        0,
+        ["good.yaml: ok"],
+    ),
+    "a family's rules": (["t5-tiny", "--layout", "pp=2"], 1, ["[t5-pipeline]"]),
+    "stages of a pattern": (
+        ["hybrid-tiny", "hybrid_layer_pattern=M*|M*", "transformer.num_layers=4", "--layout", "pp=4"],
+        1,
+        ["has 2 stages, the pipeline has 4", "[hybrid-stages]"],
+    ),
     "the ranks": (
         ["tiny", "transformer.num_moe_experts=4", "transformer.add_bias_linear=false", "--layout", "ep=4,dp=2"],
         1,
@@ -65,6 +86,12 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "a wrapper alone": (["tiny", "--wrap", "ddp"], 2, ["--wrap is for --layout"]),
     "as data": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
 }
+
+
+def can_be_a_document(setting: Setting) -> bool:
+    """Whether all that a rule looks at is said by a document, a layout and a wrapper with its usual options."""
+    usual = not setting.ddp or setting.ddp == megatron_fsdp()["ddp"]
+    return usual and not setting.changed and setting.environment == Environment()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +121,26 @@ def test_as_json(results: dict[str, tuple[int, str, str]]) -> None:
     (problem,) = verdict["problems"]
     assert (verdict["source"], verdict["ok"], problem["path"]) == ("good.yaml", False, "$")
     assert problem["message"].endswith("[megatron-fsdp-pipeline]")
+
+
+OF_THE_MACHINE = {rule.name for rule in machine.RULES}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if can_be_a_document(case.refused) and name not in OF_THE_MACHINE]
+)
+def test_documents_are_judged_as_live_configurations_are(name: str) -> None:
+    setting, world_size = CASES[name].refused, CASES[name].world_size
+    document = Document.of(setting.config())
+    layout = {axis: size for axis, size in asdict(setting.layout(world_size)).items() if size is not None}
+    found = check_document(document, layout, wrapper=setting.options().wrapper)
+    assert [problem.message.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
+
+
+def test_no_torch_is_needed() -> None:
+    code = "from bridge.config import Document; from bridge.dist import check_document; import sys;"
+    code += "check_document(Document.load('tiny'), {'tp': 3}); assert not {'torch', 'megatron'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_in_python(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ PAGE = ROOT / "docs/preflight.md"
 sys.path.insert(0, str(ROOT / "tests"))
 from test_preflight import EVERY_CASE, every_rule, problems  # type: ignore[import-not-found]  # noqa: E402
 
-from bridge.dist.preflight import Rule  # noqa: E402
+from bridge.dist.checks.preflight import Rule  # noqa: E402
 
 HEAD = """\
 <!-- Written by .github/scripts/make_preflight.py -->

@@ -22,10 +22,10 @@ from megatron.core.transformer.module import Float16Module
 from bridge.config import Document
 from bridge.dist.batch import Batch
 from bridge.dist.job import BuildJob, build_and_train
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.text import Text
 from bridge.dist.train import LEARNING_RATE, TrainOptions, train
+from bridge.dist.wrapper import Wrapper
 from bridge.models.layer_specs import layer_spec
 
 _WARM_UP, _TIMED, _ROUNDS = 2, 4, 3

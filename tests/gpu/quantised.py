@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import ModelConfig
 from bridge.dist.job import BuildJob, build_and_train
-from bridge.dist.options import Wrapper
 from bridge.dist.stages import unwrapped
+from bridge.dist.wrapper import Wrapper
 
 
 def rebuild_and_train(model: str) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
 from bridge.config import Document, ModelConfig
+from bridge.dist import Layout, destroy_process_groups
 from bridge.dist.job import BuildJob, Run, build_and_train, joined
-from bridge.dist.layout import Layout, destroy_process_groups
-from bridge.dist.options import Wrapper
 from bridge.dist.run.devices import forbid_tf32
 from bridge.dist.text import Text
 from bridge.dist.train import TrainOptions, train
+from bridge.dist.wrapper import Wrapper
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
 """Not torch's licence, the default: the references may be of another version of torch."""

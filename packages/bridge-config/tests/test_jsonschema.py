@@ -18,6 +18,7 @@ from bridge.config.decode import check
 from bridge.config.errors import DocumentError, TargetError
 from bridge.config.jsonschema import json_schema, schema_targets
 from bridge.config.paths import shown
+from bridge.config.schema.ranges import Range, ranges_of
 from bridge.config.tables import Target, shipped, shipped_dtypes
 from bridge.config.types import Choice, Dtype, Fixed, Function, Instance, Items, Mapping, Member, Plain, Type
 
@@ -133,6 +134,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "field that is computed": {
         **SMALL,
         "transformer": {
+            **SMALL["transformer"],  # type: ignore[dict-item]
             "_target_": HETEROGENEOUS,
             "heterogeneous_layers_config_encoded_json": BLOCKS,
             "per_block_parameters": [],
@@ -231,11 +233,51 @@ def _values(member: Member) -> st.SearchStrategy[Any]:
 
 def mappings(target: Target) -> st.SearchStrategy[dict[str, Any]]:
     """Mappings that describe a config, with some of its fields."""
-    fields = {field.name: values(field.type) for field in target.fields.values() if field.init}
+    ranges = ranges_of(target.bases)
+    fields = {
+        field.name: in_range(values(field.type), ranges.get(field.name))
+        for field in target.fields.values()
+        if field.init and field.name not in TOGETHER
+    }
     required = {name: fields[name] for name in fields if target.fields[name].required}
     some = st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True)
     return some.flatmap(lambda names: st.fixed_dictionaries(required | {name: fields[name] for name in names}))
 
+
+def in_range(values: st.SearchStrategy[Any], allowed: Range | None) -> st.SearchStrategy[Any]:
+    """Numbers that the field may have; too few of all numbers are between 0 and 1 to wait for them."""
+    if allowed is None:
+        return values
+    numbers = [number for number in (0, 1, 7, 0.5, 7.5) if number in allowed]
+
+    def replace(value: Any) -> Any:
+        outside = isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed
+        return next(number for number in numbers if type(number) is type(value)) if outside else value
+
+    return values.map(replace)
+
+
+# What must go together with other fields, which a schema does not say.
+TOGETHER = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "no_rope_freq",
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_router_group_topk",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "window_size",
+        "qk_pos_emb_head_dim",
+        "multi_latent_attention",
+        "fp16",
+        "bf16",
+        "kv_channels",
+    }
+)
 
 JUNK = st.sampled_from([None, True, 7, 0.5, "no such thing", [], ["x"], [[1]], {}, {"x": 1}, {"_target_": "os.system"}])
 
@@ -249,7 +291,7 @@ def test_whatever_the_checker_accepts_fits(name: str, junk: dict[str, Any], data
     target = shipped(name)
     assert target is not None
     right = data.draw(mappings(target))
-    document = {"_target_": GPT, "transformer": {"_target_": name, **right, **junk}}
+    document = {"_target_": GPT, "transformer": {**SMALL["transformer"], "_target_": name, **right, **junk}}
     if accepted(document):
         assert problems(document) == []
     else:

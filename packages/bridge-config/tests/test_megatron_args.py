@@ -253,9 +253,11 @@ def test_a_vocabulary_that_is_not_padded_yet() -> None:
 
 
 def test_a_hybrid_model() -> None:
-    data = model(num_layers=None, hybrid_layer_pattern="M*-D", untie_embeddings_and_output_weights=True)
+    data = model(
+        num_layers=None, mamba_num_groups=2, hybrid_layer_pattern="M--D", untie_embeddings_and_output_weights=True
+    )
     assert data["_target_"] == MAMBA
-    assert data["hybrid_layer_pattern"] == "M*-D"
+    assert data["hybrid_layer_pattern"] == "M--D"
     assert data["share_embeddings_and_output_weights"] is False
     transformer = data["transformer"]
     assert (transformer["num_layers"], transformer["is_hybrid_model"]) == (4, True)
@@ -264,11 +266,12 @@ def test_a_hybrid_model() -> None:
 
 def test_a_hybrid_model_of_an_earlier_version() -> None:
     given = {"hybrid_override_pattern": "M*M*", "mtp_hybrid_override_pattern": "*", "mtp_num_layers": 2}
+    given |= {"mamba_num_groups": 2}
     data = model(**given, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
     assert data["hybrid_layer_pattern"] == "M*M*/*/*"
     assert data["transformer"]["mtp_num_layers"] == 2
-    assert model(hybrid_layer_pattern="MM/M")["transformer"]["mtp_num_layers"] == 1
-    pure = model(spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
+    assert model(num_layers=2, mamba_num_groups=2, hybrid_layer_pattern="MM/M")["transformer"]["mtp_num_layers"] == 1
+    pure = model(mamba_num_groups=2, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
     assert (pure["_target_"], pure["transformer"]["num_layers"]) == (MAMBA, 4)
 
 

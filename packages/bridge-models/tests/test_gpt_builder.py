@@ -16,7 +16,7 @@ from ranks import run_ranks
 from torch.nn.functional import silu
 
 from bridge.config import ModelConfig
-from bridge.dist.layout import Layout, create_process_groups
+from bridge.dist import Layout, create_process_groups
 from bridge.models.backend import TorchAttention, TorchLayerNorm
 from bridge.models.errors import ModelConfigError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig

@@ -210,9 +210,9 @@ def train_on_long_sequences() -> tuple[int, list[float], list[float | None]]:
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.options import Wrapper
     from bridge.dist.text import default_text
     from bridge.dist.train import TrainOptions
+    from bridge.dist.wrapper import Wrapper
 
     sizes = {"hidden_size": 384, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 512, "mamba_head_dim": 64}
     overrides = [f"transformer.{name}={size}" for name, size in sizes.items()]

@@ -46,8 +46,8 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.command(
     help=f"""Check documents: every problem with its file, line, column and path.
 
-    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. What a constructor refuses is found only
-    when the configuration is made, as it is for --layout.
+    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. No constructor is run: what only Megatron's
+    refuses is found when the model is built.
     """
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")

@@ -1,8 +1,8 @@
 """JSON Schemas of configuration documents, for editors and other tools: from the shipped table alone.
 
 A schema is of the current form of documents. It accepts what the checker (`bridge.config.decode.check`) accepts of that
-form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer here, or
-that a name must be authorised.
+form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer here,
+that a name must be authorised, or that fields must go together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from bridge.config.errors import TargetError, nearest
 from bridge.config.migrate import VERSION_KEY
+from bridge.config.schema.arithmetic import NEEDED_SIZES
+from bridge.config.schema.ranges import TRANSFORMER, Range, ranges_of
 from bridge.config.tables import MODEL_CONFIG, Field, Target, is_model, shipped, shipped_dtypes, shipped_names
 from bridge.config.types import (
     Anything,
@@ -34,6 +36,14 @@ Json = dict[str, Any]
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT: Json = {"type": "string"}
 _JSON_TYPES = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "null": "null"}
+
+
+def _bounds(allowed: Range) -> Json:
+    bounds = {
+        "exclusiveMinimum" if allowed.exclusive else "minimum": allowed.minimum,
+        "maximum": allowed.maximum,
+    }
+    return {key: value for key, value in bounds.items() if value is not None}
 
 
 def schema_targets() -> dict[str, str]:
@@ -83,25 +93,27 @@ class _Definitions:
         # What every config that may be embedded owns cannot stand here; what only some own depends on the document.
         elsewhere = set.intersection(*(set(one.fields) for one in embedded)) if embedded else set()
         own = [field for field in target.fields.values() if field.name not in elsewhere]
+        ranges = ranges_of(target.bases)
+        needed = NEEDED_SIZES if TRANSFORMER in target.bases else ()
         schema: Json = {
             "title": target.short_name,
             "description": target.doc,
             "type": "object",
-            "properties": _heading(target) | {field.name: self._field(field) for field in own},
-            "required": [field.name for field in own if field.required],
+            "properties": _heading(target) | {field.name: self._field(field, ranges.get(field.name)) for field in own},
+            "required": [field.name for field in own if field.required or field.name in needed],
             "additionalProperties": target.open,
         }
         if target.embeds and (rules := [rule for one in embedded if (rule := _owned(own, one, at=target.embeds))]):
             schema["allOf"] = rules
         return schema
 
-    def _field(self, field: Field) -> Json:
+    def _field(self, field: Field, allowed: Range | None) -> Json:
         about: Json = {"description": field.doc} if field.doc else {}
         if not field.init:  # written for people's eyes, and not read
             return about | {"readOnly": True}
         if field.default is not MISSING:
             about["default"] = field.default
-        return about | self._type(field.type)
+        return about | self._type(field.type) | (_bounds(allowed) if allowed else {})
 
     def _type(self, type_: Type) -> Json:
         if Anything() in type_:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bridge.dist.build import DistributedModelBuilder, build_distributed, prepare_stages
-    from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
-    from bridge.dist.options import BuildOptions, Wrapper
+    from bridge.dist.checks.document import check_document
+    from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
+    from bridge.dist.layout import Layout
+    from bridge.dist.options import BuildOptions
     from bridge.dist.stages import build_stages
-    from bridge.dist.validate import check_document
+    from bridge.dist.wrapper import Wrapper
 
 __all__ = [
     "BuildOptions",
@@ -28,12 +30,12 @@ _MODULES = {
     "BuildOptions": "options",
     "DistributedModelBuilder": "build",
     "Layout": "layout",
-    "Wrapper": "options",
+    "Wrapper": "wrapper",
     "build_distributed": "build",
     "build_stages": "stages",
-    "check_document": "validate",
-    "create_process_groups": "layout",
-    "destroy_process_groups": "layout",
+    "check_document": "checks.document",
+    "create_process_groups": "engine.groups",
+    "destroy_process_groups": "engine.groups",
     "prepare_stages": "build",
 }
 

@@ -20,14 +20,19 @@ from megatron.core.utils import log_single_rank
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.agreement import agree_in_groups, facts, is_alone, versions
+from bridge.dist.checks.preflight import Rule, Setup, check
+from bridge.dist.checks.rules import RULES
+from bridge.dist.checks.rules.machine import warning
+from bridge.dist.engine.groups import layout_of_groups
+from bridge.dist.environment import inspect_process
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.forward import next_token_step
 from bridge.dist.meta import initialise_stages
-from bridge.dist.options import BuildOptions, Wrapper
+from bridge.dist.options import BuildOptions
 from bridge.dist.precision import move_to_device, wrap_mixed_precision
-from bridge.dist.preflight import Rule, Setup, check, layout_of_groups, warning
 from bridge.dist.stages import BuildStage, build_stages
 from bridge.dist.wrap import check_optimizer_instances, check_torch, wrap_data_parallel
+from bridge.dist.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
     """
 
     rules: ClassVar[Sequence[Rule]] = ()
-    """What is known not to work for this family of models, beside the rules for all: see ``bridge.dist.preflight``."""
+    """What is known not to work for this family, beside the rules for all: see ``bridge.dist.checks.preflight``."""
 
     @property
     def transformer_config(self) -> TransformerConfig:
@@ -171,8 +176,15 @@ def build_distributed(
     if not is_alone():
         agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
     layout = layout_of_groups(config, pg_collection)
-    setup = Setup(transformer=config, layout=layout, options=options, model=model, groups=pg_collection)
-    check(setup, rules)
+    setup = Setup(
+        transformer=config,
+        layout=layout,
+        options=options,
+        model=model,
+        groups=pg_collection,
+        environment=inspect_process(),
+    )
+    check(setup, (*RULES, *rules))
     if slower := warning(setup):
         log_single_rank(logger, logging.WARNING, slower)
     check_torch(options)

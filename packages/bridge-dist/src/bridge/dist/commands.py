@@ -126,7 +126,7 @@ def build(
         config = document.config()
 
         from bridge.dist import job as jobs
-        from bridge.dist.options import Wrapper
+        from bridge.dist.wrapper import Wrapper
 
         training = None
         if steps is not None:
@@ -341,11 +341,11 @@ def plan(
     import_megatron(with_compiler=False)
     from bridge.dist.batch import Batch
     from bridge.dist.job import make_builder
-    from bridge.dist.options import Wrapper
     from bridge.dist.plan.advice import advise
     from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
     from bridge.dist.plan.plan import plan as planned
     from bridge.dist.plan.search import Machine
+    from bridge.dist.wrapper import Wrapper
 
     document = Document.load(file, overrides)
     for note in document.migrate():

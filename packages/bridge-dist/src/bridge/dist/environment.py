@@ -5,43 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 import torch.distributed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import log_single_rank
 
+from bridge.dist.checks.preflight import Environment
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What rules look at beside a setup; as it is by default, there is no GPU, and nothing was set."""
-
-    compute_capability: tuple[int, int] | None = None
-    """That of the GPU, (9, 0) for Hopper; None without a GPU."""
-
-    variables: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables."""
-
-    has_user_buffers: bool = False
-    """Whether Transformer Engine has the buffers that ``tp_comm_overlap`` communicates through."""
-
-    is_batch_invariant: bool = False
-    """Whether Megatron's batch-invariant kernels are switched on."""
-
-    @classmethod
-    def here(cls) -> Self:
-        """Return what is true of this process."""
-        return cls(
-            compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-            variables=dict(os.environ),
-            has_user_buffers=_has_user_buffers(),
-            is_batch_invariant=_is_batch_invariant(),
-        )
+def inspect_process() -> Environment:
+    """Return what is true of this process and its GPU."""
+    return Environment(
+        compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        variables=dict(os.environ),
+        has_user_buffers=_has_user_buffers(),
+        is_batch_invariant=_is_batch_invariant(),
+        has_ring_exchange=hasattr(torch.distributed, "ring_exchange"),
+    )
 
 
 # Neither imports what nobody has imported: then nothing was set there.

@@ -23,13 +23,15 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
-from bridge.dist.environment import leave_out_cuda_graphs, prepare_process
+from bridge.dist.checks.preflight import Setup, check
+from bridge.dist.checks.rules import RULES
+from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
+from bridge.dist.environment import inspect_process, leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.flops import model_flops, peak_flops
-from bridge.dist.layout import Layout, create_process_groups, destroy_process_groups
+from bridge.dist.layout import Layout
 from bridge.dist.memory import PeakMemory, peak_memory, reset_peak_memory
-from bridge.dist.options import BuildOptions, Wrapper
-from bridge.dist.preflight import Setup, check
+from bridge.dist.options import BuildOptions
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
 from bridge.dist.run.world import world
 from bridge.dist.stages import layers_of
@@ -43,6 +45,7 @@ from bridge.dist.train import (
     train,
 )
 from bridge.dist.weights import Placement, draw_weights, layer_indices, named_parameters
+from bridge.dist.wrapper import Wrapper, usual_ddp_options
 
 _SEED = 1234
 _SEEDS_OF_A_STAGE = 100
@@ -89,7 +92,10 @@ class BuildJob:
         leave_out_cuda_graphs(transformer)
         layout = Layout.of(transformer, world_size, dp=self.dp)
         options = self.options(transformer)
-        check(Setup(transformer=transformer, layout=layout, options=options, model=config), builder.rules)
+        setup = Setup(
+            transformer=transformer, layout=layout, options=options, model=config, environment=inspect_process()
+        )
+        check(setup, (*RULES, *builder.rules))
         if self.training is not None:
             check_training(self.wrapper, config, transformer)
             self.training.check_sequence(transformer)
@@ -101,18 +107,16 @@ class BuildJob:
         """Return the options of the build: the wrapper's usual ones."""
         if self.wrapper is Wrapper.NONE:
             return BuildOptions(wrap_with_ddp=False)
-        fsdp = self.wrapper is Wrapper.MEGATRON_FSDP
+        ddp = usual_ddp_options(
+            self.wrapper,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            distributed_optimizer=self.distributed_optimizer,
+            on_gpu=torch.cuda.is_available(),
+        )
         return BuildOptions(
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=config.bf16 or config.fp16,
-                check_for_nan_in_grad=not config.fp16,  # there an overflow is the loss scaler's to find
-                use_distributed_optimizer=fsdp or self.distributed_optimizer,
-                use_megatron_fsdp=fsdp,
-                data_parallel_sharding_strategy="optim_grads_params" if fsdp else "no_shard",
-                # gloo has no fused division.
-                gradient_reduce_div_fusion=torch.cuda.is_available(),
-            ),
-            use_megatron_fsdp=fsdp,
+            ddp_config=DistributedDataParallelConfig(**ddp),
+            use_megatron_fsdp=self.wrapper is Wrapper.MEGATRON_FSDP,
             use_torch_fsdp2=self.wrapper is Wrapper.TORCH_FSDP2,
         )
 

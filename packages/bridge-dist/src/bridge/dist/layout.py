@@ -1,22 +1,15 @@
-"""A cluster layout: how many ranks share each kind of parallelism, and the process groups that follow from it."""
+"""A cluster layout: how many ranks share each kind of parallelism. Importing this module imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed
-import torch.distributed.distributed_c10d
-from megatron.core import parallel_state
-from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
-
-from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
-from bridge.dist.internals import clear_sharding_caches
-from bridge.dist.wrap import release_sharded_models
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,78 +101,3 @@ def says_how_to_split(config: TransformerConfig) -> bool:
         or config.account_for_embedding_in_pipeline_split
         or config.account_for_loss_in_pipeline_split
     )
-
-
-def create_process_groups(
-    layout: Layout, *, timeout: timedelta = LONGEST_WAIT, optimizer_instances: int = 1
-) -> ProcessGroupCollection:
-    """Create Megatron's process groups for a layout in the initialised world, and return this rank's.
-
-    Collective: every rank calls it with the same layout. The world may be of any backend, the fake one too.
-
-    Args:
-        layout: The sizes.
-        timeout: How long a collective of any of these groups may wait for the other ranks.
-        optimizer_instances: Copies of the distributed optimizer's state, each sharded over its own part of the
-            data-parallel ranks.
-
-    Raises:
-        AgreementError: The ranks do not all ask for this layout.
-        LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
-            optimizer instances.
-    """
-    agree_in_world(facts(layout=layout, optimizer_instances=optimizer_instances))
-    world_size = torch.distributed.get_world_size()
-    if world_size != layout.world_size:
-        raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")
-    if (layout.dp * layout.cp) % optimizer_instances:
-        raise LayoutError(
-            f"{optimizer_instances} optimizer instances do not divide the {layout.dp * layout.cp} ranks of "
-            f"dp x cp = {layout.dp} x {layout.cp}: choose a divisor"
-        )
-    fake = torch.distributed.get_backend() == "fake"
-    global _existing
-    _existing = frozenset(_all_groups())
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 and layout.pp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        num_distributed_optimizer_instances=optimizer_instances,
-        create_gloo_process_groups=not fake,  # gloo would look for the other ranks
-        distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
-    )
-    if not fake:
-        # Megatron-core 0.19.2 gives none to the gloo group of the experts' data parallelism.
-        for group in _all_groups():
-            if group not in _existing:
-                _set_timeout(timeout, group)
-    groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
-    return groups
-
-
-def destroy_process_groups() -> None:
-    """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
-    parallel_state.destroy_model_parallel()  # which forgets them only
-    release_sharded_models()
-    # megatron-core 0.19.2 remembers what these computed, with the module: its group, and under Megatron-FSDP by way of
-    # its hooks the whole model.
-    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
-        rotary.forward.cache_clear()
-    for group in _all_groups():
-        if group not in _existing and group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
-    clear_sharding_caches()
-
-
-# Public, and the other deprecated, in torch 2.15; not there in 2.6.
-_set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
-
-_existing: frozenset[torch.distributed.ProcessGroup] = frozenset()
-"""The groups that were there before Megatron's."""
-
-
-def _all_groups() -> list[torch.distributed.ProcessGroup]:
-    return list(torch.distributed.distributed_c10d._world.pg_map)

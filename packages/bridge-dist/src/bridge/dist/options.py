@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
@@ -11,15 +10,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bridge.builders import MixedPrecisionWrapper
 from bridge.dist.errors import OptionsError
-
-
-class Wrapper(StrEnum):
-    """What a stage is wrapped with for data parallelism."""
-
-    NONE = "none"
-    DDP = "ddp"
-    MEGATRON_FSDP = "megatron-fsdp"
-    TORCH_FSDP2 = "torch-fsdp2"
+from bridge.dist.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

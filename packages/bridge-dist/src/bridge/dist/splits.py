@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bridge.config import Document
 from bridge.dist.documents import replace_layout
-from bridge.dist.options import Wrapper
+from bridge.dist.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

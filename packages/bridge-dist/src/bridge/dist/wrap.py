@@ -34,7 +34,8 @@ from torch.distributed.tensor import DTensor
 from bridge.dist.errors import PreflightError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
-from bridge.dist.options import BuildOptions, Wrapper
+from bridge.dist.options import BuildOptions
+from bridge.dist.wrapper import Wrapper
 
 # A bucket should be large enough that a ring all-reduce over all ranks is bound by bandwidth, not by latency.
 _SMALLEST_BUCKET = 40_000_000

@@ -12,7 +12,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
+from bridge.dist.checks.preflight import Rule
 from bridge.dist.layout import says_how_to_split
+from bridge.models.common.rules import GPT_RULES, prediction_problem
 from bridge.models.errors import ModelConfigError
 from bridge.models.language import LanguageModelConfig
 from bridge.models.layer_specs import layer_spec, mtp_block_spec
@@ -97,12 +99,8 @@ def _check_multi_token_prediction(config: GPTModelConfig) -> None:
     if not config.transformer.mtp_num_layers:
         return
     transformer = config.transformer
-    if transformer.pipeline_model_parallel_size > 1 and config.position_embedding_type == "learned_absolute":
-        # Seen in megatron-core 0.19.2: the last stage's copy of the position embedding is trained on its own.
-        raise ModelConfigError(
-            "multi-token prediction trains wrong with learned_absolute positions in a pipeline: "
-            "set position_embedding_type to rope, or transformer.pipeline_model_parallel_size to 1"
-        )
+    if (problem := prediction_problem(config, transformer.pipeline_model_parallel_size)) is not None:
+        raise ModelConfigError(problem)
     if transformer.experimental_attention_variant is not None:
         raise ModelConfigError(
             f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
@@ -119,6 +117,8 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
         >>> model = builder.build_model(pg_collection)  # one stage, as it is
         >>> stages = builder.build_distributed_models(pg_collection, ddp_config)  # all stages of this rank, wrapped
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = GPT_RULES
 
     def build_model(
         self,

@@ -10,9 +10,10 @@ from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.config.generation import settings_of, wrong_settings
 from bridge.config.schema.arithmetic import check_live
+from bridge.models.common.rules import vocabulary_problem
 from bridge.models.errors import ModelConfigError
 from bridge.models.pipeline import check_cuda_graphs
-from bridge.models.vocab import pad_vocab_size
+from bridge.models.vocab import padded_vocab_size
 
 
 @dataclass(kw_only=True)
@@ -73,12 +74,8 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         found = [*check_live(self.transformer, "transformer."), *check_live(self)]
         if found:
             raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
-        ranks = self.transformer.tensor_model_parallel_size
-        if self.padded_vocab_size % ranks:
-            raise ModelConfigError(
-                f"vocab_size {self.vocab_size} does not split over tensor_model_parallel_size {ranks}: "
-                "set should_pad_vocab to true"
-            )
+        if (problem := vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
+            raise ModelConfigError(problem)
         check_cuda_graphs(self.transformer)
         _check_generation(self)
 
@@ -89,15 +86,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: ``vocab_size`` is not set.
         """
-        if self.vocab_size is None:
-            raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
-        if not self.should_pad_vocab:
-            return self.vocab_size
-        return pad_vocab_size(
-            self.vocab_size,
-            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
-            tensor_model_parallel_size=self.transformer.tensor_model_parallel_size,
-        )
+        return padded_vocab_size(self, self.transformer.tensor_model_parallel_size)
 
 
 def _check_generation(config: LanguageModelConfig) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config.migrate import Moved, Removed, Schema
-from bridge.config.schema import hybrid_pattern
-from bridge.dist.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.checks.preflight import Rule
+from bridge.models.common.rules import MAMBA_RULES, layer_pattern, pattern_of_stages
 from bridge.models.errors import ModelConfigError
 from bridge.models.hybrid_layers import stack_spec
-from bridge.models.hybrid_pattern import staged
 from bridge.models.language import LanguageModelConfig
 from bridge.models.modelopt import ModelOptBuilder
 from bridge.models.pipeline import ends, virtual_stages
@@ -83,28 +81,13 @@ class MambaModelConfig(LanguageModelConfig):
     @property
     def layer_pattern(self) -> str:
         """The kind of each layer: ``hybrid_layer_pattern``, or Mamba layers alone."""
-        pattern = self.hybrid_layer_pattern
-        return hybrid_pattern.MAMBA * self.transformer.num_layers if pattern is None else pattern
+        return layer_pattern(self)
 
 
 def _pattern_of_stages(config: MambaModelConfig) -> str:
     """The pattern as Megatron's model takes it."""
-    transformer, pattern = config.transformer, config.layer_pattern
-    uneven = {
-        name: getattr(transformer, name)
-        for name in (
-            "num_layers_in_first_pipeline_stage",
-            "num_layers_in_last_pipeline_stage",
-            "pipeline_model_parallel_layout",
-        )
-        if getattr(transformer, name) is not None
-    }
-    if uneven:
-        raise ModelConfigError(
-            f"transformer.{' and '.join(uneven)} does not split a hybrid model: "
-            "put | between the layers in hybrid_layer_pattern where stages shall end"
-        )
-    return staged(pattern, transformer.pipeline_model_parallel_size * virtual_stages(transformer))
+    stages = config.transformer.pipeline_model_parallel_size * virtual_stages(config.transformer)
+    return pattern_of_stages(config, stages)
 
 
 def _check_positions(config: MambaModelConfig) -> None:
@@ -116,59 +99,10 @@ def _check_positions(config: MambaModelConfig) -> None:
         )
 
 
-def mamba_heads(transformer: TransformerConfig) -> int:
-    """Return the number of heads of a Mamba layer: the one given, or as many as twice the hidden size holds."""
-    return transformer.mamba_num_heads or 2 * transformer.hidden_size // transformer.mamba_head_dim
-
-
-@rule()
-def mamba_heads_divide(setup: Setup) -> Iterator[str]:
-    """Each rank of tensor parallelism holds whole heads and groups of a Mamba layer, and context parallelism shares
-    them out again.
-    """
-    assert isinstance(setup.model, MambaModelConfig)
-    if hybrid_pattern.MAMBA not in setup.model.layer_pattern:
-        return
-    tp, cp = setup.layout.tp, setup.layout.cp
-    heads, groups = mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
-    if heads % (tp * cp):
-        yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: choose others"
-    if groups % tp:
-        yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
-    elif (groups // tp) % cp and cp % (groups // tp):
-        yield (
-            f"mamba_num_groups = {groups} on tp = {tp} is {groups // tp} a rank, neither a multiple nor a divisor of "
-            f"cp = {cp}: choose another cp"
-        )
-
-
-@rule(seen=MEGATRON)
-def mamba_params_dtype(setup: Setup) -> Iterator[str]:
-    """A Mamba layer casts its input to ``params_dtype``, whatever its weights were cast to: an error about mixed types
-    in the first forward pass.
-    """
-    config = setup.transformer
-    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-    if half is not None and config.params_dtype != half:
-        yield f"params_dtype is {config.params_dtype}, but Mamba layers compute in {half}: set params_dtype to {half}"
-
-
-@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
-def mamba_offloading(setup: Setup) -> Iterator[str]:
-    """A stack of hybrid layers offloads nothing, without a word of it: Megatron's transformer block does."""
-    if setup.transformer.cpu_offloading:
-        yield "a hybrid model does not offload whole layers: set cpu_offloading = False"
-
-
 class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
     """Builds ``HybridModel`` from a ``MambaModelConfig``."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        *ModelOptBuilder.rules,
-        mamba_heads_divide,
-        mamba_params_dtype,
-        mamba_offloading,
-    )
+    rules: ClassVar[tuple[Rule, ...]] = MAMBA_RULES
 
     def build_model(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -17,8 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import get_process_group_ranks
 
 from bridge.dist import DistributedModelBuilder
-from bridge.dist.options import Wrapper
-from bridge.dist.preflight import MEGATRON, Setup, rule
+from bridge.models.common.rules import T5_RULES
 from bridge.models.errors import ModelConfigError, UnsupportedError
 from bridge.models.language import LanguageModelConfig
 from bridge.models.layer_specs import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
@@ -112,62 +111,6 @@ class T5ModelConfig(LanguageModelConfig):
         return encoder
 
 
-_NO_PIPELINE = "T5 cannot be split into pipeline stages"
-
-
-@rule(seen=MEGATRON)
-def t5_pipeline(setup: Setup) -> Iterator[str]:
-    """The schedules know nothing of where the encoder ends and the decoder starts, and send one tensor only."""
-    if setup.layout.pp > 1:
-        yield f"{_NO_PIPELINE}: set pp = 1"
-
-
-@rule(seen=MEGATRON)
-def t5_context_parallelism(setup: Setup) -> Iterator[str]:
-    """Each rank counts positions from zero in its part of a sequence, and cross attention sees its own part alone."""
-    if setup.layout.cp > 1:
-        yield "T5 cannot split sequences over context-parallel ranks: set cp = 1"
-
-
-@rule()
-def t5_encoder_divides(setup: Setup) -> Iterator[str]:
-    """Each tensor-parallel rank holds whole heads of the encoder, and an equal part of its feed-forward layers."""
-    model, tp = _model(setup), setup.layout.tp
-    for name in ("encoder_num_attention_heads", "encoder_ffn_hidden_size"):
-        size: int | None = getattr(model, name)
-        if size is not None and size % tp:
-            yield f"{name} = {size} is not a multiple of tp = {tp}: choose a multiple, or another tp"
-
-
-@rule(seen=MEGATRON)
-def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
-    """The model names its embedding of positions twice, and it is sharded twice: a TypeError while wrapping."""
-    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and _model(setup).position_embedding_type == "learned_absolute":
-        yield (
-            "torch FSDP2 fails with learned positions in T5: set position_embedding_type to rope or relative, "
-            "or wrap with ddp or megatron-fsdp"
-        )
-
-
-@rule(seen=MEGATRON)
-def t5_recomputed_relative_positions(setup: Setup) -> Iterator[str]:
-    """All layers add one bias, and recomputing a layer goes back through the whole of it: the second time, in the first
-    backward pass, is a RuntimeError.
-    """
-    config = setup.transformer
-    attention = config.recompute_granularity == "full" or "core_attn" in (config.recompute_modules or ())
-    if _model(setup).position_embedding_type == "relative" and config.recompute_granularity and attention:
-        yield (
-            "T5 cannot recompute attention with relative positions: set recompute_granularity = None, or selective "
-            "without core_attn in recompute_modules, or position_embedding_type = rope"
-        )
-
-
-def _model(setup: Setup) -> T5ModelConfig:
-    assert isinstance(setup.model, T5ModelConfig)
-    return setup.model
-
-
 class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
     """Builds ``T5Model`` from a ``T5ModelConfig``.
 
@@ -178,13 +121,7 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         >>> losses = model(encoder_tokens, decoder_tokens, None, None, None, lm_labels=labels)  # [batch, sequence]
     """
 
-    rules = (
-        t5_pipeline,
-        t5_context_parallelism,
-        t5_encoder_divides,
-        t5_torch_fsdp2_learned_positions,
-        t5_recomputed_relative_positions,
-    )
+    rules = T5_RULES
 
     def build_model(
         self,
@@ -211,7 +148,8 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         config.validate()
         if vp_stage is not None or pg_collection.pp.size() > 1:
             raise UnsupportedError(
-                f"{_NO_PIPELINE}: set transformer.pipeline_model_parallel_size to 1, and pass no vp_stage"
+                "T5 cannot be split into pipeline stages: set transformer.pipeline_model_parallel_size to 1, and pass "
+                "no vp_stage"
             )
         refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
         _check_groups(pg_collection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bridge.models.errors import ModelConfigError
 
 
@@ -29,3 +31,21 @@ def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor
             raise ModelConfigError(f"{name} is {size}: set it to at least 1")
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
+
+
+def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:
+    """Return the number of rows of a model's whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+
+    Raises:
+        ModelConfigError: ``vocab_size`` is not set.
+    """
+    size: int | None = model.vocab_size
+    if size is None:
+        raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
+    if not model.should_pad_vocab:
+        return size
+    return pad_vocab_size(
+        size,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+    )

@@ -12,7 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder
-from bridge.dist.preflight import Setup, rule
+from bridge.dist.checks.preflight import Setup, rule
 
 
 @dataclass(kw_only=True)

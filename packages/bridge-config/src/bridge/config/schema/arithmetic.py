@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge.config.schema import hybrid_pattern
-from bridge.config.schema.ranges import COUNT, NOT_NEGATIVE, Range, ranges_of
+from bridge.config.schema.ranges import COUNT, NOT_NEGATIVE, TRANSFORMER, Range, ranges_of
+
+NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
+"""What every TransformerConfig gives, though the constructor takes their default, 0."""
 
 Problems = Iterator[tuple[str, str]]
 Check = Callable[[Any], Problems]
 
-_TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 _LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
 _LANGUAGE = "bridge.models.language.LanguageModelConfig"
 _MAMBA = "bridge.models.mamba.MambaModelConfig"
@@ -61,9 +63,7 @@ def _out_of_range(config: Any, names: str, allowed: Range) -> list[tuple[str, st
 
 
 def _sizes(config: Any) -> Problems:
-    # Their defaults are 0: a document may leave them out, and a model may not.
-    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if not getattr(config, name)]
-    yield from ((name, "required, but missing") for name in missing)
+    yield from ((name, "required, but missing") for name in NEEDED_SIZES if not getattr(config, name))
 
 
 def _heads(config: Any) -> Problems:
@@ -291,7 +291,7 @@ def _buckets(model: Any) -> Problems:
 
 
 CHECKS: Mapping[str, Sequence[Check]] = {
-    _TRANSFORMER: (_sizes, _heads, _experts, _windows, _positions_left_out, _precision),
+    TRANSFORMER: (_sizes, _heads, _experts, _windows, _positions_left_out, _precision),
     _LATENT: (_latent_attention,),
     _LANGUAGE: (_rotary_channels,),
     _MAMBA: (_hybrid_layers,),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-_TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 _LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
 _YARN = "bridge.models.transformer.YarnTransformerConfig"
 _LANGUAGE = "bridge.models.language.LanguageModelConfig"
@@ -79,7 +79,7 @@ _TRANSFORMER_COUNTS = (
 )
 
 FIELD_RANGES: Mapping[str, Mapping[str, Range]] = {
-    _TRANSFORMER: {
+    TRANSFORMER: {
         **dict.fromkeys(_TRANSFORMER_COUNTS, COUNT),
         "mtp_num_layers": NOT_NEGATIVE,
         "no_rope_freq": NOT_NEGATIVE,

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
+from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.tables import Target, shipped_dtypes
-
-TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 
 
 class View:
@@ -65,6 +64,7 @@ def _derive(values: dict[str, Any]) -> None:
         "kv_channels": values["hidden_size"] // heads if heads else None,
         "num_query_groups": heads,
         "expert_tensor_parallel_size": tp,
+        "recompute_modules": ["core_attn"],
         "microbatch_group_size_per_vp_stage": values["pipeline_model_parallel_size"],
     }
     for name, value in derived.items():
@@ -81,7 +81,7 @@ def _derive(values: dict[str, Any]) -> None:
     dtypes = shipped_dtypes()
     for name in ("params_dtype", "pipeline_dtype"):
         if isinstance(values[name], str):
-            values[name] = "torch." + dtypes.get(values[name].removeprefix("torch."), values[name])
+            values[name] = dtypes.get(values[name].removeprefix("torch."), values[name])
     layout = values["pipeline_model_parallel_layout"]
     if isinstance(layout, (str, list)) and values["virtual_pipeline_model_parallel_size"] is None:
         stages = _stages(layout) if isinstance(layout, str) else len(layout)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
+from bridge.dist.wrapper import Wrapper
 
 
 class Advice(NamedTuple):

@@ -27,7 +27,6 @@ from bridge.dist.cpu import Replacement, on_meta, replaced
 from bridge.dist.environment import leave_out_cuda_graphs
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.routing import equal_shares
 from bridge.dist.plan.sharded import (
@@ -42,6 +41,7 @@ from bridge.dist.plan.sharded import (
 from bridge.dist.stages import layers_of, unwrapped
 from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
 from bridge.dist.weights import Placement, layer_indices, named_parameters
+from bridge.dist.wrapper import Wrapper
 
 Sent = Counter[tuple[str, int, str]]
 """Bytes by group, its size, and operation."""

@@ -15,11 +15,11 @@ from bridge.dist.errors import PlanError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.groups import rank_of
 from bridge.dist.plan.measure import Memo, Rank, measure
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.schedule import passes, peak
+from bridge.dist.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.layout import Layout
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.measure import Memo
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.timeline import planned
+from bridge.dist.wrapper import Wrapper
 
 _LARGEST_VP = 8
 

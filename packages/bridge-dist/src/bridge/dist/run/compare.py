@@ -324,8 +324,8 @@ def _planned(report: _Part) -> _Part:
     # Torch and Megatron, which comparing files does without.
     from bridge.dist.batch import Batch
     from bridge.dist.job import make_builder
-    from bridge.dist.options import Wrapper
     from bridge.dist.plan.plan import PlanOptions, plan
+    from bridge.dist.wrapper import Wrapper
 
     document = Document(report.take("document", dict), report.source)
     switch_off_dropout(document)

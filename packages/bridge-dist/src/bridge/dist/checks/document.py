@@ -1,0 +1,148 @@
+"""Checking a document against a layout, without a rank and without torch: what `bridge validate --layout` does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, cast
+
+from bridge.config import BridgeError, Document, DocumentError, Problem
+from bridge.config.schema.ranges import TRANSFORMER
+from bridge.config.schema.view import View
+from bridge.config.standins import Made
+from bridge.config.targets import import_builder
+from bridge.dist.checks.preflight import Rule, Setup, check
+from bridge.dist.checks.rules import MODEL_RULES
+from bridge.dist.documents import CONFIG_FIELDS, apply_layout
+from bridge.dist.errors import LayoutError, OptionsError, PreflightError
+from bridge.dist.layout import Layout
+from bridge.dist.wrapper import Wrapper, usual_ddp_options
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from bridge.config import ModelConfig
+    from bridge.config.decode import Checked
+
+RULES_OF_A_BUILDER = "bridge.rules"
+"""The entry-point group of the rules of families of models: the name of a builder, and a tuple of rules.
+
+The module that holds them imports no torch, so that documents of the family are checked in a blink.
+"""
+
+
+def check_document(document: Document, layout: Mapping[str, int], *, wrapper: str = "ddp") -> list[Problem]:
+    """Return what is known to fail, or to train wrong, when a document's model is built under a layout.
+
+    What depends on the machine, and what only the constructors of megatron-core refuse, is found by the build.
+
+    Args:
+        document: Describes the model; it is not changed.
+        layout: Sizes by axis: tp, pp, vp, cp, ep, etp, dp. They are written into the document as `bridge build` does.
+            A size that is not named is the document's; dp is 1.
+        wrapper: The data-parallel wrapper, with the options that `bridge build` gives it: ddp, megatron-fsdp,
+            torch-fsdp2 or none.
+
+    Raises:
+        LayoutError: An axis is unknown.
+        OptionsError: The wrapper is unknown.
+    """
+    known = (*CONFIG_FIELDS, "dp")
+    if unknown := [axis for axis in layout if axis not in known]:
+        raise LayoutError(f"unknown in a layout: {', '.join(unknown)}; its axes are {', '.join(known)}")
+    if wrapper not in list(Wrapper):
+        raise OptionsError(f"unknown wrapper {wrapper!r}: choose one of {', '.join(Wrapper)}")
+    document = deepcopy(document)
+    try:
+        document.migrate()
+        apply_layout(document, {axis: size for axis, size in layout.items() if axis != "dp"})
+        _check(document.check(), Wrapper(wrapper), dp=layout.get("dp", 1))
+    except DocumentError as error:
+        return error.problems
+    except PreflightError as error:
+        return [Problem("$", problem, document.source) for problem in error.problems]
+    except BridgeError as error:
+        return [Problem("$", str(error), document.source)]
+    return []
+
+
+def _check(checked: Checked, wrapper: Wrapper, *, dp: int) -> None:
+    model, transformer = _views(checked)
+    if transformer is None:  # its builder keeps it elsewhere: nothing is known without building
+        return
+    # A view has the attributes of what it stands for.
+    config = cast("TransformerConfig", transformer)
+    ranks = math.prod(getattr(transformer, CONFIG_FIELDS[axis]) for axis in ("tp", "pp", "cp"))
+    setup = Setup(
+        transformer=config,
+        layout=Layout.of(config, ranks * dp),
+        options=_UsualOptions.of(wrapper, config),
+        model=cast("ModelConfig", model),
+    )
+    check(setup, (*MODEL_RULES, *rules_of(checked.builder)))
+
+
+def _views(checked: Checked) -> tuple[View, View | None]:
+    """The whole configuration, and its TransformerConfig."""
+    made, data = checked.made, checked.present.data
+    if TRANSFORMER in made.target.bases:
+        view = View(data, made.target)
+        return view, view
+    inner = made.values.get("transformer")
+    if not isinstance(inner, Made):
+        return View(data, made.target), None
+    transformer = View(data["transformer"], inner.target)
+    return View({**data, "transformer": transformer}, made.target, transformer), transformer
+
+
+def rules_of(builder: str | None) -> tuple[Rule, ...]:
+    """Return the rules of a builder's family, by the builder's dotted name.
+
+    They are those that an installed distribution declares. Where none does, the builder itself is imported, which
+    takes seconds.
+    """
+    if builder is None:
+        return ()
+    if (declared := _declared().get(builder)) is not None:
+        return tuple(declared.load())
+    return tuple(getattr(import_builder(builder), "rules", ()))
+
+
+@cache
+def _declared() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=RULES_OF_A_BUILDER)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UsualOptions:
+    """The options that `bridge build` chooses, as rules read them."""
+
+    wrapper: Wrapper
+    ddp_config: DistributedDataParallelConfig | None
+    use_layer_wise_distributed_optimizer: bool = False
+    has_layer_wise_layout: bool = False
+
+    @classmethod
+    def of(cls, wrapper: Wrapper, config: Any) -> _UsualOptions:
+        if wrapper is Wrapper.NONE:
+            return cls(wrapper=wrapper, ddp_config=None)
+        usual = usual_ddp_options(wrapper, bf16=config.bf16, fp16=config.fp16, distributed_optimizer=False, on_gpu=True)
+        return cls(wrapper=wrapper, ddp_config=cast("DistributedDataParallelConfig", _Defaults(usual)))
+
+
+class _Defaults:
+    """A DistributedDataParallelConfig as far as it is given: what is not is off, or one."""
+
+    num_distributed_optimizer_instances = 1
+    outer_dp_sharding_strategy = "no_shard"
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        vars(self).update(given)
+
+    def __getattr__(self, name: str) -> bool:
+        return False

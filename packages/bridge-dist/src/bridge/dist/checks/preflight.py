@@ -1,0 +1,161 @@
+"""Refusing what is known to fail late, to hang or to train silently wrong, before anything is built.
+
+A rule looks at a configuration, a layout and the build options, and says what conflicts and what to set. Importing
+this module imports no torch: rules read a live configuration and the view of a document alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Protocol
+
+from bridge.config import ModelConfig
+from bridge.dist.errors import PreflightError
+from bridge.dist.layout import Layout
+from bridge.dist.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+MEGATRON = "megatron-core 0.19.2"
+"""The version that the rules about Megatron were seen in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The machine and the process that a model is built in; by default there is no GPU, and nothing was set."""
+
+    compute_capability: tuple[int, int] | None = None
+    """That of the GPU, (9, 0) for Hopper; None without a GPU."""
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables."""
+
+    has_user_buffers: bool = False
+    """Whether Transformer Engine has the buffers that ``tp_comm_overlap`` communicates through."""
+
+    is_batch_invariant: bool = False
+    """Whether Megatron's batch-invariant kernels are switched on."""
+
+    has_ring_exchange: bool = False
+    """Whether torch was built with ``torch.distributed.ring_exchange``."""
+
+
+class Options(Protocol):
+    """How stages are wrapped, as far as rules ask: see ``bridge.dist.BuildOptions``."""
+
+    @property
+    def wrapper(self) -> Wrapper: ...
+
+    @property
+    def ddp_config(self) -> DistributedDataParallelConfig | None: ...
+
+    @property
+    def use_layer_wise_distributed_optimizer(self) -> bool: ...
+
+    @property
+    def has_layer_wise_layout(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a rule looks at: a model, how it is split, how its stages are wrapped, and where that is done.
+
+    The configurations are live ones, or views of a document with the same attributes. There dtypes are the texts
+    ``torch.bfloat16``, which are compared by ``str``.
+    """
+
+    transformer: TransformerConfig
+    layout: Layout
+    options: Options
+    model: ModelConfig | None = None
+    """The whole configuration of the model, where there is one."""
+    groups: ProcessGroupCollection | None = None
+    """The process groups; None where they are still to be made, by ``create_process_groups``."""
+    environment: Environment = field(default_factory=Environment)
+
+    @property
+    def ddp(self) -> DistributedDataParallelConfig:
+        """The configuration of the wrapper. Without a wrapper there is none, and no rule asks for it."""
+        assert self.options.ddp_config is not None
+        return self.options.ddp_config
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether stages get a wrapper."""
+        return self.options.wrapper is not Wrapper.NONE
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether DDP reduces to each rank only the gradients of the parameters that it updates."""
+        return self.ddp.use_distributed_optimizer or self.options.has_layer_wise_layout
+
+    @property
+    def expert_dp(self) -> int:
+        """Number of ranks that hold copies of the same experts."""
+        assert self.layout.etp is not None
+        ranks = self.layout.tp * self.layout.cp * self.layout.dp
+        return ranks // (self.layout.etp * self.layout.ep)
+
+    @property
+    def has_virtual_pipeline(self) -> bool:
+        """Whether a rank holds several stages; a pipeline of one rank is not divided further."""
+        return self.layout.pp > 1 and self.layout.vp > 1
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether stages get a wrapper that shards them."""
+        return self.options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
+
+    def is_wrapped_with(self, wrapper: Wrapper) -> bool:
+        """Whether stages get this wrapper."""
+        return self.options.wrapper is wrapper
+
+
+Problems = Callable[[Setup], Iterator[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One thing that is known not to work.
+
+    ``name`` is short and stays, ``why`` says what happens without the rule, ``seen`` in which version (None: it follows
+    by arithmetic), and ``problems`` yields what conflicts in a setup, and what to set. ``not_shown`` says why no test
+    shows what the rule prevents, if none does.
+    """
+
+    name: str
+    why: str
+    problems: Problems
+    seen: str | None = None
+    not_shown: str | None = None
+
+
+def rule(*, seen: str | None = None, not_shown: str | None = None) -> Callable[[Problems], Rule]:
+    """Make a rule of a function: its name with dashes is the rule's, its docstring says why."""
+
+    def made(problems: Problems) -> Rule:
+        return Rule(
+            name=problems.__name__.replace("_", "-"),
+            why=cleandoc(problems.__doc__ or ""),
+            problems=problems,
+            seen=seen,
+            not_shown=not_shown,
+        )
+
+    return made
+
+
+def check(setup: Setup, rules: Sequence[Rule]) -> None:
+    """Check a setup against rules: those of every model (``bridge.dist.checks.rules``) and those of its family.
+
+    Raises:
+        PreflightError: With every problem found, each with the name of its rule.
+    """
+    problems = [f"{problem} [{rule.name}]" for rule in rules for problem in rule.problems(setup)]
+    if problems:
+        raise PreflightError(problems)

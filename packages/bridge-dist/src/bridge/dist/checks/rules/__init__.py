@@ -1,0 +1,20 @@
+"""The pre-flight rules of all models, one file a subject; families add their own. Importing them imports no torch."""
+
+from __future__ import annotations
+
+from bridge.dist.checks.preflight import Rule
+from bridge.dist.checks.rules import ddp, layers, machine, megatron_fsdp, pipeline, process_groups, sizes, torch_fsdp2
+
+MODEL_RULES: tuple[Rule, ...] = (
+    *sizes.RULES,
+    *pipeline.RULES,
+    *layers.RULES,
+    *process_groups.RULES,
+    *ddp.RULES,
+    *torch_fsdp2.RULES,
+    *megatron_fsdp.RULES,
+)
+"""What follows from a configuration, a layout and the build options."""
+
+RULES: tuple[Rule, ...] = (*MODEL_RULES, *machine.RULES)
+"""With what depends on the machine, too."""

@@ -1,0 +1,104 @@
+"""Pipelines, with and without virtual stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+
+
+@rule(seen=MEGATRON)
+def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
+    """With two pipeline ranks the previous and the next one are the same, and batched sends and receives of different
+    chunks are matched with each other: gradients are wrong, without an error.
+    """
+    config = setup.transformer
+    if setup.has_virtual_pipeline and setup.layout.pp == 2 and config.batch_p2p_comm and not config.overlap_p2p_comm:
+        yield (
+            "a virtual pipeline on pp = 2 computes wrong gradients with batch_p2p_comm: "
+            "set batch_p2p_comm = False and overlap_p2p_comm = True, or use pp > 2"
+        )
+
+
+@rule(seen=MEGATRON)
+def interleaving_group_size(setup: Setup) -> Iterator[str]:
+    """The interleaved schedule raises a ValueError in the first step."""
+    size, pp = setup.transformer.microbatch_group_size_per_vp_stage, setup.layout.pp
+    if setup.has_virtual_pipeline and size is not None and size < pp:
+        yield (
+            f"microbatch_group_size_per_vp_stage = {size} is smaller than pp = {pp}, which a virtual pipeline does not "
+            f"take: set it to {pp} or more"
+        )
+
+
+@rule(seen=MEGATRON)
+def overlapped_and_batched_messages(setup: Setup) -> Iterator[str]:
+    """The interleaved schedule raises a ValueError in the first step."""
+    config = setup.transformer
+    if setup.has_virtual_pipeline and config.overlap_p2p_comm and config.batch_p2p_comm:
+        yield "a virtual pipeline does not take both overlap_p2p_comm and batch_p2p_comm: set batch_p2p_comm = False"
+
+
+@rule(seen=MEGATRON)
+def overlapped_messages_without_interleaving(setup: Setup) -> Iterator[str]:
+    """The schedule of a pipeline without virtual stages raises a ValueError in the first step."""
+    if setup.layout.pp > 1 and not setup.has_virtual_pipeline and setup.transformer.overlap_p2p_comm:
+        yield "a pipeline without virtual stages does not take overlap_p2p_comm: set it to False, or vp > 1"
+
+
+@rule(seen=MEGATRON)
+def pipeline_dtype(setup: Setup) -> Iterator[str]:
+    """The receiving stage allocates ``pipeline_dtype``, whatever the sending one sends: it hangs or crashes."""
+    config = setup.transformer
+    if config.fp32_residual_connection:
+        sent = "torch.float32"
+    else:
+        sent = "torch.bfloat16" if config.bf16 else "torch.float16" if config.fp16 else str(config.params_dtype)
+    if setup.layout.pp > 1 and str(config.pipeline_dtype) != sent:
+        yield (
+            f"pipeline_dtype is {config.pipeline_dtype}, but the stages of this model send {sent}: "
+            f"set pipeline_dtype to {sent}"
+        )
+
+
+_CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
+
+
+@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+def uneven_pipeline(setup: Setup) -> Iterator[str]:
+    """What the first and the last stage leave is divided equally over the others, and each rank's part over its virtual
+    stages.
+    """
+    config, pp, vp = setup.transformer, setup.layout.pp, setup.layout.vp
+    first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    if config.pipeline_model_parallel_layout is not None or (first is None and last is None):
+        return
+    given = {
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
+    }
+    ends = {name: layers for name, layers in given.items() if layers is not None}
+    for name, layers in ends.items():
+        if layers % vp:
+            yield f"{name} = {layers} does not divide into vp = {vp} virtual stages: choose a multiple"
+    between, ranks = config.num_layers - sum(ends.values()), pp - len(ends)
+    if ranks < 0 or (ranks == 0 and between) or between < 0:
+        yield (
+            f"{' and '.join(ends)} leave {between} of num_layers = {config.num_layers} to {ranks} of pp = {pp} ranks: "
+            "change one of them"
+        )
+    elif ranks and between % (ranks * vp):
+        yield (
+            f"{' and '.join(ends)} leave {between} layers, which do not divide into {ranks} ranks x vp = {vp}: "
+            "change one of them"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    interleaving_on_two_ranks,
+    interleaving_group_size,
+    overlapped_and_batched_messages,
+    overlapped_messages_without_interleaving,
+    pipeline_dtype,
+    uneven_pipeline,
+)

@@ -1,0 +1,57 @@
+"""torch's FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.wrapper import Wrapper
+
+
+@rule(seen=MEGATRON)
+def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
+    """Experts are sharded over ranks that hold other experts: losses are wrong, or the optimizer fails."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.layout.ep > 1:
+        yield "torch FSDP2 computes wrong losses with expert parallelism: set ep = 1, or wrap with ddp"
+
+
+@rule(seen=MEGATRON)
+def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
+    """The tied weight is sharded in one of its uses only: an error about mixed tensors in the first forward pass."""
+    tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and tied:
+        yield (
+            "torch FSDP2 fails with tied embeddings: set share_embeddings_and_output_weights = False, "
+            "or wrap with ddp or megatron-fsdp"
+        )
+
+
+@rule(seen=MEGATRON)
+def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """Megatron's distributed optimizer looks for DDP's buffers: a TypeError when it is made. FSDP2 shards by itself."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.ddp.use_distributed_optimizer:
+        yield "torch FSDP2 does not take Megatron's distributed optimizer: set use_distributed_optimizer = False"
+
+
+@rule(seen=MEGATRON, not_shown="the kernel runs on a GPU only")
+def torch_fsdp2_fused_gradients(setup: Setup) -> Iterator[str]:
+    """The kernel adds to a buffer of Megatron's (``main_grad``) that FSDP2's parameters do not have."""
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.transformer.gradient_accumulation_fusion:
+        yield "torch FSDP2 has no buffers to accumulate gradients in: set gradient_accumulation_fusion = False"
+
+
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def torch_fsdp2_quantized_parameters(setup: Setup) -> Iterator[str]:
+    """Transformer Engine 2 has no way for FSDP2 to gather them: Megatron's start-up turns them off."""
+    quantized = [name for name in ("fp8_param", "fp4_param") if getattr(setup.transformer, name)]
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and quantized:
+        yield f"torch FSDP2 does not take parameters of 8 or 4 bits: set {' and '.join(quantized)} to False"
+
+
+RULES: tuple[Rule, ...] = (
+    torch_fsdp2_experts,
+    torch_fsdp2_tied_embeddings,
+    torch_fsdp2_distributed_optimizer,
+    torch_fsdp2_fused_gradients,
+    torch_fsdp2_quantized_parameters,
+)

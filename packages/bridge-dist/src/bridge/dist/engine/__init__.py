@@ -1,0 +1,1 @@
+"""Building, placing and wrapping the stages of this rank."""
