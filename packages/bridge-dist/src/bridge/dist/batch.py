@@ -18,12 +18,16 @@ class Batch:
     global_batch_size: int = 8
     micro_batch_size: int = 1
 
-    def microbatches(self, layout: Layout) -> int:
+    def microbatches(self, layout: Layout, *, group_size: int | None = None) -> int:
         """Return how many microbatches each rank computes per step.
+
+        Args:
+            layout: The sizes.
+            group_size: ``microbatch_group_size_per_vp_stage``, by default the pipeline's size.
 
         Raises:
             TrainingError: The global batch does not divide into microbatches over the data-parallel ranks, or not into
-                the rounds that a virtual pipeline takes.
+                the groups that a virtual pipeline takes.
         """
         per_round = self.micro_batch_size * layout.dp
         if self.global_batch_size % per_round:
@@ -32,11 +36,8 @@ class Batch:
                 f"{self.micro_batch_size} on dp = {layout.dp} ranks: choose a multiple of {per_round}"
             )
         microbatches = self.global_batch_size // per_round
-        if layout.vp > 1 and layout.pp > 1 and microbatches % layout.pp:
-            raise TrainingError(
-                f"a virtual pipeline on pp = {layout.pp} takes a multiple of {layout.pp} microbatches, this run has "
-                f"{microbatches}: choose another global or micro batch size"
-            )
+        if layout.vp > 1 and layout.pp > 1:
+            _check_groups(microbatches, group_size or layout.pp, layout.pp)
         return microbatches
 
     def check_sequence(self, config: TransformerConfig) -> None:
@@ -54,3 +55,15 @@ class Batch:
                 "2 x cp under context parallelism, times tp under sequence parallelism: "
                 f"choose a multiple of {parts}"
             )
+
+
+def _check_groups(microbatches: int, group_size: int, pp: int) -> None:
+    """Refuse what Megatron's interleaved schedule refuses in the first step. Seen in megatron-core 0.19.2."""
+    rest = microbatches % group_size
+    if microbatches < group_size or 0 < rest < pp:
+        group = "" if group_size == pp else f" in groups of {group_size} (microbatch_group_size_per_vp_stage)"
+        last = "a multiple of" if group_size == pp else f"and leaves none or {pp} to {group_size - 1} over, at least"
+        raise TrainingError(
+            f"a virtual pipeline on pp = {pp} takes microbatches{group}, {last} {group_size}; this run has "
+            f"{microbatches}: choose another global or micro batch size"
+        )

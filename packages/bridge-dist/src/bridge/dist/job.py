@@ -99,7 +99,7 @@ class BuildJob:
         if self.training is not None:
             check_training(self.wrapper, config, transformer)
             self.training.check_sequence(transformer)
-            self.training.microbatches(layout)
+            self.training.microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
             read_text(self.training, config)
         return layout
 

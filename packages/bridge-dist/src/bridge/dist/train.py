@@ -64,7 +64,8 @@ def train(
 
     Every rank of the layout must take every step. ``forward_step`` is that of the builder that made the stages.
     """
-    microbatches = options.microbatches(layout)
+    group_size = get_model_config(stages[0]).microbatch_group_size_per_vp_stage
+    microbatches = options.microbatches(layout, group_size=group_size)
     with optimizer_of(stages) as optimizer:
         for index in range(options.steps):
             start = _time_when_done()

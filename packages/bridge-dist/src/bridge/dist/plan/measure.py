@@ -239,7 +239,7 @@ class _Run(NamedTuple):
     def sharded(self) -> _Took:
         """Run whole steps: what is gathered when depends on what was before."""
         fewest, round_size = self._fewest_microbatches()
-        wanted = self.batch.microbatches(self.layout)
+        wanted = self.batch.microbatches(self.layout, group_size=self._group_size())
         with (
             WholeMemory(self.stages, [self.groups.dp_cp, self.groups.expt_dp]) as memory,
             optimizer_of(self.stages, use_gloo_process_groups=False) as optimizer,
@@ -257,8 +257,12 @@ class _Run(NamedTuple):
 
     def _fewest_microbatches(self) -> tuple[int, int]:
         """Of a step after which each round more takes the same: the pipeline is full; and the size of a round."""
-        pp, vp = self.layout.pp, self.layout.vp
-        return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * pp, pp)
+        pp, vp, group = self.layout.pp, self.layout.vp, self._group_size()
+        return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * group, group)
+
+    def _group_size(self) -> int:
+        """How many microbatches in a row a virtual stage computes."""
+        return self.builder.transformer_config.microbatch_group_size_per_vp_stage or self.layout.pp
 
     def _ended(self) -> tuple[int, Calls]:
         """End a step but for the optimizer's computation; return the bytes of its gradients, and what it sends."""

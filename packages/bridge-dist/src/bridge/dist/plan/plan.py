@@ -86,9 +86,9 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     batch, transformer = options.batch, make_builder(config).transformer_config
     _check(transformer)
     batch.check_sequence(transformer)
-    microbatches = batch.microbatches(layout)
-    ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
     group_size = transformer.microbatch_group_size_per_vp_stage
+    microbatches = batch.microbatches(layout, group_size=group_size)
+    ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
     return Plan(
         world_size=layout.world_size,
         layout={axis: size for axis, size in asdict(layout).items() if size is not None},
