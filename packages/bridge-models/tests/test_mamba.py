@@ -287,8 +287,8 @@ def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collectio
             "num_layers_in_first_pipeline_stage does not split a hybrid model",
         ),
         ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
-        ("M", {"mamba_num_groups": 3}, "mamba_num_groups 3 does not divide the 8 heads"),
-        ("M", {"mamba_state_dim": 0}, "mamba_state_dim = 0: set it to at least 1"),
+        ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),
+        ("M", {"mamba_state_dim": 0}, "mamba_state_dim: must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_describe_a_model(hybrid: HybridFactory, pattern: str, given: dict[str, Any], says: str) -> None:

@@ -112,8 +112,8 @@ def test_the_encoder_is_the_decoder_with_sizes_of_its_own(t5: T5Factory) -> None
     [
         ({"vocab_size": None}, {}, "vocab_size is not set"),
         ({"vocab_size": 97}, {"tensor_model_parallel_size": 2}, "vocab_size 97 .* 2: set should_pad_vocab"),
-        ({"encoder_num_layers": 0}, {}, "encoder_num_layers is 0: set it to at least 1"),
-        ({}, {"num_query_groups": 2}, "num_query_groups 2 is not num_attention_heads 4: cross attention"),
+        ({"encoder_num_layers": 0}, {}, "encoder_num_layers: must be at least 1, got 0"),
+        ({}, {"num_query_groups": 2}, "num_query_groups: 2 is not num_attention_heads = 4: cross attention"),
         (
             {"position_embedding_type": "relative", "encoder_num_attention_heads": 2},
             {},
@@ -124,7 +124,7 @@ def test_the_encoder_is_the_decoder_with_sizes_of_its_own(t5: T5Factory) -> None
         (
             {"position_embedding_type": "relative", "relative_attention_max_distance": 16},
             {},
-            "max_distance is 16, but the first 16 distances have .* more than 16",
+            "max_distance: 16 is too short, .* more than 16",
         ),
         ({}, {"cuda_graph_impl": "local"}, "use_te_rng_tracker"),
     ],
