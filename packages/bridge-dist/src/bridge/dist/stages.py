@@ -12,6 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 
+from bridge.dist.engine.sharding import mark_split_parameters
+
 StageT = TypeVar("StageT", bound=MegatronModule, covariant=True)
 
 
@@ -60,6 +62,7 @@ def build_stages(
             for vp_stage in range(vp_size)
         ]
     for stage in stages:
+        mark_split_parameters(stage)
         setattr(stage, "model_type", model_type)  # noqa: B010 - a module declares tensors and modules only
     return stages
 

@@ -1,0 +1,149 @@
+"""Parameters that tensor parallelism splits say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule
+
+from bridge.config import Document
+from bridge.dist.cpu import on_meta
+from bridge.dist.documents import apply_layout
+from bridge.dist.job import make_builder
+from bridge.dist.layout import Layout
+from bridge.dist.plan.groups import as_rank
+from bridge.dist.stages import build_stages
+from bridge.dist.weights import Placement, named_parameters
+from bridge.models import presets
+
+PRESETS = sorted(file.stem for file in Path(presets.__path__[0]).glob("*.yaml"))
+LATENT = "transformer._target_=megatron.core.transformer.transformer_config.MLATransformerConfig"
+OPTIONS = {
+    "plain": ("tiny",),
+    "attention sinks": ("tiny", "transformer.softmax_type=learnable"),
+    "softmax off by one": ("tiny", "transformer.softmax_type=off-by-one"),
+    "attention sinks of experts": ("moe-tiny", "transformer.softmax_type=learnable"),
+    "attention sinks of a hybrid": ("hybrid-tiny", "transformer.softmax_type=learnable"),
+    "biases of queries, keys and values": (
+        "tiny",
+        "transformer.add_bias_linear=false",
+        "transformer.add_qkv_bias=true",
+    ),
+    "gates, grouped queries": ("tiny", "transformer.gated_linear_unit=true", "transformer.num_query_groups=2"),
+    "one query group for two ranks": ("tiny", "transformer.num_query_groups=1"),
+    "gates of attention": ("tiny", "transformer.attention_output_gate=true"),
+    "norms of queries and keys": ("tiny", "transformer.qk_layernorm=true"),
+    "RMSNorm": ("tiny", "transformer.normalization=RMSNorm", "transformer.layernorm_zero_centered_gamma=true"),
+    "tied embeddings": ("tiny", "share_embeddings_and_output_weights=true"),
+    "padded vocabulary": ("tiny", "vocab_size=250"),
+    "multi-token prediction": ("tiny", "position_embedding_type=rope", "transformer.mtp_num_layers=1"),
+    "kernels of other sizes": ("tiny", "transformer.kv_channels=8", "transformer.ffn_hidden_size=96"),
+    "biases of experts": (
+        "moe-tiny",
+        "transformer.add_bias_linear=true",
+        "transformer.expert_tensor_parallel_size=1",
+    ),
+    "sequential experts": ("moe-tiny", "transformer.moe_grouped_gemm=false"),
+    "experts whole on each rank": ("moe-tiny", "transformer.expert_tensor_parallel_size=1"),
+    "shared experts": ("moe-tiny", "transformer.moe_shared_expert_intermediate_size=64"),
+    "gates of shared experts": (
+        "moe-tiny",
+        "transformer.moe_shared_expert_intermediate_size=64",
+        "transformer.moe_shared_expert_gate=true",
+    ),
+    "biases that balance experts": (
+        "moe-tiny",
+        "transformer.moe_router_score_function=sigmoid",
+        "transformer.moe_router_enable_expert_bias=true",
+    ),
+    "some layers of experts": ("moe-tiny", "transformer.moe_layer_freq=[0,1,1,0]"),
+    "latent attention": ("mla-tiny",),
+    "latent attention without latent queries": ("mla-tiny", "transformer.q_lora_rank=null"),
+    "hybrid": ("hybrid-tiny",),
+    "skips for each channel": ("mamba-tiny",),
+    "T5, relative positions": ("t5-tiny",),
+    "T5, learned positions": ("t5-tiny", "position_embedding_type=learned_absolute"),
+    "T5, gates and biases": ("t5-tiny", "transformer.gated_linear_unit=true", "transformer.add_bias_linear=true"),
+}
+
+
+def shrunk(name: str) -> Document:
+    """A preset with a few layers of each of its kinds, of a few experts; sizes of layers are its own."""
+    document = Document.load(name)
+    transformer = document.data["transformer"]
+    pattern = document.data.get("hybrid_layer_pattern")
+    if pattern is None:
+        document.set("transformer.num_layers", 2)
+        if "moe_layer_freq" in transformer:
+            document.set("transformer.moe_layer_freq", [0, 1])
+    else:
+        kinds = "".join(dict.fromkeys(pattern))
+        document.set("hybrid_layer_pattern", kinds)
+        document.set("transformer.num_layers", len(kinds))
+    if transformer.get("mamba_num_groups") == 1:  # one does not split
+        document.set("transformer.mamba_num_groups", 2)
+    if "num_moe_experts" in transformer:
+        document.set("transformer.num_moe_experts", 4)
+        document.set("transformer.moe_router_topk", 2)
+        if transformer.get("add_bias_linear"):
+            document.set("transformer.expert_tensor_parallel_size", 1)  # Megatron's experts have biases with no other
+        for field in ("moe_router_num_groups", "moe_router_group_topk"):
+            if field in transformer:
+                document.remove(f"transformer.{field}")
+    return document
+
+
+@contextmanager
+def built(
+    document: Document, *, rank: int = 0, **sizes: int
+) -> Iterator[tuple[MegatronModule, ProcessGroupCollection]]:
+    """The stage of one rank of a layout, and its groups."""
+    apply_layout(document, sizes)
+    builder = make_builder(document.config())
+    layout = Layout.of(builder.transformer_config, math.prod(sizes.values()))
+    with as_rank(layout, rank) as groups:
+        model_parallel_cuda_manual_seed(torch.initial_seed(), force_reset_rng=True)
+        (stage,) = build_stages(builder.build_model, groups, vp_size=None)
+        yield stage, groups
+
+
+def placements(document: Document, *, tp: int) -> dict[str, Placement]:
+    with on_meta(), built(document, tp=tp) as (stage, groups):
+        return {named.placement.full_name: named.placement for named in named_parameters(stage, groups)}
+
+
+def check_marks(one: Document, several: Document, *, tp: int = 2) -> None:
+    """What tensor parallelism splits has Megatron's attributes, and nothing else has."""
+    whole, split = placements(one, tp=1), placements(several, tp=tp)
+    assert whole.keys() == split.keys()
+    differ = {name for name in whole if whole[name].shape != split[name].shape}
+    assert differ == {name for name, placement in split.items() if placement.shards > 1}
+    vocab = one.data["vocab_size"]
+    shapes, joined = (
+        {name: placement.logical_shape(vocab) for name, placement in found.items()} for found in (whole, split)
+    )
+    assert joined == shapes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_mark_what_is_split(name: str) -> None:
+    check_marks(shrunk(name), shrunk(name), tp=5 if name == "gpt2-xl" else 2)  # which has 25 heads
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layers_mark_what_is_split(options: tuple[str, ...]) -> None:
+    name, *overrides = options
+    check_marks(Document.load(name, overrides), Document.load(name, overrides))
+
+
+def test_a_published_model_has_as_many_parameters_as_it_says() -> None:
+    """Those of gpt-oss-20b's published weights."""
+    sizes = placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
+    assert sum(placement.logical_shape(201088).numel() for placement in sizes.values()) == 20_914_757_184
