@@ -1,4 +1,4 @@
-"""Parameters that tensor parallelism splits say so."""
+"""Parameters that tensor parallelism splits say so, and all that is random is drawn by its name in the whole model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import MegatronModule
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, set_tensor_model_parallel_attributes
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from ranks import run_ranks
 
 from bridge.config import Document
-from bridge.dist.cpu import on_meta
+from bridge.dist.cpu import cpu_runtime, on_meta
 from bridge.dist.documents import apply_layout
 from bridge.dist.job import make_builder
-from bridge.dist.layout import Layout
+from bridge.dist.layout import Layout, create_process_groups
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.stages import build_stages
-from bridge.dist.weights import Placement, named_parameters
+from bridge.dist.weights import Placement, draw_weights, named_parameters
 from bridge.models import presets
 
 PRESETS = sorted(file.stem for file in Path(presets.__path__[0]).glob("*.yaml"))
@@ -147,3 +148,79 @@ def test_a_published_model_has_as_many_parameters_as_it_says() -> None:
     """Those of gpt-oss-20b's published weights."""
     sizes = placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
     assert sum(placement.logical_shape(201088).numel() for placement in sizes.values()) == 20_914_757_184
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def weights(stage: MegatronModule, groups: ProcessGroupCollection) -> Weights:
+    return {named.placement.full_name: named.parameter.detach().clone() for named in named_parameters(stage, groups)}
+
+
+def before_and_after(document: Document, *, seed: int) -> tuple[Weights, Weights]:
+    """The weights of a whole model, built from a seed, before they are drawn and after."""
+    torch.manual_seed(seed)
+    with cpu_runtime(), built(document, tp=1) as (stage, groups):
+        before = weights(stage, groups)
+        draw_weights([stage], groups, vocab_size=document.data["vocab_size"])
+        return before, weights(stage, groups)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_all_that_is_random_is_drawn_by_name(options: tuple[str, ...]) -> None:
+    name, *overrides = options
+    (one, drawn), (two, again) = (before_and_after(Document.load(name, overrides), seed=seed) for seed in (1, 2))
+    random = {name for name in one if not torch.equal(one[name], two[name])}
+    for name, weight in drawn.items():
+        assert torch.equal(weight, again[name]), name
+        assert torch.equal(weight, one[name]) != (name in random), name
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_rank_draws_its_part_of_the_same(options: tuple[str, ...]) -> None:
+    name, *overrides = options
+    _, drawn = before_and_after(Document.load(name, overrides), seed=1)
+    document = Document.load(name, overrides)
+    vocab = document.data["vocab_size"]
+    torch.manual_seed(2)
+    with cpu_runtime(), built(document, rank=1, tp=2) as (stage, groups):
+        draw_weights([stage], groups, vocab_size=vocab)
+        for placement, parameter, _ in named_parameters(stage, groups):
+            whole = drawn[placement.full_name][: placement.logical_shape(vocab)[0]]
+            assert torch.equal(parameter, placement.cut(placement.pad(whole))), placement.full_name
+
+
+class Own(MegatronModule):
+    """Layers that are not Megatron's: biases that torch draws, and vectors, one of them split over the ranks."""
+
+    def __init__(self, config: TransformerConfig, *, rank: int, ranks: int) -> None:
+        super().__init__(config)
+        self.linear = torch.nn.Linear(100, 1)
+        self.whole = torch.nn.Parameter(torch.rand(4))
+        self.split = torch.nn.Parameter(torch.tensor([0.25, 0.75]).chunk(ranks)[rank].clone())
+        self.norm = torch.nn.LayerNorm(8)
+        self.scale = torch.nn.Parameter(torch.tensor(3.0))
+        set_tensor_model_parallel_attributes(self.split, is_parallel=True, dim=0, stride=1)
+
+
+def draw_own_layers() -> dict[str, list[float]]:
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=ranks, init_method_std=5.0
+    )
+    groups = create_process_groups(Layout(tp=ranks))
+    torch.manual_seed(10 * ranks + rank)
+    stage = Own(config, rank=rank, ranks=ranks)
+    draw_weights([stage], groups, vocab_size=None)
+    return {name: parameter.flatten().tolist() for name, parameter in stage.named_parameters()}
+
+
+def test_layers_that_are_not_megatrons_are_drawn_by_name_too() -> None:
+    (whole,) = run_ranks(draw_own_layers, 1)
+    first, second = run_ranks(draw_own_layers, 2)
+    split = first.pop("split") + second.pop("split")
+    assert split == whole.pop("split") != [0.25, 0.75]
+    assert first == second == whole
+    assert 0 < abs(whole["linear.bias"][0]) <= 0.1  # a hundred inputs
+    assert max(map(abs, whole["whole"])) > 1
+    assert (whole["norm.weight"], whole["norm.bias"], whole["scale"]) == ([1.0] * 8, [0.0] * 8, [3.0])

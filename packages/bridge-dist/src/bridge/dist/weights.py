@@ -10,20 +10,27 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
+from torch.distributed import ProcessGroup
 
 from bridge.dist.stages import unwrapped
+
+Initialiser = Callable[[torch.Tensor], object]
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+")
 _EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
 _GROUPED = re.compile(r"(weight|bias)(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
+# Their biases are random, unlike those of Megatron's layers.
+_TORCH_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
 
 
@@ -105,7 +112,7 @@ def _placement(
     if not getattr(parameter, "tensor_model_parallel", False):
         return Placement(name=name, full_name=full_name, shape=parameter.shape)
     blocks: Sequence[int] | None = getattr(parameter, "partition_sizes", None)
-    group = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
+    group = tensor_group(parameter, pg_collection)
     return Placement(
         name=name,
         full_name=full_name,
@@ -116,6 +123,12 @@ def _placement(
         stride=getattr(parameter, "partition_stride", 1),
         blocks=None if blocks is None else tuple(blocks),
     )
+
+
+def tensor_group(parameter: torch.Tensor, pg_collection: ProcessGroupCollection) -> ProcessGroup:
+    """Return the ranks that a parameter is split over, or that hold copies of it: for an expert's, its own group."""
+    group: ProcessGroup = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
+    return group
 
 
 def layer_indices(stage: MegatronModule) -> list[int]:
@@ -161,19 +174,20 @@ def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCol
 def draw_weights(
     stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, vocab_size: int | None
 ) -> None:
-    """Draw every matrix anew, by the configuration's own initialisers, seeded by its full-model name.
+    """Draw every random parameter anew, by the configuration's own initialisers, seeded by its full-model name.
 
     The whole parameter is drawn on the CPU and each rank keeps its shard, so that a model starts from the same weights
-    under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Vectors (norm
-    weights, biases) are constants and stay as they were built, unless their module has an initialiser for them: a
-    mapping ``initialisers`` from a parameter's name to a function that fills a tensor.
+    under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Matrices are
+    random. So are vectors whose elements differ; those of equal elements (norm weights, most biases) stay as they were
+    built. A module may have initialisers of its own: a mapping ``initialisers`` from a parameter's name to a function
+    that fills a tensor.
     """
     for stage in stages:
         config = get_model_config(stage)
         for named in named_parameters(stage, pg_collection):
-            own = getattr(named.owner, "initialisers", {}).get(named.placement.name.rpartition(".")[2])
-            if own is not None or named.parameter.dim() > 1:
-                _draw(named, own or _initialiser(named, config), vocab_size)
+            initialise = _initialiser(named, config, pg_collection)
+            if initialise is not None:
+                _draw(named, initialise, vocab_size)
 
 
 def _layer_index(layer: torch.nn.Module) -> int:
@@ -183,7 +197,16 @@ def _layer_index(layer: torch.nn.Module) -> int:
     return number - 1
 
 
-def _initialiser(named: NamedParameter, config: TransformerConfig) -> Callable[[torch.Tensor], object]:
+def _initialiser(
+    named: NamedParameter, config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> Initialiser | None:
+    """Return what draws a parameter; None if it is a constant."""
+    leaf = named.placement.name.rpartition(".")[2]
+    own: Initialiser | None = getattr(named.owner, "initialisers", {}).get(leaf)
+    if own is not None:
+        return own
+    if named.parameter.dim() < 2:
+        return _vector_initialiser(named, leaf, config, pg_collection)
     if named.placement.full_name == _EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
         initialiser = config.embedding_init_method
     elif getattr(named.parameter, "partition_dim", None) == 1:  # a row-parallel layer, the last of attention or MLP
@@ -194,7 +217,36 @@ def _initialiser(named: NamedParameter, config: TransformerConfig) -> Callable[[
     return initialiser
 
 
-def _draw(named: NamedParameter, initialise: Callable[[torch.Tensor], object], vocab_size: int | None) -> None:
+def _vector_initialiser(
+    named: NamedParameter, leaf: str, config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> Initialiser | None:
+    owner = named.owner
+    if isinstance(owner, _TORCH_LAYERS) and leaf == "bias":
+        return partial(_draw_bias, bound=owner.weight[0].numel() ** -0.5)
+    # Megatron draws attention sinks and the biases of routers as it draws matrices.
+    if leaf == "softmax_offset" or isinstance(owner, Router) or not _is_constant(named, pg_collection):
+        assert config.init_method is not None
+        return config.init_method
+    return None
+
+
+def _draw_bias(bias: torch.Tensor, *, bound: float) -> None:
+    """Draw the bias of a layer of torch's as torch does: ``bound`` is the root of one over the inputs of an output."""
+    bias.uniform_(-bound, bound)
+
+
+def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -> bool:
+    """Whether all elements of a whole vector are equal. Collective over the ranks that it is split over."""
+    low, high = named.parameter.detach().float().aminmax()
+    extremes = torch.stack([-low, high])
+    if named.placement.shards > 1:
+        extremes = extremes.cuda()  # stages are not moved to the device yet
+        group = tensor_group(named.parameter, pg_collection)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
+    return bool(-extremes[0] == extremes[1])
+
+
+def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None) -> None:
     placement = named.placement
     drawn = torch.empty(placement.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
     generator = torch.default_generator
