@@ -23,14 +23,14 @@ EXTENSION = Path(__file__).parent / "typing" / "extension"
 QUICK = ("--steps", "3", "--seq-length", "16", "--global-batch-size", "4")
 
 SKEWED = """
-import torch
+from megatron.core import parallel_state
 
 def skew(stages):
-    rank = torch.distributed.get_rank()
+    more = parallel_state.get_tensor_model_parallel_world_size() - 1
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            if "final_layernorm" in name:  # each tensor-parallel rank has its own, so they should be the same
-                parameter.data += 0.1 * rank
+            if "final_layernorm" in name:
+                parameter.data += 0.1 * more
     return stages
 """
 

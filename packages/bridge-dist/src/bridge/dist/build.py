@@ -23,6 +23,7 @@ from bridge.dist.agreement import agree_in_groups, facts, is_alone, versions
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import warning
+from bridge.dist.engine.copies import check_copies, foreign_hooks, is_tied
 from bridge.dist.engine.groups import layout_of_groups
 from bridge.dist.environment import inspect_process
 from bridge.dist.errors import BuilderContractError
@@ -124,6 +125,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             OptionsError: The options contradict each other.
             PreflightError: The configuration does not fit the process groups or the wrapper.
             HookError: A hook returned None.
+            CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
             BridgeError: Whatever ``check_restore`` and ``restore`` raise.
         """
         self.check_restore()
@@ -167,11 +169,13 @@ def build_distributed(
 ) -> list[MegatronModule]:
     """Run the whole build: agreement of the ranks, pre-flight check, stages, hooks, placement, precision, wrapping.
 
-    ``model``, the whole configuration, and ``rules``, those of its family, are for agreement and check alone.
+    ``model``, the whole configuration, and ``rules``, those of its family, are for agreement and checks alone. What
+    hooks did is checked if ``model`` has any.
 
     Raises:
         AgreementError: The ranks are about to build different things.
         PreflightError: The configuration does not fit the process groups or the wrapper.
+        CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
     """
     if not is_alone():
         agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
@@ -197,7 +201,10 @@ def build_distributed(
             vp_size=config.virtual_pipeline_model_parallel_size,
             model_type=options.model_type,
         )
+    tied = is_tied(built)
     stages = pre_wrap_hook(list(built))
+    if model is not None and (hooks := foreign_hooks(model.pre_wrap_hooks)):
+        check_copies(stages, pg_collection, tied=tied, hooks=hooks)
     return post_wrap_hook(prepare_stages(stages, config, pg_collection, options))
 
 

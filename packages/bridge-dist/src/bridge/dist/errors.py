@@ -32,6 +32,10 @@ class AgreementError(DistError, RuntimeError):
     """Ranks are about to build different things, or one of them is missing. Names the ranks and the fields."""
 
 
+class CopyError(DistError, ValueError):
+    """Ranks hold, or would train, different things in place of copies of a parameter. Names it, and what to do."""
+
+
 class BuilderContractError(DistError, TypeError):
     """A builder or a model configuration lacks what the engine needs of it."""
 

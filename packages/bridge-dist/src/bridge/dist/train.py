@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_model_config
 
 from bridge.dist.batch import Batch
+from bridge.dist.engine.copies import check_gradients
 from bridge.dist.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
 from bridge.dist.stages import unwrapped
@@ -63,6 +64,9 @@ def train(
     """Train, one step per item taken. The loss is the mean over the tokens of the global batch, before the step.
 
     Every rank of the layout must take every step. ``forward_step`` is that of the builder that made the stages.
+
+    Raises:
+        CopyError: Tensor-parallel ranks have different gradients of a parameter that is not split.
     """
     group_size = get_model_config(stages[0]).microbatch_group_size_per_vp_stage
     microbatches = options.microbatches(layout, group_size=group_size)
@@ -74,6 +78,8 @@ def train(
             zero_gradients(stages)
             optimizer.zero_grad()
             outputs = run_microbatches(stages, pg_collection, layout, mine, forward_step=forward_step)
+            if index == 0:
+                check_gradients(stages, pg_collection)
             _, grad_norm, _ = optimizer.step()
             loss = _global_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)

@@ -1,0 +1,306 @@
+"""Parameters of which several ranks hold a copy: hooks must treat all copies alike, and gradients must be the same.
+
+Tensor-parallel ranks hold copies of every parameter that is not split. The first and the last pipeline stage hold a
+tied embedding, each under a name of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from bridge.builders.hooks import Hook, hook_name
+from bridge.dist.agreement import is_alone
+from bridge.dist.errors import CopyError
+from bridge.dist.weights import named_parameters, tensor_group
+
+ItemT = TypeVar("ItemT")
+
+# Copies compute the same with the same: their gradients differ by rounding, or because they are no copies.
+_GRADIENT_TOLERANCE = 0.05
+_SMALLEST_GRADIENT = 1e-4
+_MOST_PROBLEMS = 20
+_MOST_GRADIENTS = 5  # a wrong gradient makes those of all that comes before it wrong
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings", "output_layer"
+_MARK_A_SHARD = """\
+If each rank holds a part of it, say so when it is made:
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=DIM, stride=1)
+    parameter.allreduce = False  # as well, if it is an expert's, and experts have process groups of their own"""
+_MAKE_COPIES = """\
+If each rank holds a copy, all must start from the same values: seed torch alike on all ranks before it is drawn."""
+_SYNCHRONISE = """\
+If each rank holds a copy, each must get the whole gradient: pass what goes into split layers through
+copy_to_tensor_model_parallel_region of megatron.core.tensor_parallel, or let Megatron average the copies' gradients:
+    parameter.average_gradients_across_tp_domain = True"""
+
+
+class _State(NamedTuple):
+    """What copies of a parameter have in common."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+    values: str | None = None
+    """A fingerprint; None if ranks hold different values, or none yet (the meta device)."""
+
+
+class _Copy(NamedTuple):
+    """One of the copies of a tied embedding: its name on a stage of some rank, and None if it is gone."""
+
+    name: str
+    rank: int
+    state: _State | None
+
+
+def is_tied(stages: Sequence[MegatronModule]) -> bool:
+    """Return whether the output layer of these stages uses the weight of the embedding."""
+    return any(model.share_embeddings_and_output_weights for model in _language_models(stages))
+
+
+def foreign_hooks(hooks: Iterable[Hook]) -> list[str]:
+    """Name those of some hooks that are not Bridge's own, which treat copies alike."""
+    return [hook_name(hook) for hook in hooks if not getattr(hook, "__module__", "").startswith("bridge.")]
+
+
+def check_copies(
+    stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, tied: bool, hooks: Sequence[str]
+) -> None:
+    """Check that the pre-wrap hooks left copies of parameters as copies. Collective.
+
+    Args:
+        stages: Those of this rank that the hooks returned.
+        pg_collection: The process groups of this rank.
+        tied: Whether the embedding was tied before the hooks.
+        hooks: Their names, for the error.
+
+    Raises:
+        CopyError: On every rank, naming the parameters.
+    """
+    problems = list(_lost_ties(stages, tied=tied))
+    if not is_alone():
+        problems += _differing_embeddings(_gathered(_embeddings(stages, tied=tied), pg_collection.pp))
+        problems += _differing_parameters(stages, pg_collection)
+    _raise_if_any(problems, pg_collection, f"after the pre-wrap hooks ({', '.join(hooks)})")
+
+
+def check_gradients(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> None:
+    """Check, after a backward pass, that tensor-parallel ranks have the same gradients of copies. Collective.
+
+    Raises:
+        CopyError: On every rank, naming the parameters whose copies would train apart.
+    """
+    if is_alone() or pg_collection.tp.size() == 1:
+        return
+    gradients = {
+        named.placement.full_name: gradient
+        for stage in stages
+        for named in named_parameters(stage, pg_collection)
+        if not _is_split(named.parameter)
+        and tensor_group(named.parameter, pg_collection) is pg_collection.tp
+        and (gradient := _gradient(named.parameter)) is not None
+    }
+    apart = _differing_gradients(gradients, pg_collection.tp)
+    problems = [*apart[-_MOST_GRADIENTS:], _MARK_A_SHARD, _SYNCHRONISE] if apart else []
+    where = "in their gradients, so that tensor-parallel ranks would train them apart"
+    _raise_if_any(problems, pg_collection, f"{where}; the last ones, after which nothing differs, are")
+
+
+def _differing_gradients(gradients: dict[str, torch.Tensor], group: ProcessGroup) -> list[str]:
+    """Compare this rank's gradients with those of the first of its group."""
+    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+    everyone = _gathered([shapes], group)
+    rank = torch.distributed.get_rank()
+    problems = [
+        f"{name}: no gradient of the same shape on all tensor-parallel ranks"
+        for name in dict.fromkeys(name for found in everyone for name in found)
+        if len({found.get(name) for found in everyone}) > 1
+    ]
+    if problems or not gradients:
+        return problems
+    mine = [gradient.detach().float().flatten() for gradient in gradients.values()]
+    first = torch.cat(mine)
+    torch.distributed.broadcast(first, group_src=0, group=group)
+    theirs = first.split([part.numel() for part in mine])
+    norms = [part.norm().item() for part in theirs]
+    floor = _SMALLEST_GRADIENT * max(norms)
+    for name, part, other, norm in zip(gradients, mine, theirs, norms, strict=True):
+        difference = (part - other).norm().item()
+        if difference > max(_GRADIENT_TOLERANCE * norm, floor):
+            problems.append(f"{name}: the gradient on rank {rank} differs by {difference:.3g}, its norm is {norm:.3g}")
+    return problems
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    gradient: Any = getattr(parameter, "main_grad", None)
+    if gradient is None:
+        gradient = parameter.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _language_models(stages: Iterable[torch.nn.Module]) -> Iterator[LanguageModule]:
+    for stage in stages:
+        yield from (module for module in stage.modules() if isinstance(module, LanguageModule))
+
+
+def _lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]:
+    """Describe what hooks did to the tie itself, on this rank."""
+    for model in _language_models(stages):
+        if model.share_embeddings_and_output_weights != tied:
+            yield (
+                f"share_embeddings_and_output_weights was {tied} and is {not tied}: "
+                "stages were built for what it was; set it in the configuration, not in a hook"
+            )
+        embedding, output = _weight(model, _EMBEDDING), _weight(model, _OUTPUT)
+        if tied and model.pre_process and model.post_process and output is not None and output is not embedding:
+            yield (
+                f"{_OUTPUT}.weight is new, and nothing uses it: the output layer takes the weight of {_EMBEDDING}; "
+                "set share_embeddings_and_output_weights to False in the configuration for one of its own"
+            )
+        path = _copy_of_embedding(model, tied=tied)
+        copy = None if path is None else _weight(model, path)
+        if copy is not None and _marks(model) - vars(copy).keys():
+            yield (
+                f"{path}.weight is another parameter than the one that was built, without its marks: "
+                "keep the parameter of a tied embedding and change its data (weight.data.copy_)"
+            )
+
+
+def _copy_of_embedding(model: LanguageModule, *, tied: bool) -> str | None:
+    """Return which layer holds the copy of an embedding that stages share, by the rule of megatron-core 0.19.2.
+
+    Its multi-token prediction has a copy of the embedding where it does not stand on the first stage.
+    """
+    if model.pre_process or getattr(model, "mtp_process", False):
+        return _EMBEDDING if tied or model.config.mtp_num_layers else None
+    return _OUTPUT if tied and model.post_process else None
+
+
+def _marks(model: LanguageModule) -> set[str]:
+    """Return the attributes by which Megatron tells a copy, in the gradient norm and in the optimizer."""
+    if model.config.pipeline_model_parallel_size == 1:
+        return set()
+    return {"shared_embedding"} if model.pre_process else {"shared_embedding", "shared"}
+
+
+def _embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
+    """Return the copies on this rank of an embedding that stages share."""
+    copies = []
+    for model in _language_models(stages):
+        path = _copy_of_embedding(model, tied=tied)
+        if path is not None:
+            weight = _weight(model, path)
+            state = None if weight is None else _state(weight, values=not weight.is_meta)
+            copies.append(_Copy(f"{path}.weight", torch.distributed.get_rank(), state))
+    return copies
+
+
+def _differing_embeddings(copies: Sequence[_Copy]) -> Iterator[str]:
+    if len({copy.state for copy in copies}) <= 1:
+        return
+    found = {f"{copy.name} (rank {copy.rank})": copy.state for copy in copies}
+    yield (
+        f"the copies of the tied embedding differ: {_describe(found)}. "
+        "They train as one: change all of them alike (on the last pipeline stage it is output_layer.weight)"
+    )
+
+
+def _differing_parameters(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[str]:
+    """Describe what differs between the tensor-parallel ranks of this one, and how to mark it."""
+    groups = [pg_collection.tp]
+    if getattr(pg_collection, "expt_tp", None) is not None:
+        groups.append(pg_collection.expt_tp)
+    mine: list[dict[str, _State]] = [{} for _ in groups]
+    for stage in stages:
+        for named in named_parameters(stage, pg_collection):
+            group = groups.index(tensor_group(named.parameter, pg_collection))
+            values = not (_is_split(named.parameter) or named.parameter.is_meta)
+            mine[group][named.placement.full_name] = _state(named.parameter, values=values)
+    differing = [
+        f"{name} differs between tensor-parallel ranks: {_describe(states)}"
+        for group, states_of in zip(groups, mine, strict=True)
+        for name, states in _by_name(states_of, group).items()
+        if len(set(states.values())) > 1
+    ]
+    yield from differing[:_MOST_PROBLEMS]
+    if len(differing) > _MOST_PROBLEMS:
+        yield f"and {len(differing) - _MOST_PROBLEMS} more parameters"
+    if differing:
+        yield from (_MARK_A_SHARD, _MAKE_COPIES)
+
+
+def _by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, dict[str, _State | None]]:
+    """Gather states over a group: by the parameter's name, and then by rank."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    everyone = dict(zip(ranks, _gathered([mine], group), strict=True))
+    names = dict.fromkeys(name for states in everyone.values() for name in states)
+    return {name: {f"rank {rank}": states.get(name) for rank, states in everyone.items()} for name in names}
+
+
+def _describe(states: Mapping[str, _State | None]) -> str:
+    """``requires_grad is False on rank 0, True on rank 1``: the first of what differs."""
+    if gone := [place for place, state in states.items() if state is None]:
+        return f"missing on {', '.join(gone)}"
+    there = {place: state for place, state in states.items() if state is not None}
+    field = next(field for field in _State._fields if len({getattr(state, field) for state in there.values()}) > 1)
+    if field == "values":
+        return f"other values on {', '.join(there)}"
+    return f"{field} is " + ", ".join(f"{getattr(state, field)} on {place}" for place, state in there.items())
+
+
+def _weight(model: torch.nn.Module, path: str) -> torch.nn.Parameter | None:
+    layer: Any = model
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    weight: torch.nn.Parameter | None = getattr(layer, "weight", None)
+    return weight
+
+
+def _is_split(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _state(parameter: torch.nn.Parameter, *, values: bool) -> _State:
+    return _State(
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype),
+        requires_grad=parameter.requires_grad,
+        values=_fingerprint(parameter) if values else None,
+    )
+
+
+def _fingerprint(parameter: torch.nn.Parameter) -> str:
+    data = parameter.detach()
+    if type(data) is not torch.Tensor:  # such as one of 8-bit floats, whose scales are kept elsewhere
+        data = data.float()
+    return hashlib.blake2b(data.cpu().reshape(-1).view(torch.uint8).numpy(), digest_size=8).hexdigest()
+
+
+def _gathered(mine: list[ItemT], group: ProcessGroup) -> list[ItemT]:
+    """Collect the items of all ranks of a group, in their order."""
+    if group.size() == 1:
+        return mine
+    everyone: list[list[ItemT]] = [[] for _ in range(group.size())]
+    torch.distributed.all_gather_object(everyone, mine, group=group)
+    return [item for items in everyone for item in items]
+
+
+def _raise_if_any(problems: Sequence[str], pg_collection: ProcessGroupCollection, where: str) -> None:
+    """Tell all ranks that build this model what any of them found."""
+    known = list(dict.fromkeys(problems))
+    if not is_alone():
+        for group in (pg_collection.tp, pg_collection.dp_cp, pg_collection.pp):
+            known = list(dict.fromkeys(_gathered(known, group)))
+    if known:
+        shown = textwrap.indent("\n".join(known), "  ")
+        raise CopyError(f"parameters that are copies of each other differ {where}:\n{shown}")
