@@ -53,6 +53,11 @@ OPTIONS = {
     ),
     "sequential experts": ("moe-tiny", "transformer.moe_grouped_gemm=false"),
     "experts whole on each rank": ("moe-tiny", "transformer.expert_tensor_parallel_size=1"),
+    "sequential experts, whole on each rank": (
+        "moe-tiny",
+        "transformer.moe_grouped_gemm=false",
+        "transformer.expert_tensor_parallel_size=1",
+    ),
     "shared experts": ("moe-tiny", "transformer.moe_shared_expert_intermediate_size=64"),
     "gates of shared experts": (
         "moe-tiny",

@@ -226,17 +226,20 @@ def _differing_parameters(stages: Sequence[MegatronModule], pg_collection: Proce
             group = groups.index(tensor_group(named.parameter, pg_collection))
             values = not (_is_split(named.parameter) or named.parameter.is_meta)
             mine[group][named.placement.full_name] = _state(named.parameter, values=values)
-    differing = [
-        f"{name} differs between tensor-parallel ranks: {_describe(states)}"
+    differing = {
+        name: states
         for group, states_of in zip(groups, mine, strict=True)
         for name, states in _by_name(states_of, group).items()
         if len(set(states.values())) > 1
-    ]
-    yield from differing[:_MOST_PROBLEMS]
+    }
+    for name, states in list(differing.items())[:_MOST_PROBLEMS]:
+        yield f"{name} differs between tensor-parallel ranks: {_describe(states)}"
     if len(differing) > _MOST_PROBLEMS:
         yield f"and {len(differing) - _MOST_PROBLEMS} more parameters"
-    if differing:
+    if any(state is not None and state.values for states in differing.values() for state in states.values()):
         yield from (_MARK_A_SHARD, _MAKE_COPIES)
+    elif differing:
+        yield "A hook must do the same on every tensor-parallel rank"
 
 
 def _by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, dict[str, _State | None]]:
