@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_functions import fsdp2_loads_the_compiler
 from started import Folder
 
 BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
@@ -46,7 +47,7 @@ def modules_of_the_compiler(*command: str) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        ("plan", "tiny", "--wrap", "torch-fsdp2"),
+        ("plan", "tiny", "--wrap", "ddp" if fsdp2_loads_the_compiler() else "torch-fsdp2"),
         ("validate", "tiny", "--layout", "tp=2"),
     ],
     ids=lambda command: " ".join(command),
