@@ -141,6 +141,11 @@ CASES: dict[str, Case] = {
         refused=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_size": 1}),
         advised=Setting(sizes=PIPELINE),
     ),
+    "values-fit": Case(
+        refused=Setting(changed={"num_query_groups": 3}),
+        advised=Setting(changed={"num_query_groups": 2}),
+        fails="3 does not divide num_attention_heads = 4",
+    ),
     "heads-divide": Case(
         refused=Setting(sizes={"tp": 2}, changed={"num_attention_heads": 3, "num_query_groups": 1}),
         advised=Setting(sizes={"tp": 2}),

@@ -166,7 +166,7 @@ class Reader:
         """What is wrong with the fields of a config, alone and with each other; each is of its type."""
         ranges = ranges_of(target.bases)
         found: Found = [
-            ((name,), said) for name in ranges.keys() & data.keys() if (said := ranges[name].problem(data[name]))
+            ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
         ]
         if found or CHECKS.keys().isdisjoint(target.bases):
             return found

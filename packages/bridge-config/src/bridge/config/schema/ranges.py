@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 _LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
@@ -13,6 +14,8 @@ _LANGUAGE = "bridge.models.language.LanguageModelConfig"
 _GPT = "bridge.models.gpt.GPTModelConfig"
 _MAMBA = "bridge.models.mamba.MambaModelConfig"
 _T5 = "bridge.models.t5.T5ModelConfig"
+
+_NUMBERS = frozenset({int, float})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,14 @@ class Range:
 
     def problem(self, value: object) -> str | None:
         """Say what is wrong with a value; None if nothing is, or if it is not a number."""
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value in self:
+        if type(value) not in _NUMBERS or value in self:
             return None
         return f"must be {self}, got {value}"
 
-    def __contains__(self, value: float) -> bool:
-        above = self.minimum is None or (value > self.minimum if self.exclusive else value >= self.minimum)
-        return above and (self.maximum is None or value <= self.maximum)
+    def __contains__(self, value: Any) -> bool:
+        if self.minimum is not None and (value < self.minimum or (self.exclusive and value == self.minimum)):
+            return False
+        return self.maximum is None or value <= self.maximum
 
     def __str__(self) -> str:
         at_least = "above" if self.exclusive else "at least"

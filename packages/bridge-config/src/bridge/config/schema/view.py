@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.tables import Target, shipped_dtypes
@@ -27,65 +27,62 @@ class View:
             target: Its class.
             embedded: The config that it embeds, live or a view; None if it embeds none.
         """
-        values = self.__dict__
-        values.update(_defaults(target))
+        values = vars(self)
         values.update(data)
-        if target.embeds is not None and embedded is not None:
-            values.update(vars(embedded))  # which owns the fields that both have
+        values[_TARGET], values[_EMBEDDED] = target, embedded
+        if embedded is not None and target.embeds is not None:
             values[target.embeds] = embedded
         elif TRANSFORMER in target.bases:
-            _derive(values)
+            _derive(self)
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-def _defaults(target: Target) -> dict[str, Any]:
-    """The default of each field; None for one that has none."""
-    known: dict[str, Any] | None = target.shapes.get(_DEFAULTS)
-    if known is None:
-        known = {name: None if field.default is MISSING else field.default for name, field in target.fields.items()}
-        target.shapes[_DEFAULTS] = known
-    return known
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not given. What an embedded config has too belongs to it.
+        values = vars(self)
+        embedded, fields = values[_EMBEDDED], values[_TARGET].fields
+        if embedded is not None and (name not in fields or hasattr(embedded, name)):
+            return getattr(embedded, name)
+        if name not in fields:
+            raise AttributeError(name)
+        default = fields[name].default
+        return None if default is MISSING else default
 
 
-_DEFAULTS = ("defaults", (), ())
+# No names of fields.
+_TARGET, _EMBEDDED = "(target)", "(embedded)"
 
 
-def _derive(values: dict[str, Any]) -> None:
+def _derive(config: View) -> None:
     """Set what the constructor of TransformerConfig derives from other fields, where checks read it.
 
     Source: ``__post_init__`` of TransformerConfig and of ModelParallelConfig, megatron-core 0.19.2.
     """
-    heads, tp = values["num_attention_heads"], values["tensor_model_parallel_size"]
+    values, heads = vars(config), config.num_attention_heads
     derived = {
-        "ffn_hidden_size": 4 * values["hidden_size"],
-        "kv_channels": values["hidden_size"] // heads if heads else None,
+        "ffn_hidden_size": 4 * config.hidden_size,
+        "kv_channels": config.hidden_size // heads if heads else None,
         "num_query_groups": heads,
-        "expert_tensor_parallel_size": tp,
+        "expert_tensor_parallel_size": config.tensor_model_parallel_size,
+        "microbatch_group_size_per_vp_stage": config.pipeline_model_parallel_size,
         "recompute_modules": ["core_attn"],
-        "microbatch_group_size_per_vp_stage": values["pipeline_model_parallel_size"],
     }
     for name, value in derived.items():
-        if values[name] is None:
+        if values.get(name) is None:
             values[name] = value
-    if values["num_moe_experts"] is not None and values["moe_ffn_hidden_size"] is None:
-        values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+    if config.num_moe_experts is not None and config.moe_ffn_hidden_size is None:
+        values["moe_ffn_hidden_size"] = config.ffn_hidden_size
     for ranks, shards, part in (
         ("tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
         ("expert_tensor_parallel_size", "expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
     ):
-        if values[shards] is not None:
-            values[part] = values[shards] // values[ranks]
-    dtypes = shipped_dtypes()
+        if values.get(shards) is not None:
+            values[part] = values[shards] // getattr(config, ranks)
     for name in ("params_dtype", "pipeline_dtype"):
-        if isinstance(values[name], str):
-            values[name] = dtypes.get(values[name].removeprefix("torch."), values[name])
-    layout = values["pipeline_model_parallel_layout"]
-    if isinstance(layout, (str, list)) and values["virtual_pipeline_model_parallel_size"] is None:
+        if isinstance(given := values.get(name), str):
+            values[name] = shipped_dtypes().get(given.removeprefix("torch."), given)
+    layout = values.get("pipeline_model_parallel_layout")
+    if isinstance(layout, (str, list)) and config.virtual_pipeline_model_parallel_size is None:
         stages = _stages(layout) if isinstance(layout, str) else len(layout)
-        virtual = stages // values["pipeline_model_parallel_size"]
+        virtual = stages // config.pipeline_model_parallel_size
         values["virtual_pipeline_model_parallel_size"] = virtual if virtual > 1 else None
 
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bridge.config.schema.arithmetic import check_live
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.layout import says_how_to_split
+
+
+@rule(seen=MEGATRON)
+def values_fit(setup: Setup) -> Iterator[str]:
+    """Sizes that no model has, and fields that contradict each other, end in a bare error while a model is built or in
+    its first step, or train something else. Documents with such values are refused when they are read.
+    """
+    found = [*check_live(setup.transformer, "transformer."), *check_live(setup.model)]
+    yield from (f"{path}: {said}" for path, said in found)
 
 
 @rule()
@@ -103,6 +113,7 @@ def biases_of_split_experts(setup: Setup) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    values_fit,
     groups_fit_configuration,
     heads_divide,
     feed_forward_divides,
