@@ -16,8 +16,12 @@ from bridge.dist.internals import (
     TESTED_THROUGHOUT,
     TORCH,
 )
+from bridge.dist.plan.virtual_rank.state import STATE
 
-NEEDED = PRIVATE_NAMES | MEGATRON_NAMES | (PRIVATE_NAMES_OF_PLANS if TORCH >= TESTED_THROUGHOUT else {})
+NAMES_OF_STATE = dict.fromkeys(STATE, "plan.virtual_rank.state: is put back after a plan")
+NEEDED = PRIVATE_NAMES | MEGATRON_NAMES | NAMES_OF_STATE
+if TORCH >= TESTED_THROUGHOUT:
+    NEEDED |= PRIVATE_NAMES_OF_PLANS
 
 
 @pytest.mark.parametrize("name", NEEDED)

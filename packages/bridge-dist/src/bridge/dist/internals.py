@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def clear_sharding_caches() -> None:
     else:
         propagator.propagate_op_sharding.cache_clear()
         torch._C._clear_DTensor_sharding_propagator_cache()
+        # Which finds a mesh of then by its ranks too.
+        importlib.import_module("torch.distributed.tensor._redistribute").clear_redistribute_planner_cache()
 
 
 PRIVATE_NAMES = {
@@ -57,6 +60,7 @@ PRIVATE_NAMES_OF_PLANS = {
     "torch.UntypedStorage._new_with_weak_ptr": "plan.sharded: follows memory until it is freed",
     "torch.distributed.fsdp._fully_shard._fully_shard": "plan.sharded: lets FSDP2 run on the meta device",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup": "plan.sharded: the same",
+    "torch.distributed.tensor._redistribute.clear_redistribute_planner_cache": "clear_sharding_caches",
     "torch.testing._internal.distributed.fake_pg.FakeStore": "plan.groups: groups of ranks that do not exist",
 }
 """What plans need besides; seen in torch 2.11 to 2.15."""

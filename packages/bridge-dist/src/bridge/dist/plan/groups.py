@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bridge.dist.layout import Layout
+from bridge.dist.plan.virtual_rank.state import separate_state
 
 # Axes vary fastest first, as in Megatron's order of ranks.
 _DENSE = ("tp", "cp", "dp", "pp")
@@ -74,19 +75,17 @@ def rank_of(layout: Layout, **coordinates: int) -> int:
 def as_rank(layout: Layout, rank: int) -> Iterator[ProcessGroupCollection]:
     """Be a rank of a job of this layout: Megatron's state and the default group say so until the context is left.
 
-    No process group may exist outside.
+    No process group may exist outside. All else that Megatron keeps outside of models is that of a new process.
     """
-    store = FakeStore()
-    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=layout.world_size)
-    before = dict(vars(parallel_state))
-    try:
-        vars(parallel_state).update(_state(layout, rank))
-        parallel_state._set_global_memory_buffer()
-        groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
-        yield groups
-    finally:
-        vars(parallel_state).update(before)
-        torch.distributed.destroy_process_group()
+    with separate_state():
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+        try:
+            vars(parallel_state).update(_state(layout, rank))
+            parallel_state._set_global_memory_buffer()
+            groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
+            yield groups
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:

@@ -1,0 +1,108 @@
+"""What megatron-core and torch keep outside of models: a planned rank starts with that of a new process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pkgutil
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+
+from bridge.dist.cpu import Replacement, replaced
+
+_ATTENTION_VARIANT = "megatron.core.transformer.experimental_attention_variant.dsa"
+
+STATE: Mapping[str, Callable[[], object]] = {
+    # Losses beside the main one: what is logged of them, and what their gradients are scaled with.
+    "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper.tracker": dict,
+    "megatron.core.transformer.multi_token_prediction.MTPLossAutoScaler.main_loss_backward_scale": (
+        lambda: torch.tensor(1.0)
+    ),
+    "megatron.core.transformer.moe.moe_logging._MOE_METRICS_TRACKER": lambda: None,
+    "megatron.core.transformer.moe.moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale": (
+        lambda: torch.ones(1)  # as the schedule sets it before the first backward pass; it cannot change the shape
+    ),
+    f"{_ATTENTION_VARIANT}.DSAIndexerLossLoggingHelper.tracker": dict,
+    f"{_ATTENTION_VARIANT}.DSAIndexerLossAutoScaler.main_loss_backward_scale": lambda: torch.ones(1),
+    # Routers and experts.
+    "megatron.core.transformer.moe.moe_utils.RandomSTEShared._cache": dict,
+    "megatron.core.transformer.moe.router_replay.RouterReplay.global_router_replay_instances": list,
+    "megatron.core.transformer.moe.shared_experts.SharedExpertMLP.stream": lambda: None,
+    "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream": lambda: None,
+    # Random states, and whether a pass is one that is recomputed, which a plan that fails would leave as it is.
+    "megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER": lambda: None,
+    "megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED": lambda: False,
+    "megatron.core.tensor_parallel.random.IS_CHECKPOINTING": lambda: False,
+    # Whether a warning was given.
+    "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce.warned": lambda: False,
+    "torch.distributed.distributed_c10d._backend": lambda: None,
+    "torch.distributed.distributed_c10d._default_pg_init_method": lambda: None,
+}
+"""Variables of modules and attributes of classes, and what each is at first; seen in megatron-core 0.19.2, torch 2.15.
+
+Of those that building, wrapping and running stages on the CPU change. A test tells when a plan leaves another changed.
+"""
+
+
+@contextlib.contextmanager
+def separate_state() -> Iterator[None]:
+    """Build and run stages as in a new process; what was there before is there again when the context is left."""
+    with contextlib.ExitStack() as undo:
+        for name, first in STATE.items():
+            owner, _, attribute = name.rpartition(".")
+            undo.enter_context(replaced(Replacement(pkgutil.resolve_name(owner), attribute, first())))
+        for restored in (_groups, _environment, _random_states, _error_hook):
+            undo.enter_context(restored())
+        try:
+            yield
+        finally:
+            # They remember what they computed, with the module, and by it a whole model.
+            for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+                rotary.forward.cache_clear()
+
+
+@contextlib.contextmanager
+def _groups() -> Iterator[None]:
+    before = dict(vars(parallel_state))
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(before)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Environment variables: Megatron chooses Transformer Engine's attention by them, and refuses another choice."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Generators: torch numbers what is sent on the meta device by Python's (2.15), and Megatron seeds torch's."""
+    python, generator = random.getstate(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.default_generator.set_state(generator)
+
+
+@contextlib.contextmanager
+def _error_hook() -> Iterator[None]:
+    """What shows an error that nothing catches: torch puts the rank before each line of it, for every rank anew."""
+    before = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = before

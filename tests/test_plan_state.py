@@ -1,0 +1,45 @@
+"""A plan leaves a process as it was: plans and training after it are what they are alone."""
+
+from __future__ import annotations
+
+import planned_ranks
+from planned_ranks import Job
+
+from bridge.dist.options import Wrapper
+from bridge.dist.run.pool import launch, start_fork_server
+
+PREDICTS_TWO = ("position_embedding_type=rope", "transformer.mtp_num_layers=2")
+BALANCED = ("transformer.moe_aux_loss_coeff=0.01", "transformer.moe_z_loss_coeff=0.001")
+PLANS = [
+    Job("tiny", ("position_embedding_type=rope", "transformer.mtp_num_layers=1"), {"pp": 2}, 4, Wrapper.TORCH_FSDP2),
+    Job("tiny", (*PREDICTS_TWO, "transformer.attention_backend=unfused"), {"tp": 2}, 2),
+    Job(
+        "moe-tiny",
+        (
+            *BALANCED,
+            "transformer.moe_shared_expert_intermediate_size=64",
+            "transformer.moe_shared_expert_overlap=true",
+            "transformer.moe_enable_routing_replay=true",
+            "transformer.moe_router_force_biased=-1.0",
+        ),
+        {"ep": 2},
+        2,
+    ),
+    Job("moe-tiny", BALANCED, {"ep": 2}, 4, Wrapper.MEGATRON_FSDP),
+    Job("mla-tiny", ("transformer.recompute_granularity=selective",), {"tp": 2, "pp": 2, "vp": 2}, 4),
+    Job("hybrid-tiny", (), {"pp": 2}, 2),
+]
+
+
+def test_a_plan_leaves_nothing_behind() -> None:
+    start_fork_server(1)
+    alike, changed = launch(planned_ranks.plan_each_twice, PLANS, ranks=1)
+    assert changed == []
+    assert alike == [True] * len(PLANS)
+
+
+def test_training_after_plans_is_training_alone() -> None:
+    start_fork_server(1)
+    job = Job("moe-tiny", (*BALANCED, *PREDICTS_TWO, "transformer.attention_backend=flash"), {}, 1)
+    alone = launch(planned_ranks.train, job, [], ranks=1)
+    assert launch(planned_ranks.train, job, PLANS, ranks=1) == alone
