@@ -703,6 +703,35 @@ def test_the_peak_is_that_of_the_schedule() -> None:
     assert kept == [4, 3, 2, 1]
 
 
+@pytest.mark.parametrize("wrapper", [Wrapper.DDP, Wrapper.TORCH_FSDP2])
+@pytest.mark.parametrize(
+    ("stages", "sizes", "hidden_states"),
+    [
+        ("Ett|tt|mm|L", {"pp": 4}, [1, 2, 4, 3]),
+        ("Ettt|tmm|L", {"pp": 3}, [1, 4, 3]),
+        ("Et|tt|tmm|L", {"pp": 2, "vp": 2}, [1 + 1 + 3, 1 + 1 + 3]),
+        ("Ett|ttmm||L", {"pp": 4}, [1, 4, 6, 3]),
+        ("Ett|tt|mmL", {"pp": 3}, [1, 2, 1]),
+    ],
+)
+def test_predictions_on_a_stage_of_their_own(
+    stages: str, sizes: dict[str, int], hidden_states: list[int], wrapper: Wrapper
+) -> None:
+    """The stage after them gets hidden states of the last layer and of each of two predictions."""
+    changed = (
+        "position_embedding_type=rope",
+        "transformer.mtp_num_layers=2",
+        f"transformer.pipeline_model_parallel_layout={stages}",
+    )
+    batch = Batch(seq_length=64, global_batch_size=8)
+    found = planned("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
+    whole = planned("tiny", {}, *changed[:2], world_size=1, batch=batch)
+    assert found.parameters == whole.parameters
+    assert sum(stage.flops for stage in found.stages) == whole.worst.flops / 2  # data parallelism takes half of it
+    sent = [traffic.bytes for stage in found.stages for traffic in stage.traffic if traffic.group == "pp"]
+    assert sent == [4 * (4 * 64 * 64) * times for times in hidden_states]  # microbatches of 64 tokens of 64 numbers
+
+
 @pytest.mark.parametrize(
     ("preset", "sizes", "world_size", "says"),
     [

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +30,7 @@ from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.routing import equal_shares
+from bridge.dist.plan.schedule import passes
 from bridge.dist.plan.sharded import (
     WholeMemory,
     is_group,
@@ -72,20 +74,36 @@ class Calls(NamedTuple):
         return calls
 
 
+class Message(NamedTuple):
+    """What one stage of a pipeline sends the next: a tensor, of which the gradient comes back."""
+
+    shape: torch.Size
+    bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Return that of a tensor."""
+        return cls(tensor.shape, _tensor_bytes(tensor))
+
+
+Passed = dict[int, torch.Size]
+"""The shape of what a stage passes on, by its place in the whole pipeline, as far as it was measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What one microbatch takes in a chunk: bytes kept for the backward pass, FLOPs, collectives.
 
-    ``received`` and ``passed_on`` are the bytes from the stage before and to the stage after; the backward pass returns
-    as many.
+    ``received`` is what comes from the stage before, ``passed_on`` what goes to the stage after; None at the ends of
+    the pipeline.
     """
 
     kept: int
     forward_flops: int
     flops: int
     calls: Calls
-    received: int
-    passed_on: int
+    received: Message | None
+    passed_on: Message | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +161,20 @@ Memo = dict[Any, Work]
 """What microbatches take in chunks that were seen before."""
 
 
-def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo) -> Rank:
+def measure(
+    job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo, passed: Passed | None = None
+) -> Rank:
     """Build, wrap and run the stages of a rank.
+
+    Args:
+        job: What is built, and how it is wrapped.
+        layout: The sizes of the job.
+        batch: Of a step.
+        rank: Which one; those of earlier pipeline stages come first if they share ``passed``.
+        memo: What chunks took that were seen before, to be looked up and added to.
+        passed: What stages pass on, to be looked up and added to. A stage that is not in it passes on the hidden states
+            of the sequence; so does every last rank of a pipeline to the first, as only the last virtual stage may
+            predict several tokens (megatron-core 0.19.2).
 
     Raises:
         TrainingError: The batch does not divide over the ranks.
@@ -179,7 +209,7 @@ def measure(job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Mem
             use_torch_fsdp2=options.use_torch_fsdp2,
             wrap_with_ddp=options.wrap_with_ddp,
         )
-        run = _Run(stages, builder, groups, layout, batch)
+        run = _Run(stages, builder, groups, layout, batch, {} if passed is None else passed)
         parameters = [sum(local(parameter).numel() for parameter in stage.parameters()) for stage in stages]
         master, state = _optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
         took = run.sharded() if options.shards_weights else run.replicated(memo)
@@ -219,11 +249,12 @@ class _Run(NamedTuple):
     groups: ProcessGroupCollection
     layout: Layout
     batch: Batch
+    passed: Passed
 
     def replicated(self, memo: Memo) -> _Took:
         """Run a microbatch through each chunk of which it is not known what it takes, and the end of a step."""
         names = _names(self.groups)
-        works = [self._remembered(stage, memo) for stage in self.stages]
+        works = self._works(memo)
         ending, more = _Collectives(names), Calls.none()
         for work in works:
             more.add(work.calls)
@@ -245,13 +276,13 @@ class _Run(NamedTuple):
             optimizer_of(self.stages, use_gloo_process_groups=False) as optimizer,
         ):
             start_gathering(self.stages)  # as the step before has done
-            works = [self._work(stage) for stage in self.stages]
+            works = self._works({})  # nothing is known: what is gathered depends on the chunks before
             gradients, first = self._ended()
             for work in works:
                 first.add(work.calls)
             if self.layout.pp > 1:  # by the order of a pipeline's passes
-                first = self._step(min(wanted, fewest), optimizer)
-            more = self._step(fewest + round_size, optimizer).less(first) if wanted > fewest else Calls.none()
+                first = self._step(min(wanted, fewest), optimizer, works)
+            more = self._step(fewest + round_size, optimizer, works).less(first) if wanted > fewest else Calls.none()
         traffic = Traffic(microbatches=min(wanted, fewest), first=first, round_size=round_size, more=more)
         return _Took(works, traffic, gradients, memory.peak)
 
@@ -273,42 +304,79 @@ class _Run(NamedTuple):
             start_gathering(self.stages)
         return gradients, sent.calls
 
-    def _step(self, microbatches: int, optimizer: Any) -> Calls:
+    def _step(self, microbatches: int, optimizer: Any, works: Sequence[Work]) -> Calls:
         """Run a step but for the optimizer's computation."""
         shape = (microbatches, self.batch.micro_batch_size, self.batch.seq_length + 1)
         samples = torch.empty(shape, dtype=torch.long)
         sent = _Collectives(_names(self.groups))
-        with sent, _fused_attention():
+        with sent, _fused_attention(), replaced(self._shapes_told(microbatches, works)):
             zero_gradients(self.stages)
             optimizer.zero_grad()
             run_microbatches(self.stages, self.groups, self.layout, samples, forward_step=self.builder.forward_step)
             start_gathering(self.stages)
         return sent.calls
 
-    def _remembered(self, stage: MegatronModule, memo: Memo) -> Work:
+    def _shapes_told(self, microbatches: int, works: Sequence[Work]) -> Replacement:
+        """What ranks of a pipeline would tell each other of shapes, by the order of their passes: here nothing arrives.
+
+        Megatron asks for ``variable_seq_lengths``, and for predictions of several tokens on a stage of their own.
+        """
+        group_size = self.builder.transformer_config.microbatch_group_size_per_vp_stage
+        order = passes(self.layout, self.groups.pp.rank(), microbatches, group_size=group_size)
+        received = (works[one.chunk].received for one in order if one.forward)
+        passed_on = (works[one.chunk].passed_on for one in order if not one.forward)
+        inputs, gradients = ((message.shape for message in side if message) for side in (received, passed_on))
+
+        def told(
+            _: object, send_next: object, send_prev: object, recv_prev: bool, recv_next: bool
+        ) -> tuple[torch.Size | None, torch.Size | None]:
+            return next(inputs) if recv_prev else None, next(gradients) if recv_next else None
+
+        return Replacement(P2PCommunicator, "_communicate_shapes", told)
+
+    def _works(self, memo: Memo) -> list[Work]:
+        """Run a microbatch through each chunk not known from ``memo``, with what the stage before passes on."""
+        works = []
+        for index, stage in enumerate(self.stages):
+            place = index * self.layout.pp + self.groups.pp.rank()
+            work = self._remembered(stage, self.passed.get(place - 1) or self._hidden_states(), memo)
+            if work.passed_on:
+                self.passed[place] = work.passed_on.shape
+            works.append(work)
+        return works
+
+    def _hidden_states(self) -> torch.Size:
+        """The shape of what a stage of a decoder passes on, of this rank's part of the sequence."""
+        config = self.builder.transformer_config
+        length = self.batch.seq_length // self.groups.cp.size()
+        if config.sequence_parallel:
+            length //= self.groups.tp.size()
+        return torch.Size((length, self.batch.micro_batch_size, config.hidden_size))
+
+    def _remembered(self, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
         sizes = {kind: group.size() for kind, group in _groups(self.groups)}
-        chunk = (_signature(unwrapped(stage)), self.batch.micro_batch_size, self.batch.seq_length)
+        chunk = (_signature(unwrapped(stage)), arriving, self.batch.micro_batch_size, self.batch.seq_length)
         within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
         anywhere = (chunk, *sizes.items())
         work = memo.get(within) or memo.get(anywhere)
         if work is None:
-            work = self._work(stage)
+            work = self._work(stage, arriving)
             # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
             talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
             memo[within if talks_within else anywhere] = work
         return work
 
-    def _work(self, stage: MegatronModule) -> Work:
-        """Run one microbatch through a chunk, forward and backward."""
-        config = self.builder.transformer_config
+    def _work(self, stage: MegatronModule, arriving: torch.Size) -> Work:
+        """Run one microbatch through a chunk, forward and backward; its input, if it takes one, has a shape."""
         model: Any = unwrapped(stage)
-        received = passed_on = 0
+        received = passed_on = None
         kept, sent = _Kept(stage), _Collectives(_names(self.groups))
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
         with kept, flops, sent, _fused_attention():
             if not getattr(model, "pre_process", True):
-                from_before = _from_stage_before(config, self.groups, self.batch)
-                received = _tensor_bytes(from_before)
+                dtype = self.builder.transformer_config.pipeline_dtype
+                from_before = torch.empty(arriving, dtype=dtype, requires_grad=True)
+                received = Message.of(from_before)
                 model.set_input_tensor(from_before)
             tokens = torch.empty(self.batch.micro_batch_size, self.batch.seq_length + 1, dtype=torch.long)
             output = self.builder.forward_step(stage, tokens, self.groups)
@@ -316,7 +384,7 @@ class _Run(NamedTuple):
             if getattr(model, "post_process", True):
                 output.float().mean().backward()
             else:
-                passed_on = _tensor_bytes(output)
+                passed_on = Message.of(output)
                 output.backward(torch.empty_like(output))
         return Work(
             kept=bytes_kept,
@@ -399,15 +467,6 @@ def _signature(model: torch.nn.Module) -> Any:
         for name, parameter in model.named_parameters()
     )
     return (repr(model), shapes, getattr(model, "pre_process", None), getattr(model, "post_process", None))
-
-
-def _from_stage_before(config: TransformerConfig, groups: ProcessGroupCollection, batch: Batch) -> torch.Tensor:
-    """What a stage of a decoder gets."""
-    length = batch.seq_length // groups.cp.size()
-    if config.sequence_parallel:
-        length //= groups.tp.size()
-    shape = (length, batch.micro_batch_size, config.hidden_size)
-    return torch.empty(shape, dtype=config.pipeline_dtype, requires_grad=True)
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):

@@ -16,7 +16,7 @@ from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.plan.groups import rank_of
-from bridge.dist.plan.measure import Memo, Rank, measure
+from bridge.dist.plan.measure import Memo, Passed, Rank, measure
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.schedule import passes, peak
 from bridge.dist.wrapper import Wrapper
@@ -88,7 +88,10 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     batch.check_sequence(transformer)
     group_size = transformer.microbatch_group_size_per_vp_stage
     microbatches = batch.microbatches(layout, group_size=group_size)
-    ranks = [measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo) for pp in range(layout.pp)]
+    passed: Passed = {}
+    ranks = [
+        measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed) for pp in range(layout.pp)
+    ]
     return Plan(
         world_size=layout.world_size,
         layout={axis: size for axis, size in asdict(layout).items() if size is not None},
@@ -165,7 +168,8 @@ def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size
 def _traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
     """A step's collectives, and what goes to the pipeline ranks before and after."""
     calls = rank.traffic.of(microbatches)
-    sent = [size for chunk in rank.chunks for size in (chunk.work.received, chunk.work.passed_on) if size]
+    messages = (message for chunk in rank.chunks for message in (chunk.work.received, chunk.work.passed_on))
+    sent = [message.bytes for message in messages if message]
     if sent:
         key = ("pp", layout.pp, "send")
         calls.number[key] += len(sent) * microbatches
