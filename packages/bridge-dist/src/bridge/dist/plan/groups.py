@@ -104,6 +104,24 @@ def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
     return found
 
 
+def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
+    """Yield the lowest and the highest rank of each group along some axes, but pp, among the ranks of a pipeline stage.
+
+    The axes are those of ``ranks_along``.
+    """
+    order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
+    sizes, stride, span = _sizes(layout), 1, 0
+    lowest = [0]
+    for axis in order:
+        if axis in axes:
+            span += (sizes[axis] - 1) * stride
+        else:
+            places = [pp] if axis == "pp" else range(sizes[axis])
+            lowest = [other + at * stride for at in places for other in lowest]
+        stride *= sizes[axis]
+    yield from ((rank, rank + span) for rank in lowest)
+
+
 def _state(layout: Layout, rank: int) -> dict[str, Any]:
     """Megatron's global variables about groups."""
     state: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.layout import Layout
+from bridge.dist.plan.groups import extents, rank_of
 from bridge.dist.plan.measure import Memo
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, StagePlan
@@ -45,15 +46,44 @@ class Machine:
         found = {"computation": stage.flops / (self.flops * self.efficiency)}
         for sent in stage.traffic:
             kind = f"{sent.group} traffic"
-            found[kind] = found.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout)
+            found[kind] = found.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout, pp=stage.pp)
         return found
 
-    def bandwidth(self, group: str, layout: Layout) -> float:
-        """Return that within a node if all ranks of a group share one; ranks are placed in Megatron's order."""
-        inner = {"tp": layout.tp, "expt_tp": layout.tp, "tp_ep": layout.tp * layout.ep, "ep": layout.tp * layout.ep}
-        inner |= {"cp": layout.tp * layout.cp, "tp_cp": layout.tp * layout.cp}
-        span = inner.get(group, layout.world_size)
-        return self.node_bandwidth if span <= self.gpus_per_node else self.network_bandwidth
+    def bandwidth(self, group: str, layout: Layout, *, pp: int) -> float:
+        """Return that within a node if each group of a kind in a pipeline stage has all its ranks in one node.
+
+        Ranks are placed in Megatron's order, and those of the slowest group keep the others waiting.
+        """
+        nodes = ((low // self.gpus_per_node, high // self.gpus_per_node) for low, high in _extents(group, layout, pp))
+        return self.node_bandwidth if all(low == high for low, high in nodes) else self.network_bandwidth
+
+
+_AXES = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "tp_cp": ("tp", "cp"),
+    "dp": ("dp",),
+    "dp_cp": ("cp", "dp"),
+    "ep": ("ep",),
+    "expt_tp": ("etp",),
+    "tp_ep": ("etp", "ep"),
+    "expt_dp": ("edp",),
+}
+"""Along what the groups within a pipeline stage are, by the names that a plan gives them."""
+
+
+def _extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
+    """Yield the lowest and the highest rank of each group of a kind that a stage has ranks in."""
+    if group in _AXES:
+        yield from extents(layout, _AXES[group], pp=pp)
+        return
+    if group not in ("pp", "embd"):
+        yield 0, layout.world_size - 1
+        return
+    # A rank sends to those of the stages beside its own; embeddings are on the first and the last.
+    first, last = (max(pp - 1, 0), min(pp + 1, layout.pp - 1)) if group == "pp" else (0, layout.pp - 1)
+    ranks_of_stage = rank_of(layout, pp=1)
+    yield from ((first * ranks_of_stage + rank, last * ranks_of_stage + rank) for rank in range(ranks_of_stage))
 
 
 class Candidate(NamedTuple):
