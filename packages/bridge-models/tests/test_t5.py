@@ -26,7 +26,7 @@ from torch.nn.functional import relu
 
 from bridge.config import Document, ModelConfig, load_config
 from bridge.models import layer_specs
-from bridge.models.backend import TorchAttention
+from bridge.models.backend import TorchAttention, TorchRMSNorm
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
 from bridge.models.t5 import T5ModelBuilder, T5ModelConfig
 
@@ -331,7 +331,7 @@ def test_default_layers_are_in_pytorch(
     ours = [TorchAttention] * 2
     assert attentions(model) == {"encoder": ours, "decoder": ours, "cross": ours}
     norms = [module for name, module in model.named_modules() if "layernorm" in name and list(module.parameters())]
-    assert {type(norm) for norm in norms} == {torch.nn.RMSNorm}
+    assert {type(norm) for norm in norms} == {TorchRMSNorm}
     assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1
 
 

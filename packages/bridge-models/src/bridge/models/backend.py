@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -26,10 +26,14 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     is_layer_window_attention,
@@ -95,11 +99,45 @@ def _replaced(spec: Any, grouped_experts: bool) -> Any:
         return [_replaced(item, grouped_experts) for item in spec]
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         fields = [field.name for field in dataclasses.fields(spec) if field.init]
-        return dataclasses.replace(spec, **{name: _replaced(getattr(spec, name), grouped_experts) for name in fields})
+        copied = dataclasses.replace(spec, **{name: _replaced(getattr(spec, name), grouped_experts) for name in fields})
+        return _with_checkpoint_keys(copied) if isinstance(copied, TransformerLayerSubmodules) else copied
     return spec
 
 
-def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+def _with_checkpoint_keys(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Return a layer that writes the checkpoint keys of the same layer made of Transformer Engine's parts.
+
+    There a norm is part of the linear layer behind it, wherever one can be. The local specs of megatron-core 0.19.2 say
+    so of plain attention and of MLPs; they also say it of experts, where the norm stands alone, and not of multi-latent
+    attention.
+    """
+    keys = dict(layer.sharded_state_dict_keys_map)
+    attention: Any = layer.self_attention
+    module = attention.module if isinstance(attention, ModuleSpec) else None
+    is_latent = isinstance(module, type) and issubclass(module, MLASelfAttention)
+    if is_latent:
+        keys |= {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+        parts = _with_fused_norms(attention.submodules, ("q_layernorm", "kv_layernorm"))
+        attention = dataclasses.replace(attention, submodules=parts)
+    builds_mlp = layer.mlp.func if isinstance(layer.mlp, partial) else None
+    if builds_mlp is MoELayer:
+        keys.pop("pre_mlp_layernorm.", None)
+    elif is_latent and builds_mlp == MLP.as_mlp_submodule:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer = _with_fused_norms(layer, [name for name in ("input_layernorm", "pre_mlp_layernorm") if f"{name}." in keys])
+    return dataclasses.replace(layer, self_attention=attention, sharded_state_dict_keys_map=keys)
+
+
+def _with_fused_norms(spec: SpecT, names: Iterable[str]) -> SpecT:
+    """Return a copy of a spec whose norms of these names are part of the next linear layer in checkpoints."""
+    norms = {name: fused_norm for name in names if getattr(spec, name) is torch_norm}
+    return cast(SpecT, dataclasses.replace(cast(Any, spec), **norms))
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
     """Build the norm that a configuration asks for, torch's own.
 
     Under sequence parallelism each rank sees part of the sequence, so the weights are marked for Megatron to add up
@@ -108,10 +146,10 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     Raises:
         UnsupportedError: There is no such norm.
     """
-    norms: dict[str, Callable[..., torch.nn.Module]] = (
+    norms: dict[str, Callable[..., TorchNorm]] = (
         {"LayerNorm": ZeroCenteredLayerNorm, "RMSNorm": ZeroCenteredRMSNorm}
         if config.layernorm_zero_centered_gamma
-        else {"LayerNorm": TorchLayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        else {"LayerNorm": TorchLayerNorm, "RMSNorm": TorchRMSNorm}
     )
     if config.normalization not in norms:
         raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
@@ -121,7 +159,43 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     return norm
 
 
-class TorchLayerNorm(torch.nn.LayerNorm):
+def fused_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
+    """Build a norm that Transformer Engine makes part of the next linear layer; otherwise as ``torch_norm``."""
+    norm = torch_norm(config, hidden_size, eps)
+    norm.is_fused = True
+    return norm
+
+
+class _HasExtraState(torch.nn.Module):
+    """A layer with an empty ``_extra_state`` in its state, as Megatron's own linear layers have.
+
+    Transformer Engine's layers keep how they quantise there, and ask each checkpoint for it.
+    """
+
+    def get_extra_state(self) -> None:
+        """Return nothing: there is none, but torch writes the key."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Leave it aside."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TorchNorm(_HasExtraState):
+    """What all norms of this backend have in common: which keys they write into checkpoints."""
+
+    is_fused = False
+    """Whether it is part of the next linear layer in Transformer Engine, which then has the only extra state."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_fused:
+            del destination[f"{prefix}_extra_state"]
+
+
+class TorchLayerNorm(TorchNorm, torch.nn.LayerNorm):
     """Torch's own, under a name of its own.
 
     nvidia-modelopt 0.47 quantises the input of ``torch.nn.LayerNorm``, of no other norm, and loses in Megatron's
@@ -133,7 +207,11 @@ class TorchLayerNorm(torch.nn.LayerNorm):
         return super().forward(x)
 
 
-class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+class TorchRMSNorm(TorchNorm, torch.nn.RMSNorm):
+    """Torch's own."""
+
+
+class ZeroCenteredLayerNorm(TorchNorm, torch.nn.LayerNorm):
     """LayerNorm that multiplies by one more than its weight, which starts at zero."""
 
     def reset_parameters(self) -> None:
@@ -147,7 +225,7 @@ class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
         return torch.addcmul(normed, normed, self.weight) + self.bias  # one plus a small weight would round it away
 
 
-class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+class ZeroCenteredRMSNorm(TorchNorm, torch.nn.RMSNorm):
     """RMSNorm that multiplies by one more than its weight, which starts at zero."""
 
     def reset_parameters(self) -> None:
@@ -160,7 +238,7 @@ class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
         return torch.addcmul(normed, normed, self.weight)
 
 
-class TorchAttention(DotProductAttention):
+class TorchAttention(_HasExtraState, DotProductAttention):
     """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
     Under context parallelism the keys and values of the other ranks are gathered, and what may be attended to follows
@@ -389,7 +467,7 @@ class LatentAttention(MLASelfAttention):
         return query, torch.cat([latent, position], dim=-1)
 
 
-class _GroupedLinear(torch.nn.Module):
+class _GroupedLinear(_HasExtraState):
     """One matrix for each expert of a rank, named as Transformer Engine names them: ``weight0``, ``weight1``, ...
 
     The exchange of tokens between the ranks, of expert-tensor parallelism too, is the token dispatcher's work.
@@ -501,7 +579,7 @@ class _GroupedLinear(torch.nn.Module):
             offsets = sharded_offsets if alone else (*sharded_offsets, (len(sharded_offsets), expert, experts))
             kinds = ("weight", "bias") if self.has_bias else ("weight",)
             parts = make_sharded_tensors_for_checkpoint(
-                {kind: getattr(self, f"{kind}{index}") for kind in kinds},
+                {kind: getattr(self, f"{kind}{index}") for kind in kinds} | {"_extra_state": None},
                 "",
                 {"weight": self.split} | ({"bias": 0} if self.split == 0 else {}),
                 offsets,
@@ -511,8 +589,15 @@ class _GroupedLinear(torch.nn.Module):
             replace_prefix_for_sharding(parts, "", f"{expert}.{prefix}" if alone else prefix)
             for kind, part in parts.items():
                 part.replica_id = (*part.replica_id[:2], self.groups.expt_dp.rank())
-                described[f"{prefix}{kind}{index}"] = part
+                # the first expert's extra state has the name that torch gives it, those after it a number
+                number = "" if kind == "_extra_state" and index == 0 else index
+                described[f"{prefix}{kind}{number}"] = part
         return described
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for index in range(1, self.num_gemms):
+            state_dict.pop(f"{prefix}_extra_state{index}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ColumnParallelGroupedLinear(_GroupedLinear):

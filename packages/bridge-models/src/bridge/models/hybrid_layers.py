@@ -33,7 +33,7 @@ from torch.nn.functional import silu, softplus
 
 from bridge.config.schema.hybrid_pattern import prediction_depths
 from bridge.dist.gpu_libraries import why_missing
-from bridge.models.backend import PyTorchSpecProvider, torch_norm, with_pytorch_layers
+from bridge.models.backend import PyTorchSpecProvider, fused_norm, torch_norm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.hybrid_pattern import refuse_layers
 from bridge.models.layer_specs import refuse_beyond_pytorch, require_transformer_engine, uses_transformer_engine
@@ -133,10 +133,9 @@ def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
             num_experts=transformer.num_moe_experts or 1,
             moe_grouped_gemm=transformer.moe_grouped_gemm,
         ),
-        sharded_state_dict_keys_map={},
     )
     mamba = MambaLayerSubmodules(
-        norm=torch_norm,
+        norm=fused_norm,
         mixer=ModuleSpec(
             module=MambaMixer,
             submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
