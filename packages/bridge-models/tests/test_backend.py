@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 from bridge.models.backend import (
     ColumnParallelGroupedLinear,
+    PyTorchSpecProvider,
     RowParallelGroupedLinear,
     TorchAttention,
     torch_norm,
@@ -368,6 +369,41 @@ def test_ranks_initialise_parts_of_one_weight(layer: type[ColumnParallelGroupedL
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     for found, (rows, columns) in zip(run_ranks(part_of_experts, 2, layer), parts, strict=True):
         torch.testing.assert_close(found, whole[list(rows)][:, list(columns)])
+
+
+def experts_of_a_rank(ep: int, grouped: bool) -> dict[int, torch.Tensor]:
+    """On each rank of expert parallelism: the first matrix of its experts by their number, initialised on the CPU."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from bridge.dist import Layout, create_process_groups
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        expert_model_parallel_size=ep,
+        use_cpu_initialization=True,
+    )
+    groups = create_process_groups(Layout(ep=ep))
+    torch.manual_seed(1)
+    build = PyTorchSpecProvider().grouped_mlp_modules(grouped)
+    experts = build(num_local_experts=4 // ep, config=config, pg_collection=groups)
+    first = "linear_fc1.weight{}" if grouped else "local_experts.{}.linear_fc1.weight"
+    return {
+        groups.ep.rank() * (4 // ep) + index: experts.get_parameter(first.format(index)).detach()
+        for index in range(4 // ep)
+    }
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_ranks_initialise_different_experts_of_one_model(grouped: bool) -> None:
+    (whole,) = run_ranks(experts_of_a_rank, 1, 1, grouped)
+    assert len({expert.sum().item() for expert in whole.values()}) == 4
+    parts = run_ranks(experts_of_a_rank, 2, 2, grouped)
+    torch.testing.assert_close(parts[0] | parts[1], whole, rtol=0, atol=0)
 
 
 def sequential_name(name: str) -> str:

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -61,7 +61,8 @@ class PyTorchSpecProvider(LocalSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         """Return what builds the experts of a rank: with one weight a matrix each, or one module an expert."""
         if not moe_use_grouped_gemm:
-            return super().grouped_mlp_modules(moe_use_grouped_gemm)
+            local: Any = super().grouped_mlp_modules(moe_use_grouped_gemm)
+            return partial(SequentialExperts, **local.keywords)
         return partial(
             TEGroupedMLP,  # by its name Transformer Engine's; it takes any grouped linear layers
             submodules=GroupedMLPSubmodules(
@@ -467,6 +468,27 @@ class LatentAttention(MLASelfAttention):
         return query, torch.cat([latent, position], dim=-1)
 
 
+class SequentialExperts(SequentialMLP):
+    """Megatron's experts one by one, drawn on the CPU as one rank would draw them all.
+
+    There all ranks have one random state: in megatron-core 0.19.2 each rank of expert parallelism draws the same experts.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        on_cpu = config.use_cpu_initialization and config.perform_initialization
+        ranks, rank = (pg_collection.ep.size(), pg_collection.ep.rank()) if on_cpu else (1, 0)
+        super().__init__(num_local_experts * ranks, config, submodules, pg_collection, name)
+        self.num_local_experts = num_local_experts
+        self.local_experts = self.local_experts[rank * num_local_experts :][:num_local_experts]
+
+
 class _GroupedLinear(_HasExtraState):
     """One matrix for each expert of a rank, named as Transformer Engine names them: ``weight0``, ``weight1``, ...
 
@@ -528,18 +550,28 @@ class _GroupedLinear(_HasExtraState):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights as the configuration says, and set biases to zero."""
-        ranks, rank = self.groups.expt_tp.size(), self.groups.expt_tp.rank()
         for name, parameter in self.named_parameters():
             if name.startswith("bias"):
                 parameter.zero_()
-            elif self.on_cpu:  # as in Megatron's own layers: every rank draws the whole and keeps its part
-                whole = parameter.new_empty(self.shape)
-                self.init_method(whole)
-                pieces = whole.chunk(ranks * self.stride, dim=self.split)
-                parameter.copy_(torch.cat(pieces[rank::ranks], dim=self.split))
-            else:
+            elif not self.on_cpu:
                 with tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     self.init_method(parameter)
+        if self.on_cpu:
+            self._draw_on_cpu()
+
+    def _draw_on_cpu(self) -> None:
+        """Draw the weights of all experts and keep this rank's part of its own, as Megatron's layers draw the whole.
+
+        All ranks have one random state here: each would draw the same experts.
+        """
+        ranks, rank = self.groups.expt_tp.size(), self.groups.expt_tp.rank()
+        own = {self.groups.ep.rank() * self.num_gemms + index: index for index in range(self.num_gemms)}
+        for expert in range(self.groups.ep.size() * self.num_gemms):
+            whole = torch.empty(self.shape, device=self.get_parameter("weight0").device)
+            self.init_method(whole)
+            if expert in own:
+                pieces = whole.chunk(ranks * self.stride, dim=self.split)
+                self.get_parameter(f"weight{own[expert]}").copy_(torch.cat(pieces[rank::ranks], dim=self.split))
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply.
