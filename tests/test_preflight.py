@@ -61,6 +61,7 @@ class Setting:
             "num_attention_heads": 4,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            "is_hybrid_model": self.family is MambaModelConfig,
             "mamba_state_dim": 8,
             "mamba_head_dim": 8,
             "mamba_num_groups": 2,

@@ -387,7 +387,7 @@ def experts_of_a_rank(ep: int, grouped: bool) -> dict[int, torch.Tensor]:
         expert_model_parallel_size=ep,
         use_cpu_initialization=True,
     )
-    groups = create_process_groups(Layout(ep=ep))
+    groups = create_process_groups(Layout(dp=ep, ep=ep))
     torch.manual_seed(1)
     build = PyTorchSpecProvider().grouped_mlp_modules(grouped)
     experts = build(num_local_experts=4 // ep, config=config, pg_collection=groups)

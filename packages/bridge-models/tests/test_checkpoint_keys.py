@@ -97,7 +97,7 @@ def build(name: str) -> Any:
         builder = GPTModelBuilder(GPTModelConfig(transformer=cls(**given), position_embedding_type="rope", **around))
     elif name.startswith("hybrid"):
         given = small | _MOE | {"num_layers": 4, "mamba_head_dim": 8, "mamba_num_groups": 2}
-        transformer = TransformerConfig(**given, qk_layernorm="normalised" in name)
+        transformer = TransformerConfig(**given, qk_layernorm="normalised" in name, is_hybrid_model=True)
         builder = MambaModelBuilder(MambaModelConfig(transformer=transformer, hybrid_layer_pattern="M*-E", **around))
     else:
         positions: Any = "relative" if "relative" in name else "learned_absolute"

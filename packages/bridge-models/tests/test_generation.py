@@ -19,7 +19,13 @@ Settings = Callable[..., Any]
 
 @pytest.fixture(params=[GPTModelConfig, T5ModelConfig, MambaModelConfig], ids=lambda cls: cls.__name__)
 def config(request: pytest.FixtureRequest) -> Any:
-    transformer = TransformerConfig(num_layers=2, hidden_size=128, num_attention_heads=4, mamba_num_groups=1)
+    transformer = TransformerConfig(
+        num_layers=2,
+        hidden_size=128,
+        num_attention_heads=4,
+        mamba_num_groups=1,
+        is_hybrid_model=request.param is MambaModelConfig,
+    )
     return request.param(transformer=transformer, vocab_size=100, seq_length=64, should_pad_vocab=True)
 
 

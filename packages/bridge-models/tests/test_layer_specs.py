@@ -8,7 +8,11 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_local_submodules,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -17,16 +21,17 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as reference
 from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
 
 from bridge.dist.cpu import cpu_runtime
 from bridge.models import layer_specs
-from bridge.models.backend import TorchAttention, with_pytorch_layers
+from bridge.models.backend import TorchAttention, TorchNorm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -147,6 +152,25 @@ def test_multi_token_prediction_repeats_the_last_decoder_layer(
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": frequency}
     model: Any = GPTModelBuilder(gpt(mtp_num_layers=1, **moe)).build_model(pg_collection)
     assert isinstance(model.mtp.layers[0].mtp_model_layer.mlp, MoELayer) == experts
+
+
+class OtherLayer(TransformerLayer):
+    """A layer that a user gives."""
+
+
+@pytest.mark.parametrize("as_block", [False, True])
+def test_multi_token_prediction_repeats_the_layer_that_is_given(
+    pg_collection: ProcessGroupCollection, gpt: GPT, as_block: bool
+) -> None:
+    layer = ModuleSpec(module=OtherLayer, submodules=get_gpt_layer_local_submodules())
+    given = TransformerBlockSubmodules([layer] * 2, layer_norm=WrappedTorchNorm) if as_block else layer
+    outer = {"transformer_layer_spec": (lambda _: given) if as_block else given, "position_embedding_type": "rope"}
+    model = GPTModelBuilder(gpt(num_layers=2, mtp_num_layers=1, outer=outer)).build_model(pg_collection)
+    (depth,) = model.mtp.layers
+    assert type(depth.mtp_model_layer) is type(model.decoder.layers[-1]) is OtherLayer
+    # It is used as it is given; only what surrounds it is ours.
+    assert type(depth.mtp_model_layer.self_attention.core_attention) is DotProductAttention
+    assert isinstance(depth.hnorm, TorchNorm)
 
 
 def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:

@@ -17,7 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from ranks import run_ranks
 from torch.nn.functional import softplus
 from transformers import Mamba2Config
@@ -27,6 +30,7 @@ from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.weights import draw_weights
 from bridge.models import hybrid_layers
+from bridge.models.backend import TorchAttention
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
 from bridge.models.hybrid_layers import TorchMambaMixer, WrappableMambaMixer, default_stack_spec, pytorch_stack_spec
 from bridge.models.mamba import MambaModelBuilder, MambaModelConfig
@@ -47,6 +51,7 @@ def hybrid(transformer: Callable[..., Any]) -> HybridFactory:
     def make(pattern: str | None = "M*-E", *, outer: dict[str, Any] | None = None, **given: Any) -> MambaModelConfig:
         sizes: dict[str, Any] = {
             "num_layers": len(pattern.replace("|", "")) if pattern else 2,
+            "is_hybrid_model": True,
             "mamba_state_dim": 8,
             "mamba_head_dim": 8,
             "mamba_num_groups": 2,
@@ -248,6 +253,22 @@ def test_a_stack_spec_is_a_value_or_a_function(hybrid: HybridFactory, pg_collect
         assert type(model.decoder.layers[0].mixer) is TorchMambaMixer
 
 
+@pytest.mark.parametrize("backend", [AttnBackend.auto, AttnBackend.local])
+def test_local_attention_takes_the_place_of_that_of_a_given_stack(
+    hybrid: HybridFactory, pg_collection: ProcessGroupCollection, backend: AttnBackend
+) -> None:
+    spec = pytorch_stack_spec(hybrid("M*").transformer)
+    layer = spec.submodules.attention_layer
+    attention = layer.submodules.self_attention
+    parts = dataclasses.replace(attention.submodules, core_attention=DotProductAttention)
+    parts = dataclasses.replace(layer.submodules, self_attention=dataclasses.replace(attention, submodules=parts))
+    parts = dataclasses.replace(spec.submodules, attention_layer=dataclasses.replace(layer, submodules=parts))
+    given = {"hybrid_stack_spec": dataclasses.replace(spec, submodules=parts)}
+    model = build(hybrid("M*", attention_backend=backend, outer=given), pg_collection)
+    expected = TorchAttention if backend is AttnBackend.local else DotProductAttention
+    assert type(model.decoder.layers[1].self_attention.core_attention) is expected
+
+
 @pytest.mark.parametrize(
     ("given", "says"), [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': give a")]
 )
@@ -289,11 +310,23 @@ def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collectio
         ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
         ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),
         ("M", {"mamba_state_dim": 0}, "mamba_state_dim: must be at least 1, got 0"),
+        ("M", {"is_hybrid_model": False}, "is_hybrid_model is false, .* set it to true"),
+        ("M+", {}, r"has latent attention \(\+ or D\), but transformer.multi_latent_attention is false"),
+        ("M*", {"experimental_attention_variant": "dsa"}, r"is dsa, but hybrid_layer_pattern M\* has no layer of it"),
     ],
 )
 def test_what_does_not_describe_a_model(hybrid: HybridFactory, pattern: str, given: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelConfigError, match=says):
         hybrid(pattern, **given).finalize()
+
+
+def test_plain_attention_of_a_latent_transformer_is_refused() -> None:
+    transformer = MLATransformerConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, multi_latent_attention=True, is_hybrid_model=True
+    )
+    config = MambaModelConfig(transformer=transformer, vocab_size=96, hybrid_layer_pattern="M*")
+    with pytest.raises(ModelConfigError, match=r"multi_latent_attention is true, but .* has plain attention \(\*\)"):
+        config.validate()
 
 
 def layers_of_stages() -> list[tuple[list[int], list[str]]]:

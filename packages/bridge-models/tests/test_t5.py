@@ -101,10 +101,22 @@ def test_the_encoder_is_the_decoder_with_sizes_of_its_own(t5: T5Factory) -> None
         for field in fields(TransformerConfig)
         if getattr(encoder, field.name) is not getattr(config.transformer, field.name)
     }
-    assert changed == {"num_layers", "num_attention_heads", "num_query_groups"}
+    assert changed == {"num_layers", "num_attention_heads", "num_query_groups", "output_layer_init_method"}
     assert (encoder.num_layers, encoder.num_attention_heads, encoder.num_query_groups) == (1, 2, 2)
     encoder.num_layers = 7
     assert (config.num_layers, config.encoder_transformer.num_layers) == (3, 1)
+
+
+def test_the_encoder_is_drawn_by_its_own_depth(t5: T5Factory, pg_collection: ProcessGroupCollection) -> None:
+    outer = {"encoder_num_layers": 32}
+    config = t5(num_layers=2, hidden_size=64, outer=outer)
+    model = T5ModelBuilder(config).build_model(pg_collection)
+    for stack, layers in ((model.encoder, 32), (model.decoder, 2)):
+        for part in (stack.layers[0].self_attention.linear_proj, stack.layers[0].mlp.linear_fc2):
+            # A transformer's last matrices: 0.02 / sqrt(2 x layers), as GPT-2 has it.
+            assert part.weight.std().item() == pytest.approx(0.02 / (2 * layers) ** 0.5, rel=0.1)
+    own = t5(num_layers=2, output_layer_init_method=torch.nn.init.ones_, outer=outer)
+    assert own.encoder_transformer.output_layer_init_method is torch.nn.init.ones_
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ class LatentAttention(MLASelfAttention):
 class SequentialExperts(SequentialMLP):
     """Megatron's experts one by one, drawn on the CPU as one rank would draw them all.
 
-    There all ranks have one random state: in megatron-core 0.19.2 each rank of expert parallelism draws the same experts.
+    There all ranks have one random state: each rank of expert parallelism in megatron-core 0.19.2 draws the same ones.
     """
 
     def __init__(

@@ -36,7 +36,13 @@ from bridge.dist.gpu_libraries import why_missing
 from bridge.models.backend import PyTorchSpecProvider, fused_norm, torch_norm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.hybrid_pattern import refuse_layers
-from bridge.models.layer_specs import refuse_beyond_pytorch, require_transformer_engine, uses_transformer_engine
+from bridge.models.layer_specs import (
+    refuse_beyond_pytorch,
+    require_transformer_engine,
+    uses_transformer_engine,
+    wants_pytorch_attention,
+    with_pytorch_attention,
+)
 from bridge.models.ssm import GatedRMSNorm, causal_conv1d, selective_scan
 
 try:
@@ -76,7 +82,22 @@ def stack_spec(config: MambaModelConfig) -> ModuleSpec:
             raise LayerSpecError(f"hybrid_stack_spec {name} returned {spec!r}: it must return a ModuleSpec")
     else:
         raise LayerSpecError(f"hybrid_stack_spec is {given!r}: give a ModuleSpec, a function that returns one, or None")
+    if wants_pytorch_attention(config.transformer):
+        spec = _with_pytorch_attention(spec)
     return cast(ModuleSpec, _with_mixer(spec))
+
+
+def _with_pytorch_attention(stack: ModuleSpec) -> ModuleSpec:
+    """Return a copy of a stack whose attention is computed by plain PyTorch, in the kinds of layers that have any."""
+    layers = stack.submodules
+    if not isinstance(layers, HybridStackSubmodules):
+        return stack
+    swapped: dict[str, Any] = {
+        kind: with_pytorch_attention(layer)
+        for kind in ("attention_layer", "mla_layer")
+        if isinstance(layer := getattr(layers, kind), ModuleSpec)
+    }
+    return dataclasses.replace(stack, submodules=dataclasses.replace(layers, **swapped))
 
 
 def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:

@@ -124,7 +124,8 @@ def mtp_block_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Return the multi-token prediction block of one stage, None where there is none.
 
-    Its transformer layer is the last one of the whole decoder; on a stage without decoder layers, the plain layer.
+    Its transformer layer is the last one of the whole decoder: that of ``spec``, the layers of this stage, if the
+    configuration gives them. On a stage without decoder layers it is the plain layer.
     """
     transformer = config.transformer
     if not transformer.mtp_num_layers:
@@ -132,8 +133,11 @@ def mtp_block_spec(
     use_te = uses_transformer_engine(transformer)
     if not use_te:
         refuse_beyond_pytorch(transformer)
+    given = config.transformer_layer_spec is not None
     if isinstance(spec, TransformerBlockSubmodules) and not spec.layer_specs:
         layer = _plain_layer_spec(transformer)
+    elif given:
+        layer = spec if isinstance(spec, ModuleSpec) else cast(list[ModuleSpec], spec.layer_specs)[-1]
     else:
         layers = gpt_layer_specs.get_gpt_decoder_layer_specs(
             transformer,
@@ -144,10 +148,30 @@ def mtp_block_spec(
         layer = cast(list[ModuleSpec], layers)[-1]  # megatron-core 0.19.2 annotates a block where it returns a list
     if wants_pytorch_attention(transformer):
         layer = _swap_attention(layer)
-    block = gpt_layer_specs.get_gpt_mtp_block_spec(
-        transformer, layer, use_transformer_engine=use_te, vp_stage=vp_stage, pp_rank=pp_rank
+    block: MultiTokenPredictionBlockSubmodules | None = gpt_layer_specs.get_gpt_mtp_block_spec(
+        transformer,
+        TransformerBlockSubmodules(layer_specs=[layer]),  # a layer alone must be Megatron's own class
+        use_transformer_engine=use_te,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
     )
-    return block if use_te else _in_pytorch(block, transformer)
+    if block is None or use_te:
+        return block
+    block = _in_pytorch(block, transformer)
+    return _with_layer(block, layer) if given else block
+
+
+def _with_layer(block: MultiTokenPredictionBlockSubmodules, layer: ModuleSpec) -> MultiTokenPredictionBlockSubmodules:
+    """Return a copy of a multi-token prediction block with this transformer layer at each depth."""
+    depths: list[ModuleSpec] = block.layer_specs or []
+    parts: list[Any] = [depth.submodules for depth in depths]
+    return replace(
+        block,
+        layer_specs=[
+            replace(depth, submodules=replace(part, mtp_model_layer=layer))
+            for depth, part in zip(depths, parts, strict=True)
+        ],
+    )
 
 
 def uses_transformer_engine(transformer: TransformerConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import scaled_init_method_normal
 from torch.distributed import get_process_group_ranks
 
 from bridge.dist import DistributedModelBuilder
@@ -108,7 +110,25 @@ class T5ModelConfig(LanguageModelConfig):
             if size is not None:
                 setattr(encoder, name, size)
         encoder.num_query_groups = encoder.num_attention_heads
+        # Weights that write to the residual stream are drawn the smaller, the more layers do so.
+        if encoder.num_layers != self.transformer.num_layers and _same_partial(
+            encoder.output_layer_init_method, _output_init(self.transformer)
+        ):
+            encoder.output_layer_init_method = _output_init(encoder)
         return encoder
+
+
+def _output_init(transformer: TransformerConfig) -> partial[object]:
+    """How a transformer of plain settings draws the last matrices of its layers, as TransformerConfig derives it."""
+    multiplier = 1.0 if transformer.is_hybrid_model else 2.0
+    initialiser: partial[object] = scaled_init_method_normal(
+        transformer.init_method_std, transformer.num_layers, multiplier=multiplier
+    )
+    return initialiser
+
+
+def _same_partial(one: object, other: partial[object]) -> bool:
+    return isinstance(one, partial) and (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
 
 
 class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):

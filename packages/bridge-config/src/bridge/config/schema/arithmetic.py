@@ -225,8 +225,50 @@ def _hybrid_layers(model: Any) -> Problems:
             f"{pattern} predicts {depths} tokens further (one for each /), transformer.mtp_num_layers is "
             f"{transformer.mtp_num_layers}: change one of them",
         )
+    yield from _hybrid_attention(pattern, transformer)
+    if not transformer.is_hybrid_model:
+        yield (
+            "transformer.is_hybrid_model",
+            "is false, and weights would be drawn for layers of two blocks, where those of a hybrid model are one: set "
+            "it to true",
+        )
     if hybrid_pattern.MAMBA in pattern:
         yield from ((f"transformer.{name}", said) for name, said in _mamba_sizes(transformer))
+
+
+_VARIANTS = {"dsa": hybrid_pattern.SPARSE_ATTENTION, "gated_delta_net": hybrid_pattern.DELTA_NET}
+
+
+def _hybrid_attention(pattern: str, transformer: Any) -> Problems:
+    """Check that the pattern has the attention that the transformer asks for.
+
+    A hybrid of megatron-core 0.19.2 goes by the pattern alone, without a word about the fields.
+    """
+    latent = (hybrid_pattern.LATENT_ATTENTION, hybrid_pattern.SPARSE_ATTENTION)
+    if transformer.multi_latent_attention and hybrid_pattern.ATTENTION in pattern:
+        yield (
+            "transformer.multi_latent_attention",
+            f"is true, but hybrid_layer_pattern {pattern} has plain attention (*): write {latent[0]} for layers of "
+            "multi-latent attention, or embed a plain TransformerConfig",
+        )
+    if any(symbol in pattern for symbol in latent) and not transformer.multi_latent_attention:
+        yield (
+            "transformer.multi_latent_attention",
+            f"is false, but hybrid_layer_pattern {pattern} has latent attention ({latent[0]} or {latent[1]}): embed an "
+            "MLATransformerConfig, and set it to true",
+        )
+    variant = transformer.experimental_attention_variant
+    if variant is not None and _VARIANTS.get(variant, variant) not in hybrid_pattern.layers_of(pattern):
+        yield (
+            "transformer.experimental_attention_variant",
+            f"is {variant}, but hybrid_layer_pattern {pattern} has no layer of it ({_VARIANTS.get(variant)}): write "
+            "one, or set the field to null",
+        )
+    if transformer.heterogeneous_block_specs:
+        yield (
+            "transformer.heterogeneous_block_specs",
+            "does not shape a hybrid model, its pattern does: embed a plain TransformerConfig",
+        )
 
 
 def _mamba_sizes(config: Any) -> Problems:
