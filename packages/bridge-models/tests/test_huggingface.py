@@ -819,8 +819,94 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(bridge: Run, tmp_path: Pat
         assert Document.load(tmp_path / name).data == json.loads(text) | {"hf_model_id": "one/model"}
     code, back, _ = bridge("to-hf", tmp_path / "made.yaml")
     assert json.loads(back) == to_hf(json.loads(text)).data | {"_name_or_path": "one/model"}
-    assert bridge("to-hf", tmp_path / "made.yaml", "vocab_size=64", "-o", tmp_path) == (0, "", "")
+    to_folder = ("to-hf", tmp_path / "made.yaml", "vocab_size=64", "-o", tmp_path)
+    assert bridge(*to_folder)[::2] == (
+        1,
+        f"{file}: there is such a file: give --force to overwrite it, or another name\n",
+    )
+    assert bridge(*to_folder, "--force") == (0, "", "")
     assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
+
+
+def test_a_file_is_overwritten_on_demand_and_a_schema_is_told_of(bridge: Run, tmp_path: Path) -> None:
+    file, made = written(tmp_path, LLAMA), tmp_path / "made.yaml"
+    _, _, told = bridge("from-hf", file, "-o", made)
+    assert told.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: the JSON Schema that made.yaml names")
+    made.write_text("mine\n")
+    code, _, told = bridge("from-hf", file, "-o", made)
+    assert (code, made.read_text()) == (1, "mine\n")
+    assert "give --force to overwrite it" in told
+    assert bridge("from-hf", file, "-o", made, "--force") == (0, "", "")
+    assert Document.load(made).data["vocab_size"] == 32000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("is_llama_config", True),
+        ("unsloth_fixed", True),
+        ("unsloth_version", "2025.1.1"),
+        ("transformers.js_config", {"dtype": "q4"}),
+        ("use_flashattn", True),
+        ("_flash_attn_2_enabled", True),
+        ("shared_expert_intermediate_size", 0),
+        ("pretraining_tp", 1),
+        ("residual_multiplier", 1.0),
+        ("rope_interleaved", False),
+        ("extra", []),
+        ("layer_types", ["full_attention", "full_attention"]),
+    ],
+)
+def test_a_statement_that_says_nothing_of_the_model_is_left_out_with_a_note(name: str, value: Any) -> None:
+    given = {"model_type": "mixtral", "num_hidden_layers": 2}
+    plain, found = from_hf(given), from_hf(given | {name: value})
+    assert found.data == plain.data
+    assert any(name in note and "is left out" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
+def test_what_is_so_of_an_architecture_may_be_said(model_type: str) -> None:
+    assert from_hf({"model_type": model_type, "use_qk_norm": True}).data == from_hf({"model_type": model_type}).data
+    with pytest.raises(DocumentError, match="use_qk_norm: queries and keys of this architecture are normalised"):
+        from_hf({"model_type": model_type, "use_qk_norm": False})
+
+
+def test_a_dtype_as_torch_writes_it() -> None:
+    for name in ("dtype", "torch_dtype"):
+        assert from_hf(LLAMA | {name: "torch.bfloat16"}).data["transformer"]["bf16"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("shared_expert_intermediate_size", 8), ("pretraining_tp", 2), ("rope_interleaved", True)]
+)
+def test_a_statement_that_may_say_something_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(DocumentError, match=f"{name}: unknown to Bridge"):
+        from_hf({"model_type": "mixtral", name: value})
+
+
+def test_the_head_of_a_classifier_and_long_sequences_are_told_of() -> None:
+    given = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3}
+    (note,) = from_hf(given).notes
+    assert "has a head for SequenceClassification, of 3 labels, in place of the output layer" in note
+    (note,) = from_hf(LLAMA | {"max_position_embeddings": 131072}).notes
+    assert note.startswith("seq_length is 131,072")
+    assert not from_hf(LLAMA | {"architectures": ["LlamaForCausalLM"], "num_labels": 2}).notes
+
+
+def test_a_language_model_inside_another_is_told_of() -> None:
+    with pytest.raises(DocumentError, match=r"\$\.text_config: the language model is in here, a llama: save this part"):
+        from_hf({"model_type": "llava", "text_config": LLAMA, "vision_config": {}})
+
+
+def test_a_hint_is_no_way_into_a_second_refusal() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.878}
+    with pytest.raises(DocumentError, match="attn_factor: Megatron-Core has no such factor") as refused:
+        from_hf({"model_type": "qwen3", "rope_scaling": yarn})
+    assert "did you mean" not in str(refused.value)
+    assert from_hf({"model_type": "qwen3", "rope_scaling": yarn | {"attn_factor": 1.0}})
+    with pytest.raises(DocumentError) as refused:
+        from_hf(LLAMA | {"vocab_size": 9, "vocab_sizes": 8})
+    assert "did you mean 'vocab_size'" not in str(refused.value)
 
 
 def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:

@@ -183,8 +183,9 @@ def written_function(t: Translation, usual: str) -> str:
 
 def _read_dtype(t: Translation) -> None:
     name = "dtype" if t["dtype"] is not None else "torch_dtype"
-    if (dtype := t[name]) is None:
+    if t[name] is None:
         return
+    dtype = t[name].removeprefix("torch.")
     if dtype not in _DTYPES:
         raise unknown_choice(t, name, dtype, _DTYPES)
     if half := _HALF.get(_DTYPES[dtype]):

@@ -133,17 +133,43 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
             t.note(f"$.{STORAGE} is left out: it is about how published weights are stored")
         else:
             refuse_unknown(t, name, architecture.names)
+    _note_heads(t)
     _raise_any(t)
     data = _document(t.made, architecture)
     _check(data)
+    if data.get("seq_length", 0) > _LONG:
+        t.note(
+            f"seq_length is {data['seq_length']:,}, the longest that the model was made for: training and plans take "
+            "sequences of this length unless you set it"
+        )
     if _best(data) is not architecture:
         data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
         data["transformer"] = data.pop("transformer")  # the long one stays the last
     return Converted(data, t.notes)
 
 
+def _note_heads(t: Translation) -> None:
+    """Say which classes of transformers have another head than that of a language model."""
+    classes = t.given.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        if isinstance(name, str) and (task := _OTHER_TASK.search(name)):
+            labels = f", of {got(t.given['num_labels'])} labels," if t.given.get("num_labels") is not None else ""
+            t.note(
+                f"$.architectures: {name} has a head for {task[1] or task[2]}{labels} in place of the output layer: "
+                "the document describes the language model, and the head is left out"
+            )
+
+
+_OTHER_TASK = re.compile(r"(?:For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel\w*)|(RewardModel))$")
+_LONG = 16_384
+
+
 def _architecture(given: Mapping[str, Any]) -> Architecture:
     model_type = given.get("model_type")
+    if (inside := _text_model(given)) is not None and model_type not in (*ARCHITECTURES, *BEYOND):
+        raise _refused(
+            "$.text_config", f"the language model is in here, a {inside}: save this part as a file of its own"
+        )
     if not isinstance(model_type, str):
         missing = "missing: is this the config.json of a model?"
         raise _refused("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
@@ -155,6 +181,13 @@ def _architecture(given: Mapping[str, Any]) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise _refused("$.model_type", f"{quoted(model_type)} is not known to Bridge{near}; known are {known}")
     return found
+
+
+def _text_model(given: Mapping[str, Any]) -> str | None:
+    """The ``model_type`` of the language model inside a model of several parts; None if there is none."""
+    inside = given.get("text_config")
+    model_type = inside.get("model_type") if isinstance(inside, dict) else None
+    return model_type if isinstance(model_type, str) else None
 
 
 def _beyond(model_type: str, given: Mapping[str, Any]) -> list[Problem]:

@@ -86,7 +86,11 @@ _LLAMA_BIASES = Row(
     _write_biases,
 )
 QKV_BIAS = always("transformer.add_qkv_bias", True, "queries, keys and values of this architecture have biases")
-QK_NORM = always("transformer.qk_layernorm", True, "queries and keys of this architecture are normalised")
+_NORMALISED = "queries and keys of this architecture are normalised"
+QK_NORM = (
+    always("transformer.qk_layernorm", True, _NORMALISED),
+    only("use_qk_norm", True, FLAG, _NORMALISED),  # not of transformers, but published files say it
+)
 
 GPT2 = Architecture(
     model_type="gpt2",
@@ -234,7 +238,7 @@ QWEN3 = Architecture(
         GATED,
         NO_BIASES,
         NO_ATTENTION_BIAS,
-        QK_NORM,
+        *QK_NORM,
         activation("hidden_act", "silu"),
         attention_dropout("attention_dropout", 0.0),
         NO_HIDDEN_DROPOUT,

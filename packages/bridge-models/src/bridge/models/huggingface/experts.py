@@ -333,7 +333,7 @@ QWEN3_MOE = Architecture(
         GATED,
         NO_BIASES,
         NO_ATTENTION_BIAS,
-        QK_NORM,
+        *QK_NORM,
         activation("hidden_act", "silu"),
         *experts("num_experts", 128, 8),
         expert_width("moe_intermediate_size", 768),

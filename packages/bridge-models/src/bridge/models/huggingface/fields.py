@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 IGNORED = frozenset(
     (
         "model_type",
@@ -63,6 +66,49 @@ IGNORED = frozenset(
     )
 )
 """Fields of every config.json that mean nothing to the model."""
+
+MARKERS = (
+    # which program wrote the file, or which of several equal kernels it used
+    "*flash_attn*",
+    "*flash_attention*",
+    "*flashattn*",
+    "*unsloth*",
+    "attn_impl",
+    "fused_*",
+    "gradient_checkpointing",
+    "is_*_config",
+    "library_name",
+    "license",
+    "mlx_*",
+    "transformers.js_config",
+    "use_fused_*",
+    "use_sdpa",
+    "use_xformers*",
+)
+"""Patterns of fields that no version of transformers reads: other programs leave them in a config.json."""
+
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "embd_pdrop": (0,),
+    "embedding_multiplier": (1,),
+    "ep_size": (1,),
+    "hidden_dropout": (0,),
+    "hidden_dropout_prob": (0,),
+    "logits_scaling": (1,),
+    "moe_intermediate_size": (0,),
+    "n_routed_experts": (0,),
+    "n_shared_experts": (0,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "num_nextn_predict_layers": (0,),
+    "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,),
+    "resid_pdrop": (0,),
+    "residual_dropout": (0,),
+    "residual_multiplier": (1,),
+    "rotary_pct": (1,),
+    "shared_expert_intermediate_size": (0,),
+}
+"""What is true of each architecture that has no such field: nothing is dropped, scaled, shared or added."""
 
 STORAGE = "quantization_config"
 SHOWN = frozenset(

@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from bridge.config.errors import Problem, nearest, quoted
 from bridge.config.paths import Path, shown
 from bridge.config.refusal import got
+from bridge.models.huggingface.fields import HARMLESS, MARKERS
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+
+FULL_ATTENTION = "full_attention"
+"""What ``layer_types`` calls a layer without a window."""
 
 MAX_LAYERS = 10_000
 """So many layers a model may have: what is said of each is written out."""
@@ -260,11 +265,27 @@ def translated(t: Translation, steps: Iterable[Translate]) -> None:
 
 
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
-    """Refuse a field of config.json that no row takes; one that is off is left out with a note."""
-    if t.given[name] is None or t.given[name] is False:
-        t.note(f"{shown((name,))} is left out: off, and unknown to Bridge")
+    """Refuse a field of config.json that no row takes; one that says nothing of the model is left out with a note."""
+    if why := _says_nothing(name, t.given[name]):
+        t.note(f"{shown((name,))} is left out: {why}")
     else:
-        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, known)}")
+        free = [other for other in known if other not in t.given]  # a second name of a given field is no way out
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
+
+
+def _says_nothing(name: str, value: Any) -> str | None:
+    """Why an unknown field says nothing of the model; None if it may."""
+    if any(fnmatchcase(name, pattern) for pattern in MARKERS):
+        return "another program's, which transformers does not read"
+    if value is None or value is False:
+        return "off, and unknown to Bridge"
+    if value in ("", [], {}):
+        return "empty, and unknown to Bridge"
+    if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
+        return f"{got(value)} changes nothing"
+    if name == "layer_types" and isinstance(value, list) and all(kind == FULL_ATTENTION for kind in value):
+        return "all layers of this architecture have full attention"
+    return None
 
 
 def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:

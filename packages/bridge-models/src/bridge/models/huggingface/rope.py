@@ -109,7 +109,8 @@ class Scaling:
         """Refuse the keys that nothing asked for."""
         for key, value in self.values.items():
             if key not in self.known and value is not None:
-                self.refuse(key, f"unknown to Bridge for the type {self.kind}{nearest(key, self.known)}")
+                free = [known for known in self.known if known not in self.values]
+                self.refuse(key, f"unknown to Bridge for the type {self.kind}{nearest(key, free)}")
 
 
 def rotary(
@@ -242,6 +243,8 @@ def _read_llama3(t: Translation, scaling: Scaling) -> None:
 def _read_yarn(t: Translation, scaling: Scaling) -> None:
     if t["partial_rotary_factor"] not in (None, 1) or scaling.get("partial_rotary_factor", 1) != 1:
         raise scaling.refuse(scaling.key, "Megatron-Core scales frequencies by yarn of all channels of a head alone")
+    if scaling.get("attn_factor", 1) != 1:
+        scaling.refuse("attn_factor", "Megatron-Core has no such factor, and transformers leaves it aside: remove it")
     factor = scaling.factor()
     given = t["original_max_position_embeddings"] if "original_max_position_embeddings" in t.names else None
     mscale, mscale_all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.config.refusal import got
-from bridge.models.huggingface.mapping import COUNT, FLAG, INTEGER, TEXTS, Name, Row, Translation
+from bridge.models.huggingface.mapping import COUNT, FLAG, FULL_ATTENTION, INTEGER, TEXTS, Name, Row, Translation
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL = "sliding_attention", FULL_ATTENTION
 _FIELDS = ("transformer.window_size", "transformer.window_attn_skip_freq")
 
 
