@@ -191,6 +191,23 @@ def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> Non
     assert bridge(site, "migrate", "run_config.yaml").returncode == 0
 
 
+def test_migrate_tells_the_problems_that_validate_tells(site: Path) -> None:
+    arguments = {
+        "num_layers": 4,
+        "hidden_size": "64",
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "padded_vocab_size": 256,
+        "swiglu": True,
+        "squared_relu": True,
+    }
+    (site / "args.json").write_text(json.dumps(arguments))
+    found = [bridge(site, command, "args.json").stderr for command in ("validate", "migrate")]
+    assert "hidden_size: expected an integer" in found[0]
+    assert "squared_relu: swiglu is another activation" in found[0]
+    assert found[1] == found[0]
+
+
 def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
     others = site / "other_presets"
     others.mkdir()

@@ -50,6 +50,57 @@ def problems(**given: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("([0]*1+[1]*3)", [0, 1, 1, 1]),
+        ("([0]*3+[1]*1)*3", [0, 0, 0, 1] * 3),
+        ("[1]+2*[0]", [1, 0, 0]),
+        (" [1, 0, 1] ", [1, 0, 1]),
+        ("2", 2),
+    ],
+)
+@pytest.mark.parametrize("name", ["moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"])
+def test_a_pattern_of_layers_is_read_as_text(name: str, text: str, value: Any) -> None:
+    # The values are what the parser of Megatron-LM says of each in its help.
+    assert model(num_experts=4, **{name: text})["transformer"].get(name, 2) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "[1",
+        "[True]",
+        "[1.0]",
+        "['a']",
+        "[[1]]",
+        "[1]*[2]",
+        "1+1",
+        "[1]-[0]",
+        "[1]**2",
+        "[1]*10**9",
+        "([1]*9999)*9999",
+        "(" * 5000 + "[1]" + ")" * 4000,
+        "[-1]",
+        "__import__('os').getpid()",
+        "[x for x in (1,)]",
+        "[1]" + "+[1]" * 3000,
+    ],
+)
+def test_what_is_no_pattern_of_layers(text: str) -> None:
+    assert "expected an integer or a pattern" in problems(num_experts=4, moe_layer_freq=text)["moe_layer_freq"]
+
+
+def test_weights_that_are_not_drawn_are_told_of() -> None:
+    assert any(
+        "perform_initialization: false is taken over" in note
+        for note in adopted(arguments(perform_initialization=False)).notes
+    )
+    assert not any("perform_initialization" in note for note in adopted(arguments(perform_initialization=True)).notes)
+
+
+@pytest.mark.parametrize(
     "data",
     [
         {},

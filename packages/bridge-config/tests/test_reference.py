@@ -516,6 +516,8 @@ def test_other_defaults_of_a_named_provider_are_told() -> None:
     assert told.startswith("Bridge's defaults are taken, which may not be those of NemotronHModelProvider8B: ")
     assert ", ffn_hidden_size," in told
     assert ", hidden_size," not in told
+    assert " and 2" in told  # and some two hundred more
+    assert len(told) < 700
 
 
 def test_the_pattern_of_multi_token_prediction_is_joined() -> None:

@@ -206,10 +206,9 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     if write and to_form:
         raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
     document = Document.load(file)
-    notes = document.migrate()
     with _omissions() as omissions:
-        document.check()
-    notes += omissions
+        document.check()  # first: as `validate`, it tells all problems, and migrating only those that it meets
+    notes = document.migrate() + omissions
     if write:
         document.save()
     if to_form:

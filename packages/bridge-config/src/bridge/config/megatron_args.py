@@ -7,11 +7,12 @@ default=str)`. What describes the model and how it is split is taken, as `core_t
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.foreign import (
@@ -143,6 +144,8 @@ _YARN = {
     "mscale_all_dim": ("yarn_mscale_all_dim", 0.0),
     "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
 }
+# Fields that the parser takes as text too: a number, or a list made of lists by + and *.
+_PATTERNS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
 _CLASS_CHOICES = (
     "multi_latent_attention",
     "heterogeneous_layers_config_path",
@@ -259,6 +262,16 @@ class _ArgumentsAdoption(Adoption):
     def _put(self, name: str, value: Any, given: str) -> None:
         """A field of the transformer."""
         path, field = (*self.at, given), self._inner.fields[name]
+        if name in _PATTERNS and isinstance(value, str):
+            if (pattern := _pattern_of_layers(value)) is None:
+                self.problem(path, f"expected an integer or a pattern such as ([0]*1+[1]*3), got {value!r:.100}")
+                return
+            value = pattern
+        if name == "perform_initialization" and value is False:
+            self.note(
+                f"{shown(path)}: false is taken over, so weights are not drawn: load a checkpoint, or set "
+                "$.transformer.perform_initialization to true"
+            )
         if value is None and not {"null", "bool"} & _kinds(field.type):
             return  # not given: the default is taken
         self.put(self.transformer, field, _read(value, field.type), path)
@@ -444,6 +457,47 @@ def _kinds(type_: Type) -> set[str]:
     from bridge.config.types import Plain
 
     return {member.kind for member in type_ if isinstance(member, Plain)}
+
+
+def _pattern_of_layers(text: str) -> int | list[int] | None:
+    """What the parser makes of a pattern of layers, `([0]*1+[1]*3)`; None if it is none. Nothing is evaluated."""
+    if len(text) > _LONGEST_PATTERN:
+        return None
+    try:
+        found = _summed(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return found
+
+
+def _summed(node: ast.expr) -> int | list[int]:
+    """The value of a node made of whole numbers, lists of them, `list + list`, `list * number`.
+
+    Raises:
+        ValueError: it is something else, or has more layers than any model.
+    """
+    match node:
+        case ast.Constant(value=int() as value) if type(value) is int:
+            return value
+        case ast.List(elts=items):
+            numbers = [_summed(item) for item in items]
+            if all(isinstance(number, int) for number in numbers):
+                return cast(list[int], numbers)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _summed(left), _summed(right)
+            if isinstance(first, list) and isinstance(second, list):
+                return first + second
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            part, times = _summed(left), _summed(right)
+            if isinstance(part, int):
+                part, times = times, part
+            if isinstance(part, list) and isinstance(times, int) and len(part) * times <= _MOST_LAYERS:
+                return part * times
+    raise ValueError
+
+
+_LONGEST_PATTERN = 10_000
+_MOST_LAYERS = 10_000
 
 
 def _read(value: Any, type_: Type) -> Any:

@@ -214,6 +214,35 @@ _T5_LAYERS = f"{_BRIDGE}.t5_provider.%s_layer_spec"
 # Where the configs of Megatron Bridge that lose their activation function keep its name.
 _ACTIVATION_KEY = "megatron_bridge.activation_func"
 # Llama 3.1 as older providers wrote it; these are the numbers that megatron-core's own scaling has built in.
+_DECISIVE = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "vocab_size",
+    "seq_length",
+    "hybrid_layer_pattern",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "normalization",
+    "layernorm_epsilon",
+    "activation_func",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "share_embeddings_and_output_weights",
+    "mamba_num_heads",
+    "mamba_state_dim",
+)
+"""The fields that models differ by most: these are named where hundreds have defaults."""
+
 _ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
@@ -402,7 +431,12 @@ class _ReferenceAdoption(Adoption):
         missing = sorted({*known} - {*self.top, *self.transformer, *data})
         if missing and data["_target_"] != self._family.provider:
             cls = data["_target_"].rpartition(".")[2]
-            self.note(f"Bridge's defaults are taken, which may not be those of {cls}: {', '.join(missing)}")
+            named = [name for name in _DECISIVE if name in missing]
+            more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+            self.note(
+                f"Bridge's defaults are taken, which may not be those of {cls}: {', '.join(named)}{more}; "
+                "give those that differ"
+            )
 
     def _take_rope(self, data: dict[str, Any]) -> None:
         if (factor := data.get("scale_factor")) is None:
