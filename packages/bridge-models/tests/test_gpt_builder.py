@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
@@ -17,7 +18,7 @@ from torch.nn.functional import silu
 
 from bridge.config import ModelConfig
 from bridge.dist import Layout, create_process_groups
-from bridge.models.backend import TorchAttention, TorchLayerNorm
+from bridge.models.backend import SequentialExperts, TorchAttention, TorchLayerNorm, TorchRMSNorm
 from bridge.models.errors import ModelConfigError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -69,7 +70,12 @@ def test_it_builds_what_the_reference_builds(
     config = GPTModelConfig(transformer=transformer(cls, transformer_impl="local", **inner), **outer)
     ours = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
     assert state(ours) == state(theirs)
-    in_place_of: dict[type, type] = {TorchAttention: DotProductAttention, TorchLayerNorm: torch.nn.LayerNorm}
+    in_place_of: dict[type, type] = {
+        TorchAttention: DotProductAttention,
+        TorchLayerNorm: torch.nn.LayerNorm,
+        TorchRMSNorm: torch.nn.RMSNorm,
+        SequentialExperts: SequentialMLP,
+    }
     kinds = [in_place_of.get(type(module), type(module)) for module in ours.modules()]
     assert kinds == [type(module) for module in theirs.modules()]
 
