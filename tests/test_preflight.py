@@ -419,7 +419,9 @@ SHOWN_ELSEWHERE: dict[str, Case] = {
         advised=Setting(sizes=TENSOR_PARALLEL, transformer={"sequence_parallel": True}),
     ),
     "expert-parallelism-without-experts": Case(
-        refused=Setting(sizes={"ep": 2}, changed={"num_moe_experts": None}, transformer=EXPERTS),
+        refused=Setting(
+            sizes={"ep": 2}, changed={"num_moe_experts": None, "moe_ffn_hidden_size": None}, transformer=EXPERTS
+        ),
         advised=Setting(sizes={"ep": 2}, transformer=EXPERTS),
     ),
     "biases-of-split-experts": Case(
