@@ -328,8 +328,9 @@ with cpu_runtime():
             print(f"{{type(error).__name__}}: {{error}}", file=sys.stderr)
 """
 WRONG_CALLS = {
-    "config.pre_wrap_hooks.append(forgets_to_return); builder.build_distributed_models(groups, wrap_with_ddp=False)": (
-        "HookError: hook 1 of 1, __main__.forgets_to_return, returned None: a hook must return the list of stages"
+    "config.pre_wrap_hooks[:] = [forgets_to_return, print]; "
+    "builder.build_distributed_models(groups, wrap_with_ddp=False)": (
+        "HookError: hook 1 of 2, __main__.forgets_to_return, returned None: a hook must return the list of stages"
     ),
     "builder.build_distributed_models(groups)": (
         "OptionsError: wrap_with_ddp is True but ddp_config is None: pass a DistributedDataParallelConfig"

@@ -37,9 +37,28 @@ def test_composition_of_two_lists_is_composition_of_their_concatenation(first: l
     assert compose_hooks(first + second)([1]) == in_two_steps
 
 
-def test_a_hook_that_returns_none_is_named() -> None:
-    with pytest.raises(HookError, match=r"hook 2 of 2, .*\.forgets_to_return, returned None.*return stages"):
-        compose_hooks([double, forgets_to_return])([1])
+def test_a_none_between_hooks_is_an_error_that_names_the_hook() -> None:
+    with pytest.raises(HookError, match=r"hook 1 of 2, .*\.forgets_to_return, returned None.*return stages"):
+        compose_hooks([forgets_to_return, double])([1])
+
+
+def test_a_none_of_the_last_hook_keeps_the_list_and_a_warning_names_the_hook() -> None:
+    with pytest.warns(UserWarning, match=r"hook 2 of 2, .*\.forgets_to_return, returned None.*return stages") as said:
+        assert compose_hooks([double, forgets_to_return])([1]) == [2, 0]
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_tuple_is_told_to_be_a_list() -> None:
+    for hooks in ([tuple], [double, tuple], [tuple, double]):
+        with pytest.raises(HookError, match=r"builtins\.tuple, returned a tuple: return a list, not a tuple"):
+            compose_hooks(hooks)([1])  # type: ignore[arg-type]
+
+
+def test_one_hook_in_place_of_the_list_is_refused() -> None:
+    with pytest.raises(HookError, match=r"hooks come in a list: write \[.*double\]"):
+        compose_hooks(double)  # type: ignore[arg-type]
+    with pytest.raises(HookError, match="hooks come in a list: got None"):
+        compose_hooks(None)  # type: ignore[arg-type]
 
 
 def test_a_hook_that_returns_something_else_is_named() -> None:
@@ -48,7 +67,7 @@ def test_a_hook_that_returns_something_else_is_named() -> None:
 
 
 def test_a_hook_that_is_not_callable_is_refused_at_once() -> None:
-    with pytest.raises(HookError, match="hook 1 is 'double', which is not callable"):
+    with pytest.raises(HookError, match="hook 2 is 'double', which is not callable"):
         compose_hooks([double, "double"])  # type: ignore[list-item]
 
 

@@ -148,6 +148,59 @@ def test_defaults() -> None:
     assert not isinstance(object(), Serializable)
 
 
+def test_the_positional_order_is_that_of_the_reference() -> None:
+    config = Flat(True, "a/model", None, [twice], [unregistered], 7)
+    assert (config.pre_wrap_hooks, config.post_wrap_hooks, config.size) == ([twice], [unregistered], 7)
+    assert config.extra_checkpoint_metadata is None
+    with pytest.raises(TypeError, match="positional"):
+        ModelConfig(True, "a/model", None, [], [], {})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["pre_wrap_hooks", "post_wrap_hooks"])
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (twice, r"expected a list of hooks, got one hook: write \[<function twice"),
+        ((twice,), r"expected a list of hooks, got \(<function twice"),
+        (None, "expected a list of hooks, got null"),
+        ("twice", "expected a list of hooks, got 'twice'"),
+        ([twice, "twice"], "hook 2 is 'twice', which is not callable"),
+    ],
+)
+def test_hooks_that_are_no_list_are_refused_when_they_are_given(name: str, hooks: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Flat\.{name}: {message}"):
+        Flat(**{name: hooks})
+    config = Flat()
+    with pytest.raises(ConfigError, match=message):
+        setattr(config, name, hooks)
+    assert config == Flat()
+
+
+def test_a_builder_that_no_document_could_name_is_refused_where_the_class_is_defined() -> None:
+    with pytest.raises(TargetError, match=r"Field.builder is declared as a field: write `builder: ClassVar\[str\]"):
+
+        class Field(ModelConfig):
+            builder: str = "a.Builder"  # type: ignore[misc]
+
+    for name in ("Thing", "", None, 3, ".Thing"):
+        with pytest.raises(TargetError, match=f"Undotted.builder is {name!r}: write the dotted name"):
+
+            class Undotted(ModelConfig):
+                builder: ClassVar[Any] = name
+
+    with pytest.raises(TargetError, match=f"the class itself: write its name, '{__name__}.Builder'"):
+
+        class Class(ModelConfig):
+            builder = Builder  # type: ignore[assignment]
+
+
+def test_a_default_without_annotation_is_refused_where_the_class_is_defined() -> None:
+    with pytest.raises(TargetError, match=r"Larger.size has no annotation, so @dataclass ignores it: write `size: "):
+
+        class Larger(Flat):
+            size = 5
+
+
 def test_get_builder_cls_returns_the_class_that_the_path_names() -> None:
     @dataclass
     class Ordered(ModelConfig):
@@ -158,7 +211,7 @@ def test_get_builder_cls_returns_the_class_that_the_path_names() -> None:
     assert Ordered().get_builder_cls() is collections.OrderedDict
 
 
-@pytest.mark.parametrize("path", ["nowhere.Builder", "collections.Nothing", "", "json.loads", "json"])
+@pytest.mark.parametrize("path", ["nowhere.Builder", "collections.Nothing", "json.loads"])
 def test_a_builder_that_is_not_there(path: str) -> None:
     @dataclass
     class Broken(ModelConfig):
@@ -428,13 +481,18 @@ def test_a_class_whose_documents_would_lose_values_is_refused() -> None:
     class Hollow(WriteThrough, Flat):
         pass
 
+    @dataclass
+    class Below(Undecorated):
+        pass
+
     for cls, message in (
+        (Below, "Undecorated has the fields more: decorate it with @dataclass"),
         (Undecorated, "has the fields more: decorate it with @dataclass"),
         (Unversioned, "make it a bridge.config.Schema"),
         (Hollow, "inherits WriteThrough, but has no field 'transformer'"),
     ):
         with pytest.raises(TargetError, match=message):
-            cls().as_dict()
+            cls()
         with pytest.raises(DocumentError, match=message):
             cls.from_dict({"_target_": f"{cls.__module__}.{cls.__qualname__}"})
 

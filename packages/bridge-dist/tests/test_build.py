@@ -26,6 +26,7 @@ from bridge.dist import (
     create_process_groups,
     prepare_stages,
 )
+from bridge.dist.build import build_distributed
 from bridge.dist.cpu import on_meta
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
 from bridge.dist.meta import materialize
@@ -209,9 +210,37 @@ def returns_none(stages: Any) -> None:
     pass
 
 
-def test_a_hook_that_returns_none_ends_the_build() -> None:
-    with pytest.raises(HookError, match=r"returns_none, returned None"):
-        run_ranks(hooked, 1, returns_none)
+def returns_a_tuple(stages: Any) -> Any:
+    return tuple(stages)
+
+
+def test_a_hook_that_returns_a_tuple_ends_the_build() -> None:
+    with pytest.raises(HookError, match=r"hook 1 of 1, .*returns_a_tuple, returned a tuple: return a list"):
+        run_ranks(hooked, 1, returns_a_tuple)
+
+
+def stages_that_none_keeps() -> list[str]:
+    """The stages of a build whose last hooks return None: those of the configuration, and of its caller."""
+    config = config_of()
+    config.pre_wrap_hooks.append(returns_none)
+    config.post_wrap_hooks.append(returns_none)
+    groups = groups_of(config)
+    with pytest.warns(UserWarning, match=r"hook 1 of 1, .*returns_none, returned None: the list .* is kept"):
+        stages = StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)
+    with pytest.warns(UserWarning, match="returns_none, returned None"):
+        stages += build_distributed(
+            StageBuilder(config).build_model,
+            config.transformer,
+            groups,
+            options=BuildOptions(wrap_with_ddp=False),
+            pre_wrap_hook=returns_none,  # type: ignore[arg-type]
+            post_wrap_hook=returns_none,  # type: ignore[arg-type]
+        )
+    return [name for stage in stages for name in chain(stage)]
+
+
+def test_the_last_hook_may_return_none() -> None:
+    assert run_ranks(stages_that_none_keeps, 1) == [["Stage", "Stage"]]
 
 
 def devices_after_cpu_initialization() -> set[str]:

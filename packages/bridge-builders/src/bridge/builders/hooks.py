@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from megatron.core.transformer import MegatronModule
 
+import bridge
 from bridge.builders.errors import HookError
 
 Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
@@ -14,7 +16,8 @@ Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 def compose_hooks(hooks: list[Hook]) -> Hook:
     """Compose hooks into one function that runs them in list order, each on the result of the one before.
 
-    The hooks are taken as they are now: a later change to the list does not change the composed function.
+    The hooks are taken as they are now: a later change to the list does not change the composed function. The last
+    hook may return None, as in the reference: then the list that it was given counts, and a warning names the hook.
 
     Args:
         hooks: Functions from the stages of this rank to the stages of this rank.
@@ -23,32 +26,39 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
         One function; the identity (the same list object comes back) when there are no hooks.
 
     Raises:
-        HookError: At once, if a hook is not callable; when run, if a hook returns None or anything else that is not
-            a list of stages. The error names the hook.
+        HookError: At once, if this is no list of functions; when run, if a hook returns anything but a list of stages,
+            or one before the last returns None. The error names the hook.
     """
+    if not isinstance(hooks, list):
+        hint = f"write [{hook_name(hooks)}]" if callable(hooks) else f"got {hooks!r}"
+        raise HookError(f"hooks come in a list: {hint}")
     chain = tuple(hooks)
-    for position, hook in enumerate(chain):
+    for number, hook in enumerate(chain, 1):
         if not callable(hook):
-            raise HookError(
-                f"hook {position} is {hook!r}, which is not callable: give a function of the list of stages"
-            )
+            raise HookError(f"hook {number} is {hook!r}, which is not callable: give a function of the list of stages")
 
     def composed(stages: list[MegatronModule]) -> list[MegatronModule]:
-        for position, hook in enumerate(chain):
-            stages = _run(hook, stages, position=position, total=len(chain))
+        for number, hook in enumerate(chain, 1):
+            stages = _run(hook, stages, number=number, total=len(chain))
         return stages
 
     return composed
 
 
-def _run(hook: Hook, stages: list[MegatronModule], *, position: int, total: int) -> list[MegatronModule]:
+def _run(hook: Hook, stages: list[MegatronModule], *, number: int, total: int) -> list[MegatronModule]:
     result: object = hook(stages)
-    if not isinstance(result, list) or not result:
-        raise HookError(
-            f"hook {position + 1} of {total}, {hook_name(hook)}, returned {result!r}: "
-            "a hook must return the list of stages (add `return stages` at its end)"
+    if isinstance(result, list) and result:
+        return result
+    said = f"hook {number} of {total}, {hook_name(hook)}, returned"
+    if result is None and number == total:
+        warnings.warn(
+            f"{said} None: the list that it was given is kept (add `return stages` at its end)",
+            skip_file_prefixes=tuple(bridge.__path__),
         )
-    return result
+        return stages
+    if isinstance(result, tuple):
+        raise HookError(f"{said} a tuple: return a list, not a tuple")
+    raise HookError(f"{said} {result!r}: a hook must return the list of stages (add `return stages` at its end)")
 
 
 def hook_name(hook: Hook) -> str:

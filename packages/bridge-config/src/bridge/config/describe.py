@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, NewType, TypeAliasType, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.config import targets
-from bridge.config.errors import TargetError
+from bridge.config.declaration import check_class
 from bridge.config.generation import GENERATION_CONFIG
 from bridge.config.migrate import Schema, declared_schema
 from bridge.config.model import ModelConfig
@@ -109,7 +109,7 @@ def _class(cls: type) -> Target:
     fields = _fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
-    _check_declaration(cls, fields)
+    check_class(cls, ModelConfig)
     own = getattr(cls, "schema", Schema() if issubclass(cls, ModelConfig) else None)
     return Target(
         name,
@@ -125,25 +125,6 @@ def _class(cls: type) -> Target:
         positional=_positional(cls),
         obj=cls,
     )
-
-
-def _check_declaration(cls: type, fields: dict[str, Field]) -> None:
-    """Refuse a config class whose author forgot something that would make its documents lose values.
-
-    Raises:
-        TargetError: says what is to be done.
-    """
-    if issubclass(cls, ModelConfig):
-        annotated = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
-        if annotated and "__dataclass_fields__" not in vars(cls):
-            raise TargetError(f"{cls.__qualname__} has the fields {', '.join(annotated)}: decorate it with @dataclass")
-        schema = getattr(cls, "schema", Schema())
-        if not isinstance(schema, Schema) and "schema" not in fields:
-            raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")
-    if issubclass(cls, WriteThrough) and cls._embeds not in fields:
-        raise TargetError(
-            f"{cls.__qualname__} inherits WriteThrough, but has no field {cls._embeds!r}: declare it, or set _embeds"
-        )
 
 
 def _positional(cls: type) -> tuple[str, ...]:

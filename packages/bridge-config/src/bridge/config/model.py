@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config import targets
-from bridge.config.errors import TargetError
+from bridge.config.declaration import check_class, check_definition
+from bridge.config.errors import ConfigError, TargetError
 from bridge.config.generation import GenerationField
+from bridge.config.refusal import got
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -39,18 +41,24 @@ class ModelConfig:
     """The generation settings to ship with the model. Those of a document become an object of transformers when this is
     read; where transformers is not installed, they stay a mapping."""
 
-    extra_checkpoint_metadata: dict[str, Any] | None = None
-    """More metadata to save with checkpoints."""
+    extra_checkpoint_metadata: dict[str, Any] | None = field(default=None, kw_only=True)
+    """More metadata to save with checkpoints. The reference API has no such field: it is given by keyword alone."""
 
     pre_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
-    """Called in order on the list of stages before they are wrapped; each returns the list for the next."""
+    """Called in order on the list of stages before they are wrapped; each returns the list for the next. Assigning
+    anything but a list of functions is a ConfigError."""
 
     post_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
     """Called in order on the list of stages after they are wrapped."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_definition(cls)
         targets.register(cls)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_class(cls, ModelConfig)  # no earlier: a class is decorated after it was defined
+        return super().__new__(cls)
 
     def get_builder_cls(self) -> type:
         """The ModelBuilder class that builds this configuration.
@@ -84,5 +92,30 @@ class ModelConfig:
         return decode_config(data, cls)
 
 
-# Not in the class body, where a dataclass would take it for the field's default.
+class _HooksField:
+    """A list of hooks: refused when it is assigned, not when the model is built, if it is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, config: object, owner: type | None = None) -> Any:
+        if config is None or self._name not in vars(config):
+            raise AttributeError(self._name)  # a dataclass looks for a default in its class
+        return vars(config)[self._name]
+
+    def __set__(self, config: object, value: Any) -> None:
+        where = f"{type(config).__qualname__}.{self._name}"
+        if callable(value):
+            raise ConfigError(f"{where}: expected a list of hooks, got one hook: write [{got(value)}]")
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list of hooks, got {got(value)}")
+        for number, hook in enumerate(value, 1):
+            if not callable(hook):
+                raise ConfigError(f"{where}: hook {number} is {got(hook)}, which is not callable")
+        vars(config)[self._name] = value
+
+
+# Not in the class body, where a dataclass would take them for the fields' defaults.
 ModelConfig.generation_config = GenerationField()
+ModelConfig.pre_wrap_hooks = _HooksField("pre_wrap_hooks")  # type: ignore[assignment]
+ModelConfig.post_wrap_hooks = _HooksField("post_wrap_hooks")  # type: ignore[assignment]

@@ -124,7 +124,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             AgreementError: The ranks are about to build different things.
             OptionsError: The options contradict each other.
             PreflightError: The configuration does not fit the process groups or the wrapper.
-            HookError: A hook returned None.
+            HookError: A hook returned anything but the list of stages; see ``compose_hooks``.
             CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
             BridgeError: Whatever ``check_restore`` and ``restore`` raise.
         """
@@ -176,6 +176,7 @@ def build_distributed(
         AgreementError: The ranks are about to build different things.
         PreflightError: The configuration does not fit the process groups or the wrapper.
         CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
+        HookError: See ``compose_hooks``.
     """
     if not is_alone():
         agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
@@ -202,10 +203,10 @@ def build_distributed(
             model_type=options.model_type,
         )
     tied = is_tied(built)
-    stages = pre_wrap_hook(list(built))
+    stages = compose_hooks([pre_wrap_hook])(list(built))
     if model is not None and (hooks := foreign_hooks(model.pre_wrap_hooks)):
         check_copies(stages, pg_collection, tied=tied, hooks=hooks)
-    return post_wrap_hook(prepare_stages(stages, config, pg_collection, options))
+    return compose_hooks([post_wrap_hook])(prepare_stages(stages, config, pg_collection, options))
 
 
 def prepare_stages(

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
+from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.agreement import facts, versions
 from bridge.dist.build import DistributedModelBuilder
@@ -237,13 +238,15 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
         placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
-    # The drawn weights come first, so that a hook may still change them.
+    # The model's own hooks count as one list, whose last hook may return None. The drawn weights come before them, so
+    # that a hook may still change them.
+    hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), note]
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
             _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
         if job.modelopt_checkpoint is None:
-            config.pre_wrap_hooks.insert(0, draw)
-    config.pre_wrap_hooks.append(note)
+            hooks.insert(0, draw)
+    config.pre_wrap_hooks = hooks
     options = job.options(builder.transformer_config)
     stages = builder.build_distributed_models(
         groups,

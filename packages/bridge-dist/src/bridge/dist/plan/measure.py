@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bridge.builders import compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.batch import Batch
 from bridge.dist.build import DistributedModelBuilder
@@ -197,7 +198,7 @@ def measure(
             )
             return stages
 
-        config.pre_wrap_hooks.append(note)
+        config.pre_wrap_hooks = [compose_hooks(config.pre_wrap_hooks), note]  # the last of the model's may return None
         options = job.options(builder.transformer_config)
         ddp_config = options.ddp_config
         if ddp_config is not None:  # there are no values to check

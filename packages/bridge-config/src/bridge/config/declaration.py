@@ -1,0 +1,79 @@
+"""How a config class must be written so that its documents lose nothing: checked where it is defined, or first used."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from bridge.config.errors import TargetError
+from bridge.config.writethrough import WriteThrough
+
+_checked: set[type] = set()
+
+
+def check_definition(cls: type) -> None:
+    """Check a subclass of ModelConfig while it is defined, before a decorator has seen it.
+
+    Raises:
+        TargetError: says what to write instead.
+    """
+    name, annotated = cls.__qualname__, inspect.get_annotations(cls)
+    if "ClassVar" not in str(annotated.get("builder", "ClassVar")):
+        raise TargetError(f"{name}.builder is declared as a field: write `builder: ClassVar[str] = ...`")
+    if "builder" in vars(cls):
+        _check_builder(name, vars(cls)["builder"])
+    inherited = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for field, value in vars(cls).items():
+        if field in inherited and field not in annotated and not hasattr(value, "__get__"):
+            raise TargetError(
+                f"{name}.{field} has no annotation, so @dataclass ignores it: write `{field}: <its type> = {value!r}`"
+            )
+
+
+def check_class(cls: type, config: type) -> None:
+    """Check a class when it is first used, once it was decorated.
+
+    Args:
+        cls: the class.
+        config: ModelConfig; subclasses of it are checked for missing decorators and for their schema.
+
+    Raises:
+        TargetError: says what to do.
+    """
+    if cls in _checked:
+        return
+    if issubclass(cls, config):
+        for base in cls.__mro__:
+            if issubclass(base, config):
+                _check_decorated(base)
+        _check_schema(cls)
+    if issubclass(cls, WriteThrough) and cls._embeds not in getattr(cls, "__dataclass_fields__", {}):
+        raise TargetError(
+            f"{cls.__qualname__} inherits WriteThrough, but has no field {cls._embeds!r}: declare it, or set _embeds"
+        )
+    _checked.add(cls)
+
+
+def _check_builder(name: str, builder: object) -> None:
+    if isinstance(builder, type):
+        said = f"the class itself: write its name, '{builder.__module__}.{builder.__qualname__}'"
+    elif not isinstance(builder, str) or "." not in builder.strip("."):
+        said = f"{builder!r}: write the dotted name of the builder's class, such as 'my_package.MyBuilder'"
+    else:
+        return
+    raise TargetError(f"{name}.builder is {said}")
+
+
+def _check_decorated(cls: type) -> None:
+    annotated = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    if annotated and "__dataclass_fields__" not in vars(cls):
+        raise TargetError(f"{cls.__qualname__} has the fields {', '.join(annotated)}: decorate it with @dataclass")
+
+
+def _check_schema(cls: type) -> None:
+    if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        return
+    from bridge.config.migrate import Schema  # few classes have one, and its module is larger than this package's core
+
+    if not isinstance(schema, Schema):
+        raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")
