@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bridge.config import Document, DocumentError, ModelConfig, register
+from bridge.config import ConfigError, Document, DocumentError, ModelConfig, register
 from bridge.config.canonical import canonical, fingerprint
 from bridge.config.migrate import Changed, Moved, Schema
 
@@ -231,3 +231,42 @@ def test_yaml_and_json_files_compare(tmp_path: Path) -> None:
     a, b = Document.load(tmp_path / "a.yaml"), Document.load(tmp_path / "b.json")
     assert a.diff(b) == []
     assert a.fingerprint() == b.fingerprint()
+
+
+@dataclass
+class Numbers(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    x: float = 1.0
+    anything: Any = None
+
+
+numbers = st.integers() | st.floats(allow_nan=False) | st.integers(-(2**60), 2**60).map(float) | st.booleans()
+values = st.one_of(
+    numbers,
+    st.lists(numbers | st.none(), max_size=2),
+    st.dictionaries(st.sampled_from(["a", "_version_", "_omitted_"]), numbers, max_size=2),
+)
+
+
+def described(value: Any, x: Any) -> Document:
+    return Document({"_target_": f"{__name__}.Numbers", "anything": value, "x": float(x) if x is True else x})
+
+
+@given(values, values, numbers, numbers)
+@example(10**16, 1e16, 10**16, 1e16)
+@example([True], [1], 0, 0)
+@example({"_version_": 1}, {"_version_": 2}, 1, 1)
+@example(2**53 + 1, float(2**53 + 1), 1, 1)
+@example(10**400, -(10**400), 1, 1)
+def test_documents_without_a_difference_have_the_same_fingerprint(one: Any, other: Any, x: float, y: float) -> None:
+    for before, after in ((one, other), (one, one)):
+        first, second = described(before, x + 0), described(after, y + 0)
+        assert (first.fingerprint() == second.fingerprint()) == (not first.diff(second))
+
+
+def test_a_number_that_no_text_can_say_has_no_fingerprint() -> None:
+    document = described(10**5000, 1)
+    with pytest.raises(ConfigError, match="this document has no fingerprint"):
+        document.fingerprint()
+    [difference] = document.diff(described(1, 1))
+    assert str(difference) == "~ anything: something too large to show -> 1"

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from bridge.config.cli import bridge as bridge_command
 
 MODULE = """
 from dataclasses import dataclass
@@ -280,3 +283,10 @@ def test_output_is_utf_8_whatever_the_environment_says(site: Path) -> None:
         check=True,
     )
     assert done.stdout.decode().endswith("hf_model_id: \u2192\n")
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "9" * 10, "0", "-1", "1.5", "", "٣"])
+def test_a_size_of_a_layout_is_a_whole_number_that_ranks_can_be(size: str) -> None:
+    done = CliRunner().invoke(bridge_command, ["validate", "tiny", "--layout", f"tp={size}"])
+    assert (done.exit_code, "is not of the form tp=2,pp=2" in done.output) == (2, True)
+    assert len(done.output) < 1000

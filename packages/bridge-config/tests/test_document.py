@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bridge.config import ConfigError, Document, DocumentError, ModelConfig, WriteThrough, load_config
+from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, WriteThrough, load_config
 from bridge.config.document import is_override
 from bridge.config.files import MAX_BYTES
 from bridge.config.jsonschema import json_schema, schema_targets
+from bridge.config.migrate import Moved, Schema
+from bridge.config.paths import parsed, shown
 
 
 @dataclass
@@ -28,6 +30,21 @@ class Model(WriteThrough, ModelConfig):
     block: Block
     blocks: list[Block] = field(default_factory=list)
     vocab_size: int | None = None
+
+
+@dataclass
+class Listed(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    blocks: list[Block] = field(default_factory=list)
+    others: list[Block] = field(default_factory=list)
+
+
+@dataclass
+class Newer(ModelConfig):
+    builder: ClassVar[str] = "nowhere.Builder"
+    schema: ClassVar[Schema] = Schema(2, (Moved(2, "old", "new"),))
+    new: int = 1
+    other: int = 1
 
 
 YAML = f"""\
@@ -482,3 +499,89 @@ train: {micro_batch_size: 1}
     document.set("vocab_size", 16)
     document.save()
     assert Document.load(tmp_path / "mine.yaml").get("vocab_size") == 16
+
+
+def places(document: Document) -> dict[str, str | None]:
+    with pytest.raises(DocumentError) as error:
+        document.check()
+    return {problem.path: problem.file and f"{problem.file}:{problem.line}" for problem in error.value.problems}
+
+
+def test_places_follow_the_items_of_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n- size: 3\n- size: y\n")
+    document = Document.load(file, ["blocks[2].size=bad", "~blocks[0]"])
+    assert places(document) == {
+        "$.blocks[0].size": f"{file}:4",
+        "$.blocks[1].size": "override 'blocks[2].size=bad':None",
+        "$.blocks[2].size": f"{file}:6",
+    }
+    document.override(["~blocks[1]", "blocks[1].size=worse"])
+    assert places(document) == {
+        "$.blocks[0].size": f"{file}:4",
+        "$.blocks[1].size": "override 'blocks[1].size=worse':None",
+    }
+
+
+def test_a_value_that_a_program_set_has_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n")
+    document = Document.load(file)
+    document.set("blocks[0].size", "bad")
+    assert places(document) == {"$.blocks[0].size": f"{file}:None", "$.blocks[1].size": f"{file}:4"}
+    document.save()
+    assert places(document) == {"$.blocks[0].size": f"{file}:3", "$.blocks[1].size": f"{file}:4"}
+
+
+def test_items_removed_from_an_alias_are_not_looked_for_in_its_anchor(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"_target_: {__name__}.Listed\nothers: &a\n- size: 1\n- size: x\nblocks: *a\n")
+    assert places(Document.load(file, ["~blocks[0]"])) == {
+        "$.others[1].size": f"{file}:4",
+        "$.blocks[0].size": f"{file}:None",
+    }
+
+
+def test_places_outlive_a_migration(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"_target_: {__name__}.Newer\nold: x\n_version_: 1\nother: y\n")
+    document = Document.load(file, ["other=bad"])
+    assert document.migrate()
+    assert places(document) == {"$.new": f"{file}:2", "$.other": "override 'other=bad':None"}
+    document.override(["new=worse"])
+    assert places(document) == {"$.new": "override 'new=worse':None", "$.other": "override 'other=bad':None"}
+
+
+def test_warnings_point_to_the_line_that_asked(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(f"_target_: {__name__}.Listed\n_omitted_:\n- path: $.blocks\n  reason: a lambda\n")
+    document = Document.load(file)
+    live = Listed(extra_checkpoint_metadata={"f": lambda: 0})
+    for action in (
+        document.config,
+        document.check,
+        document.fingerprint,
+        lambda: document.diff(document),
+        lambda: load_config(file),
+        lambda: ModelConfig.from_dict(document.data),
+        live.as_dict,
+        lambda: Document.of(live),
+    ):
+        with pytest.warns(OmittedWarning) as said:
+            action()
+        assert {warning.filename for warning in said} == {__file__}
+
+
+@pytest.mark.parametrize("path", ["a[0]b", 'a["b"]c', "a..b", ".a", "a.", "$a.b[", "[0]a", "$..a", "a.[0]"])
+def test_what_is_not_a_path(path: str) -> None:
+    with pytest.raises(ConfigError, match="is not a path"):
+        parsed(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("$schema", ("$schema",)), ("$", ()), ("", ()), ("$.$x", ("$x",)), ("$[0].a", (0, "a")), ('["q"].z', ("q", "z"))],
+)
+def test_paths(text: str, path: tuple[str | int, ...]) -> None:
+    assert parsed(text) == path
+    assert parsed(shown(path)) == path

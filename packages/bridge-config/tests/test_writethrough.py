@@ -143,3 +143,40 @@ def test_the_embedded_config_must_be_required() -> None:
 
         class Wrong(WriteThrough):
             transformer: Plain = Plain()
+
+
+@dataclass
+class Elsewhere:
+    """Knows nothing of write-through configs."""
+
+    num_layers: int = 7
+
+
+@dataclass(kw_only=True)
+class Mixed(WriteThrough, Elsewhere):
+    transformer: Plain
+
+
+def test_classes_keep_their_attributes() -> None:
+    assert Outer(transformer=Rotary()).rotary_base == 3.5
+    assert Outer.rotary_base == 10000
+    config = Mixed(transformer=Plain(num_layers=2))
+    assert (config.num_layers, Mixed.num_layers, Elsewhere.num_layers, Elsewhere().num_layers) == (2, 7, 7, 7)
+    config.num_layers = 3
+    assert (config, config.transformer.num_layers) == (Mixed(transformer=Plain(num_layers=3)), 3)
+
+
+def test_a_subclass_of_a_used_class_has_its_own_defaults() -> None:
+    Outer(transformer=Rotary())
+
+    @dataclass(kw_only=True)
+    class Inherits(Outer):
+        rotary_base: int
+
+    @dataclass(kw_only=True)
+    class Overrides(Outer):
+        rotary_base: int = 6
+
+    assert Inherits(transformer=Plain()).rotary_base == 10000
+    assert Overrides(transformer=Plain()).rotary_base == 6
+    assert Overrides(transformer=Rotary()).rotary_base == 3.5

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 from megatron.core.transformer import MegatronModule
 
-import bridge
 from bridge.builders.errors import HookError
+from bridge.config.errors import warn
 
 Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
@@ -51,10 +50,7 @@ def _run(hook: Hook, stages: list[MegatronModule], *, number: int, total: int) -
         return result
     said = f"hook {number} of {total}, {hook_name(hook)}, returned"
     if result is None and number == total:
-        warnings.warn(
-            f"{said} None: the list that it was given is kept (add `return stages` at its end)",
-            skip_file_prefixes=tuple(bridge.__path__),
-        )
+        warn(f"{said} None: the list that it was given is kept (add `return stages` at its end)")
         return stages
     if isinstance(result, tuple):
         raise HookError(f"{said} a tuple: return a list, not a tuple")

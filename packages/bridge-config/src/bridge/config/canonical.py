@@ -9,7 +9,7 @@ from bridge.config.decode import Checked, check
 from bridge.config.encode import encode_made
 from bridge.config.errors import ConfigError
 
-_EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript; whole ones from here on are not all different
+_EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript: from here on, not every whole number is one
 
 
 def canonical(data: object, *, defaults: bool = False) -> dict[str, Any]:
@@ -55,17 +55,28 @@ def fingerprint(data: object) -> str:
         form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])
     try:
         text = rfc8785.dumps(_exact(form))
-    except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
+    # ValueError: an integer of more digits than Python writes.
+    except (rfc8785.CanonicalizationError, ValueError) as error:
         raise ConfigError(f"this document has no fingerprint: {error}") from error
     return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 
 def _exact(value: Any) -> Any:
-    """`value` without versions, and with large whole numbers as text, which canonical JSON can tell apart."""
+    """`value` without versions, and with large whole numbers as floats or, where no float is equal, as text."""
     if isinstance(value, dict):
-        return {key: _exact(item) for key, item in value.items() if key != "_version_"}
+        return {key: _exact(item) for key, item in without_version(value).items()}
     if isinstance(value, list):
         return [_exact(item) for item in value]
-    return (
-        {"_target_": "builtins.int", "_args_": [str(value)]} if type(value) is int and abs(value) >= _EXACT else value
-    )
+    if type(value) is not int or abs(value) < _EXACT:
+        return value
+    try:
+        if (number := float(value)) == value:
+            return number
+    except OverflowError:
+        pass
+    return {"_target_": "builtins.int", "_args_": [str(value)]}
+
+
+def without_version(form: dict[str, Any]) -> dict[str, Any]:
+    """A mapping of a canonical form without the version of the class that it names; any other mapping as it is."""
+    return {key: item for key, item in form.items() if key != "_version_"} if "_target_" in form else form

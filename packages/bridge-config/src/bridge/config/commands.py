@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning
+from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quoted
 
 if TYPE_CHECKING:
     from bridge.config.decode import Checked
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LAYOUT_CHECKS = "bridge.preflight"
 """The entry-point group of functions of a document, sizes by axis and, by name, a wrapper, that return problems."""
 
+_SIZE = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
 _FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -37,9 +39,11 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     if text is None:
         return None
     pairs = [part.strip().partition("=") for part in text.split(",")]
-    sizes = {axis: int(size) for axis, _, size in pairs if size.isascii() and size.isdigit() and int(size)}
+    sizes = {axis: int(size) for axis, _, size in pairs if _SIZE.fullmatch(size)}
     if len(sizes) < len(pairs):
-        raise click.BadParameter(f"{text!r} is not of the form tp=2,pp=2, with each axis once and sizes above 0")
+        raise click.BadParameter(
+            f"{quoted(text)} is not of the form tp=2,pp=2, with each axis once and sizes from 1 to 999,999,999"
+        )
     return sizes
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge.config.canonical import canonical_of
+from bridge.config.canonical import canonical_of, without_version
 from bridge.config.decode import Checked
 from bridge.config.paths import Path, shown
+from bridge.config.refusal import shortened
 
 _NOTHING = object()
 
@@ -90,9 +91,8 @@ def _without_root(place: Path, checked: Checked) -> Path:
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every value that is compared as a whole, and its path."""
     if isinstance(value, dict) and value and "_partial_" not in value and "_args_" not in value:
-        for key, item in value.items():
-            if key != "_version_":
-                yield from _leaves(item, (*path, key))
+        for key, item in without_version(value).items():
+            yield from _leaves(item, (*path, key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, index))
@@ -101,12 +101,19 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    # 1 is 1.0, but not true
+    """Whether two values are written the same in canonical JSON: 1 is 1.0, but not true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _said(value: Any, place: str | None) -> str:
     from bridge.config.files import dump_flow
 
-    text = dump_flow(value).strip()
+    try:
+        text = dump_flow(value).strip()
+    except ValueError:  # no text can say it
+        text = shortened(value)
     return text if place is not None else f"{text} (default)"

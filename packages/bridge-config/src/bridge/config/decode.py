@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError
+from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
 from bridge.config.generation import FIELD as GENERATION_FIELD
 from bridge.config.generation import GENERATION_CONFIG, wrong_settings
 from bridge.config.migrate import Migrated, migrated
@@ -38,7 +37,7 @@ def decode_config(data: object, cls: type[ConfigT]) -> ConfigT:
     config: ConfigT
     config, builder = _read(present := current(data, world), cls, world)
     for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
-        warnings.warn(note, OmittedWarning, stacklevel=3)
+        warn(note, OmittedWarning)
     if builder is not None and builder != getattr(config, "builder", None):
         object.__setattr__(config, "builder", builder)
     return config
@@ -94,12 +93,12 @@ class Current:
         found: list[Problem] = []
         for number, step in enumerate(self.steps):
             before = self.steps[:number]
-            found += [Problem(shown(_origin(path, before)), message) for path, message in step.problems]
+            found += [Problem(shown(origin(path, before)), message) for path, message in step.problems]
         return found
 
     def origin(self, path: Path) -> Path:
         """Where the value that is now at `path` stands in the document that was given."""
-        return _origin(path, self.steps)
+        return origin(path, self.steps)
 
 
 def current(data: object, world: World) -> Current:
@@ -121,7 +120,8 @@ def current(data: object, world: World) -> Current:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 
 
-def _origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
+def origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
+    """Where the value that is at `path` after the steps stood before them."""
     for step in reversed(steps):
         came_from = dict(step.moves)
         for length in range(len(path), -1, -1):
@@ -247,7 +247,7 @@ def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, s
         what = "; ".join(f"{shown(parsed(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS])
         more = f" and {len(entries) - MAX_PROBLEMS:,} more" if len(entries) > MAX_PROBLEMS else ""
         said = f"the document was written without {what}{more}: the defaults are taken"
-        warnings.warn(said, OmittedWarning, stacklevel=6)
+        warn(said, OmittedWarning)
     return fields
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path as FilePath
@@ -24,6 +24,7 @@ from bridge.config.refusal import got
 if TYPE_CHECKING:
     from bridge.config.compare import Difference
     from bridge.config.decode import Checked
+    from bridge.config.migrate import Migrated
 
 _CHUNK = 2**16
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -45,6 +46,12 @@ class Document:
     _origins: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
     _dropped: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     """The removed items of lists: those after them have another index now than in the text."""
+
+    _migrations: tuple[Migrated, ...] = field(default=(), repr=False, compare=False)
+    """How the data came to stand elsewhere than in the text."""
+
+    _given_origins: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+    """What `_origins` was before that, by the places in the text."""
 
     _is_adopted: bool = field(default=False, repr=False, compare=False)
     """Whether the data is what `migrate` made of a document of the reference, whose file says more than that."""
@@ -106,6 +113,7 @@ class Document:
                 self._inside(node, last, path, len(before))
             node[last] = value
         self._forget(steps)
+        self._origins[steps] = self.source  # no line of it has this value
 
     def remove(self, path: str) -> None:
         """Remove the value at a dotted path.
@@ -122,6 +130,8 @@ class Document:
             self._drop(steps)
         del node[last]
         self._forget(steps)
+        if isinstance(last, int):
+            self._origins = {_without_item(at, steps): text for at, text in self._origins.items()}
 
     def override(self, overrides: Sequence[str]) -> None:
         """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
@@ -137,7 +147,7 @@ class Document:
             data = _copied(self.data)
         except RecursionError:
             raise _failed(self.source, "nested too deeply") from None
-        changed = Document(data, self.source, self._parsed, dict(self._origins), self._dropped)
+        changed = replace(self, data=data, _origins=dict(self._origins))
         problems = []
         for text in overrides:
             try:
@@ -215,6 +225,8 @@ class Document:
                 raise DocumentError(present.problems)
         self._is_adopted |= present.steps[0].data is not self.data
         if present.data is not self.data:
+            self._given_origins |= {self._in_text(at): text for at, text in self._origins.items()}
+            self._migrations += present.steps
             self.data, self._origins = present.data, {}
         return present.notes
 
@@ -274,7 +286,7 @@ class Document:
         _write(file, text)
         self.source = str(file)
         self._parsed, self._origins, self._dropped = parsed_text, {}, frozenset()
-        self._is_adopted = False
+        self._migrations, self._given_origins, self._is_adopted = (), {}, False
         if not is_json:
             self._put_schema_beside(file)
 
@@ -368,8 +380,7 @@ class Document:
 
     def _locate(self, problem: Problem) -> Problem:
         path = parsed(problem.path)
-        above = (path[:length] for length in range(len(path), -1, -1))
-        if origin := next((self._origins[at] for at in above if at in self._origins), None):
+        if origin := _nearest(self._origins, path) or _nearest(self._given_origins, self._in_text(path)):
             return Problem(problem.path, problem.message, origin)
         nodes = self._nodes(path)
         if self._parsed is None or not nodes:
@@ -382,7 +393,7 @@ class Document:
         """What stands in the text along a path, from the top on, as far as there is anything."""
         node = self._parsed.root if self._parsed else None
         found: list[Node] = []
-        for step in (*path, None):
+        for step in (*self._in_text(path), None):
             if node is None:
                 break
             found.append(node)
@@ -397,8 +408,16 @@ class Document:
     def _drop(self, path: Path) -> None:
         """Note that the item at `path` is removed from its list. What an alias stands for stays."""
         nodes = self._nodes(path)
-        if len(nodes) == len(path) + 1 and not any(node.alias for node in nodes[:-1]):
+        if any(node.alias for node in nodes[:-1]):
+            self._origins.setdefault(path[:-1], self.source)  # its items now have other indices than those in the text
+        elif len(nodes) == len(path) + 1:
             self._dropped |= {nodes[-1]}
+
+    def _in_text(self, path: Path) -> Path:
+        """Where the value that is now at `path` stands in the text."""
+        from bridge.config.decode import origin
+
+        return origin(path, self._migrations) if self._migrations else path
 
 
 def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelConfig:
@@ -417,6 +436,20 @@ def is_override(text: str) -> bool:
 
 def _called(override: str) -> str:
     return f"override {override!r}"
+
+
+def _nearest(origins: dict[Path, str], path: Path) -> str | None:
+    """Where the value at `path` came from: said for it, or for what it is in."""
+    return next((origins[path[:length]] for length in range(len(path), -1, -1) if path[:length] in origins), None)
+
+
+def _without_item(path: Path, gone: Path) -> Path:
+    """`path` once the item at `gone` is removed from its list."""
+    *above, index = gone
+    depth = len(above)
+    if len(path) > depth and path[:depth] == gone[:-1] and path[depth] > index:  # type: ignore[operator]  # both in a list
+        return (*path[:depth], path[depth] - 1, *path[depth + 1 :])  # type: ignore[operator]
+    return path
 
 
 def _has(node: Any, key: str | int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass
 from enum import Enum
@@ -12,7 +11,7 @@ from typing import Any
 
 from bridge.config import targets
 from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
-from bridge.config.errors import OmittedWarning, quoted
+from bridge.config.errors import OmittedWarning, quoted, warn
 from bridge.config.generation import GENERATION_CONFIG, GenerationSettings
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
@@ -66,7 +65,7 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
     if omitted:
         document["_omitted_"] = omitted
         what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
-        warnings.warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning, stacklevel=3)
+        warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
     return document
 
 

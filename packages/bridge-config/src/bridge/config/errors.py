@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +54,13 @@ class DocumentError(ConfigError):
 
     def __reduce__(self) -> tuple[type[DocumentError], tuple[list[Problem]]]:
         return DocumentError, (self.problems,)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called Bridge, however deep inside of it this is."""
+    import bridge  # a namespace: its path names the folders of all packages
+
+    warnings.warn(message, category, skip_file_prefixes=tuple(os.path.join(folder, "") for folder in bridge.__path__))
 
 
 def quoted(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from bridge.config import targets
 from bridge.config.errors import ConfigError
 from bridge.config.paths import shown
+from bridge.config.refusal import got
 
 GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfig"
 FIELD = "generation_config"
@@ -88,10 +89,11 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
     for name in _TOKENS:
         beyond = [token for token in _numbers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
         if beyond:
-            yield name, f"token {max(beyond)} is not in the vocabulary, vocab_size is {vocab_size}"
+            yield name, f"token {got(max(beyond))} is not in the vocabulary, vocab_size is {got(vocab_size)}"
     for name in _LENGTHS:
         if any(_exceeds(length, seq_length) for length in _numbers(given.get(name))):
-            yield name, f"{given[name]} tokens are longer than the longest sequence, seq_length is {seq_length}"
+            length, limit = got(given[name]), got(seq_length)
+            yield name, f"{length} tokens are longer than the longest sequence, seq_length is {limit}"
 
 
 def settings_of(config: object) -> object:

@@ -6,7 +6,6 @@ Plain data in, plain data out: no class is looked at, only its description.
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config.errors import ConfigError, TargetError
 from bridge.config.paths import Path, parsed, shown
+from bridge.config.refusal import got, shortened
 from bridge.config.types import Anything, Fixed, Instance, Items, Member, Type
 from bridge.config.types import Mapping as MappingType
 
@@ -319,11 +319,11 @@ class _Migration:
             return
         schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
         if type(version) is not int or version < 1:
-            self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {reprlib.repr(version)}")
+            self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {shortened(version)}")
         elif version > schema.version:
             self._problem(
                 (*path, VERSION_KEY),
-                f"written by version {version} of {target.short_name}; this installation knows up to "
+                f"written by version {got(version)} of {target.short_name}; this installation knows up to "
                 f"{schema.version}: update it",
             )
         else:
@@ -382,10 +382,10 @@ class _Step:
             return
         where = self._work.old((*self._path, *path))
         if any(_same(value, harmless) for harmless in change.harmless):
-            said = f"{shown(where)}: {reprlib.repr(value)} left out, {self._version} removed it: {change.reason}"
+            said = f"{shown(where)}: {shortened(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(said)
         else:
-            message = f"{self._version} removed it, and {reprlib.repr(value)} cannot be dropped: {change.reason}"
+            message = f"{self._version} removed it, and {shortened(value)} cannot be dropped: {change.reason}"
             self._work.result.problems.append((where, message))
 
     def _move(self, changes: list[Moved]) -> None:

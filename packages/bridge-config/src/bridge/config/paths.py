@@ -9,7 +9,7 @@ from bridge.config.errors import ConfigError
 
 Path = tuple[str | int, ...]
 
-_STEP = re.compile(r'\.?([^.\[\]"]+)|\[([0-9]+)\]|\[("(?:[^"\\]|\\.)*")\]')
+_STEP = re.compile(r'\.([^.\[\]"]+)|\[([0-9]+)\]|\[("(?:[^"\\]|\\.)*")\]')
 
 
 def shown(path: Path) -> str:
@@ -23,12 +23,13 @@ def parsed(text: str) -> Path:
     Raises:
         ConfigError: `text` is no path.
     """
-    rest = text.removeprefix("$").removeprefix(".") if text.startswith("$") else text
+    is_rooted = text[:2] in ("$", "$.", "$[")
+    rest = text[1:] if is_rooted else text if text[:1] in ("", "[") else f".{text}"
     path: list[str | int] = []
     position = 0
     while position < len(rest):
         step = _STEP.match(rest, position)
-        if step is None or (position == 0 and rest.startswith(".")):
+        if step is None:
             raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
         path.append(_step(step, text))
         position = step.end()

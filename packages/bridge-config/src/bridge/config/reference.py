@@ -30,6 +30,7 @@ from bridge.config.foreign import (
 )
 from bridge.config.migrate import Migrated, config_at, inner_type
 from bridge.config.paths import Path, shown
+from bridge.config.refusal import shortened
 
 if TYPE_CHECKING:
     from bridge.config.tables import Target
@@ -378,7 +379,9 @@ class _ReferenceAdoption(Adoption):
         if value == self.transformer[key]:
             return
         if declared:
-            self.note(f"{shown(path)}: {value!r} left out, transformer.{key} is {self.transformer[key]!r}")
+            self.note(
+                f"{shown(path)}: {shortened(value)} left out, transformer.{key} is {shortened(self.transformer[key])}"
+            )
         else:
             self.problem(path, f"transformer.{key} has another value: give it there only")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,6 +54,14 @@ def got(value: object, limit: int = 60) -> str:
         return "something too large to show"
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def shortened(value: object) -> str:
+    """`value` as a note shows it, with what is inside, as far as there is room."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # as in `got`
+        return "something too large to show"
 
 
 def step(key: object) -> str | int:

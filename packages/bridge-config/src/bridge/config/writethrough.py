@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import inspect
+from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from bridge.config.errors import ConfigError, nearest
+from bridge.config.refusal import shortened
 
 
 class _Owned(NamedTuple):
@@ -62,9 +64,9 @@ class WriteThrough:
         for name in sorted(shared & given.keys()):
             value, owned = given[name], getattr(given[cls._embeds], name)
             if value != owned:
+                given_twice = f"{name}={shortened(value)} conflicts with {cls._embeds}.{name}={shortened(owned)}"
                 raise ConfigError(
-                    f"{cls.__qualname__}: {name}={value!r} conflicts with {cls._embeds}.{name}={owned!r}; "
-                    f"{cls._embeds} owns this field, give it there only"
+                    f"{cls.__qualname__}: {given_twice}; {cls._embeds} owns this field, give it there only"
                 )
         # The generated __init__ assigns each field once; these must not overwrite the owner's values with defaults.
         if unset := shared - given.keys():
@@ -119,7 +121,7 @@ class WriteThrough:
         taken, freed = _owned_by(cls, embedded).shared, _owned_by(cls, before).shared
         for name in taken:
             self.__dict__.pop(name, None)
-            _uncover(cls, name)
+            _share(cls, name)
         for name in freed - taken:
             self.__dict__[name] = getattr(before, name)
         object.__setattr__(self, cls._embeds, embedded)
@@ -147,11 +149,22 @@ def _names(cls: type) -> frozenset[str]:
     return _known[cls]
 
 
-def _uncover(cls: type, name: str) -> None:
-    """Remove a field's default from the class, where a dataclass leaves it: it would hide the embedded config's value.
+class _Shared:
+    """Stands before a field's default in a class, where that would hide the embedded config's value.
 
-    The generated __init__ holds its own copy of the default.
+    An instance that owns the field has it in its dictionary, which is looked at first.
     """
-    for owner in cls.__mro__:
-        if name in vars(owner) and "__dataclass_fields__" in vars(owner):
-            delattr(owner, name)
+
+    def __init__(self, name: str, default: object) -> None:
+        self._name = name
+        self._default = default
+
+    def __get__(self, config: WriteThrough | None, owner: type) -> Any:
+        return self._default if config is None else config._read(self._name)
+
+
+def _share(cls: type[WriteThrough], name: str) -> None:
+    """Let `name`, a field that both configs declare, be read from the embedded one; no other class is changed."""
+    default = inspect.getattr_static(cls, name, MISSING)
+    if default is not MISSING and not hasattr(default, "__get__"):
+        setattr(cls, name, _Shared(name, default))
