@@ -172,13 +172,13 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
         made = reader.config(data, target, is_document=True)
     except ReadError as error:
         raise ReadError(error.found + found) from error.__cause__
-    found += _wrong_settings(data, target)
+    found += unfit_settings(data, target)
     if found:
         raise ReadError(found)
     return made, builder
 
 
-def _wrong_settings(data: dict[str, Any], target: Target) -> Found:
+def unfit_settings(data: dict[str, Any], target: Target) -> Found:
     """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
     sizes = {
         name: data.get(name, target.fields[name].default) if name in target.fields else None

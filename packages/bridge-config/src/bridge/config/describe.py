@@ -9,7 +9,21 @@ import types
 from collections.abc import Callable
 from dataclasses import MISSING
 from enum import Enum
-from typing import Annotated, Any, Literal, NewType, TypeAliasType, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NewType,
+    NotRequired,
+    Required,
+    TypeAliasType,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from bridge.config import targets
 from bridge.config.declaration import check_class
@@ -123,15 +137,29 @@ def _class(cls: type) -> Target:
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
         schema=own if isinstance(own, Schema) else declared_schema(name),
         positional=_positional(cls),
+        hashed=_hashed(cls),
         obj=cls,
     )
 
 
 def _positional(cls: type) -> tuple[str, ...]:
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.init:  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(cls):
         return ()
-    arguments = [one for one in dataclasses.fields(cls) if one.init]
-    return () if any(one.kw_only for one in arguments) else tuple(one.name for one in arguments)
+    _, *arguments = inspect.signature(cls.__init__).parameters.values()  # not the fields: it may be the class's own
+    by_position = all(one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
+    return tuple(one.name for one in arguments) if by_position else ()
+
+
+def _hashed(cls: type) -> tuple[str, ...] | None:
+    """The fields that instances of `cls` are compared by, see `Target.hashed`."""
+    if cls.__hash__ is None:
+        return None
+    if issubclass(cls, tuple):
+        return tuple(cls._fields)  # type: ignore[attr-defined]
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is None or not parameters.eq or not (parameters.frozen or parameters.unsafe_hash):
+        return ()  # by identity, or by a method of its own, which nothing is known of
+    return tuple(one.name for one in dataclasses.fields(cls) if one.compare)
 
 
 def _bases(cls: type) -> tuple[str, ...]:
@@ -139,13 +167,25 @@ def _bases(cls: type) -> tuple[str, ...]:
 
 
 def _fields(cls: type) -> dict[str, Field] | None:
-    """The fields of a dataclass, or of a class with a written form of its own; None for any other class."""
+    """The fields of a dataclass, a named tuple, a typed dict or a class with a written form of its own; else None."""
     if dataclasses.is_dataclass(cls):
         hints = _resolved(cls)
         nullable = {name for base in _bases(cls) for name in NULLABLE_FIELDS.get(base, ())}
+        given = cls.__dataclass_fields__
+        kept = {f.name for f in dataclasses.fields(cls)}
         return {
-            f.name: _dataclass_field(f, hints[f.name], nullable=f.name in nullable) for f in dataclasses.fields(cls)
+            name: _dataclass_field(f, hints[name], nullable=name in nullable, kept=name in kept)
+            for name, f in given.items()
+            if name in kept or isinstance(hints[name], dataclasses.InitVar)
         }
+    if is_typeddict(cls):
+        return {
+            name: Field(name, type_of(hint), required=name in cls.__required_keys__)
+            for name, hint in _resolved(cls).items()
+        }
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        hints = _resolved(cls)
+        return {name: _tuple_field(cls, name, type_of(hints.get(name, Any))) for name in cls._fields}
     if qualified_name(cls) in OPEN_CLASSES:
         return {}
     attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
@@ -164,11 +204,20 @@ def _fields(cls: type) -> dict[str, Field] | None:
     }
 
 
-def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool) -> Field:
+def _tuple_field(cls: Any, name: str, type_: Type) -> Field:
+    from bridge.config.encode import written
+
+    required = name not in cls._field_defaults
+    default = MISSING if required else written(cls._field_defaults[name], type_)
+    return Field(name, type_, required=required, default=default, attribute=name)
+
+
+def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, kept: bool) -> Field:
     # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
     type_ = type_of(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
     required = f.init and f.default is f.default_factory is MISSING
-    return Field(f.name, type_, required=required, init=f.init, default=_default(f, type_), attribute=f.name)
+    default = _default(f, type_)
+    return Field(f.name, type_, required=required, init=f.init, default=default, attribute=f.name, kept=kept)
 
 
 def _default(f: dataclasses.Field[Any], type_: Type) -> Any:
@@ -196,7 +245,7 @@ def _members(hint: Any) -> list[Member]:
     if origin in (Union, types.UnionType):
         return [member for arg in args for member in _members(arg)]
     if origin is Literal:
-        return [Choice(args)]
+        return _choices(args)
     if origin is Callable or origin is collections.abc.Callable:
         return [Function()]
     if origin is type:
@@ -213,9 +262,22 @@ def _members(hint: Any) -> list[Member]:
         return [Mapping(key, value)]
     if getattr(origin, "_is_protocol", False) and "__call__" in vars(origin):
         return [Function()]
+    if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
+        return [Anything()]
     if isinstance(origin, type) and origin not in (Any, object):
         return [Dtype() if is_dtype(origin) else Instance(qualified_name(origin) or origin.__name__, origin)]
     return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
+
+
+def _choices(values: tuple[Any, ...]) -> list[Member]:
+    """The members of a `Literal`; those of an enumeration are known by name."""
+    found: list[Member] = []
+    if plain := tuple(value for value in values if not isinstance(value, Enum)):
+        found.append(Choice(plain))
+    for enum in dict.fromkeys(type(value) for value in values if isinstance(value, Enum)):
+        names = tuple(value.name for value in values if isinstance(value, enum))
+        found.append(Instance(qualified_name(enum) or enum.__name__, enum, names))
+    return found
 
 
 _PLAIN: dict[Any, Member] = {
@@ -252,8 +314,10 @@ def _rank(member: Member) -> int:
 def _stripped(hint: Any) -> Any:
     """`hint` without Annotated, NewType and type alias wrappers."""
     while True:
-        if get_origin(hint) is Annotated:
+        if get_origin(hint) in (Annotated, Required, NotRequired):
             hint = get_args(hint)[0]
+        elif isinstance(hint, dataclasses.InitVar):
+            hint = hint.type
         elif isinstance(hint, NewType):
             hint = hint.__supertype__
         elif isinstance(hint, TypeAliasType):

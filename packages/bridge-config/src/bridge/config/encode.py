@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass
 from enum import Enum
@@ -15,9 +16,10 @@ from bridge.config.errors import OmittedWarning, quoted, warn
 from bridge.config.generation import GENERATION_CONFIG, GenerationSettings
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import got
+from bridge.config.refusal import MAX_PROBLEMS, got
+from bridge.config.rehearsal import Rehearsing
 from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Target, remember, shape_of
+from bridge.config.tables import Kinds, Target, ready_for, remember, shape_of
 from bridge.config.types import (
     ANYTHING,
     Anything,
@@ -57,7 +59,9 @@ class _UnwritableError(Exception):
 def encode_config(config: ModelConfig) -> dict[str, Any]:
     """The document of `config`; see `ModelConfig.as_dict`."""
     omitted: Omitted = []
-    data = _object(config, (), omitted)
+    rehearsal = Rehearsing()
+    data = _object(config, (), omitted, rehearsal)
+    rehearsal.document(data, config)
     document: dict[str, Any] = {"_target_": data.pop("_target_")}
     if (builder := getattr(config, "builder", None)) is not None:
         document["_builder_"] = builder
@@ -66,6 +70,9 @@ def encode_config(config: ModelConfig) -> dict[str, Any]:
         document["_omitted_"] = omitted
         what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
         warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
+    if rehearsal.found:
+        what = "; ".join(f"{shown(path)} ({message})" for path, message in rehearsal.found[:MAX_PROBLEMS])
+        warn(f"{type(config).__qualname__} is written with what cannot be read back: {what}", OmittedWarning)
     return document
 
 
@@ -86,8 +93,11 @@ def written(value: object, type_: Type) -> Any:
     return MISSING if omitted else form
 
 
-def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
-    """A config as a mapping; what has no written form is left out and added to `omitted`."""
+def _object(obj: Any, path: Path, omitted: Omitted, rehearsal: Rehearsing | None = None) -> dict[str, Any]:
+    """A config as a mapping; what has no written form is left out and added to `omitted`.
+
+    With a rehearsal, every field is read back.
+    """
     target = describe(type(obj))
     state = getattr(obj, "__dict__", {})
     shape = shape_of("write", state)
@@ -98,24 +108,40 @@ def _object(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
     texts = _texts(targets.generation())
-    written = plan.written if all(map(isfinite, map(data.__getitem__, plan.floats))) else plan.not_plain
-    for name, type_ in written:
+    as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
+        data[name] in values for name, values in plan.choices
+    )
+    for name, type_, type_id in plan.written if as_they_are else plan.not_plain:
         value = data[name]
-        if type(value) is list and not value:
-            data[name] = []
+        if type(value) is list and name in plan.lists:
+            if plan.lists[name].issuperset(map(type, value)) and _are_plain(value):
+                data[name] = value.copy()
+                continue
+        elif type(value) is partial and (form := _known_partial(value, type_id, texts)) is not None:
+            data[name] = form
             continue
-        text, known = texts.get((id(type_), id(value)), _UNKNOWN)
+        text, known = texts.get((type_id, id(value)), _UNKNOWN)
         if known is value:
             data[name] = text
             continue
+        at, left_out = (*path, name), len(omitted)
         try:
-            data[name] = form = _value(value, type_, (*path, name), omitted)
+            if rehearsal is not None and _is_config(value):
+                data[name] = form = _object(value, at, omitted, rehearsal)
+                is_read = rehearsal.config(form, value, type_, at)
+            else:
+                data[name] = form = _value(value, type_, at, omitted)
+                is_whole = len(omitted) == left_out
+                is_read = rehearsal is None or rehearsal.field(name, form, value, type_, target, at, is_whole=is_whole)
         except _UnwritableError as error:
             del data[name]
-            omitted.append(error.entry((*path, name)))
+            omitted.append(error.entry(at))
         else:
-            if type(form) is str:
-                texts[id(type_), id(value)] = form, value
+            if is_read and rehearsal is not None:
+                _remember_form(form, value, type_, texts)
+    omitted += [
+        {"path": shown((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
+    ]
     if target.open:
         data |= _open(obj, path, omitted)
     return data
@@ -126,14 +152,24 @@ class _Plan:
     """How instances of one shape are written: names of their fields, with attributes or types."""
 
     all: tuple[tuple[str, str], ...]
-    not_plain: tuple[tuple[str, Type], ...]
-    """The fields whose values may have to be written as something else; all others stand for themselves."""
+    not_plain: tuple[tuple[str, Type, int], ...]
+    """The fields whose values may have to be written as something else, each with its type and the identity of that;
+    all others stand for themselves."""
 
     floats: tuple[str, ...]
     """Those of them whose values stand for themselves if they are finite."""
 
-    written: tuple[tuple[str, Type], ...]
-    """Those of them that are no floats."""
+    choices: tuple[tuple[str, frozenset[object]], ...]
+    """Those of them whose values stand for themselves if they are among these."""
+
+    written: tuple[tuple[str, Type, int], ...]
+    """The rest of them."""
+
+    lists: dict[str, Kinds]
+    """Those of them that may hold a list, and the types of items that stand for themselves in it."""
+
+    dropped: tuple[str, ...]
+    """The fields that an instance does not keep."""
 
     plain: bool
     """Whether the instance's dictionary has the fields and nothing else, in their order."""
@@ -141,22 +177,75 @@ class _Plan:
 
 def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
     elsewhere = shared_names(obj)
-    fields = [one for one in target.fields.values() if one.name not in elsewhere]
+    fields = [one for one in target.fields.values() if one.kept and one.name not in elsewhere]
     kinds = {one.name: type(state.get(one.attribute, ...)) for one in fields}
-    not_plain = tuple((one.name, one.type) for one in fields if kinds[one.name] not in _PLAIN)
+    ready = {one.name for one in fields if kinds[one.name] in one.ready}
+    not_plain = tuple(
+        (one.name, one.type, id(one.type)) for one in fields if one.name not in ready or kinds[one.name] is float
+    )
+    floats = {name for name, _, _ in not_plain if name in ready}
+    choices = {name: _choices(kinds[name], type_) for name, type_, _ in not_plain if kinds[name] in _PLAIN}
     return _Plan(
         all=tuple((one.name, one.attribute or one.name) for one in fields),
         not_plain=not_plain,
-        floats=tuple(name for name, _ in not_plain if kinds[name] is float),
-        written=tuple((name, type_) for name, type_ in not_plain if kinds[name] is not float),
+        floats=tuple(floats),
+        choices=tuple((name, values) for name, values in choices.items() if values),
+        written=tuple(one for one in not_plain if one[0] not in floats and not choices.get(one[0])),
+        lists={one.name: ready for one in fields if (ready := _ready_items(one.type)) is not None},
+        dropped=tuple(one.name for one in target.fields.values() if not one.kept),
         plain=tuple(state) == tuple(one.attribute for one in fields),
     )
 
 
+def _choices(kind: type, type_: Type) -> frozenset[object]:
+    """The values of this type that may stand as they are in a place of `type_`, of those that a `Literal` lists."""
+    choices = (member.values for member in type_ if isinstance(member, Choice))
+    return frozenset(value for values in choices for value in values if type(value) is kind)
+
+
+def _ready_items(type_: Type) -> Kinds | None:
+    """The types of items that stand for themselves in a list; None where no list may stand."""
+    for member in type_:
+        match member:
+            case Items("list", item):
+                return ready_for(item)
+            case Anything():
+                return ready_for(ANYTHING)
+    return None
+
+
+def _is_config(value: object) -> bool:
+    return not isinstance(value, type) and describe(type(value)).kind == "config"
+
+
+_Texts = dict[tuple[Any, ...], tuple[Any, object]]
+_MAX_TEXTS = 10_000
+
+
 @lru_cache(maxsize=1)
-def _texts(generation: int) -> dict[tuple[int, int], tuple[str, object]]:
-    """The texts that values were written as, by the identities of type and value; the value is kept beside its text."""
+def _texts(generation: int) -> _Texts:
+    """What values were written as, and read back right, by the identities of type and value, which is kept beside it.
+
+    Of a partial it is the function that is known, by its identity and the names of the arguments.
+    """
     return {}
+
+
+def _remember_form(form: Any, value: object, type_: Type, texts: _Texts) -> None:
+    if len(texts) >= _MAX_TEXTS:
+        texts.clear()
+    if type(form) in _PLAIN:
+        texts[id(type_), id(value)] = form, value
+    elif type(value) is partial and not value.args and _are_plain(value.keywords.values()):
+        texts[id(type_), id(value.func), *value.keywords] = form["_target_"], value.func
+
+
+def _known_partial(value: partial[Any], type_id: int, texts: _Texts) -> dict[str, Any] | None:
+    """The form of a partial of plain values, if another one of its function was read back in such a place."""
+    name, function = texts.get((type_id, id(value.func), *value.keywords), _UNKNOWN)
+    if function is not value.func or value.args or not _are_plain(value.keywords.values()):
+        return None
+    return {"_target_": name, "_partial_": True, **value.keywords}
 
 
 _UNKNOWN = ("", object())
@@ -186,13 +275,15 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
         return float(value) if isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
     if isinstance(value, dict):
         return _mapping(value, type_, path, omitted)
+    if isinstance(value, tuple) and hasattr(value, "_fields") and _is_config(value):
+        return _object(value, path, omitted)
     if isinstance(value, (list, tuple, set, frozenset)):
         return _items(value, type_, path, omitted)
     if is_dtype(type(value)):
         return _named(str(value), Dtype(), type_)
     if isinstance(value, _STANDINS):
         return _standin(value, type_, path, omitted)
-    if not isinstance(value, type) and describe(type(value)).kind == "config":
+    if _is_config(value):
         return _object(value, path, omitted)
     if callable(value):
         return _named(_name(value, path), Function(), type_)
@@ -231,8 +322,9 @@ def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
     bare = kind is list or _list_readers(type_) == {kind.__name__}
     path = path if bare else (*path, "_args_", 0)
-    ordered: Iterable[Any] = sorted(value, key=_order) if isinstance(value, (set, frozenset)) else value
-    items = [_item(item, _item_type(type_, i), (*path, i), omitted) for i, item in enumerate(ordered)]
+    items = [_item(item, _item_type(type_, i), (*path, i), omitted) for i, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        items.sort(key=_order)
     return items if bare else {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
 
 
@@ -244,12 +336,12 @@ def _are_plain(values: Iterable[Any]) -> bool:
 def _order(item: Any) -> tuple[str, Any]:
     """Sets are written in an order that does not depend on the process."""
     plain = isinstance(item, (str, int, float))
-    return (type(item).__name__, item) if plain else (type(item).__name__, repr(item))
+    return type(item).__name__, item if plain else json.dumps(item, sort_keys=True)
 
 
 def _mapping(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitted) -> dict[str, Any]:
     inner = _joined(member.value for member in type_ if isinstance(member, Mapping))
-    if all(isinstance(key, str) for key in value) and "_target_" not in value:
+    if all(type(key) is str for key in value) and "_target_" not in value:
         data: dict[str, Any] = {}
         for key, item in value.items():
             try:

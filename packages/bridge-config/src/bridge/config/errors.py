@@ -23,7 +23,7 @@ class TargetError(ConfigError):
 
 
 class OmittedWarning(UserWarning):
-    """A document leaves out a value that has no written form."""
+    """A document leaves out a value that has no written form, or holds one that is not read back as it was."""
 
 
 @dataclass(frozen=True)

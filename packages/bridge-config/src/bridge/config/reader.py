@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, is_typeddict
 
 from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.generation import FIELD as GENERATION_FIELD
 from bridge.config.generation import GenerationSettings
 from bridge.config.migrate import hint_for
-from bridge.config.paths import parsed
+from bridge.config.paths import Path, parsed
 from bridge.config.refusal import Found, ReadError, below, got, refused, step, unexpected
 from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.ranges import ranges_of
@@ -138,7 +139,7 @@ class Reader:
             belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
             found += [((key,), f"{belongs}{key}") for key in data if key in owned]
         if target.files:
-            found += _unopened(data, target)
+            found += unopened(data, target)
         for key in plan.unknown:
             if key not in owned:
                 try:
@@ -152,7 +153,7 @@ class Reader:
                 values[key] = known
                 continue
             try:
-                values[key] = self._field(key, value, type_, target)
+                values[key] = self.field(key, value, type_, target)
             except ReadError as error:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.found]
@@ -174,7 +175,7 @@ class Reader:
         view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))
         return [(parsed(path), said) for path, said in check_fields(view, target.bases)]
 
-    def _field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
+    def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """The value of a field; generation settings may stay data, see `bridge.config.generation`."""
         if key != GENERATION_FIELD or (world := self._world.without_objects(target, value)) is None:
             return self.value(value, type_)
@@ -269,10 +270,10 @@ class Reader:
                     if (dtype := self._world.dtype(value)) is not None:
                         return dtype
                     known += [prefix + name for prefix in ("torch.", "") for name in shipped_dtypes()]
-                case Instance() if (enum := self._world.of(member)) and enum.kind == "enum":
-                    if value in enum.members:
+                case Instance(only=only) if (enum := self._world.of(member)) and enum.kind == "enum":
+                    if value in (only or enum.members):
                         return self._world.enum_member(enum, value)
-                    known += enum.members
+                    known += only or enum.members
         if any(isinstance(member, (Function, Class)) for member in type_):
             return self._fitting(value, type_)
         raise unexpected(self._wanted(type_), value, self._near(value, known))
@@ -330,12 +331,9 @@ class Reader:
         if type(name) is str and name in _BUILTINS:
             return self._builtin(data, type_, _BUILTINS[name])
         if "_target_" not in data:
-            for member in type_:
-                match member:
-                    case Mapping(key, value):
-                        return self._dict(data, key, value)
-                    case Anything():
-                        return dict(zip(data, self._each(data.items(), ANYTHING), strict=True))
+            found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
+            if found:
+                return self._first([partial(self._dict, data, member) for member in found])
         if "_partial_" in data:
             return self._partial(data, type_)
         if "_name_" in data:
@@ -348,9 +346,23 @@ class Reader:
                 return self._fitting(data.get("_target_"), type_)
         return self.config(data, self.class_in(data, type_))
 
-    def _dict(self, data: dict[Any, Any], key: Type, value: Type) -> dict[Any, Any]:
-        keys = self._each(((name, name) for name in data), key)
-        return dict(zip(keys, self._each(data.items(), value), strict=True))
+    def _first(self, attempts: list[Callable[[], Any]]) -> Any:
+        """What the first attempt gives that is not refused."""
+        errors: list[ReadError] = []
+        for attempt in attempts:
+            try:
+                return attempt()
+            except ReadError as error:
+                errors.append(error)
+        # Of a union's members, the one that fits farthest down is the one that was meant.
+        raise max(errors, key=lambda error: max(len(path) for path, _ in error.found))
+
+    def _dict(self, data: dict[Any, Any], member: Mapping | Anything) -> dict[Any, Any]:
+        if isinstance(member, Anything):
+            return dict(zip(data, self._each(data.items(), ANYTHING), strict=True))
+        keys = self._each(((name, name) for name in data), member.key)
+        values = self._each(data.items(), member.value)
+        return _gathered(zip(keys, values, ((step(name),) for name in data), strict=True))
 
     def _builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
         """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
@@ -373,25 +385,15 @@ class Reader:
 
     def _pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
         """A dict, written as a list of its keys and values."""
-        for member in type_:
-            match member:
-                case Mapping(key, value):
-                    return self._paired(pairs, key, value)
-                case Anything():
-                    return self._paired(pairs, ANYTHING, ANYTHING)
-        raise refused(f"expected {self._wanted(type_)}, got a mapping")
+        found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
+        if not found:
+            raise refused(f"expected {self._wanted(type_)}, got a mapping")
+        return self._first([partial(self._paired, pairs, member) for member in found])
 
-    def _paired(self, pairs: list[Any], key: Type, value: Type) -> dict[Any, Any]:
-        read: dict[Any, Any] = {}
-        for i, (name, item) in enumerate(self._each(enumerate(pairs), (Fixed((key, value)),))):
-            try:
-                is_new = name not in read
-            except TypeError:
-                raise refused("a key must be a plain value", i, 0) from None
-            if not is_new:
-                raise refused("duplicate key", i, 0)
-            read[name] = item
-        return read
+    def _paired(self, pairs: list[Any], member: Mapping | Anything) -> dict[Any, Any]:
+        key, value = (member.key, member.value) if isinstance(member, Mapping) else (ANYTHING, ANYTHING)
+        read = self._each(enumerate(pairs), (Fixed((key, value)),))
+        return _gathered((name, item, (i, 0)) for i, (name, item) in enumerate(read))
 
     def _partial(self, data: dict[str, Any], type_: Type) -> Any:
         if _FUNCTION_KINDS.isdisjoint(map(type, type_)):
@@ -423,8 +425,13 @@ class Reader:
             if target.kind != "enum":
                 raise refused(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
-        if not isinstance(name, str) or name not in target.members:
-            near = self._near(name, target.members) if isinstance(name, str) else ""
+        members = [
+            one for member in type_ if _holds(member, target) for one in getattr(member, "only", ()) or target.members
+        ]
+        if not isinstance(name, str) or name not in members:
+            near = self._near(name, members) if isinstance(name, str) else ""
+            if isinstance(name, str) and name in target.members:
+                raise refused(f"expected one of {', '.join(members)}, got {name!r}", "_name_")
             raise refused(f"{target.short_name} has no member {quoted(name) if near else got(name)}{near}", "_name_")
         return self._world.enum_member(target, name)
 
@@ -460,10 +467,10 @@ class Reader:
                 return _WORDS[kind]
             case Choice(values):
                 return "one of " + ", ".join(repr(value) for value in values)
-            case Instance(name):
+            case Instance(name, _, only):
                 target = self._world.of(member)
                 if target is not None and target.kind == "enum":
-                    return f"one of {', '.join(target.members)}"
+                    return f"one of {', '.join(only or target.members)}"
                 return f"a {name.rpartition('.')[2]}"
             case _:
                 return _WORDS[type(member)]
@@ -531,6 +538,20 @@ def _among(value: object, choices: tuple[object, ...]) -> bool:
     return any(type(choice) is type(value) and choice == value for choice in choices)
 
 
+def _gathered(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
+    """The dict of these keys and values, each with the path of its key below the value at hand."""
+    read: dict[Any, Any] = {}
+    for key, value, path in items:
+        try:
+            is_new = key not in read
+        except TypeError:
+            raise refused("a key must be a plain value", *path) from None
+        if not is_new:
+            raise refused("duplicate key", *path)
+        read[key] = value
+    return read
+
+
 def _collected(kind: str, items: list[Any]) -> Any:
     try:
         return _COLLECT[kind](items)
@@ -587,8 +608,12 @@ def _fits(value: object, member: Member) -> bool:
             return isinstance(value, type) and (bound is None or bound in map(qualified_name, value.__mro__))
         case Dtype():
             return is_dtype(type(value))
-        case Instance(name, cls):
-            return isinstance(value, cls) if cls else name in map(qualified_name, type(value).__mro__)
+        case Instance(name, cls, only):
+            if only and getattr(value, "name", None) not in only:
+                return False
+            # Not every class can be asked: of a typed dict, say, nothing is an instance.
+            is_class = cls is not None and not is_typeddict(cls)
+            return isinstance(value, cls) if is_class else name in map(qualified_name, type(value).__mro__)
         case _:
             return False
 
@@ -598,7 +623,7 @@ def _kind(target: Target) -> str:
     return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"
 
 
-def _unopened(data: dict[str, Any], target: Target) -> Found:
+def unopened(data: dict[str, Any], target: Target) -> Found:
     """Where the constructor would open a file, which documents do not."""
     found: Found = []
     for name, content in target.files.items():

@@ -37,16 +37,24 @@ class Field:
     attribute: str = ""
     """Where an instance keeps the value, if not under the field's name."""
 
+    kept: bool = True
+    """Whether instances keep the value; an `InitVar` is for the constructor alone."""
+
     @cached_property
     def ready(self) -> Kinds:
         """The types whose values may stand here as they are."""
-        found: set[type] = set()
-        for member in self.type:
-            if isinstance(member, Plain):
-                found |= PYTHON_TYPES[member.kind]
-            elif isinstance(member, Anything):
-                found = found.union(*PYTHON_TYPES.values())
-        return frozenset(found)
+        return ready_for(self.type)
+
+
+def ready_for(type_: Type) -> Kinds:
+    """The types whose values may stand as they are in a place of this type."""
+    found: set[type] = set()
+    for member in type_:
+        if isinstance(member, Plain):
+            found |= PYTHON_TYPES[member.kind]
+        elif isinstance(member, Anything):
+            found = found.union(*PYTHON_TYPES.values())
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,9 @@ class Target:
 
     nested: bool = False
     """Whether the table has it only because annotations name it: documents may name it in those places alone."""
+
+    hashed: tuple[str, ...] | None = None
+    """Of a config whose instances have a hash: the fields that they are compared by, none if by identity."""
 
     calls: bool = False
     """Of a config: whether its instances can be called, and so stand where a function may."""
@@ -196,6 +207,7 @@ def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = N
         files=entry.get("files", {}),
         nested=entry.get("nested", False),
         calls=entry.get("calls", False),
+        hashed=tuple(entry["hashed"]) if "hashed" in entry else None,
     )
 
 
@@ -219,7 +231,9 @@ def target_to_json(target: Target, parent: Target | None = None) -> dict[str, An
         "calls": target.calls,
         "fields": fields,
     }
-    return {key: value for key, value in entry.items() if value}
+    if target.hashed is not None:
+        entry["hashed"] = list(target.hashed)
+    return {key: value for key, value in entry.items() if value or key == "hashed"}
 
 
 def _field_from_json(name: str, entry: dict[str, Any]) -> Field:
@@ -231,6 +245,7 @@ def _field_from_json(name: str, entry: dict[str, Any]) -> Field:
         default=entry.get("default", MISSING),
         doc=entry.get("doc", ""),
         attribute=entry.get("attribute", ""),
+        kept=entry.get("kept", True),
     )
 
 
@@ -246,4 +261,6 @@ def _field_to_json(one: Field) -> dict[str, Any]:
         entry["doc"] = one.doc
     if one.attribute:
         entry["attribute"] = one.attribute
+    if not one.kept:
+        entry["kept"] = False
     return entry

@@ -50,6 +50,9 @@ class Instance:
     cls: type | None = field(default=None, compare=False, repr=False)
     """The class itself, where the annotation was one."""
 
+    only: tuple[str, ...] = ()
+    """Of an enumeration in a `Literal`: the names of the members that it lists; none for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Items:
@@ -121,8 +124,8 @@ def _member_to_json(member: Member) -> Any:
             return {"choice": list(values)}
         case Class(str() as bound):
             return {"class": bound}
-        case Instance(name):
-            return {"instance": name}
+        case Instance(name, _, only):
+            return {"instance": [name, *only] if only else name}
         case Items(kind, item):
             return {kind: to_json(item)}
         case Fixed(items):
@@ -143,7 +146,7 @@ def _member_from_json(data: Any) -> Member:
         case "class":
             return Class(of)
         case "instance":
-            return Instance(of)
+            return Instance(of) if isinstance(of, str) else Instance(of[0], only=tuple(of[1:]))
         case "fixed":
             return Fixed(tuple(from_json(item) for item in of))
         case "mapping":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import MISSING
 from functools import lru_cache, partial
 from itertools import compress
@@ -14,7 +16,7 @@ from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError
 from bridge.config.generation import stays_data
 from bridge.config.reader import Reader, World
-from bridge.config.refusal import refused
+from bridge.config.refusal import ReadError, refused
 from bridge.config.standins import EnumMember, Made, Named, Partial
 from bridge.config.tables import Target, shipped, shipped_dtypes
 from bridge.config.targets import qualified_name
@@ -65,9 +67,23 @@ class Live:
             if made is None:
                 said = str(error) or type(error).__name__
                 raise refused(f"{target.short_name} refuses these values: {said}") from error
-        if complete and not target.open:
+        # A named tuple or typed dict is what its constructor was given.
+        if complete and not target.open and not isinstance(made, (tuple, dict)):
             _restore(made, values, target, in_order=by_position)
         return made
+
+
+class Rehearsal(Live):
+    """What `Live` reads, without running a constructor: a stand-in holds the values that one would get."""
+
+    def named(self, name: str, *, suggest: bool = True) -> Target:
+        return super().named(name, suggest=False)  # the name is right, and need only be registered
+
+    def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
+        return Partial(function, args, keywords)
+
+    def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
+        return Made(target, values, () if target.hashed is not None else None)
 
 
 class Tables:
@@ -114,13 +130,24 @@ class Tables:
         embedded = values.get(target.embeds) if target.embeds else None
         elsewhere = embedded.target.field_names if isinstance(embedded, Made) else frozenset()
         filled = target.init_names - elsewhere if self._defaults else frozenset()
-        reader, made = Reader(self, {}), {}
+        whole = self._filled(target, values, filled) | values
+        compared = None
+        if target.hashed is not None:
+            known = self._filled(target, values, target.hashed)
+            compared = tuple(known.get(name) for name in target.hashed)
+        return Made(target, whole, compared)
+
+    def _filled(self, target: Target, values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        """The values of a config in the order of its fields, those called `names` also where their default counts."""
+        reader, filled = Reader(self, {}), {}
         for name, field in target.fields.items():
             if name in values:
-                made[name] = values[name]
-            elif name in filled and field.default is not MISSING:
-                made[name] = reader.value(field.default, field.type)
-        return Made(target, made | values)
+                filled[name] = values[name]
+            elif name in names and field.default is not MISSING:
+                # It may be one that its annotation denies, or the name of what is not registered.
+                with suppress(ReadError):
+                    filled[name] = reader.value(field.default, field.type)
+        return filled
 
 
 # Deprecated fields that TransformerConfig of megatron-core 0.19.2 turns into others, and then refuses beside them.

@@ -1,0 +1,135 @@
+"""Reading back what was just written, so that a document says when it is written what its reader will refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, is_typeddict
+
+from bridge.config.errors import TargetError
+from bridge.config.generation import FIELD as GENERATION_FIELD
+from bridge.config.generation import GenerationSettings
+from bridge.config.model import ModelConfig
+from bridge.config.paths import Path
+from bridge.config.reader import Reader, unopened
+from bridge.config.refusal import Found, ReadError, got, step
+from bridge.config.standins import Made, Partial
+from bridge.config.tables import MODEL_CONFIG, Target
+from bridge.config.types import Instance, Type
+from bridge.config.worlds import Rehearsal, check_builder
+
+_MODEL: Type = (Instance(MODEL_CONFIG, ModelConfig),)
+
+
+class Rehearsing:
+    """The rehearsal of one document; `found` is what is refused, or not read as it was, with its path."""
+
+    def __init__(self) -> None:
+        self.found: Found = []
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(Rehearsal(), {})
+
+    def field(
+        self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
+    ) -> bool:
+        """Read the written form of a field; returns whether it gives `value`.
+
+        Args:
+            name: the field.
+            form: its written form.
+            value: what was written.
+            type_: what the field is annotated with.
+            target: the class that it is a field of.
+            path: where it stands in the document.
+            is_whole: whether nothing was left out of `form`: otherwise it is not expected to give `value`.
+        """
+        try:
+            read = self._reader.field(name, form, type_, target)
+        except ReadError as error:
+            return self._refused(error, path)
+        return not is_whole or self._compared(read, value, path)
+
+    def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
+        """Check that a config, whose fields were read already, is one that may stand in a place of this type."""
+        try:
+            target = self._reader.class_in(form, type_)
+        except ReadError as error:
+            return self._refused(error, path)
+        self.found += [((*path, *at), message) for at, message in unopened(form, target)]
+        return target.obj is type(value) or self._compared(Made(target, {}), value, path)
+
+    def document(self, data: dict[str, Any], config: ModelConfig) -> None:
+        """Check what only a whole document says: its class, its builder and whether generation settings fit."""
+        if type(config) is ModelConfig:
+            self.found.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
+            return
+        if not self.config(data, config, _MODEL, ()):
+            return
+        if "builder" in vars(config):
+            try:
+                check_builder(config.builder, self._reader.class_in(data, _MODEL), Rehearsal())
+            except TargetError as error:
+                self.found.append((("_builder_",), str(error)))
+        if data.get(GENERATION_FIELD) is not None:
+            from bridge.config.decode import unfit_settings  # it reads the documents of other systems, too
+
+            self.found += unfit_settings(data, self._reader.class_in(data, _MODEL))
+
+    def _refused(self, error: ReadError, path: Path) -> bool:
+        self.found += [((*path, *at), message) for at, message in error.found]
+        return False
+
+    def _compared(self, read: object, value: object, path: Path) -> bool:
+        difference = _difference(read, value)
+        if difference is not None:
+            at, message = difference
+            self.found.append(((*path, *at), message))
+        return difference is None
+
+
+def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
+    """The first place where what was read is not what was written, and what it is there."""
+    if read is value or isinstance(read, GenerationSettings):
+        return None
+    if isinstance(read, Made):
+        return _made_difference(read, value)
+    if isinstance(read, Partial):
+        return _first_difference(
+            [("_target_", read.function, value.func), ("_args_", read.args, list(value.args))]
+        ) or _difference(read.keywords, value.keywords)
+    if isinstance(value, float) and isinstance(read, float):  # also NaN, and the floats of NumPy
+        return None if repr(read) == repr(float(value)) else ((), f"{got(value)} is read back as {got(read)}")
+    if type(read) is not type(value):
+        return (), f"a value of type {type(value).__qualname__} is read back as a {type(read).__qualname__}"
+    if isinstance(value, dict):
+        pairs = zip(read.items(), value.items(), strict=True)
+        return _first_difference((key, left, right) for (key, left), (_, right) in pairs)
+    if isinstance(value, (list, tuple)):
+        return _first_difference(zip(range(len(value)), read, value, strict=True))
+    if isinstance(value, (set, frozenset)) and any(isinstance(item, (Made, Partial)) for item in read):
+        return None if len(read) == len(value) else ((), "equal items are read back as one")
+    return None if read == value else ((), f"{got(value)} is read back as {got(read)}")
+
+
+def _made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
+    fields, is_mapping = read.target.fields, isinstance(value, dict)
+    if type(value) is not (dict if is_typeddict(read.target.obj) else read.target.obj):
+        return (), f"a {type(value).__qualname__} is read back as a {read.target.short_name}"
+    if read.target.open:
+        return None
+    if is_mapping and read.values.keys() != value.keys():
+        return (), "it is read back with other keys"
+    return _first_difference(
+        (name, item, value[name] if is_mapping else getattr(value, fields[name].attribute or name))
+        for name, item in read.values.items()
+    )
+
+
+def _first_difference(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[Path, str] | None:
+    for key, read, value in items:
+        if (found := _difference(read, value)) is not None:
+            path, message = found
+            return (step(key), *path), message
+    return None
