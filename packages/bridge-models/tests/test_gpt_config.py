@@ -261,3 +261,22 @@ def pipeline(pp: int, vp: int | None) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": vp,
         "pipeline_dtype": torch.float32,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vocab_size", "256", r"\$\.vocab_size: expected an integer, got '256'"),
+        ("seq_length", None, r"\$\.seq_length: expected an integer, got null"),
+        ("rotary_percent", "1", r"\$\.rotary_percent: expected a number, got '1'"),
+        ("hidden_size", "8", r"\$\.transformer\.hidden_size: expected an integer, got '8'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(name: str, value: Any, message: str) -> None:
+    config = GPTModelConfig(
+        transformer=TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2), vocab_size=8
+    )
+    config.validate()
+    setattr(config, name, value)
+    with pytest.raises(ModelConfigError, match=message):
+        config.validate()

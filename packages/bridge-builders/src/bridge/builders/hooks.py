@@ -28,8 +28,9 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
         HookError: At once, if this is no list of functions; when run, if a hook returns anything but a list of stages,
             or one before the last returns None. The error names the hook.
     """
-    if not isinstance(hooks, list):
-        hint = f"write [{hook_name(hooks)}]" if callable(hooks) else f"got {hooks!r}"
+    given: object = hooks
+    if not isinstance(given, list):
+        hint = f"write [{hook_name(given)}]" if callable(given) else f"got {given!r}"
         raise HookError(f"hooks come in a list: {hint}")
     chain = tuple(hooks)
     for number, hook in enumerate(chain, 1):

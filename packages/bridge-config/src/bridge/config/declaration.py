@@ -22,7 +22,7 @@ def check_definition(cls: type) -> None:
         raise TargetError(f"{name}.builder is declared as a field: write `builder: ClassVar[str] = ...`")
     if "builder" in vars(cls):
         _check_builder(name, vars(cls)["builder"])
-    inherited = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    inherited = {one.name for one in dataclasses.fields(cls)}
     for field, value in vars(cls).items():
         if field in inherited and field not in annotated and not hasattr(value, "__get__"):
             raise TargetError(
@@ -71,7 +71,7 @@ def _check_decorated(cls: type) -> None:
 
 
 def _check_schema(cls: type) -> None:
-    if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+    if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:
         return
     from bridge.config.migrate import Schema  # few classes have one, and its module is larger than this package's core
 

@@ -152,14 +152,14 @@ def _positional(cls: type) -> tuple[str, ...]:
 
 def _hashed(cls: type) -> tuple[str, ...] | None:
     """The fields that instances of `cls` are compared by, see `Target.hashed`."""
-    if cls.__hash__ is None:
+    if getattr(cls, "__hash__", None) is None:
         return None
     if issubclass(cls, tuple):
         return tuple(cls._fields)  # type: ignore[attr-defined]
     parameters = getattr(cls, "__dataclass_params__", None)
     if parameters is None or not parameters.eq or not (parameters.frozen or parameters.unsafe_hash):
         return ()  # by identity, or by a method of its own, which nothing is known of
-    return tuple(one.name for one in dataclasses.fields(cls) if one.compare)
+    return tuple(one.name for one in dataclasses.fields(cls) if one.compare)  # type: ignore[arg-type]
 
 
 def _bases(cls: type) -> tuple[str, ...]:
@@ -179,10 +179,7 @@ def _fields(cls: type) -> dict[str, Field] | None:
             if name in kept or isinstance(hints[name], dataclasses.InitVar)
         }
     if is_typeddict(cls):
-        return {
-            name: Field(name, type_of(hint), required=name in cls.__required_keys__)
-            for name, hint in _resolved(cls).items()
-        }
+        return {name: _item_field(cls, name, hint) for name, hint in _resolved(cls).items()}
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         hints = _resolved(cls)
         return {name: _tuple_field(cls, name, type_of(hints.get(name, Any))) for name in cls._fields}
@@ -202,6 +199,13 @@ def _fields(cls: type) -> dict[str, Field] | None:
         )
         for name, attribute in attributes.items()
     }
+
+
+def _item_field(cls: Any, name: str, hint: Any) -> Field:
+    """The field for a key of a typed dict, which does not know of `NotRequired` in an annotation that is a text."""
+    origin = get_origin(hint)
+    required = origin is Required or (origin is not NotRequired and name in cls.__required_keys__)
+    return Field(name, type_of(hint), required=required)
 
 
 def _tuple_field(cls: Any, name: str, type_: Type) -> Field:

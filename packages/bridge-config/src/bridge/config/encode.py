@@ -191,7 +191,7 @@ def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
         floats=tuple(floats),
         choices=tuple((name, values) for name, values in choices.items() if values),
         written=tuple(one for one in not_plain if one[0] not in floats and not choices.get(one[0])),
-        lists={one.name: ready for one in fields if (ready := _ready_items(one.type)) is not None},
+        lists={one.name: items for one in fields if (items := _ready_items(one.type)) is not None},
         dropped=tuple(one.name for one in target.fields.values() if not one.kept),
         plain=tuple(state) == tuple(one.attribute for one in fields),
     )

@@ -41,12 +41,12 @@ class ModelConfig:
     """The generation settings to ship with the model. Those of a document become an object of transformers when this is
     read; where transformers is not installed, they stay a mapping."""
 
+    # By keyword alone: the reference's positional order has no such field.
     extra_checkpoint_metadata: dict[str, Any] | None = field(default=None, kw_only=True)
-    """More metadata to save with checkpoints. The reference API has no such field: it is given by keyword alone."""
+    """More metadata to save with checkpoints."""
 
     pre_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
-    """Called in order on the list of stages before they are wrapped; each returns the list for the next. Assigning
-    anything but a list of functions is a ConfigError."""
+    """Called in order on the list of stages before they are wrapped; each returns the list for the next."""
 
     post_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
     """Called in order on the list of stages after they are wrapped."""

@@ -388,7 +388,8 @@ class Reader:
         found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
         if not found:
             raise refused(f"expected {self._wanted(type_)}, got a mapping")
-        return self._first([partial(self._paired, pairs, member) for member in found])
+        read: dict[Any, Any] = self._first([partial(self._paired, pairs, member) for member in found])
+        return read
 
     def _paired(self, pairs: list[Any], member: Mapping | Anything) -> dict[Any, Any]:
         key, value = (member.key, member.value) if isinstance(member, Mapping) else (ANYTHING, ANYTHING)
@@ -612,8 +613,9 @@ def _fits(value: object, member: Member) -> bool:
             if only and getattr(value, "name", None) not in only:
                 return False
             # Not every class can be asked: of a typed dict, say, nothing is an instance.
-            is_class = cls is not None and not is_typeddict(cls)
-            return isinstance(value, cls) if is_class else name in map(qualified_name, type(value).__mro__)
+            if cls is not None and not is_typeddict(cls):
+                return isinstance(value, cls)
+            return name in map(qualified_name, type(value).__mro__)
         case _:
             return False
 

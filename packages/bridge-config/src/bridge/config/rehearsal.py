@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, is_typeddict
 
+from bridge.config.describe import describe
 from bridge.config.errors import TargetError
 from bridge.config.generation import FIELD as GENERATION_FIELD
 from bridge.config.generation import GenerationSettings
@@ -15,9 +17,10 @@ from bridge.config.reader import Reader, unopened
 from bridge.config.refusal import Found, ReadError, got, step
 from bridge.config.standins import Made, Partial
 from bridge.config.tables import MODEL_CONFIG, Target
-from bridge.config.types import Instance, Type
-from bridge.config.worlds import Rehearsal, check_builder
+from bridge.config.types import PYTHON_TYPES, Choice, Instance, Plain, Type
+from bridge.config.worlds import Live, Rehearsal, check_builder
 
+_PLAIN_TYPES = frozenset[type]().union(*PYTHON_TYPES.values())
 _MODEL: Type = (Instance(MODEL_CONFIG, ModelConfig),)
 
 
@@ -89,6 +92,25 @@ class Rehearsing:
         return difference is None
 
 
+def denied_values(config: object) -> Found:
+    """What is wrong with numbers, texts, truth values and None in fields for nothing else, of embedded configs too.
+
+    Text may be the name of a function or member elsewhere: whoever uses such a field knows better.
+    """
+    reader = Reader(Live(), {})
+    found: Found = []
+    for name, field in describe(type(config)).fields.items():
+        value = vars(config).get(field.attribute or name, ...)  # not there: the embedded config has it
+        if type(value) in _PLAIN_TYPES and all(isinstance(member, (Plain, Choice)) for member in field.type):
+            try:
+                reader.value(value, field.type)
+            except ReadError as error:
+                found += [((name, *at), message) for at, message in error.found]
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found += [((name, *at), message) for at, message in denied_values(value)]
+    return found
+
+
 def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
     """The first place where what was read is not what was written, and what it is there."""
     if read is value or isinstance(read, GenerationSettings):
@@ -102,7 +124,7 @@ def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
     if isinstance(value, float) and isinstance(read, float):  # also NaN, and the floats of NumPy
         return None if repr(read) == repr(float(value)) else ((), f"{got(value)} is read back as {got(read)}")
     if type(read) is not type(value):
-        return (), f"a value of type {type(value).__qualname__} is read back as a {type(read).__qualname__}"
+        return (), _other_type(type(value).__qualname__, type(read).__qualname__)
     if isinstance(value, dict):
         pairs = zip(read.items(), value.items(), strict=True)
         return _first_difference((key, left, right) for (key, left), (_, right) in pairs)
@@ -116,7 +138,7 @@ def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
 def _made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
     fields, is_mapping = read.target.fields, isinstance(value, dict)
     if type(value) is not (dict if is_typeddict(read.target.obj) else read.target.obj):
-        return (), f"a {type(value).__qualname__} is read back as a {read.target.short_name}"
+        return (), _other_type(type(value).__qualname__, read.target.short_name)
     if read.target.open:
         return None
     if is_mapping and read.values.keys() != value.keys():
@@ -125,6 +147,10 @@ def _made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
         (name, item, value[name] if is_mapping else getattr(value, fields[name].attribute or name))
         for name, item in read.values.items()
     )
+
+
+def _other_type(written: str, read: str) -> str:
+    return f"a value of type {written} is read back as one of type {read}"
 
 
 def _first_difference(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[Path, str] | None:

@@ -9,6 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.config.generation import settings_of, wrong_settings
+from bridge.config.paths import shown
+from bridge.config.rehearsal import denied_values
 from bridge.config.schema.arithmetic import check_live
 from bridge.models.common.rules import vocabulary_problem
 from bridge.models.errors import ModelConfigError
@@ -69,10 +71,11 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         """Check what can be checked without process groups; nothing is changed.
 
         Raises:
-            ModelConfigError: A field lacks a value or contradicts another one.
+            ModelConfigError: A field lacks a value, has one of the wrong type or contradicts another one.
         """
-        found = [*check_live(self.transformer, "transformer."), *check_live(self)]
-        if found:
+        if denied := denied_values(self):
+            raise ModelConfigError("; ".join(f"{shown(path)}: {message}" for path, message in denied))
+        if found := [*check_live(self.transformer, "transformer."), *check_live(self)]:
             raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
         if (problem := vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
             raise ModelConfigError(problem)
