@@ -94,7 +94,7 @@ def declared(point: EntryPoint) -> Target:
     So the table is the same whether or not the libraries are installed that some of them stand on.
     """
     if point.name in OPEN_CLASSES:
-        return Target(point.name, "config", bases=(point.name,), open=True)
+        return Target(point.name, "config", bases=(point.name,), open=True, hashed=())
     try:
         target = describe(point.load(), point.name)
     except (ImportError, AttributeError):
