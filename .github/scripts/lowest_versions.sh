@@ -6,7 +6,8 @@ cd "$(dirname "$0")/../.."
 environment=.venv-lowest
 
 uv venv --quiet --clear --python 3.12 "$environment"
-uv pip install --quiet --python "$environment" --resolution lowest-direct --group test \
+# Without the configuration, which pins the highest.
+uv pip install --quiet --no-config --python "$environment" --resolution lowest-direct --group test \
     -e packages/bridge-config -e packages/bridge-builders -e packages/bridge-dist -e packages/bridge-models
 "$environment/bin/python" - <<'END'
 import torch

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Collect in .wheels what run.sh installs: our four packages, and what they need beside torch and numpy, for CPython 3.12
-# on x86-64, in the versions of uv.lock. With --te in .wheels-te what te.sh installs and builds.
+# on x86-64, in the versions of locked.txt. With --te in .wheels-te what te.sh installs and builds.
 #
 #     tests/gpu/wheels.sh [--te]
 #
@@ -35,11 +35,9 @@ size() { # size of what is committed or would be, and of folders
 }
 
 locked() { # NAME==VERSION of each name
-    local exported name
-    exported=$(uv export --quiet --all-packages --all-groups --no-hashes --no-emit-workspace --no-annotate \
-        --no-header)
+    local name
     for name in "$@"; do
-        grep -iE "^$name==" <<<"$exported" | cut -d ' ' -f 1
+        grep -iE "^$name==" locked.txt | cut -d ' ' -f 1
     done
 }
 
