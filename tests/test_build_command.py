@@ -194,12 +194,14 @@ BAD_INPUT = {
     "layers that do not divide": ("good.yaml", ["--nproc", "2", "--pp", "2", "--vp", "4"], "4 does not divide into 8"),
     "a world that does not fit": ("good.yaml", ["--nproc", "3", "--tp", "2"], "3 ranks do not fit tp x pp x cp = 2"),
     "a dp that does not fit": ("good.yaml", ["--nproc", "2", "--dp", "3"], "dp is 2 with 2"),
+    "experts that do not split": ("good.yaml", ["--nproc", "2", "--etp", "4"], "etp x ep = 4 x 1 = 4 does not divide"),
     "heads that do not split": (
         "good.yaml",
         ["--nproc", "3", "--tp", "3"],
         "num_attention_heads (4) must be a multiple",
     ),
-    "no such file": ("missing.yaml", [], "missing.yaml: ", "No such file or directory"),
+    "no such file": ("missing.yaml", [], "missing.yaml: $: no such file"),
+    "a misspelt file": ("goood.yaml", [], "no such file; did you mean 'good.yaml'?"),
     "a folder": (".", [], ".yaml, .yml or .json"),
     "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),
     "an override of nothing": ("good.yaml", ["transformer.num_layer=2"], "did you mean 'num_layers'"),
@@ -274,6 +276,14 @@ def test_a_wrong_option_is_a_usage_error() -> None:
     done = run(BRIDGE, "build", "tiny", "--wrap", "paper")
     assert done.returncode == 2
     assert "'paper' is not one of 'ddp'" in done.stderr
+
+
+def test_ranks_of_a_launcher_do_not_share_standard_input() -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    done = run(BRIDGE, "build", "-", environment=place, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    assert "cannot all read standard input: name a file" in done.stderr
 
 
 def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:

@@ -148,6 +148,14 @@ def test_a_layout_takes_bridge_dist(light: Environment, documents: Path) -> None
     assert "--layout takes bridge-dist, which is not installed: install it" in done.stderr
 
 
+def test_what_is_not_installed_is_said(light: Environment, documents: Path) -> None:
+    done = light.run("bridge", "build", "tiny.yaml", cwd=documents)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'build' comes with bridge-dist, which is not installed: pip install bridge-dist" in done.stderr
+    versions = light.run("bridge", "--version").stdout.splitlines()
+    assert versions[1:] == [f"{name} is not installed" for name in (*PACKAGES[1:], "megatron-core", "torch")]
+
+
 @pytest.mark.parametrize("package", PACKAGES[1:])
 def test_package_needs_only_the_layers_below(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     layers = PACKAGES.index(package) + 1

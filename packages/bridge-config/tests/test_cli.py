@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,10 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bridge(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bridge(site: Path, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
     code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=site, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments], cwd=site, input=given, capture_output=True, text=True, check=False
     )
 
 
@@ -103,7 +104,7 @@ def test_validate_tells_every_problem_of_every_file(site: Path) -> None:
     assert done.stderr.splitlines() == [
         "wrong-extension:2:1: $.size: expected an integer, got 'three'",
         "wrong-extension:3:1: $.siz: unknown key of Model; did you mean 'size'?",
-        "absent.yaml: $: cannot be read: No such file or directory",
+        "absent.yaml: $: no such file",
     ]
 
 
@@ -151,7 +152,15 @@ def test_show(site: Path) -> None:
         (["show", "smal-extension"], 1, "did you mean 'small-extension'?"),
         (["show", "small-extensio.5"], 1, "no such file, nor a preset of this name; did you mean 'small-extension'?"),
         (["show", "small-extension", "b.yaml"], 1, "or ~path to remove (one FILE at a time)"),
-        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["show", "small-extension", "size:3"], 1, "malformed: write size=3, or ~path to remove"),
+        (["show", "wrong-extensions.yaml"], 1, "no such file; did you mean 'wrong-extension'?"),
+        (["show", "./mine.json"], 1, "no such file; did you mean './mine.yaml'?"),
+        (["nonsense"], 2, "no such command 'nonsense'"),
+        (["valdate"], 2, "no such command 'valdate'; did you mean 'validate'?"),
+        (["biuld"], 2, "no such command 'biuld'; did you mean 'build'?"),
+        (["validate", "small-extension", "size", "3"], 2, "to override a value, write size=VALUE"),
+        (["diff", "-", "-"], 2, "- is standard input, which can be read once: name a file"),
+        (["validate", "-", "-"], 2, "- is standard input, which can be read once: name a file"),
         (["validate"], 2, "Missing argument"),
         (["validate", "a=1"], 2, "name at least one FILE"),
         (["show"], 2, "Missing argument 'FILE'"),
@@ -160,6 +169,7 @@ def test_show(site: Path) -> None:
 def test_what_goes_wrong_is_a_message_and_an_exit_code(
     site: Path, arguments: list[str], code: int, message: str
 ) -> None:
+    (site / "mine.yaml").write_text("_target_: extension.Model\n")
     done = bridge(site, *arguments)
     assert done.returncode == code
     assert message in done.stderr
@@ -290,3 +300,49 @@ def test_a_size_of_a_layout_is_a_whole_number_that_ranks_can_be(size: str) -> No
     done = CliRunner().invoke(bridge_command, ["validate", "tiny", "--layout", f"tp={size}"])
     assert (done.exit_code, "is not of the form tp=2,pp=2" in done.output) == (2, True)
     assert len(done.output) < 1000
+
+
+@pytest.mark.parametrize(
+    "given", ["_target_: extension.Model\nsize: 4\n", '{"_target_": "extension.Model", "size": 4}']
+)
+def test_a_document_on_standard_input(site: Path, given: str) -> None:
+    assert bridge(site, "validate", "-", given=given).stdout == "-: ok\n"
+    shown = bridge(site, "show", "-", "size=5", "--json", given=given).stdout
+    assert json.loads(shown) == {"_target_": "extension.Model", "size": 5}
+    assert bridge(site, "fingerprint", "-", given=given).stdout.startswith("sha256:")
+    assert bridge(site, "diff", "small-extension", "-", given=given).stdout == "~ size: 3 -> 4\n"
+    wrong = bridge(site, "validate", "-", given=given.replace("4", "four"))
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("-:")
+    written = bridge(site, "migrate", "-", "--write", given=given)
+    assert (written.returncode, written.stderr) == (
+        1,
+        "this document came from standard input: say where to save it\n",
+    )
+
+
+def test_diff_tells_by_its_exit_code_if_asked_to(site: Path) -> None:
+    for arguments, code in ([], 0), (["--exit-code"], 1), (["--exit-code", "--json"], 1):
+        assert (
+            bridge(site, "diff", "small-extension", "-", *arguments, given="_target_: extension.Model").returncode
+            == code
+        )
+    same = bridge(site, "diff", "small-extension", "small-extension", "--exit-code")
+    assert (same.returncode, same.stdout) == (0, "")
+
+
+def test_the_version_is_that_of_every_package_and_imports_none(site: Path) -> None:
+    names = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
+    done = bridge(site, "--version")
+    assert done.stdout.splitlines() == [f"{name} {version(name)}" for name in names]
+    code = "import sys; from bridge.config.cli import bridge; bridge(['--version'], standalone_mode=False);"
+    code += "print([name for name in ('torch', 'megatron') if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.splitlines()[-1] == "[]"
+
+
+def test_commands_of_packages_that_may_not_be_installed_are_known() -> None:
+    from bridge.config.cli import _HOMES
+
+    declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
+    assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _HOMES

@@ -160,7 +160,7 @@ def test_overrides_are_yaml_and_apply_in_order(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("vocab_size", "malformed: write path=value, or ~path to remove"),
+        ("vocab_size", "malformed: write vocab_size=VALUE, or ~path to remove"),
         ("=3", "malformed"),
         ("~vocab_size=3", "malformed"),
         ("~nothing", "$.nothing is not in the document"),
@@ -233,7 +233,7 @@ def test_json_problems_have_positions(tmp_path: Path) -> None:
         ("a.yaml", "x" * (MAX_BYTES + 1), "larger than"),
         ("a.yaml", "é" * (MAX_BYTES // 2 + 1), "larger than"),
         ("a.json", b'{"a": "\xff"}', "is not UTF-8 text"),
-        ("a.yaml", None, "cannot be read: No such file"),
+        ("a.yaml", None, "no such file"),
         ("a", None, "no such file, nor a preset of this name"),
     ],
 )

@@ -804,7 +804,9 @@ def written(folder: Path, config: object) -> Path:
     return file
 
 
-def test_from_a_file_or_folder_to_yaml_json_or_a_file(bridge: Run, tmp_path: Path) -> None:
+def test_from_a_file_or_folder_to_yaml_json_or_a_file(
+    bridge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = written(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
     code, yaml, notes = bridge("from-hf", file)
     assert (code, notes) == (
@@ -812,6 +814,9 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(bridge: Run, tmp_path: Pat
         f"{file}: note: $.quantization_config is left out: it is about how published weights are stored\n",
     )
     assert bridge("from-hf", tmp_path) == (code, yaml, notes)
+    monkeypatch.setattr("sys.stdin", file.open())
+    assert bridge("from-hf", "-") == (code, yaml, notes.replace(str(file), "-"))
+    assert f"did you mean {str(file)!r}" in bridge("from-hf", tmp_path / "confg.json")[2]
     _, text, _ = bridge("from-hf", file, "--json", "--model-id", "another/model")
     assert json.loads(text)["hf_model_id"] == "another/model"
     for name in ("made.yaml", "made.json"):

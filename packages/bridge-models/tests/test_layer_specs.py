@@ -185,6 +185,13 @@ def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: Pro
     assert repr(layer.mtp_model_layer) == repr(plain)
 
 
+def test_layers_in_pytorch_need_to_be_told_of_experts_only() -> None:
+    dense = get_gpt_layer_local_spec()
+    assert repr(with_pytorch_layers(dense)) == repr(with_pytorch_layers(dense, grouped_experts=True)) != repr(dense)
+    with pytest.raises(UnsupportedError, match=r"pass grouped_experts=config\.moe_grouped_gemm"):
+        with_pytorch_layers(get_gpt_layer_local_spec(num_experts=2))
+
+
 @without_te
 def test_the_fallback_to_layers_in_pytorch_is_said_once(
     pg_collection: ProcessGroupCollection, gpt: GPT, caplog: pytest.LogCaptureFixture

@@ -13,14 +13,21 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from io import TextIOWrapper
 
 import click
 
-from bridge.config.errors import BridgeError
+from bridge.config.errors import BridgeError, nearest
 
 GROUP = "bridge.commands"
+
+# Which package declares a command: said where it is not installed.
+_HOMES = {
+    **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
+    **dict.fromkeys(("presets", "from-hf", "to-hf"), "bridge-models"),
+}
+_VERSIONED = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
 
 
 class _Commands(click.Group):
@@ -39,9 +46,38 @@ class _Commands(click.Group):
             return _broken(point, f"{type(error).__name__}: {error}")
         return command if isinstance(command, click.Command) else _broken(point, "it is not a click command")
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in _declared() or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        if name in _HOMES:
+            ctx.fail(f"{name!r} comes with {_HOMES[name]}, which is not installed: pip install {_HOMES[name]}")
+        return ctx.fail(f"no such command {name!r}{nearest(name, {*_declared(), *_HOMES})}")
+
+
+def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the version of each distribution, as its metadata says: importing torch would take seconds."""
+    if not value or ctx.resilient_parsing:
+        return
+    for name in _VERSIONED:
+        try:
+            click.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            click.echo(f"{name} is not installed")
+    ctx.exit()
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="bridge-config", message="bridge-config %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Print the versions of Bridge's packages, megatron-core and torch.",
+)
 def bridge() -> None:
     """Model configurations as data: check them, show them, build distributed models from them."""
 

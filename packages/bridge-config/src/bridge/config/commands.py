@@ -28,7 +28,7 @@ LAYOUT_CHECKS = "bridge.preflight"
 """The entry-point group of functions of a document, sizes by axis and, by name, a wrapper, that return problems."""
 
 _SIZE = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
-_FILE = "FILE is a .yaml, .yml or .json file or the name of a preset."
+_FILE = "FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input."
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
@@ -110,24 +110,29 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     A field that is left out counts as given with its default. Lines begin with ~ for a changed value, + and - for one
     that only the second or the first has, > for one that a version of the form moved or renamed.
 
-    {_FILE} Exit code 0, whether they differ or not.
+    {_FILE} Exit code 0, whether they differ or not, unless --exit-code is given.
     """
 )
 @click.argument("first", metavar="FILE")
 @click.argument("second", metavar="FILE")
 @click.option("--as-written", is_flag=True, help="Tell fields that are left out from fields given their default.")
+@click.option("--exit-code", is_flag=True, help="Exit with code 1 if they differ.")
 @_as_json
-def diff(first: str, second: str, as_written: bool, as_json: bool) -> None:
+@click.pass_context
+def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_code: bool, as_json: bool) -> None:
     """Print what differs between two documents."""
     from bridge.config.compare import differences
 
+    _check_sources([first, second])
     one, other = (_checked(source, defaults=not as_written) for source in (first, second))
     found = list(differences(one, other))
     if as_json:
         _print_json([asdict(difference) for difference in found])
-        return
-    for difference in found:
-        click.echo(str(difference))
+    else:
+        for difference in found:
+            click.echo(str(difference))
+    if exit_code and found:
+        ctx.exit(1)
 
 
 @click.command(
@@ -229,13 +234,23 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Files and overrides, in order."""
-    from bridge.config.document import is_override
+    from bridge.config.document import is_override, is_source, meant_as_override
 
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
     if not sources:
         raise click.UsageError("name at least one FILE")
+    _check_sources(sources)
+    for source in sources[1:]:
+        if not is_source(source) and (meant := meant_as_override(source)):
+            raise click.UsageError(f"{source!r} is no file and no preset: to override a value, write {meant}")
     return sources, overrides
+
+
+def _check_sources(sources: list[str]) -> None:
+    """Refuse standard input twice: it is read to its end once."""
+    if sources.count("-") > 1:
+        raise click.UsageError("- is standard input, which can be read once: name a file")
 
 
 def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from itertools import islice
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
-from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, nearest
+from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, closest, nearest
 from bridge.config.files import BYTE_ORDER_MARK, MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
     from bridge.config.decode import Checked
     from bridge.config.migrate import Migrated
 
+STANDARD_INPUT = "-"
+"""What stands for standard input where a file is asked for."""
+
 _CHUNK = 2**16
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MODELINE = re.compile(r"^\ufeff?#\s*yaml-language-server:(?:\s*\$schema=(?P<schema>\S+))?", re.MULTILINE)
 _SUFFIXES = (*_YAML_SUFFIXES, ".json")
 _PATH = r'[A-Za-z_$](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
+_FORGOTTEN_EQUALS = re.compile(r"(?P<path>[A-Za-z_$][\w.\[\]]*)(?:[:\s]\s*(?P<value>.*))?", re.DOTALL)
 _OVERRIDE = re.compile(rf"\+{{0,2}}(?P<path>{_PATH})=(?P<value>.*)|~(?P<removed>{_PATH})", re.DOTALL)
 
 
@@ -58,10 +63,10 @@ class Document:
 
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
-        """The document in a `.yaml`, `.yml` or `.json` file, or the preset of that name.
+        """The document in a `.yaml`, `.yml` or `.json` file, or the preset of that name, or on standard input.
 
         Args:
-            source: the file, or the preset's name.
+            source: the file, or the preset's name, or `-` for standard input, which is YAML or JSON.
             overrides: `path=value` sets (the value is YAML), `~path` removes; in order.
 
         Raises:
@@ -294,6 +299,8 @@ class Document:
         """The file that the document was loaded from."""
         if not self.source:
             raise ConfigError("this document came from no file: say where to save it")
+        if self.source == STANDARD_INPUT:
+            raise ConfigError("this document came from standard input: say where to save it")
         if _is_preset(self.source):
             raise ConfigError(f"{self.source!r} is a preset, which stays as it is: say where to save the document")
         if self._is_adopted:
@@ -334,6 +341,8 @@ class Document:
     def _override(self, text: str) -> None:
         match = _OVERRIDE.fullmatch(text)
         if match is None:
+            if meant := meant_as_override(text):
+                raise ConfigError(f"malformed: write {meant}, or ~path to remove")
             hint = " (one FILE at a time)" if FilePath(text).suffix in _SUFFIXES else ""
             raise ConfigError(f"malformed: write path=value, or ~path to remove{hint}")
         path = self._meant(match["removed"] or match["path"])
@@ -434,6 +443,19 @@ def is_override(text: str) -> bool:
     return _OVERRIDE.fullmatch(text) is not None and not os.path.exists(text)
 
 
+def is_source(text: str) -> bool:
+    """Whether there is a file or a preset of this name, or it stands for standard input."""
+    return text == STANDARD_INPUT or os.path.exists(text) or preset(text) is not None
+
+
+def meant_as_override(text: str) -> str | None:
+    """The override that a text without an equals sign may be meant as, such as `num_layers` or `num_layers:8`."""
+    match = _FORGOTTEN_EQUALS.fullmatch(text)
+    if match is None or FilePath(text).suffix in _SUFFIXES:
+        return None
+    return f"{match['path']}={match['value'] or 'VALUE'}"
+
+
 def _called(override: str) -> str:
     return f"override {override!r}"
 
@@ -485,24 +507,42 @@ def _is_preset(source: str) -> bool:
 def _read(source: str) -> str:
     """The text of a file or preset."""
     _check_name(source)
-    return _read_preset(source) if _is_preset(source) else read_file(source)
+    return _read_preset(source) if source != STANDARD_INPUT and _is_preset(source) else read_file(source)
 
 
 def read_file(source: str) -> str:
-    """The text of a file that somebody names.
+    """The text of a file that somebody names, or of standard input if they name `-`.
 
     Raises:
         DocumentError: it cannot be read, is no regular file, too large, or not UTF-8.
     """
     _check_name(source)
+    if source == STANDARD_INPUT:
+        return _decoded(sys.stdin.buffer.read(MAX_BYTES + 1), source)
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
             raise _failed(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:
             chunks = iter(partial(stream.read, _CHUNK), b"")
             return _decoded(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
+    except FileNotFoundError as error:
+        raise _failed(source, f"no such file{nearest_source(source)}") from error
     except OSError as error:
         raise _failed(source, f"cannot be read: {error.strerror or error}") from error
+
+
+def nearest_source(source: str) -> str:
+    """The end of a message about a source that is not there: the nearest document beside it, or preset, or nothing."""
+    file = FilePath(source)
+    try:
+        entries = os.listdir(file.parent)
+    except OSError:
+        entries = []
+    found = {os.path.splitext(entry)[0]: entry for entry in sorted(entries) if entry.endswith(_SUFFIXES)}
+    if source == file.name:
+        found |= {name: name for name in presets() if name not in found}
+    close = closest(file.stem if file.suffix in _SUFFIXES else file.name, found)
+    return f"; did you mean {source.removesuffix(file.name) + found[close]!r}?" if close is not None else ""
 
 
 def _check_name(source: str) -> None:
@@ -520,7 +560,7 @@ def _read_preset(name: str) -> str:
     if os.path.exists(name):
         raise _failed(name, "a document is a .yaml, .yml or .json file: give this one such a name")
     known = presets()
-    near = nearest(name, known) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
+    near = nearest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
     raise _failed(name, f"no such file, nor a preset of this name{near}")
 
 
@@ -534,6 +574,9 @@ def _decoded(raw: bytes, source: str) -> str:
 
 
 def _parse(text: str, source: str) -> Parsed:
+    if source == STANDARD_INPUT and text.startswith("{"):
+        with contextlib.suppress(DocumentError):  # a mapping of YAML may begin so too
+            return parse_json(text, source)
     return parse_json(text, source) if source.endswith(".json") else parse_yaml(text, source)
 
 

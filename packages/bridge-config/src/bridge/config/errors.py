@@ -73,7 +73,13 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
 
     It takes milliseconds, so it is for messages that are few.
     """
+    close = closest(name, known)
+    return f"; did you mean {prefix + close!r}?" if close is not None else ""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like the unknown `name`; None if none is like it."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MAX_NAME else []
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+    return close[0] if close else None

@@ -150,8 +150,8 @@ def _unknown(name: str, *, suggest: bool) -> str:
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
     near = nearest(name, known_names()) if suggest else ""
     return (
-        f"{quoted(name)} is not a name that documents may use here; register it (bridge.config.register) or declare it"
-        f" in the entry-point group {GROUP!r}{near}"
+        f"{quoted(name)} is not a name that documents may use here; install the package that has it, register it"
+        f" (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
     )
 
 

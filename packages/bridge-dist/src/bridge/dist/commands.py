@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import click
 
 from bridge.config import BridgeError, Document, ModelConfig
+from bridge.config.document import STANDARD_INPUT
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.imports import import_megatron
 from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
@@ -79,6 +80,7 @@ def _training_options(command: CommandT) -> CommandT:
 @click.option("--vp", type=_SIZE, help="Virtual pipeline stages per rank.")
 @click.option("--cp", type=_SIZE, help="Context-parallel size.")
 @click.option("--ep", type=_SIZE, help="Expert-parallel size.")
+@click.option("--etp", type=_SIZE, help="Expert-tensor-parallel size; by default that of --tp.")
 @click.option("--dp", type=_SIZE, help="Data-parallel size to insist on; it follows from the others.")
 @click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
 @click.option("--wrap", type=click.Choice(_WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
@@ -109,12 +111,14 @@ def build(
     as_json: bool,
     **sizes: int | None,
 ) -> None:
-    """Build FILE, a document or a preset, as distributed stages, and train them for a few steps.
+    """Build FILE, a document, a preset or - for standard input, as distributed stages, and train them for a few steps.
 
     The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
     that losses and gradient norms do not depend on the layout. With --load they are the checkpoint's.
     """
     place = RankEnvironment.read(os.environ) if nproc is None else None
+    if file == STANDARD_INPUT and place is not None:
+        raise click.UsageError("the ranks of a launcher cannot all read standard input: name a file")
     with _reporting_errors(place):
         start_method = _prepare(Device(device), place, ranks=nproc or 1)
         document = Document.load(file, overrides)

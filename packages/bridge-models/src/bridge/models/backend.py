@@ -71,19 +71,22 @@ class PyTorchSpecProvider(LocalSpecProvider):
         )
 
 
-def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool) -> SpecT:
+def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> SpecT:
     """Return a copy of a spec with this backend's layers in place of Megatron's local ones; ``spec`` is left alone.
 
     Megatron's functions that make local specs take no backend (seen in megatron-core 0.19.2).
 
     Args:
         spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
-        grouped_experts: Whether experts are grouped.
+        grouped_experts: Whether experts are grouped; needed if there are any.
+
+    Raises:
+        UnsupportedError: There are experts, and it is not said whether they are grouped.
     """
     return cast(SpecT, _replaced(spec, grouped_experts))
 
 
-def _replaced(spec: Any, grouped_experts: bool) -> Any:
+def _replaced(spec: Any, grouped_experts: bool | None) -> Any:
     provider = PyTorchSpecProvider()
     if spec is WrappedTorchNorm or spec is FusedLayerNorm:  # the other is Apex's, where that is installed
         return provider.layer_norm()
@@ -93,6 +96,8 @@ def _replaced(spec: Any, grouped_experts: bool) -> Any:
         return LatentAttention
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
+            if grouped_experts is None:
+                raise UnsupportedError("the spec has experts: pass grouped_experts=config.moe_grouped_gemm")
             return provider.grouped_mlp_modules(grouped_experts)
         keywords = {name: _replaced(value, grouped_experts) for name, value in spec.keywords.items()}
         return partial(_replaced(spec.func, grouped_experts), *spec.args, **keywords)

@@ -45,8 +45,8 @@ def _description(preset: Traversable) -> str:
 def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | None, as_json: bool) -> None:
     """Make a document from a config.json of transformers.
 
-    CONFIG_JSON is the file, or a folder with a config.json; nothing is fetched. What a document cannot say is refused,
-    all of it at once, by the names of its fields.
+    CONFIG_JSON is the file, a folder with a config.json, or - for standard input; nothing is fetched. What a document
+    cannot say is refused, all of it at once, by the names of its fields.
     """
     from bridge.config.document import Document
     from bridge.models import huggingface
@@ -76,8 +76,8 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
 def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: bool) -> None:
     """Print the config.json of the model that a document describes, as versions 4 and 5 of transformers read it.
 
-    FILE is a .yaml, .yml or .json file or the name of a preset. PATH=VALUE overrides a value, ~PATH removes one. What a
-    config.json cannot say is refused, all of it at once, by the paths of its fields.
+    FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input. PATH=VALUE overrides a value,
+    ~PATH removes one. What a config.json cannot say is refused, all of it at once, by the paths of its fields.
     """
     from bridge.config.document import Document
     from bridge.config.errors import ConfigError

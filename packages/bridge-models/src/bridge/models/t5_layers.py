@@ -114,4 +114,4 @@ def _default(transformer: TransformerConfig, megatron: _Megatron) -> LayerSpec:
     block = TransformerBlockSubmodules(
         layer_specs=[megatron.local()] * transformer.num_layers, layer_norm=WrappedTorchNorm
     )
-    return with_pytorch_layers(block, grouped_experts=False)
+    return with_pytorch_layers(block)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.config.canonical import canonical
-from bridge.config.document import Document, read_file
+from bridge.config.document import STANDARD_INPUT, Document, nearest_source, read_file
 from bridge.config.errors import DocumentError, Problem, nearest, quoted
 from bridge.config.files import parse_json
 from bridge.config.refusal import got
@@ -76,7 +76,7 @@ class Converted:
 
 
 def load_config_json(source: str) -> Document:
-    """The content of a config.json, or of that in a folder, with the memory of where each value stands.
+    """The content of a config.json, of that in a folder, or of standard input, with the memory of where values stand.
 
     Python writes infinity as ``Infinity``, which JSON has not: it becomes ``{"__float__": "Infinity"}``, as version 5
     of transformers writes it.
@@ -88,8 +88,8 @@ def load_config_json(source: str) -> Document:
     if file.is_dir():
         file /= "config.json"
     name = str(file)
-    if not os.path.exists(file):
-        raise _refused("$", "no such file, nor a folder with a config.json", name)
+    if source != STANDARD_INPUT and not os.path.exists(file):
+        raise _refused("$", f"no such file, nor a folder with a config.json{nearest_source(name)}", name)
     text = read_file(name)
     parsed = parse_json(_without_infinity(text), name)
     if not isinstance(parsed.data, dict):
