@@ -48,6 +48,8 @@ def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folde
     folder.add_hook()
     (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
     assert "rank 1: ValueError: a mistake of rank 1" in written
+    assert f'  File "{folder.path}/faulty.py", line ' in written
+    assert "Traceback" not in written
 
 
 @pytest.mark.parametrize(

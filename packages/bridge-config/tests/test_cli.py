@@ -35,6 +35,12 @@ def complain():
     raise ConfigError("something is wrong: change it")
 
 
+@click.command()
+def crash():
+    "Have a fault."
+    [None][0].layers
+
+
 not_a_command = 3
 """
 POINTS = """
@@ -42,6 +48,7 @@ POINTS = """
 extension.Model = extension:Model
 [bridge.commands]
 complain = extension:complain
+crash = extension:crash
 odd = extension:not_a_command
 broken = extension_without_module:command
 [bridge.presets]
@@ -346,3 +353,17 @@ def test_commands_of_packages_that_may_not_be_installed_are_known() -> None:
 
     declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
     assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _HOMES
+
+
+def test_a_fault_of_a_program_is_shown_with_its_place_and_whole_if_asked_to(site: Path) -> None:
+    done = bridge(site, "crash")
+    assert (done.returncode, done.stdout) == (1, "")
+    first, *frames, last = done.stderr.splitlines()
+    assert first == "AttributeError: 'NoneType' object has no attribute 'layers'"
+    line = 1 + MODULE.splitlines().index("    [None][0].layers")
+    assert frames[-2:] == [f'  File "{site}/extension.py", line {line}, in crash', "    [None][0].layers"]
+    assert last == "(--traceback prints all of it)"
+    whole = bridge(site, "crash", "--traceback")
+    assert whole.returncode == 1
+    assert whole.stderr.startswith("Traceback (most recent call last):")
+    assert "--traceback" in bridge(site, "show", "--help").stdout

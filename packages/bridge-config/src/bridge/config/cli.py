@@ -7,6 +7,7 @@ A distribution declares a click command in the entry-point group `bridge.command
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import signal
@@ -19,6 +20,7 @@ from io import TextIOWrapper
 import click
 
 from bridge.config.errors import BridgeError, nearest
+from bridge.config.frames import describe
 
 GROUP = "bridge.commands"
 
@@ -27,6 +29,7 @@ _HOMES = {
     **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
     **dict.fromkeys(("presets", "from-hf", "to-hf"), "bridge-models"),
 }
+_TRACEBACK = "--traceback"
 _VERSIONED = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
 
 
@@ -44,7 +47,11 @@ class _Commands(click.Group):
             command = point.load()
         except Exception as error:  # a plugin's import may fail in any way
             return _broken(point, f"{type(error).__name__}: {error}")
-        return command if isinstance(command, click.Command) else _broken(point, "it is not a click command")
+        if not isinstance(command, click.Command):
+            return _broken(point, "it is not a click command")
+        command = copy.copy(command)
+        command.params = [*command.params, _traceback_option()]
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -55,6 +62,11 @@ class _Commands(click.Group):
         if name in _HOMES:
             ctx.fail(f"{name!r} comes with {_HOMES[name]}, which is not installed: pip install {_HOMES[name]}")
         return ctx.fail(f"no such command {name!r}{nearest(name, {*_declared(), *_HOMES})}")
+
+
+def _traceback_option() -> click.Option:
+    """The option of every command that `main` looks for."""
+    return click.Option([_TRACEBACK], is_flag=True, expose_value=False, help="Print the whole traceback of an error.")
 
 
 def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -90,14 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with _ended_by_signals():
             bridge(args=arguments, prog_name="bridge")
-    except BridgeError as error:
-        click.echo(str(error), err=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            click.echo(f"the output cannot be written: {error.strerror}", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes what is left
+        elif _TRACEBACK in (sys.argv[1:] if arguments is None else arguments):
             raise
-        click.echo(f"the output cannot be written: {error.strerror}", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes what is left
+        elif isinstance(error, BridgeError):
+            click.echo(str(error), err=True)
+        else:
+            click.echo(f"{describe(error)}\n({_TRACEBACK} prints all of it)", err=True)
         sys.exit(1)
 
 

@@ -18,6 +18,7 @@ import click
 
 from bridge.config import BridgeError, Document, ModelConfig
 from bridge.config.document import STANDARD_INPUT
+from bridge.config.frames import describe
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.imports import import_megatron
 from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
@@ -199,7 +200,7 @@ def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
             yield
     except Exception as error:
         failures.record_for_launcher(error)
-        if not isinstance(error, BridgeError) or failures.say_once(str(error), place):
+        if failures.say_once(str(error) if isinstance(error, BridgeError) else describe(error), place):
             raise
         raise click.exceptions.Exit(1) from None
 

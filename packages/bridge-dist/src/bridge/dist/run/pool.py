@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
+from bridge.config import BridgeError
+from bridge.config.frames import describe
 from bridge.dist.errors import LaunchError
 from bridge.dist.imports import import_megatron
 from bridge.dist.run.rank_environment import RankEnvironment
@@ -272,7 +274,7 @@ def _end_with_parent() -> None:
 
 def _failure_of(error: BaseException) -> _Failure:
     details = "".join(traceback.format_exception(error))
-    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    message = f"{type(error).__name__}: {error}" if isinstance(error, BridgeError) else describe(error)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # an exception's own constructor may raise anything when it is called with `args`

@@ -1,0 +1,35 @@
+"""An error that is not Bridge's own shows the last frames, and that of whoever called a library."""
+
+from collections.abc import Callable
+from typing import Any
+
+from bridge.config.frames import describe
+
+
+def inside(module: str, source: str, **names: Any) -> Callable[..., Any]:
+    """The function `call` of a module of the given name."""
+    scope: dict[str, Any] = {"__name__": module, **names}
+    exec(compile(source, f"{module}.py", "exec"), scope)
+    call: Callable[..., Any] = scope["call"]
+    return call
+
+
+def described(call: Callable[..., Any]) -> list[str]:
+    try:
+        call()
+    except Exception as error:
+        return [line for line in describe(error).splitlines() if not line.startswith("    ")]
+    raise AssertionError("nothing was raised")
+
+
+def test_a_deep_fault_in_a_library_shows_who_called_it() -> None:
+    fail = inside("torch.nn", "def call(depth=4):\n    return call(depth - 1) if depth else 1 / 0\n")
+    author = inside("bigram", "\n\ndef call():\n    return fail()\n", fail=fail)
+    found = described(inside("bridge.dist", "def call():\n    return author()\n", author=author))
+    assert found[0] == "ZeroDivisionError: division by zero"
+    assert found[1] == '  File "bigram.py", line 4, in call'
+    assert found[2:] == ['  File "torch.nn.py", line 2, in call'] * 3
+
+
+def test_an_error_that_was_not_raised_has_no_frames() -> None:
+    assert describe(KeyError()) == "KeyError"
