@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,8 @@ def test_a_layout_that_trains_wrong_is_found(tmp_path: Path) -> None:
     assert verdicts["dp2", "ddp"] == "equal"  # where the wrapper broadcasts the weights
     assert verdicts["tp2 dp1", "ddp"] == "different"
     assert "final_layernorm" in next(row["parameter"] for row in rows if row["layout"] == "tp2 dp1")
+    said = [line for line in errors.splitlines() if not re.match(r"\d+ of 28: ", line)]
+    assert said == ["Transformer Engine is not installed: building layers in PyTorch"]
 
 
 def test_it_works_for_a_family_outside_bridge(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -246,8 +247,14 @@ def verify(
     config = document.config()
     training = _train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
     found = verification.verify(document, training, world_size=nproc, start_method=start_method)
+    at_work = [f"{split.name(nproc)} with {wrapping}" for split, wrapping in cases(nproc)]
     rows = list(
-        with_progress(found, len(cases(nproc)), describe=lambda row: f"{row.layout}, {row.wrapper}: {row.verdict}")
+        with_progress(
+            found,
+            len(at_work),
+            first="one process",
+            describe=lambda done, _: at_work[done] if done < len(at_work) else "done",
+        )
     )
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
@@ -406,8 +413,10 @@ def _search(
 ) -> None:
     from bridge.dist.plan.search import search
     from bridge.dist.plan.text import search_tables
+    from bridge.dist.report import with_progress
 
-    found = search(document, options, machine, fixed=given)
+    watch = partial(with_progress, first="planning", describe=lambda *_: "layouts planned")
+    found = search(document, options, machine, fixed=given, watch=watch)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:

@@ -52,6 +52,11 @@ def _silence_imports() -> None:
     """Also silences what ModelOpt says of itself, and torch while it reads a checkpoint."""
     warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch\.distributed\.checkpoint)\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
+    # megatron-core 0.19.2's distributed optimizer, where it sets gradients to zero, asks shards that are no leaves for
+    # theirs: it alone sets them. Under the CPU runtime the warning names the runtime's file.
+    warnings.filterwarnings(
+        "ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"bridge\.dist\.cpu$"
+    )
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

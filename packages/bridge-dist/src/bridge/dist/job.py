@@ -191,7 +191,8 @@ def run_rank(job: BuildJob) -> BuildReport:
     where also goes what Megatron prints.
     """
     with joined(job) as (config, layout, groups):
-        return _report(job, config, build_and_train(job, config, layout, groups), layout, groups)
+        run = build_and_train(job, config, layout, groups, shows_steps=True)
+        return _report(job, config, run, layout, groups)
 
 
 @contextlib.contextmanager
@@ -217,10 +218,18 @@ class Run:
     steps: list[Step]
 
 
-def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> Run:
+def build_and_train(
+    job: BuildJob,
+    config: ModelConfig,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    *,
+    shows_steps: bool = False,
+) -> Run:
     """Build the stages of this rank, wrap them, and train them if the job says so.
 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
+    With ``shows_steps`` rank 0 shows the loss of each step on standard error.
     """
     reset_peak_memory()
     builder = job.builder(config)
@@ -260,8 +269,8 @@ def build_and_train(job: BuildJob, config: ModelConfig, layout: Layout, groups: 
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
         taken = train(stages, groups, layout, text=text, options=job.training, forward_step=builder.forward_step)
-        if leader:
-            taken = with_progress(taken, job.training.steps, describe=lambda step: f"loss {step.loss:.4f}")
+        if leader and shows_steps:
+            taken = with_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
         steps = list(taken)
     return Run(stages=stages, placements=placements, steps=steps)
 

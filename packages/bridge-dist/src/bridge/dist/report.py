@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from bridge.dist.verify import Row
 
 ItemT = TypeVar("ItemT")
+
+_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +195,31 @@ def verification_tables(rows: Sequence[Row]) -> list[RenderableType]:
     return [table, *(escape(f"{'; '.join(cases)}\n  {reason}") for reason, cases in reasons.items())]
 
 
-def with_progress(items: Iterable[ItemT], total: int, *, describe: Callable[[ItemT], str]) -> Iterator[ItemT]:
-    """Pass items through, with a progress bar if standard error is a terminal."""
+def with_progress(
+    items: Iterable[ItemT], total: int, *, describe: Callable[[int, ItemT], str], first: str = ""
+) -> Iterator[ItemT]:
+    """Pass items through, and show on standard error how far they are: a bar on a terminal, else a line now and then.
+
+    Args:
+        items: What is being made, one after the other.
+        total: How many there will be.
+        describe: What to show beside the number once there are so many, of which this is the last.
+        first: What to show before there is any.
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        for item in items:
-            progress.update(task, advance=1, description=describe(item))
+        task = progress.add_task(escape(first), total=total)
+        told = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            said = describe(done, item)
+            progress.update(task, completed=done, description=escape(said))
+            if not console.is_terminal and time.monotonic() - told >= _LINE_EVERY_S:
+                console.print(f"{done} of {total}: {said}", soft_wrap=True, markup=False, highlight=False)
+                told = time.monotonic()
             yield item
 
 

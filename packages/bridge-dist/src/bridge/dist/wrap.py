@@ -27,8 +27,9 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, make_viewless_tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bridge.dist.errors import PreflightError
@@ -271,7 +272,22 @@ def _wrap_torch_fsdp2(
         common["config"].transformer_impl = "local"
     wrapped = TorchFullyShardedDataParallel(**common, process_group=pg_collection.dp_cp)
     wrapped.config = config
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.register_forward_hook(_without_base, prepend=True)
     return wrapped
+
+
+def _without_base(module: torch.nn.Module, args: object, output: Any) -> Any:
+    """Return what a module returns as a tensor that is no view of another, without a copy.
+
+    FSDP2 gathers a module's weights for the backward pass when the gradient of its output comes. It loses sight of a
+    view that is changed in place, and gradients are then wrong (torch 2.15 warns). Megatron's embedding and GPT model
+    return transposed tensors.
+    """
+    if isinstance(output, torch.Tensor) and output.requires_grad:
+        return make_viewless_tensor(output, requires_grad=True, keep_graph=True)
+    return output
 
 
 def _parameter_layout(

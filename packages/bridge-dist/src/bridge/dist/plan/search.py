@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -171,6 +171,7 @@ def search(
     *,
     fixed: Mapping[str, int],
     processes: int | None = None,
+    watch: Callable[[Iterator[Candidate | str], int], Iterator[Candidate | str]] = lambda outcomes, total: outcomes,
 ) -> Found:
     """Plan every layout of ``options.world_size`` GPUs and rank those that fit by the time of a step.
 
@@ -184,6 +185,7 @@ def search(
         machine: Speeds to estimate with.
         fixed: Sizes that are given, by axis.
         processes: How many plan at a time; by default as many as there are processors.
+        watch: Passes on what becomes of each layout, of that many, as soon as it is known.
 
     Raises:
         PlanError: No layout fits, or the wrapper shards weights.
@@ -201,10 +203,11 @@ def search(
         by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
     context = multiprocessing.get_context("forkserver")
     groups = sorted(by_chunks.values(), key=len, reverse=True)
-    work = zip(*((document, options, machine, sizes) for sizes in groups), strict=True)
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_ignore_interrupts) as pool:
         try:
-            outcomes = [outcome for found in pool.map(_tried, *work) for outcome in found]
+            futures = [pool.submit(_tried, document, options, machine, sizes) for sizes in groups]
+            done = (outcome for future in as_completed(futures) for outcome in future.result())
+            outcomes = list(watch(done, sum(map(len, groups))))
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()  # the pool would wait for the layouts that they plan
@@ -217,7 +220,7 @@ def search(
             f"{counts['too large']} too large; take more GPUs, recompute activations, or a smaller micro batch"
         )
     return Found(
-        candidates=sorted(candidates, key=lambda candidate: candidate.seconds),
+        candidates=sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.name)),
         tried=len(outcomes),
         refused=counts["refused"],
         too_large=counts["too large"],
