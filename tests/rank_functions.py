@@ -1,6 +1,7 @@
 """What tests let ranks of a pool do: functions that another process can import."""
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -75,3 +76,8 @@ def compiler_modules() -> list[str]:
     """The modules of torch's compiler that this process has loaded; its configuration is not the compiler."""
     found = [name for name in sys.modules if name.startswith(("torch._dynamo.", "torch._inductor."))]
     return [name for name in found if not name.startswith("torch._dynamo.config")]
+
+
+def log(message: str) -> str:
+    logging.getLogger("bridge.dist.anything").warning(message)
+    return message

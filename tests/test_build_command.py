@@ -316,11 +316,11 @@ def test_help_imports_no_torch() -> None:
 
 PROGRAM = """\
 import os, sys, torch
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from bridge.config import load_config
 from bridge.dist import Layout, create_process_groups
 from bridge.dist.cpu import cpu_runtime
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 def forgets_to_return(stages):
     pass
@@ -356,6 +356,8 @@ def test_a_program_that_asks_for_the_impossible() -> None:
     done = run(sys.executable, "-c", PROGRAM.format(calls=list(WRONG_CALLS)))
     said = [line for line in done.stderr.splitlines() if "Error: " in line]
     assert len(said) == len(WRONG_CALLS), done.stderr
+    assert "Warning" not in done.stderr
+    assert "DEPRECATED" not in done.stderr
     for line, expected in zip(said, WRONG_CALLS.values(), strict=True):
         assert expected in line
 

@@ -14,6 +14,7 @@ import pytest
 import rank_functions
 
 from bridge.dist.errors import LaunchError
+from bridge.dist.messages import start_run
 from bridge.dist.run.pool import RankPool, launch, start_fork_server
 
 
@@ -42,6 +43,13 @@ def test_the_first_error_is_raised_and_costs_its_job_alone(pool: RankPool) -> No
     assert isinstance(caught.value.__cause__, ValueError)
     assert "in fail_on" in caught.value.__notes__[0]
     assert len(pool.run(rank_functions.process, ranks=2)) == 2
+
+
+def test_what_ranks_log_is_said_once(pool: RankPool, caplog: pytest.LogCaptureFixture) -> None:
+    start_run()
+    for message in ("slower than need be", "slower than need be", "something else"):
+        assert pool.run(rank_functions.log, message, ranks=2) == [message, message]
+    assert [record.getMessage() for record in caplog.records] == ["slower than need be", "something else"]
 
 
 def test_a_rank_that_ends_is_an_error(pool: RankPool) -> None:

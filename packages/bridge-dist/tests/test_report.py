@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from bridge.dist import report as reports
 from bridge.dist.flops import peak_flops
 from bridge.dist.memory import PeakMemory
-from bridge.dist.report import BuildReport, ChunkReport, RankReport, tables
+from bridge.dist.report import BuildReport, ChunkReport, RankReport, tables, with_progress
 
 GIB = 2**30
 
@@ -103,3 +104,24 @@ def test_the_tables_fit_80_columns() -> None:
 )
 def test_peaks_of_devices(name: str, tera: float | None) -> None:
     assert peak_flops(name) == (None if tera is None else tera * 1e12)
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a [1]", "b", "c"]
+
+    def passed() -> list[str]:
+        return list(
+            with_progress(names, 3, describe=lambda done, item: f"after {item} comes {[*names, 'no more'][done]}")
+        )
+
+    assert passed() == names
+    assert capsys.readouterr().err == ""  # it was over at once
+    monkeypatch.setattr(reports, "_LINE_EVERY_S", 0.0)
+    assert passed() == names
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 3: after a [1] comes b",
+        "2 of 3: after b comes c",
+        "3 of 3: after c comes no more",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bridge.config.noise import silence
+
 if TYPE_CHECKING:
     from bridge.dist.build import DistributedModelBuilder, build_distributed, prepare_stages
     from bridge.dist.checks.document import check_document
@@ -25,6 +27,8 @@ __all__ = [
     "destroy_process_groups",
     "prepare_stages",
 ]
+
+silence()  # before megatron-core is imported
 
 _MODULES = {
     "BuildOptions": "options",

@@ -22,6 +22,7 @@ from bridge.config.document import STANDARD_INPUT
 from bridge.config.frames import describe
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.imports import import_megatron
+from bridge.dist.messages import start_run
 from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
 from bridge.dist.run.pool import StartMethod, launch, start_fork_server
 from bridge.dist.run.rank_environment import RankEnvironment
@@ -171,6 +172,7 @@ def _prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> Sta
     Raises:
         LaunchError: There is no GPU for each rank of this machine, and the user asks for it.
     """
+    start_run()
     if place is not None:
         os.environ.update(place.variables())  # as libraries look for them, under srun too
     local_ranks = ranks if place is None else place.local_world_size
@@ -342,6 +344,7 @@ def plan(
     The real stages of each pipeline rank are built, wrapped and run where tensors have shapes and no memory, and
     everything is counted: weights, gradients, optimizer, activations at the peak of the schedule, FLOPs, messages.
     """
+    start_run()
     hide_gpus()  # a plan takes none
     if search:
         if gpus is None:

@@ -7,16 +7,18 @@ import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
+from bridge.config.frames import describe
 from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.layout import Layout
+from bridge.dist.messages import relay, send_messages
 from bridge.dist.plan.groups import extents, rank_of
 from bridge.dist.plan.measure import Memo
 from bridge.dist.plan.plan import PlanOptions, plan
@@ -203,11 +205,10 @@ def search(
         by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
     context = multiprocessing.get_context("forkserver")
     groups = sorted(by_chunks.values(), key=len, reverse=True)
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
         try:
             futures = [pool.submit(_tried, document, options, machine, sizes) for sizes in groups]
-            done = (outcome for future in as_completed(futures) for outcome in future.result())
-            outcomes = list(watch(done, sum(map(len, groups))))
+            outcomes = list(watch(_outcomes(futures), sum(map(len, groups))))
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()  # the pool would wait for the layouts that they plan
@@ -227,15 +228,34 @@ def search(
     )
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, to the one that started this one."""
+def _start_worker() -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, and messages to the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    send_messages(_messages.append)
 
 
-def _tried(
-    document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]
-) -> list[Candidate | str]:
+_messages: list[str] = []
+"""What this worker has logged since it last told."""
+
+
+class _Tried(NamedTuple):
+    """What became of some layouts, and what was logged meanwhile."""
+
+    outcomes: list[Candidate | str]
+    messages: list[str]
+
+
+def _outcomes(futures: Sequence[Future[_Tried]]) -> Iterator[Candidate | str]:
+    for future in as_completed(futures):
+        tried = future.result()
+        for message in tried.messages:
+            relay(message)
+        yield from tried.outcomes
+
+
+def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]) -> _Tried:
     """Plan layouts one after the other: a candidate of each, or what is wrong with it."""
+    _messages.clear()
     memo: Memo = {}
     outcomes: list[Candidate | str] = []
     for one in sizes:
@@ -246,8 +266,11 @@ def _tried(
         except BridgeError:
             outcomes.append("refused")
             continue
+        except Exception as error:  # of the model; from another process only its text arrives
+            name = " ".join(f"{axis}{size}" for axis, size in one.items())
+            raise PlanError(f"{name}: {describe(error)}") from error
         outcomes.append("too large" if made.fits is False else estimated(made, machine))
-    return outcomes
+    return _Tried(outcomes, list(_messages))
 
 
 def estimated(made: Plan, machine: Machine) -> Candidate:

@@ -27,6 +27,7 @@ from bridge.config import BridgeError
 from bridge.config.frames import describe
 from bridge.dist.errors import LaunchError
 from bridge.dist.imports import import_megatron
+from bridge.dist.messages import relay, send_messages
 from bridge.dist.run.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -185,6 +186,12 @@ class _Rank(NamedTuple):
         self.connection.close()
 
 
+class _Message(NamedTuple):
+    """What a rank logs while it works."""
+
+    text: str
+
+
 @dataclass(frozen=True)
 class _Failure:
     """What a rank's function raised; ``error`` is None if that cannot be sent to another process."""
@@ -214,6 +221,10 @@ def _collect(ranks: Sequence[_Rank], deadline: float | None) -> list[Any]:
                 result = answer.recv()
             except (EOFError, ConnectionResetError):
                 raise LaunchError(_describe_end(rank, ranks[rank].process)) from None
+            if isinstance(result, _Message):
+                relay(result.text)
+                pending[answer] = rank
+                continue
             if isinstance(result, _Failure):
                 _raise_if_killed(pending.values(), ranks)
                 raise _launch_error(rank, result) from result.error
@@ -247,6 +258,13 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
     """Run the tasks that come, one after the other, as a rank."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sending = threading.Lock()
+
+    def send(answer: object) -> None:
+        with sending:
+            tasks.send(answer)
+
+    send_messages(lambda text: send(_Message(text)))
     import_megatron(with_compiler=start_method == "spawn")
     while True:
         try:
@@ -258,9 +276,9 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
             os.environ.update(task.variables)
             result = task.function(*task.args)
             gc.collect()  # models hold the threads of their process groups, which wake a hundred times a second
-            tasks.send(result)
+            send(result)
         except BaseException as error:  # an exit of the function is a failure too
-            tasks.send(_failure_of(error))
+            send(_failure_of(error))
             # It keeps its connections until it is killed: peers must not fail before it for having lost them.
             signal.pause()
 
