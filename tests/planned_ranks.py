@@ -14,11 +14,11 @@ from bridge.config import Document
 from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout
 from bridge.dist.job import BuildJob, run_rank
-from bridge.dist.options import Wrapper
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import StagePlan
 from bridge.dist.text import default_text
 from bridge.dist.train import TrainOptions
+from bridge.dist.wrapper import Wrapper
 
 
 class Job(NamedTuple):

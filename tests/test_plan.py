@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.measure import measure
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
-from bridge.dist.plan.search import Machine, search
+from bridge.dist.plan.search import Candidate, Machine, search
 from bridge.dist.wrapper import Wrapper
 
 NOTED: list[tuple[str, tuple[int, ...], str]] = []
@@ -770,7 +771,16 @@ def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
     options = PlanOptions(
         batch=Batch(seq_length=64, global_batch_size=16), world_size=4, gpu_memory=limit, distributed_optimizer=True
     )
-    found = search(document, options, Machine(), fixed={"tp": 1}, processes=2)
+    watched: list[tuple[Candidate | str, int]] = []
+
+    def watch(outcomes: Iterator[Candidate | str], total: int) -> Iterator[Candidate | str]:
+        for outcome in outcomes:
+            watched.append((outcome, total))
+            yield outcome
+
+    found = search(document, options, Machine(), fixed={"tp": 1}, processes=2, watch=watch)
+    assert len(watched) == found.tried
+    assert {total for _, total in watched} == {found.tried}
     assert found.tried == found.refused + found.too_large + len(found.candidates)
     assert found.too_large
     seconds = [candidate.seconds for candidate in found.candidates]
@@ -788,6 +798,9 @@ def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
     assert why.startswith(f"{found.candidates[0].name} is ahead of {found.candidates[1].name}")
     with pytest.raises(PlanError, match=r"no layout of 4 GPUs fits"):
         search(document, replace(options, gpu_memory=1000), Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
+    odd = replace(options, batch=Batch(seq_length=64, global_batch_size=3))
+    with pytest.raises(PlanError, match=r"0 too large\n\d+ are refused because the global batch of 3 samples does not"):
+        search(document, odd, Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
 
 
 # --- The command

@@ -5,8 +5,8 @@ from __future__ import annotations
 import planned_ranks
 from planned_ranks import Job
 
-from bridge.dist.options import Wrapper
 from bridge.dist.run.pool import launch, start_fork_server
+from bridge.dist.wrapper import Wrapper
 
 PREDICTS_TWO = ("position_embedding_type=rope", "transformer.mtp_num_layers=2")
 BALANCED = ("transformer.moe_aux_loss_coeff=0.01", "transformer.moe_z_loss_coeff=0.001")

@@ -27,6 +27,7 @@ from bridge.dist.plan.timeline import planned
 from bridge.dist.wrapper import Wrapper
 
 _LARGEST_VP = 8
+_TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,17 +215,21 @@ def search(
                 worker.kill()  # the pool would wait for the layouts that they plan
             raise
     candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
-    counts = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
+    reasons = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
+    too_large = reasons.pop(_TOO_LARGE, 0)
+    refused = reasons.total()
     if not candidates:
+        advice = ["take more GPUs, recompute activations, or a smaller micro batch"] if too_large else []
+        advice += [f"{count} are refused because {reason}" for reason, count in reasons.most_common(3)]
         raise PlanError(
-            f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {counts['refused']} are refused and "
-            f"{counts['too large']} too large; take more GPUs, recompute activations, or a smaller micro batch"
+            f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {refused} are refused and "
+            f"{too_large} too large" + "".join(f"\n{line}" for line in advice)
         )
     return Found(
         candidates=sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.name)),
         tried=len(outcomes),
-        refused=counts["refused"],
-        too_large=counts["too large"],
+        refused=refused,
+        too_large=too_large,
     )
 
 
@@ -254,7 +259,7 @@ def _outcomes(futures: Sequence[Future[_Tried]]) -> Iterator[Candidate | str]:
 
 
 def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]) -> _Tried:
-    """Plan layouts one after the other: a candidate of each, or what is wrong with it."""
+    """Plan layouts one after the other: a candidate of each, or why it is none."""
     _messages.clear()
     memo: Memo = {}
     outcomes: list[Candidate | str] = []
@@ -263,13 +268,13 @@ def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Se
         replace_layout(changed, one, sequence_parallel=one["tp"] > 1)
         try:
             made = plan(changed, options, memo=memo)
-        except BridgeError:
-            outcomes.append("refused")
+        except BridgeError as error:
+            outcomes.append(str(error))
             continue
         except Exception as error:  # of the model; from another process only its text arrives
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
             raise PlanError(f"{name}: {describe(error)}") from error
-        outcomes.append("too large" if made.fits is False else estimated(made, machine))
+        outcomes.append(_TOO_LARGE if made.fits is False else estimated(made, machine))
     return _Tried(outcomes, list(_messages))
 
 
