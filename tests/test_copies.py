@@ -192,6 +192,14 @@ def over_tensor_parallel_ranks(hook: str) -> str | list[float]:
     return train({"tp": 2}, hook, tied=False)
 
 
+def test_hooks_of_others_are_told_from_bridges_own() -> None:
+    from bridge.builders import compose_hooks
+    from bridge.dist.engine.copies import foreign_hooks
+
+    names = foreign_hooks([compose_hooks([freeze_both, compose_hooks([])]), freeze_by_name])
+    assert names == [f"{__name__}.freeze_both", f"{__name__}.freeze_by_name"]
+
+
 @pytest.mark.parametrize(
     ("hook", "says"),
     [

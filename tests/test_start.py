@@ -56,6 +56,22 @@ def test_what_compiles_nothing_does_not_load_the_compiler(command: tuple[str, ..
     assert modules_of_the_compiler(*command) == []
 
 
+REFUSED = {
+    ("plan", "llama-3.1-405b", "--tp", "8", "--pp", "16", "--vp", "8"): "account_for_embedding_in_pipeline_split",
+    ("build", "tiny", "--nproc", "2", "--tp", "3"): "2 ranks do not fit tp x pp x cp = 3",
+    ("build", "moe-tiny", "transformer.moe_router_topk=9"): "a token cannot go to 9 of num_moe_experts",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED, ids=lambda command: " ".join(command))
+def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(command: tuple[str, ...]) -> None:
+    code = "import sys; from bridge.config.cli import bridge\ntry: bridge(sys.argv[1:])\n"
+    code += "finally: print({'torch', 'megatron'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "set()\n")
+    assert REFUSED[command] in done.stderr
+
+
 COMPILING = """\
 from bridge.dist.imports import import_megatron, is_compiler_left_out
 import_megatron(with_compiler=False)

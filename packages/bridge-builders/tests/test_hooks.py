@@ -21,6 +21,10 @@ def forgets_to_return(values: list[Any]) -> Any:
     values.append(0)
 
 
+def test_the_composed_hooks_can_be_asked_for() -> None:
+    assert compose_hooks([double, add_ten]).hooks == (double, add_ten)  # type: ignore[attr-defined]
+
+
 def test_no_hooks_is_identity() -> None:
     stages: list[Any] = []
     assert compose_hooks([])(stages) is stages

@@ -62,7 +62,8 @@ def problems(**given: Any) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"])
 def test_a_pattern_of_layers_is_read_as_text(name: str, text: str, value: Any) -> None:
     # The values are what the parser of Megatron-LM says of each in its help.
-    assert model(num_experts=4, **{name: text})["transformer"].get(name, 2) == value
+    layers = len(value) if isinstance(value, list) else 4
+    assert model(num_layers=layers, num_experts=4, **{name: text})["transformer"].get(name, 2) == value
 
 
 @pytest.mark.parametrize(
@@ -304,9 +305,8 @@ def test_a_vocabulary_that_is_not_padded_yet() -> None:
 
 
 def test_a_hybrid_model() -> None:
-    data = model(
-        num_layers=None, mamba_num_groups=2, hybrid_layer_pattern="M--D", untie_embeddings_and_output_weights=True
-    )
+    given = {"num_layers": None, "mamba_num_groups": 2, "hybrid_layer_pattern": "M--D", "multi_latent_attention": True}
+    data = model(**given, untie_embeddings_and_output_weights=True)
     assert data["_target_"] == MAMBA
     assert data["hybrid_layer_pattern"] == "M--D"
     assert data["share_embeddings_and_output_weights"] is False

@@ -310,8 +310,8 @@ def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collectio
         ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
         ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),
         ("M", {"mamba_state_dim": 0}, "mamba_state_dim: must be at least 1, got 0"),
-        ("M", {"is_hybrid_model": False}, "is_hybrid_model is false, .* set it to true"),
-        ("M+", {}, r"has latent attention \(\+ or D\), but transformer.multi_latent_attention is false"),
+        ("M", {"is_hybrid_model": False}, "is_hybrid_model: is false, .* set it to true"),
+        ("M+", {}, r"multi_latent_attention: is false, but .* has latent attention \(\+ or D\)"),
         ("M*", {"experimental_attention_variant": "dsa"}, r"is dsa, but hybrid_layer_pattern M\* has no layer of it"),
     ],
 )
@@ -325,7 +325,7 @@ def test_plain_attention_of_a_latent_transformer_is_refused() -> None:
         num_layers=2, hidden_size=32, num_attention_heads=4, multi_latent_attention=True, is_hybrid_model=True
     )
     config = MambaModelConfig(transformer=transformer, vocab_size=96, hybrid_layer_pattern="M*")
-    with pytest.raises(ModelConfigError, match=r"multi_latent_attention is true, but .* has plain attention \(\*\)"):
+    with pytest.raises(ModelConfigError, match=r"multi_latent_attention: is true, but .* has plain attention \(\*\)"):
         config.validate()
 
 

@@ -22,7 +22,8 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
         hooks: Functions from the stages of this rank to the stages of this rank.
 
     Returns:
-        One function; the identity (the same list object comes back) when there are no hooks.
+        One function, whose attribute ``hooks`` holds them; the identity when there are none: the same list object comes
+        back.
 
     Raises:
         HookError: At once, if this is no list of functions; when run, if a hook returns anything but a list of stages,
@@ -42,6 +43,7 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
             stages = _run(hook, stages, number=number, total=len(chain))
         return stages
 
+    composed.hooks = chain  # type: ignore[attr-defined]
     return composed
 
 

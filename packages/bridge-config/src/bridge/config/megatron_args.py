@@ -330,10 +330,10 @@ class _ArgumentsAdoption(Adoption):
         pattern = with_predictions(_pattern(args), args.get("mtp_hybrid_override_pattern"), args.get("mtp_num_layers"))
         self._put_top("hybrid_layer_pattern", pattern, given)
         self._put("num_layers", layers_in(pattern) or args.get("num_layers"), "num_layers")
+        self.transformer["is_hybrid_model"] = True
         if isinstance(pattern, str):
             if not args.get("mtp_num_layers") and "/" in pattern:
                 self.transformer["mtp_num_layers"] = pattern.count("/")
-            self.transformer["is_hybrid_model"] = True
             if "D" in pattern:
                 self.transformer["experimental_attention_variant"] = "dsa"
 

@@ -20,12 +20,14 @@ import click
 from bridge.config import BridgeError, Document, ModelConfig
 from bridge.config.document import STANDARD_INPUT
 from bridge.config.frames import describe
+from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.imports import import_megatron
 from bridge.dist.messages import start_run
 from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
 from bridge.dist.run.pool import StartMethod, launch, start_fork_server
 from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,17 +125,24 @@ def build(
     if file == STANDARD_INPUT and place is not None:
         raise click.UsageError("the ranks of a launcher cannot all read standard input: name a file")
     with _reporting_errors(place):
-        start_method = _prepare(Device(device), place, ranks=nproc or 1)
         document = Document.load(file, overrides)
         notes = document.migrate()  # a layout is written into the present form
         if place is None or place.rank == 0:
             for note in notes:
                 click.echo(f"{file}: note: {note}", err=True)
         apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
+        ranks = (nproc or 1) if place is None else place.world_size
+        refuse_before_imports(
+            document,
+            wrapper=Wrapper(wrap),
+            world_size=ranks,
+            dp=dp,
+            distributed_optimizer=distributed_optimizer,
+        )
+        start_method = _prepare(Device(device), place, ranks=nproc or 1)
         config = document.config()
 
         from bridge.dist import job as jobs
-        from bridge.dist.wrapper import Wrapper
 
         training = None
         if steps is not None:
@@ -147,7 +156,6 @@ def build(
             training=training,
             modelopt_checkpoint=load,
         )
-        ranks = (nproc or 1) if place is None else place.world_size
         job.check(config, ranks)
         job.builder(config).check_restore()
         if place is None:
@@ -351,7 +359,22 @@ def plan(
             raise click.UsageError("--search needs --gpus, how many there are")
         if dp is not None or html is not None:
             raise click.UsageError("--search takes neither --dp, which follows from the other sizes, nor --html")
+    document = Document.load(file, overrides)
+    for note in document.migrate():
+        click.echo(f"{file}: note: {note}", err=True)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if search:
+        replace_layout(document, {}, sequence_parallel=False)
         start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
+    else:
+        apply_layout(document, given)
+        refuse_before_imports(
+            document,
+            wrapper=Wrapper(wrap),
+            world_size=gpus,
+            dp=dp,
+            distributed_optimizer=distributed_optimizer,
+        )
 
     import_megatron(with_compiler=False)
     from bridge.dist.batch import Batch
@@ -360,16 +383,7 @@ def plan(
     from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
     from bridge.dist.plan.plan import plan as planned
     from bridge.dist.plan.search import Machine
-    from bridge.dist.wrapper import Wrapper
 
-    document = Document.load(file, overrides)
-    for note in document.migrate():
-        click.echo(f"{file}: note: {note}", err=True)
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if search:
-        replace_layout(document, {}, sequence_parallel=False)
-    else:
-        apply_layout(document, given)
     layout = job_layout(document, gpus=gpus, dp=dp)
     make_builder(document.config()).check_restore()
     microbatches = 2 * layout.pp if layout.pp > 1 else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,8 @@ from bridge.config import BridgeError, Document, DocumentError, Problem
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.view import View
 from bridge.config.standins import Made
-from bridge.config.targets import import_builder
+from bridge.config.tables import shipped
+from bridge.config.targets import declared, import_builder
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
 from bridge.dist.documents import CONFIG_FIELDS, apply_layout
@@ -61,7 +62,7 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
     try:
         document.migrate()
         apply_layout(document, {axis: size for axis, size in layout.items() if axis != "dp"})
-        _check(document.check(), Wrapper(wrapper), dp=layout.get("dp", 1))
+        _check(document.check(), Wrapper(wrapper), dp=layout.get("dp", 1), rules=rules_of)
     except DocumentError as error:
         return error.problems
     except PreflightError as error:
@@ -71,7 +72,58 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
     return []
 
 
-def _check(checked: Checked, wrapper: Wrapper, *, dp: int) -> None:
+def refuse_before_imports(
+    document: Document,
+    *,
+    wrapper: Wrapper,
+    world_size: int | None = None,
+    dp: int | None = None,
+    distributed_optimizer: bool = False,
+) -> None:
+    """Refuse what arithmetic refuses, before anything heavy is imported; the build checks again, and more.
+
+    Documents that name what other distributions declare are passed over: to read them, these would be imported.
+
+    Args:
+        document: In the present form, with its layout.
+        wrapper: The data-parallel wrapper.
+        world_size: Number of ranks; None for as many as the layout takes.
+        dp: The data-parallel size that is expected, if one is.
+        distributed_optimizer: Whether the optimizer's state is sharded.
+
+    Raises:
+        DocumentError: The document says what no model has, or what contradicts itself.
+        LayoutError: The layout does not fit the ranks.
+        PreflightError: What is known to fail.
+    """
+    if _names_only_what_is_shipped(document.data):
+        _check(
+            document.check(),
+            wrapper,
+            world_size=world_size,
+            dp=dp,
+            distributed_optimizer=distributed_optimizer,
+            rules=_declared_rules,
+        )
+
+
+def _names_only_what_is_shipped(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_names_only_what_is_shipped, value.values()))
+    if isinstance(value, list):
+        return all(map(_names_only_what_is_shipped, value))
+    return not isinstance(value, str) or value not in declared() or shipped(value) is not None
+
+
+def _check(
+    checked: Checked,
+    wrapper: Wrapper,
+    *,
+    rules: Callable[[str | None], tuple[Rule, ...]],
+    world_size: int | None = None,
+    dp: int | None = None,
+    distributed_optimizer: bool = False,
+) -> None:
     model, transformer = _views(checked)
     if transformer is None:  # its builder keeps it elsewhere: nothing is known without building
         return
@@ -80,11 +132,11 @@ def _check(checked: Checked, wrapper: Wrapper, *, dp: int) -> None:
     ranks = math.prod(getattr(transformer, CONFIG_FIELDS[axis]) for axis in ("tp", "pp", "cp"))
     setup = Setup(
         transformer=config,
-        layout=Layout.of(config, ranks * dp),
-        options=_UsualOptions.of(wrapper, config),
+        layout=Layout.of(config, world_size or ranks * (dp or 1), dp=dp),
+        options=_UsualOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
         model=cast("ModelConfig", model),
     )
-    check(setup, (*MODEL_RULES, *rules_of(checked.builder)))
+    check(setup, (*MODEL_RULES, *rules(checked.builder)))
 
 
 def _views(checked: Checked) -> tuple[View, View | None]:
@@ -106,15 +158,18 @@ def rules_of(builder: str | None) -> tuple[Rule, ...]:
     They are those that an installed distribution declares. Where none does, the builder itself is imported, which
     takes seconds.
     """
-    if builder is None:
-        return ()
-    if (declared := _declared().get(builder)) is not None:
-        return tuple(declared.load())
+    if builder is None or builder in _points():
+        return _declared_rules(builder)
     return tuple(getattr(import_builder(builder), "rules", ()))
 
 
+def _declared_rules(builder: str | None) -> tuple[Rule, ...]:
+    point = _points().get(builder or "")
+    return () if point is None else tuple(point.load())
+
+
 @cache
-def _declared() -> dict[str, EntryPoint]:
+def _points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=RULES_OF_A_BUILDER)}
 
 
@@ -128,10 +183,16 @@ class _UsualOptions:
     has_layer_wise_layout: bool = False
 
     @classmethod
-    def of(cls, wrapper: Wrapper, config: Any) -> _UsualOptions:
+    def of(cls, wrapper: Wrapper, config: Any, *, distributed_optimizer: bool) -> _UsualOptions:
         if wrapper is Wrapper.NONE:
             return cls(wrapper=wrapper, ddp_config=None)
-        usual = usual_ddp_options(wrapper, bf16=config.bf16, fp16=config.fp16, distributed_optimizer=False, on_gpu=True)
+        usual = usual_ddp_options(
+            wrapper,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            distributed_optimizer=distributed_optimizer,
+            on_gpu=True,
+        )
         return cls(wrapper=wrapper, ddp_config=cast("DistributedDataParallelConfig", _Defaults(usual)))
 
 

@@ -70,7 +70,8 @@ def is_tied(stages: Sequence[MegatronModule]) -> bool:
 
 def foreign_hooks(hooks: Iterable[Hook]) -> list[str]:
     """Name those of some hooks that are not Bridge's own, which treat copies alike."""
-    return [hook_name(hook) for hook in hooks if not getattr(hook, "__module__", "").startswith("bridge.")]
+    each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # some are composed
+    return [hook_name(hook) for hook in each if not getattr(hook, "__module__", "").startswith("bridge.")]
 
 
 def check_copies(

@@ -77,11 +77,21 @@ def layers_divide(setup: Setup) -> Iterator[str]:
     if says_how_to_split(setup.transformer) or "|" in (pattern or ""):
         return
     pp, vp = setup.layout.pp, setup.layout.vp if setup.has_virtual_pipeline else 1
-    if setup.transformer.num_layers % (pp * vp):
+    layers, stages = setup.transformer.num_layers, pp * vp
+    if layers % stages:
         yield (
-            f"num_layers = {setup.transformer.num_layers} does not divide into pp x vp = {pp} x {vp} = {pp * vp} "
-            "equal stages: change pp or vp, or say how to split in pipeline_model_parallel_layout"
+            f"num_layers = {layers} does not divide into pp x vp = {pp} x {vp} = {stages} equal stages: change pp or "
+            f"vp, {_ways_to_count(layers, stages)}or say how to split in pipeline_model_parallel_layout"
         )
+
+
+def _ways_to_count(layers: int, stages: int) -> str:
+    """What can count as a layer of its own, so that layers divide."""
+    if (layers + 2) % stages == 0:
+        return "set account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split to True, "
+    if (layers + 1) % stages == 0:
+        return "set account_for_embedding_in_pipeline_split or account_for_loss_in_pipeline_split to True, "
+    return ""
 
 
 _CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
