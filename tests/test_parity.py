@@ -28,7 +28,8 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
     layout = job.check(config, torch.distributed.get_world_size())
-    steps = build_and_train(job, config, layout, create_process_groups(layout)).steps
+    groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))
+    steps = build_and_train(job, config, layout, groups).steps
     return [step.loss for step in steps], [step.grad_norm for step in steps]
 
 
@@ -59,6 +60,21 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
 def test_other_models(world_size: int, sizes: dict[str, int], overrides: dict[str, Any]) -> None:
     losses, norms = run_ranks(train_tiny, 1, {}, overrides)[0]
     for found in run_ranks(train_tiny, world_size, sizes, overrides):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(("pp", "layout"), [(2, "Ettttm|L"), (3, "Ett|ttm|L")])
+def test_predictions_away_from_the_last_stage(pp: int, layout: str, is_tied: bool) -> None:
+    model = {
+        "position_embedding_type": "rope",
+        "transformer.mtp_num_layers": 1,
+        "share_embeddings_and_output_weights": is_tied,
+    }
+    losses, norms = run_ranks(train_tiny, 1, {}, model)[0]
+    split = model | {"transformer.pipeline_model_parallel_layout": layout}
+    for found in run_ranks(train_tiny, pp, {"pp": pp}, split):
         assert found[0] == pytest.approx(losses, rel=1e-5)
         assert found[1] == pytest.approx(norms, rel=1e-5)
 

@@ -53,6 +53,7 @@ class Setting:
     ddp: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=lambda: DDP)
     environment: Environment = field(default_factory=Environment)
+    embedding_ranks: list[int] | None = None
 
     def config(self) -> GPTModelConfig | MambaModelConfig | T5ModelConfig:
         transformer: dict[str, Any] = {
@@ -136,7 +137,23 @@ def connections(number: int, compute_capability: tuple[int, int] = HOPPER) -> En
     return on_gpu(compute_capability, CUDA_DEVICE_MAX_CONNECTIONS=str(number))
 
 
+PREDICTING = {"mtp_num_layers": 1}
+ROPE = {"position_embedding_type": "rope"}
 CASES: dict[str, Case] = {
+    "embedding-group": Case(
+        refused=Setting(
+            sizes=PIPELINE,
+            transformer=PREDICTING | {"pipeline_model_parallel_layout": "Ettm|L"},
+            model=ROPE,
+            embedding_ranks=[0, 1],
+        ),
+        advised=Setting(
+            sizes=PIPELINE,
+            transformer=PREDICTING | {"pipeline_model_parallel_layout": "Ettm|L"},
+            model=ROPE,
+            embedding_ranks=[0],
+        ),
+    ),
     "groups-fit-configuration": Case(
         # Each stage builds all layers: there are twice as many.
         refused=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_size": 1}),
@@ -414,6 +431,22 @@ SHOWN_ELSEWHERE: dict[str, Case] = {
         advised=Setting(sizes={"ep": 2}, transformer=EXPERTS, model=MODELOPT),
         world_size=4,
     ),
+    "pipeline-layout": Case(
+        refused=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_layout": "Et|L"}),
+        advised=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_layout": "Et|tL"}),
+    ),
+    "predictions-beside-the-embedding": Case(
+        refused=Setting(
+            sizes=INTERLEAVED,
+            transformer=PREDICTING | ASYNCHRONOUS | {"pipeline_model_parallel_layout": "Et|tt|tm|L"},
+            model=ROPE,
+        ),
+        advised=Setting(
+            sizes=INTERLEAVED,
+            transformer=PREDICTING | ASYNCHRONOUS | {"pipeline_model_parallel_layout": "Et|tt|t|mL"},
+            model=ROPE,
+        ),
+    ),
     "sequences-without-tensor-parallelism": Case(
         refused=Setting(changed={"sequence_parallel": True}),
         advised=Setting(sizes=TENSOR_PARALLEL, transformer={"sequence_parallel": True}),
@@ -490,6 +523,7 @@ def problems(setting: Setting, world_size: int) -> list[str]:
         options=setting.options(),
         model=config,
         environment=setting.environment,
+        embedding_ranks=setting.embedding_ranks,
     )
     try:
         preflight.check(setup, (*rules.RULES, *make_builder(config).rules))
@@ -623,7 +657,7 @@ def one_process() -> dict[str, Run]:
 
 def _of_one_process(setting: Setting) -> Setting:
     """The same model, whole."""
-    of_model = ("num_layers", *EXPERTS)
+    of_model = ("num_layers", *EXPERTS, *PREDICTING)
     transformer = {name: value for name, value in setting.transformer.items() if name in of_model}
     return Setting(family=setting.family, transformer=transformer, model=setting.model)
 

@@ -91,7 +91,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
 def can_be_a_document(setting: Setting) -> bool:
     """Whether all that a rule looks at is said by a document, a layout and a wrapper with its usual options."""
     usual = not setting.ddp or setting.ddp == megatron_fsdp()["ddp"]
-    return usual and not setting.changed and setting.environment == Environment()
+    return usual and not setting.changed and setting.embedding_ranks is None and setting.environment == Environment()
 
 
 @pytest.fixture(scope="module")

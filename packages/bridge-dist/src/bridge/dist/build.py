@@ -24,7 +24,7 @@ from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import warning
 from bridge.dist.engine.copies import check_copies, foreign_hooks, is_tied
-from bridge.dist.engine.groups import layout_of_groups
+from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
 from bridge.dist.environment import inspect_process
 from bridge.dist.errors import BuilderContractError
 from bridge.dist.forward import next_token_step
@@ -187,6 +187,7 @@ def build_distributed(
         options=options,
         model=model,
         groups=pg_collection,
+        embedding_ranks=embedding_ranks_of(pg_collection),
         environment=inspect_process(),
     )
     check(setup, (*RULES, *rules))

@@ -30,7 +30,7 @@ from bridge.dist.engine.groups import create_process_groups, destroy_process_gro
 from bridge.dist.environment import inspect_process, leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.flops import model_flops, peak_flops
-from bridge.dist.layout import Layout
+from bridge.dist.layout import Layout, embedding_ranks
 from bridge.dist.memory import PeakMemory, peak_memory, reset_peak_memory
 from bridge.dist.options import BuildOptions
 from bridge.dist.report import BuildReport, ChunkReport, RankReport, with_progress
@@ -103,6 +103,11 @@ class BuildJob:
             self.training.microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
             read_text(self.training, config)
         return layout
+
+    def embedding_ranks(self, config: ModelConfig) -> list[int] | None:
+        """Return the pipeline ranks that hold the word embedding or a copy; None for the first and the last."""
+        tied = getattr(config, "share_embeddings_and_output_weights", False)
+        return embedding_ranks(self.builder(config).transformer_config, tied=tied)
 
     def options(self, config: TransformerConfig) -> BuildOptions:
         """Return the options of the build: the wrapper's usual ones."""
@@ -204,7 +209,7 @@ def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCol
     with contextlib.redirect_stdout(sys.stderr), world(facts(job=job, versions=versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
-        groups = create_process_groups(layout)
+        groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))
         yield config, layout, groups
         destroy_process_groups()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bridge.config.schema.pipeline_layout import stages_of
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
 
@@ -101,3 +102,29 @@ def says_how_to_split(config: TransformerConfig) -> bool:
         or config.account_for_embedding_in_pipeline_split
         or config.account_for_loss_in_pipeline_split
     )
+
+
+def prediction_rank(config: TransformerConfig) -> int | None:
+    """Return the pipeline rank whose stage predicts further tokens, where a layout places that; None elsewhere."""
+    layout: Any = config.pipeline_model_parallel_layout
+    pp = config.pipeline_model_parallel_size
+    if hasattr(layout, "layout"):  # Megatron's own class, by rank and virtual stage
+        stages = [[layer.name for chunk in chunks for layer in chunk] for chunks in layout.layout]
+    else:
+        stages = stages_of(layout) or []
+    return next((index % pp for index, layers in enumerate(stages) if "mtp" in layers), None)
+
+
+def embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] | None:
+    """Return the pipeline ranks that hold the word embedding or a copy; None for the first and the last.
+
+    The last rank holds a copy if the output layer is tied to it, and so does the rank that predicts further tokens.
+
+    Args:
+        config: Says which rank that is.
+        tied: Whether the output layer uses the embedding's weight.
+    """
+    predicting = prediction_rank(config)
+    if predicting is None:
+        return None
+    return sorted({0, predicting, *([config.pipeline_model_parallel_size - 1] if tied else [])})

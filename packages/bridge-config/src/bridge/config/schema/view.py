@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
+from bridge.config.schema.pipeline_layout import stages_of
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.tables import Target, shipped_dtypes
 
@@ -79,19 +79,7 @@ def _derive(config: View) -> None:
     for name in ("params_dtype", "pipeline_dtype"):
         if isinstance(given := values.get(name), str):
             values[name] = shipped_dtypes().get(given.removeprefix("torch."), given)
-    layout = values.get("pipeline_model_parallel_layout")
-    if isinstance(layout, (str, list)) and config.virtual_pipeline_model_parallel_size is None:
-        stages = _stages(layout) if isinstance(layout, str) else len(layout)
-        virtual = stages // config.pipeline_model_parallel_size
+    stages = stages_of(values.get("pipeline_model_parallel_layout"))
+    if stages is not None and config.virtual_pipeline_model_parallel_size is None:
+        virtual = len(stages) // config.pipeline_model_parallel_size
         values["virtual_pipeline_model_parallel_size"] = virtual if virtual > 1 else None
-
-
-_REPEATED = re.compile(r"(?:\(([^()]+)\)|([^()*]))\*(\d{1,9})")
-
-
-def _stages(layout: str) -> int:
-    """The number of stages of a pipeline layout such as ``Et|(tt|)*29,m|L``."""
-    stages = layout.count("|") + 1
-    for group, one, times in _REPEATED.findall(layout):
-        stages += (group or one).count("|") * (int(times) - 1)
-    return stages

@@ -76,6 +76,8 @@ class Setup:
     """The whole configuration of the model, where there is one."""
     groups: ProcessGroupCollection | None = None
     """The process groups; None where they are still to be made, by ``create_process_groups``."""
+    embedding_ranks: list[int] | None = None
+    """The pipeline ranks in the embedding group; None where this rank is not, or groups are still to be made."""
     environment: Environment = field(default_factory=Environment)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed
@@ -31,8 +32,21 @@ def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColle
     )
 
 
+def embedding_ranks_of(pg_collection: ProcessGroupCollection) -> list[int] | None:
+    """Return the pipeline ranks in the embedding group; None where this rank is not in it."""
+    group = getattr(pg_collection, "embd", None)
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        return None
+    pipeline = torch.distributed.get_process_group_ranks(pg_collection.pp)
+    return [pipeline.index(rank) for rank in torch.distributed.get_process_group_ranks(group)]
+
+
 def create_process_groups(
-    layout: Layout, *, timeout: timedelta = LONGEST_WAIT, optimizer_instances: int = 1
+    layout: Layout,
+    *,
+    timeout: timedelta = LONGEST_WAIT,
+    optimizer_instances: int = 1,
+    embedding_ranks: Sequence[int] | None = None,
 ) -> ProcessGroupCollection:
     """Create Megatron's process groups for a layout in the initialised world, and return this rank's.
 
@@ -43,13 +57,15 @@ def create_process_groups(
         timeout: How long a collective of any of these groups may wait for the other ranks.
         optimizer_instances: Copies of the distributed optimizer's state, each sharded over its own part of the
             data-parallel ranks.
+        embedding_ranks: The pipeline ranks that hold the word embedding or a copy, see
+            ``bridge.dist.layout.embedding_ranks``; by default the first and the last.
 
     Raises:
         AgreementError: The ranks do not all ask for this layout.
         LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
             optimizer instances.
     """
-    agree_in_world(facts(layout=layout, optimizer_instances=optimizer_instances))
+    agree_in_world(facts(layout=layout, optimizer_instances=optimizer_instances, embedding_ranks=embedding_ranks))
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
         raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")
@@ -69,6 +85,7 @@ def create_process_groups(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=optimizer_instances,
+        get_embedding_ranks=embedding_members(embedding_ranks),  # type: ignore[arg-type]  # called with the ranks alone
         create_gloo_process_groups=not fake,  # gloo would look for the other ranks
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
     )
@@ -79,6 +96,13 @@ def create_process_groups(
                 _set_timeout(timeout, group)
     groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
     return groups
+
+
+def embedding_members(ranks: Sequence[int] | None) -> Callable[[list[int]], list[int]]:
+    """Return what picks the members of an embedding group out of a pipeline's ranks, as Megatron asks for it."""
+    if ranks is None:
+        return parallel_state.default_embedding_ranks
+    return lambda pipeline: [pipeline[rank] for rank in ranks]
 
 
 def destroy_process_groups() -> None:

@@ -7,7 +7,7 @@ with the same ranks in the same order, and put where it keeps them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import FakeProcessGroup, _register_process_group
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bridge.dist.engine.groups import embedding_members
 from bridge.dist.layout import Layout
 from bridge.dist.plan.virtual_rank.state import separate_state
 
@@ -72,15 +73,18 @@ def rank_of(layout: Layout, **coordinates: int) -> int:
 
 
 @contextlib.contextmanager
-def as_rank(layout: Layout, rank: int) -> Iterator[ProcessGroupCollection]:
+def as_rank(
+    layout: Layout, rank: int, *, embedding_ranks: Sequence[int] | None = None
+) -> Iterator[ProcessGroupCollection]:
     """Be a rank of a job of this layout: Megatron's state and the default group say so until the context is left.
 
-    No process group may exist outside. All else that Megatron keeps outside of models is that of a new process.
+    ``embedding_ranks`` are those of ``create_process_groups``. No process group may exist outside. All else that
+    Megatron keeps outside of models is that of a new process.
     """
     with separate_state():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
-            vars(parallel_state).update(_state(layout, rank))
+            vars(parallel_state).update(_state(layout, rank, embedding_ranks))
             parallel_state._set_global_memory_buffer()
             groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
             yield groups
@@ -122,7 +126,7 @@ def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple
     yield from ((rank, rank + span) for rank in lowest)
 
 
-def _state(layout: Layout, rank: int) -> dict[str, Any]:
+def _state(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> dict[str, Any]:
     """Megatron's global variables about groups."""
     state: dict[str, Any] = {}
     made: dict[tuple[str, ...], ProcessGroup] = {}
@@ -135,7 +139,7 @@ def _state(layout: Layout, rank: int) -> dict[str, Any]:
             state[ranks_of_group] = ranks
     pipeline = state["_PIPELINE_GLOBAL_RANKS"]
     for kind, members in (
-        ("_EMBEDDING", parallel_state.default_embedding_ranks(pipeline)),
+        ("_EMBEDDING", embedding_members(embedding_ranks)(pipeline)),
         ("_POSITION_EMBEDDING", parallel_state.default_position_embedding_ranks(pipeline)),
     ):
         state[f"{kind}_GROUP"] = _fake_group(members, rank, name=kind) if rank in members else None

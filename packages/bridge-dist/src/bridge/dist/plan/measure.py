@@ -182,7 +182,9 @@ def measure(
     """
     is_fsdp = job.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
     sharding = sharding_on_meta() if is_fsdp else contextlib.nullcontext()
-    with on_meta(), equal_shares(), as_rank(layout, rank) as groups, sharding, _alike():
+    embedding_ranks = job.embedding_ranks(ModelConfig.from_dict(job.document))
+    as_this_rank = as_rank(layout, rank, embedding_ranks=embedding_ranks)
+    with on_meta(), equal_shares(), as_this_rank as groups, sharding, _alike():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)

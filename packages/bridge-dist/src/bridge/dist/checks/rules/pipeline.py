@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bridge.config.schema.pipeline_layout import stages_of
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.layout import embedding_ranks, prediction_rank
 
 
 @rule(seen=MEGATRON)
@@ -94,6 +96,53 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
         )
 
 
+@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+def pipeline_layout(setup: Setup) -> Iterator[str]:
+    """The layout of a pipeline names every layer once, as many stages for each rank, and the embedding first, the loss
+    last.
+    """
+    config, pp = setup.transformer, setup.layout.pp
+    stages = stages_of(config.pipeline_model_parallel_layout)  # of a document; a live one was checked when it was made
+    if stages is None:
+        return
+    layers = [layer for stage in stages for layer in stage]
+    if len(stages) % pp:
+        yield f"pipeline_model_parallel_layout has {len(stages)} stages, not a multiple of pp = {pp}: choose another pp"
+    wanted = {"decoder": config.num_layers, "mtp": config.mtp_num_layers or 0, "embedding": 1, "loss": 1}
+    for layer, number in wanted.items():
+        if layers.count(layer) != number:
+            yield (
+                f"pipeline_model_parallel_layout has {layers.count(layer)} {layer} layer(s), the model has {number}: "
+                "change one of them"
+            )
+
+
+@rule(seen=MEGATRON, not_shown="ranks wait for each other")
+def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
+    """Both stages hold a copy of the embedding, and the gradients of one are left out; or ranks wait for each other
+    without end.
+    """
+    if setup.has_virtual_pipeline and prediction_rank(setup.transformer) == 0:
+        yield (
+            "multi-token prediction on a later virtual stage of the first pipeline rank trains wrong: write m into a "
+            "stage of another rank in pipeline_model_parallel_layout"
+        )
+
+
+@rule(seen=MEGATRON)
+def embedding_group(setup: Setup) -> Iterator[str]:
+    """Copies of an embedding whose rank is not in the group are trained on their own, and the output layer of a rank
+    that need not be there gets the gradients of the embedding.
+    """
+    wanted = embedding_ranks(setup.transformer, tied=getattr(setup.model, "share_embeddings_and_output_weights", False))
+    made = setup.embedding_ranks
+    if setup.layout.pp > 1 and None not in (wanted, made) and made != wanted:
+        yield (
+            f"pipeline ranks {wanted} hold the word embedding or a copy, the embedding group has {made}: pass "
+            f"embedding_ranks={wanted} to create_process_groups"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     interleaving_on_two_ranks,
     interleaving_group_size,
@@ -101,4 +150,7 @@ RULES: tuple[Rule, ...] = (
     overlapped_messages_without_interleaving,
     pipeline_dtype,
     uneven_pipeline,
+    pipeline_layout,
+    predictions_beside_the_embedding,
+    embedding_group,
 )
