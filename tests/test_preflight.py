@@ -431,6 +431,12 @@ SHOWN_ELSEWHERE: dict[str, Case] = {
         advised=Setting(sizes={"ep": 2}, transformer=EXPERTS, model=MODELOPT),
         world_size=4,
     ),
+    "recomputed-mlp-with-biases": Case(
+        refused=Setting(transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        advised=Setting(
+            transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"], "add_bias_linear": False}
+        ),
+    ),
     "pipeline-layout": Case(
         refused=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_layout": "Et|L"}),
         advised=Setting(sizes=PIPELINE, changed={"pipeline_model_parallel_layout": "Et|tL"}),

@@ -898,6 +898,21 @@ def test_the_head_of_a_classifier_and_long_sequences_are_told_of() -> None:
     assert not from_hf(LLAMA | {"architectures": ["LlamaForCausalLM"], "num_labels": 2}).notes
 
 
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ({"model_type": "llama", "num_key_value_heads": 3}, "$.num_key_value_heads"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8}, "$.num_experts_per_tok"),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused_at_the_field_that_says_so(given: dict[str, Any], path: str) -> None:
+    with pytest.raises(DocumentError) as error:
+        from_hf(
+            {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2, **given}
+        )
+    assert [problem.path for problem in error.value.problems] == [path]
+
+
 def test_a_language_model_inside_another_is_told_of() -> None:
     with pytest.raises(DocumentError, match=r"\$\.text_config: the language model is in here, a llama: save this part"):
         from_hf({"model_type": "llava", "text_config": LLAMA, "vision_config": {}})

@@ -136,7 +136,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     _note_heads(t)
     _raise_any(t)
     data = _document(t.made, architecture)
-    _check(data)
+    _check(data, fields, architecture)
     if data.get("seq_length", 0) > _LONG:
         t.note(
             f"seq_length is {data['seq_length']:,}, the longest that the model was made for: training and plans take "
@@ -218,8 +218,8 @@ def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str
     return fields
 
 
-def _check(data: dict[str, Any]) -> None:
-    """Check the document; what is wrong with a token is wrong with the field of config.json that has its name.
+def _check(data: dict[str, Any], given: Mapping[str, Any], architecture: Architecture) -> None:
+    """Check the document; what is wrong with a field is wrong with that of config.json which it comes from.
 
     Raises:
         DocumentError: There is something wrong.
@@ -227,9 +227,17 @@ def _check(data: dict[str, Any]) -> None:
     try:
         Document(data).check()
     except DocumentError as error:
-        inside = "$.generation_config."
-        problems = [Problem(p.path.replace(inside, "$."), p.message) for p in error.problems]
-        raise DocumentError(problems) from error
+        raise DocumentError([_of_config_json(problem, given, architecture) for problem in error.problems]) from error
+
+
+def _of_config_json(problem: Problem, given: Mapping[str, Any], architecture: Architecture) -> Problem:
+    if problem.path.startswith(inside := "$.generation_config."):
+        return Problem(problem.path.replace(inside, "$."), problem.message)
+    path = problem.path.removeprefix("$.")
+    sources = [name for row in architecture.rows if path in row.fields for name in row.names if name in given]
+    if not sources:
+        return problem
+    return Problem(f"$.{sources[0]}", f"{path}: {problem.message}")
 
 
 def _raise_any(t: Translation) -> None:

@@ -23,7 +23,21 @@ def meta_device_and_cpu_initialization(setup: Setup) -> Iterator[str]:
         yield "init_model_with_meta_device and use_cpu_initialization leave weights uninitialised: set one to False"
 
 
+@rule(seen=MEGATRON, not_shown="the backward pass does not end")
+def recomputed_mlp_with_biases(setup: Setup) -> Iterator[str]:
+    """The bias of the last layer is an output of the recomputed part, which the backward pass then enters again and
+    again.
+    """
+    config = setup.transformer
+    recomputed = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
+    if recomputed and config.add_bias_linear:
+        yield (
+            "an MLP with biases cannot be recomputed: set add_bias_linear = False, or take mlp out of recompute_modules"
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    recomputed_mlp_with_biases,
     experts_without_sequence_parallelism,
     meta_device_and_cpu_initialization,
 )
