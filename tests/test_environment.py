@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
-from bridge.dist.environment import Environment, leave_out_cuda_graphs, prepare_process
+from bridge.dist.environment import inspect_process, leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import TrainingError
 from bridge.dist.job import BuildJob
 from bridge.dist.text import default_text
@@ -59,7 +59,7 @@ def test_deterministic_algorithms_are_those_of_the_latest_configuration() -> Non
 
 def test_there_is_no_gpu_here_and_nothing_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    here = Environment.here()
+    here = inspect_process()
     assert here.variables["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert (here.compute_capability, here.has_user_buffers, here.is_batch_invariant) == (None, False, False)
 

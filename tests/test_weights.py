@@ -15,10 +15,10 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from ranks import run_ranks
 
 from bridge.config import Document
+from bridge.dist import Layout, create_process_groups
 from bridge.dist.cpu import cpu_runtime, on_meta
 from bridge.dist.documents import apply_layout
 from bridge.dist.job import make_builder
-from bridge.dist.layout import Layout, create_process_groups
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.stages import build_stages
 from bridge.dist.weights import Placement, draw_weights, named_parameters

@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridge.config import Document, DocumentError
 from bridge.config.cli import main
+from bridge.config.reader import Reader
 from bridge.config.tables import shipped
 from bridge.models.huggingface import from_hf, load_config_json, to_hf
 from bridge.models.huggingface.convert import ARCHITECTURES
@@ -493,15 +494,21 @@ def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
     config = data.draw(FAMILIES[model_type], label="config")
     version, old_type = data.draw(one_in(4, 5), label="version"), data.draw(FLAGS, label="old type")
     config = spelled(config, version, old_type=old_type)
-    document = from_hf(config).data
-    came_back = to_hf(document).data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "_wrong_fields", lambda *_: [])  # most of what is drawn could not run
+        document, came_back = _there_and_back(config)
+        assert to_hf(from_hf(came_back).data).data == came_back
+        assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
     told, told_back = meaning(config), meaning(came_back)
     if model_type == "nemotron_h" and "E" not in document["hybrid_layer_pattern"]:
         told, told_back = without_experts(told), without_experts(told_back)
     assert told_back == told
     assert came_back["model_type"] == model_type
-    assert to_hf(from_hf(came_back).data).data == came_back
-    assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
+
+
+def _there_and_back(config: Config) -> tuple[Config, Config]:
+    document = from_hf(config).data
+    return document, to_hf(document).data
 
 
 NUMBERS = one_in(-1, 0, 1, 2, 3, 8, 64, 10**5, 10**18, 10**400, 0.0, 0.5, 1.5, -2.0, 1e308)

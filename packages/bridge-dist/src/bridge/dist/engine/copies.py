@@ -201,7 +201,9 @@ def _embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
         path = _copy_of_embedding(model, tied=tied)
         if path is not None:
             weight = _weight(model, path)
-            state = None if weight is None else _state(weight, values=not weight.is_meta)
+            # From the meta device, the copy gets its values later.
+            values = not model.config.init_model_with_meta_device
+            state = None if weight is None else _state(weight, values=values)
             copies.append(_Copy(f"{path}.weight", torch.distributed.get_rank(), state))
     return copies
 
