@@ -7,8 +7,11 @@ import pkgutil
 
 import pytest
 from megatron.core.tensor_parallel import random
+from ranks import run_ranks
 
+from bridge.dist import destroy_process_groups
 from bridge.dist.internals import (
+    MEGATRON_ATTRIBUTES,
     MEGATRON_MESSAGE,
     MEGATRON_NAMES,
     PRIVATE_NAMES,
@@ -30,6 +33,36 @@ def test_it_is_still_there(name: str) -> None:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError) as error:
         pytest.fail(f"there is no {name}, which bridge-dist uses ({NEEDED[name]}): {error}")
+
+
+def attributes_of_built_models() -> set[str]:
+    """The attributes of all that two built and trained models consist of."""
+    from bridge.config import Document
+    from bridge.dist import create_process_groups
+    from bridge.dist.job import BuildJob, build_and_train
+    from bridge.dist.text import default_text
+    from bridge.dist.train import TrainOptions, optimizer_of
+    from bridge.dist.wrapper import Wrapper
+
+    found: set[str] = set()
+    predicting = ["position_embedding_type=rope", "transformer.mtp_num_layers=1"]
+    for document in (Document.load("moe-tiny", predicting), Document.load("hybrid-tiny")):
+        training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+        job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
+        config = document.config()
+        layout = job.check(config, 1)
+        groups = create_process_groups(layout)
+        stages = build_and_train(job, config, layout, groups).stages
+        with optimizer_of(stages) as optimizer:
+            objects = [groups, optimizer, *stages[0].modules(), *stages[0].parameters()]
+            found |= {name for name in MEGATRON_ATTRIBUTES for one in objects if hasattr(one, name)}
+        destroy_process_groups()
+    return found
+
+
+def test_what_is_looked_up_is_found() -> None:
+    [found] = run_ranks(attributes_of_built_models, 1)
+    assert MEGATRON_ATTRIBUTES.keys() - found == set()
 
 
 def test_the_message_is_still_logged() -> None:

@@ -77,5 +77,31 @@ MEGATRON_NAMES = {
 }
 """What each is for, by name; seen in megatron-core 0.19.2. Most would be passed over in silence if they were gone."""
 
+MEGATRON_ATTRIBUTES = {
+    "allreduce": "weights, wrap: whether a parameter is no expert's",
+    "chained_optimizers": "plan.measure: the optimizers of an optimizer",
+    "embd": "engine.groups: the embedding group of a collection",
+    "expt_tp": "weights: the tensor-parallel group of experts",
+    "intra_dp_cp": "wrap: the ranks of one optimizer instance",
+    "intra_expt_dp": "wrap: the same, of experts",
+    "layer_number": "weights: the place of a layer in the whole model",
+    "main_grad": "plan.sharded, engine.copies: where gradients are added up",
+    "mtp_process": "meta, engine.copies: whether a stage predicts further tokens",
+    "num_gemms": "weights: how many experts a module holds",
+    "output_layer": "train: whose logits are masked",
+    "partition_dim": "weights: the dimension that is split",
+    "partition_sizes": "weights: the blocks of a Mamba layer's projection",
+    "partition_stride": "weights: how a parameter is split",
+    "post_process": "plan.measure: whether a stage is the last",
+    "pre_process": "plan.measure: whether it is the first",
+    "share_embeddings_and_output_weights": "weights: whether an embedding is tied",
+    "tensor_model_parallel": "weights, engine.copies: whether a parameter is split",
+    "zero_grad_buffer": "train: of stages with buffers of gradients",
+}
+"""Attributes that are looked up where not every object has them, so that without them nothing would be said.
+
+Seen in megatron-core 0.19.2 on parameters, modules, optimizers and collections of process groups. A test finds each.
+"""
+
 MEGATRON_MESSAGE = "CPU RNG state changed within GPU RNG context"
 """What the CPU runtime keeps out of the log of ``megatron.core.tensor_parallel.random`` (megatron-core 0.19.2)."""
