@@ -199,6 +199,7 @@ def verdict(data: dict[str, Any]) -> str | None:
 MEANS_NOTHING = (
     "must be",  # negative epsilons, sizes of parts that this model has not got, shares above one
     "channels would be lost",
+    "no channel is rotated",
     "give one a layer",  # entries too many
     "expected 0 or 1",
     "transformer.num_layers is",  # the pattern alone counts

@@ -710,7 +710,7 @@ def test_the_peak_is_that_of_the_schedule() -> None:
     [
         ("Ett|tt|mm|L", {"pp": 4}, [1, 2, 4, 3]),
         ("Ettt|tmm|L", {"pp": 3}, [1, 4, 3]),
-        ("Et|tt|tmm|L", {"pp": 2, "vp": 2}, [1 + 1 + 3, 1 + 1 + 3]),
+        ("Et|t|t|t|||mm|L", {"pp": 4, "vp": 2}, [1 + 2, 2 + 2, 2 + 4, 2 + 3]),
         ("Ett|ttmm||L", {"pp": 4}, [1, 4, 6, 3]),
         ("Ett|tt|mmL", {"pp": 3}, [1, 2, 1]),
     ],
@@ -842,4 +842,4 @@ def test_the_command_refuses_nonsense() -> None:
     assert "--search takes neither" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
     refused = bridge_plan("tiny", "--tp", "3")
     assert refused.returncode == 1
-    assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr
+    assert "num_attention_heads = 4 is not a multiple of tp = 3" in refused.stderr

@@ -276,6 +276,10 @@ TOGETHER = frozenset(
         "fp16",
         "bf16",
         "kv_channels",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "v_head_dim",
     }
 )
 

@@ -305,7 +305,7 @@ def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collectio
                 "pipeline_dtype": torch.float32,
                 "num_layers_in_first_pipeline_stage": 1,
             },
-            "num_layers_in_first_pipeline_stage does not split a hybrid model",
+            "a hybrid model is not split by transformer.num_layers_in_first_pipeline_stage",
         ),
         ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
         ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),

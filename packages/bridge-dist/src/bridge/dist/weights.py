@@ -237,7 +237,7 @@ def _draw_bias(bias: torch.Tensor, *, bound: float) -> None:
 
 def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -> bool:
     """Whether all elements of a whole vector are equal. Collective over the ranks that it is split over."""
-    if named.parameter.is_meta:  # has no elements yet
+    if named.parameter.is_meta or not named.parameter.numel():  # without elements
         return True
     low, high = named.parameter.detach().float().aminmax()
     extremes = torch.stack([-low, high])

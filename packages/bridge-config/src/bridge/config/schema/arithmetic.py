@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.ranges import COUNT, NOT_NEGATIVE, TRANSFORMER, Range, ranges_of
+from bridge.config.schema.view import View
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 """What every TransformerConfig gives, though the constructor takes their default, 0."""
@@ -78,7 +79,8 @@ def _heads(config: Any) -> Problems:
         return
     if config.multi_latent_attention:  # its heads have sizes of their own
         return
-    if hidden % heads and channels == hidden // heads:
+    # A live config does not tell whether they were given.
+    if hidden % heads and isinstance(config, View) and "kv_channels" in config.derived:
         yield (
             "num_attention_heads",
             f"{heads} heads do not divide hidden_size = {hidden}, and channels would be lost: choose a divisor, or set "
@@ -115,7 +117,8 @@ def _routing(config: Any) -> Problems:
             names.append("moe_ffn_hidden_size")
         yield from ((name, "there are no experts: set num_moe_experts, or leave this out") for name in names)
         return
-    yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
+    if not config.is_hybrid_model:  # there the pattern says which layers have experts
+        yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
     if topk > experts:
         yield "moe_router_topk", f"a token cannot go to {topk} of num_moe_experts = {experts} experts"
     elif config.moe_router_group_topk:
@@ -200,13 +203,11 @@ def _rotary_channels(model: Any) -> Problems:
         return
     channels = transformer.kv_channels
     share = model.rotary_percent if model.position_embedding_type != "yarn" else 1
-    rotated = int(channels * share) if share < 1 else channels
-    if rotated % 2:
-        of = "" if rotated == channels else f" of {channels}, by rotary_percent = {share}"
-        yield (
-            "transformer.kv_channels",
-            f"channels are rotated in pairs, and {rotated}{of} is odd: choose an even number",
-        )
+    rotated = int(channels * share)
+    if not share:
+        yield "rotary_percent", "no channel is rotated: set it above 0, or position_embedding_type to none"
+    elif rotated % 2 and rotated == channels:  # of an odd number that is smaller, one more is rotated
+        yield "transformer.kv_channels", f"channels are rotated in pairs, and {channels} is odd: choose an even number"
 
 
 def _hybrid_layers(model: Any) -> Problems:

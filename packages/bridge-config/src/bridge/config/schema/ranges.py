@@ -102,7 +102,7 @@ FIELD_RANGES: Mapping[str, Mapping[str, Range]] = {
     _YARN: {"yarn_rotary_scaling_factor": POSITIVE, "yarn_original_max_position_embeddings": COUNT},
     _LANGUAGE: {
         **dict.fromkeys(("vocab_size", "make_vocab_size_divisible_by", "seq_length"), COUNT),
-        "rotary_percent": Range(minimum=0, maximum=1, exclusive=True),
+        "rotary_percent": SHARE,
         "seq_len_interpolation_factor": POSITIVE,
     },
     _GPT: {"rotary_base": POSITIVE, "rope_scaling_factor": POSITIVE},

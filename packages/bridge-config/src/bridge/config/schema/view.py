@@ -30,6 +30,8 @@ class View:
         values = vars(self)
         values.update(data)
         values[_TARGET], values[_EMBEDDED] = target, embedded
+        self.derived: frozenset[str] = frozenset()
+        """The fields that are not given, and that the constructor derives."""
         if embedded is not None and target.embeds is not None:
             values[target.embeds] = embedded
         elif TRANSFORMER in target.bases:
@@ -65,9 +67,8 @@ def _derive(config: View) -> None:
         "microbatch_group_size_per_vp_stage": config.pipeline_model_parallel_size,
         "recompute_modules": ["core_attn"],
     }
-    for name, value in derived.items():
-        if values.get(name) is None:
-            values[name] = value
+    config.derived = frozenset(name for name in derived if values.get(name) is None)
+    values.update({name: derived[name] for name in config.derived})
     if config.num_moe_experts is not None and config.moe_ffn_hidden_size is None:
         values["moe_ffn_hidden_size"] = config.ffn_hidden_size
     for ranks, shards, part in (
@@ -79,6 +80,8 @@ def _derive(config: View) -> None:
     for name in ("params_dtype", "pipeline_dtype"):
         if isinstance(given := values.get(name), str):
             values[name] = shipped_dtypes().get(given.removeprefix("torch."), given)
+    if config.fp32_residual_connection and values.get("pipeline_dtype") is not None:
+        values["pipeline_dtype"] = "torch.float32"
     stages = stages_of(values.get("pipeline_model_parallel_layout"))
     if stages is not None and config.virtual_pipeline_model_parallel_size is None:
         virtual = len(stages) // config.pipeline_model_parallel_size

@@ -132,7 +132,7 @@ def _check(
     ranks = math.prod(getattr(transformer, CONFIG_FIELDS[axis]) for axis in ("tp", "pp", "cp"))
     setup = Setup(
         transformer=config,
-        layout=Layout.of(config, world_size or ranks * (dp or 1), dp=dp),
+        layout=Layout.of(config, world_size or ranks * (1 if dp is None else dp), dp=dp),
         options=_UsualOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
         model=cast("ModelConfig", model),
     )

@@ -77,7 +77,7 @@ class Setup:
     groups: ProcessGroupCollection | None = None
     """The process groups; None where they are still to be made, by ``create_process_groups``."""
     embedding_ranks: list[int] | None = None
-    """The pipeline ranks in the embedding group; None where this rank is not, or groups are still to be made."""
+    """The pipeline ranks in the embedding group; None where groups are still to be made."""
     environment: Environment = field(default_factory=Environment)
 
     @property
@@ -135,9 +135,13 @@ class Rule:
     problems: Problems
     seen: str | None = None
     not_shown: str | None = None
+    is_first: bool = False
+    """Whether other rules rely on this one: they are not asked if it finds a problem."""
 
 
-def rule(*, seen: str | None = None, not_shown: str | None = None) -> Callable[[Problems], Rule]:
+def rule(
+    *, seen: str | None = None, not_shown: str | None = None, is_first: bool = False
+) -> Callable[[Problems], Rule]:
     """Make a rule of a function: its name with dashes is the rule's, its docstring says why."""
 
     def made(problems: Problems) -> Rule:
@@ -147,6 +151,7 @@ def rule(*, seen: str | None = None, not_shown: str | None = None) -> Callable[[
             problems=problems,
             seen=seen,
             not_shown=not_shown,
+            is_first=is_first,
         )
 
     return made
@@ -158,6 +163,10 @@ def check(setup: Setup, rules: Sequence[Rule]) -> None:
     Raises:
         PreflightError: With every problem found, each with the name of its rule.
     """
-    problems = [f"{problem} [{rule.name}]" for rule in rules for problem in rule.problems(setup)]
+    problems: list[str] = []
+    for rule in rules:
+        problems += [f"{problem} [{rule.name}]" for problem in rule.problems(setup)]
+        if problems and rule.is_first:
+            break
     if problems:
         raise PreflightError(problems)

@@ -33,12 +33,20 @@ def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColle
 
 
 def embedding_ranks_of(pg_collection: ProcessGroupCollection) -> list[int] | None:
-    """Return the pipeline ranks in the embedding group; None where this rank is not in it."""
-    group = getattr(pg_collection, "embd", None)
-    if not isinstance(group, torch.distributed.ProcessGroup):
+    """Return the pipeline ranks in the embedding group, on each rank of the pipeline; None if nobody made one.
+
+    Collective over the pipeline.
+    """
+    if pg_collection.pp.size() == 1:
         return None
-    pipeline = torch.distributed.get_process_group_ranks(pg_collection.pp)
-    return [pipeline.index(rank) for rank in torch.distributed.get_process_group_ranks(group)]
+    group = getattr(pg_collection, "embd", None)
+    mine: list[int] | None = None
+    if isinstance(group, torch.distributed.ProcessGroup):
+        pipeline = torch.distributed.get_process_group_ranks(pg_collection.pp)
+        mine = [pipeline.index(rank) for rank in torch.distributed.get_process_group_ranks(group)]
+    everyone: list[list[int] | None] = [None] * pg_collection.pp.size()
+    torch.distributed.all_gather_object(everyone, mine, group=pg_collection.pp)
+    return next((ranks for ranks in everyone if ranks is not None), None)
 
 
 def create_process_groups(

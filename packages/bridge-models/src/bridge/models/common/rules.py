@@ -110,7 +110,7 @@ def pattern_of_stages(model: Any, stages: int) -> str:
     ]
     if uneven:
         raise ModelConfigError(
-            f"transformer.{' and '.join(uneven)} does not split a hybrid model: "
+            f"a hybrid model is not split by transformer.{' and '.join(uneven)}: "
             "put | between the layers in hybrid_layer_pattern where stages shall end"
         )
     return staged(layer_pattern(model), stages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.checks.rules.sizes import has_dense_layers
 from bridge.dist.wrapper import Wrapper
 
 
@@ -30,7 +31,7 @@ def recomputed_mlp_with_biases(setup: Setup) -> Iterator[str]:
     """
     config = setup.transformer
     recomputed = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
-    if recomputed and config.add_bias_linear:
+    if recomputed and config.add_bias_linear and has_dense_layers(setup):
         yield (
             "an MLP with biases cannot be recomputed: set add_bias_linear = False, or take mlp out of recompute_modules"
         )

@@ -86,28 +86,35 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
     between, ranks = config.num_layers - sum(ends.values()), pp - len(ends)
     if ranks < 0 or (ranks == 0 and between) or between < 0:
         yield (
-            f"{' and '.join(ends)} leave {between} of num_layers = {config.num_layers} to {ranks} of pp = {pp} ranks: "
-            "change one of them"
+            f"without {' and '.join(ends)} there are {between} of num_layers = {config.num_layers} for {ranks} of "
+            f"pp = {pp} ranks: change one of them"
         )
     elif ranks and between % (ranks * vp):
         yield (
-            f"{' and '.join(ends)} leave {between} layers, which do not divide into {ranks} ranks x vp = {vp}: "
-            "change one of them"
+            f"without {' and '.join(ends)} there are {between} layers, which do not divide into {ranks} ranks x "
+            f"vp = {vp}: change one of them"
         )
 
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def pipeline_layout(setup: Setup) -> Iterator[str]:
-    """The layout of a pipeline names every layer once, as many stages for each rank, and the embedding first, the loss
-    last.
-    """
-    config, pp = setup.transformer, setup.layout.pp
+    """The layout names every layer, the embedding first and the loss last, in as many stages for each rank."""
+    config, pp, vp = setup.transformer, setup.layout.pp, setup.layout.vp
     stages = stages_of(config.pipeline_model_parallel_layout)  # of a document; a live one was checked when it was made
     if stages is None:
         return
     layers = [layer for stage in stages for layer in stage]
     if len(stages) % pp:
         yield f"pipeline_model_parallel_layout has {len(stages)} stages, not a multiple of pp = {pp}: choose another pp"
+    elif len(stages) // pp != vp:
+        yield (
+            f"pipeline_model_parallel_layout has {len(stages)} stages for pp = {pp} ranks, not vp = {vp} for each: "
+            f"set vp = {len(stages) // pp}"
+        )
+    if layers[:1] != ["embedding"] or layers[-1:] != ["loss"]:
+        yield "pipeline_model_parallel_layout begins with the embedding (E) and ends with the loss (L): write it so"
+    if "mtp" in layers and "decoder" in layers[layers.index("mtp") :]:
+        yield "pipeline_model_parallel_layout has decoder layers (t) after multi-token prediction (m): put m after them"
     wanted = {"decoder": config.num_layers, "mtp": config.mtp_num_layers or 0, "embedding": 1, "loss": 1}
     for layer, number in wanted.items():
         if layers.count(layer) != number:

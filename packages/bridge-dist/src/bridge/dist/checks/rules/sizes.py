@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.arithmetic import check_live
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.layout import says_how_to_split
 
 
-@rule(seen=MEGATRON)
+@rule(seen=MEGATRON, is_first=True)
 def values_fit(setup: Setup) -> Iterator[str]:
     """Sizes that no model has, and fields that contradict each other, end in a bare error while a model is built or in
     its first step, or train something else. Documents with such values are refused when they are read.
@@ -52,7 +54,7 @@ def feed_forward_divides(setup: Setup) -> Iterator[str]:
         return
     is_moe = config.num_moe_experts is not None
     sizes = {
-        ("ffn_hidden_size", "tp"): not is_moe or config.moe_layer_freq != 1,
+        ("ffn_hidden_size", "tp"): has_dense_layers(setup),
         ("moe_ffn_hidden_size", "etp"): is_moe,
         ("moe_shared_expert_intermediate_size", "tp"): is_moe,
     }
@@ -60,6 +62,16 @@ def feed_forward_divides(setup: Setup) -> Iterator[str]:
         size, ranks = getattr(config, name), getattr(setup.layout, axis)
         if applies and size is not None and size % ranks:
             yield f"{name} = {size} is not a multiple of {axis} = {ranks}: choose a multiple, or another {axis}"
+
+
+def has_dense_layers(setup: Setup) -> bool:
+    """Whether any layer has a feed-forward network that is no layer of experts."""
+    config = setup.transformer
+    model: Any = setup.model
+    if hasattr(model, "hybrid_layer_pattern"):
+        return hybrid_pattern.MLP in (model.hybrid_layer_pattern or "")
+    layers = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [config.moe_layer_freq]
+    return config.num_moe_experts is None or any(every != 1 for every in layers)
 
 
 @rule()

@@ -72,6 +72,8 @@ def _groups() -> Iterator[None]:
     try:
         yield
     finally:
+        for name in vars(parallel_state).keys() - before.keys():
+            delattr(parallel_state, name)
         vars(parallel_state).update(before)
 
 
