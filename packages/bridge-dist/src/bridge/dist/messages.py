@@ -45,4 +45,7 @@ class _Sender(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._send(self.format(record))
+        try:
+            self._send(self.format(record))
+        except OSError:  # nobody listens any more
+            self.handleError(record)
