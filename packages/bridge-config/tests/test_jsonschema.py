@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -286,6 +286,7 @@ TOGETHER = frozenset(
 JUNK = st.sampled_from([None, True, 7, 0.5, "no such thing", [], ["x"], [[1]], {}, {"x": 1}, {"_target_": "os.system"}])
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from([TRANSFORMER, MLA]),
     junk=st.dictionaries(st.sampled_from([*shipped(TRANSFORMER).fields, "num_layer"]), JUNK, max_size=1),

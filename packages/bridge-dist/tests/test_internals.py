@@ -21,6 +21,7 @@ from bridge.dist.internals import (
 )
 from bridge.dist.plan.virtual_rank.state import STATE
 
+MAMBA_WITHOUT_A_GPU = (2, 8)
 NAMES_OF_STATE = dict.fromkeys(STATE, "plan.virtual_rank.state: is put back after a plan")
 NEEDED = PRIVATE_NAMES | MEGATRON_NAMES | NAMES_OF_STATE
 if TORCH >= TESTED_THROUGHOUT:
@@ -46,7 +47,8 @@ def attributes_of_built_models() -> set[str]:
 
     found: set[str] = set()
     predicting = ["position_embedding_type=rope", "transformer.mtp_num_layers=1"]
-    for document in (Document.load("moe-tiny", predicting), Document.load("hybrid-tiny")):
+    hybrids = [Document.load("hybrid-tiny")] if TORCH >= MAMBA_WITHOUT_A_GPU else []
+    for document in (Document.load("moe-tiny", predicting), *hybrids):
         training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
         job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
         config = document.config()
@@ -62,7 +64,7 @@ def attributes_of_built_models() -> set[str]:
 
 def test_what_is_looked_up_is_found() -> None:
     [found] = run_ranks(attributes_of_built_models, 1)
-    assert MEGATRON_ATTRIBUTES.keys() - found == set()
+    assert MEGATRON_ATTRIBUTES.keys() - found == (set() if TORCH >= MAMBA_WITHOUT_A_GPU else {"partition_sizes"})
 
 
 def test_the_message_is_still_logged() -> None:

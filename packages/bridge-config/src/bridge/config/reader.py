@@ -158,18 +158,21 @@ class Reader:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.found]
         found += [((key,), "required, but missing") for key in plan.required if key not in owned]
-        if found or (found := self._wrong_fields(data, target)):
+        found += self._wrong_fields(data, target, found)
+        if found:
             raise ReadError(found)
         missing = plan.missing - owned if target.embeds is not None else plan.missing
         return self._world.make(target, values, complete=missing <= self._omitted.get(id(data), _NO_NAMES))
 
-    def _wrong_fields(self, data: dict[str, Any], target: Target) -> Found:
-        """What is wrong with the fields of a config, alone and with each other; each is of its type."""
+    def _wrong_fields(self, data: dict[str, Any], target: Target, known: Found) -> Found:
+        """What is wrong with the values of a config's fields, and, if that and `known` is nothing, between them."""
         ranges = ranges_of(target.bases)
         found: Found = [
             ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
         ]
-        if found or CHECKS.keys().isdisjoint(target.bases):
+        if known:
+            found = [problem for problem in found if problem[0] not in {path[:1] for path, _ in known}]
+        if found or known or CHECKS.keys().isdisjoint(target.bases):
             return found
         embedded = data.get(target.embeds) if target.embeds is not None else None
         view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))

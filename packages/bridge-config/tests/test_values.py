@@ -1,0 +1,43 @@
+"""Values that no model has, and fields that contradict each other, in documents."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.config import Document, DocumentError
+
+GPT = {"_target_": "bridge.models.gpt.GPTModelConfig", "vocab_size": 64}
+SIZES = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def problems(model: dict[str, object], **transformer: object) -> list[tuple[str, str]]:
+    with pytest.raises(DocumentError) as error:
+        Document(GPT | model | {"transformer": SIZES | transformer}).check()
+    return sorted((problem.path, problem.message) for problem in error.value.problems)
+
+
+def test_all_values_out_of_range_are_named_at_once() -> None:
+    assert problems({"vocab_size": 0}, num_layers=-1, hidden_dropout=1.5) == [
+        ("$.transformer.hidden_dropout", "must be between 0 and 1, got 1.5"),
+        ("$.transformer.num_layers", "must be at least 1, got -1"),
+        ("$.vocab_size", "must be at least 1, got 0"),
+    ]
+
+
+def test_a_value_of_another_type_is_named_once() -> None:
+    assert problems({}, num_layers=0.5) == [("$.transformer.num_layers", "expected an integer, got 0.5")]
+
+
+def test_sizes_that_are_left_out_are_asked_for() -> None:
+    with pytest.raises(DocumentError, match=r"\$\.transformer\.num_layers: required, but missing"):
+        Document(GPT | {"transformer": {"hidden_size": 64, "num_attention_heads": 4}}).check()
+
+
+def test_fields_that_contradict_each_other() -> None:
+    assert problems({"position_embedding_type": "rope"}, kv_channels=15) == [
+        ("$.transformer.kv_channels", "channels are rotated in pairs, and 15 is odd: choose an even number")
+    ]
+    assert problems({}, num_query_groups=3)[0][0] == "$.transformer.num_query_groups"
+    # What is given may be anything; what is derived loses channels.
+    Document(GPT | {"transformer": SIZES | {"hidden_size": 100, "num_attention_heads": 3, "kv_channels": 33}}).check()
+    assert "channels would be lost" in problems({}, hidden_size=100, num_attention_heads=3)[0][1]
