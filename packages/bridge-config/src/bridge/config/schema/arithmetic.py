@@ -97,10 +97,17 @@ def _experts(config: Any) -> Problems:
     # The constructor asks for these without experts too.
     wrong = _out_of_range(config, "moe_shared_expert_intermediate_size", COUNT)
     wrong += _out_of_range(config, "moe_router_group_topk", NOT_NEGATIVE)
+    if _reads_layer_kinds(config):
+        wrong += _out_of_range(config, "moe_layer_freq", COUNT)
     if config.num_moe_experts is not None:
-        wrong += _out_of_range(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk moe_layer_freq", COUNT)
+        wrong += _out_of_range(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk", COUNT)
         wrong += _out_of_range(config, "moe_router_num_groups", NOT_NEGATIVE)
     yield from wrong or _routing(config)
+
+
+def _reads_layer_kinds(config: Any) -> bool:
+    """Whether a model reads ``moe_layer_freq``: multi-token prediction does so too, and a hybrid has a pattern."""
+    return (config.num_moe_experts is not None or bool(config.mtp_num_layers)) and not config.is_hybrid_model
 
 
 def _routing(config: Any) -> Problems:
@@ -111,25 +118,27 @@ def _routing(config: Any) -> Problems:
             "moe_router_topk",
             "with 1 the softmax over the chosen expert has no gradient: set moe_router_pre_softmax to true",
         )
+    if _reads_layer_kinds(config):
+        yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
     if experts is None:
         names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
-        if config.moe_ffn_hidden_size is not None and _holds_only(config.moe_layer_freq, 1):
+        if config.moe_ffn_hidden_size is not None and not _is_mixed(config.moe_layer_freq):
             names.append("moe_ffn_hidden_size")
         yield from ((name, "there are no experts: set num_moe_experts, or leave this out") for name in names)
         return
-    if not config.is_hybrid_model:  # there the pattern says which layers have experts
-        yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
-    if topk > experts:
+    has_experts = config.is_hybrid_model or not isinstance(config.moe_layer_freq, list) or any(config.moe_layer_freq)
+    if topk > experts and has_experts:
         yield "moe_router_topk", f"a token cannot go to {topk} of num_moe_experts = {experts} experts"
     elif config.moe_router_group_topk:
-        yield from _expert_groups(config)
+        yield from _expert_groups(config, has_experts=has_experts)
 
 
-def _holds_only(value: object, wanted: int) -> bool:
-    return all(item == wanted for item in value) if isinstance(value, list) else value == wanted
+def _is_mixed(every: object) -> bool:
+    """Whether some layers have experts and others have not, as the constructor tells."""
+    return 0 in every if isinstance(every, list) else isinstance(every, int) and every > 1
 
 
-def _expert_groups(config: Any) -> Problems:
+def _expert_groups(config: Any, *, has_experts: bool) -> Problems:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if not groups:
@@ -138,12 +147,12 @@ def _expert_groups(config: Any) -> Problems:
         yield "moe_router_num_groups", f"{groups} does not divide num_moe_experts = {experts}: choose a divisor"
     elif chosen > groups:
         yield "moe_router_group_topk", f"{chosen} is more than moe_router_num_groups = {groups}: choose fewer"
-    elif topk < chosen:
+    elif topk < chosen and has_experts:
         yield (
             "moe_router_group_topk",
             f"{chosen} groups for moe_router_topk = {topk} experts, fewer than one a group: lower it to {topk}",
         )
-    elif topk > chosen * (experts // groups):
+    elif topk > chosen * (experts // groups) and has_experts:
         yield (
             "moe_router_topk",
             f"{topk} is more than moe_router_group_topk = {chosen} groups of {experts // groups} experts hold: "
