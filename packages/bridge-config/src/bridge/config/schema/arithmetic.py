@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge.config.schema import hybrid_pattern
-from bridge.config.schema.ranges import COUNT, NOT_NEGATIVE, TRANSFORMER, Range, ranges_of
+from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, ranges_of
 from bridge.config.schema.view import View
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -19,11 +19,6 @@ NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 
 Problems = Iterator[tuple[str, str]]
 Check = Callable[[Any], Problems]
-
-_LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
-_LANGUAGE = "bridge.models.language.LanguageModelConfig"
-_MAMBA = "bridge.models.mamba.MambaModelConfig"
-_T5 = "bridge.models.t5.T5ModelConfig"
 
 
 def check_fields(config: Any, bases: tuple[str, ...]) -> Problems:
@@ -344,9 +339,9 @@ def _buckets(model: Any) -> Problems:
 
 CHECKS: Mapping[str, Sequence[Check]] = {
     TRANSFORMER: (_sizes, _heads, _experts, _windows, _positions_left_out, _precision),
-    _LATENT: (_latent_attention,),
-    _LANGUAGE: (_rotary_channels,),
-    _MAMBA: (_hybrid_layers,),
-    _T5: (_t5_heads, _t5_positions),
+    LATENT: (_latent_attention,),
+    LANGUAGE: (_rotary_channels,),
+    MAMBA: (_hybrid_layers,),
+    T5: (_t5_heads, _t5_positions),
 }
 """By the class whose configs are checked."""

@@ -8,21 +8,21 @@ from functools import cache
 from typing import Any
 
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
-_LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
+LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
 _YARN = "bridge.models.transformer.YarnTransformerConfig"
-_LANGUAGE = "bridge.models.language.LanguageModelConfig"
+LANGUAGE = "bridge.models.language.LanguageModelConfig"
 _GPT = "bridge.models.gpt.GPTModelConfig"
-_MAMBA = "bridge.models.mamba.MambaModelConfig"
-_T5 = "bridge.models.t5.T5ModelConfig"
+MAMBA = "bridge.models.mamba.MambaModelConfig"
+T5 = "bridge.models.t5.T5ModelConfig"
 
 _NUMBERS = frozenset({int, float})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers between two bounds. None stands for no bound; ``minimum`` itself may be left out of the range."""
+    """The numbers from ``minimum`` on, itself included unless ``exclusive``, up to ``maximum`` if there is one."""
 
-    minimum: float | None = None
+    minimum: float
     maximum: float | None = None
     exclusive: bool = False
     """Whether values must be above ``minimum``."""
@@ -34,7 +34,7 @@ class Range:
         return f"must be {self}, got {value}"
 
     def __contains__(self, value: Any) -> bool:
-        if self.minimum is not None and (value < self.minimum or (self.exclusive and value == self.minimum)):
+        if value < self.minimum or (self.exclusive and value == self.minimum):
             return False
         return self.maximum is None or value <= self.maximum
 
@@ -42,8 +42,6 @@ class Range:
         at_least = "above" if self.exclusive else "at least"
         if self.maximum is None:
             return f"{at_least} {self.minimum}"
-        if self.minimum is None:
-            return f"at most {self.maximum}"
         if self.exclusive:
             return f"above {self.minimum} and at most {self.maximum}"
         return f"between {self.minimum} and {self.maximum}"
@@ -93,21 +91,21 @@ FIELD_RANGES: Mapping[str, Mapping[str, Range]] = {
         "init_method_std": NOT_NEGATIVE,
         "embedding_init_method_std": NOT_NEGATIVE,
     },
-    _LATENT: {
+    LATENT: {
         "original_max_position_embeddings": COUNT,
         "rotary_base": POSITIVE,
         "rotary_percent": Range(minimum=0, maximum=1, exclusive=True),
         "rotary_scaling_factor": POSITIVE,
     },
     _YARN: {"yarn_rotary_scaling_factor": POSITIVE, "yarn_original_max_position_embeddings": COUNT},
-    _LANGUAGE: {
+    LANGUAGE: {
         **dict.fromkeys(("vocab_size", "make_vocab_size_divisible_by", "seq_length"), COUNT),
         "rotary_percent": SHARE,
         "seq_len_interpolation_factor": POSITIVE,
     },
     _GPT: {"rotary_base": POSITIVE, "rope_scaling_factor": POSITIVE},
-    _MAMBA: {"rotary_base": POSITIVE},
-    _T5: {
+    MAMBA: {"rotary_base": POSITIVE},
+    T5: {
         **dict.fromkeys(
             ("encoder_num_layers", "encoder_ffn_hidden_size", "encoder_num_attention_heads", "encoder_kv_channels"),
             COUNT,
