@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -65,3 +66,15 @@ def test_a_rank_that_failed_for_a_reason_of_its_own_is_named_with_it(monkeypatch
 )
 def test_whose_fault_an_error_is(error: Exception, cause: str | None) -> None:
     assert failures._cause(error) == cause
+
+
+def test_a_node_is_missed_if_it_is_lost_right_after_it_came() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    there = RankEnvironment(
+        rank=1, world_size=2, address="localhost", port=port, node=1, nodes=2, local_rank=0, has_agent=True
+    )
+    with failures.watching_nodes(there):
+        assert torch.distributed.PrefixStore("bridge/0", server).add("beats/1", 0) == 1

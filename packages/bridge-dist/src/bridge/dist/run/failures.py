@@ -160,6 +160,7 @@ def watching_nodes(place: RankEnvironment) -> Iterator[None]:
     # A connection of its own: a thread that waits in one keeps others out of it.
     store = open_store(place, timeout=_OTHERS_START_WITHIN)
     store.set(f"names/{place.rank}", _name(place))
+    store.add(f"beats/{place.node}", 1)  # now: a node that is lost before its first beat would not be missed
     done = threading.Event()
     threading.Thread(target=_beat, args=(place, store, done), daemon=True).start()
     try:
