@@ -28,7 +28,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -45,10 +44,10 @@ from bridge.dist import gpu_libraries
 from bridge.dist.errors import DistError
 from bridge.dist.imports import is_compiler_left_out
 from bridge.dist.internals import MEGATRON_MESSAGE, TESTED_THROUGHOUT, TORCH
+from bridge.dist.patch import Replacement, replaced
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
-_MISSING = object()
 
 _device_in_place: torch.device = _CPU
 """What `cuda:0` is at present: the CPU, or within `on_meta` the meta device."""
@@ -92,8 +91,7 @@ def install() -> None:
             "install the CPU runtime before megatron-core is imported"
         )
     with contextlib.ExitStack() as undo:
-        for replacement in _replacements():
-            undo.enter_context(replaced(replacement))
+        undo.enter_context(replaced(*_replacements()))
         undo.enter_context(_without_generator_warning())
         if not is_compiler_left_out():
             # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
@@ -281,14 +279,6 @@ _TORCH_CUDA: Mapping[str, object] = {
 }
 
 
-class Replacement(NamedTuple):
-    """A name of a class or module, and what it shall mean."""
-
-    owner: type | ModuleType
-    name: str
-    value: object
-
-
 def _replacements() -> list[Replacement]:
     """Every name that is replaced, and by what."""
     # Imported before anything is replaced, and here: importing this module must stay cheap.
@@ -324,21 +314,6 @@ def _methods_of_groups() -> Iterator[Replacement]:
         group = torch.distributed.ProcessGroup
         for name in _GROUP_METHODS:
             yield Replacement(group, name, _finished(getattr(group, name)))
-
-
-@contextlib.contextmanager
-def replaced(replacement: Replacement) -> Iterator[None]:
-    """Give a name another meaning until the context is left."""
-    owner, name, value = replacement
-    before = vars(owner).get(name, _MISSING)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bridge.dist.patch import Replacement, replaced
+
 logger = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -96,13 +98,9 @@ def initialised_by_wrapper(stage: MegatronModule, share: Share | None) -> Iterat
         if module.kept:  # Megatron-FSDP fails to reset a module that is on the meta device in part
             module.allocate()
             reset(module)
-        else:
-            vars(module.module)["reset_parameters"] = partial(reset, module)
-    try:
+    resets = [Replacement(one.module, "reset_parameters", partial(reset, one)) for one in pending if not one.kept]
+    with replaced(*resets):
         yield
-    finally:
-        for module in pending:
-            vars(module.module).pop("reset_parameters", None)
     _warn(missing)
 
 

@@ -22,6 +22,7 @@ from bridge.dist.batch import Batch
 from bridge.dist.engine.copies import check_gradients
 from bridge.dist.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
+from bridge.dist.patch import Replacement, replaced
 from bridge.dist.stages import unwrapped
 from bridge.dist.text import Text
 
@@ -130,7 +131,6 @@ def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool 
     free them: part of the circle is held by torch's C++.
     """
     config = get_model_config(stages[0])
-    before = {name: getattr(config, name) for name in ("finalize_model_grads_func", "grad_scale_func", "no_sync_func")}
     ddp_config = stages[0].ddp_config
     assert isinstance(ddp_config, DistributedDataParallelConfig)
     optimizer = get_megatron_optimizer(
@@ -151,16 +151,15 @@ def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool 
     )
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
+    functions: dict[str, object] = {
+        "finalize_model_grads_func": finalize_model_grads,
+        "grad_scale_func": optimizer.scale_loss,
+    }
     if ddp_config.overlap_grad_reduce:
         no_sync = [stage.no_sync for stage in stages]
-        config.no_sync_func = no_sync if len(stages) > 1 else no_sync[0]
-    try:
+        functions["no_sync_func"] = no_sync if len(stages) > 1 else no_sync[0]
+    with replaced(*(Replacement(config, name, function) for name, function in functions.items())):
         yield optimizer
-    finally:
-        for name, function in before.items():
-            setattr(config, name, function)
 
 
 def zero_gradients(stages: Sequence[MegatronModule]) -> None:

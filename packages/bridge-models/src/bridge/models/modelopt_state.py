@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from bridge.dist.cpu import Replacement, replaced
+from bridge.dist.patch import Replacement, replaced
 from bridge.models.backend import TorchAttention
 from bridge.models.errors import CheckpointError
 from bridge.models.modelopt import is_sharded

@@ -25,10 +25,11 @@ from bridge.builders import compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.batch import Batch
 from bridge.dist.build import DistributedModelBuilder
-from bridge.dist.cpu import Replacement, on_meta, replaced
+from bridge.dist.cpu import on_meta
 from bridge.dist.environment import leave_out_cuda_graphs
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
+from bridge.dist.patch import Replacement, replaced
 from bridge.dist.plan.groups import as_rank
 from bridge.dist.plan.routing import equal_shares
 from bridge.dist.plan.schedule import passes
@@ -445,22 +446,16 @@ def _optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     return _bytes_of(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
 
 
-@contextlib.contextmanager
-def _alike() -> Iterator[None]:
+def _alike() -> AbstractContextManager[None]:
     """While Megatron's optimizer asks every rank of the world for its kinds of parameters: they say what this one does.
 
     With ten thousand ranks that would take most of the time of a plan.
     """
-    original = torch.distributed.all_gather_object
 
     def answer(answers: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
         answers[:] = [mine] * len(answers)
 
-    vars(torch.distributed)["all_gather_object"] = answer
-    try:
-        yield
-    finally:
-        vars(torch.distributed)["all_gather_object"] = original
+    return replaced(Replacement(torch.distributed, "all_gather_object", answer))
 
 
 def _signature(model: torch.nn.Module) -> Any:

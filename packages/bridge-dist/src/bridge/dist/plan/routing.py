@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from bridge.dist.patch import Replacement, replaced
+
 
 @contextlib.contextmanager
 def equal_shares() -> Iterator[None]:
     """While a model with experts runs on the meta device, where where tokens go is not known."""
-    original = MoEAlltoAllTokenDispatcher.preprocess
-    setattr(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)  # noqa: B010 - mypy refuses an assignment
-    try:
+    with replaced(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)):
         yield
-    finally:
-        setattr(MoEAlltoAllTokenDispatcher, "preprocess", original)  # noqa: B010
 
 
 def _shared_out(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:

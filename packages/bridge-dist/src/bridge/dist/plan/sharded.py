@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.dist import wrap
-from bridge.dist.cpu import Replacement, replaced
 from bridge.dist.internals import clear_sharding_caches
+from bridge.dist.patch import Replacement, replaced
 
 _META = torch.device("meta")
 
@@ -33,9 +33,7 @@ def sharding_on_meta() -> Iterator[None]:
 
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
     """
-    with contextlib.ExitStack() as undo:
-        for replacement in _replacements():
-            undo.enter_context(replaced(replacement))
+    with replaced(*_replacements()):
         try:
             yield
         finally:
@@ -119,11 +117,12 @@ def _unchecked(make: Callable[..., DTensor], *args: Any, **kwargs: Any) -> DTens
 def _of_listed(wrapper: MegatronFSDP, register: Callable[..., None], root: torch.nn.Module) -> None:
     """Register hooks of a module whose parameters are listed once."""
     parameters = list(root.parameters())
-    vars(root)["parameters"] = lambda recurse=True: iter(parameters if recurse else root._parameters.values())
-    try:
+
+    def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter | None]:
+        return iter(parameters if recurse else root._parameters.values())
+
+    with replaced(Replacement(root, "parameters", listed)):
         register(wrapper, root)
-    finally:
-        del vars(root)["parameters"]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

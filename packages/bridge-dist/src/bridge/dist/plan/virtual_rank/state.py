@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
-from bridge.dist.cpu import Replacement, replaced
+from bridge.dist.patch import Replacement, replaced
 
 _ATTENTION_VARIANT = "megatron.core.transformer.experimental_attention_variant.dsa"
 
