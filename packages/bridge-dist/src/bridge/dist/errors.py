@@ -40,6 +40,10 @@ class BuilderContractError(DistError, TypeError):
     """A builder or a model configuration lacks what the engine needs of it."""
 
 
+class CpuRuntimeError(DistError, RuntimeError):
+    """The CPU runtime cannot be installed, or removed, here."""
+
+
 class TrainingError(DistError, ValueError):
     """A training run cannot be set up as asked for."""
 

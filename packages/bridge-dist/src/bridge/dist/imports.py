@@ -55,7 +55,7 @@ def _silence_imports() -> None:
     # megatron-core 0.19.2's distributed optimizer, where it sets gradients to zero, asks shards that are no leaves for
     # theirs: it alone sets them. Under the CPU runtime the warning names the runtime's file.
     warnings.filterwarnings(
-        "ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"bridge\.dist\.cpu$"
+        "ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"bridge\.dist\.cpu\.redirect$"
     )
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

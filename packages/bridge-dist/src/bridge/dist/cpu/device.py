@@ -1,0 +1,129 @@
+"""The pretend device `cuda:0`: where it is at present, its streams and events, and what `torch.cuda` says of it."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+
+in_place: torch.device = CPU
+"""What `cuda:0` is at present: the CPU, or within `placed_on` another device."""
+
+
+@contextlib.contextmanager
+def placed_on(device: torch.device) -> Iterator[None]:
+    """Have `cuda:0` be another device than the CPU until the context is left."""
+    global in_place
+    in_place = device
+    try:
+        yield
+    finally:
+        in_place = CPU
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    device = torch.device("cpu")
+    device_index = 0
+    device_type = 1  # torch's number for CUDA
+    stream_id = 0
+    cuda_stream = 0
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        event = event or _Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Event:
+    """A moment in program order; `elapsed_time` is wall-clock milliseconds."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def record(self, stream: object = None) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def elapsed_time(self, end_event: Self) -> float:
+        return (end_event._recorded_at - self._recorded_at) * 1e3
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _NoContext(contextlib.nullcontext[None]):
+    """`torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+
+def always(value: object) -> Callable[..., Any]:
+    """Return a function that returns the value, whatever it is called with."""
+
+    def function(*_: object, **__: object) -> object:
+        return value
+
+    return function
+
+
+STREAM = _Stream()
+TORCH_CUDA: Mapping[str, object] = {
+    # The generator of the device is the CPU's, so megatron-core's random state tracker works as it is.
+    "_initialized": True,
+    "_is_in_bad_fork": always(False),
+    "default_generators": (torch.default_generator,),
+    # An integer: megatron-core formats it into `cuda:{...}`.
+    "current_device": always(0),
+    "device_count": always(1),
+    "device": _NoContext,
+    "set_device": always(None),
+    "get_device_capability": always((0, 0)),
+    "Stream": _Stream,
+    "ExternalStream": _Stream,
+    "Event": _Event,
+    "stream": _NoContext,
+    "set_stream": always(None),
+    "current_stream": always(STREAM),
+    "default_stream": always(STREAM),
+    "synchronize": always(None),
+    "is_current_stream_capturing": always(False),
+    "empty_cache": always(None),
+    "reset_peak_memory_stats": always(None),
+}
