@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from bridge.config import Document
-from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout
-from bridge.dist.job import BuildJob, run_rank
+from bridge.dist.job import BuildJob
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import StagePlan
-from bridge.dist.text import default_text
-from bridge.dist.train import TrainOptions
+from bridge.dist.run.rank import run_rank
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.step import TrainOptions
+from bridge.dist.train.text import default_text
 from bridge.dist.wrapper import Wrapper
 
 

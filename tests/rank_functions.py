@@ -51,9 +51,10 @@ def is_cuda_usable_after_imports() -> bool:
 def compiler_modules_after_training() -> list[str]:
     """Train a step, and return which modules of torch's compiler were imported."""
     from bridge.config import Document
-    from bridge.dist.job import BuildJob, run_rank
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.rank import run_rank
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)

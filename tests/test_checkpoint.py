@@ -20,8 +20,8 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
     from bridge.dist.documents import apply_layout
-    from bridge.dist.text import Text, default_text
-    from bridge.dist.train import TrainOptions, train
+    from bridge.dist.train.step import TrainOptions, train
+    from bridge.dist.train.text import Text, default_text
     from bridge.dist.weights import draw_weights
 
     document = Document.load(preset)

@@ -157,9 +157,10 @@ def train(sizes: dict[str, int], hook: str, *, tied: bool, steps: int = 2) -> st
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.documents import apply_layout
-    from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny", [f"share_embeddings_and_output_weights={tied}".lower()])

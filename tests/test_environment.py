@@ -10,11 +10,11 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
-from bridge.dist.environment import inspect_process, leave_out_cuda_graphs, prepare_process
+from bridge.dist.engine.environment import inspect_process, leave_out_cuda_graphs, prepare_process
 from bridge.dist.errors import TrainingError
 from bridge.dist.job import BuildJob
-from bridge.dist.text import default_text
-from bridge.dist.train import TrainOptions
+from bridge.dist.train.step import TrainOptions
+from bridge.dist.train.text import default_text
 from bridge.dist.wrapper import Wrapper
 
 GRAPHS = ("transformer.use_te_rng_tracker=true", "transformer.cuda_graph_impl=local")

@@ -17,7 +17,7 @@ PRESETS = ("tiny", "mla-tiny", "moe-tiny", "hybrid-tiny", "t5-tiny")
 TRAIN = """\
 import sys
 
-from bridge.dist.imports import import_megatron
+from bridge.dist.process.imports import import_megatron
 import_megatron(with_compiler=False)  # as the commands do
 
 import torch
@@ -25,10 +25,11 @@ import torch
 from bridge.config import Document, ModelConfig
 from bridge.dist import create_process_groups, destroy_process_groups
 from bridge.dist.cpu import install
-from bridge.dist.job import BuildJob, build_and_train
+from bridge.dist.job import BuildJob
+from bridge.dist.run.execute import build_and_train
+from bridge.dist.train.step import TrainOptions
+from bridge.dist.train.text import default_text
 from bridge.dist.wrapper import Wrapper
-from bridge.dist.text import default_text
-from bridge.dist.train import TrainOptions
 
 install()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -63,8 +63,8 @@ def build_and_train(ddp: dict[str, Any], flags: dict[str, bool]) -> None:
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups, destroy_process_groups
-    from bridge.dist.text import Text, default_text
-    from bridge.dist.train import TrainOptions, train
+    from bridge.dist.train.step import TrainOptions, train
+    from bridge.dist.train.text import Text, default_text
 
     config = Document.load("tiny", ["position_embedding_type=rope"]).config()
     layout = Layout()

@@ -19,9 +19,9 @@ import pytest
 from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig
-from bridge.dist.parity import Trained
+from bridge.dist.run.parity import Trained
+from bridge.dist.run.verify import Row, Tolerance, Verdict, judged
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
-from bridge.dist.verify import Row, Tolerance, Verdict, judged
 from bridge.dist.wrapper import Wrapper
 
 MODELS = {
@@ -92,8 +92,8 @@ def loaded(model: str, precision: str) -> Document:
 
 def job_of(cell: Cell) -> Any:
     from bridge.dist.job import BuildJob
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
 
     document = cell.split.document(loaded(cell.model, cell.precision))
     return BuildJob(
@@ -126,8 +126,9 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
     import torch
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.job import build_and_train, wrapper_names
-    from bridge.dist.parity import compare, save_weights
+    from bridge.dist.run.collect import wrapper_names
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.run.parity import compare, save_weights
 
     def trained(cell: Cell) -> Trained:
         job = job_of(cell)

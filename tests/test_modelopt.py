@@ -154,8 +154,8 @@ def trained(builder: Any, stage: Any, groups: Any) -> list[tuple[float, float]]:
     """Losses and gradient norms of two steps."""
     import torch
 
-    from bridge.dist.text import Text, default_text
-    from bridge.dist.train import TrainOptions, train
+    from bridge.dist.train.step import TrainOptions, train
+    from bridge.dist.train.text import Text, default_text
 
     options = TrainOptions(steps=2, text=default_text(), seq_length=TOKENS, global_batch_size=2)
     layout = Layout.of(builder.transformer_config, torch.distributed.get_world_size())

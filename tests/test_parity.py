@@ -15,9 +15,10 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.documents import apply_layout
-    from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny")
@@ -122,9 +123,11 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
 
     from bridge.config import Document
     from bridge.dist import create_process_groups
-    from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions, optimizer_of
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny", ["transformer.fp16=true", "transformer.params_dtype=torch.float16"])

@@ -16,10 +16,8 @@ from megatron.core import parallel_state
 from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig, register
-from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.errors import PlanError
-from bridge.dist.flops import model_flops
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.plan.groups import as_rank
@@ -27,6 +25,8 @@ from bridge.dist.plan.measure import measure
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.search import Candidate, Machine, search
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.flops import model_flops
 from bridge.dist.wrapper import Wrapper
 
 NOTED: list[tuple[str, tuple[int, ...], str]] = []
@@ -138,7 +138,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
     from torch.distributed.tensor import DTensor
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.train import optimizer_of
+    from bridge.dist.train.optimizer import optimizer_of
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -291,7 +291,8 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
+    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.step import run_microbatches, zero_gradients
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -24,8 +24,8 @@ from bridge.dist.checks.rules import machine, process_groups
 from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import PreflightError
 from bridge.dist.job import make_builder
-from bridge.dist.text import Text, default_text
-from bridge.dist.train import TrainOptions, train
+from bridge.dist.train.step import TrainOptions, train
+from bridge.dist.train.text import Text, default_text
 from bridge.dist.weights import draw_weights
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 from bridge.models.mamba import MambaModelBuilder, MambaModelConfig

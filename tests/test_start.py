@@ -73,7 +73,7 @@ def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(command: tu
 
 
 COMPILING = """\
-from bridge.dist.imports import import_megatron, is_compiler_left_out
+from bridge.dist.process.imports import import_megatron, is_compiler_left_out
 import_megatron(with_compiler=False)
 import torch
 assert is_compiler_left_out()

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from environments import run_command
 
-from bridge.dist.parity import Trained
+from bridge.dist.run.parity import Trained
+from bridge.dist.run.verify import Row, Tolerance, Verdict, judged, relative_difference
 from bridge.dist.splits import cases
-from bridge.dist.verify import Row, Tolerance, Verdict, judged, relative_difference
 
 BRIDGE = Path(sys.executable).with_name("bridge")
 EXTENSION = Path(__file__).parent / "typing" / "extension"

@@ -10,11 +10,11 @@ import sys
 import time
 
 from bridge.config import Document
-from bridge.dist.batch import Batch
 from bridge.dist.documents import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.search import Machine, search
 from bridge.dist.run.pool import start_fork_server
+from bridge.dist.train.batch import Batch
 
 LARGE = {
     "llama-3.1-405b": (

@@ -20,11 +20,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from bridge.config import Document
-from bridge.dist.batch import Batch
-from bridge.dist.job import BuildJob, build_and_train
+from bridge.dist.job import BuildJob
 from bridge.dist.plan.plan import PlanOptions, plan
-from bridge.dist.text import Text
-from bridge.dist.train import LEARNING_RATE, TrainOptions, train
+from bridge.dist.run.execute import build_and_train
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.optimizer import LEARNING_RATE
+from bridge.dist.train.step import TrainOptions, train
+from bridge.dist.train.text import Text
 from bridge.dist.wrapper import Wrapper
 from bridge.models.layer_specs import layer_spec
 

@@ -13,7 +13,8 @@ from gpu.training import few_steps, make_job, only_rank
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import ModelConfig
-from bridge.dist.job import BuildJob, build_and_train
+from bridge.dist.job import BuildJob
+from bridge.dist.run.execute import build_and_train
 from bridge.dist.stages import unwrapped
 from bridge.dist.wrapper import Wrapper
 

@@ -17,10 +17,12 @@ from megatron.core.transformer import MegatronModule
 
 from bridge.config import Document, ModelConfig
 from bridge.dist import Layout, destroy_process_groups
-from bridge.dist.job import BuildJob, Run, build_and_train, joined
+from bridge.dist.job import BuildJob
 from bridge.dist.run.devices import forbid_tf32
-from bridge.dist.text import Text
-from bridge.dist.train import TrainOptions, train
+from bridge.dist.run.execute import Run, build_and_train
+from bridge.dist.run.rank import joined
+from bridge.dist.train.step import TrainOptions, train
+from bridge.dist.train.text import Text
 from bridge.dist.wrapper import Wrapper
 
 TEXT = Path(__file__).parents[2] / "LICENSE"

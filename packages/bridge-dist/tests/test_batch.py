@@ -10,9 +10,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import TransformerConfig
 
 from bridge.dist import Layout
-from bridge.dist.batch import Batch
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.errors import TrainingError
+from bridge.dist.train.batch import Batch
 
 
 class AcceptedError(Exception):

@@ -9,12 +9,12 @@ import rank_functions
 import torch
 import torch.distributed
 
-from bridge.dist.commands import _prepare
 from bridge.dist.errors import LaunchError
 from bridge.dist.run import devices, world
 from bridge.dist.run.devices import Device, choose_device, choose_gpu, count_gpus, hide_gpus
 from bridge.dist.run.pool import launch
 from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.run.start import prepare
 
 
 def rank(number: int, world_size: int = 4, local_rank: int | None = None) -> RankEnvironment:
@@ -44,10 +44,10 @@ def test_auto_takes_gpus_where_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> N
 
 def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # put back after the test
-    start_method = _prepare(Device.AUTO, None, ranks=2)
+    start_method = prepare(Device.AUTO, None, ranks=2)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method=start_method)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
-    assert _prepare(Device.AUTO, None, ranks=3) == "forkserver"
+    assert prepare(Device.AUTO, None, ranks=3) == "forkserver"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 

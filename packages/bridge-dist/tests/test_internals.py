@@ -40,9 +40,11 @@ def attributes_of_built_models() -> set[str]:
     """The attributes of all that two built and trained models consist of."""
     from bridge.config import Document
     from bridge.dist import create_process_groups
-    from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions, optimizer_of
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     found: set[str] = set()

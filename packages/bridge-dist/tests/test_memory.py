@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bridge.dist.memory import peak_memory
+from bridge.dist.run.memory import peak_memory
 
 MIB = 2**20
 CHILD = """\
 import resource
-from bridge.dist.memory import peak_memory
+from bridge.dist.run.memory import peak_memory
 print(peak_memory().resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -14,7 +14,7 @@ import pytest
 import rank_functions
 
 from bridge.dist.errors import LaunchError
-from bridge.dist.messages import start_run
+from bridge.dist.process.messages import start_run
 from bridge.dist.run.pool import RankPool, launch, start_fork_server
 
 

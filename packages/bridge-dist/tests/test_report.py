@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bridge.dist import report as reports
-from bridge.dist.flops import peak_flops
-from bridge.dist.memory import PeakMemory
-from bridge.dist.report import BuildReport, ChunkReport, RankReport, tables, with_progress
+from bridge.dist.run import progress
+from bridge.dist.run.memory import PeakMemory
+from bridge.dist.run.progress import with_progress
+from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
+from bridge.dist.run.tables import tables
+from bridge.dist.train.flops import peak_flops
 
 GIB = 2**30
 
@@ -118,7 +120,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
 
     assert passed() == names
     assert capsys.readouterr().err == ""  # it was over at once
-    monkeypatch.setattr(reports, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
     assert passed() == names
     assert capsys.readouterr().err.splitlines() == [
         "1 of 3: after a [1] comes b",

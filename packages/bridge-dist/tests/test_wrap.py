@@ -33,8 +33,8 @@ from bridge.dist import (
 )
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
 from bridge.dist.stages import unwrapped
-from bridge.dist.text import Text, default_text
-from bridge.dist.train import TrainOptions, train
+from bridge.dist.train.step import TrainOptions, train
+from bridge.dist.train.text import Text, default_text
 from bridge.dist.weights import draw_weights
 
 VOCAB = 256

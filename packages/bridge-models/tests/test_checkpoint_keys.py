@@ -179,7 +179,7 @@ def main() -> None:
     """Print the keys of all models, with a stand-in for Transformer Engine."""
     import transformer_engine_stand_in
 
-    from bridge.dist import gpu_libraries
+    from bridge.dist.process import gpu_libraries
 
     vars(gpu_libraries)["_NAMES"] = ()  # else the CPU runtime hides it
     transformer_engine_stand_in.install()

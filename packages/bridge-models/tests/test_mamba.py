@@ -214,9 +214,10 @@ def train_on_long_sequences() -> tuple[int, list[float], list[float | None]]:
     """On one rank: parameters of a hybrid, and losses and gradient norms of steps on 4,096 tokens each."""
     from bridge.config import Document
     from bridge.dist import create_process_groups
-    from bridge.dist.job import BuildJob, build_and_train
-    from bridge.dist.text import default_text
-    from bridge.dist.train import TrainOptions
+    from bridge.dist.job import BuildJob
+    from bridge.dist.run.execute import build_and_train
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
 
     sizes = {"hidden_size": 384, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 512, "mamba_head_dim": 64}

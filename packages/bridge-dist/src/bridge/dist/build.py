@@ -24,10 +24,10 @@ from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import warning
 from bridge.dist.engine.copies import check_copies, foreign_hooks, is_tied
+from bridge.dist.engine.environment import inspect_process
+from bridge.dist.engine.forward import next_token_step
 from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
-from bridge.dist.environment import inspect_process
 from bridge.dist.errors import BuilderContractError
-from bridge.dist.forward import next_token_step
 from bridge.dist.meta import initialise_stages
 from bridge.dist.options import BuildOptions
 from bridge.dist.precision import move_to_device, wrap_mixed_precision

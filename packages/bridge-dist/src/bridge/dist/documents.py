@@ -32,6 +32,9 @@ _OF_ONE_LAYOUT = (
     "overlap_p2p_comm",
 )
 
+DROPOUT_RATES = ("hidden_dropout", "attention_dropout")
+"""The fields of Megatron's TransformerConfig that make losses depend on the layout."""
+
 
 def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
     """Write the sizes of a layout into a document, and what Megatron needs said beside them unless it is said already.
@@ -67,7 +70,7 @@ def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_par
 def switch_off_dropout(document: Document) -> None:
     """Set the dropout rates of a document to zero."""
     prefix, _ = _transformer(document)
-    for name in ("hidden_dropout", "attention_dropout"):
+    for name in DROPOUT_RATES:
         document.set(prefix + name, 0.0)
 
 

@@ -32,7 +32,7 @@ from megatron.core.utils import log_single_rank
 from torch.nn.functional import silu, softplus
 
 from bridge.config.schema.hybrid_pattern import prediction_depths
-from bridge.dist.gpu_libraries import why_missing
+from bridge.dist.process.gpu_libraries import why_missing
 from bridge.models.backend import PyTorchSpecProvider, fused_norm, torch_norm, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 from bridge.models.hybrid_pattern import refuse_layers

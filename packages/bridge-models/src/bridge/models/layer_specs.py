@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
 from bridge.config import ModelConfig
-from bridge.dist.gpu_libraries import why_missing
+from bridge.dist.process.gpu_libraries import why_missing
 from bridge.models.backend import TorchAttention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 

@@ -15,14 +15,14 @@ import torch.cuda.random
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from bridge.dist import gpu_libraries
 from bridge.dist.cpu.collectives import methods_of_groups, not_coalesced
 from bridge.dist.cpu.device import META, STREAM, TORCH_CUDA, always, placed_on
 from bridge.dist.cpu.redirect import CudaIsCpu, MetaByDefault, redirected_backward, redirected_mesh
 from bridge.dist.errors import CpuRuntimeError
-from bridge.dist.imports import is_compiler_left_out
 from bridge.dist.internals import MEGATRON_MESSAGE
 from bridge.dist.patch import Replacement, replaced
+from bridge.dist.process import gpu_libraries
+from bridge.dist.process.imports import is_compiler_left_out
 
 
 class _Installation(NamedTuple):

@@ -23,10 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.builders import compose_hooks
 from bridge.config import ModelConfig
-from bridge.dist.batch import Batch
 from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.cpu import on_meta
-from bridge.dist.environment import leave_out_cuda_graphs
+from bridge.dist.engine.environment import leave_out_cuda_graphs
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.patch import Replacement, replaced
@@ -43,7 +42,9 @@ from bridge.dist.plan.sharded import (
     weights,
 )
 from bridge.dist.stages import layers_of, unwrapped
-from bridge.dist.train import optimizer_of, run_microbatches, zero_gradients
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.step import run_microbatches, zero_gradients
 from bridge.dist.weights import Placement, layer_indices, named_parameters
 from bridge.dist.wrapper import Wrapper
 

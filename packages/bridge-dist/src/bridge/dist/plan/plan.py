@@ -10,7 +10,6 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
-from bridge.dist.batch import Batch
 from bridge.dist.errors import PlanError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
@@ -19,6 +18,7 @@ from bridge.dist.plan.groups import rank_of
 from bridge.dist.plan.measure import Memo, Passed, Rank, measure
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.schedule import passes, peak
+from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
 
 

@@ -11,11 +11,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from bridge.dist.format import gib, layer_ranges
 from bridge.dist.layout import Layout
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
 from bridge.dist.plan.search import Found, Machine
 from bridge.dist.plan.timeline import Timeline, planned
-from bridge.dist.report import gib, layer_ranges
 
 
 class Kind(NamedTuple):

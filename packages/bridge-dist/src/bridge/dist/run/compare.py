@@ -15,9 +15,9 @@ from bridge.config import Document, DocumentError, Problem
 from bridge.config.document import read_file
 from bridge.config.refusal import got
 from bridge.dist.documents import switch_off_dropout
-from bridge.dist.imports import import_megatron
+from bridge.dist.format import gib
 from bridge.dist.plan.results import NOT_COVERED
-from bridge.dist.report import gib
+from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
 
 Value = str | int | float | None
@@ -322,9 +322,9 @@ def _planned(report: _Part) -> _Part:
     hide_gpus()  # a plan takes none
     import_megatron(with_compiler=False)
     # Torch and Megatron, which comparing files does without.
-    from bridge.dist.batch import Batch
     from bridge.dist.job import make_builder
     from bridge.dist.plan.plan import PlanOptions, plan
+    from bridge.dist.train.batch import Batch
     from bridge.dist.wrapper import Wrapper
 
     document = Document(report.take("document", dict), report.source)

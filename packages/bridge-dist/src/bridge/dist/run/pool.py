@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 from bridge.config import BridgeError
 from bridge.config.frames import describe
 from bridge.dist.errors import LaunchError
-from bridge.dist.imports import import_megatron
-from bridge.dist.messages import relay, send_messages
+from bridge.dist.process.imports import import_megatron
+from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.run.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:

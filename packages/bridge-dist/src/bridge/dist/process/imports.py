@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from bridge.dist.gpu_libraries import hide_without_gpu
+from bridge.dist.process.gpu_libraries import hide_without_gpu
 
 _DYNAMO = "torch._dynamo"
 

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
-from bridge.dist.batch import Batch
 from bridge.dist.engine.copies import check_gradients
-from bridge.dist.forward import ForwardStep, next_token_step
+from bridge.dist.engine.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
-from bridge.dist.patch import Replacement, replaced
-from bridge.dist.stages import unwrapped
-from bridge.dist.text import Text
-
-LEARNING_RATE = 1e-4
-# Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
-# to a full step in one direction or the other; far below the gradients that matter.
-_EPSILON = 1e-5
-_FP16_LOSS_SCALE = 2.0**16
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.text import Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,75 +80,6 @@ def _time_when_done() -> float:
     """Read the clock when the device has done what it was given."""
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-_LEFT_TO_OTHERS: Mapping[str, tuple[Callable[[TransformerConfig], object], str]] = {
-    "overlap_moe_expert_parallel_comm": (
-        lambda c: c.overlap_moe_expert_parallel_comm,
-        "set it, and delay_wgrad_compute, to false: it takes steps that return plans of a schedule",
-    ),
-    "num_microbatches_with_partial_activation_checkpoints": (
-        lambda c: c.num_microbatches_with_partial_activation_checkpoints is not None,
-        "set it to null: it takes steps that are told what to recompute",
-    ),
-    "qk_clip": (lambda c: c.qk_clip, "set it to false: nothing clips the weights after a step"),
-    "log_max_attention_logit": (lambda c: c.log_max_attention_logit, "set it to false: nothing logs it"),
-    "moe_expert_rank_capacity_factor": (
-        lambda c: c.moe_expert_rank_capacity_factor is not None,
-        "set it to null, and moe_paged_stash to false: nothing repeats a step that dropped tokens",
-    ),
-    "cuda_graph_impl": (
-        lambda c: c.cuda_graph_impl in ("transformer_engine", "full_iteration"),
-        "set it to local or none: nothing captures the graphs",
-    ),
-}
-"""What megatron-core 0.19.2 leaves to the training loop, and the one here does not do."""
-
-
-def left_to_others(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """Name the fields of a configuration that ``train`` would pass over, or fail for, each with what to set."""
-    for name, (asked, advice) in _LEFT_TO_OTHERS.items():
-        if asked(config):
-            yield name, advice
-
-
-@contextlib.contextmanager
-def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
-    """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
-
-    Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
-    free them: part of the circle is held by torch's C++.
-    """
-    config = get_model_config(stages[0])
-    ddp_config = stages[0].ddp_config
-    assert isinstance(ddp_config, DistributedDataParallelConfig)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=LEARNING_RATE,
-            min_lr=LEARNING_RATE,
-            adam_eps=_EPSILON,
-            fp16=config.fp16,
-            bf16=config.bf16,
-            initial_loss_scale=_FP16_LOSS_SCALE,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=ddp_config.use_distributed_optimizer,
-            overlap_param_gather=ddp_config.overlap_param_gather,
-        ),
-        stages,
-        use_gloo_process_groups=use_gloo_process_groups,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-    functions: dict[str, object] = {
-        "finalize_model_grads_func": finalize_model_grads,
-        "grad_scale_func": optimizer.scale_loss,
-    }
-    if ddp_config.overlap_grad_reduce:
-        no_sync = [stage.no_sync for stage in stages]
-        functions["no_sync_func"] = no_sync if len(stages) > 1 else no_sync[0]
-    with replaced(*(Replacement(config, name, function) for name, function in functions.items())):
-        yield optimizer
 
 
 def zero_gradients(stages: Sequence[MegatronModule]) -> None:
@@ -233,37 +153,3 @@ def _global_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupColl
         loss /= pg_collection.dp_cp.size()
     torch.distributed.broadcast(loss, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)
     return loss.item()
-
-
-def switch_off_dropout(config: TransformerConfig) -> list[str]:
-    """Set the dropout rates of a configuration to zero and name those that were not.
-
-    Each tensor-parallel rank draws its own dropout masks, so that with dropout the losses depend on the layout.
-    """
-    names = [name for name in ("hidden_dropout", "attention_dropout") if getattr(config, name)]
-    for name in names:
-        setattr(config, name, 0.0)
-    return names
-
-
-def mask_vocabulary_padding(stages: Sequence[MegatronModule], *, vocab_size: int) -> None:
-    """Give the padding of the vocabulary no probability, in stages that hold an output layer.
-
-    How many rows pad the vocabulary depends on the tensor-parallel size, and a padded row takes part in the softmax.
-    """
-    for stage in stages:
-        layer = getattr(unwrapped(stage), "output_layer", None)
-        if layer is not None:
-            layer.register_forward_hook(partial(_mask_padding, vocab_size=vocab_size))
-
-
-def _mask_padding(
-    layer: Any, _: object, output: tuple[torch.Tensor, torch.Tensor | None], *, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    logits, bias = output
-    width = logits.shape[-1]
-    real = vocab_size - layer.tp_group.rank() * width
-    if real >= width:
-        return output
-    padding = torch.arange(width, device=logits.device) >= real
-    return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias

@@ -17,10 +17,10 @@ from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.documents import switch_off_dropout
 from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
-from bridge.dist.parity import Trained, train_and_compare, train_reference
+from bridge.dist.run.parity import Trained, train_and_compare, train_reference
 from bridge.dist.run.pool import RankPool, StartMethod
 from bridge.dist.splits import WRAPPINGS, Split, Wrapping, cases
-from bridge.dist.train import TrainOptions
+from bridge.dist.train.step import TrainOptions
 
 
 class Verdict(StrEnum):

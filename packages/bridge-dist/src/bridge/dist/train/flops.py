@@ -8,7 +8,7 @@ from math import prod
 
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from bridge.dist.batch import Batch
+from bridge.dist.train.batch import Batch
 
 _PEAKS = (
     (re.compile(r"\bA100\b"), 312e12),

@@ -1,0 +1,110 @@
+"""Collecting what every rank built, held at most, and took for a step, into one report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+
+from bridge.config import ModelConfig
+from bridge.dist.agreement import versions
+from bridge.dist.job import BuildJob, vocab_size
+from bridge.dist.layout import Layout
+from bridge.dist.run.execute import Run
+from bridge.dist.run.memory import PeakMemory, peak_memory
+from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
+from bridge.dist.stages import layers_of
+from bridge.dist.train.flops import model_flops, peak_flops
+from bridge.dist.train.step import Step
+from bridge.dist.weights import Placement, layer_indices
+
+
+def collect_report(
+    job: BuildJob, config: ModelConfig, run: Run, layout: Layout, groups: ProcessGroupCollection
+) -> BuildReport:
+    """Collect what every rank built, held at most, and took for a step. Collective."""
+    memory = peak_memory()
+    chunks = [_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
+    placements = [placement for stage in run.placements for placement in stage]
+    everyone = _gather(_Outcome(_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
+    whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
+    shapes = {name: placement.logical_shape(vocab_size(config)) for name, placement in whole.items()}
+    transformer, training = job.builder(config).transformer_config, job.training
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    in_half_precision = transformer.bf16 or transformer.fp16
+    return BuildReport(
+        world_size=layout.world_size,
+        layout=asdict(layout),
+        wrap=str(job.wrapper),
+        distributed_optimizer=job.distributed_optimizer,
+        layers=layers_of(run.stages),
+        device="cpu" if device is None else "cuda",
+        device_name=device,
+        device_peak_flops=peak_flops(device) if device is not None and in_half_precision else None,
+        **{size: getattr(training, size, None) for size in ("seq_length", "micro_batch_size", "global_batch_size")},
+        parameters=sum(shape.numel() for shape in shapes.values()),
+        padded_parameters=sum(placement.full_shape.numel() for placement in whole.values()),
+        ranks=[outcome.report for outcome in everyone],
+        losses=[step.loss for step in run.steps],
+        grad_norms=[step.grad_norm for step in run.steps],
+        step_seconds=max((outcome.step_seconds for outcome in everyone if outcome.step_seconds), default=None),
+        model_flops=None if training is None else model_flops(shapes, transformer, training),
+        document=job.document,
+        overrides=list(job.overrides),
+        versions=versions(),
+    )
+
+
+def _chunk_report(index: int, stage: MegatronModule, placements: list[Placement]) -> ChunkReport:
+    return ChunkReport(
+        vp_stage=index,
+        layers=layer_indices(stage),
+        parameters=sum(placement.shape.numel() for placement in placements),
+        wrappers=list(wrapper_names(stage)),
+    )
+
+
+def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
+    """Name the wrappers of a stage and the model they hold, outermost first."""
+    yield type(module).__name__
+    inner = getattr(module, "module", None)
+    if isinstance(inner, torch.nn.Module):
+        yield from wrapper_names(inner)
+
+
+def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport], memory: PeakMemory) -> RankReport:
+    return RankReport(
+        rank=torch.distributed.get_rank(),
+        tp=groups.tp.rank(),
+        pp=groups.pp.rank(),
+        dp=groups.dp.rank(),
+        cp=groups.cp.rank(),
+        ep=groups.ep.rank(),
+        chunks=chunks,
+        peak_memory_bytes=memory,
+    )
+
+
+class _Outcome(NamedTuple):
+    """What the others need to know of a rank: its report, where its parameters stand, the mean time of its steps."""
+
+    report: RankReport
+    placements: list[Placement]
+    step_seconds: float | None
+
+
+def _gather(mine: _Outcome) -> list[_Outcome]:
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _mean_seconds(steps: Sequence[Step]) -> float | None:
+    """Mean time of the steps but the first, which warms up; None if there is no other."""
+    return mean(step.seconds for step in steps[1:]) if len(steps) > 1 else None

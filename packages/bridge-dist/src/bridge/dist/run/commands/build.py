@@ -1,0 +1,144 @@
+"""The command `bridge build`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bridge.config import BridgeError, Document
+from bridge.config.document import STANDARD_INPUT
+from bridge.config.frames import describe
+from bridge.dist.checks.document import refuse_before_imports
+from bridge.dist.documents import apply_layout
+from bridge.dist.run.commands.options import SIZE, WRAPPERS, device_option, train_options, training_options
+from bridge.dist.run.commands.output import print_parts
+from bridge.dist.run.devices import Device
+from bridge.dist.run.pool import launch
+from bridge.dist.run.rank_environment import RankEnvironment
+from bridge.dist.run.start import prepare
+from bridge.dist.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from bridge.dist.run.report import BuildReport
+
+
+@click.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--nproc", type=SIZE, help="Start this many ranks here. Without it: the ranks of torchrun or srun, or 1.")
+@click.option("--tp", type=SIZE, help="Tensor-parallel size.")
+@click.option("--pp", type=SIZE, help="Pipeline-parallel size.")
+@click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank.")
+@click.option("--cp", type=SIZE, help="Context-parallel size.")
+@click.option("--ep", type=SIZE, help="Expert-parallel size.")
+@click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default that of --tp.")
+@click.option("--dp", type=SIZE, help="Data-parallel size to insist on; it follows from the others.")
+@click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
+@click.option("--wrap", type=click.Choice(WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
+@click.option("--steps", type=SIZE, help="Train this many steps.")
+@click.option(
+    "--load",
+    type=click.Path(path_type=Path),
+    help="With restore_modelopt_state: the checkpoint to restore the ModelOpt state and the weights from.",
+)
+@device_option
+@training_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def build(
+    file: str,
+    overrides: tuple[str, ...],
+    *,
+    nproc: int | None,
+    wrap: str,
+    distributed_optimizer: bool,
+    steps: int | None,
+    load: Path | None,
+    device: str,
+    text: Path | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    seq_length: int | None,
+    dp: int | None,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Build FILE, a document, a preset or - for standard input, as distributed stages, and train them for a few steps.
+
+    The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
+    that losses and gradient norms do not depend on the layout. With --load they are the checkpoint's.
+    """
+    place = RankEnvironment.read(os.environ) if nproc is None else None
+    if file == STANDARD_INPUT and place is not None:
+        raise click.UsageError("the ranks of a launcher cannot all read standard input: name a file")
+    with _reporting_errors(place):
+        document = Document.load(file, overrides)
+        notes = document.migrate()  # a layout is written into the present form
+        if place is None or place.rank == 0:
+            for note in notes:
+                click.echo(f"{file}: note: {note}", err=True)
+        apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
+        ranks = (nproc or 1) if place is None else place.world_size
+        refuse_before_imports(
+            document,
+            wrapper=Wrapper(wrap),
+            world_size=ranks,
+            dp=dp,
+            distributed_optimizer=distributed_optimizer,
+        )
+        start_method = prepare(Device(device), place, ranks=nproc or 1)
+        config = document.config()
+
+        from bridge.dist.job import BuildJob
+        from bridge.dist.run.rank import run_rank
+
+        training = None
+        if steps is not None:
+            training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+        job = BuildJob(
+            document=document.data,
+            overrides=overrides,
+            wrapper=Wrapper(wrap),
+            distributed_optimizer=distributed_optimizer,
+            dp=dp,
+            training=training,
+            modelopt_checkpoint=load,
+        )
+        job.check(config, ranks)
+        job.builder(config).check_restore()
+        report = run_rank(job) if place else launch(run_rank, job, ranks=ranks, start_method=start_method)
+    if place is None or place.rank == 0:
+        _show(report, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
+    """Among the ranks of a launcher: print an error that each of them finds once, and leave it for torchrun to find."""
+    if place is None:
+        yield
+        return
+    from bridge.dist.run import failures  # and torch, which `bridge -h` does without
+
+    failures.end_with_launcher()
+    try:
+        with failures.ended_by_signals(place), failures.watching_nodes(place):
+            yield
+    except Exception as error:
+        failures.record_for_launcher(error)
+        if failures.say_once(str(error) if isinstance(error, BridgeError) else describe(error), place):
+            raise
+        raise click.exceptions.Exit(1) from None
+
+
+def _show(report: BuildReport, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    from bridge.dist.run.tables import tables
+
+    print_parts(tables(report))

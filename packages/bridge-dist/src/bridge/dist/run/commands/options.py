@@ -1,0 +1,71 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from bridge.config import ModelConfig
+from bridge.dist.run.devices import Device
+
+if TYPE_CHECKING:
+    from bridge.dist.train.step import TrainOptions
+
+CommandT = TypeVar("CommandT", bound=Callable[..., object])
+
+WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
+SIZE = click.IntRange(min=1)
+_LONGEST_DEFAULT_SAMPLE = 128
+
+device_option = click.option(
+    "--device",
+    type=click.Choice([device.value for device in Device]),
+    default=Device.AUTO.value,
+    show_default=True,
+    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
+)
+
+
+def training_options(command: CommandT) -> CommandT:
+    """Give a command the options that say what to train on."""
+    for option in (
+        click.option(
+            "--seq-length",
+            type=SIZE,
+            help=f"Tokens per sample; by default the model's, {_LONGEST_DEFAULT_SAMPLE} at most.",
+        ),
+        click.option("--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass."),
+        click.option(
+            "--global-batch-size", type=SIZE, default=8, show_default=True, help="Samples per step, of all ranks."
+        ),
+        click.option(
+            "--text", type=click.Path(path_type=Path), help="Text to train on, as bytes; by default a licence."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def train_options(
+    config: ModelConfig,
+    steps: int,
+    text: Path | None,
+    seq_length: int | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+) -> TrainOptions:
+    """Make what a command trains on of its options, by default the model's length of samples and a licence."""
+    from bridge.dist.train.step import TrainOptions
+    from bridge.dist.train.text import default_text  # and torch, which `bridge -h` does without
+
+    longest = min(getattr(config, "seq_length", _LONGEST_DEFAULT_SAMPLE), _LONGEST_DEFAULT_SAMPLE)
+    return TrainOptions(
+        steps=steps,
+        text=text or default_text(),
+        seq_length=seq_length or longest,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )

@@ -1,0 +1,74 @@
+"""The command `bridge verify`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from bridge.config import Document
+from bridge.dist.run.commands.options import SIZE, device_option, train_options, training_options
+from bridge.dist.run.commands.output import print_parts
+from bridge.dist.run.devices import Device
+from bridge.dist.run.start import prepare
+
+
+@click.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option(
+    "--nproc", type=SIZE, default=4, show_default=True, help="Ranks to split the model over, on this machine."
+)
+@click.option("--steps", type=SIZE, default=5, show_default=True, help="Steps to train.")
+@device_option
+@training_options
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def verify(
+    file: str,
+    overrides: tuple[str, ...],
+    *,
+    nproc: int,
+    steps: int,
+    device: str,
+    text: Path | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    seq_length: int | None,
+    as_json: bool,
+) -> None:
+    """Train the model of FILE for the same few steps on one process and under many layouts, and compare.
+
+    Each kind of parallelism is tried with each data-parallel wrapper, and in products. Losses, gradient norms and final
+    weights must agree but for rounding; exit code 1 if any layout trains otherwise, or fails. Dropout is switched off,
+    and the layout of FILE is left aside.
+    """
+    start_method = prepare(Device(device), None, ranks=nproc)
+    document = Document.load(file, overrides)
+    for note in document.migrate():
+        click.echo(f"{file}: note: {note}", err=True)
+
+    from bridge.dist.run import verify as verification
+    from bridge.dist.run.progress import with_progress
+    from bridge.dist.run.tables import verification_tables
+    from bridge.dist.splits import cases
+
+    config = document.config()
+    training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+    found = verification.verify(document, training, world_size=nproc, start_method=start_method)
+    at_work = [f"{split.name(nproc)} with {wrapping}" for split, wrapping in cases(nproc)]
+    rows = list(
+        with_progress(
+            found,
+            len(at_work),
+            first="one process",
+            describe=lambda done, _: at_work[done] if done < len(at_work) else "done",
+        )
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print_parts(verification_tables(rows))
+    if any(row.is_mismatch for row in rows):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,115 @@
+"""Building a job on this rank, and training it for a few steps."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule, TransformerConfig
+
+from bridge.builders import Hook, compose_hooks
+from bridge.config import ModelConfig
+from bridge.dist.engine.environment import prepare_process
+from bridge.dist.job import BuildJob, read_text, vocab_size
+from bridge.dist.layout import Layout
+from bridge.dist.run.memory import reset_peak_memory
+from bridge.dist.run.progress import with_progress
+from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
+from bridge.dist.train.step import Step, train
+from bridge.dist.weights import Placement, draw_weights, named_parameters
+
+_SEED = 1234
+_SEEDS_OF_A_STAGE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a job made on this rank: wrapped stages, where each one's parameters stand in the whole model, steps."""
+
+    stages: list[MegatronModule]
+    placements: list[list[Placement]]
+    steps: list[Step]
+
+
+def build_and_train(
+    job: BuildJob,
+    config: ModelConfig,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    *,
+    shows_steps: bool = False,
+) -> Run:
+    """Build the stages of this rank, wrap them, and train them if the job says so.
+
+    Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
+    With ``shows_steps`` rank 0 shows the loss of each step on standard error.
+    """
+    reset_peak_memory()
+    builder = job.builder(config)
+    prepare_process(builder.transformer_config)
+    seed_random_states(builder.transformer_config, groups)
+    leader = torch.distributed.get_rank() == 0
+    placements: list[list[Placement]] = []
+
+    def draw(stages: list[MegatronModule]) -> list[MegatronModule]:
+        draw_weights(stages, groups, vocab_size=vocab_size(config))
+        return stages
+
+    def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+        # FSDP shards parameters when it wraps; they are whole only now.
+        placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
+        return stages
+
+    # The model's own hooks count as one list, whose last hook may return None. The drawn weights come before them, so
+    # that a hook may still change them.
+    hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), note]
+    if job.training is not None:
+        if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
+            _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
+        if job.modelopt_checkpoint is None:
+            hooks.insert(0, draw)
+    config.pre_wrap_hooks = hooks
+    options = job.options(builder.transformer_config)
+    stages = builder.build_distributed_models(
+        groups,
+        ddp_config=options.ddp_config,
+        use_megatron_fsdp=options.use_megatron_fsdp,
+        use_torch_fsdp2=options.use_torch_fsdp2,
+        wrap_with_ddp=options.wrap_with_ddp,
+    )
+    steps: list[Step] = []
+    if job.training is not None:
+        text = read_text(job.training, config)
+        mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
+        taken = train(stages, groups, layout, text=text, options=job.training, forward_step=builder.forward_step)
+        if leader and shows_steps:
+            taken = with_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
+        steps = list(taken)
+    return Run(stages=stages, placements=placements, steps=steps)
+
+
+def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:
+    """Seed Python, numpy, torch and Megatron's random states as Megatron-LM does: each pipeline stage its own way.
+
+    Source: ``_set_random_seed`` of megatron.training 0.19.2.
+    """
+    seed += _SEEDS_OF_A_STAGE * groups.pp.rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed,
+        te_rng_tracker=config.use_te_rng_tracker,
+        inference_rng_tracker=config.inference_rng_tracker,
+        use_cudagraphable_rng=config.cuda_graph_impl != "none",
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)  # noqa: T201

@@ -1,0 +1,106 @@
+"""Tables for the terminal: a build report, and what `bridge verify` found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from bridge.dist.format import gib, layer_ranges
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bridge.dist.run.report import BuildReport
+    from bridge.dist.run.verify import Row
+
+
+def tables(report: BuildReport) -> list[RenderableType]:
+    """Render a report for a terminal: ranks and stages, memory, then steps if there were any, then the totals."""
+    parts: list[RenderableType] = [_ranks_table(report), _memory_table(report)]
+    if report.losses:
+        parts.append(_steps_table(report))
+    total = f"parameters of the whole model: {report.parameters:,}"
+    if report.padded_parameters != report.parameters:
+        total += f" ({report.padded_parameters:,} with the padded vocabulary)"
+    parts.append(total)
+    if report.step_seconds is not None:
+        parts.append(f"time of a step: {report.step_seconds:.3f} s, the mean of all but the first, which warms up")
+    if report.tokens_per_second_per_gpu is not None:
+        whole = report.tokens_per_second_per_gpu * report.world_size
+        parts.append(f"tokens per second: {whole:,.0f}, of a rank {report.tokens_per_second_per_gpu:,.0f}")
+    if report.model_flops_utilization is not None:
+        parts.append(f"model-FLOPs utilisation: {report.model_flops_utilization:.1%}")
+    return parts
+
+
+def _ranks_table(report: BuildReport) -> RenderableType:
+    from rich.table import Table
+
+    sizes = " ".join(f"{name}={size}" for name, size in report.layout.items())
+    table = Table(title=f"{report.world_size} rank(s): {sizes}, wrapped with {report.wrap}", title_justify="left")
+    # Coordinates along axes of one rank say nothing.
+    axes = [axis for axis in ("tp", "pp", "dp", "cp", "ep") if report.layout[axis] > 1]
+    for name in ("rank", *axes, "stage", "layers", "parameters"):
+        table.add_column(name, justify="right")
+    table.add_column("wrappers")
+    for rank in report.ranks:
+        for chunk in rank.chunks:
+            first = chunk is rank.chunks[0]
+            place = [str(rank.rank), *(str(getattr(rank, axis)) for axis in axes)] if first else [""] * (len(axes) + 1)
+            table.add_row(
+                *place,
+                str(chunk.vp_stage),
+                layer_ranges(chunk.layers),
+                f"{chunk.parameters:,}",
+                " > ".join(chunk.wrappers),
+            )
+    return table
+
+
+def _memory_table(report: BuildReport) -> RenderableType:
+    """The kinds of memory that this device has."""
+    from rich.table import Table
+
+    peaks = [asdict(rank.peak_memory_bytes) for rank in report.ranks]
+    kinds = [kind for kind in peaks[0] if peaks[0][kind] is not None]
+    table = Table(title="peak memory, GiB", title_justify="left")
+    for name in ("rank", *kinds):
+        table.add_column(name, justify="right")
+    for rank, peak in zip(report.ranks, peaks, strict=True):
+        table.add_row(str(rank.rank), *(gib(peak[kind]) for kind in kinds))
+    return table
+
+
+def _steps_table(report: BuildReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("step", "loss", "gradient norm"):
+        table.add_column(name, justify="right")
+    for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=1):
+        table.add_row(str(step), f"{loss:.6f}", "skipped: overflow" if norm is None else f"{norm:.6f}")
+    return table
+
+
+def verification_tables(rows: Sequence[Row]) -> list[RenderableType]:
+    """Render what `bridge verify` found: one line a layout and wrapper, then why some were refused or failed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="largest relative differences from one process", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("layout", "wrapper", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("loss", "norm", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
+    colours = {"equal": "green", "refused": "yellow"}
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        differences = (row.loss_difference, row.grad_norm_difference, row.weight_difference)
+        verdict = f"[{colours.get(row.verdict, 'red')}]{row.verdict}"
+        numbers = ["" if difference is None else f"{difference:.1e}" for difference in differences]
+        table.add_row(row.layout, row.wrapper, verdict, *numbers)
+        if row.reason is not None:
+            reasons.setdefault(f"{row.verdict}: {row.reason}", []).append(f"{row.layout} with {row.wrapper}")
+    return [table, *(escape(f"{'; '.join(cases)}\n  {reason}") for reason, cases in reasons.items())]

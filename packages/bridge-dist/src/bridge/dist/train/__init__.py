@@ -1,0 +1,4 @@
+"""A few training steps: the text and its batches, the optimizer, a step by Megatron's schedule, FLOPs of a step.
+
+May import the checks, the engine, the CPU runtime, and the modules beside the subpackages.
+"""

@@ -1,0 +1,59 @@
+"""Megatron's optimizer for a few steps that are comparable between layouts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import get_model_config
+
+from bridge.dist.patch import Replacement, replaced
+
+LEARNING_RATE = 1e-4
+# Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
+# to a full step in one direction or the other; far below the gradients that matter.
+_EPSILON = 1e-5
+_FP16_LOSS_SCALE = 2.0**16
+
+
+@contextlib.contextmanager
+def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
+    """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
+
+    Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
+    free them: part of the circle is held by torch's C++.
+    """
+    config = get_model_config(stages[0])
+    ddp_config = stages[0].ddp_config
+    assert isinstance(ddp_config, DistributedDataParallelConfig)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=LEARNING_RATE,
+            min_lr=LEARNING_RATE,
+            adam_eps=_EPSILON,
+            fp16=config.fp16,
+            bf16=config.bf16,
+            initial_loss_scale=_FP16_LOSS_SCALE,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
+        ),
+        stages,
+        use_gloo_process_groups=use_gloo_process_groups,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    functions: dict[str, object] = {
+        "finalize_model_grads_func": finalize_model_grads,
+        "grad_scale_func": optimizer.scale_loss,
+    }
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [stage.no_sync for stage in stages]
+        functions["no_sync_func"] = no_sync if len(stages) > 1 else no_sync[0]
+    with replaced(*(Replacement(config, name, function) for name, function in functions.items())):
+        yield optimizer
