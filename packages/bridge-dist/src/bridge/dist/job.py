@@ -59,13 +59,9 @@ class BuildJob:
             TrainingError: The batch sizes do not fit the layout, or the text the model.
             BridgeError: Whatever the configuration's own ``finalize`` raises.
         """
-        finalize = getattr(config, "finalize", None)
-        if finalize is not None:
-            finalize()
+        layout = self.finalize(config, world_size)
         builder = self.builder(config)
         transformer = builder.transformer_config
-        leave_out_cuda_graphs(transformer)
-        layout = Layout.of(transformer, world_size, dp=self.dp)
         options = self.options(transformer)
         setup = Setup(
             transformer=transformer, layout=layout, options=options, model=config, environment=inspect_process()
@@ -77,6 +73,21 @@ class BuildJob:
             self.training.microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
             read_text(self.training, config)
         return layout
+
+    def finalize(self, config: ModelConfig, world_size: int) -> Layout:
+        """Finish a configuration for the device of this process, and return its layout, without the other checks.
+
+        Raises:
+            BuilderContractError: This engine cannot drive the builder that the configuration names.
+            LayoutError: The layout does not fit ``world_size`` ranks.
+            BridgeError: Whatever the configuration's own ``finalize`` raises.
+        """
+        finalize = getattr(config, "finalize", None)
+        if finalize is not None:
+            finalize()
+        transformer = self.builder(config).transformer_config
+        leave_out_cuda_graphs(transformer)
+        return Layout.of(transformer, world_size, dp=self.dp)
 
     def embedding_ranks(self, config: ModelConfig) -> list[int] | None:
         """Return the pipeline ranks that hold the word embedding or a copy; None for the first and the last."""

@@ -24,8 +24,8 @@ from bridge.dist.run.world import world
 def run_rank(job: BuildJob) -> BuildReport:
     """Run a job as one rank of the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Collective: every rank gets the same job and returns the same report. Rank 0 shows progress on standard error,
-    where also goes what Megatron prints.
+    Collective: every rank gets the same job, which was checked, and returns the same report. Rank 0 shows progress on
+    standard error, where also goes what Megatron prints.
     """
     with joined(job) as (config, layout, groups):
         run = build_and_train(job, config, layout, groups, shows_steps=True)
@@ -36,11 +36,12 @@ def run_rank(job: BuildJob) -> BuildReport:
 def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCollection]]:
     """Join the world that the environment describes with a job's configuration and process groups.
 
-    They are left after a success only, see ``world``.
+    They are left after a success only, see ``world``. The job was checked (``BuildJob.check``) by the process that
+    started the ranks, or by each rank that a launcher started; the build checks once more what depends on the process.
     """
     with contextlib.redirect_stdout(sys.stderr), world(facts(job=job, versions=versions())):
         config = ModelConfig.from_dict(job.document)
-        layout = job.check(config, torch.distributed.get_world_size())
+        layout = job.finalize(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))
         yield config, layout, groups
         destroy_process_groups()
