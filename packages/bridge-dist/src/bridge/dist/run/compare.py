@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from bridge.config import Document, DocumentError, Problem
-from bridge.config.document import read_file
-from bridge.config.refusal import got
+from bridge.config import Document
 from bridge.dist.documents import switch_off_dropout
 from bridge.dist.format import gib
 from bridge.dist.plan.results import NOT_COVERED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
+from bridge.dist.run.report_file import Part, read_part
 
 Value = str | int | float | None
-ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
 
 
 class _Measure(NamedTuple):
@@ -115,7 +112,7 @@ def compare(files: Sequence[str]) -> Comparison:
         DocumentError: A file cannot be read, or is neither a report nor a plan; or there is a plan alone.
         BridgeError: The job of a report cannot be planned.
     """
-    names, parts = list(files), [_read(file) for file in files]
+    names, parts = list(files), [read_part(file) for file in files]
     if len(parts) == 1:
         names.append("its plan")
         parts.append(_planned(parts[0]))
@@ -159,7 +156,7 @@ def _difference(first: Value, value: Value) -> float | None:
     return 100 * (value - first) / first
 
 
-def _notes(names: Sequence[str], parts: Sequence[_Part], rows: Sequence[Row]) -> Iterator[str]:
+def _notes(names: Sequence[str], parts: Sequence[Part], rows: Sequence[Row]) -> Iterator[str]:
     differing = [row.name for row in rows if row.name in _SAME_JOB and len(set(row.values) - {None}) > 1]
     if differing:
         yield f"not the same job: they differ in {', '.join(differing)}"
@@ -177,94 +174,7 @@ def _notes(names: Sequence[str], parts: Sequence[_Part], rows: Sequence[Row]) ->
         yield f"not in the total of a plan: {'; '.join(NOT_COVERED)}"
 
 
-# --- What a file says
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A mapping of a file, and where it stands there."""
-
-    data: Mapping[str, Any]
-    source: str
-    path: str = "$"
-
-    def take(self, key: str, kind: type[ValueT]) -> ValueT:
-        """Return a value.
-
-        Raises:
-            DocumentError: It is missing, or of another kind.
-        """
-        value = self.find(key, kind)
-        if value is None:
-            raise self.problem(key, "is missing: write the file again with this version of bridge")
-        return value
-
-    def find(self, key: str, kind: type[ValueT]) -> ValueT | None:
-        """Return a value, or None if there is none.
-
-        Raises:
-            DocumentError: It is of another kind.
-        """
-        value = self.data.get(key)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is None or type(value) is kind:
-            return value
-        raise self.problem(key, f"expected {_CALLED[kind]}, got {got(value)}")
-
-    def inside(self, key: str) -> _Part:
-        """Return a mapping within."""
-        return _Part(data=self.take(key, dict), source=self.source, path=f"{self.path}.{key}")
-
-    def each(self, key: str) -> list[_Part]:
-        """Return the mappings of a list that is not empty."""
-        items = self.take(key, list)
-        if not items:
-            raise self.problem(key, "is empty: write the file again with this version of bridge")
-        for index, item in enumerate(items):
-            if not isinstance(item, dict):
-                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
-        return [
-            _Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
-        ]
-
-    def problem(self, key: str, message: str) -> DocumentError:
-        """Say what is wrong with a value."""
-        return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
-
-
-_CALLED: Mapping[type, str] = {
-    str: "a text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "a mapping",
-    list: "a list",
-}
-
-
-def _read(file: str) -> _Part:
-    """Read a build report or a plan.
-
-    Raises:
-        DocumentError: It cannot be read, or is neither.
-    """
-    wanted = "write one with bridge build --json, or bridge plan --json"
-    try:
-        data = json.loads(read_file(file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DocumentError):
-            raise
-        raise DocumentError([Problem("$", f"is not JSON ({error}): {wanted}", file)]) from None
-    if not isinstance(data, dict) or "kind" not in data:
-        raise DocumentError([Problem("$", f"has no kind, so it is neither a build report nor a plan: {wanted}", file)])
-    part = _Part(data=data, source=file)
-    if (kind := part.take("kind", str)) not in ("build", "plan"):
-        raise part.problem("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
-    return part
-
-
-def _values_of(part: _Part) -> dict[str, Value]:
+def _values_of(part: Part) -> dict[str, Value]:
     layout = {axis: size for axis, size in part.take("layout", dict).items() if size != 1}
     if layout.get("etp") == layout.get("tp"):
         layout.pop("etp", None)
@@ -285,18 +195,18 @@ def _values_of(part: _Part) -> dict[str, Value]:
     return values | (_built(part) if kind == "build" else _of_fullest_stage(part))
 
 
-def _batch(part: _Part) -> str | None:
+def _batch(part: Part) -> str | None:
     samples, tokens = part.find("global_batch_size", int), part.find("seq_length", int)
     return None if samples is None or tokens is None else f"{samples:,} x {tokens:,}"
 
 
-def _of_fullest_stage(plan: _Part) -> dict[str, Value]:
+def _of_fullest_stage(plan: Part) -> dict[str, Value]:
     fullest = max(plan.each("stages"), key=lambda stage: stage.take("total_bytes", int))
     kinds = {name: fullest.take(key, int) for name, key in _KINDS_OF_A_STAGE.items()}
     return {"stage": fullest.take("pp", int), **kinds}
 
 
-def _built(report: _Part) -> dict[str, Value]:
+def _built(report: Part) -> dict[str, Value]:
     """The device of a build, and the memory of its fullest rank."""
     peaks = [(rank.take("pp", int), rank.inside("peak_memory_bytes")) for rank in report.each("ranks")]
     sizes = [
@@ -308,7 +218,7 @@ def _built(report: _Part) -> dict[str, Value]:
     return {"device": report.find("device_name", str) or report.take("device", str), **fullest}
 
 
-def _planned(report: _Part) -> _Part:
+def _planned(report: Part) -> Part:
     """Make the plan of the job that a report is of, as it was trained: without dropout.
 
     Raises:
@@ -343,4 +253,4 @@ def _planned(report: _Part) -> _Part:
         wrapper=Wrapper(wrapper),
         distributed_optimizer=report.take("distributed_optimizer", bool),
     )
-    return _Part(data=plan(document, options).to_json(), source=f"the plan of {report.source}")
+    return Part(data=plan(document, options).to_json(), source=f"the plan of {report.source}")

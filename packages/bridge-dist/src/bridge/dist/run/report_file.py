@@ -1,0 +1,98 @@
+"""Reading the file of a build report or of a plan, value by value, with the place of what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bridge.config import DocumentError, Problem
+from bridge.config.document import read_file
+from bridge.config.refusal import got
+
+ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A mapping of a file, and where it stands there."""
+
+    data: Mapping[str, Any]
+    source: str
+    path: str = "$"
+
+    def take(self, key: str, kind: type[ValueT]) -> ValueT:
+        """Return a value.
+
+        Raises:
+            DocumentError: It is missing, or of another kind.
+        """
+        value = self.find(key, kind)
+        if value is None:
+            raise self.problem(key, "is missing: write the file again with this version of bridge")
+        return value
+
+    def find(self, key: str, kind: type[ValueT]) -> ValueT | None:
+        """Return a value, or None if there is none.
+
+        Raises:
+            DocumentError: It is of another kind.
+        """
+        value = self.data.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is None or type(value) is kind:
+            return value
+        raise self.problem(key, f"expected {_CALLED[kind]}, got {got(value)}")
+
+    def inside(self, key: str) -> Part:
+        """Return a mapping within."""
+        return Part(data=self.take(key, dict), source=self.source, path=f"{self.path}.{key}")
+
+    def each(self, key: str) -> list[Part]:
+        """Return the mappings of a list that is not empty."""
+        items = self.take(key, list)
+        if not items:
+            raise self.problem(key, "is empty: write the file again with this version of bridge")
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
+        return [
+            Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
+        ]
+
+    def problem(self, key: str, message: str) -> DocumentError:
+        """Say what is wrong with a value."""
+        return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
+
+
+_CALLED: Mapping[type, str] = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def read_part(file: str) -> Part:
+    """Read a build report or a plan.
+
+    Raises:
+        DocumentError: It cannot be read, or is neither.
+    """
+    wanted = "write one with bridge build --json, or bridge plan --json"
+    try:
+        data = json.loads(read_file(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError([Problem("$", f"is not JSON ({error}): {wanted}", file)]) from None
+    if not isinstance(data, dict) or "kind" not in data:
+        raise DocumentError([Problem("$", f"has no kind, so it is neither a build report nor a plan: {wanted}", file)])
+    part = Part(data=data, source=file)
+    if (kind := part.take("kind", str)) not in ("build", "plan"):
+        raise part.problem("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
+    return part
