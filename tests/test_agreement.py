@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from bridge.dist.agreement import facts, versions
+from bridge.dist.checks.agreement import facts, versions
 
 SOON = timedelta(seconds=2)
 
@@ -94,7 +94,7 @@ def missing_rank(absent: int) -> tuple[str, float]:
     """On each rank but one: ask the others."""
     import torch
 
-    from bridge.dist.agreement import agree_in_world
+    from bridge.dist.checks.agreement import agree_in_world
 
     start = time.monotonic()
     if torch.distributed.get_rank() == absent:
@@ -115,7 +115,8 @@ def silent_in_groups() -> str:
     """On each rank but the last, of a model that is split two ways: ask the others."""
     import torch
 
-    from bridge.dist import Layout, agreement, create_process_groups
+    from bridge.dist import Layout, create_process_groups
+    from bridge.dist.checks import agreement
 
     groups = create_process_groups(Layout(tp=2, pp=2))
     agreement._GRACE = timedelta(seconds=1)  # what a real run has more time for
@@ -136,7 +137,7 @@ def store_of_its_own(port: int) -> tuple[str, bool]:
     import torch
     from torch.distributed import TCPStore
 
-    from bridge.dist.agreement import agree
+    from bridge.dist.checks.agreement import agree
 
     rank = torch.distributed.get_rank()
 
@@ -170,7 +171,7 @@ def many_times(times: int) -> int:
     import torch
     from torch.distributed.distributed_c10d import _get_default_store
 
-    from bridge.dist.agreement import agree_in_world
+    from bridge.dist.checks.agreement import agree_in_world
 
     for _ in range(3):
         agree_in_world({"field": "1"})

@@ -20,9 +20,9 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
     from bridge.dist.documents import apply_layout
+    from bridge.dist.engine.weights import draw_weights
     from bridge.dist.train.step import TrainOptions, train
     from bridge.dist.train.text import Text, default_text
-    from bridge.dist.weights import draw_weights
 
     document = Document.load(preset)
     document.set("vocab_size", VOCAB)
@@ -53,7 +53,7 @@ def save(folder: Path, preset: str) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
-    from bridge.dist.weights import named_parameters
+    from bridge.dist.engine.placement import named_parameters
 
     (stage,), groups = build(preset, {"tp": 2}, train_steps=2)
     mine = {
@@ -88,7 +88,7 @@ def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
-    from bridge.dist.weights import named_parameters
+    from bridge.dist.engine.placement import named_parameters
 
     stages, groups = build(preset, sizes, train_steps=0)
     saved = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -64,7 +64,7 @@ def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folde
 def test_ranks_that_somebody_else_started_and_that_differ(
     lengths: tuple[int, int], sizes: tuple[int, int], difference: str, folder: Folder
 ) -> None:
-    folder.mark_at("bridge.dist.agreement:agree")
+    folder.mark_at("bridge.dist.checks.agreement:agree")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}

@@ -20,8 +20,8 @@ from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.run.parity import Trained
+from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
 from bridge.dist.run.verify import Row, Tolerance, Verdict, judged
-from bridge.dist.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
 from bridge.dist.wrapper import Wrapper
 
 MODELS = {

@@ -20,11 +20,13 @@ from bridge.dist.documents import apply_layout, replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.plan.groups import as_rank
-from bridge.dist.plan.measure import measure
+from bridge.dist.plan.count.rank import measure
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.ranking import Candidate
+from bridge.dist.plan.forecast.search import search
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
-from bridge.dist.plan.search import Candidate, Machine, search
+from bridge.dist.plan.virtual_rank.groups import as_rank
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.flops import model_flops
 from bridge.dist.wrapper import Wrapper
@@ -512,8 +514,8 @@ def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
 def test_wrappers_still_refuse_the_meta_device(
     wrapper: Wrapper, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this fails, megatron-core or torch has mended it: take the replacement out of ``bridge.dist.plan.sharded``."""
-    from bridge.dist.plan import sharded
+    """If this fails, megatron-core or torch has mended it: take the replacement out of ``bridge.dist.plan.virtual_rank.sharding``."""
+    from bridge.dist.plan.virtual_rank import sharding
 
     kept = [replacement for replacement in sharded._replacements() if replacement.name != name]
     assert len(kept) == len(sharded._replacements()) - 1

@@ -17,16 +17,18 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from ranks import RankError, run_ranks
 
-from bridge.dist import BuildOptions, Layout, build, create_process_groups, destroy_process_groups, wrap
+from bridge.dist import BuildOptions, Layout, create_process_groups, destroy_process_groups
 from bridge.dist.checks import preflight, rules
 from bridge.dist.checks.preflight import Environment
 from bridge.dist.checks.rules import machine, process_groups
-from bridge.dist.documents import CONFIG_FIELDS
+from bridge.dist.engine import build
+from bridge.dist.engine.weights import draw_weights
+from bridge.dist.engine.wrap import data_parallel
 from bridge.dist.errors import PreflightError
 from bridge.dist.job import make_builder
+from bridge.dist.layout import CONFIG_FIELDS
 from bridge.dist.train.step import TrainOptions, train
 from bridge.dist.train.text import Text, default_text
-from bridge.dist.weights import draw_weights
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 from bridge.models.mamba import MambaModelBuilder, MambaModelConfig
 from bridge.models.t5 import T5ModelBuilder, T5ModelConfig

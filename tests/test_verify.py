@@ -16,8 +16,8 @@ import pytest
 from environments import run_command
 
 from bridge.dist.run.parity import Trained
+from bridge.dist.run.splits import cases
 from bridge.dist.run.verify import Row, Tolerance, Verdict, judged, relative_difference
-from bridge.dist.splits import cases
 
 BRIDGE = Path(sys.executable).with_name("bridge")
 EXTENSION = Path(__file__).parent / "typing" / "extension"

@@ -18,10 +18,11 @@ from bridge.config import Document
 from bridge.dist import Layout, create_process_groups
 from bridge.dist.cpu import cpu_runtime, on_meta
 from bridge.dist.documents import apply_layout
+from bridge.dist.engine.placement import Placement, named_parameters
+from bridge.dist.engine.stages import build_stages
+from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import make_builder
-from bridge.dist.plan.groups import as_rank
-from bridge.dist.stages import build_stages
-from bridge.dist.weights import Placement, draw_weights, named_parameters
+from bridge.dist.plan.virtual_rank.groups import as_rank
 from bridge.models import presets
 
 PRESETS = sorted(file.stem for file in Path(presets.__path__[0]).glob("*.yaml"))

@@ -11,8 +11,9 @@ import time
 
 from bridge.config import Document
 from bridge.dist.documents import apply_layout
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.search import search
 from bridge.dist.plan.plan import PlanOptions, plan
-from bridge.dist.plan.search import Machine, search
 from bridge.dist.run.pool import start_fork_server
 from bridge.dist.train.batch import Batch
 
@@ -36,7 +37,7 @@ LARGE = {
 
 def main() -> None:
     preset, gpus = sys.argv[1] if sys.argv[1:] else "llama-3.1-8b", int(sys.argv[2]) if sys.argv[2:] else 64
-    start_fork_server(2, "bridge.dist.plan.search")
+    start_fork_server(2, "bridge.dist.plan.forecast.search")
     for name, (sizes, world_size, overrides) in LARGE.items():
         document = Document.load(name, overrides)
         apply_layout(document, sizes)

@@ -12,11 +12,11 @@ from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import vocab_size
 from bridge.dist.train.optimizer import optimizer_of
 from bridge.dist.train.step import zero_gradients
 from bridge.dist.train.text import Text
-from bridge.dist.weights import draw_weights
 
 _WARM_UP = 2
 

@@ -13,9 +13,9 @@ from gpu.training import few_steps, make_job, only_rank
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import ModelConfig
+from bridge.dist.engine.stages import unwrapped
 from bridge.dist.job import BuildJob
 from bridge.dist.run.execute import build_and_train
-from bridge.dist.stages import unwrapped
 from bridge.dist.wrapper import Wrapper
 
 

@@ -26,11 +26,11 @@ from bridge.dist import (
     create_process_groups,
     prepare_stages,
 )
-from bridge.dist.build import build_distributed
 from bridge.dist.cpu import on_meta
+from bridge.dist.engine.build import build_distributed
+from bridge.dist.engine.meta import materialize
+from bridge.dist.engine.wrap.ddp import bucket_size
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
-from bridge.dist.meta import materialize
-from bridge.dist.wrap import bucket_size
 
 WIDTH = 8
 

@@ -69,7 +69,7 @@ def _train(case: _Case) -> list[tuple[float, float]]:
     from megatron.core.transformer.module import Float16Module, MegatronModule
 
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.weights import draw_weights
+    from bridge.dist.engine.weights import draw_weights
 
     groups = create_process_groups(Layout(tp=case.tp, pp=case.pp, ep=case.ep, dp=case.dp))
     model_parallel_cuda_manual_seed(1)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bridge.dist.plan.html import page
 from bridge.dist.plan.results import NOT_COVERED, ChunkPlan, Plan, StagePlan, Traffic
-from bridge.dist.plan.text import tables
+from bridge.dist.plan.show.page import page
+from bridge.dist.plan.show.terminal import tables
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "activations")

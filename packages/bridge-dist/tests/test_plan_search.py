@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bridge.dist.layout import Layout
-from bridge.dist.plan.groups import extents, ranks_along
-from bridge.dist.plan.search import Machine
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.virtual_rank.rank_order import extents, ranks_along
 
 MACHINE = Machine(gpus_per_node=4, node_bandwidth=2, network_bandwidth=1)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
-from bridge.dist.plan.schedule import Pass, passes
-from bridge.dist.plan.timeline import Timeline, simulate
+from bridge.dist.plan.count.schedule import Pass, passes
+from bridge.dist.plan.forecast.timeline import Timeline, simulate
 
 
 def _schedule(pp: int, vp: int, microbatches: int, group_size: int | None = None) -> list[list[Pass]]:

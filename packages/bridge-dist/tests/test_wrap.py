@@ -29,13 +29,13 @@ from bridge.dist import (
     create_process_groups,
     destroy_process_groups,
     prepare_stages,
-    wrap,
 )
+from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.weights import draw_weights
+from bridge.dist.engine.wrap import data_parallel
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
-from bridge.dist.stages import unwrapped
 from bridge.dist.train.step import TrainOptions, train
 from bridge.dist.train.text import Text, default_text
-from bridge.dist.weights import draw_weights
 
 VOCAB = 256
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -340,7 +340,7 @@ def wrap_plain_model() -> int:
 
 
 def test_megatron_still_unwraps_one_of_the_two_wrappers_of_megatron_fsdp() -> None:
-    """When this fails, `bridge.dist.stages.unwrapped` is no longer needed."""
+    """When this fails, `bridge.dist.engine.stages.unwrapped` is no longer needed."""
     adapter, wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel), MegatronFSDP.__new__(MegatronFSDP)
     for module in (adapter, wrapper):
         torch.nn.Module.__init__(module)
@@ -439,7 +439,7 @@ def train_on_meta(cases: dict[str, Case]) -> list[str]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bridge.dist.meta").addHandler(handler)
+    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
     for name, case in cases.items():
         with built(case) as made:
             expected_attributes, expected = attributes(made), trained(made, steps=1)
@@ -488,7 +488,7 @@ def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, An
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bridge.dist.meta").addHandler(handler)
+    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
     config = Case(transformer={"init_model_with_meta_device": True}).config.transformer
     groups = create_process_groups(Layout())
     options = BuildOptions(ddp_config=DistributedDataParallelConfig(**ddp), **flags)

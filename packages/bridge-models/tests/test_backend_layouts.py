@@ -65,7 +65,8 @@ def gradients(case: Case) -> list[tuple[Any, Any]]:
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
     from bridge.dist.documents import replace_layout
-    from bridge.dist.weights import draw_weights, named_parameters
+    from bridge.dist.engine.placement import named_parameters
+    from bridge.dist.engine.weights import draw_weights
 
     document = Document.load(case.preset, [*OVERRIDES[case.preset], "transformer.num_layers=2"])
     replace_layout(document, case.sizes, sequence_parallel=case.sequence_parallel)

@@ -28,7 +28,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
-from bridge.dist.weights import draw_weights
+from bridge.dist.engine.weights import draw_weights
 from bridge.models import hybrid_layers
 from bridge.models.backend import TorchAttention
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
@@ -334,7 +334,7 @@ def layers_of_stages() -> list[tuple[list[int], list[str]]]:
     """On each of two ranks: numbers and parts of the layers of its two virtual stages."""
     from bridge.config import load_config
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.weights import layer_indices
+    from bridge.dist.engine.placement import layer_indices
 
     split = {
         "hybrid_layer_pattern": "M|*-E|M|-",

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from bridge.config.noise import silence
 
 if TYPE_CHECKING:
-    from bridge.dist.build import DistributedModelBuilder, build_distributed, prepare_stages
     from bridge.dist.checks.document import check_document
+    from bridge.dist.engine.build import build_distributed, prepare_stages
+    from bridge.dist.engine.builder import DistributedModelBuilder
     from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
+    from bridge.dist.engine.options import BuildOptions
+    from bridge.dist.engine.stages import build_stages
     from bridge.dist.layout import Layout
-    from bridge.dist.options import BuildOptions
-    from bridge.dist.stages import build_stages
     from bridge.dist.wrapper import Wrapper
 
 __all__ = [

@@ -13,13 +13,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.config import ModelConfig
-from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.checks.preflight import Setup, check
 from bridge.dist.checks.rules import RULES
+from bridge.dist.engine.builder import DistributedModelBuilder
 from bridge.dist.engine.environment import inspect_process, leave_out_cuda_graphs
+from bridge.dist.engine.options import BuildOptions
 from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.layout import Layout, embedding_ranks
-from bridge.dist.options import BuildOptions
 from bridge.dist.train.refusals import check_training
 from bridge.dist.train.step import TrainOptions
 from bridge.dist.train.text import Text

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bridge.config.schema.pipeline_layout import stages_of
-from bridge.dist.documents import CONFIG_FIELDS
 from bridge.dist.errors import LayoutError
+from bridge.dist.layout import CONFIG_FIELDS
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig

@@ -18,9 +18,9 @@ from bridge.config.tables import shipped
 from bridge.config.targets import declared, import_builder
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
-from bridge.dist.documents import CONFIG_FIELDS, apply_layout
+from bridge.dist.documents import apply_layout
 from bridge.dist.errors import LayoutError, OptionsError, PreflightError
-from bridge.dist.layout import Layout
+from bridge.dist.layout import CONFIG_FIELDS, Layout
 from bridge.dist.wrapper import Wrapper, usual_ddp_options
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from bridge.builders.hooks import Hook, hook_name
-from bridge.dist.agreement import is_alone
+from bridge.dist.checks.agreement import is_alone
+from bridge.dist.engine.placement import named_parameters, tensor_group
 from bridge.dist.errors import CopyError
-from bridge.dist.weights import named_parameters, tensor_group
 
 ItemT = TypeVar("ItemT")
 

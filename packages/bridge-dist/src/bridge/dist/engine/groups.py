@@ -12,11 +12,10 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from bridge.dist.agreement import LONGEST_WAIT, agree_in_world, facts
+from bridge.dist.checks.agreement import LONGEST_WAIT, agree_in_world, facts
+from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
 from bridge.dist.errors import LayoutError
-from bridge.dist.internals import clear_sharding_caches
 from bridge.dist.layout import Layout
-from bridge.dist.wrap import release_sharded_models
 
 
 def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Layout:

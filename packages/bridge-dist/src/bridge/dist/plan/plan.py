@@ -14,10 +14,11 @@ from bridge.dist.errors import PlanError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.plan.groups import rank_of
-from bridge.dist.plan.measure import Memo, Passed, Rank, measure
+from bridge.dist.plan.count.microbatch import Memo, Passed
+from bridge.dist.plan.count.rank import Rank, measure
+from bridge.dist.plan.count.schedule import passes, peak
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
-from bridge.dist.plan.schedule import passes, peak
+from bridge.dist.plan.virtual_rank.rank_order import rank_of
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
 

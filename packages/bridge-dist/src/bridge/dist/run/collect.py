@@ -13,16 +13,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
 from bridge.config import ModelConfig
-from bridge.dist.agreement import versions
+from bridge.dist.checks.agreement import versions
+from bridge.dist.engine.placement import Placement, layer_indices
+from bridge.dist.engine.stages import layers_of
 from bridge.dist.job import BuildJob, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.run.execute import Run
 from bridge.dist.run.memory import PeakMemory, peak_memory
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
-from bridge.dist.stages import layers_of
 from bridge.dist.train.flops import model_flops, peak_flops
 from bridge.dist.train.step import Step
-from bridge.dist.weights import Placement, layer_indices
 
 
 def collect_report(

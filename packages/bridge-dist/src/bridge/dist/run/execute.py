@@ -16,13 +16,14 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.engine.environment import prepare_process
+from bridge.dist.engine.placement import Placement, named_parameters
+from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import BuildJob, read_text, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.run.memory import reset_peak_memory
 from bridge.dist.run.progress import with_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
 from bridge.dist.train.step import Step, train
-from bridge.dist.weights import Placement, draw_weights, named_parameters
 
 _SEED = 1234
 _SEEDS_OF_A_STAGE = 100

@@ -13,12 +13,12 @@ import torch.distributed
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
 from torch.distributed.tensor import DTensor
 
+from bridge.dist.engine.placement import Placement
 from bridge.dist.job import BuildJob
 from bridge.dist.run.devices import forbid_tf32
 from bridge.dist.run.execute import Run, build_and_train
 from bridge.dist.run.rank import joined
 from bridge.dist.train.optimizer import LEARNING_RATE
-from bridge.dist.weights import Placement
 
 
 @dataclass(frozen=True, kw_only=True)

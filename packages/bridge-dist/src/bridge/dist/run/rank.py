@@ -11,7 +11,7 @@ import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.config import ModelConfig
-from bridge.dist.agreement import facts, versions
+from bridge.dist.checks.agreement import facts, versions
 from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout

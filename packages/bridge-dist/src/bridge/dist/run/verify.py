@@ -19,7 +19,7 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
 from bridge.dist.run.parity import Trained, train_and_compare, train_reference
 from bridge.dist.run.pool import RankPool, StartMethod
-from bridge.dist.splits import WRAPPINGS, Split, Wrapping, cases
+from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, cases
 from bridge.dist.train.step import TrainOptions
 
 

@@ -13,7 +13,7 @@ import torch.distributed
 from torch._C._distributed_c10d import Store
 
 from bridge.dist import cpu
-from bridge.dist.agreement import LONGEST_WAIT, Facts, agree
+from bridge.dist.checks.agreement import LONGEST_WAIT, Facts, agree
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.devices import choose_gpu
 from bridge.dist.run.failures import explained
@@ -31,7 +31,7 @@ def world(mine: Facts) -> Iterator[None]:
     fails ends its process, and reports its error before its peers lose the connection.
 
     Args:
-        mine: What this rank is about to do; see ``bridge.dist.agreement``.
+        mine: What this rank is about to do; see ``bridge.dist.checks.agreement``.
 
     Raises:
         AgreementError: On every rank, when one is about to do something else, sees a world of another size, or does not

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.dist.documents import DROPOUT_RATES
-from bridge.dist.stages import unwrapped
+from bridge.dist.engine.stages import unwrapped
 
 
 def switch_off_dropout(config: TransformerConfig) -> list[str]:

@@ -8,8 +8,7 @@ from typing import Any
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.arithmetic import check_live
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
-from bridge.dist.documents import CONFIG_FIELDS
-from bridge.dist.layout import says_how_to_split
+from bridge.dist.layout import CONFIG_FIELDS, says_how_to_split
 
 
 @rule(seen=MEGATRON, is_first=True)

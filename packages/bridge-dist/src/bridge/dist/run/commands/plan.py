@@ -23,8 +23,8 @@ from bridge.dist.run.pool import start_fork_server
 from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
+    from bridge.dist.plan.forecast.machine import Machine
     from bridge.dist.plan.plan import PlanOptions
-    from bridge.dist.plan.search import Machine
 
 _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
@@ -120,7 +120,7 @@ def plan(
     given = {name: value for name, value in sizes.items() if value is not None}
     if search:
         replace_layout(document, {}, sequence_parallel=False)
-        start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.search")
+        start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search")
     else:
         apply_layout(document, given)
         refuse_before_imports(
@@ -133,10 +133,10 @@ def plan(
 
     import_megatron(with_compiler=False)
     from bridge.dist.job import make_builder
-    from bridge.dist.plan.advice import advise
+    from bridge.dist.plan.forecast.advice import advise
+    from bridge.dist.plan.forecast.machine import Machine
     from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
     from bridge.dist.plan.plan import plan as planned
-    from bridge.dist.plan.search import Machine
     from bridge.dist.train.batch import Batch
 
     layout = job_layout(document, gpus=gpus, dp=dp)
@@ -165,13 +165,13 @@ def plan(
         return
     found = planned(document, options)
     if html is not None:
-        from bridge.dist.plan.html import page
+        from bridge.dist.plan.show.page import page
 
         html.write_text(page(found, title=Path(file).name.removesuffix(".yaml")), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        from bridge.dist.plan.text import tables
+        from bridge.dist.plan.show.terminal import tables
 
         print_parts(tables(found))
     if found.fits is False:
@@ -183,8 +183,8 @@ def plan(
 def _search(
     document: Document, options: PlanOptions, machine: Machine, given: dict[str, int], *, as_json: bool
 ) -> None:
-    from bridge.dist.plan.search import search
-    from bridge.dist.plan.text import search_tables
+    from bridge.dist.plan.forecast.search import search
+    from bridge.dist.plan.show.terminal import search_tables
     from bridge.dist.run.progress import with_progress
 
     watch = partial(with_progress, first="planning", describe=lambda *_: "layouts planned")

@@ -51,8 +51,8 @@ def verify(
 
     from bridge.dist.run import verify as verification
     from bridge.dist.run.progress import with_progress
+    from bridge.dist.run.splits import cases
     from bridge.dist.run.tables import verification_tables
-    from bridge.dist.splits import cases
 
     config = document.config()
     training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)

@@ -32,10 +32,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bridge.dist.engine.meta import Share, initialise_shards, initialised_by_wrapper
+from bridge.dist.engine.options import BuildOptions
 from bridge.dist.errors import PreflightError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
-from bridge.dist.meta import Share, initialise_shards, initialised_by_wrapper
-from bridge.dist.options import BuildOptions
 from bridge.dist.wrapper import Wrapper
 
 # A bucket should be large enough that a ring all-reduce over all ranks is bound by bandwidth, not by latency.

@@ -18,11 +18,11 @@ from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.layout import Layout
-from bridge.dist.plan.groups import extents, rank_of
-from bridge.dist.plan.measure import Memo
+from bridge.dist.plan.count.microbatch import Memo
+from bridge.dist.plan.forecast.timeline import timeline_of
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, StagePlan
-from bridge.dist.plan.timeline import planned
+from bridge.dist.plan.virtual_rank.rank_order import extents, rank_of
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.wrapper import Wrapper
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bridge.dist import wrap
-from bridge.dist.internals import clear_sharding_caches
+from bridge.dist.engine.release import clear_sharding_caches
+from bridge.dist.engine.wrap import data_parallel
 from bridge.dist.patch import Replacement, replaced
 
 _META = torch.device("meta")

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from bridge.dist.format import gib, layer_ranges
 from bridge.dist.layout import Layout
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.ranking import Found
+from bridge.dist.plan.forecast.timeline import Timeline, timeline_of
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
-from bridge.dist.plan.search import Found, Machine
-from bridge.dist.plan.timeline import Timeline, planned
 
 
 class Kind(NamedTuple):

@@ -19,20 +19,21 @@ from megatron.core.utils import log_single_rank
 
 from bridge.builders import BuildConfigT, Hook, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig
-from bridge.dist.agreement import agree_in_groups, facts, is_alone, versions
+from bridge.dist.checks.agreement import agree_in_groups, facts, is_alone, versions
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import warning
+from bridge.dist.checks.stages import check_optimizer_instances, check_torch
 from bridge.dist.engine.copies import check_copies, foreign_hooks, is_tied
 from bridge.dist.engine.environment import inspect_process
 from bridge.dist.engine.forward import next_token_step
 from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
+from bridge.dist.engine.meta import initialise_stages
+from bridge.dist.engine.options import BuildOptions
+from bridge.dist.engine.precision import move_to_device, wrap_mixed_precision
+from bridge.dist.engine.stages import BuildStage, build_stages
+from bridge.dist.engine.wrap.data_parallel import wrap_data_parallel
 from bridge.dist.errors import BuilderContractError
-from bridge.dist.meta import initialise_stages
-from bridge.dist.options import BuildOptions
-from bridge.dist.precision import move_to_device, wrap_mixed_precision
-from bridge.dist.stages import BuildStage, build_stages
-from bridge.dist.wrap import check_optimizer_instances, check_torch, wrap_data_parallel
 from bridge.dist.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)

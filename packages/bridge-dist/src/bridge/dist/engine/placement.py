@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
-from bridge.dist.stages import unwrapped
+from bridge.dist.engine.stages import unwrapped
 
 Initialiser = Callable[[torch.Tensor], object]
 

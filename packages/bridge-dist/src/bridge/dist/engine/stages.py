@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from bridge.dist.engine.sharding import mark_split_parameters
+from bridge.dist.engine.tensor_parallel_attributes import mark_split_parameters
 
 StageT = TypeVar("StageT", bound=MegatronModule, covariant=True)
 

@@ -10,9 +10,9 @@ from math import ceil, log10
 from xml.etree.ElementTree import Element, tostring
 
 from bridge.dist.format import gib, layer_ranges
+from bridge.dist.plan.forecast.timeline import TimedPass, Timeline, timeline_of
 from bridge.dist.plan.results import Plan, StagePlan
-from bridge.dist.plan.text import kinds_of, statements
-from bridge.dist.plan.timeline import TimedPass, Timeline, planned
+from bridge.dist.plan.show.words import kinds_of, statements
 
 _KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # told apart by colour-blind people too
 _FORWARD, _BACKWARD = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)

@@ -23,29 +23,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.builders import compose_hooks
 from bridge.config import ModelConfig
-from bridge.dist.build import DistributedModelBuilder
 from bridge.dist.cpu import on_meta
+from bridge.dist.engine.builder import DistributedModelBuilder
 from bridge.dist.engine.environment import leave_out_cuda_graphs
+from bridge.dist.engine.placement import Placement, layer_indices, named_parameters
+from bridge.dist.engine.stages import layers_of, unwrapped
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.patch import Replacement, replaced
-from bridge.dist.plan.groups import as_rank
-from bridge.dist.plan.routing import equal_shares
-from bridge.dist.plan.schedule import passes
-from bridge.dist.plan.sharded import (
+from bridge.dist.plan.count.memory import local
+from bridge.dist.plan.count.schedule import passes
+from bridge.dist.plan.virtual_rank.groups import as_rank
+from bridge.dist.plan.virtual_rank.routing import equal_shares
+from bridge.dist.plan.virtual_rank.sharding import (
     WholeMemory,
     is_group,
-    local,
     sharded_gradients,
     sharding_on_meta,
     start_gathering,
     weights,
 )
-from bridge.dist.stages import layers_of, unwrapped
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.optimizer import optimizer_of
 from bridge.dist.train.step import run_microbatches, zero_gradients
-from bridge.dist.weights import Placement, layer_indices, named_parameters
 from bridge.dist.wrapper import Wrapper
 
 Sent = Counter[tuple[str, int, str]]

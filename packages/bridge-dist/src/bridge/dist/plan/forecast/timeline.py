@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
+from bridge.dist.plan.count.schedule import Pass, passes
 from bridge.dist.plan.results import Plan
-from bridge.dist.plan.schedule import Pass, passes
 
 
 class TimedPass(NamedTuple):
