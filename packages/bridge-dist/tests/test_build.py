@@ -21,14 +21,12 @@ from bridge.dist import (
     BuildOptions,
     DistributedModelBuilder,
     Layout,
-    Wrapper,
     build_stages,
     create_process_groups,
     prepare_stages,
 )
 from bridge.dist.cpu import on_meta
 from bridge.dist.engine.build import build_distributed
-from bridge.dist.engine.meta import materialize
 from bridge.dist.engine.wrap.ddp import bucket_size
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
 
@@ -352,22 +350,9 @@ def test_only_the_first_chunk_of_the_first_stage_is_cut_into_buckets(distributed
 # Refusals
 
 
-def test_both_fsdp_flags() -> None:
-    with pytest.raises(OptionsError, match="use_megatron_fsdp and use_torch_fsdp2 are both True"):
-        BuildOptions(ddp_config=DistributedDataParallelConfig(), use_megatron_fsdp=True, use_torch_fsdp2=True)
-
-
 def test_ddp_without_its_config() -> None:
     with pytest.raises(OptionsError, match="ddp_config is None: pass a DistributedDataParallelConfig"):
         StageBuilder(config_of()).build_distributed_models(None)  # type: ignore[arg-type]
-
-
-def test_the_wrapper_that_the_flags_mean() -> None:
-    ddp_config = DistributedDataParallelConfig()
-    assert BuildOptions(wrap_with_ddp=False).wrapper is Wrapper.NONE
-    assert BuildOptions(ddp_config=ddp_config).wrapper is Wrapper.DDP
-    assert BuildOptions(ddp_config=ddp_config, use_torch_fsdp2=True).wrapper is Wrapper.TORCH_FSDP2
-    assert BuildOptions(ddp_config=ddp_config, use_megatron_fsdp=True).wrapper is Wrapper.MEGATRON_FSDP
 
 
 def test_a_configuration_without_a_transformer() -> None:
@@ -388,29 +373,3 @@ def groups_of_another_size() -> None:
 def test_a_configuration_that_does_not_fit_its_groups() -> None:
     with pytest.raises(PreflightError, match="tensor_model_parallel_size is 2 but the tp process group has 1 rank"):
         run_ranks(groups_of_another_size, 1)
-
-
-# The meta device
-
-
-def test_materialize_leaves_children_alone_unless_told() -> None:
-    with torch.device("meta"):
-        parent = torch.nn.Module()
-        parent.weight = torch.nn.Parameter(torch.empty(2))
-        parent.child = torch.nn.Linear(2, 2)
-    parent.kept = torch.nn.Buffer(torch.tensor([3.0]))
-    materialize(parent, torch.device("cpu"), recurse=False)
-    assert (parent.weight.is_meta, parent.child.weight.is_meta, parent.kept.item()) == (False, True, 3.0)
-    materialize(parent, torch.device("cpu"))
-    assert not parent.child.weight.is_meta
-
-
-def test_materialize_keeps_attributes_and_ties() -> None:
-    with torch.device("meta"):
-        first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    first.weight.allreduce = False  # type: ignore[attr-defined]
-    second.weight = first.weight
-    model = materialize(torch.nn.Sequential(first, second), torch.device("cpu"))
-    assert model[0].weight is model[1].weight
-    assert model[0].weight.allreduce is False
-    assert not model[0].weight.is_meta

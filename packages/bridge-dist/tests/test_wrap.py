@@ -2,169 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, FullyShardedDataParallel, param_and_grad_buffer
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 from ranks import run_ranks
-
-from bridge.config import ModelConfig
-from bridge.dist import (
-    BuildOptions,
-    DistributedModelBuilder,
-    Layout,
-    create_process_groups,
-    destroy_process_groups,
-    prepare_stages,
+from wrapped_gpt import (
+    BF16,
+    EXPERTS,
+    OVERLAP,
+    SHARDED,
+    STRATEGIES,
+    TP2,
+    VOCAB,
+    Built,
+    Case,
+    Run,
+    assert_equal,
+    built,
+    fsdp,
+    fsdp2,
+    train_cases,
 )
+
+from bridge.dist import BuildOptions, Layout, create_process_groups, prepare_stages
 from bridge.dist.engine.stages import unwrapped
-from bridge.dist.engine.weights import draw_weights
 from bridge.dist.engine.wrap import data_parallel
-from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
-from bridge.dist.train.step import TrainOptions, train
-from bridge.dist.train.text import Text, default_text
-
-VOCAB = 256
-STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
-BF16 = {"bf16": True}
-EXPERTS = {"num_moe_experts": 2, "add_bias_linear": False, "moe_router_load_balancing_type": "none"}
-SHARDED = {"use_distributed_optimizer": True}
-OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2_000}
-
-
-@dataclass(kw_only=True)
-class GptConfig(ModelConfig):
-    builder: ClassVar[str] = f"{__name__}.GptBuilder"
-    transformer: TransformerConfig
-    tied: bool = False
-
-
-class GptBuilder(DistributedModelBuilder[GPTModel, GptConfig]):
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> GPTModel:
-        config = self._model_config.transformer
-        return GPTModel(
-            config,
-            get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False),
-            vocab_size=VOCAB,
-            max_sequence_length=16,
-            pre_process=bool(pre_process),
-            post_process=bool(post_process),
-            share_embeddings_and_output_weights=self._model_config.tied,
-            pg_collection=pg_collection,
-            vp_stage=vp_stage,
-        )
-
-
-@dataclass(kw_only=True)
-class Case:
-    """One build of a tiny GPT. Parameters whose names begin with ``frozen`` are frozen before wrapping."""
-
-    transformer: dict[str, Any] = field(default_factory=dict)
-    ddp: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
-    frozen: str | None = None
-    tied: bool = False
-    drawn: bool = True
-    seed_by_rank: bool = False
-
-    @property
-    def config(self) -> GptConfig:
-        defaults: dict[str, Any] = {
-            "num_layers": 2,
-            "hidden_size": 16,
-            "num_attention_heads": 4,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-        }
-        return GptConfig(transformer=TransformerConfig(**defaults | self.transformer), tied=self.tied)
-
-
-def fsdp(strategy: str = "optim_grads_params", *, ddp: dict[str, Any] | None = None, **case: Any) -> Case:
-    options = SHARDED | {"data_parallel_sharding_strategy": strategy, "gradient_reduce_div_fusion": False}
-    return Case(ddp=options | (ddp or {}), flags={"use_megatron_fsdp": True}, **case)
-
-
-def fsdp2(**case: Any) -> Case:
-    return Case(flags={"use_torch_fsdp2": True}, **case)
-
-
-class Run(NamedTuple):
-    """What a case gave on one rank."""
-
-    losses: list[float]
-    grad_norms: list[float | None]
-
-
-class Built(NamedTuple):
-    stages: list[Any]  # wrapped: what forwards to the model and has methods of its own
-    groups: ProcessGroupCollection
-    layout: Layout
-
-
-@contextmanager
-def built(case: Case, *, instances: int = 1) -> Iterator[Built]:
-    """Build a case on process groups of its own, from weights drawn by name or by Megatron itself."""
-    config = case.config
-    layout = Layout.of(config.transformer, torch.distributed.get_world_size())
-    groups = create_process_groups(layout, optimizer_instances=instances)
-    model_parallel_cuda_manual_seed(1 + case.seed_by_rank * groups.dp.rank(), force_reset_rng=True)
-
-    def prepare(stages: list[MegatronModule]) -> list[MegatronModule]:
-        if case.drawn:
-            draw_weights(stages, groups, vocab_size=VOCAB)
-        for name, parameter in stages[0].named_parameters():
-            if case.frozen is not None and name.startswith(case.frozen):
-                parameter.requires_grad_(False)
-        return stages
-
-    config.pre_wrap_hooks.append(prepare)
-    try:
-        ddp_config = DistributedDataParallelConfig(**case.ddp)
-        yield Built(GptBuilder(config).build_distributed_models(groups, ddp_config, **case.flags), groups, layout)
-    finally:
-        destroy_process_groups()
-
-
-def trained(built: Built, *, steps: int = 3) -> Run:
-    text = Text.read(default_text(), vocab_size=VOCAB)
-    options = TrainOptions(steps=steps, text=default_text(), seq_length=16, global_batch_size=4)
-    taken = list(train(list(built.stages), built.groups, built.layout, text=text, options=options))
-    return Run([step.loss for step in taken], [step.grad_norm for step in taken])
-
-
-def train_cases(cases: dict[str, Case], instances: int = 1) -> dict[str, Run]:
-    """On each rank: train each case from the same weights."""
-    runs = {}
-    for name, case in cases.items():
-        with built(case, instances=instances) as stages:
-            runs[name] = trained(stages)
-    return runs
-
-
-def assert_equal(run: Run, expected: Run, *, rel: float = 1e-5) -> None:
-    assert run.losses == pytest.approx(expected.losses, rel=rel)
-    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=10 * rel)
+from bridge.dist.errors import PreflightError
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +85,7 @@ def leave_fp32_accumulation() -> bool:
 
 
 def test_megatron_still_leaves_fp32_accumulation_behind() -> None:
-    """When this fails megatron-core has mended it: let wrap.py no longer put the function back."""
+    """When this fails megatron-core has mended it: let wrap/ddp.py no longer put the function back."""
     assert run_ranks(leave_fp32_accumulation, 1) == [False]
 
 
@@ -334,7 +203,7 @@ def wrap_plain_model() -> int:
     options = BuildOptions(ddp_config=ddp_config, use_megatron_fsdp=True)
     (stage,) = prepare_stages([Plain(config)], config, groups, options)
     assert ddp_config.suggested_communication_unit_size is None
-    with pytest.raises(ZeroDivisionError):  # when it is no longer raised, wrap.py need not give a size
+    with pytest.raises(ZeroDivisionError):  # when it is no longer raised, wrap/megatron_fsdp.py need not give a size
         FullyShardedDataParallel(config=config, ddp_config=ddp_config, module=Plain(config), pg_collection=groups)
     return int(stage.ddp_config.suggested_communication_unit_size)
 
@@ -383,7 +252,7 @@ def test_frozen_parameters_with_a_sharded_optimizer_alone() -> None:
 
 
 def train_frozen_unchecked() -> None:
-    wrap._check_stages = lambda *_: None
+    data_parallel.check_stages = lambda *_: None
     train_cases({"": fsdp("optim", frozen="embedding")})
 
 
@@ -398,7 +267,7 @@ def test_fsdp2_of_tied_embeddings() -> None:
         run_ranks(train_cases, 1, {"": fsdp2(tied=True)})
 
 
-# Random initialisation, and the meta device
+# Random initialisation
 
 
 def test_ranks_that_draw_other_weights_end_with_those_of_the_first() -> None:
@@ -428,172 +297,3 @@ def test_experts_are_equal_within_their_own_group_only() -> None:
     assert ranks[0] == ranks[2]
     assert ranks[1] == ranks[3]
     assert {name for name in ranks[0] if ranks[0][name] != ranks[1][name]} == experts
-
-
-def attributes(made: Built) -> dict[str, list[str]]:
-    return {name: sorted(vars(parameter)) for name, parameter in made.stages[0].named_parameters()}
-
-
-def train_on_meta(cases: dict[str, Case]) -> list[str]:
-    """On each rank: from the meta device and without it, the same is trained; return what was warned of."""
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
-    for name, case in cases.items():
-        with built(case) as made:
-            expected_attributes, expected = attributes(made), trained(made, steps=1)
-        with built(replace(case, transformer=case.transformer | {"init_model_with_meta_device": True})) as made:
-            assert not any(tensor.is_meta for tensor in made.stages[0].state_dict().values() if tensor is not None)
-            assert attributes(made) == expected_attributes, name
-            assert trained(made, steps=1) == expected, name
-    return records
-
-
-def test_stages_from_the_meta_device_have_the_weights_of_others() -> None:
-    cases = {
-        "ddp, bf16": Case(transformer=BF16, drawn=False),
-        "ddp, tp2": Case(transformer=TP2, drawn=False),
-        "ddp, experts, bf16": Case(transformer=EXPERTS | BF16, drawn=False),
-        "ddp, pp2, tied": Case(transformer=PP2, tied=True, drawn=False),
-        "megatron-fsdp, whole weights": fsdp("optim_grads", drawn=False),
-        "megatron-fsdp, bf16": fsdp(transformer=BF16, drawn=False),
-        "megatron-fsdp, tp2": fsdp(transformer=TP2, drawn=False),
-        "megatron-fsdp, experts": fsdp(transformer=EXPERTS, drawn=False),
-        "fsdp2, bf16": fsdp2(transformer=BF16, drawn=False),
-    }
-    assert run_ranks(train_on_meta, 2, cases, timeout=240) == [[], []]
-
-
-class Unknown(torch.nn.Module):
-    """Cannot initialise itself again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(3))
-        self.count = torch.nn.Buffer(torch.ones((), dtype=torch.long))
-
-
-class MetaStage(MegatronModule):
-    """Has, on the meta device, a module of each kind: known, unknown, and half loaded."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-        with torch.device("meta"):
-            self.known, self.unknown, self.partly = torch.nn.LayerNorm(3), Unknown(), torch.nn.Linear(3, 3)
-        self.partly.bias = torch.nn.Parameter(torch.full((3,), 5.0))
-
-
-def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
-    config = Case(transformer={"init_model_with_meta_device": True}).config.transformer
-    groups = create_process_groups(Layout())
-    options = BuildOptions(ddp_config=DistributedDataParallelConfig(**ddp), **flags)
-    (stage,) = prepare_stages([MetaStage(config)], config, groups, options)
-    values = {}
-    for name, tensor in stage.state_dict().items():
-        local = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
-        values[name.removeprefix("module.")] = local.flatten().tolist()
-    return values, records
-
-
-@pytest.mark.parametrize("case", [Case(), fsdp("optim_grads"), fsdp(), fsdp2(), Case(flags={"wrap_with_ddp": False})])
-def test_what_cannot_initialise_itself_is_nan_and_named(case: Case) -> None:
-    ((values, records),) = run_ranks(build_what_cannot_initialise_itself, 1, case.flags, case.ddp)
-    assert values["known.weight"] == [1.0] * 3
-    assert values["unknown.scale"] == pytest.approx([float("nan")] * 3, nan_ok=True)
-    assert values["partly.bias"] == [5.0] * 3
-    assert all(abs(value) < 1 for value in values["partly.weight"])
-    (record,) = records
-    assert "nothing initialises unknown.scale, unknown.count, they are NaN; load a checkpoint before use" in record
-
-
-# Mixed precision
-
-
-class Half(MegatronModule):
-    """A wrapper of an extension's own, which keeps norms in fp32."""
-
-    def __init__(self, config: TransformerConfig, module: MegatronModule) -> None:
-        super().__init__(config)
-        self.module = module.bfloat16()
-        for name, parameter in module.named_parameters():
-            if "layernorm" in name:
-                parameter.data = parameter.data.float()
-
-
-def cast_in_place(_: TransformerConfig, module: MegatronModule) -> MegatronModule:
-    return module.bfloat16()
-
-
-def returns_nothing(_: TransformerConfig, __: MegatronModule) -> None:
-    pass
-
-
-def wrap_precision(wrapper: Any) -> tuple[str, dict[str, str], list[float]]:
-    """Build experts with a router bias that bf16 cannot hold, and return the dtypes and that bias."""
-    case = Case(
-        transformer=BF16
-        | EXPERTS
-        | {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid", "moe_router_topk": 1}
-    )
-    config = case.config
-
-    def set_bias(stages: list[MegatronModule]) -> list[MegatronModule]:
-        for name, buffer in stages[0].named_buffers():
-            if name.endswith("expert_bias"):
-                buffer.fill_(1 / 3)
-        return stages
-
-    config.pre_wrap_hooks.append(set_bias)
-    groups = create_process_groups(Layout())
-    model_parallel_cuda_manual_seed(1)
-    (stage,) = GptBuilder(config).build_distributed_models(
-        groups, DistributedDataParallelConfig(), mixed_precision_wrapper=wrapper
-    )
-    dtypes = {name.replace("module.", ""): str(tensor.dtype) for name, tensor in stage.named_parameters()}
-    bias = [buffer.double() for name, buffer in stage.named_buffers() if name.endswith("expert_bias")]
-    return type(stage.module).__name__, dtypes, torch.cat(bias).tolist()
-
-
-@pytest.mark.parametrize("wrapper", [Float16Module, Half, cast_in_place])
-def test_mixed_precision_wrappers(wrapper: Any) -> None:
-    ((name, dtypes, bias),) = run_ranks(wrap_precision, 1, wrapper)
-    assert name == ("GPTModel" if wrapper is cast_in_place else wrapper.__name__)
-    assert bias == pytest.approx([1 / 3] * 4, rel=1e-7)  # fp32: bf16 would be off by 1e-3
-    kept = {parameter for parameter, dtype in dtypes.items() if dtype == "torch.float32"}
-    norms = {parameter for parameter in dtypes if "layernorm" in parameter}
-    assert norms
-    assert kept == (norms if wrapper is Half else set())
-
-
-def test_a_mixed_precision_wrapper_that_returns_nothing() -> None:
-    with pytest.raises(BuilderContractError, match="mixed_precision_wrapper returns_nothing returned NoneType: return"):
-        run_ranks(wrap_precision, 1, returns_nothing)
-
-
-# Contradictions
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ddp_config": {"use_megatron_fsdp": True}}, "ddp_config.use_megatron_fsdp is True but use_megatron_fsdp is"),
-        ({"ddp_config": {}, "use_torch_fsdp2": True, "use_layer_wise_distributed_optimizer": True}, "is torch-fsdp2"),
-        (
-            {
-                "ddp_config": SHARDED,
-                "use_layer_wise_distributed_optimizer": True,
-                "use_layer_wise_param_layout": False,
-            },
-            "needs the whole gradients on each rank",
-        ),
-    ],
-)
-def test_contradictory_options(options: dict[str, Any], message: str) -> None:
-    ddp_config = DistributedDataParallelConfig(**options.pop("ddp_config"))
-    with pytest.raises(OptionsError, match=message):
-        BuildOptions(ddp_config=ddp_config, **options)

@@ -32,16 +32,16 @@ __all__ = [
 silence()  # before megatron-core is imported
 
 _MODULES = {
-    "BuildOptions": "options",
-    "DistributedModelBuilder": "build",
+    "BuildOptions": "engine.options",
+    "DistributedModelBuilder": "engine.builder",
     "Layout": "layout",
     "Wrapper": "wrapper",
-    "build_distributed": "build",
-    "build_stages": "stages",
+    "build_distributed": "engine.build",
+    "build_stages": "engine.stages",
     "check_document": "checks.document",
     "create_process_groups": "engine.groups",
     "destroy_process_groups": "engine.groups",
-    "prepare_stages": "build",
+    "prepare_stages": "engine.build",
 }
 
 

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bridge.config import Document
-
-# What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world.
-CONFIG_FIELDS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
+from bridge.dist.layout import CONFIG_FIELDS
 
 # What a document says of one layout only.
 _OF_ONE_LAYOUT = (

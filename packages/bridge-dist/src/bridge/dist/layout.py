@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config.schema.pipeline_layout import stages_of
 from bridge.dist.errors import LayoutError
-from bridge.dist.layout import CONFIG_FIELDS
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+
+CONFIG_FIELDS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+"""What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +56,12 @@ class Layout:
             )
 
     @classmethod
-    def of(cls, config: TransformerConfig, world_size: int, *, dp: int | None = None) -> Layout:
+    def of(cls, config: TransformerConfig, world_size: int | None, *, dp: int | None = None) -> Layout:
         """Return the layout of a configuration on ``world_size`` ranks.
 
         Args:
             config: Gives every size but dp.
-            world_size: Number of ranks.
+            world_size: Number of ranks; None for as many as the layout takes, with dp = 1 unless it is given.
             dp: The data-parallel size that is expected, if one is.
 
         Raises:
@@ -60,6 +69,8 @@ class Layout:
         """
         tp, pp, cp = (getattr(config, CONFIG_FIELDS[name]) for name in ("tp", "pp", "cp"))
         model = tp * pp * cp
+        if world_size is None:
+            world_size = model * (1 if dp is None else dp)
         needed = f"tp x pp x cp = {tp} x {pp} x {cp} = {model}"
         if world_size % model:
             raise LayoutError(
@@ -84,6 +95,12 @@ class Layout:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_dp(self) -> int:
+        """Number of ranks that hold copies of the same experts."""
+        assert self.etp is not None
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
     def __str__(self) -> str:
         """The sizes above one, such as ``tp2 pp2``; ``one rank`` when there are none; etp where it is not tp."""

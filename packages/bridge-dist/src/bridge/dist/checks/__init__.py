@@ -1,4 +1,5 @@
-"""What is checked before a model is built: that ranks agree, and that nothing is known to go wrong.
+"""What is checked around a build: documents, setups against pre-flight rules, that ranks agree, and built stages.
 
-It imports the layout, documents and options; importing it imports no torch.
+It imports the layout, documents, the wrappers' names, internals and errors. But for ``agreement`` and ``stages``, which
+are for processes that build, importing it imports no torch.
 """

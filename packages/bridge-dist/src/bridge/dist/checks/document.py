@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -129,10 +128,9 @@ def _check(
         return
     # A view has the attributes of what it stands for.
     config = cast("TransformerConfig", transformer)
-    ranks = math.prod(getattr(transformer, CONFIG_FIELDS[axis]) for axis in ("tp", "pp", "cp"))
     setup = Setup(
         transformer=config,
-        layout=Layout.of(config, world_size or ranks * (1 if dp is None else dp), dp=dp),
+        layout=Layout.of(config, world_size, dp=dp),
         options=_UsualOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
         model=cast("ModelConfig", model),
     )

@@ -97,13 +97,6 @@ class Setup:
         return self.ddp.use_distributed_optimizer or self.options.has_layer_wise_layout
 
     @property
-    def expert_dp(self) -> int:
-        """Number of ranks that hold copies of the same experts."""
-        assert self.layout.etp is not None
-        ranks = self.layout.tp * self.layout.cp * self.layout.dp
-        return ranks // (self.layout.etp * self.layout.ep)
-
-    @property
     def has_virtual_pipeline(self) -> bool:
         """Whether a rank holds several stages; a pipeline of one rank is not divided further."""
         return self.layout.pp > 1 and self.layout.vp > 1

@@ -1,4 +1,4 @@
-"""Building, placing and wrapping the stages of this rank.
+"""Building, placing and wrapping the stages of this rank, from process groups to what trains.
 
-It imports the layout, the checks and the errors; the command line and the plan import it.
+It imports the checks and what they may import; training, the plan and the command line import it.
 """

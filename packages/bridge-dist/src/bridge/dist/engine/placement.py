@@ -1,4 +1,4 @@
-"""Parameters by their name in the whole model: what a layout must not change.
+"""Where the parameters of a stage stand in the whole model: what a layout must not change.
 
 A pipeline stage counts its layers from zero and a rank its experts; the whole model has one name for each parameter.
 Weights drawn by that name, and totals counted by it, are the same under every layout.
@@ -6,31 +6,24 @@ Weights drawn by that name, and totals counted by it, are the same under every l
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import VocabParallelEmbedding
-from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.moe.router import Router
-from megatron.core.utils import get_model_config
+from megatron.core.transformer import MegatronModule
 from torch.distributed import ProcessGroup
 
 from bridge.dist.engine.stages import unwrapped
 
-Initialiser = Callable[[torch.Tensor], object]
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The full-model name of the word embedding."""
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+")
 _EXPERT = re.compile(r"(.*\blocal_experts)\.(\d+)")
 _GROUPED = re.compile(r"(weight|bias)(\d+)")
-_EMBEDDING = "embedding.word_embeddings.weight"
-# Their biases are random, unlike those of Megatron's layers.
-_TORCH_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)")
 
 
@@ -102,7 +95,7 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
         full_name = f"{renamed[path]}.{leaf}".lstrip(".")
         if tied and full_name == "output_layer.weight":
             # The last pipeline stage holds a copy of the embedding of the first.
-            full_name = _EMBEDDING
+            full_name = EMBEDDING
         yield NamedParameter(_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
 
 
@@ -171,96 +164,8 @@ def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCol
     return f"{grouped[1]}{int(grouped[2]) + pg_collection.ep.rank() * experts}"
 
 
-def draw_weights(
-    stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, vocab_size: int | None
-) -> None:
-    """Draw every random parameter anew, by the configuration's own initialisers, seeded by its full-model name.
-
-    The whole parameter is drawn on the CPU and each rank keeps its shard, so that a model starts from the same weights
-    under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Matrices are
-    random. So are vectors whose elements differ; those of equal elements (norm weights, most biases) stay as they were
-    built. A module may have initialisers of its own: a mapping ``initialisers`` from a parameter's name to a function
-    that fills a tensor.
-    """
-    for stage in stages:
-        config = get_model_config(stage)
-        for named in named_parameters(stage, pg_collection):
-            initialise = _initialiser(named, config, pg_collection)
-            if initialise is not None:
-                _draw(named, initialise, vocab_size)
-
-
 def _layer_index(layer: torch.nn.Module) -> int:
     """Megatron numbers layers from one."""
     number = layer.layer_number
     assert isinstance(number, int)
     return number - 1
-
-
-def _initialiser(
-    named: NamedParameter, config: TransformerConfig, pg_collection: ProcessGroupCollection
-) -> Initialiser | None:
-    """Return what draws a parameter; None if it is a constant."""
-    leaf = named.placement.name.rpartition(".")[2]
-    own: Initialiser | None = getattr(named.owner, "initialisers", {}).get(leaf)
-    if own is not None:
-        return own
-    if named.parameter.dim() < 2:
-        return _vector_initialiser(named, leaf, config, pg_collection)
-    if named.placement.full_name == _EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
-        initialiser = config.embedding_init_method
-    elif getattr(named.parameter, "partition_dim", None) == 1:  # a row-parallel layer, the last of attention or MLP
-        initialiser = config.output_layer_init_method
-    else:
-        initialiser = config.init_method
-    assert initialiser is not None  # TransformerConfig fills them in
-    return initialiser
-
-
-def _vector_initialiser(
-    named: NamedParameter, leaf: str, config: TransformerConfig, pg_collection: ProcessGroupCollection
-) -> Initialiser | None:
-    owner = named.owner
-    if isinstance(owner, _TORCH_LAYERS) and leaf == "bias":
-        return partial(_draw_bias, bound=owner.weight[0].numel() ** -0.5)
-    # Megatron draws attention sinks and the biases of routers as it draws matrices.
-    if leaf == "softmax_offset" or isinstance(owner, Router) or not _is_constant(named, pg_collection):
-        assert config.init_method is not None
-        return config.init_method
-    return None
-
-
-def _draw_bias(bias: torch.Tensor, *, bound: float) -> None:
-    """Draw the bias of a layer of torch's as torch does: ``bound`` is the root of one over the inputs of an output."""
-    bias.uniform_(-bound, bound)
-
-
-def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -> bool:
-    """Whether all elements of a whole vector are equal. Collective over the ranks that it is split over."""
-    if named.parameter.is_meta or not named.parameter.numel():  # without elements
-        return True
-    low, high = named.parameter.detach().float().aminmax()
-    extremes = torch.stack([-low, high])
-    if named.placement.shards > 1:
-        extremes = extremes.cuda()  # stages are not moved to the device yet
-        group = tensor_group(named.parameter, pg_collection)
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
-    return bool(-extremes[0] == extremes[1])
-
-
-def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None) -> None:
-    placement = named.placement
-    drawn = torch.empty(placement.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
-    generator = torch.default_generator
-    state = generator.get_state()
-    try:
-        generator.manual_seed(_seed(placement.full_name))
-        initialise(drawn)
-    finally:
-        generator.set_state(state)
-    with torch.no_grad():
-        named.parameter.copy_(placement.cut(placement.pad(drawn)))
-
-
-def _seed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -1,9 +1,8 @@
-"""Mixed precision and device placement of freshly built stages."""
+"""Mixed precision of freshly built stages."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -14,12 +13,6 @@ from bridge.dist.errors import BuilderContractError
 logger = logging.getLogger(__name__)
 
 _MAINTAIN = "_maintain_float32_expert_bias"
-
-
-def move_to_device(stages: Sequence[MegatronModule]) -> None:
-    """Move the stages to this rank's CUDA device (on the CPU runtime: where they are already)."""
-    for stage in stages:
-        stage.cuda(torch.cuda.current_device())
 
 
 def wrap_mixed_precision(

@@ -1,8 +1,13 @@
-"""Marking the parameters that tensor parallelism splits, where Megatron leaves them without its attributes."""
+"""Setting Megatron's tensor-parallel attributes of parameters: which are split over ranks, and how."""
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from collections.abc import Sequence
+
+from megatron.core.tensor_parallel import (
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import MegatronModule
 
 _SPLIT_DIMENSIONS = {"softmax_offset": 0}
@@ -20,3 +25,10 @@ def mark_split_parameters(stage: MegatronModule) -> None:
         dim = _SPLIT_DIMENSIONS.get(name.rpartition(".")[2])
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
+def set_default_attributes(stages: Sequence[MegatronModule]) -> None:
+    """Give each parameter without these attributes those of one that is whole; Megatron's optimizer reads them."""
+    for stage in stages:
+        for parameter in stage.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

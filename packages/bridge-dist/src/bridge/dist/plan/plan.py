@@ -45,13 +45,7 @@ def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layou
     Raises:
         LayoutError: The layout does not fit.
     """
-    transformer = make_builder(document.config()).transformer_config
-    model = (
-        transformer.tensor_model_parallel_size
-        * transformer.pipeline_model_parallel_size
-        * transformer.context_parallel_size
-    )
-    return Layout.of(transformer, gpus or model * (dp or 1), dp=dp)
+    return Layout.of(make_builder(document.config()).transformer_config, gpus, dp=dp)
 
 
 def sequence_length(document: Document) -> int:

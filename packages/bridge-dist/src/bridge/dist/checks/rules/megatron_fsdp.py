@@ -54,7 +54,7 @@ def megatron_fsdp_average(setup: Setup) -> Iterator[str]:
 @rule(seen=MEGATRON)
 def megatron_fsdp_single_experts(setup: Setup) -> Iterator[str]:
     """With several microbatches the gradients of experts that live on one rank only are wrong, without an error."""
-    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.ep > 1 and setup.expert_dp == 1:
+    if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.ep > 1 and setup.layout.expert_dp == 1:
         yield (
             "Megatron-FSDP computes wrong gradients when each expert lives on one rank only (expert data parallelism "
             "of 1): raise dp, lower ep, or wrap with ddp"

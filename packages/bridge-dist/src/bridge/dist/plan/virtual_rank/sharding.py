@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bridge.dist.engine.release import clear_sharding_caches
-from bridge.dist.engine.wrap import data_parallel
+from bridge.dist.engine import meta
+from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
 from bridge.dist.patch import Replacement, replaced
 
 _META = torch.device("meta")
@@ -38,7 +38,7 @@ def sharding_on_meta() -> Iterator[None]:
             yield
         finally:
             # Both would keep the process groups of a plan for the next one, see `destroy_process_groups`.
-            wrap.release_sharded_models()
+            release_sharded_models()
             clear_sharding_caches()
 
 
@@ -52,8 +52,8 @@ def _replacements() -> list[Replacement]:
     members = cache(lambda parent: frozenset(parent.modules()))
     return [
         # There are no values to initialise.
-        Replacement(wrap, "initialised_by_wrapper", lambda *_: contextlib.nullcontext()),
-        Replacement(wrap, "initialise_shards", _nothing),
+        Replacement(meta, "initialised_by_wrapper", lambda *_: contextlib.nullcontext()),
+        Replacement(meta, "initialise_shards", _nothing),
         # Megatron-FSDP reads back the numbers of ranks that it arranges.
         _around(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
         # It insists on parameters that are off the meta device once they have their buffers.

@@ -1,0 +1,68 @@
+"""Wrapping a stage with Megatron-FSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig, FullyShardedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_model_config
+
+from bridge.dist.engine import meta
+from bridge.dist.engine.options import BuildOptions
+from bridge.dist.engine.release import remember_megatron_fsdp, remember_meshes
+
+# Megatron-FSDP (megatron-core 0.19.2) derives how much to communicate at once from the mean size of these layers, and
+# divides by zero where a model has none. The number is what it takes at least.
+_UNITS = (TransformerLayer, MambaLayer)
+_COMMUNICATION_UNIT = 1_000_000_000
+_AVERAGED = "average_gradients_across_tp_domain"
+
+
+def wrap_megatron_fsdp(
+    stage: MegatronModule,
+    pg_collection: ProcessGroupCollection,
+    options: BuildOptions,
+    *,
+    one_bucket: bool,
+    share: meta.Share | None,
+) -> FullyShardedDataParallel:
+    """Wrap a stage with Megatron-FSDP; ``share`` is called with what is initialised meanwhile."""
+    assert options.ddp_config is not None
+    with meta.initialised_by_wrapper(stage, share):
+        wrapped = FullyShardedDataParallel(
+            config=get_model_config(stage),
+            ddp_config=options.ddp_config,
+            module=stage,
+            disable_bucketing=one_bucket,
+            pg_collection=pg_collection,
+        )
+    _keep_gradient_averaging(wrapped)
+    inner: Any = wrapped.module
+    remember_megatron_fsdp(inner)
+    remember_meshes((inner.dist_index.device_mesh, inner.dist_index.expt_device_mesh))
+    return wrapped
+
+
+def fill_in_megatron_fsdp(ddp_config: DistributedDataParallelConfig, stages: Sequence[MegatronModule]) -> None:
+    """Set, in place, what Megatron-FSDP and Megatron's optimizer read in a configuration."""
+    ddp_config.use_megatron_fsdp = True  # what Megatron's optimizer looks at
+    if not any(isinstance(module, _UNITS) for stage in stages for module in stage.modules()):
+        ddp_config.suggested_communication_unit_size = (
+            ddp_config.suggested_communication_unit_size or _COMMUNICATION_UNIT
+        )
+
+
+def _keep_gradient_averaging(wrapped: FullyShardedDataParallel) -> None:
+    """Mark the sharded parameters whose gradients tensor-parallel ranks average, as the whole ones were marked.
+
+    Megatron-FSDP (megatron-core 0.19.2) carries other marks over, and without this one gradients are added up.
+    """
+    inner: Any = wrapped.module
+    for _, parameter in inner.param_and_grad_buffer.optimizer_named_parameters:
+        if getattr(parameter.orig_param, _AVERAGED, False):
+            setattr(parameter, _AVERAGED, True)

@@ -1,0 +1,121 @@
+"""Stages that were built on the meta device: what gives them memory and weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from ranks import run_ranks
+from wrapped_gpt import BF16, EXPERTS, PP2, TP2, Built, Case, built, fsdp, fsdp2, trained
+
+from bridge.dist import BuildOptions, Layout, create_process_groups, prepare_stages
+from bridge.dist.engine.meta import materialize
+
+
+def test_materialize_leaves_children_alone_unless_told() -> None:
+    with torch.device("meta"):
+        parent = torch.nn.Module()
+        parent.weight = torch.nn.Parameter(torch.empty(2))
+        parent.child = torch.nn.Linear(2, 2)
+    parent.kept = torch.nn.Buffer(torch.tensor([3.0]))
+    materialize(parent, torch.device("cpu"), recurse=False)
+    assert (parent.weight.is_meta, parent.child.weight.is_meta, parent.kept.item()) == (False, True, 3.0)
+    materialize(parent, torch.device("cpu"))
+    assert not parent.child.weight.is_meta
+
+
+def test_materialize_keeps_attributes_and_ties() -> None:
+    with torch.device("meta"):
+        first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    first.weight.allreduce = False  # type: ignore[attr-defined]
+    second.weight = first.weight
+    model = materialize(torch.nn.Sequential(first, second), torch.device("cpu"))
+    assert model[0].weight is model[1].weight
+    assert model[0].weight.allreduce is False
+    assert not model[0].weight.is_meta
+
+
+def attributes(made: Built) -> dict[str, list[str]]:
+    return {name: sorted(vars(parameter)) for name, parameter in made.stages[0].named_parameters()}
+
+
+def train_on_meta(cases: dict[str, Case]) -> list[str]:
+    """On each rank: from the meta device and without it, the same is trained; return what was warned of."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
+    for name, case in cases.items():
+        with built(case) as made:
+            expected_attributes, expected = attributes(made), trained(made, steps=1)
+        with built(replace(case, transformer=case.transformer | {"init_model_with_meta_device": True})) as made:
+            assert not any(tensor.is_meta for tensor in made.stages[0].state_dict().values() if tensor is not None)
+            assert attributes(made) == expected_attributes, name
+            assert trained(made, steps=1) == expected, name
+    return records
+
+
+def test_stages_from_the_meta_device_have_the_weights_of_others() -> None:
+    cases = {
+        "ddp, bf16": Case(transformer=BF16, drawn=False),
+        "ddp, tp2": Case(transformer=TP2, drawn=False),
+        "ddp, experts, bf16": Case(transformer=EXPERTS | BF16, drawn=False),
+        "ddp, pp2, tied": Case(transformer=PP2, tied=True, drawn=False),
+        "megatron-fsdp, whole weights": fsdp("optim_grads", drawn=False),
+        "megatron-fsdp, bf16": fsdp(transformer=BF16, drawn=False),
+        "megatron-fsdp, tp2": fsdp(transformer=TP2, drawn=False),
+        "megatron-fsdp, experts": fsdp(transformer=EXPERTS, drawn=False),
+        "fsdp2, bf16": fsdp2(transformer=BF16, drawn=False),
+    }
+    assert run_ranks(train_on_meta, 2, cases, timeout=240) == [[], []]
+
+
+class Unknown(torch.nn.Module):
+    """Cannot initialise itself again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+        self.count = torch.nn.Buffer(torch.ones((), dtype=torch.long))
+
+
+class MetaStage(MegatronModule):
+    """Has, on the meta device, a module of each kind: known, unknown, and half loaded."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        with torch.device("meta"):
+            self.known, self.unknown, self.partly = torch.nn.LayerNorm(3), Unknown(), torch.nn.Linear(3, 3)
+        self.partly.bias = torch.nn.Parameter(torch.full((3,), 5.0))
+
+
+def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
+    config = Case(transformer={"init_model_with_meta_device": True}).config.transformer
+    groups = create_process_groups(Layout())
+    options = BuildOptions(ddp_config=DistributedDataParallelConfig(**ddp), **flags)
+    (stage,) = prepare_stages([MetaStage(config)], config, groups, options)
+    values = {}
+    for name, tensor in stage.state_dict().items():
+        local = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+        values[name.removeprefix("module.")] = local.flatten().tolist()
+    return values, records
+
+
+@pytest.mark.parametrize("case", [Case(), fsdp("optim_grads"), fsdp(), fsdp2(), Case(flags={"wrap_with_ddp": False})])
+def test_what_cannot_initialise_itself_is_nan_and_named(case: Case) -> None:
+    ((values, records),) = run_ranks(build_what_cannot_initialise_itself, 1, case.flags, case.ddp)
+    assert values["known.weight"] == [1.0] * 3
+    assert values["unknown.scale"] == pytest.approx([float("nan")] * 3, nan_ok=True)
+    assert values["partly.bias"] == [5.0] * 3
+    assert all(abs(value) < 1 for value in values["partly.weight"])
+    (record,) = records
+    assert "nothing initialises unknown.scale, unknown.count, they are NaN; load a checkpoint before use" in record
