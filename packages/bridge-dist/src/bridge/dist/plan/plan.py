@@ -17,6 +17,7 @@ from bridge.dist.layout import Layout
 from bridge.dist.plan.count.microbatch import Memo, Passed
 from bridge.dist.plan.count.rank import Rank, measure
 from bridge.dist.plan.count.schedule import passes, peak
+from bridge.dist.plan.request import PlanRequest
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
 from bridge.dist.train.batch import Batch
@@ -59,6 +60,29 @@ def sequence_length(document: Document) -> int:
     if length is None:
         raise PlanError(f"{type(config).__name__} has no seq_length: give the length of a sample, --seq-length")
     return length
+
+
+def plan_options(document: Document, request: PlanRequest) -> PlanOptions:
+    """Return the options of a document's plan; by default one microbatch a rank, in a pipeline two for each stage.
+
+    Raises:
+        BridgeError: The layout does not fit, the model restores a state that it has not got, or it does not say how
+            long its sequences are.
+    """
+    layout = job_layout(document, gpus=request.gpus, dp=request.dp)
+    make_builder(document.config()).check_restore()
+    microbatches = 2 * layout.pp if layout.pp > 1 else 1
+    return PlanOptions(
+        batch=Batch(
+            seq_length=request.seq_length or sequence_length(document),
+            micro_batch_size=request.micro_batch_size,
+            global_batch_size=request.global_batch_size or request.micro_batch_size * layout.dp * microbatches,
+        ),
+        world_size=layout.world_size,
+        wrapper=request.wrapper,
+        distributed_optimizer=request.distributed_optimizer,
+        gpu_memory=request.gpu_memory,
+    )
 
 
 def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) -> Plan:
@@ -141,8 +165,8 @@ def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size
         state_bytes=rank.state,
         optimizer_bytes=rank.master + rank.state,
         activation_bytes=activations,
-        unsharded_bytes=rank.whole,
-        total_bytes=rank.weights + rank.gradients + rank.master + rank.state + activations + rank.whole,
+        unsharded_bytes=rank.unsharded,
+        total_bytes=rank.weights + rank.gradients + rank.master + rank.state + activations + rank.unsharded,
         flops=microbatches * sum(chunk.work.flops for chunk in rank.chunks),
         buckets=rank.buckets,
         chunks=[

@@ -1,1 +1,4 @@
-"""TODO."""
+"""What a rank holds, computes and sends: its real stages built, wrapped and run on the meta device, and counted.
+
+It may import ``virtual_rank``.
+"""

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
@@ -17,133 +16,15 @@ from bridge.config.frames import describe
 from bridge.dist.documents import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
-from bridge.dist.layout import Layout
 from bridge.dist.plan.count.microbatch import Memo
-from bridge.dist.plan.forecast.timeline import timeline_of
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.ranking import Candidate, Found, estimate_step
 from bridge.dist.plan.plan import PlanOptions, plan
-from bridge.dist.plan.results import Plan, StagePlan
-from bridge.dist.plan.virtual_rank.rank_order import extents, rank_of
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.wrapper import Wrapper
 
 _LARGEST_VP = 8
 _TOO_LARGE = "too large"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a step's time is estimated with: a GPU's FLOPs a second and the share of them that is reached, GPUs that
-    share a node, and bytes a second to a GPU from others of its node and from other nodes.
-
-    The defaults are those of a node of eight H100: 989 TFLOPs of dense bf16, NVLink, and 400 Gb/s a GPU.
-    """
-
-    flops: float = 989e12
-    efficiency: float = 0.5
-    gpus_per_node: int = 8
-    node_bandwidth: float = 450e9
-    network_bandwidth: float = 50e9
-
-    def seconds(self, stage: StagePlan, layout: Layout) -> dict[str, float]:
-        """Return how long a stage's own work takes in a step, by kind, none of it at the same time as another."""
-        found = {"computation": stage.flops / (self.flops * self.efficiency)}
-        for sent in stage.traffic:
-            kind = f"{sent.group} traffic"
-            found[kind] = found.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout, pp=stage.pp)
-        return found
-
-    def bandwidth(self, group: str, layout: Layout, *, pp: int) -> float:
-        """Return that within a node if each group of a kind in a pipeline stage has all its ranks in one node.
-
-        Ranks are placed in Megatron's order, and those of the slowest group keep the others waiting.
-        """
-        nodes = ((low // self.gpus_per_node, high // self.gpus_per_node) for low, high in _extents(group, layout, pp))
-        return self.node_bandwidth if all(low == high for low, high in nodes) else self.network_bandwidth
-
-
-_AXES = {
-    "tp": ("tp",),
-    "cp": ("cp",),
-    "tp_cp": ("tp", "cp"),
-    "dp": ("dp",),
-    "dp_cp": ("cp", "dp"),
-    "ep": ("ep",),
-    "expt_tp": ("etp",),
-    "tp_ep": ("etp", "ep"),
-    "expt_dp": ("edp",),
-}
-"""Along what the groups within a pipeline stage are, by the names that a plan gives them."""
-
-
-def _extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
-    """Yield the lowest and the highest rank of each group of a kind that a stage has ranks in."""
-    if group in _AXES:
-        yield from extents(layout, _AXES[group], pp=pp)
-        return
-    if group not in ("pp", "embd"):
-        yield 0, layout.world_size - 1
-        return
-    # A rank sends to those of the stages beside its own; embeddings are on the first and the last.
-    first, last = (max(pp - 1, 0), min(pp + 1, layout.pp - 1)) if group == "pp" else (0, layout.pp - 1)
-    ranks_of_stage = rank_of(layout, pp=1)
-    yield from ((first * ranks_of_stage + rank, last * ranks_of_stage + rank) for rank in range(ranks_of_stage))
-
-
-class Candidate(NamedTuple):
-    """A layout that fits: its plan, what a step is estimated to take, and of what that is made, in seconds."""
-
-    plan: Plan
-    seconds: float
-    parts: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """The layout in words."""
-        return str(Layout(**self.plan.layout))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search found: the layouts that fit, fastest first; how many were tried, refused and too large."""
-
-    candidates: list[Candidate]
-    tried: int
-    refused: int
-    too_large: int
-
-    def why(self) -> str | None:
-        """Say why the first is ahead of the second; None if there are not two."""
-        if len(self.candidates) < 2:
-            return None
-        first, second = self.candidates[:2]
-        gains = {
-            part: second.parts.get(part, 0.0) - first.parts.get(part, 0.0) for part in {**first.parts, **second.parts}
-        }
-        said = [
-            f"{abs(gain):.3f} s {'less' if gain > 0 else 'more'} of {part}"
-            for part, gain in sorted(gains.items(), key=lambda item: -abs(item[1]))
-            if abs(gain) > 0.01 * first.seconds
-        ]
-        return f"{first.name} is ahead of {second.name} by " + (", ".join(said) or "less than a hundredth")
-
-    def to_json(self) -> dict[str, object]:
-        """Return what was found as plain data."""
-        return {
-            "kind": "search",
-            "tried": self.tried,
-            "refused": self.refused,
-            "too_large": self.too_large,
-            "why": self.why(),
-            "candidates": [
-                {
-                    "layout": one.plan.layout,
-                    "seconds": one.seconds,
-                    "parts": one.parts,
-                    "total_bytes": one.plan.worst.total_bytes,
-                }
-                for one in self.candidates
-            ],
-        }
 
 
 def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool) -> Iterator[dict[str, int]]:
@@ -274,18 +155,5 @@ def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Se
         except Exception as error:  # of the model; from another process only its text arrives
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
             raise PlanError(f"{name}: {describe(error)}") from error
-        outcomes.append(_TOO_LARGE if made.fits is False else estimated(made, machine))
+        outcomes.append(_TOO_LARGE if made.fits is False else estimate_step(made, machine))
     return _Tried(outcomes, list(_messages))
-
-
-def estimated(made: Plan, machine: Machine) -> Candidate:
-    """Estimate what a step of a plan takes."""
-    layout = Layout(**made.layout)
-    by_stage = [machine.seconds(stage, layout) for stage in made.stages]
-    busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))
-    at_end = {part: seconds for part, seconds in busiest.items() if part.startswith(("dp", "expt_dp"))}
-    in_pipeline = sum(busiest.values()) - sum(at_end.values())
-    bubble = planned(made).bubble
-    waiting = in_pipeline * bubble / (1 - bubble)
-    parts = dict(busiest) | {"pipeline bubbles": waiting}
-    return Candidate(made, sum(parts.values()), parts)

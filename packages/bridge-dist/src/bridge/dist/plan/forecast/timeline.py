@@ -47,7 +47,7 @@ class Timeline:
         return sum(self.bubbles) / len(self.ranks)
 
 
-def planned(plan: Plan) -> Timeline:
+def timeline_of(plan: Plan) -> Timeline:
     """Return the step of a plan, in FLOPs of a rank: a pass takes as long as its FLOPs are many."""
     layout = Layout(**plan.layout)
     return simulate(

@@ -1,9 +1,8 @@
-"""A plan in words, and as tables and bars on the terminal. Without colour the bars are letters."""
+"""A plan, or a search, as tables and bars on the terminal. Without colour the bars are letters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
@@ -12,90 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from bridge.dist.format import gib, layer_ranges
-from bridge.dist.layout import Layout
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.ranking import Found
-from bridge.dist.plan.forecast.timeline import Timeline, timeline_of
-from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan, Traffic
-
-
-class Kind(NamedTuple):
-    """What memory is for: its name, and the field of a stage that has its bytes."""
-
-    name: str
-    field: str
-
-    def of(self, stage: StagePlan) -> int:
-        """Return its bytes on a rank of a stage."""
-        size: int = getattr(stage, self.field)
-        return size
-
-
-KINDS = (
-    Kind("weights", "weight_bytes"),
-    Kind("gradients", "gradient_bytes"),
-    Kind("optimizer", "optimizer_bytes"),
-    Kind("activations", "activation_bytes"),
-    Kind("unsharded", "unsharded_bytes"),
-)
-"""The kinds of memory, in the order in which they are stacked."""
+from bridge.dist.plan.forecast.timeline import timeline_of
+from bridge.dist.plan.results import Plan, StagePlan, Traffic
+from bridge.dist.plan.show.words import KINDS, kinds_of, statements, teraflops
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
 _SHORTEST_BAR, _LONGEST_BAR = 10, 60
-
-
-def kinds_of(plan: Plan) -> list[Kind]:
-    """Return the kinds of memory that a plan shows: without what a wrapper makes whole, if it makes nothing whole."""
-    return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
-
-
-def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
-    """Say in words what holds of the whole job, by subject, and what its numbers are worth."""
-    optimizer = ", with the distributed optimizer" if plan.distributed_optimizer else ""
-    found = {
-        "layout": f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; wrapped with {plan.wrap}{optimizer}",
-        "batch": (
-            f"{plan.global_batch_size:,} samples of {plan.seq_length:,} tokens a step, "
-            f"{plan.micro_batch_size:,} at a time: {plan.microbatches:,} microbatch(es)"
-        ),
-        "parameters": f"{plan.parameters:,}" + (f", and {plan.buffers:,} in buffers" if plan.buffers else ""),
-        "memory": _verdict(plan),
-        "computation": (
-            f"{_tera(max(stage.flops for stage in plan.stages))} TFLOPs a step on the busiest rank, "
-            f"{plan.imbalance:.3f} times the mean of the stages"
-        ),
-    }
-    if len(plan.stages) > 1:
-        found["bubbles"] = (
-            f"{timeline.bubble:.1%} of the ranks' time is spent waiting: an estimate, as if passes took time in "
-            f"proportion to their FLOPs, and sending none"
-        )
-    found["measured"] = f"activations and FLOPs on the layers of {plan.layers}; all else counted in the real model"
-    if len(kinds_of(plan)) == len(KINDS):
-        found["unsharded"] = (
-            "whole weights and gradients, and what is gathered and reduced, at their peak: added to that of the "
-            "activations, which may be at another moment, so that the total is at most that"
-        )
-    return found | {"not covered": "; ".join(NOT_COVERED)}
-
-
-def _tera(flops: int) -> str:
-    """Write FLOPs as TFLOPs with three decimals, or digits where they are few."""
-    tera = flops / 1e12
-    return f"{tera:,.3f}" if tera >= 1 else f"{tera:.3g}"
-
-
-def _verdict(plan: Plan) -> str:
-    worst = plan.worst
-    held = f"stage {worst.pp} (rank {worst.rank:,} and those beside it) holds most: {gib(worst.total_bytes)}"
-    if plan.gpu_memory is None:
-        return f"{held} GiB"
-    held += f" of {gib(plan.gpu_memory)} GiB"
-    left = plan.gpu_memory - worst.total_bytes
-    if left >= 0:
-        return f"{held}: fits, {gib(left)} GiB are left for what is not covered"
-    over = sum(stage.total_bytes > plan.gpu_memory for stage in plan.stages)
-    return f"{held}: does not fit, {gib(-left)} GiB too much; in all {over} of {len(plan.stages)} stage(s) do not fit"
 
 
 def tables(plan: Plan) -> list[RenderableType]:
@@ -106,7 +29,7 @@ def tables(plan: Plan) -> list[RenderableType]:
         parts += [_traffic_table(plan), ""]
     words = Table.grid(padding=(0, 2))
     words.add_column(style="bold", no_wrap=True)
-    for subject, statement in statements(plan, planned(plan)).items():
+    for subject, statement in statements(plan, timeline_of(plan)).items():
         words.add_row(subject, escape(statement))
     return [*parts, words, f"planned in {plan.seconds:.1f} s"]
 
@@ -165,7 +88,7 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
             stage.activation_bytes,
             *([stage.unsharded_bytes] if unsharded else []),
         ]
-        table.add_row(_numbers(stages), *map(gib, sizes), _tera(stage.flops))
+        table.add_row(_numbers(stages), *map(gib, sizes), teraflops(stage.flops))
     return table
 
 
@@ -242,7 +165,7 @@ def search_tables(found: Found, machine: Machine) -> list[RenderableType]:
     said = [
         f"{found.tried} layouts: {found.refused} refused, {found.too_large} too large, "
         f"{len(found.candidates)} fit, {min(_SHOWN, len(found.candidates))} shown",
-        *filter(None, [found.why()]),
+        *filter(None, [found.explain_ranking()]),
         f"estimated with {machine.flops / 1e12:,.0f} TFLOPs a second of which {machine.efficiency:.0%} are reached, "
         f"{machine.node_bandwidth / 1e9:,.0f} GB/s between {machine.gpus_per_node} GPUs of a node and "
         f"{machine.network_bandwidth / 1e9:,.0f} GB/s beyond; nothing overlaps",

@@ -19,14 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bridge.dist.engine.groups import embedding_members
 from bridge.dist.layout import Layout
+from bridge.dist.plan.virtual_rank.rank_order import ranks_along
 from bridge.dist.plan.virtual_rank.state import separate_state
 
-# Axes vary fastest first, as in Megatron's order of ranks.
-_DENSE = ("tp", "cp", "dp", "pp")
-_EXPERT = ("etp", "ep", "edp", "pp")
 
-
-class _Kept(NamedTuple):
+class _GroupSlot(NamedTuple):
     """Where Megatron keeps a group: along which axes, in a global variable, and the group's ranks in another."""
 
     axes: tuple[str, ...]
@@ -35,41 +32,32 @@ class _Kept(NamedTuple):
 
 
 _GROUPS = (
-    _Kept(("tp",), "_TENSOR_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS"),
-    _Kept(("pp",), "_PIPELINE_MODEL_PARALLEL_GROUP", "_PIPELINE_GLOBAL_RANKS"),
-    _Kept(("tp", "pp"), "_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GLOBAL_RANKS"),
-    _Kept(("cp",), "_CONTEXT_PARALLEL_GROUP", "_CONTEXT_PARALLEL_GLOBAL_RANKS"),
-    _Kept(("dp",), "_DATA_PARALLEL_GROUP", "_DATA_PARALLEL_GLOBAL_RANKS"),
-    _Kept(("dp",), "_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
-    _Kept(("cp", "dp"), "_DATA_PARALLEL_GROUP_WITH_CP", "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP"),
-    _Kept(("cp", "dp"), "_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT"),
-    _Kept(("cp", "dp"), "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"),
-    _Kept(("cp", "dp"), "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT"),
-    _Kept(("tp", "dp"), "_TENSOR_AND_DATA_PARALLEL_GROUP"),
-    _Kept(("tp", "cp", "dp"), "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"),
-    _Kept(("tp", "cp"), "_TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
-    _Kept((), "_GTP_WEIGHT_REMAT_GROUP", "_GTP_WEIGHT_REMAT_GLOBAL_RANKS"),
-    _Kept((), "_EXPERT_GTP_WEIGHT_REMAT_GROUP", "_EXPERT_GTP_WEIGHT_REMAT_GLOBAL_RANKS"),
-    _Kept(("ep",), "_EXPERT_MODEL_PARALLEL_GROUP", "_EXPERT_MODEL_PARALLEL_RANKS"),
-    _Kept(("etp",), "_EXPERT_TENSOR_PARALLEL_GROUP"),
-    _Kept(("etp", "ep"), "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"),
-    _Kept(("etp", "ep", "pp"), "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP"),
-    _Kept(("etp", "ep", "pp"), "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP"),
-    _Kept(("edp",), "_EXPERT_DATA_PARALLEL_GROUP"),
-    _Kept(("edp",), "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP"),
-    _Kept(("edp",), "_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
-    _Kept(("edp",), "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
-    _Kept(("tp", "cp", "dp", "pp"), "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"),
+    _GroupSlot(("tp",), "_TENSOR_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS"),
+    _GroupSlot(("pp",), "_PIPELINE_MODEL_PARALLEL_GROUP", "_PIPELINE_GLOBAL_RANKS"),
+    _GroupSlot(("tp", "pp"), "_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GLOBAL_RANKS"),
+    _GroupSlot(("cp",), "_CONTEXT_PARALLEL_GROUP", "_CONTEXT_PARALLEL_GLOBAL_RANKS"),
+    _GroupSlot(("dp",), "_DATA_PARALLEL_GROUP", "_DATA_PARALLEL_GLOBAL_RANKS"),
+    _GroupSlot(("dp",), "_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
+    _GroupSlot(("cp", "dp"), "_DATA_PARALLEL_GROUP_WITH_CP", "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP"),
+    _GroupSlot(("cp", "dp"), "_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT"),
+    _GroupSlot(("cp", "dp"), "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"),
+    _GroupSlot(("cp", "dp"), "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT"),
+    _GroupSlot(("tp", "dp"), "_TENSOR_AND_DATA_PARALLEL_GROUP"),
+    _GroupSlot(("tp", "cp", "dp"), "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"),
+    _GroupSlot(("tp", "cp"), "_TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
+    _GroupSlot((), "_GTP_WEIGHT_REMAT_GROUP", "_GTP_WEIGHT_REMAT_GLOBAL_RANKS"),
+    _GroupSlot((), "_EXPERT_GTP_WEIGHT_REMAT_GROUP", "_EXPERT_GTP_WEIGHT_REMAT_GLOBAL_RANKS"),
+    _GroupSlot(("ep",), "_EXPERT_MODEL_PARALLEL_GROUP", "_EXPERT_MODEL_PARALLEL_RANKS"),
+    _GroupSlot(("etp",), "_EXPERT_TENSOR_PARALLEL_GROUP"),
+    _GroupSlot(("etp", "ep"), "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"),
+    _GroupSlot(("etp", "ep", "pp"), "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP"),
+    _GroupSlot(("etp", "ep", "pp"), "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP"),
+    _GroupSlot(("edp",), "_EXPERT_DATA_PARALLEL_GROUP"),
+    _GroupSlot(("edp",), "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP"),
+    _GroupSlot(("edp",), "_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
+    _GroupSlot(("edp",), "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT"),
+    _GroupSlot(("tp", "cp", "dp", "pp"), "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"),
 )
-
-
-def rank_of(layout: Layout, **coordinates: int) -> int:
-    """Return the rank at some coordinates along tp, cp, dp and pp; those not named are 0."""
-    sizes, rank, stride = _sizes(layout), 0, 1
-    for axis in _DENSE:
-        rank += coordinates.get(axis, 0) * stride
-        stride *= sizes[axis]
-    return rank
 
 
 @contextlib.contextmanager
@@ -90,40 +78,6 @@ def as_rank(
             yield groups
         finally:
             torch.distributed.destroy_process_group()
-
-
-def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
-    """Return the ranks that differ from one along some axes only, in Megatron's order.
-
-    The axes are tp, cp, dp and pp, or those of experts: etp, ep, edp (data parallelism of the same experts) and pp.
-    """
-    order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
-    sizes, stride = _sizes(layout), 1
-    found = [rank]
-    for axis in order:
-        if axis in axes:
-            first = found[0] - rank // stride % sizes[axis] * stride
-            found = [first - found[0] + at * stride + other for at in range(sizes[axis]) for other in found]
-        stride *= sizes[axis]
-    return found
-
-
-def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
-    """Yield the lowest and the highest rank of each group along some axes, but pp, among the ranks of a pipeline stage.
-
-    The axes are those of ``ranks_along``.
-    """
-    order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
-    sizes, stride, span = _sizes(layout), 1, 0
-    lowest = [0]
-    for axis in order:
-        if axis in axes:
-            span += (sizes[axis] - 1) * stride
-        else:
-            places = [pp] if axis == "pp" else range(sizes[axis])
-            lowest = [other + at * stride for at in places for other in lowest]
-        stride *= sizes[axis]
-    yield from ((rank, rank + span) for rank in lowest)
 
 
 def _state(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> dict[str, Any]:
@@ -165,16 +119,3 @@ def _fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
     world.pg_names[group] = group.group_name
     _register_process_group(group.group_name, group)
     return group
-
-
-def _sizes(layout: Layout) -> dict[str, int]:
-    etp = layout.etp or layout.tp
-    return {
-        "tp": layout.tp,
-        "cp": layout.cp,
-        "dp": layout.dp,
-        "pp": layout.pp,
-        "etp": etp,
-        "ep": layout.ep,
-        "edp": layout.tp * layout.cp * layout.dp // (etp * layout.ep),
-    }

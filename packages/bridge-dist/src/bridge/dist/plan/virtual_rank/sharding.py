@@ -1,10 +1,10 @@
-"""Megatron-FSDP and torch FSDP2 where tensors have no memory: what stops them there, and what they make whole."""
+"""Megatron-FSDP and torch FSDP2 where tensors have no memory: what stops them there."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial, partialmethod
 from typing import Any
@@ -13,12 +13,8 @@ import torch
 from megatron.core.distributed import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp, param_and_grad_buffer
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
-from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer, ParameterGroup
-from megatron.core.transformer import MegatronModule
-from torch.distributed import ProcessGroup
+from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.dist.engine import meta
 from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
@@ -123,110 +119,3 @@ def _of_listed(wrapper: MegatronFSDP, register: Callable[..., None], root: torch
 
     with replaced(Replacement(root, "parameters", listed)):
         register(wrapper, root)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor that is split over ranks."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _groups_of(stage: FullyShardedDataParallel) -> list[ParameterGroup]:
-    buffer: Any = stage.param_and_grad_buffer
-    groups: list[ParameterGroup] = buffer.parameter_groups
-    return groups
-
-
-def weights(stage: MegatronModule) -> Iterator[torch.Tensor]:
-    """Yield what holds the weights of a stage between steps."""
-    if isinstance(stage, FullyShardedDataParallel):
-        # Its parameters may be those of the optimizer, in full precision, which Megatron-FSDP makes itself.
-        for group in _groups_of(stage):
-            if group.model_weight_buffer is not None:
-                yield group.model_weight_buffer.data
-    else:
-        yield from map(local, stage.parameters())
-
-
-def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
-    """Yield what holds the gradients of a stage that an FSDP wraps, at the end of a step."""
-    if isinstance(stage, FullyShardedDataParallel):
-        for group in _groups_of(stage):
-            if group.main_grad_buffer is not None:
-                yield group.main_grad_buffer.data
-    for parameter in stage.parameters():
-        if parameter.grad is not None:
-            yield local(parameter.grad)
-
-
-def start_gathering(stages: Sequence[MegatronModule]) -> None:
-    """Gather what the next step needs first, if that is done at the end of a step, by Megatron's optimizer."""
-    for stage in stages:
-        if isinstance(stage, FullyShardedDataParallel):
-            wrapper: Any = stage
-            wrapper.start_param_sync()
-
-
-class WholeMemory(TorchDispatchMode):
-    """Follows how much memory there is for whole weights and gradients, and for what is gathered and reduced.
-
-    ``peak`` is the most at a time, in bytes. What there is, is seen whenever a wrapper gathers, reduces or copies.
-    """
-
-    def __init__(self, stages: Sequence[MegatronModule], groups: Sequence[ProcessGroup]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._modules = [module for stage in stages for module in stage.modules() if module._parameters]
-        self._groups = {str(group.group_name) for group in groups}
-        held = [tensor for stage in stages for tensor in (*weights(stage), *sharded_gradients(stage))]
-        self._held = {tensor.untyped_storage()._cdata for tensor in held}
-        self._buffers: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "fsdp" and "record" not in func._schema.name:  # which records what becomes a gradient
-            self._see(list(_tensors((args, *(kwargs or {}).values()))))
-        elif func.namespace == "c10d" and any(_is_of(argument, self._groups) for argument in args):
-            # The smaller tensor is a part of it, or what is held.
-            self._see([max(_tensors(args), key=lambda tensor: tensor.numel())])
-        return func(*args, **kwargs or {})
-
-    def _see(self, buffers: list[torch.Tensor]) -> None:
-        for buffer in buffers:
-            reference = StorageWeakRef(buffer.untyped_storage())
-            self._buffers[reference.cdata] = reference
-        there: dict[int, int] = {}
-        for cdata in list(self._buffers):
-            storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(cdata)
-            if storage is None:
-                del self._buffers[cdata]
-            else:
-                there[storage._cdata] = storage.nbytes()
-        for tensor in self._whole():
-            piece = tensor.untyped_storage()
-            there[piece._cdata] = piece.nbytes()
-        self.peak = max(self.peak, sum(size for cdata, size in there.items() if cdata not in self._held))
-
-    def _whole(self) -> Iterator[torch.Tensor]:
-        for module in self._modules:
-            for parameter in module._parameters.values():
-                if parameter is not None and not isinstance(parameter, DTensor):
-                    gradient = (parameter.grad, getattr(parameter, "main_grad", None))
-                    yield from (tensor for tensor in (parameter, *gradient) if tensor is not None)
-
-
-def _tensors(argument: object) -> Iterator[torch.Tensor]:
-    if isinstance(argument, torch.Tensor):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for item in argument:
-            yield from _tensors(item)
-
-
-def _is_of(argument: Any, groups: set[str]) -> bool:
-    return is_group(argument) and ProcessGroup.unbox(argument).group_name in groups
-
-
-def is_group(argument: Any) -> bool:
-    """Whether this argument of one of torch's operations is a process group."""
-    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
 from bridge.config import Document
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.documents import apply_layout, replace_layout
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.request import PlanRequest
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
-from bridge.dist.run.commands.options import SIZE, WRAPPERS
+from bridge.dist.run.commands.options import SIZE, WRAPPERS, CommandT
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.pool import start_fork_server
 from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
-    from bridge.dist.plan.forecast.machine import Machine
-    from bridge.dist.plan.plan import PlanOptions
+    from _typeshed import DataclassInstance
+
+OptionsT = TypeVar("OptionsT", bound="DataclassInstance")
 
 _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
@@ -43,64 +48,101 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has no typ
         return int(float(found[1]) * self._UNITS[found[2]])
 
 
+def _plan_options(command: CommandT) -> CommandT:
+    """Give a command the options that the fields of a ``PlanRequest`` are named after."""
+    for option in reversed(
+        (
+            click.option("--tp", type=SIZE, help="Tensor-parallel size."),
+            click.option("--pp", type=SIZE, help="Pipeline-parallel size."),
+            click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank."),
+            click.option("--cp", type=SIZE, help="Context-parallel size."),
+            click.option("--ep", type=SIZE, help="Expert-parallel size."),
+            click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default that of --tp."),
+            click.option("--dp", type=SIZE, help="Data-parallel size; by default what --gpus leaves, or 1."),
+            click.option("--gpus", type=SIZE, help="Ranks in all; by default tp x pp x cp x dp."),
+            click.option(
+                "--wrap",
+                "wrapper",
+                type=click.Choice(WRAPPERS),
+                default="ddp",
+                show_default=True,
+                callback=lambda ctx, param, value: Wrapper(value),
+                help="Data-parallel wrapper.",
+            ),
+            click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state."),
+            click.option(
+                "--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass."
+            ),
+            click.option(
+                "--global-batch-size",
+                type=SIZE,
+                help="Samples per step, of all ranks; by default one microbatch a rank, in a pipeline two for each "
+                "stage.",
+            ),
+            click.option("--seq-length", type=SIZE, help="Tokens per sample; by default the model's."),
+            click.option(
+                "--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB: exit code 1 if a rank holds more."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _machine_options(command: CommandT) -> CommandT:
+    """Give a command the options that the fields of a ``Machine`` are named after; those have units without prefix."""
+
+    def speed(flag: str, field: str, *, unit: float, default: float, meaning: str) -> Callable[[CommandT], CommandT]:
+        return click.option(
+            flag,
+            field,
+            type=_ABOVE_ZERO,
+            default=default,
+            show_default=True,
+            callback=lambda ctx, param, value: value * unit,
+            help=f"For --search: {meaning}",
+        )
+
+    for option in reversed(
+        (
+            speed("--gpu-tflops", "flops", unit=1e12, default=989.0, meaning="of a GPU, dense."),
+            click.option(
+                "--efficiency",
+                type=click.FloatRange(0, 1, min_open=True),
+                default=0.5,
+                show_default=True,
+                help="For --search: the share of them that is reached.",
+            ),
+            click.option("--gpus-per-node", type=SIZE, default=8, show_default=True, help="For --search."),
+            speed("--node-bandwidth", "node_bandwidth", unit=1e9, default=450.0, meaning="GB/s a GPU."),
+            speed("--network-bandwidth", "network_bandwidth", unit=1e9, default=50.0, meaning="GB/s a GPU."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _collect(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+    """Make a dataclass of the options that its fields are named after."""
+    return kind(**{field.name: options[field.name] for field in fields(kind)})
+
+
 @click.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@click.option("--tp", type=SIZE, help="Tensor-parallel size.")
-@click.option("--pp", type=SIZE, help="Pipeline-parallel size.")
-@click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank.")
-@click.option("--cp", type=SIZE, help="Context-parallel size.")
-@click.option("--ep", type=SIZE, help="Expert-parallel size.")
-@click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default that of --tp.")
-@click.option("--dp", type=SIZE, help="Data-parallel size; by default what --gpus leaves, or 1.")
-@click.option("--gpus", type=SIZE, help="Ranks in all; by default tp x pp x cp x dp.")
-@click.option("--wrap", type=click.Choice(WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
-@click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
-@click.option("--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass.")
-@click.option(
-    "--global-batch-size",
-    type=SIZE,
-    help="Samples per step, of all ranks; by default one microbatch a rank, in a pipeline two for each stage.",
-)
-@click.option("--seq-length", type=SIZE, help="Tokens per sample; by default the model's.")
-@click.option("--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB: exit code 1 if a rank holds more.")
+@_plan_options
 @click.option("--search", is_flag=True, help="Rank the layouts of --gpus that fit; sizes that are given stay.")
-@click.option("--gpu-tflops", type=_ABOVE_ZERO, default=989.0, show_default=True, help="For --search: of a GPU, dense.")
-@click.option(
-    "--efficiency",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.5,
-    show_default=True,
-    help="For --search: the share of them that is reached.",
-)
-@click.option("--gpus-per-node", type=SIZE, default=8, show_default=True, help="For --search.")
-@click.option("--node-bandwidth", type=_ABOVE_ZERO, default=450.0, show_default=True, help="For --search: GB/s a GPU.")
-@click.option(
-    "--network-bandwidth", type=_ABOVE_ZERO, default=50.0, show_default=True, help="For --search: GB/s a GPU."
-)
+@_machine_options
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     file: str,
     overrides: tuple[str, ...],
     *,
-    dp: int | None,
-    gpus: int | None,
-    wrap: str,
-    distributed_optimizer: bool,
-    micro_batch_size: int,
-    global_batch_size: int | None,
-    seq_length: int | None,
-    gpu_memory: int | None,
     search: bool,
-    gpu_tflops: float,
-    efficiency: float,
-    gpus_per_node: int,
-    node_bandwidth: float,
-    network_bandwidth: float,
     html: Path | None,
     as_json: bool,
-    **sizes: int | None,
+    **options: Any,
 ) -> None:
     """Plan a job of any size, without a GPU: what every rank of FILE's model holds, computes and sends.
 
@@ -109,65 +151,42 @@ def plan(
     """
     start_run()
     hide_gpus()  # a plan takes none
+    request = _collect(PlanRequest, options)
     if search:
-        if gpus is None:
+        if request.gpus is None:
             raise click.UsageError("--search needs --gpus, how many there are")
-        if dp is not None or html is not None:
+        if request.dp is not None or html is not None:
             raise click.UsageError("--search takes neither --dp, which follows from the other sizes, nor --html")
     document = Document.load(file, overrides)
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
-    given = {name: value for name, value in sizes.items() if value is not None}
     if search:
-        replace_layout(document, {}, sequence_parallel=False)
-        start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search")
+        _search_layouts(document, request, _collect(Machine, options), as_json=as_json)
     else:
-        apply_layout(document, given)
-        refuse_before_imports(
-            document,
-            wrapper=Wrapper(wrap),
-            world_size=gpus,
-            dp=dp,
-            distributed_optimizer=distributed_optimizer,
-        )
+        _plan_layout(document, request, html, as_json=as_json)
 
-    import_megatron(with_compiler=False)
-    from bridge.dist.job import make_builder
-    from bridge.dist.plan.forecast.advice import advise
-    from bridge.dist.plan.forecast.machine import Machine
-    from bridge.dist.plan.plan import PlanOptions, job_layout, sequence_length
-    from bridge.dist.plan.plan import plan as planned
-    from bridge.dist.train.batch import Batch
 
-    layout = job_layout(document, gpus=gpus, dp=dp)
-    make_builder(document.config()).check_restore()
-    microbatches = 2 * layout.pp if layout.pp > 1 else 1
-    options = PlanOptions(
-        batch=Batch(
-            seq_length=seq_length or sequence_length(document),
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size or micro_batch_size * layout.dp * microbatches,
-        ),
-        world_size=layout.world_size,
-        wrapper=Wrapper(wrap),
-        distributed_optimizer=distributed_optimizer,
-        gpu_memory=gpu_memory,
+def _plan_layout(document: Document, request: PlanRequest, html: Path | None, *, as_json: bool) -> None:
+    """Plan the layout of a document, with the sizes that are given, and show the plan."""
+    apply_layout(document, request.sizes)
+    refuse_before_imports(
+        document,
+        wrapper=request.wrapper,
+        world_size=request.gpus,
+        dp=request.dp,
+        distributed_optimizer=request.distributed_optimizer,
     )
-    if search:
-        machine = Machine(
-            flops=gpu_tflops * 1e12,
-            efficiency=efficiency,
-            gpus_per_node=gpus_per_node,
-            node_bandwidth=node_bandwidth * 1e9,
-            network_bandwidth=network_bandwidth * 1e9,
-        )
-        _search(document, options, machine, given, as_json=as_json)
-        return
-    found = planned(document, options)
+    import_megatron(with_compiler=False)
+    from bridge.dist.plan.forecast.advice import advise
+    from bridge.dist.plan.plan import plan, plan_options
+
+    options = plan_options(document, request)
+    found = plan(document, options)
     if html is not None:
         from bridge.dist.plan.show.page import page
 
-        html.write_text(page(found, title=Path(file).name.removesuffix(".yaml")), encoding="utf-8")
+        title = Path(document.source).name.removesuffix(".yaml")
+        html.write_text(page(found, title=title), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
@@ -180,15 +199,19 @@ def plan(
         raise click.exceptions.Exit(1)
 
 
-def _search(
-    document: Document, options: PlanOptions, machine: Machine, given: dict[str, int], *, as_json: bool
-) -> None:
+def _search_layouts(document: Document, request: PlanRequest, machine: Machine, *, as_json: bool) -> None:
+    """Search the layouts of the GPUs that are given, and show those that are fastest."""
+    replace_layout(document, {}, sequence_parallel=False)
+    start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search")
+    import_megatron(with_compiler=False)
     from bridge.dist.plan.forecast.search import search
+    from bridge.dist.plan.plan import plan_options
     from bridge.dist.plan.show.terminal import search_tables
     from bridge.dist.run.progress import with_progress
 
+    options = plan_options(document, request)
     watch = partial(with_progress, first="planning", describe=lambda *_: "layouts planned")
-    found = search(document, options, machine, fixed=given, watch=watch)
+    found = search(document, options, machine, fixed=request.sizes, watch=watch)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:

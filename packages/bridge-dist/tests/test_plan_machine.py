@@ -6,7 +6,6 @@ import pytest
 
 from bridge.dist.layout import Layout
 from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.virtual_rank.rank_order import extents, ranks_along
 
 MACHINE = Machine(gpus_per_node=4, node_bandwidth=2, network_bandwidth=1)
 
@@ -41,12 +40,3 @@ def test_the_bandwidth_of_a_group_is_that_between_its_ranks(
 ) -> None:
     speeds = [MACHINE.bandwidth(group, layout, pp=pp) for pp in range(layout.pp)]
     assert speeds == [2 if stays else 1 for stays in stays_in_a_node]
-
-
-@pytest.mark.parametrize("axes", [("tp",), ("cp",), ("dp",), ("cp", "dp"), ("ep",), ("etp",), ("etp", "ep"), ("edp",)])
-def test_groups_of_a_stage_reach_from_their_first_rank_to_their_last(axes: tuple[str, ...]) -> None:
-    layout = Layout(tp=2, pp=3, cp=2, ep=4, dp=4, etp=1)
-    for pp in range(3):
-        stage = range(16 * pp, 16 * (pp + 1))
-        groups = {tuple(ranks_along(layout, rank, axes)) for rank in stage}
-        assert sorted(extents(layout, axes, pp=pp)) == sorted((min(group), max(group)) for group in groups)

@@ -1,0 +1,121 @@
+"""What a rank sends: collectives, counted as they are called, by group and operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Sent = Counter[tuple[str, int, str]]
+"""Bytes by group, its size, and operation."""
+
+
+class Calls(NamedTuple):
+    """Collectives of a piece of work: how many and how large, by group, its size and operation."""
+
+    number: Sent
+    size: Sent
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nothing sent."""
+        return cls(Counter(), Counter())
+
+    def add(self, other: Calls, times: int = 1) -> None:
+        """Add the calls of something that is done several times."""
+        for mine, theirs in zip(self, other, strict=True):
+            for key, value in theirs.items():
+                mine[key] += value * times
+
+    def __sub__(self, other: Calls) -> Calls:
+        """Return the calls without others."""
+        calls = Calls.none()
+        calls.add(self)
+        calls.add(other, -1)
+        return calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCalls:
+    """Collectives of a step: of its first microbatches and its end, and of each round of so many microbatches more."""
+
+    microbatches: int
+    first: Calls
+    round_size: int = 1
+    more: Calls
+
+    def of(self, microbatches: int) -> Calls:
+        """Return the collectives of a step of so many microbatches, whole rounds more than the first."""
+        calls = Calls.none()
+        calls.add(self.first)
+        calls.add(self.more, (microbatches - self.microbatches) // self.round_size)
+        return calls
+
+
+_MESSAGES = ("send", "recv")
+"""Between two ranks of a pipeline, which are counted by what their passes take and give."""
+_FUNCTIONAL = {
+    "all_gather_into_tensor": "allgather",
+    "all_reduce": "allreduce",
+    "all_to_all_single": "alltoall",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+"""Collectives that return a new tensor, and what those that fill one are called."""
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives: each by its group and operation, and the bytes of its larger side."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = Calls.none()
+        self._names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        operation = func._schema.name.partition("::")[2]
+        if func.namespace == "c10d":
+            group = next(ProcessGroup.unbox(argument) for argument in args if is_group(argument))
+            self._count(group, operation.strip("_").removesuffix("_base"), args)
+        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # those of DTensor
+            name: Any = next(argument for argument in reversed(args) if isinstance(argument, str))
+            group = vars(distributed_c10d)["_resolve_process_group"](name)
+            self._count(group, _FUNCTIONAL[operation], (*args, result))
+        return result
+
+    def _count(self, group: ProcessGroup, operation: str, arguments: tuple[Any, ...]) -> None:
+        if group.size() > 1 and operation not in _MESSAGES:
+            key = (self._names.get(group.group_name, "other"), group.size(), operation)
+            self.calls.number[key] += 1
+            self.calls.size[key] += max(map(tensor_bytes, arguments))
+
+
+def tensor_bytes(argument: object) -> int:
+    """Return the bytes of a tensor, or of all tensors in a list; 0 for anything else."""
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(map(tensor_bytes, argument)) if isinstance(argument, list | tuple) else 0
+
+
+def named_groups(groups: ProcessGroupCollection) -> list[tuple[str, ProcessGroup]]:
+    """Return the groups that a rank is in, each with its kind."""
+    kinds = ("tp", "cp", "ep", "pp", "dp", "dp_cp", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "embd", "pos_embd", "mp")
+    there = [(kind, getattr(groups, kind, None)) for kind in kinds]
+    return [(kind, group) for kind, group in there if group is not None]
+
+
+def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
+    """Return what groups are called; ranks that are one group for several kinds of parallelism count as the first."""
+    return {group.group_name: kind for kind, group in reversed(named_groups(groups))}
+
+
+def is_group(argument: Any) -> bool:
+    """Whether this argument of one of torch's operations is a process group."""
+    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())

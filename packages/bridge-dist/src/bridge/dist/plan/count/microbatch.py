@@ -1,0 +1,144 @@
+"""What a microbatch takes in each chunk of a rank: run forward and backward once, and remembered."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from bridge.config import ModelConfig
+from bridge.dist.engine.builder import DistributedModelBuilder
+from bridge.dist.engine.stages import unwrapped
+from bridge.dist.layout import Layout
+from bridge.dist.plan.count.attention import ATTENTION_FLOPS, fused_attention
+from bridge.dist.plan.count.collectives import Calls, Collectives, group_names, named_groups, tensor_bytes
+from bridge.dist.plan.count.memory import KeptMemory
+from bridge.dist.train.batch import Batch
+
+
+class Message(NamedTuple):
+    """What one stage of a pipeline sends the next: a tensor, of which the gradient comes back."""
+
+    shape: torch.Size
+    bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Return that of a tensor."""
+        return cls(tensor.shape, tensor_bytes(tensor))
+
+
+Passed = dict[int, torch.Size]
+"""The shape of what a stage passes on, by its place in the whole pipeline, as far as it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one microbatch takes in a chunk: bytes kept for the backward pass, FLOPs, collectives.
+
+    ``received`` is what comes from the stage before, ``passed_on`` what goes to the stage after; None at the ends of
+    the pipeline.
+    """
+
+    kept: int
+    forward_flops: int
+    flops: int
+    calls: Calls
+    received: Message | None
+    passed_on: Message | None
+
+
+_WITHIN_LAYERS = ("tp", "cp", "ep", "expt_tp", "tp_ep", "tp_cp")
+"""Groups whose ranks share the work of a layer."""
+
+Memo = dict[Any, Work]
+"""What microbatches take in chunks that were seen before."""
+
+
+class RankStages(NamedTuple):
+    """The stages of a rank, to be run."""
+
+    stages: list[MegatronModule]
+    builder: DistributedModelBuilder[MegatronModule, ModelConfig]
+    groups: ProcessGroupCollection
+    layout: Layout
+    batch: Batch
+
+
+def run_chunks(rank: RankStages, memo: Memo, passed: Passed) -> list[Work]:
+    """Run a microbatch through each chunk not known from ``memo``, with what the stage before passes on."""
+    works = []
+    for index, stage in enumerate(rank.stages):
+        place = index * rank.layout.pp + rank.groups.pp.rank()
+        work = _remembered(rank, stage, passed.get(place - 1) or _hidden_states(rank), memo)
+        if work.passed_on:
+            passed[place] = work.passed_on.shape
+        works.append(work)
+    return works
+
+
+def _hidden_states(rank: RankStages) -> torch.Size:
+    """The shape of what a stage of a decoder passes on, of this rank's part of the sequence."""
+    config = rank.builder.transformer_config
+    length = rank.batch.seq_length // rank.groups.cp.size()
+    if config.sequence_parallel:
+        length //= rank.groups.tp.size()
+    return torch.Size((length, rank.batch.micro_batch_size, config.hidden_size))
+
+
+def _remembered(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
+    sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
+    chunk = (_signature(unwrapped(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
+    within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
+    anywhere = (chunk, *sizes.items())
+    work = memo.get(within) or memo.get(anywhere)
+    if work is None:
+        work = _run_chunk(rank, stage, arriving)
+        # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
+        talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
+        memo[within if talks_within else anywhere] = work
+    return work
+
+
+def _signature(model: torch.nn.Module) -> Any:
+    """What two chunks have in common that take the same: their modules, but for the layers' numbers."""
+    shapes = tuple(
+        (re.sub(r"\.\d+\.", ".", name), parameter.shape, parameter.dtype)
+        for name, parameter in model.named_parameters()
+    )
+    return (repr(model), shapes, getattr(model, "pre_process", None), getattr(model, "post_process", None))
+
+
+def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) -> Work:
+    """Run one microbatch through a chunk, forward and backward; its input, if it takes one, has a shape."""
+    model: Any = unwrapped(stage)
+    received = passed_on = None
+    kept, sent = KeptMemory(stage), Collectives(group_names(rank.groups))
+    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    with kept, flops, sent, fused_attention():
+        if not getattr(model, "pre_process", True):
+            dtype = rank.builder.transformer_config.pipeline_dtype
+            from_before = torch.empty(arriving, dtype=dtype, requires_grad=True)
+            received = Message.of(from_before)
+            model.set_input_tensor(from_before)
+        tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
+        output = rank.builder.forward_step(stage, tokens, rank.groups)
+        forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
+        if getattr(model, "post_process", True):
+            output.float().mean().backward()
+        else:
+            passed_on = Message.of(output)
+            output.backward(torch.empty_like(output))
+    return Work(
+        kept=bytes_kept,
+        forward_flops=forward_flops,
+        flops=flops.get_total_flops(),
+        calls=sent.calls,
+        received=received,
+        passed_on=passed_on,
+    )

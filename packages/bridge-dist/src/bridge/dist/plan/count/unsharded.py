@@ -1,0 +1,77 @@
+"""What wrappers that shard weights make whole: the peak of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer import MegatronModule
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bridge.dist.plan.count.collectives import is_group
+from bridge.dist.plan.count.memory import sharded_gradients, weights
+
+
+class UnshardedMemory(TorchDispatchMode):
+    """Follows how much memory there is for whole weights and gradients, and for what is gathered and reduced.
+
+    ``peak`` is the most at a time, in bytes. What there is, is seen whenever a wrapper gathers, reduces or copies.
+    """
+
+    def __init__(self, stages: Sequence[MegatronModule], groups: Sequence[ProcessGroup]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._modules = [module for stage in stages for module in stage.modules() if module._parameters]
+        self._groups = {str(group.group_name) for group in groups}
+        held = [tensor for stage in stages for tensor in (*weights(stage), *sharded_gradients(stage))]
+        self._held = {tensor.untyped_storage()._cdata for tensor in held}
+        self._buffers: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "fsdp" and "record" not in func._schema.name:  # which records what becomes a gradient
+            self._see(list(_tensors((args, *(kwargs or {}).values()))))
+        elif func.namespace == "c10d" and any(_is_of(argument, self._groups) for argument in args):
+            # The smaller tensor is a part of it, or what is held.
+            self._see([max(_tensors(args), key=lambda tensor: tensor.numel())])
+        return func(*args, **kwargs or {})
+
+    def _see(self, buffers: list[torch.Tensor]) -> None:
+        for buffer in buffers:
+            reference = StorageWeakRef(buffer.untyped_storage())
+            self._buffers[reference.cdata] = reference
+        there: dict[int, int] = {}
+        for cdata in list(self._buffers):
+            storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(cdata)
+            if storage is None:
+                del self._buffers[cdata]
+            else:
+                there[storage._cdata] = storage.nbytes()
+        for tensor in self._whole():
+            piece = tensor.untyped_storage()
+            there[piece._cdata] = piece.nbytes()
+        self.peak = max(self.peak, sum(size for cdata, size in there.items() if cdata not in self._held))
+
+    def _whole(self) -> Iterator[torch.Tensor]:
+        for module in self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and not isinstance(parameter, DTensor):
+                    gradient = (parameter.grad, getattr(parameter, "main_grad", None))
+                    yield from (tensor for tensor in (parameter, *gradient) if tensor is not None)
+
+
+def _tensors(argument: object) -> Iterator[torch.Tensor]:
+    if isinstance(argument, torch.Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for item in argument:
+            yield from _tensors(item)
+
+
+def _is_of(argument: Any, groups: set[str]) -> bool:
+    return is_group(argument) and ProcessGroup.unbox(argument).group_name in groups

@@ -1,0 +1,81 @@
+"""The layouts that a search found: what a step of each takes, and why the first is ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bridge.dist.layout import Layout
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.timeline import timeline_of
+from bridge.dist.plan.results import Plan
+
+
+class Candidate(NamedTuple):
+    """A layout that fits: its plan, what a step is estimated to take, and of what that is made, in seconds."""
+
+    plan: Plan
+    seconds: float
+    parts: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The layout in words."""
+        return str(Layout(**self.plan.layout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: the layouts that fit, fastest first; how many were tried, refused and too large."""
+
+    candidates: list[Candidate]
+    tried: int
+    refused: int
+    too_large: int
+
+    def explain_ranking(self) -> str | None:
+        """Say why the first is ahead of the second; None if there are not two."""
+        if len(self.candidates) < 2:
+            return None
+        first, second = self.candidates[:2]
+        gains = {
+            part: second.parts.get(part, 0.0) - first.parts.get(part, 0.0) for part in {**first.parts, **second.parts}
+        }
+        said = [
+            f"{abs(gain):.3f} s {'less' if gain > 0 else 'more'} of {part}"
+            for part, gain in sorted(gains.items(), key=lambda item: -abs(item[1]))
+            if abs(gain) > 0.01 * first.seconds
+        ]
+        return f"{first.name} is ahead of {second.name} by " + (", ".join(said) or "less than a hundredth")
+
+    def to_json(self) -> dict[str, object]:
+        """Return what was found as plain data."""
+        return {
+            "kind": "search",
+            "tried": self.tried,
+            "refused": self.refused,
+            "too_large": self.too_large,
+            "why": self.explain_ranking(),
+            "candidates": [
+                {
+                    "layout": one.plan.layout,
+                    "seconds": one.seconds,
+                    "parts": one.parts,
+                    "total_bytes": one.plan.worst.total_bytes,
+                }
+                for one in self.candidates
+            ],
+        }
+
+
+def estimate_step(made: Plan, machine: Machine) -> Candidate:
+    """Estimate what a step of a plan takes."""
+    layout = Layout(**made.layout)
+    by_stage = [machine.seconds(stage, layout) for stage in made.stages]
+    busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))
+    at_end = {part: seconds for part, seconds in busiest.items() if part.startswith(("dp", "expt_dp"))}
+    in_pipeline = sum(busiest.values()) - sum(at_end.values())
+    bubble = timeline_of(made).bubble
+    waiting = in_pipeline * bubble / (1 - bubble)
+    parts = dict(busiest) | {"pipeline bubbles": waiting}
+    return Candidate(made, sum(parts.values()), parts)

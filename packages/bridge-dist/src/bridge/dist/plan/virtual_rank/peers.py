@@ -1,0 +1,39 @@
+"""What the other ranks of a job would tell this one, of which nothing arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch.distributed import ProcessGroup
+
+from bridge.dist.patch import Replacement, replaced
+
+
+def all_ranks_answer_alike() -> AbstractContextManager[None]:
+    """While Megatron's optimizer asks every rank of the world for its kinds of parameters: they say what this one does.
+
+    With ten thousand ranks that would take most of the time of a plan.
+    """
+
+    def answer(answers: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
+        answers[:] = [mine] * len(answers)
+
+    return replaced(Replacement(torch.distributed, "all_gather_object", answer))
+
+
+def shapes_told(inputs: Iterator[torch.Size], gradients: Iterator[torch.Size]) -> Replacement:
+    """Replace what ranks of a pipeline tell each other of shapes, given those that arrive, in their order.
+
+    Megatron asks for ``variable_seq_lengths``, and for predictions of several tokens on a stage of their own.
+    """
+
+    def told(
+        _: object, send_next: object, send_prev: object, recv_prev: bool, recv_next: bool
+    ) -> tuple[torch.Size | None, torch.Size | None]:
+        return next(inputs) if recv_prev else None, next(gradients) if recv_next else None
+
+    return Replacement(P2PCommunicator, "_communicate_shapes", told)

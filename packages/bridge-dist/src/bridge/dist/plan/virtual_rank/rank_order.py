@@ -1,0 +1,67 @@
+"""Which ranks a group has, by Megatron's order of ranks: arithmetic, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bridge.dist.layout import Layout
+
+# Axes vary fastest first, as in Megatron's order of ranks.
+_DENSE = ("tp", "cp", "dp", "pp")
+_EXPERT = ("etp", "ep", "edp", "pp")
+
+
+def rank_of(layout: Layout, **coordinates: int) -> int:
+    """Return the rank at some coordinates along tp, cp, dp and pp; those not named are 0."""
+    sizes, rank, stride = _sizes(layout), 0, 1
+    for axis in _DENSE:
+        rank += coordinates.get(axis, 0) * stride
+        stride *= sizes[axis]
+    return rank
+
+
+def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
+    """Return the ranks that differ from one along some axes only, in Megatron's order.
+
+    The axes are tp, cp, dp and pp, or those of experts: etp, ep, edp (data parallelism of the same experts) and pp.
+    """
+    order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
+    sizes, stride = _sizes(layout), 1
+    found = [rank]
+    for axis in order:
+        if axis in axes:
+            first = found[0] - rank // stride % sizes[axis] * stride
+            found = [first - found[0] + at * stride + other for at in range(sizes[axis]) for other in found]
+        stride *= sizes[axis]
+    return found
+
+
+def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
+    """Yield the lowest and the highest rank of each group along some axes, but pp, among the ranks of a pipeline stage.
+
+    The axes are those of ``ranks_along``.
+    """
+    order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
+    sizes, stride, span = _sizes(layout), 1, 0
+    lowest = [0]
+    for axis in order:
+        if axis in axes:
+            span += (sizes[axis] - 1) * stride
+        else:
+            places = [pp] if axis == "pp" else range(sizes[axis])
+            lowest = [other + at * stride for at in places for other in lowest]
+        stride *= sizes[axis]
+    yield from ((rank, rank + span) for rank in lowest)
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    etp = layout.etp or layout.tp
+    return {
+        "tp": layout.tp,
+        "cp": layout.cp,
+        "dp": layout.dp,
+        "pp": layout.pp,
+        "etp": etp,
+        "ep": layout.ep,
+        "edp": layout.tp * layout.cp * layout.dp // (etp * layout.ep),
+    }

@@ -1,0 +1,63 @@
+"""A plan's tables on the terminal."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from example_plans import DEEP, GIB, LARGE, SMALL, shown_on_terminal, sizes, words
+
+from bridge.dist.plan.results import NOT_COVERED, Plan, Traffic
+
+
+@pytest.mark.parametrize("plan", [SMALL, LARGE, DEEP], ids=["small", "large", "deep"])
+def test_the_terminal_shows_it_in_80_columns_without_colour(plan: Plan) -> None:
+    shown = shown_on_terminal(plan)
+    assert shown.isascii()
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for statement in (*NOT_COVERED, "98,765,432,100, and 14,848 in buffers", "8,192 tokens", "planned in 2.5 s"):
+        assert statement in words(shown)
+
+
+def test_colour_adds_nothing_to_the_text() -> None:
+    coloured = shown_on_terminal(SMALL, colour=True)
+    assert "\x1b" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == shown_on_terminal(SMALL)
+
+
+def test_worst_stages_come_first_and_equal_ones_are_one_row() -> None:
+    rows = [line.split() for line in shown_on_terminal(LARGE).splitlines() if "1,234,567,890" in line]
+    assert [(row[0], row[1], row[3]) for row in rows] == [
+        ("0", "1", "90.000!"),  # more than a GPU has
+        ("15", "1", "70.000"),
+        ("1-14", "1", "60.000"),
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(("plan", "folded"), [(SMALL, [0, 1]), (LARGE, [0, 15, 1])], ids=["fits", "does not fit"])
+def test_bars_are_as_long_as_memory_is_large(plan: Plan, folded: list[int], width: int) -> None:
+    bars = re.findall(r"(W+G+O+A[A |]*)$", shown_on_terminal(plan, width=width), re.MULTILINE)
+    (limit,) = {bar.index("|") for bar in bars}
+    assert limit > 0.2 * width
+    for bar, pp in zip(bars, folded, strict=True):
+        for letter, size in zip("WGOA", sizes(plan.stages[pp]), strict=True):
+            assert bar.count(letter) == pytest.approx(size / (80 * GIB) * limit, abs=1)
+        assert (bar.index("|") < bar.rindex("A")) == (plan.stages[pp].total_bytes > 80 * GIB)
+
+
+def test_without_a_limit_the_longest_bar_is_that_of_the_worst_stage() -> None:
+    first, second = re.findall(r"(W+G+O+A+) *$", shown_on_terminal(replace(SMALL, gpu_memory=None)), re.MULTILINE)
+    assert len(second) / len(first) == pytest.approx(60 / 76, abs=0.03)
+
+
+def test_traffic_is_that_of_the_stage_that_sends_most() -> None:
+    assert "tp 8 allgather 12 3.000 1" in words(shown_on_terminal(SMALL))
+
+
+def test_what_looks_like_markup_is_shown_as_it_is() -> None:
+    traffic = [Traffic(group="[red]", ranks=2, operation="[/]", calls=1, bytes=1)]
+    plan = replace(SMALL, wrap="[bold]x", stages=[replace(stage, traffic=traffic) for stage in SMALL.stages])
+    shown = words(shown_on_terminal(plan))
+    assert "[red] 2 [/] 1" in shown
+    assert "wrapped with [bold]x" in shown

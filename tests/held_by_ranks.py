@@ -1,0 +1,364 @@
+"""What real ranks hold, compute and send, for plans to be compared with: functions that ranks can import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from bridge.config import Document, ModelConfig, register
+from bridge.dist.documents import replace_layout
+from bridge.dist.job import BuildJob, make_builder
+from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
+
+NOTED: list[tuple[str, tuple[int, ...], str]] = []
+
+
+def note(stages: list[Any]) -> list[Any]:
+    """A hook after wrapping, of real ranks and of plans: this rank's part of each parameter, and its precision."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            NOTED.append((name, tuple(mine.shape), str(mine.dtype)))
+    return stages
+
+
+register(note, "held_by_ranks.note")
+
+
+def noted() -> list[tuple[str, tuple[int, ...], str]]:
+    found = list(NOTED)
+    assert found
+    NOTED.clear()
+    return found
+
+
+WORLD = 4
+BATCH = Batch(seq_length=32, micro_batch_size=2, global_batch_size=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A preset, its layout on four ranks, and how it is wrapped."""
+
+    preset: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    sequence_parallel: bool = False
+    overrides: tuple[str, ...] = ()
+    wrapper: Wrapper = Wrapper.DDP
+    distributed_optimizer: bool = False
+    keeps_alike: bool = True
+    """Whether a CPU keeps for the backward pass what a GPU does, wherever tokens are routed to."""
+
+    def job(self) -> BuildJob:
+        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[held_by_ranks.note]"])
+        replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
+        return BuildJob(document=document.data, wrapper=self.wrapper, distributed_optimizer=self.distributed_optimizer)
+
+
+LONGER = replace(BATCH, global_batch_size=32)
+
+
+class Held(NamedTuple):
+    """What a rank holds: parameters by name, bytes, elements of each bucket, bytes kept by each chunk."""
+
+    parameters: list[tuple[str, tuple[int, ...], str]]
+    weights: int
+    gradients: int
+    master: int
+    state: int
+    buckets: list[int]
+    kept: list[int] | None
+
+
+def held(cases: dict[str, Case]) -> dict[str, Held]:
+    """On each real rank: build, wrap, and run a microbatch through each chunk."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.utils import unwrap_model
+    from torch.distributed.tensor import DTensor
+
+    from bridge.dist import create_process_groups, destroy_process_groups
+    from bridge.dist.train.optimizer import optimizer_of
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def storages(tensors: Any) -> dict[int, int]:
+        found = {}
+        for tensor in tensors:
+            storage = local(tensor).untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+        return found
+
+    def one(case: Case) -> Held:
+        job = case.job()
+        config = ModelConfig.from_dict(job.document)
+        groups = create_process_groups(job.check(config, WORLD))
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        builder = make_builder(config)
+        options = job.options(builder.transformer_config)
+        stages: list[Any] = builder.build_distributed_models(
+            groups, ddp_config=options.ddp_config, wrap_with_ddp=options.wrap_with_ddp
+        )
+        models: list[Any] = [unwrap_model(stage) for stage in stages]
+        weights = storages([t for model in models for t in (*model.parameters(), *model.buffers())])
+        buckets: list[Any] = [
+            bucket
+            for stage in stages
+            if isinstance(stage, DistributedDataParallel)
+            for buffer in [*vars(stage)["buffers"], *stage.expert_parallel_buffers]
+            for bucket in buffer.buckets
+        ]
+        gradients = [bucket.grad_data for bucket in buckets] or [p for model in models for p in model.parameters()]
+        updated = optimized(stages) if options.wrap_with_ddp else []
+        kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
+        return Held(
+            parameters=noted(),
+            weights=sum(weights.values()),
+            gradients=sum(storages(gradients).values()),
+            master=sum(size for at, size in storages(updated).items() if at not in weights),
+            state=sum(2 * 4 * tensor.numel() for tensor in updated),
+            buckets=[bucket.grad_data.numel() for bucket in buckets],
+            kept=None if not case.keeps_alike else kept,
+        )
+
+    def optimized(stages: list[Any]) -> list[torch.Tensor]:
+        with optimizer_of(stages) as optimizer:
+            parts = getattr(optimizer, "chained_optimizers", [optimizer])
+            return [local(p) for part in parts for group in part.param_groups for p in group["params"]]
+
+    def forward(stage: Any, model: Any, builder: Any, groups: Any) -> int:
+        config = builder.transformer_config
+        others = storages([*model.parameters(), *model.buffers()])
+        pieces: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in others:
+                pieces[storage.data_ptr()] = storage
+            return tensor
+
+        if not model.pre_process:
+            length = BATCH.seq_length // groups.cp.size() // (groups.tp.size() if config.sequence_parallel else 1)
+            shape = (length, BATCH.micro_batch_size, config.hidden_size)
+            model.set_input_tensor(torch.randn(shape, dtype=config.pipeline_dtype).requires_grad_())
+        tokens = torch.arange(BATCH.micro_batch_size * (BATCH.seq_length + 1)).view(BATCH.micro_batch_size, -1) % 256
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            builder.forward_step(stage, tokens, groups)
+        return sum(storage.nbytes() for storage in pieces.values())
+
+    found = {}
+    for name, case in cases.items():
+        found[name] = one(case)
+        destroy_process_groups()
+    return found
+
+
+class HeldInParts(NamedTuple):
+    """What a rank holds of a model that is sharded, in bytes, and what it gathers and reduces in a step."""
+
+    parameters: list[tuple[str, tuple[int, ...], str]]
+    weights: int
+    gradients: int
+    master: int
+    state: int
+    whole: int
+    collectives: dict[tuple[str, str], tuple[int, int]]
+    """Calls and bytes, by group and operation."""
+
+
+def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
+    """On each real rank: build, wrap, and train two steps; what the second one takes."""
+    import weakref
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
+    import torch
+    from megatron.core.distributed import FullyShardedDataParallel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.utils import unwrap_model
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from bridge.dist import create_process_groups, destroy_process_groups
+    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.step import run_microbatches, zero_gradients
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def memory(tensors: Any) -> dict[int, int]:
+        pieces = [local(tensor).untyped_storage() for tensor in tensors]
+        return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}
+
+    def buffers(stages: list[Any], name: str) -> list[torch.Tensor]:
+        groups = [
+            g
+            for s in stages
+            if isinstance(s, FullyShardedDataParallel)
+            for g in s.param_and_grad_buffer.parameter_groups
+        ]
+        return [getattr(group, name).data for group in groups]
+
+    def one(case: Case) -> HeldInParts:
+        job = case.job()
+        config = ModelConfig.from_dict(job.document)
+        layout = job.check(config, WORLD)
+        groups = create_process_groups(layout)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        builder = make_builder(config)
+        options = job.options(builder.transformer_config)
+        stages: list[Any] = builder.build_distributed_models(
+            groups,
+            ddp_config=options.ddp_config,
+            use_megatron_fsdp=options.use_megatron_fsdp,
+            use_torch_fsdp2=options.use_torch_fsdp2,
+        )
+        seen = Seen(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
+        shape = (LONGER.microbatches(layout), LONGER.micro_batch_size, LONGER.seq_length + 1)
+        with optimizer_of(stages) as optimizer:
+            parts = getattr(optimizer, "chained_optimizers", [optimizer])
+            updated = [local(p) for part in parts for group in part.param_groups for p in group["params"]]
+            for step in range(2):
+                samples = torch.randint(256, shape)
+                with seen.watching() if step == 1 else ExitStack():
+                    zero_gradients(stages)
+                    optimizer.zero_grad()
+                    run_microbatches(stages, groups, layout, samples, forward_step=builder.forward_step)
+                    gradients = memory(buffers(stages, "main_grad_buffer"))
+                    gradients |= memory(p.grad for stage in stages for p in stage.parameters() if p.grad is not None)
+                    if step == 0:
+                        weights = memory(
+                            buffers(stages, "model_weight_buffer") or [p for s in stages for p in s.parameters()]
+                        )
+                    optimizer.step()
+            state = [
+                local(moment)
+                for part in parts
+                for values in part.optimizer.state.values()
+                for name, moment in values.items()
+                if name.startswith("exp_avg")
+            ]
+        kept = memory(buffer for stage in stages for buffer in unwrap_model(stage).buffers())
+        return HeldInParts(
+            parameters=noted(),
+            weights=sum((weights | kept).values()),
+            gradients=sum(gradients.values()),
+            master=sum(size for at, size in memory(updated).items() if at not in weights),
+            state=sum(moment.numel() * moment.element_size() for moment in state),
+            whole=seen.most,
+            collectives=seen.collectives,
+        )
+
+    class Seen:
+        """Collectives of some groups, by the functions that are called, and what the wrapper's own objects hold."""
+
+        def __init__(self, stages: list[Any], groups: dict[str, Any]) -> None:
+            self.most = 0
+            self.collectives: dict[tuple[str, str], tuple[int, int]] = {}
+            self._groups = groups
+            self._buffers = [
+                buffer
+                for stage in stages
+                if isinstance(stage, FullyShardedDataParallel)
+                for group in stage.param_and_grad_buffer.parameter_groups
+                for buffer in (group.model_weight_buffer, group.main_grad_buffer)
+            ]
+            states = [m._get_fsdp_state() for s in stages for m in s.modules() if isinstance(m, FSDPModule)]
+            sharded = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g]
+            self._parameters = [parameter for group in sharded for parameter in group.fsdp_params]
+            self._flat: list[weakref.ref[torch.Tensor]] = []
+            self._depth = 0
+
+        def watching(self) -> ExitStack:
+            stack = ExitStack()
+            for name in dir(torch.distributed):
+                operation = {"all_gather_": "allgather", "reduce_scatter_": "reduce_scatter"}
+                known = [value for start, value in operation.items() if name.startswith(start)]
+                if known and name.endswith(("tensor", "single")):
+                    stack.enter_context(patch.object(torch.distributed, name, self._collective(name, known[0])))
+            stack.enter_context(Scattered(self))
+            for name in ("foreach_all_gather_copy_out", "foreach_reduce"):
+                stack.enter_context(patch.object(_fsdp_param_group, name, self._copy(name)))
+            return stack
+
+        def _collective(self, name: str, operation: str) -> Any:
+            original = getattr(torch.distributed, name)
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                self._depth += 1
+                try:
+                    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+                    if self._depth == 1:
+                        self._collect(operation, kwargs["group"], max(tensors, key=lambda tensor: tensor.numel()))
+                    return original(*args, **kwargs)
+                finally:
+                    self._depth -= 1
+
+            return called
+
+        def _collect(self, operation: str, group: Any, whole: torch.Tensor) -> None:
+            for kind, one in self._groups.items():
+                if group is one:
+                    self._flat.append(weakref.ref(whole))
+                    self._look()
+                    self.count(kind, operation, whole.numel() * whole.element_size())
+
+        def count(self, kind: str, operation: str, more: int) -> None:
+            calls, size = self.collectives.get((kind, operation), (0, 0))
+            self.collectives[kind, operation] = calls + 1, size + more
+
+        def _copy(self, name: str) -> Any:
+            original = getattr(_fsdp_param_group, name)
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                gradients = list(args[1]) if name == "foreach_reduce" else []
+                result = original(*args, **kwargs)
+                if name == "foreach_reduce":
+                    self._look([*gradients, result[0]])
+                else:
+                    self._look()
+                return result
+
+            return called
+
+        def _look(self, more: Any = ()) -> None:
+            self._flat = [reference for reference in self._flat if reference() is not None]
+            found = memory([tensor for reference in self._flat if (tensor := reference()) is not None])
+            found |= memory(more)
+            for buffer in self._buffers:
+                found |= memory(bucket.data for bucket in buffer.temporary_bucket_allocator.buckets.values())
+            for parameter in self._parameters:
+                found |= memory(parameter.all_gather_outputs)
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None and whole.grad is not None:
+                    found |= memory([whole.grad])
+            self.most = max(self.most, sum(found.values()))
+
+    class Scattered(TorchDispatchMode):
+        """What a DTensor gathers, and is scattered to make one: both over all data-parallel ranks."""
+
+        def __init__(self, seen: Seen) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._seen = seen
+
+        def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            name = func._schema.name
+            if name.startswith("_c10d_functional::all_gather"):
+                self._seen.count("dp_cp", "allgather", result.numel() * result.element_size())
+            elif name == "c10d::scatter_":
+                parts = args[1][0] if args[1] else args[0]
+                self._seen.count("dp_cp", "scatter", sum(part.numel() * part.element_size() for part in parts))
+            return result
+
+    found = {}
+    for name, case in cases.items():
+        found[name] = one(case)
+        destroy_process_groups()
+    return found

@@ -1,0 +1,71 @@
+"""The page of a plan, parsed."""
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+from bridge.dist.plan.results import Plan
+from bridge.dist.plan.show.page import page
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str]
+    children: list["Element | str"] = field(default_factory=list)
+
+    def all(self, tag: str, **attributes: str) -> list["Element"]:
+        """Elements of a tag below this one, with these attributes, of which a class may be one among others."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Element):
+                has = child.attributes
+                wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+                if child.tag == tag and all(
+                    value in (has.get(key, ""), *has.get(key, "").split()) for key, value in wanted.items()
+                ):
+                    found.append(child)
+                found += child.all(tag, **attributes)
+        return found
+
+    def one(self, tag: str, **attributes: str) -> "Element":
+        (found,) = self.all(tag, **attributes)
+        return found
+
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+
+class StrictParser(HTMLParser):
+    """Makes elements of a page in which every element that is opened is closed, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.root = Element("", {})
+        self._open = [self.root]
+        self.feed(text)
+        self.close()
+        assert self._open == [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"{tag} has an attribute twice"
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(element)
+        if tag != "meta":
+            self._open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def parsed(plan: Plan, title: str = "a model") -> Element:
+    return StrictParser(page(plan, title)).root
+
+
+def rows(table: Element) -> list[dict[str, str]]:
+    names = [cell.text for cell in table.one("thead").all("th", scope="col")]
+    rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.one("tbody").all("tr")]
+    return [dict(zip(names, row, strict=True)) for row in rows]

@@ -1,0 +1,47 @@
+"""The command `bridge plan`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def bridge_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("bridge")), "plan", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    shown = bridge_plan("tiny", "--tp", "2", "--pp", "2", "--dp", "2", "--json", "--html", str(page))
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["kind"], found["layers"]) == ("plan", "pytorch")
+    assert found["world_size"] == 8
+    assert found["parameters"] == 241_024
+    assert [stage["pp"] for stage in found["stages"]] == [0, 1]
+    assert {"weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "total_bytes", "flops"} < set(
+        found["stages"][0]
+    )
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_the_command_where_a_rank_does_not_fit() -> None:
+    shown = bridge_plan("tiny", "--tp", "2", "--gpu-memory", "3MiB")
+    assert shown.returncode == 1
+    assert "does not fit" in " ".join(shown.stdout.split())
+    assert "with --distributed-optimizer the worst rank holds" not in shown.stderr  # one data-parallel rank shares none
+    assert "with transformer.sequence_parallel=true the worst rank holds" in shown.stderr
+
+
+def test_the_command_refuses_nonsense() -> None:
+    assert bridge_plan("tiny", "--tp", "0").returncode == 2
+    assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
+    assert "--search needs --gpus" in bridge_plan("tiny", "--search").stderr
+    assert "--search takes neither" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
+    refused = bridge_plan("tiny", "--tp", "3")
+    assert refused.returncode == 1
+    assert "num_attention_heads = 4 is not a multiple of tp = 3" in refused.stderr

@@ -1,0 +1,66 @@
+"""What a rank computes by its plan, in FLOPs."""
+
+from __future__ import annotations
+
+import pytest
+from planned_jobs import RECOMPUTED, planned
+
+from bridge.config import Document
+from bridge.dist.job import BuildJob, make_builder, vocab_size
+from bridge.dist.layout import Layout
+from bridge.dist.plan.count.rank import measure
+from bridge.dist.train.batch import Batch
+from bridge.dist.train.flops import model_flops
+from bridge.dist.wrapper import Wrapper
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("tiny", []),
+        ("tiny", ["position_embedding_type=rope", "transformer.mtp_num_layers=1"]),
+        ("tiny", ["share_embeddings_and_output_weights=true"]),
+        ("moe-tiny", []),
+        ("mla-tiny", []),
+        ("t5-tiny", []),
+    ],
+)
+def test_the_flops_of_a_model_by_its_shapes_are_those_counted(preset: str, overrides: list[str]) -> None:
+    by_shapes, counted = flops_of(Document.load(preset, overrides))
+    assert by_shapes == 3 * counted
+
+
+def test_the_flops_of_a_state_space_model_leave_out_what_chunks_compute_beside() -> None:
+    by_shapes, counted = flops_of(Document.load("mamba-tiny"))
+    # In each of 4 layers and for each of 128 tokens in one chunk: scores of 4 groups over a state of 16, and their
+    # product with 128 channels.
+    beside = 4 * 128 * (2 * 128 * 4 * 16 + 2 * 128 * 128)
+    assert by_shapes == 3 * (counted - beside)
+
+
+def flops_of(document: Document) -> tuple[int, int]:
+    """FLOPs of a step of one sample of 128 tokens by the shapes of parameters; those counted in the forward pass."""
+    batch = Batch(seq_length=128, global_batch_size=1)
+    job = BuildJob(document=document.data, wrapper=Wrapper.DDP)
+    config = document.config()
+    rank = measure(job, Layout(), batch, rank=0, memo={})
+    shapes = {placement.full_name: placement.logical_shape(vocab_size(config)) for placement, _ in rank.placements}
+    by_shapes = model_flops(shapes, make_builder(config).transformer_config, batch)
+    return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)
+
+
+def test_recomputing_keeps_less_and_computes_more() -> None:
+    batch = Batch(seq_length=128, global_batch_size=8)
+    usual = planned("tiny", {}, world_size=1, batch=batch).worst
+    recomputed = planned("tiny", {}, *RECOMPUTED, world_size=1, batch=batch).worst
+    assert recomputed.activation_bytes < usual.activation_bytes / 2
+    (once,), (again,) = usual.chunks, recomputed.chunks
+    logits = 2 * 128 * 64 * 256  # the output layer is not recomputed
+    assert again.flops - once.flops == once.forward_flops - logits
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
+def test_a_plan_counts_no_cuda_graphs(implementation: str) -> None:
+    graphs = ("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
+    found, without = planned("tiny", {}, *graphs, world_size=1), planned("tiny", {}, world_size=1)
+    assert found.stages == without.stages

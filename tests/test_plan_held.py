@@ -1,0 +1,97 @@
+"""What a rank holds by its plan: weights, gradients, the optimizer, activations at their peak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from planned_jobs import planned
+
+from bridge.config import Document
+from bridge.dist.documents import apply_layout
+from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
+
+ENDS_ARE_LAYERS = (
+    "transformer.account_for_embedding_in_pipeline_split=true",
+    "transformer.account_for_loss_in_pipeline_split=true",
+    "transformer.sequence_parallel=true",
+)
+
+
+def test_llama_405b_on_16384_gpus() -> None:
+    found = planned(
+        "llama-3.1-405b",
+        {"tp": 8, "pp": 16, "vp": 8},
+        *ENDS_ARE_LAYERS,
+        world_size=16_384,
+        distributed_optimizer=True,
+    )
+    assert found.parameters == 405_853_388_800  # as published
+    assert [len(stage.chunks) for stage in found.stages] == [8] * 16
+    stage = found.stages[1]
+    # Eight layers over eight ranks; half precision, gradients in full, and what 128 ranks share of the optimizer's.
+    attention, feed_forward = 16384 * (16384 + 2 * 1024) + 16384 * 16384, 3 * 16384 * 53248
+    split, whole = (attention + feed_forward) // 8, 2 * 16384
+    assert stage.parameters == 8 * (split + whole)
+    assert stage.weight_bytes == pytest.approx(2 * stage.parameters, rel=1e-5)  # and padding of the buffers
+    assert stage.gradient_bytes == 2 * stage.weight_bytes
+    assert stage.optimizer_bytes == pytest.approx(12 * stage.parameters / 128, rel=1e-5)
+    # Each parameter multiplies and adds once a token forward, twice backward; scores and their product with values.
+    tokens, microbatches = 8192, found.microbatches
+    attended = 4 * tokens * 16384 // 8
+    assert stage.flops == pytest.approx(8 * microbatches * tokens * (6 * split + 3.5 * attended), rel=0.01)
+
+
+def test_deepseek_v3_on_2048_gpus() -> None:
+    # Three dense layers with the embedding, four to a stage, two with the output layer.
+    layout = "transformer.pipeline_model_parallel_layout=Ettt|(tttt|)*14,ttL"
+    found = planned("deepseek-v3", {"pp": 16, "ep": 64}, layout, world_size=2048, distributed_optimizer=True)
+    assert found.parameters + found.buffers == 671_026_419_200  # as published, with the biases of 58 routers
+    assert found.buffers == 58 * 256
+    assert {traffic.group for stage in found.stages for traffic in stage.traffic} >= {"ep", "pp", "expt_dp"}
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2])
+def test_llama_8b_in_parts(wrapper: Wrapper) -> None:
+    """Two layers, so that it is quick; the rest of the model is in the embedding and the output layer."""
+    found = planned("llama-3.1-8b", {}, "transformer.num_layers=2", world_size=64, wrapper=wrapper)
+    (stage,) = found.stages
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    ends = 2 * 128_256 * 4096 + 4096
+    assert found.parameters == 2 * layer + ends
+    assert stage.weight_bytes == pytest.approx(2 * found.parameters / 64, rel=1e-3)  # half precision, and padding
+    assert stage.optimizer_bytes == pytest.approx(12 * found.parameters / 64, rel=1e-3)
+    # Both are whole at the end of the backward pass at least, in half precision.
+    assert 2 * ends < stage.unsharded_bytes < 5 * found.parameters
+    gathered = {traffic.operation: traffic for traffic in stage.traffic if traffic.group == "dp_cp"}
+    # Gathered for the forward and for the backward pass, or ends once; reduced once. The batch is one microbatch.
+    size = gathered["allgather"].bytes
+    assert 2 * (2 * layer + ends) < size < 1.001 * 2 * 2 * found.parameters
+    assert gathered["reduce_scatter"].bytes == pytest.approx(2 * found.parameters, rel=1e-3)
+    assert stage.total_bytes == sum(
+        (
+            stage.weight_bytes,
+            stage.gradient_bytes,
+            stage.optimizer_bytes,
+            stage.activation_bytes,
+            stage.unsharded_bytes,
+        )
+    )
+
+
+def test_the_peak_is_that_of_the_schedule() -> None:
+    # 1F1B: the first of four ranks keeps four microbatches, the last one.
+    found = planned("tiny", {"pp": 4}, world_size=4, batch=Batch(seq_length=128, global_batch_size=16))
+    kept = [stage.activation_bytes / stage.chunks[0].activation_bytes for stage in found.stages]
+    assert kept == [4, 3, 2, 1]
+
+
+def test_a_plan_by_memory_of_others_is_the_same() -> None:
+    memo: Any = {}
+    document = Document.load("hybrid-tiny")
+    apply_layout(document, {"pp": 2})
+    options = PlanOptions(batch=Batch(seq_length=32), world_size=4)
+    first, again = (plan(document, options, memo=memo) for _ in range(2))
+    assert again.stages == first.stages == plan(document, options).stages

@@ -1,0 +1,57 @@
+"""What cannot be planned, and what would stop a plan if nothing stood in its place."""
+
+from __future__ import annotations
+
+import pytest
+from planned_jobs import planned
+
+from bridge.config import BridgeError, Document
+from bridge.dist.errors import PlanError
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.search import search
+from bridge.dist.plan.plan import PlanOptions
+from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "world_size", "says"),
+    [
+        ("tiny", {"tp": 3}, 3, r"num_attention_heads \(4\) must be a multiple of tensor_model_parallel_size \(3\)"),
+        ("moe-tiny", {"ep": 3}, 3, "num_moe_experts = 4 is not a multiple of ep = 3"),
+        ("tiny", {"tp": 2}, 3, "3"),
+        ("t5-tiny", {"pp": 2}, 2, "T5 cannot be split into pipeline stages"),
+    ],
+)
+def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], world_size: int, says: str) -> None:
+    with pytest.raises(BridgeError, match=says):
+        planned(preset, sizes, world_size=world_size)
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    options = PlanOptions(batch=Batch(seq_length=32), world_size=4, wrapper=Wrapper.TORCH_FSDP2)
+    with pytest.raises(PlanError, match="not torch-fsdp2, whose gathering"):
+        search(Document.load("tiny"), options, Machine(), fixed={})
+    with pytest.raises(PlanError, match="set it to alltoall"):
+        planned("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name", "error"),
+    [
+        (Wrapper.MEGATRON_FSDP, "_init_dist_index", NotImplementedError),
+        (Wrapper.MEGATRON_FSDP, "_init_each_parameter_group_buffers", AssertionError),
+        (Wrapper.TORCH_FSDP2, "_validate_no_meta_params", RuntimeError),
+    ],
+)
+def test_wrappers_still_refuse_the_meta_device(
+    wrapper: Wrapper, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, megatron-core or torch has mended it: take the replacement out of ``virtual_rank.sharding``."""
+    from bridge.dist.plan.virtual_rank import sharding
+
+    kept = [replacement for replacement in sharding._replacements() if replacement.name != name]
+    assert len(kept) == len(sharding._replacements()) - 1
+    monkeypatch.setattr(sharding, "_replacements", lambda: kept)
+    with pytest.raises(error):
+        planned("tiny", {}, world_size=2, wrapper=wrapper)

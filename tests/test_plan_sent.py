@@ -1,0 +1,38 @@
+"""What a rank sends by its plan."""
+
+from __future__ import annotations
+
+import pytest
+from planned_jobs import planned
+
+from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper.DDP, Wrapper.TORCH_FSDP2])
+@pytest.mark.parametrize(
+    ("stages", "sizes", "hidden_states"),
+    [
+        ("Ett|tt|mm|L", {"pp": 4}, [1, 2, 4, 3]),
+        ("Ettt|tmm|L", {"pp": 3}, [1, 4, 3]),
+        ("Et|t|t|t|||mm|L", {"pp": 4, "vp": 2}, [1 + 2, 2 + 2, 2 + 4, 2 + 3]),
+        ("Ett|ttmm||L", {"pp": 4}, [1, 4, 6, 3]),
+        ("Ett|tt|mmL", {"pp": 3}, [1, 2, 1]),
+    ],
+)
+def test_predictions_on_a_stage_of_their_own(
+    stages: str, sizes: dict[str, int], hidden_states: list[int], wrapper: Wrapper
+) -> None:
+    """The stage after them gets hidden states of the last layer and of each of two predictions."""
+    changed = (
+        "position_embedding_type=rope",
+        "transformer.mtp_num_layers=2",
+        f"transformer.pipeline_model_parallel_layout={stages}",
+    )
+    batch = Batch(seq_length=64, global_batch_size=8)
+    found = planned("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
+    whole = planned("tiny", {}, *changed[:2], world_size=1, batch=batch)
+    assert found.parameters == whole.parameters
+    assert sum(stage.flops for stage in found.stages) == whole.worst.flops / 2  # data parallelism takes half of it
+    sent = [traffic.bytes for stage in found.stages for traffic in stage.traffic if traffic.group == "pp"]
+    assert sent == [4 * (4 * 64 * 64) * times for times in hidden_states]  # microbatches of 64 tokens of 64 numbers
