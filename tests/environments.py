@@ -11,10 +11,20 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
 """From the lowest layer to the highest."""
+SMALL_DOCUMENT = """\
+_target_: bridge.models.gpt.GPTModelConfig
+vocab_size: 256
+seq_length: 64
+transformer:
+  num_layers: 4
+  hidden_size: 32
+  num_attention_heads: 4
+"""
 
 
 def uv(*args: str | Path) -> str:
@@ -92,6 +102,15 @@ class Environment:
 def workspace_versions() -> Sequence[str]:
     """What is installed in the workspace, as constraints: `name==version`."""
     return uv("pip", "freeze", "--exclude-editable", "--python", sys.executable).splitlines()
+
+
+def run_process(
+    *command: str, environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, whatever its exit code, with more environment variables; the options are subprocess's."""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | (environment or {}), **options
+    )
 
 
 def run_command(*arguments: str | Path) -> tuple[int, str, str]:

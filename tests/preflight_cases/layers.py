@@ -1,0 +1,26 @@
+"""Cases of the rules about layers."""
+
+from __future__ import annotations
+
+from preflight_cases.setting import EXPERTS, Case, Setting
+
+CASES: dict[str, Case] = {
+    "experts-without-sequence-parallelism": Case(
+        refused=Setting(sizes={"tp": 2}, transformer=EXPERTS),
+        advised=Setting(sizes={"tp": 2}, transformer=EXPERTS | {"sequence_parallel": True}),
+        fails="ValueError: During training, performance may degrade",
+    ),
+    "meta-device-and-cpu-initialization": Case(
+        refused=Setting(transformer={"init_model_with_meta_device": True, "use_cpu_initialization": True}),
+        advised=Setting(transformer={"use_cpu_initialization": True}),
+    ),
+}
+
+SHOWN_ELSEWHERE: dict[str, Case] = {
+    "recomputed-mlp-with-biases": Case(
+        refused=Setting(transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        advised=Setting(
+            transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"], "add_bias_linear": False}
+        ),
+    ),
+}
