@@ -27,8 +27,8 @@ from bridge.config.cli import main
 from bridge.config.reader import Reader
 from bridge.config.tables import shipped
 from bridge.models.huggingface import from_hf, load_config_json, to_hf
-from bridge.models.huggingface.convert import ARCHITECTURES
-from bridge.models.huggingface.fields import SHAPING
+from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION
+from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.language import LanguageModelConfig
 from bridge.models.transformer import YarnTransformerConfig
 

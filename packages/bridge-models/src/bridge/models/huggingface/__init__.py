@@ -1,5 +1,6 @@
 """Documents from the config.json of transformers, and config.json from documents."""
 
-from bridge.models.huggingface.convert import Converted, from_hf, load_config_json, to_hf
+from bridge.models.huggingface.config_json import load_config_json
+from bridge.models.huggingface.convert import Converted, from_hf, to_hf
 
 __all__ = ["Converted", "from_hf", "load_config_json", "to_hf"]

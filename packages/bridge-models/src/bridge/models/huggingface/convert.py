@@ -17,7 +17,8 @@ from bridge.config.refusal import got
 from bridge.config.tables import shipped
 from bridge.models.huggingface import dense, experts, latent, mamba, t5
 from bridge.models.huggingface.common import GENERATION
-from bridge.models.huggingface.fields import IGNORED, SHAPING, SHOWN, STORAGE
+from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION
+from bridge.models.huggingface.fields import IGNORED, SHOWN, STORAGE
 from bridge.models.huggingface.mapping import (
     MAX_LAYERS,
     TRANSFORMER,
