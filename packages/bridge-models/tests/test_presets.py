@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from bridge.config import Document, ModelConfig, load_config
 from bridge.config.presets import presets as installed_presets
 from bridge.dist.cpu import cpu_runtime
-from bridge.models.commands import presets
+from bridge.models.commands.presets import presets
 from bridge.models.gpt import GPTModelConfig
 
 SMALL = ["hybrid-tiny", "mamba-tiny", "mla-tiny", "moe-tiny", "tiny"]

@@ -24,7 +24,9 @@ def test_base_exports_nothing_else() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["bridge.models", "bridge.models.presets", "bridge.models.commands"])
+@pytest.mark.parametrize(
+    "module", ["bridge.models", "bridge.models.commands.presets", "bridge.models.commands.huggingface"]
+)
 def test_importing_needs_no_torch(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'megatron', 'megatron.core') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,4 +1,8 @@
-"""Documents from the config.json of transformers, and config.json from documents."""
+"""Documents from the config.json of transformers, and config.json from documents.
+
+Each architecture has one table (``families``) of rows (``fields``), read in both directions (``convert``). Imports
+bridge.config alone: no torch, megatron or transformers.
+"""
 
 from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.convert import Converted, from_hf, to_hf

@@ -1,1 +1,1 @@
-"""Documents of published models, and a tiny one to try things with; each may be named by its stem."""
+"""Documents of published models, and a tiny one to try things with; each may be named by its stem. There is no code."""

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import math
 
-from bridge.models.huggingface.common import (
-    DTYPE,
-    NO_BIASES,
-    ORIGIN,
-    SPECIAL_TOKENS,
-    feed_forward,
-    read_function,
-    rms_norm,
-    written_function,
-)
-from bridge.models.huggingface.mapping import (
-    COUNT,
-    FLAG,
-    LAYERS,
-    NUMBER,
-    TEXT,
-    Architecture,
-    Name,
-    Row,
-    Translation,
-    always,
-    only,
-    same,
-)
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.activation import read_function, written_function
+from bridge.models.huggingface.fields.biases import NO_BIASES
+from bridge.models.huggingface.fields.language_model import DTYPE, ORIGIN, SPECIAL_TOKENS
+from bridge.models.huggingface.fields.norms import rms_norm
+from bridge.models.huggingface.fields.row import Row, always, only, same
+from bridge.models.huggingface.fields.sizes import feed_forward
+from bridge.models.huggingface.targets import T5 as T5_CONFIG
+from bridge.models.huggingface.translation import COUNT, FLAG, LAYERS, NUMBER, TEXT, Name, Translation
 
-T5 = "bridge.models.t5.T5ModelConfig"
 _GATED = "gated-"
 
 
@@ -58,7 +42,7 @@ def _stacks_alike(path: str, of_decoder: str) -> Row:
 
     def write(t: Translation) -> None:
         if t[path] not in (None, t[of_decoder]):
-            t.refuse(path, "encoder and decoder of this architecture differ in their number of layers alone")
+            t.refuse(path, f"encoder and decoder of {t.model_type} differ in their number of layers alone")
 
     return Row({}, (path,), lambda t: None, write)
 
@@ -74,7 +58,7 @@ def _write_dropout(t: Translation) -> None:
     dropout = t["transformer.hidden_dropout"]
     if t["transformer.attention_dropout"] != dropout:
         t.refuse(
-            "transformer.attention_dropout", f"there is one dropout in this architecture: hidden_dropout is {dropout}"
+            "transformer.attention_dropout", f"there is one dropout in {t.model_type}: hidden_dropout is {dropout}"
         )
     t["dropout_rate"] = dropout
 
@@ -99,7 +83,7 @@ def _read_feed_forward(t: Translation) -> None:
 def _write_feed_forward(t: Translation) -> None:
     gated, function = t["transformer.gated_linear_unit"], written_function(t, "gelu_new")
     if gated and function == "gelu":
-        raise t.refuse("transformer.activation_func", "gates of gelu mean the tanh approximation in this architecture")
+        raise t.refuse("transformer.activation_func", f"gates of gelu mean the tanh approximation in {t.model_type}")
     if gated and function == "gelu_new":
         function = "gelu"
     t["feed_forward_proj"] = f"{_GATED if gated else ''}{function}"
@@ -150,7 +134,7 @@ _LENGTH = Row({"n_positions": Name(COUNT)}, ("seq_length",), _read_length, lambd
 def _write_scores(t: Translation) -> None:
     scale = t["transformer.softmax_scale"]
     if scale is None or not math.isclose(scale, 1):
-        t.refuse("transformer.softmax_scale", "this architecture does not divide scores: it can only be 1.0")
+        t.refuse("transformer.softmax_scale", f"{t.model_type} does not divide scores: it can only be 1.0")
 
 
 def _read_scores(t: Translation) -> None:
@@ -166,14 +150,14 @@ def _read_channels(t: Translation) -> None:
     t["transformer.kv_channels"] = t["d_kv"]
 
 
-T5_MODEL = Architecture(
+T5 = Architecture(
     model_type="t5",
     causal="T5ForConditionalGeneration",
-    target=T5,
+    target=T5_CONFIG,
     rows=(
         same("vocab_size", "vocab_size", COUNT, 32128),
         _LENGTH,
-        always("position_embedding_type", "relative", "positions of this architecture are relative"),
+        always("position_embedding_type", "relative", "positions of {model_type} are relative"),
         same("relative_attention_num_buckets", "relative_attention_num_buckets", COUNT, 32),
         same("relative_attention_max_distance", "relative_attention_max_distance", COUNT, 128),
         _LAYERS,

@@ -1,117 +1,17 @@
-"""Fields of config.json and of documents that are the same to every architecture."""
+"""The fields of documents: from a document to its fields with defaults, and back without those that are no news."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
 from typing import Any
 
-IGNORED = frozenset(
-    (
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "use_cache",
-        # how the classes of transformers behave, not what the model is
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "_commit_hash",
-        "output_attentions",
-        "output_hidden_states",
-        "output_past",
-        "output_router_logits",
-        "return_dict",
-        "tie_last_hidden_states",
-        "torchscript",
-        "use_bfloat16",
-        "use_mamba_kernels",
-        # of heads for other tasks
-        "classifier_dropout",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "task_specific_params",
-        # of generation, as version 4 wrote them: they belong in generation_config.json
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_logits_to_keep",
-        "num_return_sequences",
-        "output_scores",
-        "prefix",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "typical_p",
-    )
-)
-"""Fields of every config.json that mean nothing to the model."""
+from bridge.config.canonical import canonical
+from bridge.config.tables import shipped
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.targets import GENERATION, TRANSFORMER
 
-MARKERS = (
-    # which program wrote the file, or which of several equal kernels it used
-    "*flash_attn*",
-    "*flash_attention*",
-    "*flashattn*",
-    "*unsloth*",
-    "attn_impl",
-    "fused_*",
-    "gradient_checkpointing",
-    "is_*_config",
-    "library_name",
-    "license",
-    "mlx_*",
-    "transformers.js_config",
-    "use_fused_*",
-    "use_sdpa",
-    "use_xformers*",
-)
-"""Patterns of fields that no version of transformers reads: other programs leave them in a config.json."""
-
-HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "embd_pdrop": (0,),
-    "embedding_multiplier": (1,),
-    "ep_size": (1,),
-    "hidden_dropout": (0,),
-    "hidden_dropout_prob": (0,),
-    "logits_scaling": (1,),
-    "moe_intermediate_size": (0,),
-    "n_routed_experts": (0,),
-    "n_shared_experts": (0,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "num_nextn_predict_layers": (0,),
-    "partial_rotary_factor": (1,),
-    "pretraining_tp": (1,),
-    "resid_pdrop": (0,),
-    "residual_dropout": (0,),
-    "residual_multiplier": (1,),
-    "rotary_pct": (1,),
-    "shared_expert_intermediate_size": (0,),
-}
-"""What is true of each architecture that has no such field: nothing is dropped, scaled, shared or added."""
-
-STORAGE = "quantization_config"
-SHOWN = frozenset(
+ALWAYS_WRITTEN = frozenset(
     (
         "vocab_size",
         "seq_length",
@@ -152,7 +52,7 @@ SHOWN = frozenset(
 )
 """Fields that a reader looks for, and that are written also where they have our default."""
 
-SHAPING = frozenset(
+AFFECTS_COMPUTATION = frozenset(
     (
         "transformer_layer_spec",
         "hybrid_stack_spec",
@@ -212,3 +112,47 @@ SHAPING = frozenset(
     )
 )
 """Fields of documents that change what a model computes or which parameters it has: none of them is left out."""
+
+
+def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The fields as a document, without those that have our default and are no news to a reader."""
+    target = shipped(architecture.target)
+    inner = made.get("transformer._target_", TRANSFORMER)
+    transformer = shipped(inner)
+    assert target
+    assert transformer
+    top: dict[str, Any] = {"_target_": architecture.target}
+    inside: dict[str, Any] = {} if inner == TRANSFORMER else {"_target_": inner}
+    for path, value in made.items():
+        outer, dot, name = path.partition(".")
+        if name == "_target_":
+            continue
+        known = (transformer.fields[name] if dot else target.fields[outer]).default
+        is_default = known is not MISSING and known == value and type(known) is type(value)
+        if is_default and path not in ALWAYS_WRITTEN:
+            continue
+        (inside if dot else top)[name or outer] = value
+    return top | {"transformer": inside}
+
+
+def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a document by dotted path, with defaults; settings of generation as they are."""
+    whole = canonical(data, defaults=True)
+    transformer = whole.pop("transformer")
+    generation = canonical(data).get("generation_config")
+    is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION
+    whole["generation_config"] = generation if is_theirs else None
+    return whole | {f"transformer.{name}": value for name, value in transformer.items()}
+
+
+def not_default(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
+    """Those of some fields of a document that have another value than their default."""
+    target = shipped(str(fields["_target_"]))
+    transformer = shipped(str(fields["transformer._target_"]))
+    assert target
+    assert transformer
+    for path in paths:
+        outer, dot, name = path.partition(".")
+        known = (transformer if dot else target).fields.get(name or outer)
+        if known is not None and path in fields and fields[path] != known.default:
+            yield path

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.config.refusal import got
-from bridge.models.huggingface.mapping import COUNT, FLAG, FULL_ATTENTION, INTEGER, TEXTS, Name, Row, Translation
+from bridge.models.huggingface.fields.row import Row
+from bridge.models.huggingface.translation import COUNT, FLAG, INTEGER, TEXTS, Name, Translation
 
-SLIDING, FULL = "sliding_attention", FULL_ATTENTION
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""What ``layer_types`` calls a layer with a window, and one without."""
+
 _FIELDS = ("transformer.window_size", "transformer.window_attn_skip_freq")
 
 
@@ -26,7 +29,7 @@ def window_everywhere(default: int | None) -> Row:
     def write(t: Translation) -> None:
         window = _written(t)
         if window is not None and not all(_slides(t)):
-            raise t.refuse("transformer.window_attn_skip_freq", "this architecture has its window in all layers")
+            raise t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has its window in all layers")
         t["sliding_window"] = window
 
     return Row({"sliding_window": Name(COUNT, default, null=True)}, _FIELDS, read, write)
@@ -70,7 +73,7 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
         t["sliding_window"] = window
         if everywhere:
             if not all(slides):
-                t.refuse("transformer.window_attn_skip_freq", "this architecture has its window in all layers")
+                t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has its window in all layers")
             return
         t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not in_turns else len(slides)
         t["layer_types"] = _as_types(slides)
@@ -81,7 +84,7 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
     return Row(names, _FIELDS, read, write)
 
 
-def window_in_turns(default: int, slides: Callable[[int], bool]) -> Row:
+def alternating_windows(default: int, slides: Callable[[int], bool]) -> Row:
     """``sliding_window`` in layers by ``layer_types``.
 
     Args:

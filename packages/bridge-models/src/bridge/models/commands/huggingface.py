@@ -1,37 +1,15 @@
-"""The commands of bridge-models. Importing this module imports no torch, so that `bridge --help` stays quick."""
+"""`bridge from-hf` and `bridge to-hf`.
+
+What reads documents is imported when a command runs: it takes as long as all else that `bridge --help` loads.
+"""
 
 from __future__ import annotations
 
-import json
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import click
 
-from bridge.config.presets import presets as installed_presets
-
-
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of name and description.")
-def presets(*, as_json: bool) -> None:
-    """List the presets: documents of known models, each usable by its name wherever a FILE is asked for."""
-    described = {name: _description(file) for name, file in installed_presets().items()}
-    if as_json:
-        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("preset", "description", box=None)
-    for name, description in described.items():
-        table.add_row(name, description)
-    Console().print(table, markup=False)
-
-
-def _description(preset: Traversable) -> str:
-    """The comment in a preset's first line; nothing if there is none."""
-    first, _, _ = preset.read_text(encoding="utf-8").partition("\n")
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+from bridge.config.errors import ConfigError
 
 
 @click.command()
@@ -80,7 +58,6 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
     ~PATH removes one. What a config.json cannot say is refused, all of it at once, by the paths of its fields.
     """
     from bridge.config.document import Document
-    from bridge.config.errors import ConfigError
     from bridge.models import huggingface
 
     if output is not None:
@@ -100,8 +77,6 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
 
 
 def _check_free(output: Path | None, *, force: bool) -> None:
-    from bridge.config.errors import ConfigError
-
     if output is not None and output.exists() and not force:
         raise ConfigError(f"{output}: there is such a file: give --force to overwrite it, or another name")
 

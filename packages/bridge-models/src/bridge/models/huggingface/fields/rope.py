@@ -12,23 +12,18 @@ from typing import Any
 
 from bridge.config.errors import nearest
 from bridge.config.refusal import got
-from bridge.models.huggingface.mapping import (
+from bridge.models.huggingface.fields.row import Row
+from bridge.models.huggingface.targets import YARN_TRANSFORMER
+from bridge.models.huggingface.translation import (
     INTEGER,
     MAPPING,
     NUMBER,
-    TRANSFORMER,
     Name,
     RefusedError,
-    Row,
     Translation,
     is_number,
     unknown_choice,
 )
-
-YARN_TRANSFORMER = "bridge.models.transformer.YarnTransformerConfig"
-
-ANY_TRANSFORMER = (TRANSFORMER, YARN_TRANSFORMER)
-"""The classes of transformers with rotary positions."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core 0.19.2 computes with, wherever frequencies are scaled as those of Llama 3.1."""
@@ -149,16 +144,16 @@ def rotary(
     def write(t: Translation) -> None:
         positions = t["position_embedding_type"]
         if positions not in ("rope", "yarn"):
-            raise t.refuse("position_embedding_type", "this architecture has rotary positions: rope or yarn")
+            raise t.refuse("position_embedding_type", f"{t.model_type} has rotary positions: rope or yarn")
         t["rope_theta"] = float(t["rotary_base"])
         if t["rotary_percent"] != 1:
             if not partial:
-                raise t.refuse("rotary_percent", "this architecture rotates all channels of a head: it can only be 1.0")
+                raise t.refuse("rotary_percent", f"{t.model_type} rotates all channels of a head: it can only be 1.0")
             t["partial_rotary_factor"] = t["rotary_percent"]
         if (scaling := _written_scaling(t)) is not None:
             if scaling["rope_type"] not in kinds:
                 raise t.refuse(
-                    "position_embedding_type", f"this architecture does not scale frequencies by {scaling['rope_type']}"
+                    "position_embedding_type", f"{t.model_type} does not scale frequencies by {scaling['rope_type']}"
                 )
             t["rope_scaling"] = scaling
         elif default is not None:
@@ -208,7 +203,7 @@ def read_scaling(
     """
     kind = scaling.kind
     if kind in _BEYOND or (kind in ("linear", "llama3", "yarn") and kind not in readers):
-        reason = _BEYOND.get(kind, "for this architecture")
+        reason = _BEYOND.get(kind, f"for {t.model_type}")
         raise scaling.refuse(scaling.key, f"Megatron-Core does not scale frequencies by {kind}: {reason}")
     if kind != "default" and kind not in readers:
         raise unknown_choice(t, scaling.name, kind, ("default", *readers), scaling.key)
@@ -223,7 +218,7 @@ def _read_share(t: Translation, scaling: Scaling, *, partial: bool) -> None:
     if share is None or share == 1:
         return
     if not partial or not 0 < share < 1:
-        why = "it can only be from 0 to 1" if partial else "this architecture rotates all channels of a head"
+        why = "it can only be from 0 to 1" if partial else f"{t.model_type} rotates all channels of a head"
         raise scaling.refuse("partial_rotary_factor", why) if inside else t.refuse("partial_rotary_factor", why)
     t["rotary_percent"] = share
 

@@ -1,0 +1,33 @@
+"""`bridge presets`."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources.abc import Traversable
+
+import click
+
+from bridge.config.presets import presets as installed_presets
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of name and description.")
+def presets(*, as_json: bool) -> None:
+    """List the presets: documents of known models, each usable by its name wherever a FILE is asked for."""
+    described = {name: _description(file) for name, file in installed_presets().items()}
+    if as_json:
+        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console  # takes a tenth of a second, which `bridge --help` would wait for
+    from rich.table import Table
+
+    table = Table("preset", "description", box=None)
+    for name, description in described.items():
+        table.add_row(name, description)
+    Console().print(table, markup=False)
+
+
+def _description(preset: Traversable) -> str:
+    """The comment in a preset's first line; nothing if there is none."""
+    first, _, _ = preset.read_text(encoding="utf-8").partition("\n")
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

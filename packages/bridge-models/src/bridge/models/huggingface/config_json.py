@@ -1,0 +1,48 @@
+"""Reading config.json, with the places of its values."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from bridge.config.document import STANDARD_INPUT, Document, nearest_source, read_file
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.files import parse_json
+from bridge.config.refusal import got
+
+
+def load_config_json(source: str) -> Document:
+    """The content of a config.json, of that in a folder, or of standard input, with the memory of where values stand.
+
+    Python writes infinity as ``Infinity``, which JSON has not: it becomes ``{"__float__": "Infinity"}``, as version 5
+    of transformers writes it.
+
+    Raises:
+        DocumentError: It cannot be read, or is no JSON object.
+    """
+    file = Path(source)
+    if file.is_dir():
+        file /= "config.json"
+    name = str(file)
+    if source != STANDARD_INPUT and not os.path.exists(file):
+        raise DocumentError(
+            [Problem("$", f"no such file, nor a folder with a config.json{nearest_source(name)}", name)]
+        )
+    text = read_file(name)
+    parsed = parse_json(_without_infinity(text), name)
+    if not isinstance(parsed.data, dict):
+        raise DocumentError([Problem("$", f"expected a mapping at the top, got {got(parsed.data)}", name)])
+    return Document(parsed.data, name, parsed)
+
+
+# Text without an end is not looked at twice.
+_TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?Infinity\b', re.DOTALL)
+
+
+def _without_infinity(text: str) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        found = match[0]
+        return found if found.startswith('"') else f'{{"__float__": "{found}"}}'
+
+    return _TEXT_OR_INFINITY.sub(replaced, text)

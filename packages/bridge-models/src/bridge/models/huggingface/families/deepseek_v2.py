@@ -1,0 +1,47 @@
+"""DeepSeek-V2: multi-latent attention, and experts in groups by a softmax."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.decoder import latent_decoder
+from bridge.models.huggingface.fields.experts import expert_width, experts, first_layers_dense, shared_experts
+from bridge.models.huggingface.fields.latent_attention import latent_attention
+from bridge.models.huggingface.fields.routers import GREEDY_ROUTER, balance, scale_of_weights
+from bridge.models.huggingface.fields.row import always, only
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.targets import GPT, LATENT_TRANSFORMER
+from bridge.models.huggingface.translation import FLAG, TEXT
+
+DEEPSEEK_V2 = Architecture(
+    model_type="deepseek_v2",
+    causal="DeepseekV2ForCausalLM",
+    target=GPT,
+    transformers=(LATENT_TRANSFORMER,),
+    rows=latent_decoder(
+        sizes(
+            vocab_size=102400,
+            max_position_embeddings=2048,
+            num_hidden_layers=32,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_attention_heads=32,
+        ),
+        attention=latent_attention(None),
+        experts=(
+            *experts("n_routed_experts", 64, None),
+            expert_width("moe_intermediate_size", 1407),
+            shared_experts(2),
+            first_layers_dense(0),
+            always("transformer.moe_router_pre_softmax", True, "routers of {model_type} do not normalise"),
+            only("norm_topk_prob", False, FLAG, "transformers does not normalise here", also=(None,)),
+            only("scoring_func", "softmax", TEXT, "routers of {model_type} take the softmax"),
+            GREEDY_ROUTER,
+            scale_of_weights(1.0),
+            balance("aux_loss_alpha", None, "seq_aux_loss"),
+            only("seq_aux", True, FLAG, "the loss that balances experts is of each sequence"),
+            only("mlp_bias", False, FLAG, "linear layers of {model_type} have no biases"),
+        ),
+    ),
+    aliases={"num_experts": "n_routed_experts"},
+    ignored=frozenset(("ep_size", "pretraining_tp")),
+)

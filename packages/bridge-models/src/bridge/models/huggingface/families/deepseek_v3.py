@@ -1,0 +1,65 @@
+"""DeepSeek-V3: multi-latent attention, experts in groups by sigmoids, prediction of further tokens."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.decoder import latent_decoder
+from bridge.models.huggingface.fields.experts import expert_width, experts, first_layers_dense, shared_experts
+from bridge.models.huggingface.fields.latent_attention import latent_attention
+from bridge.models.huggingface.fields.routers import balance, scale_of_weights, sigmoid_router
+from bridge.models.huggingface.fields.row import Row, only
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.targets import GPT, LATENT_TRANSFORMER
+from bridge.models.huggingface.translation import FLAG, INTEGER, TEXT, Name, Translation
+
+
+def _read_predictions(t: Translation) -> None:
+    if t["num_nextn_predict_layers"]:
+        t["transformer.mtp_num_layers"] = t["num_nextn_predict_layers"]
+
+
+def _write_predictions(t: Translation) -> None:
+    t["num_nextn_predict_layers"] = t["transformer.mtp_num_layers"] or 0
+
+
+_PREDICTIONS = Row(
+    {"num_nextn_predict_layers": Name(INTEGER, 1)},
+    ("transformer.mtp_num_layers",),
+    _read_predictions,
+    _write_predictions,
+)
+DEEPSEEK_V3 = Architecture(
+    model_type="deepseek_v3",
+    causal="DeepseekV3ForCausalLM",
+    target=GPT,
+    transformers=(LATENT_TRANSFORMER,),
+    rows=latent_decoder(
+        sizes(
+            vocab_size=129280,
+            max_position_embeddings=4096,
+            num_hidden_layers=61,
+            hidden_size=7168,
+            intermediate_size=18432,
+            num_attention_heads=128,
+        ),
+        attention=(
+            *latent_attention(128),
+            only("rope_interleave", True, FLAG, "Megatron-Core rotates neighbouring channels"),
+        ),
+        experts=(
+            *experts("n_routed_experts", 256, 8),
+            expert_width("moe_intermediate_size", 2048),
+            shared_experts(1),
+            first_layers_dense(3),
+            *sigmoid_router(8, 4),
+            only("scoring_func", "sigmoid", TEXT, "routers of {model_type} take sigmoids"),
+            only("topk_method", "noaux_tc", TEXT, "routers of {model_type} have a bias to choose by"),
+            scale_of_weights(2.5),
+            balance("aux_loss_alpha", None, "seq_aux_loss"),
+            only("seq_aux", True, FLAG, "the loss that balances experts is of each sequence"),
+            _PREDICTIONS,
+        ),
+    ),
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    ignored=frozenset(("ep_size", "pretraining_tp")),
+)

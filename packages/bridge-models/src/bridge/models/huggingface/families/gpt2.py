@@ -1,0 +1,57 @@
+"""GPT-2: learned positions, layer norms, biases."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.activation import activation
+from bridge.models.huggingface.fields.attention import SCORES
+from bridge.models.huggingface.fields.biases import ALL_BIASES
+from bridge.models.huggingface.fields.dropout import attention_dropout, residual_dropout
+from bridge.models.huggingface.fields.language_model import language_model
+from bridge.models.huggingface.fields.row import always, only, same
+from bridge.models.huggingface.fields.sizes import feed_forward
+from bridge.models.huggingface.targets import GPT
+from bridge.models.huggingface.translation import COUNT, FLAG, LAYERS, NUMBER
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    causal="GPT2LMHeadModel",
+    target=GPT,
+    rows=(
+        same("vocab_size", "vocab_size", COUNT, 50257),
+        same("n_positions", "seq_length", COUNT, 1024),
+        same("n_layer", "transformer.num_layers", LAYERS, 12),
+        same("n_embd", "transformer.hidden_size", COUNT, 768),
+        same("n_head", "transformer.num_attention_heads", COUNT, 12),
+        feed_forward("n_inner", "transformer.ffn_hidden_size", COUNT, None),
+        always("position_embedding_type", "learned_absolute", "positions of {model_type} are learned"),
+        always("transformer.normalization", "LayerNorm", "all norms of {model_type} are of one kind"),
+        ALL_BIASES,
+        same("layer_norm_epsilon", "transformer.layernorm_epsilon", NUMBER, 1e-5),
+        activation("activation_function", "gelu_new"),
+        residual_dropout(0.1, 0.1),
+        attention_dropout("attn_pdrop", 0.1),
+        SCORES,
+        only("scale_attn_weights", True, FLAG, "scores are divided by the root of the channels"),
+        only("scale_attn_by_inverse_layer_idx", False, FLAG, "Megatron-Core scales scores of all layers by one number"),
+        only("reorder_and_upcast_attn", False, FLAG, "Megatron-Core has another order of computing scores"),
+        only("add_cross_attention", False, FLAG, "Megatron-Core's GPT has no cross attention"),
+        *language_model(tied=True),
+    ),
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    ignored=frozenset(
+        (
+            "n_ctx",
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+        )
+    ),
+)

@@ -1,0 +1,66 @@
+"""Mamba-2: Mamba layers alone."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.dropout import NO_HIDDEN_DROPOUT
+from bridge.models.huggingface.fields.language_model import language_model
+from bridge.models.huggingface.fields.mamba import IGNORED_OF_MAMBA, mamba_layers
+from bridge.models.huggingface.fields.row import Row, always, only, same
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.targets import MAMBA
+from bridge.models.huggingface.translation import COUNT, FLAG, Name, Translation
+
+
+def _read_heads(t: Translation) -> None:
+    heads = t["num_heads"]
+    if heads * t["head_dim"] != t["expand"] * t["hidden_size"]:
+        t.refuse("num_heads", "num_heads x head_dim is not expand x hidden_size")
+    t["transformer.mamba_num_heads"] = heads
+    t["transformer.num_attention_heads"] = heads  # of no layer; Megatron-Core wants a number, which tp must divide
+
+
+def _write_heads(t: Translation) -> None:
+    size, channels = t["transformer.hidden_size"], t["transformer.mamba_head_dim"]
+    heads = t["transformer.mamba_num_heads"] or 2 * size // channels
+    if heads * channels % size:
+        t.refuse("transformer.mamba_num_heads", f"all heads have {heads * channels} channels, no multiple of {size}")
+    t["num_heads"], t["head_dim"], t["expand"] = heads, channels, heads * channels // size
+
+
+def _read_channels(t: Translation) -> None:
+    t["transformer.mamba_head_dim"] = t["head_dim"]
+
+
+def _write_pattern_of_mamba(t: Translation) -> None:
+    pattern = t["hybrid_layer_pattern"]
+    if pattern is not None and set(pattern) - set("M|"):
+        t.refuse("hybrid_layer_pattern", f"layers of {t.model_type} are Mamba layers alone")
+
+
+MAMBA2 = Architecture(
+    model_type="mamba2",
+    causal="Mamba2ForCausalLM",
+    target=MAMBA,
+    rows=(
+        *sizes(vocab_size=32768, num_hidden_layers=64, hidden_size=4096),
+        Row({}, ("hybrid_layer_pattern",), lambda t: None, _write_pattern_of_mamba),
+        always("position_embedding_type", "none", "{model_type} has no positions"),
+        Row(
+            {"num_heads": Name(COUNT, 128), "head_dim": Name(COUNT, 64), "expand": Name(COUNT, 2)},
+            ("transformer.mamba_num_heads", "transformer.mamba_head_dim", "transformer.num_attention_heads"),
+            _read_heads,
+            _write_heads,
+        ),
+        Row({}, (), _read_channels, lambda t: None),
+        same("state_size", "transformer.mamba_state_dim", COUNT, 128),
+        same("n_groups", "transformer.mamba_num_groups", COUNT, 8),
+        *mamba_layers(convolution="use_conv_bias", biases=("use_bias",), function="hidden_act"),
+        only("rms_norm", True, FLAG, "Mamba layers of Megatron-Core normalise what they gate"),
+        same("residual_in_fp32", "transformer.fp32_residual_connection", FLAG, True),
+        NO_HIDDEN_DROPOUT,
+        *language_model(tied=False, std=0.1),
+    ),
+    # transformers norms after the gate whatever norm_before_gate is, and takes the sizes that the others give
+    ignored=IGNORED_OF_MAMBA | {"norm_before_gate", "intermediate_size", "time_step_init_scheme", "time_step_scale"},
+)

@@ -1,0 +1,35 @@
+"""Phi-3: Llama with windows, and with rotary positions of some channels."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.attention import heads
+from bridge.models.huggingface.fields.decoder import decoder
+from bridge.models.huggingface.fields.dropout import attention_dropout, residual_dropout
+from bridge.models.huggingface.fields.norms import rms_norm
+from bridge.models.huggingface.fields.rope import rotary
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.fields.windows import window_everywhere
+from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+
+PHI3 = Architecture(
+    model_type="phi3",
+    causal="Phi3ForCausalLM",
+    target=GPT,
+    transformers=ANY_TRANSFORMER,
+    rows=decoder(
+        sizes(
+            vocab_size=32064,
+            max_position_embeddings=4096,
+            num_hidden_layers=32,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_attention_heads=32,
+        ),
+        attention=(*heads(None), window_everywhere(None)),
+        positions=(rotary(partial=True, original=4096, kinds=()),),
+        norms=rms_norm("rms_norm_eps", 1e-5),
+        dropout=(attention_dropout("attention_dropout", 0.0), residual_dropout(0.0, 0.0)),
+    ),
+    yields_to=("llama", "mistral"),
+)

@@ -1,0 +1,52 @@
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2, with experts, of which one is for all tokens."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.attention import heads
+from bridge.models.huggingface.fields.biases import NO_BIASES
+from bridge.models.huggingface.fields.decoder import decoder
+from bridge.models.huggingface.fields.experts import SPARSE_LAYERS, expert_width, experts, shared_expert
+from bridge.models.huggingface.fields.routers import AUX_LOSS, softmax_router
+from bridge.models.huggingface.fields.row import Row
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.fields.windows import window_by_switch
+from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.translation import FLAG, Name, Translation
+
+
+def _read_qkv_bias(t: Translation) -> None:
+    t["transformer.add_qkv_bias"] = t["qkv_bias"]
+
+
+def _write_qkv_bias(t: Translation) -> None:
+    t["qkv_bias"] = t["transformer.add_qkv_bias"]
+
+
+_QKV_BIAS = Row({"qkv_bias": Name(FLAG, True)}, ("transformer.add_qkv_bias",), _read_qkv_bias, _write_qkv_bias)
+QWEN2_MOE = Architecture(
+    model_type="qwen2_moe",
+    causal="Qwen2MoeForCausalLM",
+    target=GPT,
+    transformers=ANY_TRANSFORMER,
+    rows=decoder(
+        sizes(
+            vocab_size=151936,
+            max_position_embeddings=32768,
+            num_hidden_layers=24,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_attention_heads=16,
+        ),
+        attention=(*heads(16), window_by_switch(in_turns=True)),
+        biases=(NO_BIASES, _QKV_BIAS),
+        experts=(
+            *experts("num_experts", 60, 4),
+            expert_width("moe_intermediate_size", 1408),
+            shared_expert(5632),
+            SPARSE_LAYERS,
+            softmax_router(normalises=False),
+            AUX_LOSS,
+        ),
+    ),
+)

@@ -1,0 +1,30 @@
+"""Qwen3: norms of queries and keys, and windows by layer."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.fields.attention import QK_NORM, heads
+from bridge.models.huggingface.fields.biases import NO_ATTENTION_BIAS, NO_BIASES
+from bridge.models.huggingface.fields.decoder import decoder
+from bridge.models.huggingface.fields.sizes import sizes
+from bridge.models.huggingface.fields.windows import window_by_switch
+from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+
+QWEN3 = Architecture(
+    model_type="qwen3",
+    causal="Qwen3ForCausalLM",
+    target=GPT,
+    transformers=ANY_TRANSFORMER,
+    rows=decoder(
+        sizes(
+            vocab_size=151936,
+            max_position_embeddings=32768,
+            num_hidden_layers=32,
+            hidden_size=4096,
+            intermediate_size=22016,
+            num_attention_heads=32,
+        ),
+        attention=(*heads(32, 128), window_by_switch()),
+        biases=(NO_BIASES, NO_ATTENTION_BIAS, *QK_NORM),
+    ),
+)

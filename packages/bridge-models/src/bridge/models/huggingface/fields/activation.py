@@ -1,0 +1,65 @@
+"""Functions between the matrices of feed-forward layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridge.models.huggingface.fields.row import Row, always
+from bridge.models.huggingface.translation import TEXT, Name, Translation, unknown_choice
+
+_GELU = "torch.nn.functional.gelu"
+_TANH_GELU: Mapping[str, Any] = {"_target_": _GELU, "_partial_": True, "approximate": "tanh"}
+_ACTIVATIONS: Mapping[str, Any] = {
+    "silu": "torch.nn.functional.silu",
+    "swish": "torch.nn.functional.silu",
+    "gelu": _GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_new": _TANH_GELU,
+    "gelu_fast": _TANH_GELU,
+    "relu": "torch.nn.functional.relu",
+    "relu2": "megatron.core.activations.squared_relu",
+    "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
+    "mish": "torch.nn.functional.mish",
+}
+"""The functions of config.json. Those of one formula are one function here: GELU by tanh has three names."""
+
+
+def activation(name: str, default: str) -> Row:
+    """The function between the matrices of a feed-forward layer."""
+
+    def read(t: Translation) -> None:
+        read_function(t, name, t[name])
+
+    def write(t: Translation) -> None:
+        t[name] = written_function(t, default)
+
+    return Row({name: Name(TEXT, default)}, ("transformer.activation_func",), read, write)
+
+
+def read_function(t: Translation, name: str, function: str) -> None:
+    """Take a function by its name in config.json.
+
+    Raises:
+        RefusedError: It is not known.
+    """
+    if function not in _ACTIVATIONS:
+        raise unknown_choice(t, name, function, _ACTIVATIONS)
+    t["transformer.activation_func"] = _ACTIVATIONS[function]
+
+
+def written_function(t: Translation, usual: str) -> str:
+    """The name in config.json of the document's function: the usual one where that is among its names.
+
+    Raises:
+        RefusedError: transformers does not have it.
+    """
+    function = t["transformer.activation_func"]
+    names = [known for known, own in _ACTIVATIONS.items() if own == function]
+    if not names:
+        what = function.get("_target_") if isinstance(function, dict) else function
+        raise t.refuse("transformer.activation_func", f"transformers has no function {what}")
+    return usual if usual in names else names[0]
+
+
+GATED = always("transformer.gated_linear_unit", True, "feed-forward layers of {model_type} are gated")

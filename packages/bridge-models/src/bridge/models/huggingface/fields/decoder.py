@@ -1,0 +1,83 @@
+"""The rows of whole decoders, in the manner of Llama and in that of DeepSeek: a family says what differs."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.fields.activation import GATED, activation
+from bridge.models.huggingface.fields.attention import heads
+from bridge.models.huggingface.fields.biases import NO_BIASES
+from bridge.models.huggingface.fields.dropout import NO_HIDDEN_DROPOUT, attention_dropout
+from bridge.models.huggingface.fields.language_model import language_model
+from bridge.models.huggingface.fields.norms import rms_norm
+from bridge.models.huggingface.fields.rope import rotary
+from bridge.models.huggingface.fields.row import Row, only
+from bridge.models.huggingface.translation import FLAG, INTEGER
+
+Rows = tuple[Row, ...]
+
+_ATTENTION = heads(None)
+_POSITIONS = (rotary(),)
+_NORMS = rms_norm("rms_norm_eps", 1e-6)
+_BIASES = (NO_BIASES,)
+_ACTIVATIONS = (activation("hidden_act", "silu"),)
+_DROPOUT = (attention_dropout("attention_dropout", 0.0), NO_HIDDEN_DROPOUT)
+
+
+def decoder(
+    sizes: Rows,
+    *,
+    attention: Rows = _ATTENTION,
+    positions: Rows = _POSITIONS,
+    norms: Rows = _NORMS,
+    biases: Rows = _BIASES,
+    activations: Rows = _ACTIVATIONS,
+    experts: Rows = (),
+    dropout: Rows = _DROPOUT,
+    tied: bool = False,
+) -> Rows:
+    """A decoder in the manner of Llama; what is left out is Llama's, without biases.
+
+    Args:
+        sizes: Its sizes.
+        attention: Heads and windows.
+        positions: Rotary positions.
+        norms: Norms before layers, and after the last.
+        biases: Those of linear layers.
+        activations: What feed-forward layers compute between their matrices, beside a gate.
+        experts: Experts and their routers.
+        dropout: Dropout of attention, and of what layers add.
+        tied: What transformers takes for ``tie_word_embeddings`` where it is left out.
+    """
+    return (
+        *sizes,
+        *attention,
+        *positions,
+        *norms,
+        GATED,
+        *biases,
+        *activations,
+        *experts,
+        *dropout,
+        *language_model(tied=tied),
+    )
+
+
+def latent_decoder(sizes: Rows, *, attention: Rows, experts: Rows) -> Rows:
+    """A decoder of multi-latent attention in the manner of DeepSeek, whose first layers have no experts.
+
+    Args:
+        sizes: Its sizes.
+        attention: Latents, positions and norms.
+        experts: Experts and their routers.
+    """
+    return (
+        *sizes,
+        *attention,
+        *experts,
+        GATED,
+        NO_BIASES,
+        only("attention_bias", False, FLAG, "linear layers of Megatron-Core's multi-latent attention have no biases"),
+        *_ACTIVATIONS,
+        only("moe_layer_freq", 1, INTEGER, "all layers after the first ones have experts"),
+        *_DROPOUT,
+        *language_model(tied=False),
+    )

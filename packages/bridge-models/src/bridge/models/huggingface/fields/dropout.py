@@ -1,0 +1,42 @@
+"""Dropout."""
+
+from __future__ import annotations
+
+from bridge.models.huggingface.fields.row import Row, setting
+from bridge.models.huggingface.translation import NUMBER, Name, Translation
+
+NO_HIDDEN_DROPOUT = setting(
+    "transformer.hidden_dropout", 0.0, of_training="of training, and config.json of {model_type} has none"
+)
+
+
+def attention_dropout(name: str, default: float) -> Row:
+    """Dropout of attention; null is none."""
+
+    def read(t: Translation) -> None:
+        t["transformer.attention_dropout"] = t[name] or 0.0
+
+    def write(t: Translation) -> None:
+        t[name] = t["transformer.attention_dropout"]
+
+    return Row({name: Name(NUMBER, default, null=True)}, ("transformer.attention_dropout",), read, write)
+
+
+def residual_dropout(residual: float, embedding: float) -> Row:
+    """Megatron-Core has one dropout for the embedding's output and for what each layer adds."""
+
+    def read(t: Translation) -> None:
+        dropout = t["resid_pdrop"]
+        if t["embd_pdrop"] != dropout:
+            t.refuse("embd_pdrop", f"Megatron-Core has one dropout for embedding and layers: resid_pdrop is {dropout}")
+        t["transformer.hidden_dropout"] = dropout
+
+    def write(t: Translation) -> None:
+        t["resid_pdrop"] = t["embd_pdrop"] = t["transformer.hidden_dropout"]
+
+    return Row(
+        {"resid_pdrop": Name(NUMBER, residual), "embd_pdrop": Name(NUMBER, embedding)},
+        ("transformer.hidden_dropout",),
+        read,
+        write,
+    )

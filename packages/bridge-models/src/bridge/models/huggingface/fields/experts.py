@@ -1,0 +1,179 @@
+"""Layers of experts: which layers these are, how many experts each has, and how wide they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bridge.models.huggingface.fields.row import Row, always, setting
+from bridge.models.huggingface.translation import COUNT, INTEGER, INTEGERS, Name, Translation
+
+HOW_EXPERTS_RUN = (
+    setting("transformer.moe_router_dtype", "fp32"),
+    setting("transformer.moe_token_dispatcher_type", "alltoall"),
+    setting("transformer.moe_grouped_gemm", True),
+)
+
+
+def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...]:
+    """How many experts there are, and how many of them a token goes to.
+
+    Args:
+        name: The field with the number.
+        number: What transformers takes for it where it is left out.
+        chosen: Likewise for ``num_experts_per_tok``.
+    """
+
+    def write(t: Translation) -> None:
+        if (experts := t["transformer.num_moe_experts"]) is None:
+            raise t.refuse("transformer.num_moe_experts", f"{t.model_type} has experts: set their number")
+        t[name] = experts
+
+    def read(t: Translation) -> None:
+        t["transformer.num_moe_experts"] = t[name]
+
+    def read_chosen(t: Translation) -> None:
+        if (found := t["num_experts_per_tok"]) is None:
+            raise t.refuse("num_experts_per_tok", "missing: how many experts does a token go to?")
+        t["transformer.moe_router_topk"] = found
+
+    def write_chosen(t: Translation) -> None:
+        t["num_experts_per_tok"] = t["transformer.moe_router_topk"]
+
+    return (
+        Row({name: Name(COUNT, number)}, ("transformer.num_moe_experts",), read, write),
+        Row({"num_experts_per_tok": Name(COUNT, chosen)}, ("transformer.moe_router_topk",), read_chosen, write_chosen),
+        *HOW_EXPERTS_RUN,
+    )
+
+
+def expert_width(name: str, default: int) -> Row:
+    """The width of an expert's feed-forward layer; where a document leaves it out, it is that of other layers."""
+
+    def read(t: Translation) -> None:
+        t["transformer.moe_ffn_hidden_size"] = t[name]
+
+    def write(t: Translation) -> None:
+        t[name] = _expert_width(t)
+
+    return Row({name: Name(COUNT, default)}, ("transformer.moe_ffn_hidden_size",), read, write)
+
+
+def _expert_width(t: Translation) -> int:
+    width: int | None = t["transformer.moe_ffn_hidden_size"] or t["transformer.ffn_hidden_size"]
+    return width or 4 * int(t["transformer.hidden_size"])
+
+
+def every_layer_has_experts(default: int) -> tuple[Row, ...]:
+    """All layers have experts, and ``intermediate_size`` is their width."""
+
+    def read(t: Translation) -> None:
+        t["transformer.ffn_hidden_size"] = t["transformer.moe_ffn_hidden_size"] = t["intermediate_size"]
+
+    def write(t: Translation) -> None:
+        t["intermediate_size"] = _expert_width(t)
+
+    fields = ("transformer.ffn_hidden_size", "transformer.moe_ffn_hidden_size")
+    return (
+        Row({"intermediate_size": Name(COUNT, default)}, fields, read, write),
+        always("transformer.moe_layer_freq", 1, "all layers of {model_type} have experts"),
+    )
+
+
+def which_layers(t: Translation) -> list[int]:
+    """For each layer of a document, 1 if it has experts."""
+    layers: int = t["transformer.num_layers"]
+    frequency: int | Sequence[int] = t["transformer.moe_layer_freq"]
+    if isinstance(frequency, int):
+        return [int(index % frequency == 0) for index in range(layers)]
+    if len(frequency) != layers:
+        raise t.refuse("transformer.moe_layer_freq", f"has {len(frequency)} layers, num_layers is {layers}")
+    return list(frequency)
+
+
+def frequency(has_experts: Sequence[bool]) -> int | list[int]:
+    """How a document says which layers have experts."""
+    return 1 if all(has_experts) else [int(one) for one in has_experts]
+
+
+def _read_sparse_layers(t: Translation) -> None:
+    every, dense = t["decoder_sparse_step"], t["mlp_only_layers"] or ()
+    has_experts = [(index + 1) % every == 0 and index not in dense for index in range(t["num_hidden_layers"])]
+    if not any(has_experts):
+        raise t.refuse("decoder_sparse_step", "no layer has experts, and Megatron-Core wants some")
+    t["transformer.moe_layer_freq"] = frequency(has_experts)
+
+
+def _write_sparse_layers(t: Translation) -> None:
+    has_experts = which_layers(t)
+    sparse = [index + 1 for index, one in enumerate(has_experts) if one]
+    every = next(step for step in range(min(sparse, default=1), 0, -1) if not any(at % step for at in sparse))
+    t["decoder_sparse_step"] = every
+    t["mlp_only_layers"] = [index for index, one in enumerate(has_experts) if not one and (index + 1) % every == 0]
+
+
+SPARSE_LAYERS = Row(
+    {"decoder_sparse_step": Name(COUNT, 1), "mlp_only_layers": Name(INTEGERS)},
+    ("transformer.moe_layer_freq",),
+    _read_sparse_layers,
+    _write_sparse_layers,
+)
+
+
+def first_layers_dense(default: int) -> Row:
+    """The first layers have no experts."""
+
+    def read(t: Translation) -> None:
+        layers, dense = t["num_hidden_layers"], t["first_k_dense_replace"] or 0
+        if dense >= layers:
+            raise t.refuse("first_k_dense_replace", "no layer has experts, and Megatron-Core wants some")
+        t["transformer.moe_layer_freq"] = frequency([index >= dense for index in range(layers)])
+
+    def write(t: Translation) -> None:
+        has_experts = which_layers(t)
+        if has_experts != sorted(has_experts):
+            raise t.refuse("transformer.moe_layer_freq", f"layers without experts come first in {t.model_type}")
+        t["first_k_dense_replace"] = has_experts.count(0)
+
+    return Row(
+        {"first_k_dense_replace": Name(INTEGER, default, null=True)}, ("transformer.moe_layer_freq",), read, write
+    )
+
+
+def shared_expert(default: int) -> Row:
+    """One expert for all tokens, behind a gate."""
+
+    def read(t: Translation) -> None:
+        t["transformer.moe_shared_expert_intermediate_size"] = t["shared_expert_intermediate_size"]
+        t["transformer.moe_shared_expert_gate"] = True
+
+    def write(t: Translation) -> None:
+        width = t["transformer.moe_shared_expert_intermediate_size"]
+        if width is None:
+            raise t.refuse("transformer.moe_shared_expert_intermediate_size", f"{t.model_type} has a shared expert")
+        if not t["transformer.moe_shared_expert_gate"]:
+            t.refuse("transformer.moe_shared_expert_gate", f"{t.model_type} has a gate: it can only be true")
+        t["shared_expert_intermediate_size"] = width
+
+    return Row(
+        {"shared_expert_intermediate_size": Name(COUNT, default)},
+        ("transformer.moe_shared_expert_intermediate_size", "transformer.moe_shared_expert_gate"),
+        read,
+        write,
+    )
+
+
+def shared_experts(default: int) -> Row:
+    """Experts for all tokens, as one that is as wide as all of them."""
+
+    def read(t: Translation) -> None:
+        t["transformer.moe_shared_expert_intermediate_size"] = t["n_shared_experts"] * t["moe_intermediate_size"]
+
+    def write(t: Translation) -> None:
+        path = "transformer.moe_shared_expert_intermediate_size"
+        width, each = t[path], t["transformer.moe_ffn_hidden_size"] or t["transformer.ffn_hidden_size"]
+        if width is None or not each or width % each:
+            raise t.refuse(path, f"{t.model_type} has shared experts, as wide as the others")
+        t["n_shared_experts"] = width // each
+
+    fields = ("transformer.moe_shared_expert_intermediate_size",)
+    return Row({"n_shared_experts": Name(COUNT, default)}, fields, read, write)

@@ -1,0 +1,170 @@
+"""Routers: which experts a token goes to, with which weights, and how training balances them.
+
+A router of transformers takes the softmax of all experts' scores and then the best ones; whether it normalises their
+weights makes the difference: it is the softmax of the best ones' scores (``moe_router_pre_softmax`` off), or not (on).
+"""
+
+from __future__ import annotations
+
+from bridge.config.refusal import got
+from bridge.models.huggingface.fields.row import Row, always
+from bridge.models.huggingface.translation import COUNT, FLAG, NUMBER, TEXT, Name, Translation
+
+
+def softmax_router(*, normalises: bool | None) -> Row:
+    """A router that takes the softmax of scores.
+
+    Args:
+        normalises: What transformers takes for ``norm_topk_prob`` where it is left out; None if the architecture has no
+            such field and normalises.
+    """
+
+    def read(t: Translation) -> None:
+        pre_softmax = normalises is not None and not t["norm_topk_prob"]
+        if not pre_softmax and t["num_experts_per_tok"] == 1:
+            t.refuse("num_experts_per_tok", "Megatron-Core does not give all weight to a single expert: at least 2")
+        t["transformer.moe_router_pre_softmax"] = pre_softmax
+
+    def write(t: Translation) -> None:
+        pre_softmax = t["transformer.moe_router_pre_softmax"]
+        if normalises is not None:
+            t["norm_topk_prob"] = not pre_softmax
+        elif pre_softmax:
+            t.refuse("transformer.moe_router_pre_softmax", f"{t.model_type} normalises weights: it can only be false")
+
+    names = {} if normalises is None else {"norm_topk_prob": Name(FLAG, normalises)}
+    return Row(names, ("transformer.moe_router_pre_softmax",), read, write)
+
+
+_GROUPS = ("transformer.moe_router_num_groups", "transformer.moe_router_group_topk")
+
+
+def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
+    """A router of sigmoids, which normalises, and chooses groups by their best two experts.
+
+    Megatron-Core goes by the best top-k / chosen groups.
+
+    Args:
+        groups: What transformers takes for ``n_group`` where it is left out.
+        chosen_groups: Likewise for ``topk_group``.
+    """
+
+    def read(t: Translation) -> None:
+        n_group, chosen, each = t["n_group"] or 1, t["topk_group"] or 1, t["num_experts_per_tok"]
+        if t["norm_topk_prob"] != (each > 1):
+            must = "true" if each > 1 else "false"
+            t.refuse(
+                "norm_topk_prob", f"Megatron-Core normalises where a token has several experts: it can only be {must}"
+            )
+        if n_group == 1:
+            return
+        if chosen < n_group and each // chosen != 2:
+            raise t.refuse(
+                "topk_group", f"groups count by their best two experts here, in Megatron-Core by {each // chosen}"
+            )
+        t["transformer.moe_router_num_groups"], t["transformer.moe_router_group_topk"] = n_group, chosen
+
+    def write(t: Translation) -> None:
+        n_group, chosen = (t[path] for path in _GROUPS)
+        each = t["transformer.moe_router_topk"]
+        if chosen and chosen < n_group and each // chosen != 2:
+            t.refuse(_GROUPS[1], f"groups count by their best {each // chosen} experts, in {t.model_type} by two")
+        t["n_group"], t["topk_group"] = (n_group, chosen) if chosen else (1, 1)
+        t["norm_topk_prob"] = each > 1
+
+    names = {
+        "n_group": Name(COUNT, groups, null=True),
+        "topk_group": Name(COUNT, chosen_groups, null=True),
+        "norm_topk_prob": Name(FLAG, True),
+    }
+    return (
+        always("transformer.moe_router_score_function", "sigmoid", "routers of {model_type} take sigmoids"),
+        always("transformer.moe_router_enable_expert_bias", True, "routers of {model_type} have a bias to choose by"),
+        Row(names, _GROUPS, read, write),
+    )
+
+
+def _read_greedy(t: Translation) -> None:
+    if t["topk_method"] != "group_limited_greedy":
+        if t["topk_method"] not in ("greedy", None):
+            t.refuse("topk_method", f"expected greedy or group_limited_greedy, got {got(t['topk_method'])}")
+        return
+    groups, chosen, each = t["n_group"], t["topk_group"], t["num_experts_per_tok"]
+    if groups is None or chosen is None:
+        raise t.refuse("topk_method", "groups need n_group and topk_group")
+    if chosen < groups and each // chosen != 1:
+        raise t.refuse(
+            "topk_method",
+            f"groups count by their best expert, in Megatron-Core by the best {each // chosen}, top-k / topk_group",
+        )
+    t["transformer.moe_router_num_groups"], t["transformer.moe_router_group_topk"] = groups, chosen
+
+
+def _write_greedy(t: Translation) -> None:
+    groups, chosen = (t[path] for path in _GROUPS)
+    if not chosen:
+        t["topk_method"] = "greedy"
+        return
+    each = t["transformer.moe_router_topk"]
+    if chosen < groups and each // chosen != 1:
+        t.refuse(_GROUPS[1], f"groups count by their best {each // chosen} experts, in {t.model_type} by one")
+    t["topk_method"], t["n_group"], t["topk_group"] = "group_limited_greedy", groups, chosen
+
+
+GREEDY_ROUTER = Row(
+    {"topk_method": Name(TEXT, "greedy", null=True), "n_group": Name(COUNT), "topk_group": Name(COUNT)},
+    _GROUPS,
+    _read_greedy,
+    _write_greedy,
+)
+
+
+def scale_of_weights(default: float) -> Row:
+    """What the weights of experts are multiplied by."""
+
+    def read(t: Translation) -> None:
+        if (scale := t["routed_scaling_factor"]) != 1:
+            t["transformer.moe_router_topk_scaling_factor"] = float(scale)
+
+    def write(t: Translation) -> None:
+        t["routed_scaling_factor"] = t["transformer.moe_router_topk_scaling_factor"] or 1.0
+
+    fields = ("transformer.moe_router_topk_scaling_factor",)
+    return Row({"routed_scaling_factor": Name(NUMBER, default)}, fields, read, write)
+
+
+def balance(name: str, default: float | None, kind: str, *, note: str = "") -> Row:
+    """The weight of the loss that balances experts in training.
+
+    Args:
+        name: The field.
+        default: What transformers takes where it is left out; None for no such loss.
+        kind: The value of ``moe_router_load_balancing_type``.
+        note: What is to be said of it.
+    """
+
+    def read(t: Translation) -> None:
+        if (weight := t[name]) is None:
+            return
+        t["transformer.moe_aux_loss_coeff"] = float(weight)
+        t["transformer.moe_router_load_balancing_type"] = kind
+        if note:
+            t.note(f"$.{name} is taken over: {note}")
+
+    def write(t: Translation) -> None:
+        weight, balanced = t["transformer.moe_aux_loss_coeff"], t["transformer.moe_router_load_balancing_type"]
+        if isinstance(weight, list) or (weight and balanced != kind):
+            t.note("$.transformer.moe_aux_loss_coeff is left out: config.json does not know this way of balancing")
+        elif weight or default is not None:
+            t[name] = weight
+
+    fields = ("transformer.moe_aux_loss_coeff", "transformer.moe_router_load_balancing_type")
+    return Row({name: Name(NUMBER, default)}, fields, read, write)
+
+
+AUX_LOSS = balance(
+    "router_aux_loss_coef",
+    0.001,
+    "aux_loss",
+    note="Megatron-Core's loss is of each layer by itself, that of transformers of all together, and top-k times it",
+)

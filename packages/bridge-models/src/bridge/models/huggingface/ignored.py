@@ -1,0 +1,145 @@
+"""Fields of config.json that say nothing of the model; all others that no row takes are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from bridge.config.errors import nearest
+from bridge.config.paths import shown
+from bridge.config.refusal import got
+from bridge.models.huggingface.fields.windows import FULL
+from bridge.models.huggingface.translation import Translation
+
+IGNORED = frozenset(
+    (
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "use_cache",
+        # how the classes of transformers behave, not what the model is
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "_commit_hash",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "output_router_logits",
+        "return_dict",
+        "tie_last_hidden_states",
+        "torchscript",
+        "use_bfloat16",
+        "use_mamba_kernels",
+        # of heads for other tasks
+        "classifier_dropout",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+        # of generation, as version 4 wrote them: they belong in generation_config.json
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_logits_to_keep",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "typical_p",
+    )
+)
+"""Fields of every config.json that mean nothing to the model."""
+
+MARKERS = (
+    # which program wrote the file, or which of several equal kernels it used
+    "*flash_attn*",
+    "*flash_attention*",
+    "*flashattn*",
+    "*unsloth*",
+    "attn_impl",
+    "fused_*",
+    "gradient_checkpointing",
+    "is_*_config",
+    "library_name",
+    "license",
+    "mlx_*",
+    "transformers.js_config",
+    "use_fused_*",
+    "use_sdpa",
+    "use_xformers*",
+)
+"""Patterns of fields that no version of transformers reads: other programs leave them in a config.json."""
+
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "embd_pdrop": (0,),
+    "embedding_multiplier": (1,),
+    "ep_size": (1,),
+    "hidden_dropout": (0,),
+    "hidden_dropout_prob": (0,),
+    "logits_scaling": (1,),
+    "moe_intermediate_size": (0,),
+    "n_routed_experts": (0,),
+    "n_shared_experts": (0,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "num_nextn_predict_layers": (0,),
+    "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,),
+    "resid_pdrop": (0,),
+    "residual_dropout": (0,),
+    "residual_multiplier": (1,),
+    "rotary_pct": (1,),
+    "shared_expert_intermediate_size": (0,),
+}
+"""What is true of each architecture that has no such field: nothing is dropped, scaled, shared or added."""
+
+QUANTIZATION = "quantization_config"
+
+
+def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
+    """Refuse a field of config.json that no row takes; one that says nothing of the model is left out with a note."""
+    if why := _says_nothing(t, name):
+        t.note(f"{shown((name,))} is left out: {why}")
+    else:
+        free = [other for other in known if other not in t.given]  # a second name of a given field is no way out
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
+
+
+def _says_nothing(t: Translation, name: str) -> str | None:
+    """Why an unknown field says nothing of the model; None if it may."""
+    value = t.given[name]
+    if any(fnmatchcase(name, pattern) for pattern in MARKERS):
+        return "another program's, which transformers does not read"
+    if value is None or value is False:
+        return "off, and unknown to Bridge"
+    if value in ("", [], {}):
+        return "empty, and unknown to Bridge"
+    if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
+        return f"{got(value)} changes nothing"
+    if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):
+        return f"all layers of {t.model_type} have full attention"
+    return None

@@ -1,0 +1,104 @@
+"""Which architecture a config.json or a document is of. The order of architectures means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bridge.config.errors import DocumentError, Problem, nearest, quoted
+from bridge.config.refusal import got
+from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, not_default
+from bridge.models.huggingface.families import ARCHITECTURES
+from bridge.models.huggingface.families.unsupported import UNSUPPORTED
+from bridge.models.huggingface.translation import Translation, run_steps
+
+MODEL_TYPE = "hf_model_type"
+"""The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
+
+
+def architecture_of(given: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json.
+
+    Raises:
+        DocumentError: There is none, or Bridge does not know it.
+    """
+    model_type = given.get("model_type")
+    if (inside := _text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
+        raise error_at(
+            "$.text_config", f"the language model is in here, a {inside}: save this part as a file of its own"
+        )
+    if not isinstance(model_type, str):
+        missing = "missing: is this the config.json of a model?"
+        raise error_at("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
+    if model_type in UNSUPPORTED:
+        raise DocumentError(_explain_unsupported(model_type, given))
+    found = ARCHITECTURES.get(model_type)
+    if found is None:
+        near = nearest(model_type, ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
+        raise error_at("$.model_type", f"{quoted(model_type)} is not known to Bridge{near}; known are {known}")
+    return found
+
+
+def _text_model(given: Mapping[str, Any]) -> str | None:
+    """The ``model_type`` of the language model inside a model of several parts; None if there is none."""
+    inside = given.get("text_config")
+    model_type = inside.get("model_type") if isinstance(inside, dict) else None
+    return model_type if isinstance(model_type, str) else None
+
+
+def _explain_unsupported(model_type: str, given: Mapping[str, Any]) -> list[Problem]:
+    """Why there are no documents of an architecture, and what else in this one has no place in one."""
+    reason, fields = UNSUPPORTED[model_type]
+    problems = [Problem("$.model_type", f"megatron-core 0.19.2 cannot say {model_type}: {reason}")]
+    return problems + [Problem(f"$.{name}", why) for name, why in fields.items() if given.get(name) is not None]
+
+
+def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
+    """The architecture that a document says it is.
+
+    Raises:
+        DocumentError: There is no such one.
+    """
+    metadata = fields.get("extra_checkpoint_metadata") or {}
+    model_type = metadata.get(MODEL_TYPE)
+    if model_type is None:
+        return None
+    path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
+    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        raise error_at(path, f"{got(model_type)} is not known; known are {', '.join(ARCHITECTURES)}")
+    if found.target != fields["_target_"]:
+        raise error_at(path, f"{model_type} is a {found.target}, which this document is not")
+    return found
+
+
+def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
+    """The config.json of a document as one architecture, with what it cannot say."""
+    t = Translation(architecture.model_type, fields, {})
+    if fields["transformer._target_"] not in architecture.transformers:
+        t.refuse("transformer._target_", f"{architecture.model_type} is a {' or a '.join(architecture.transformers)}")
+        return t
+    run_steps(t, (row.write for row in architecture.rows))
+    for path in sorted(not_default(fields, AFFECTS_COMPUTATION - architecture.fields)):
+        t.refuse(path, f"config.json of {architecture.model_type} has no field for it")
+    return t
+
+
+def closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) -> tuple[Architecture, Translation]:
+    """The architecture with the fewest problems in saying a document, and its config.json.
+
+    Of several, one that does not yield to another; of those, the plainest, which is the one with the fewest rows, and
+    the first by name.
+    """
+    written = [(one, write(fields, one)) for one in architectures]
+    fewest = min(len(t.problems) for _, t in written)
+    fitting = [(one, t) for one, t in written if len(t.problems) == fewest]
+    names = {one.model_type for one, _ in fitting}
+    return min(fitting, key=lambda pair: (bool(names & set(pair[0].yields_to)), len(pair[0].rows), pair[0].model_type))
+
+
+def error_at(path: str, message: str) -> DocumentError:
+    """The error of one problem."""
+    return DocumentError([Problem(path, message)])

@@ -1,0 +1,135 @@
+"""`bridge from-hf` and `bridge to-hf`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bridge.config import Document
+from bridge.config.cli import main
+from bridge.models.huggingface import to_hf
+
+Run = Callable[..., tuple[int, str, str]]
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def bridge(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command; returns its exit code, and what it said on stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return int(leaving.value.code or 0), told.out, told.err
+
+    return run
+
+
+def written(folder: Path, config: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(config, indent=1))
+    return file
+
+
+def test_from_a_file_or_folder_to_yaml_json_or_a_file(
+    bridge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
+    code, yaml, notes = bridge("from-hf", file)
+    assert (code, notes) == (
+        0,
+        f"{file}: note: $.quantization_config is left out: it is about how published weights are stored\n",
+    )
+    assert bridge("from-hf", tmp_path) == (code, yaml, notes)
+    monkeypatch.setattr("sys.stdin", file.open())
+    assert bridge("from-hf", "-") == (code, yaml, notes.replace(str(file), "-"))
+    assert f"did you mean {str(file)!r}" in bridge("from-hf", tmp_path / "confg.json")[2]
+    _, text, _ = bridge("from-hf", file, "--json", "--model-id", "another/model")
+    assert json.loads(text)["hf_model_id"] == "another/model"
+    for name in ("made.yaml", "made.json"):
+        assert bridge("from-hf", file, "-o", tmp_path / name)[:2] == (0, "")
+        assert Document.load(tmp_path / name).data == json.loads(text) | {"hf_model_id": "one/model"}
+    code, back, _ = bridge("to-hf", tmp_path / "made.yaml")
+    assert json.loads(back) == to_hf(json.loads(text)).data | {"_name_or_path": "one/model"}
+    to_folder = ("to-hf", tmp_path / "made.yaml", "vocab_size=64", "-o", tmp_path)
+    assert bridge(*to_folder)[::2] == (
+        1,
+        f"{file}: there is such a file: give --force to overwrite it, or another name\n",
+    )
+    assert bridge(*to_folder, "--force") == (0, "", "")
+    assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
+
+
+def test_a_file_is_overwritten_on_demand_and_a_schema_is_told_of(bridge: Run, tmp_path: Path) -> None:
+    file, made = written(tmp_path, LLAMA), tmp_path / "made.yaml"
+    _, _, told = bridge("from-hf", file, "-o", made)
+    assert told.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: the JSON Schema that made.yaml names")
+    made.write_text("mine\n")
+    code, _, told = bridge("from-hf", file, "-o", made)
+    assert (code, made.read_text()) == (1, "mine\n")
+    assert "give --force to overwrite it" in told
+    assert bridge("from-hf", file, "-o", made, "--force") == (0, "", "")
+    assert Document.load(made).data["vocab_size"] == 32000
+
+
+def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity], "task_specific_params": "Infinity"}')
+    assert bridge("from-hf", file)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model_type": "llama",', "config.json:1:24: $: "),
+        ('{"model_type": "' + 10**5 * '\\\\"', "config.json:1:"),
+        ('{"model_type": "llama", "a.b": 1}', "config.json:1:25: $["),
+        ("[]", "config.json: $: expected a mapping at the top"),
+        ('{"num_hidden_layers": 2}', "config.json:1:1: $.model_type: missing"),
+        ('{"model_type": 3}', "config.json:1:2: $.model_type: expected text, got 3"),
+        ('{"model_type": "lama"}', "'lama' is not known to Bridge; did you mean 'llama'?"),
+        ('{"model_type": "llama",\n "rope_scaling": {"type": "dynamic"}}', "config.json:2:19: $.rope_scaling.type: "),
+        ('{"model_type": "llama", "num_hiden_layers": 2}', "did you mean 'num_hidden_layers'?"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(bridge: Run, tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    code, out, told = bridge("from-hf", file)
+    assert (code, out) == (1, "")
+    assert said in told
+
+
+def test_a_config_json_is_a_json_file(bridge: Run, tmp_path: Path) -> None:
+    code, out, told = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
+    assert (code, out) == (1, "")
+    assert told.endswith("config.yaml: give a .json file, or a folder to put config.json into\n")
+
+
+def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:
+    code, _, told = bridge("from-hf", tmp_path)
+    assert code == 1
+    assert told == f"{tmp_path / 'config.json'}: $: no such file, nor a folder with a config.json\n"
+    code, out, told = bridge("to-hf", "mla-tiny")
+    assert (code, out) == (1, "")
+    assert "no architecture is the same model; the nearest is deepseek_v2" in told
+    assert "$.transformer.num_moe_experts" in told
+
+
+def test_neither_command_needs_torch_megatron_or_transformers(tmp_path: Path) -> None:
+    file = written(tmp_path, LLAMA)
+    document = tmp_path / "a.yaml"
+    code = (
+        "import sys; from bridge.config.cli import bridge\n"
+        f"for line in (['from-hf', {str(file)!r}, '-o', {str(document)!r}], ['to-hf', {str(document)!r}]):\n"
+        "    bridge(line, standalone_mode=False)\n"
+        "print({'torch', 'megatron', 'transformers', 'numpy'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
