@@ -118,7 +118,7 @@ def run_command(*arguments: str | Path) -> tuple[int, str, str]:
 
     Returns the exit code, standard output and standard error; what ranks print is not in them.
     """
-    from bridge.config.cli import main  # here: other tests install environments without it
+    from bridge.config.cli.entry import main  # here: other tests install environments without it
 
     out, err = io.StringIO(), io.StringIO()
     variables = dict(os.environ)

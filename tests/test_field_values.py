@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
 
 from bridge.config import Document, DocumentError, ModelConfig
-from bridge.config.reader import Reader
+from bridge.config.read.reader import Reader
 from bridge.config.schema import arithmetic
 from bridge.dist import Layout, create_process_groups
 from bridge.dist.job import make_builder

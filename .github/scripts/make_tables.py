@@ -26,11 +26,12 @@ import torch
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
-from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.model import ModelConfig
-from bridge.config.tables import Field, Target, target_to_json
-from bridge.config.targets import GROUP
-from bridge.config.types import Fixed, Instance, Items, Mapping, Type
+from bridge.config.schema.annotations import Fixed, Instance, Items, Mapping, Type
+from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, target_of
+from bridge.config.schema.registry import GROUP
+from bridge.config.schema.table import target_to_json
+from bridge.config.schema.target import Field, Target
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from bridge.config.migrate import Schema, declared_schema
+from bridge.config.schema.versions import Schema, declared_schema
 
 
 @pytest.mark.parametrize("cls", [TransformerConfig, MLATransformerConfig, HeterogeneousTransformerConfig])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, register
 from bridge.config.canonical import canonical, fingerprint
-from bridge.config.migrate import Changed, Moved, Schema
+from bridge.config.schema.versions import Changed, Moved, Schema
 
 
 class Mode(Enum):

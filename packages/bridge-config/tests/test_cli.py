@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bridge.config.cli import bridge as bridge_command
+from bridge.config.cli.entry import bridge as bridge_command
 
 MODULE = """
 from dataclasses import dataclass
@@ -349,7 +349,7 @@ def test_the_version_is_that_of_every_package_and_imports_none(site: Path) -> No
 
 
 def test_commands_of_packages_that_may_not_be_installed_are_known() -> None:
-    from bridge.config.cli import _HOMES
+    from bridge.config.cli.entry import _HOMES
 
     declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
     assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _HOMES

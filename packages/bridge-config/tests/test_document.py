@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, WriteThrough, load_config
-from bridge.config.document import is_override
-from bridge.config.files import MAX_BYTES
-from bridge.config.jsonschema import json_schema, schema_targets
-from bridge.config.migrate import Moved, Schema
+from bridge.config.documents.overrides import is_override
 from bridge.config.paths import parsed, shown
+from bridge.config.schema.jsonschema import json_schema, schema_targets
+from bridge.config.schema.versions import Moved, Schema
+from bridge.config.text.limits import MAX_BYTES
 
 
 @dataclass

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document
-from bridge.config.edit import edited
-from bridge.config.files import parse_yaml
+from bridge.config.documents.presets import presets
 from bridge.config.paths import Path, shown
-from bridge.config.presets import presets
+from bridge.config.text.edit import edited
+from bridge.config.text.parse import parse_yaml
 
 Lines = tuple[int, int]
 

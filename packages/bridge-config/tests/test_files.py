@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, DocumentError
-from bridge.config.files import Parsed, Places, dump_json, dump_yaml, parse_json, parse_yaml
 from bridge.config.paths import parsed, shown
+from bridge.config.text.dump import dump_json, dump_yaml
+from bridge.config.text.nodes import Places
+from bridge.config.text.parse import Parsed, parse_json, parse_yaml
 
 
 @pytest.mark.parametrize(

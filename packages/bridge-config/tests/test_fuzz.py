@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, register
-from bridge.config.cli import main
+from bridge.config.cli.entry import main
 
 SECONDS = float(os.environ.get("BRIDGE_FUZZ_SECONDS", "20")) / 6
 # Every run looks for something new, also where CI is set.

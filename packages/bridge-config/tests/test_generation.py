@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig
-from bridge.config.generation import GENERATION_CONFIG, GenerationSettings, wrong_settings
+from bridge.config.schema.generation import GenerationSettings, wrong_settings
+from bridge.config.schema.names import GENERATION_CONFIG
 
 SETTINGS = {
     "max_new_tokens": 7,
@@ -119,7 +120,7 @@ def test_settings_become_the_real_object_once() -> None:
 
 @pytest.mark.parametrize("text", ["json", "yaml"])
 def test_a_real_object_survives_as_text(text: str) -> None:
-    from bridge.config.files import parse_yaml
+    from bridge.config.text.parse import parse_yaml
 
     transformers = pytest.importorskip("transformers")
     settings = transformers.GenerationConfig(

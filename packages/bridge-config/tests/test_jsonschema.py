@@ -14,13 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from bridge.config.decode import check
 from bridge.config.errors import DocumentError, TargetError
-from bridge.config.jsonschema import json_schema, schema_targets
 from bridge.config.paths import shown
+from bridge.config.read.decode import check
+from bridge.config.schema.annotations import (
+    Choice,
+    Dtype,
+    Fixed,
+    Function,
+    Instance,
+    Items,
+    Mapping,
+    Member,
+    Plain,
+    Type,
+)
+from bridge.config.schema.jsonschema import json_schema, schema_targets
 from bridge.config.schema.ranges import Range, ranges_of
-from bridge.config.tables import Target, shipped, shipped_dtypes
-from bridge.config.types import Choice, Dtype, Fixed, Function, Instance, Items, Mapping, Member, Plain, Type
+from bridge.config.schema.table import shipped, shipped_dtypes
+from bridge.config.schema.target import Target
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError
-from bridge.config.megatron_args import known_arguments
-from bridge.config.reference import adopted
+from bridge.config.foreign.argument_names import known_arguments
+from bridge.config.foreign.recognize import adopted
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 MAMBA = "bridge.models.mamba.MambaModelConfig"

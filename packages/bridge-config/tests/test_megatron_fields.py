@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError, ModelConfig, OmittedWarning, register
-from bridge.config.describe import describe
-from bridge.config.files import parse_yaml
-from bridge.config.reader import Reader
-from bridge.config.worlds import Live
+from bridge.config.read.lookup import LiveLookup
+from bridge.config.read.reader import Reader
+from bridge.config.schema.inspection import describe
+from bridge.config.text.parse import parse_yaml
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
@@ -344,4 +344,4 @@ def test_queries_without_compression_are_said_with_none() -> None:
     assert isinstance(again.transformer, MLATransformerConfig)
     assert again.transformer.q_lora_rank is None
     hint = get_type_hints(MLATransformerConfig)["q_lora_rank"]
-    assert hint is int, "megatron-core says it now: take it out of bridge.config.describe.NULLABLE_FIELDS"
+    assert hint is int, "megatron-core says it now: take it out of bridge.config.schema.inspection.NULLABLE_FIELDS"

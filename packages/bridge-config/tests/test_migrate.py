@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from bridge.config import DocumentError, ModelConfig
 from bridge.config.errors import ConfigError
-from bridge.config.migrate import Changed, Moved, Removed, Schema, hint_for, migrated
-from bridge.config.tables import Field, Target
-from bridge.config.types import ANYTHING, Instance, Items, Mapping, Plain
+from bridge.config.read.migrate import hint_for, migrated
+from bridge.config.schema.annotations import ANYTHING, Instance, Items, Mapping, Plain
+from bridge.config.schema.target import Field, Target
+from bridge.config.schema.versions import Changed, Moved, Removed, Schema
 
 
 @dataclass
@@ -356,13 +357,15 @@ def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     points = ["their.Config = mine:SCHEMA", "their.Wrong = mine:WRONG", "their.Gone = mine:GONE"]
     (info / "entry_points.txt").write_text("[bridge.schemas]\n" + "\n".join(points))
-    code = "from bridge.config.migrate import Moved, Schema\nSCHEMA = Schema(2, (Moved(2, 'a', 'b'),))\nWRONG = 1\n"
+    code = (
+        "from bridge.config.read.migrate import Moved, Schema\nSCHEMA = Schema(2, (Moved(2, 'a', 'b'),))\nWRONG = 1\n"
+    )
     (tmp_path / "mine.py").write_text(code)
     ask = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from bridge.config.errors import TargetError
-from bridge.config.migrate import declared_schema
+from bridge.config.read.migrate import declared_schema
 print(declared_schema("their.Config").to_json(), declared_schema("their.Other"))
 for name in ("their.Wrong", "their.Gone"):
     try:
@@ -379,7 +382,7 @@ for name in ("their.Wrong", "their.Gone"):
 
 def test_importing_it_is_cheap() -> None:
     """Nothing beyond the standard library and this package."""
-    code = "import sys, bridge.config.migrate as m; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
+    code = "import sys, bridge.config.read.migrate as m; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )

@@ -29,8 +29,8 @@ from bridge.config import (
     WriteThrough,
     register,
 )
-from bridge.config.files import parse_yaml
-from bridge.config.targets import register_builder
+from bridge.config.schema.registered import register_builder
+from bridge.config.text.parse import parse_yaml
 
 
 class Color(Enum):

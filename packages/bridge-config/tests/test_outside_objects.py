@@ -12,7 +12,7 @@ import pytest
 
 from bridge.config import Document, ModelConfig, OmittedWarning
 from bridge.config.canonical import canonical
-from bridge.config.files import parse_yaml
+from bridge.config.text.parse import parse_yaml
 
 pytest.importorskip("megatron.core")
 

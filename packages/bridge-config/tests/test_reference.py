@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config.errors import DocumentError
-from bridge.config.reference import adopted, to_run_config
+from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.run_config import to_run_config
 
 CORE = "megatron.core.transformer.transformer_config"
 REFERENCE = "megatron.training.models.gpt.GPTModelConfig"
@@ -312,7 +313,7 @@ def test_a_transformer_that_is_no_mapping_is_left_to_the_reader(transformer: Any
 
 def test_it_needs_no_torch_and_imports_nothing() -> None:
     code = (
-        "import sys, json; from bridge.config.reference import adopted, to_run_config;"
+        "import sys, json; from bridge.config.foreign.recognize import adopted, to_run_config;"
         "made = adopted(json.loads(sys.argv[1])); to_run_config(made.data);"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bridge.config import DocumentError, ModelConfig, TargetError, register, targets
-from bridge.config.decode import check
+from bridge.config import DocumentError, ModelConfig, TargetError, register
+from bridge.config.read.decode import check
+from bridge.config.schema import registry
 
 Declare = Callable[..., None]
 
@@ -188,8 +189,8 @@ HOSTILE_NAMES = [
     "torch.os.system",
     "torch._dynamo.config",
     "pickle.loads",
-    "bridge.config.targets._registered",
-    "bridge.config.targets.register",
+    "bridge.config.schema.registry._registered",
+    "bridge.config.schema.registry.register",
     "../../etc/passwd",
     "",
     ".",

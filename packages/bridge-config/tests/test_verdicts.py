@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError, ModelConfig, OmittedWarning, register
-from bridge.config.files import parse_yaml
-from bridge.config.targets import register_builder
+from bridge.config.schema.registered import register_builder
+from bridge.config.text.parse import parse_yaml
 
 HOME = __name__
 

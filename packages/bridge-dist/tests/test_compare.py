@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from bridge.config import DocumentError
-from bridge.config.cli import main
+from bridge.config.cli.entry import main
 from bridge.dist.run.compare import Comparison, compare, tables
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bridge.config import Document
-from bridge.config.cli import main
+from bridge.config.cli.entry import main
 from bridge.models.huggingface import to_hf
 
 Run = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError
-from bridge.config.reader import Reader
+from bridge.config.read.reader import Reader
 from bridge.models.huggingface import convert, from_hf, load_config_json, to_hf
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bridge.config.tables import shipped
+from bridge.config.schema.table import shipped
 from bridge.models.huggingface import from_hf, to_hf
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION
 from bridge.models.huggingface.families import ARCHITECTURES

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
 from bridge.config import Document, ModelConfig, load_config
-from bridge.config.presets import presets as installed_presets
+from bridge.config.documents.presets import presets as installed_presets
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.commands.presets import presets
 from bridge.models.gpt import GPTModelConfig

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from bridge.config import Document, ModelConfig
 from bridge.config.canonical import canonical
-from bridge.config.reference import to_run_config
+from bridge.config.foreign.run_config import to_run_config
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.gpt import GPTModelConfig
 from bridge.models.hybrid_layers import stack_spec

@@ -192,7 +192,7 @@ def from_dict(data: Data | None, file: Path) -> list[tuple[str, str]]:
 
 def validate(data: Data | None, file: Path) -> list[tuple[str, str]]:
     """`bridge validate`."""
-    from bridge.config.cli import main
+    from bridge.config.cli.entry import main
 
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         main(["validate", "--json", str(file)])

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import DocumentError, ModelConfig, register
-from bridge.config.tables import shipped, shipped_names
+from bridge.config.schema.table import shipped, shipped_names
 
 READING = Path(__file__).parent / "reading.py"
 CORPUS: list[dict[str, Any]] = runpy.run_path(str(READING))["corpus"]()

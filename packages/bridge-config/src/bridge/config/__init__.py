@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, Problem, TargetError
 from bridge.config.model import ModelConfig
 from bridge.config.protocol import Serializable
-from bridge.config.targets import register
+from bridge.config.schema.registry import register
 from bridge.config.writethrough import WriteThrough
 
 if TYPE_CHECKING:
     from bridge.config.compare import Difference
-    from bridge.config.document import Document, load_config
-    from bridge.config.migrate import Changed, Moved, Removed, Schema
+    from bridge.config.documents.document import Document, load_config
+    from bridge.config.schema.versions import Changed, Moved, Removed, Schema
 
 __all__ = [
     "BridgeError",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from bridge.config.decode import Checked, check
-from bridge.config.encode import encode_made
 from bridge.config.errors import ConfigError
+from bridge.config.read.decode import Checked, check
+from bridge.config.write.encode import encode_made
 
 _EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript: from here on, not every whole number is one
 

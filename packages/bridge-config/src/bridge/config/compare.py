@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bridge.config.canonical import canonical_of, without_version
-from bridge.config.decode import Checked
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import shortened
+from bridge.config.problems import shortened
+from bridge.config.read.decode import Checked
 
 _NOTHING = object()
 
@@ -110,7 +110,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _said(value: Any, place: str | None) -> str:
-    from bridge.config.files import dump_flow
+    from bridge.config.text.dump import dump_flow
 
     try:
         text = dump_flow(value).strip()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bridge.config.errors import ConfigError, DocumentError, Problem
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import MAX_PROBLEMS, got
+from bridge.config.problems import MAX_PROBLEMS, got
 
 if TYPE_CHECKING:
     from yaml import Dumper, ScalarNode

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from bridge.config.generation import GENERATION_CONFIG
-from bridge.config.migrate import Migrated, inner_type
 from bridge.config.paths import Path
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import inner_type
+from bridge.config.schema.names import GENERATION_CONFIG
 
 if TYPE_CHECKING:
-    from bridge.config.tables import Field
-    from bridge.config.types import Type
+    from bridge.config.schema.annotations import Type
+    from bridge.config.schema.target import Field
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 MAMBA = "bridge.models.mamba.MambaModelConfig"
@@ -187,7 +188,7 @@ def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
 
 def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
     """The name of the enumeration member that a call with its value makes; None if it makes none that is known."""
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     target = shipped(name)
     if target is None or target.kind != "enum":
@@ -204,7 +205,7 @@ def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
 
 def _is_only(type_: Type, kind: str) -> bool:
     """Whether a type has numbers and truth values of this kind alone, and no null."""
-    from bridge.config.types import Plain
+    from bridge.config.schema.annotations import Plain
 
     return {member.kind for member in type_ if isinstance(member, Plain)} - {"str"} == {kind}
 

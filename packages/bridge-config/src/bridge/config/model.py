@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from bridge.config import targets
-from bridge.config.declaration import check_class, check_definition
 from bridge.config.errors import ConfigError, TargetError
-from bridge.config.generation import GenerationField
-from bridge.config.refusal import got
+from bridge.config.problems import got
+from bridge.config.schema import registry
+from bridge.config.schema.declaration import check_class, check_definition
+from bridge.config.schema.generation import GenerationField
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
-    from bridge.config.migrate import Schema
+    from bridge.config.schema.versions import Schema
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ModelConfig:
 
         A value without a written form (a lambda, a live object) is left out, listed under `_omitted_` and warned about.
         """
-        from bridge.config.encode import encode_config
+        from bridge.config.serialize import encode_config
 
         return encode_config(self)
 
@@ -87,7 +87,7 @@ class ModelConfig:
         Raises:
             DocumentError: `data` does not describe an instance of this class; lists all problems.
         """
-        from bridge.config.decode import decode_config
+        from bridge.config.read.decode import decode_config
 
         return decode_config(data, cls)
 

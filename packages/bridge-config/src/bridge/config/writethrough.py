@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from bridge.config.errors import ConfigError, nearest
-from bridge.config.refusal import shortened
+from bridge.config.problems import shortened
 
 
 class _Owned(NamedTuple):

@@ -8,10 +8,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
-from bridge.config.generation import settings_of, wrong_settings
 from bridge.config.paths import shown
-from bridge.config.rehearsal import denied_values
+from bridge.config.read.rehearsal import denied_values
 from bridge.config.schema.arithmetic import check_live
+from bridge.config.schema.generation import settings_of, wrong_settings
 from bridge.models.common.rules import vocabulary_problem
 from bridge.models.errors import ModelConfigError
 from bridge.models.pipeline import check_cuda_graphs

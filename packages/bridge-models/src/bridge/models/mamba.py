@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.config.migrate import Moved, Removed, Schema
+from bridge.config.schema.versions import Moved, Removed, Schema
 from bridge.dist.checks.preflight import Rule
 from bridge.models.common.rules import MAMBA_RULES, layer_pattern, pattern_of_stages
 from bridge.models.errors import ModelConfigError

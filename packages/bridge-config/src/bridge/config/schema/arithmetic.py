@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from bridge.config.read.view import View
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, ranges_of
-from bridge.config.schema.view import View
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 """What every TransformerConfig gives, though the constructor takes their default, 0."""

@@ -10,11 +10,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, cast
 
 from bridge.config import BridgeError, Document, DocumentError, Problem
+from bridge.config.read.view import View
 from bridge.config.schema.ranges import TRANSFORMER
-from bridge.config.schema.view import View
-from bridge.config.standins import Made
-from bridge.config.tables import shipped
-from bridge.config.targets import declared, import_builder
+from bridge.config.schema.registered import import_builder
+from bridge.config.schema.registry import declared
+from bridge.config.schema.table import shipped
+from bridge.config.schema.values import Made
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
 from bridge.dist.documents import apply_layout
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
     from bridge.config import ModelConfig
-    from bridge.config.decode import Checked
+    from bridge.config.read.decode import Checked
 
 RULES_OF_A_BUILDER = "bridge.rules"
 """The entry-point group of the rules of families of models: the name of a builder, and a tuple of rules.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bridge.config import DocumentError, Problem
-from bridge.config.document import read_file
-from bridge.config.refusal import got
+from bridge.config.documents.sources import read_file
+from bridge.config.problems import got
 
 ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
 

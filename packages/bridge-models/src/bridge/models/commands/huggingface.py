@@ -26,7 +26,7 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
     CONFIG_JSON is the file, a folder with a config.json, or - for standard input; nothing is fetched. What a document
     cannot say is refused, all of it at once, by the names of its fields.
     """
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
     from bridge.models import huggingface
 
     _check_free(output, force=force)
@@ -57,7 +57,7 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
     FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input. PATH=VALUE overrides a value,
     ~PATH removes one. What a config.json cannot say is refused, all of it at once, by the paths of its fields.
     """
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
     from bridge.models import huggingface
 
     if output is not None:

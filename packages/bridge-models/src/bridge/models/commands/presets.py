@@ -7,7 +7,7 @@ from importlib.resources.abc import Traversable
 
 import click
 
-from bridge.config.presets import presets as installed_presets
+from bridge.config.documents.presets import presets as installed_presets
 
 
 @click.command()

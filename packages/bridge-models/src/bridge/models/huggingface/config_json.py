@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from bridge.config.document import STANDARD_INPUT, Document, nearest_source, read_file
+from bridge.config.documents.document import Document
+from bridge.config.documents.sources import STANDARD_INPUT, nearest_source, read_file
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.files import parse_json
-from bridge.config.refusal import got
+from bridge.config.problems import got
+from bridge.config.text.parse import parse_json
 
 
 def load_config_json(source: str) -> Document:

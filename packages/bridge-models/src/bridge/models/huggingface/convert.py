@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config.document import Document
+from bridge.config.documents.document import Document
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.document_fields import make_document, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES

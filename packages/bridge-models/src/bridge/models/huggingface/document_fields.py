@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.canonical import canonical
-from bridge.config.tables import shipped
+from bridge.config.schema.table import shipped
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.targets import GENERATION, TRANSFORMER
 

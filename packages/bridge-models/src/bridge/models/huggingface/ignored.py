@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.config.errors import nearest
 from bridge.config.paths import shown
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.fields.windows import FULL
 from bridge.models.huggingface.translation import Translation
 

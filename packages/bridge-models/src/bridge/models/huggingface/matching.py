@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bridge.config.errors import DocumentError, Problem, nearest, quoted
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, not_default
 from bridge.models.huggingface.families import ARCHITECTURES

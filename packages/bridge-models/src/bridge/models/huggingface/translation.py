@@ -9,7 +9,7 @@ from typing import Any
 
 from bridge.config.errors import Problem, nearest, quoted
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import got
+from bridge.config.problems import got
 
 MAX_LAYERS = 10_000
 """So many layers a model may have: what is said of each is written out."""

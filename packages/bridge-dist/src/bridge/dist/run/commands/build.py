@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bridge.config import BridgeError, Document
-from bridge.config.document import STANDARD_INPUT
+from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.frames import describe
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.documents import apply_layout

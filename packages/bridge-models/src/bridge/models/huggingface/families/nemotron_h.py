@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.activation import activation
 from bridge.models.huggingface.fields.attention import heads

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bridge.config.errors import nearest
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.fields.row import Row
 from bridge.models.huggingface.targets import YARN_TRANSFORMER
 from bridge.models.huggingface.translation import (

@@ -6,7 +6,7 @@ weights makes the difference: it is the softmax of the best ones' scores (``moe_
 
 from __future__ import annotations
 
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.fields.row import Row, always
 from bridge.models.huggingface.translation import COUNT, FLAG, NUMBER, TEXT, Name, Translation
 

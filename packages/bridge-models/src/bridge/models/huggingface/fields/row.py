@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.config.paths import shown
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.translation import INTEGER, Name, Translate, Translation, format_value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bridge.config.refusal import got
+from bridge.config.problems import got
 from bridge.models.huggingface.fields.row import Row
 from bridge.models.huggingface.translation import COUNT, FLAG, INTEGER, TEXTS, Name, Translation
 

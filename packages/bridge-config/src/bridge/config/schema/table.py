@@ -13,8 +13,8 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, Literal
 
-from bridge.config.migrate import Schema
-from bridge.config.types import PYTHON_TYPES, Anything, Plain, Type, from_json, to_json
+from bridge.config.schema.annotations import PYTHON_TYPES, Anything, Plain, Type, from_json, to_json
+from bridge.config.schema.versions import Schema
 
 Kinds = frozenset[type]
 Kind = Literal["config", "enum", "function", "dtype", "class", "builder", "value"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from bridge.config.schema.pipeline_layout import stages_of
 from bridge.config.schema.ranges import TRANSFORMER
-from bridge.config.tables import Target, shipped_dtypes
+from bridge.config.schema.table import shipped_dtypes
+from bridge.config.schema.target import Target
 
 
 class View:

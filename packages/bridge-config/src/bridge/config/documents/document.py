@@ -15,17 +15,20 @@ from itertools import islice
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
+from bridge.config.documents.presets import preset, presets
 from bridge.config.errors import ConfigError, DocumentError, Problem, TargetError, closest, nearest
-from bridge.config.files import BYTE_ORDER_MARK, MAX_BYTES, Node, Parsed, dump_json, dump_yaml, parse_json, parse_yaml
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
-from bridge.config.presets import preset, presets
-from bridge.config.refusal import got
+from bridge.config.problems import got
+from bridge.config.text.dump import dump_json, dump_yaml
+from bridge.config.text.limits import MAX_BYTES
+from bridge.config.text.nodes import Node
+from bridge.config.text.parse import BYTE_ORDER_MARK, Parsed, parse_json, parse_yaml
 
 if TYPE_CHECKING:
     from bridge.config.compare import Difference
-    from bridge.config.decode import Checked
-    from bridge.config.migrate import Migrated
+    from bridge.config.read.decode import Checked
+    from bridge.config.rewrite import Migrated
 
 STANDARD_INPUT = "-"
 """What stands for standard input where a file is asked for."""
@@ -171,7 +174,7 @@ class Document:
         Raises:
             DocumentError: it describes none; every problem with the file, line and column of its value.
         """
-        from bridge.config.decode import decode_config
+        from bridge.config.read.decode import decode_config
 
         with self.placing_problems():
             return decode_config(self.data, ModelConfig)
@@ -185,7 +188,7 @@ class Document:
         Raises:
             DocumentError: it describes no configuration; every problem with the file, line and column of its value.
         """
-        from bridge.config.decode import check
+        from bridge.config.read.decode import check
 
         with self.placing_problems():
             return check(self.data, defaults=defaults)
@@ -221,8 +224,8 @@ class Document:
         Raises:
             DocumentError: it has no such form; every problem with the file, line and column of its value.
         """
-        from bridge.config.decode import current
-        from bridge.config.worlds import Tables
+        from bridge.config.read.decode import current
+        from bridge.config.read.lookup import TableLookup
 
         with self.placing_problems():
             present = current(self.data, Tables())
@@ -252,7 +255,7 @@ class Document:
         self._check_top()
         if self._parsed is None or self._parsed.kind != "yaml":
             return dump_yaml(self.data)
-        from bridge.config.edit import edited
+        from bridge.config.text.edit import edited
 
         return edited(self._parsed, self.data, self._dropped)
 
@@ -326,7 +329,7 @@ class Document:
 
     def _schema(self) -> dict[str, Any] | None:
         """The JSON Schema of the document; None if there is none."""
-        from bridge.config.jsonschema import json_schema
+        from bridge.config.schema.jsonschema import json_schema
 
         name = self.data.get("_target_")
         try:
@@ -354,8 +357,8 @@ class Document:
 
     def _meant(self, text: str) -> Path:
         """The path that an override names; in one of the reference, what it names in the model's present form."""
-        from bridge.config.decode import Current
-        from bridge.config.reference import adopted
+        from bridge.config.foreign.recognize import adopted
+        from bridge.config.read.decode import Current
 
         path = parsed(text)
         if not path or path[0] in self.data:
@@ -424,7 +427,7 @@ class Document:
 
     def _in_text(self, path: Path) -> Path:
         """Where the value that is now at `path` stands in the text."""
-        from bridge.config.decode import origin
+        from bridge.config.read.decode import origin
 
         return origin(path, self._migrations) if self._migrations else path
 

@@ -1,6 +1,6 @@
 """JSON Schemas of configuration documents, for editors and other tools: from the shipped table alone.
 
-A schema is of the current form of documents. It accepts what the checker (`bridge.config.decode.check`) accepts of that
+A schema is of the current form of documents. It accepts what the checker (`bridge.config.read.decode.check`) accepts of that
 form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer here,
 that a name must be authorised, or that fields must go together.
 """
@@ -12,11 +12,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.errors import TargetError, nearest
-from bridge.config.migrate import VERSION_KEY
-from bridge.config.schema.arithmetic import NEEDED_SIZES
-from bridge.config.schema.ranges import TRANSFORMER, Range, ranges_of
-from bridge.config.tables import MODEL_CONFIG, Field, Target, is_model, shipped, shipped_dtypes, shipped_names
-from bridge.config.types import (
+from bridge.config.schema.annotations import (
     Anything,
     Choice,
     Class,
@@ -30,6 +26,12 @@ from bridge.config.types import (
     Plain,
     Type,
 )
+from bridge.config.schema.arithmetic import NEEDED_SIZES
+from bridge.config.schema.names import MODEL_CONFIG
+from bridge.config.schema.ranges import TRANSFORMER, Range, ranges_of
+from bridge.config.schema.table import shipped, shipped_dtypes, shipped_names
+from bridge.config.schema.target import Field, Target, is_model
+from bridge.config.schema.versions import VERSION_KEY
 
 Json = dict[str, Any]
 

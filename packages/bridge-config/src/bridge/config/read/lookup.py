@@ -11,16 +11,18 @@ from itertools import compress
 from operator import is_not
 from typing import Any
 
-from bridge.config import targets
-from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError
-from bridge.config.generation import stays_data
-from bridge.config.reader import Reader, World
-from bridge.config.refusal import ReadError, refused
-from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Target, shipped, shipped_dtypes
-from bridge.config.targets import qualified_name
-from bridge.config.types import Class, Instance
+from bridge.config.problems import ReadError, refused
+from bridge.config.read.lookup import Lookup
+from bridge.config.read.reader import Reader
+from bridge.config.schema import registry
+from bridge.config.schema.annotations import Class, Instance
+from bridge.config.schema.generation import stays_data
+from bridge.config.schema.inspection import describe, is_dtype
+from bridge.config.schema.names import qualified_name
+from bridge.config.schema.table import shipped, shipped_dtypes
+from bridge.config.schema.target import Target
+from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 

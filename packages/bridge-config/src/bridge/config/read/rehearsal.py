@@ -7,18 +7,19 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, is_typeddict
 
-from bridge.config.describe import describe
 from bridge.config.errors import TargetError
-from bridge.config.generation import FIELD as GENERATION_FIELD
-from bridge.config.generation import GenerationSettings
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path
-from bridge.config.reader import Reader, unopened
-from bridge.config.refusal import Found, ReadError, got, step
-from bridge.config.standins import Made, Partial
-from bridge.config.tables import MODEL_CONFIG, Target
-from bridge.config.types import PYTHON_TYPES, Choice, Instance, Plain, Type
-from bridge.config.worlds import Live, Rehearsal, check_builder
+from bridge.config.problems import Found, ReadError, got, step
+from bridge.config.read.lookup import LiveLookup, Rehearsal, check_builder
+from bridge.config.read.reader import Reader, unopened
+from bridge.config.schema.annotations import PYTHON_TYPES, Choice, Instance, Plain, Type
+from bridge.config.schema.generation import FIELD as GENERATION_FIELD
+from bridge.config.schema.generation import GenerationSettings
+from bridge.config.schema.inspection import describe
+from bridge.config.schema.names import MODEL_CONFIG
+from bridge.config.schema.target import Target
+from bridge.config.schema.values import Made, Partial
 
 _PLAIN_TYPES = frozenset[type]().union(*PYTHON_TYPES.values())
 _MODEL: Type = (Instance(MODEL_CONFIG, ModelConfig),)
@@ -76,7 +77,7 @@ class Rehearsing:
             except TargetError as error:
                 self.found.append((("_builder_",), str(error)))
         if data.get(GENERATION_FIELD) is not None:
-            from bridge.config.decode import unfit_settings  # it reads the documents of other systems, too
+            from bridge.config.read.generation import unfit_settings  # it reads the documents of other systems, too
 
             self.found += unfit_settings(data, self._reader.class_in(data, _MODEL))
 

@@ -2,7 +2,7 @@
 
 They write a model as a config that embeds a transformer, or as a provider that is a transformer with more fields, alone
 or under `model` in a `run_config.yaml`. What these forms cannot say, or Bridge cannot know of them, is told by name.
-The arguments that Megatron-LM keeps in its checkpoints are read in `bridge.config.megatron_args`.
+The arguments that Megatron-LM keeps in its checkpoints are read in `bridge.config.foreign.megatron_args`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from bridge.config import megatron_args
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.foreign import (
     ENUMS,
@@ -25,16 +24,19 @@ from bridge.config.foreign import (
     TRANSFORMER,
     Adoption,
     layers_in,
+    megatron_args,
     transformer_of,
     with_predictions,
 )
-from bridge.config.migrate import Migrated, config_at, inner_type
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import shortened
+from bridge.config.problems import shortened
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import inner_type
+from bridge.config.schema.inspection import config_at
 
 if TYPE_CHECKING:
-    from bridge.config.tables import Target
-    from bridge.config.types import Type
+    from bridge.config.schema.annotations import Type
+    from bridge.config.schema.target import Target
 
 _OWNERS = ("megatron.training.", "megatron.bridge.")
 _BRIDGE = "megatron.bridge.models"
@@ -309,7 +311,7 @@ class _ReferenceAdoption(Adoption):
         self._take(data)
 
     def _take(self, data: dict[str, Any]) -> None:
-        from bridge.config.tables import shipped
+        from bridge.config.schema.table import shipped
 
         if (builder := data.get("_builder_")) is not None:
             self.top["_builder_"] = self.renamed(builder)
@@ -505,7 +507,7 @@ def to_run_config(data: Mapping[str, Any]) -> Migrated:
     Raises:
         DocumentError: the reference has no model like it.
     """
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     family = next((one for one in _FAMILIES if one.configs and data.get("_target_") == one.ours), None)
     model = shipped(family.ours) if family else None
@@ -559,7 +561,7 @@ def _with_pattern(section: dict[str, Any]) -> list[str]:
 
 def _without_extensions(section: dict[str, Any]) -> list[str]:
     """Make the transformer in `section` one of megatron-core; what is said about what that has not."""
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     transformer = section["transformer"]
     theirs = shipped(EXTENDED.get(transformer["_target_"], ""))
@@ -579,7 +581,7 @@ def _their_form(value: Any, type_: Type) -> Any:
         return [_their_form(item, inner_type(type_)) for item in value]
     if not isinstance(value, dict):
         return value
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     if (target := config_at(value, type_, shipped)) is not None:
         return {"_target_": target.name} | {
@@ -603,8 +605,8 @@ def _their_form(value: Any, type_: Type) -> Any:
 
 
 def _their_name(value: str, type_: Type) -> Any:
-    from bridge.config.tables import shipped, shipped_dtypes
-    from bridge.config.types import Anything, Choice, Class, Dtype, Function, Instance, Plain
+    from bridge.config.schema.annotations import Anything, Choice, Class, Dtype, Function, Instance, Plain
+    from bridge.config.schema.table import shipped, shipped_dtypes
 
     for member in type_:
         match member:
@@ -622,7 +624,7 @@ def _their_name(value: str, type_: Type) -> Any:
 
 
 def _canonical(name: str) -> str:
-    from bridge.config.tables import shipped_aliases
+    from bridge.config.schema.table import shipped_aliases
 
     return shipped_aliases().get(name, name)
 
@@ -637,8 +639,8 @@ def _their_enum(target: Target | None, member: str) -> Any:
 
 def _tuples(data: Mapping[str, Any], target: Target) -> list[str]:
     """The fields whose value is a tuple."""
-    from bridge.config.tables import shipped
-    from bridge.config.types import Fixed, Items
+    from bridge.config.schema.annotations import Fixed, Items
+    from bridge.config.schema.table import shipped
 
     found = []
     for key, value in data.items():

@@ -25,14 +25,9 @@ from typing import (
     is_typeddict,
 )
 
-from bridge.config import targets
-from bridge.config.declaration import check_class
-from bridge.config.generation import GENERATION_CONFIG
-from bridge.config.migrate import Schema, declared_schema
 from bridge.config.model import ModelConfig
-from bridge.config.tables import Field, Target, shipped
-from bridge.config.targets import qualified_name
-from bridge.config.types import (
+from bridge.config.schema import registry
+from bridge.config.schema.annotations import (
     ANYTHING,
     Anything,
     Choice,
@@ -48,6 +43,11 @@ from bridge.config.types import (
     Plain,
     Type,
 )
+from bridge.config.schema.declaration import check_class
+from bridge.config.schema.names import GENERATION_CONFIG, qualified_name
+from bridge.config.schema.table import shipped
+from bridge.config.schema.target import Field, Target
+from bridge.config.schema.versions import Schema, declared_schema
 from bridge.config.writethrough import WriteThrough
 
 # Classes that are not dataclasses and yet have a written form: constructor argument -> the attribute that holds it.
@@ -209,7 +209,7 @@ def _item_field(cls: Any, name: str, hint: Any) -> Field:
 
 
 def _tuple_field(cls: Any, name: str, type_: Type) -> Field:
-    from bridge.config.encode import written
+    from bridge.config.write.encode import written
 
     required = name not in cls._field_defaults
     default = MISSING if required else written(cls._field_defaults[name], type_)
@@ -225,7 +225,7 @@ def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, ke
 
 
 def _default(f: dataclasses.Field[Any], type_: Type) -> Any:
-    from bridge.config.encode import written
+    from bridge.config.write.encode import written
 
     value = f.default if f.default_factory is MISSING else f.default_factory()
     return MISSING if value is MISSING else written(value, type_)

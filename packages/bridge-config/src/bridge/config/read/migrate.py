@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config.errors import ConfigError, TargetError
 from bridge.config.paths import Path, parsed, shown
-from bridge.config.refusal import got, shortened
-from bridge.config.types import Anything, Fixed, Instance, Items, Member, Type
-from bridge.config.types import Mapping as MappingType
+from bridge.config.problems import got, shortened
+from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Member, Type
+from bridge.config.schema.annotations import Mapping as MappingType
 
 if TYPE_CHECKING:
-    from bridge.config.tables import Target
+    from bridge.config.schema.target import Target
 
 VERSION_KEY = "_version_"
 
@@ -223,7 +223,7 @@ def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Tar
 
 def _named_by(member: Instance, target_of: TargetOf) -> Target | None:
     """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
-    from bridge.config.describe import target_of as described
+    from bridge.config.schema.inspection import target_of as described
 
     return described(member) or target_of(member.name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config.tables import Target
+from bridge.config.schema.target import Target
 
 
 class _StandIn:

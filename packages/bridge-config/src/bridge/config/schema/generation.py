@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from bridge.config import targets
 from bridge.config.errors import ConfigError
 from bridge.config.paths import shown
-from bridge.config.refusal import got
+from bridge.config.problems import got
+from bridge.config.schema import registry
 
 GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfig"
 FIELD = "generation_config"
@@ -131,11 +131,11 @@ def _is_installed() -> bool:
 
 def _made(settings: GenerationSettings) -> object:
     """The object of transformers with these settings."""
-    from bridge.config.encode import written
-    from bridge.config.reader import Reader
-    from bridge.config.refusal import ReadError
-    from bridge.config.types import ANYTHING
-    from bridge.config.worlds import Live
+    from bridge.config.problems import ReadError
+    from bridge.config.read.lookup import LiveLookup
+    from bridge.config.read.reader import Reader
+    from bridge.config.schema.annotations import ANYTHING
+    from bridge.config.write.encode import written
 
     try:
         return Reader(Live(), {}).value(written(settings, ANYTHING), ANYTHING)

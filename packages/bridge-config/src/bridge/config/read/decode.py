@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
-from bridge.config.generation import FIELD as GENERATION_FIELD
-from bridge.config.generation import GENERATION_CONFIG, wrong_settings
-from bridge.config.migrate import Migrated, migrated
+from bridge.config.foreign.recognize import adopted
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
-from bridge.config.reader import Reader, World
-from bridge.config.reference import adopted
-from bridge.config.refusal import MAX_PROBLEMS, Found, ReadError, below, got, refused
-from bridge.config.standins import Made
-from bridge.config.tables import MODEL_CONFIG, Target, shipped
-from bridge.config.targets import qualified_name
-from bridge.config.types import Instance
-from bridge.config.worlds import Live, Tables, check_builder
+from bridge.config.problems import MAX_PROBLEMS, Found, ReadError, below, got, refused
+from bridge.config.read.lookup import LiveLookup, Lookup, TableLookup, check_builder
+from bridge.config.read.migrate import migrated
+from bridge.config.read.reader import Reader
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import Instance
+from bridge.config.schema.generation import FIELD as GENERATION_FIELD
+from bridge.config.schema.generation import wrong_settings
+from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, qualified_name
+from bridge.config.schema.table import shipped
+from bridge.config.schema.target import Target
+from bridge.config.schema.values import Made
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 

@@ -1,6 +1,6 @@
 """The one engine that reads documents: strictly, all problems at once, and without running what a document names.
 
-It reads against descriptions of classes (`bridge.config.tables`). What a name stands for, and what is made of it, is
+It reads against descriptions of classes (`bridge.config.schema.table`). What a name stands for, and what is made of it, is
 left to a world: the one of this process makes objects, the one of the table makes stand-ins.
 """
 
@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, is_typeddict
 
-from bridge.config.describe import describe, is_dtype
 from bridge.config.errors import TargetError, nearest, quoted
-from bridge.config.generation import FIELD as GENERATION_FIELD
-from bridge.config.generation import GenerationSettings
-from bridge.config.migrate import hint_for
 from bridge.config.paths import Path, parsed
-from bridge.config.refusal import Found, ReadError, below, got, refused, step, unexpected
-from bridge.config.schema.arithmetic import CHECKS, check_fields
-from bridge.config.schema.ranges import ranges_of
-from bridge.config.schema.view import View
-from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Target, remember, shape_of, shipped_dtypes
-from bridge.config.targets import qualified_name
-from bridge.config.types import (
+from bridge.config.problems import Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.read.migrate import hint_for
+from bridge.config.read.view import View
+from bridge.config.schema.annotations import (
     ANYTHING,
     PYTHON_TYPES,
     Anything,
@@ -40,6 +32,15 @@ from bridge.config.types import (
     Plain,
     Type,
 )
+from bridge.config.schema.arithmetic import CHECKS, check_fields
+from bridge.config.schema.generation import FIELD as GENERATION_FIELD
+from bridge.config.schema.generation import GenerationSettings
+from bridge.config.schema.inspection import describe, is_dtype
+from bridge.config.schema.names import qualified_name
+from bridge.config.schema.ranges import ranges_of
+from bridge.config.schema.table import shipped_dtypes
+from bridge.config.schema.target import Target, remember, shape_of
+from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
@@ -179,7 +180,7 @@ class Reader:
         return [(parsed(path), said) for path, said in check_fields(view, target.bases)]
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
-        """The value of a field; generation settings may stay data, see `bridge.config.generation`."""
+        """The value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
         if key != GENERATION_FIELD or (world := self._world.without_objects(target, value)) is None:
             return self.value(value, type_)
         return GenerationSettings(Reader(world, self._omitted).value(value, ANYTHING).values)

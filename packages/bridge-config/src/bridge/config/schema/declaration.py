@@ -73,7 +73,9 @@ def _check_decorated(cls: type) -> None:
 def _check_schema(cls: type) -> None:
     if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:
         return
-    from bridge.config.migrate import Schema  # few classes have one, and its module is larger than this package's core
+    from bridge.config.schema.versions import (
+        Schema,  # few classes have one, and its module is larger than this package's core
+    )
 
     if not isinstance(schema, Schema):
         raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")

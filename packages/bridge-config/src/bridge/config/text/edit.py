@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bridge.config.errors import ConfigError, DocumentError
-from bridge.config.files import Node, Parsed, check_writable, dump_flow, dump_yaml, parse_yaml
+from bridge.config.text.dump import check_writable, dump_flow, dump_yaml
+from bridge.config.text.nodes import Node
+from bridge.config.text.parse import Parsed, parse_yaml
 
 _GAP = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _ANCHOR = re.compile(r"&[^\s,\[\]{}]+")

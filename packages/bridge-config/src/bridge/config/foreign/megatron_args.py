@@ -26,11 +26,12 @@ from bridge.config.foreign import (
     transformer_of,
     with_predictions,
 )
-from bridge.config.migrate import Migrated, inner_type
 from bridge.config.paths import Path, shown
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import inner_type
 
 if TYPE_CHECKING:
-    from bridge.config.types import Type
+    from bridge.config.schema.annotations import Type
 
 # Names that no document has but one of Megatron-LM's arguments.
 _MARKS = frozenset(
@@ -205,7 +206,7 @@ class _ArgumentsAdoption(Adoption):
     """The arguments of one model on their way to a document of ours."""
 
     def __init__(self, args: dict[str, Any], at: Path) -> None:
-        from bridge.config.tables import shipped
+        from bridge.config.schema.table import shipped
 
         target = _model_of(args)
         super().__init__(target, at)
@@ -454,7 +455,7 @@ _ACTIVATIONS: dict[str, tuple[str, bool]] = {
 
 def _kinds(type_: Type) -> set[str]:
     """The kinds of plain values of a type."""
-    from bridge.config.types import Plain
+    from bridge.config.schema.annotations import Plain
 
     return {member.kind for member in type_ if isinstance(member, Plain)}
 
@@ -505,8 +506,8 @@ def _read(value: Any, type_: Type) -> Any:
     if isinstance(value, list):
         return [_read(item, inner_type(type_)) for item in value]
     if isinstance(value, str) and "." in value:
-        from bridge.config.tables import shipped
-        from bridge.config.types import Instance
+        from bridge.config.schema.annotations import Instance
+        from bridge.config.schema.table import shipped
 
         cls, _, member = value.rpartition(".")
         for one in type_:

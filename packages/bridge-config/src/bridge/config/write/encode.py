@@ -10,17 +10,13 @@ from functools import lru_cache, partial
 from math import isfinite
 from typing import Any
 
-from bridge.config import targets
-from bridge.config.describe import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.errors import OmittedWarning, quoted, warn
-from bridge.config.generation import GENERATION_CONFIG, GenerationSettings
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, shown
-from bridge.config.refusal import MAX_PROBLEMS, got
-from bridge.config.rehearsal import Rehearsing
-from bridge.config.standins import EnumMember, Made, Named, Partial
-from bridge.config.tables import Kinds, Target, ready_for, remember, shape_of
-from bridge.config.types import (
+from bridge.config.problems import MAX_PROBLEMS, got
+from bridge.config.read.rehearsal import Rehearsing
+from bridge.config.schema import registry
+from bridge.config.schema.annotations import (
     ANYTHING,
     Anything,
     Choice,
@@ -35,6 +31,12 @@ from bridge.config.types import (
     Plain,
     Type,
 )
+from bridge.config.schema.generation import GenerationSettings
+from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, target_of
+from bridge.config.schema.names import GENERATION_CONFIG
+from bridge.config.schema.table import Kinds
+from bridge.config.schema.target import Target, ready_for, remember, shape_of
+from bridge.config.schema.values import EnumMember, Made, Named, Partial
 from bridge.config.writethrough import shared_names
 
 Omitted = list[dict[str, str]]

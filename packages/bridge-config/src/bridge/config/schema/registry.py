@@ -50,7 +50,7 @@ def register(obj: T, name: str | None = None) -> T:
     Raises:
         TargetError: `obj` has no name of its own and none is given, or the name already stands for another object.
     """
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     name = name or qualified_name(obj)
     if name is None:
@@ -104,7 +104,7 @@ def _forget_names() -> None:
 
 def known_names() -> list[str]:
     """Every name that a document of this process may use, sorted."""
-    from bridge.config.tables import nameable
+    from bridge.config.schema.table import nameable
 
     return sorted({*_registered, *declared(), *nameable()})
 
@@ -143,7 +143,7 @@ def check_declared(name: str) -> None:
 
 def _unknown(name: str, *, suggest: bool) -> str:
     """What to say about a name that stands for nothing."""
-    from bridge.config.tables import shipped
+    from bridge.config.schema.table import shipped
 
     for prefix, home in _HOMES.items():
         if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _installed(home):
@@ -242,7 +242,7 @@ def _declaration(name: str) -> EntryPoint:
     Raises:
         TargetError: there are several, or it declares something else than the name says.
     """
-    from bridge.config.tables import shipped_aliases
+    from bridge.config.schema.table import shipped_aliases
 
     points = declared()[name]
     if len({point.value for point in points}) > 1:

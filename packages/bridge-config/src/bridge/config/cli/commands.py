@@ -18,9 +18,9 @@ import click
 from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quoted
 
 if TYPE_CHECKING:
-    from bridge.config.decode import Checked
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
     from bridge.config.errors import Problem
+    from bridge.config.read.decode import Checked
 
     Check = Callable[[Document], list[Problem]]
 
@@ -98,7 +98,7 @@ def validate(
 @_as_json
 def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a document."""
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
     click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
@@ -149,7 +149,7 @@ def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_cod
 @_as_json
 def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print the fingerprint of a document."""
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
     with _omissions() as notes:
@@ -171,7 +171,7 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file says
     which schema is its own in the line "# yaml-language-server: $schema=FILE".
     """
-    from bridge.config.jsonschema import json_schema, schema_targets
+    from bridge.config.schema.jsonschema import json_schema, schema_targets
 
     if target is None:
         if output is not None:
@@ -210,7 +210,7 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
 @_as_json
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     """Print a document in the present form."""
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
 
     if write and to_form:
         raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
@@ -222,7 +222,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
         document.save()
     if to_form:
         from bridge.config.canonical import canonical
-        from bridge.config.reference import to_run_config
+        from bridge.config.foreign.run_config import to_run_config
 
         with _omissions():  # told already
             theirs = to_run_config(canonical(document.data))
@@ -234,7 +234,8 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Files and overrides, in order."""
-    from bridge.config.document import is_override, is_source, meant_as_override
+    from bridge.config.documents.overrides import is_override, meant_as_override
+    from bridge.config.documents.sources import is_source
 
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
@@ -255,7 +256,7 @@ def _check_sources(sources: list[str]) -> None:
 
 def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
     """What is wrong with a document, and what was done to bring it into the present form."""
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
 
     with _omissions() as omissions:
         try:
@@ -284,7 +285,7 @@ def _layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
 
 def _checked(source: str, *, defaults: bool) -> Checked:
     """A document that was checked; what it leaves out is told."""
-    from bridge.config.document import Document
+    from bridge.config.documents.document import Document
 
     with _omissions() as notes:
         checked = Document.load(source).check(defaults=defaults)
