@@ -137,7 +137,7 @@ def run_command(*arguments: str | Path) -> tuple[int, str, str]:
 
 _IN_ONE_PROCESS = """\
 import contextlib, io, json, sys
-from bridge.config.cli import main
+from bridge.config.cli.entry import main
 results = []
 for arguments in json.load(sys.stdin):
     out, err, code = io.StringIO(), io.StringIO(), None

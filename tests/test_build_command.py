@@ -174,7 +174,7 @@ def test_fp16_trains_with_a_scaled_loss(one_rank: dict[str, Any]) -> None:
 
 def test_help_imports_no_torch() -> None:
     check = (
-        "import sys; from bridge.config.cli import main\n"
+        "import sys; from bridge.config.cli.entry import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'megatron', 'megatron.core'} & set(sys.modules)"

@@ -19,7 +19,7 @@ BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
 
 LOADED = """\
 import json, sys
-from bridge.config.cli import main
+from bridge.config.cli.entry import main
 from rank_functions import compiler_modules
 try:
     main(json.loads(sys.argv[1]))
@@ -65,7 +65,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("command", REFUSED, ids=lambda command: " ".join(command))
 def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(command: tuple[str, ...]) -> None:
-    code = "import sys; from bridge.config.cli import bridge\ntry: bridge(sys.argv[1:])\n"
+    code = "import sys; from bridge.config.cli.entry import bridge\ntry: bridge(sys.argv[1:])\n"
     code += "finally: print({'torch', 'megatron'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "set()\n")

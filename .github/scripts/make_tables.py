@@ -35,7 +35,7 @@ from bridge.config.schema.target import Field, Target
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"
-ARGUMENTS = PACKAGE / "src/bridge/config/arguments.json"
+ARGUMENTS = PACKAGE / "src/bridge/config/foreign/arguments.json"
 DOCS = yaml.safe_load((PACKAGE / "field_docs.yaml").read_text())
 OURS = ("bridge-builders", "bridge-models")
 

@@ -83,7 +83,7 @@ def compare_processes(document: Path, rounds: int) -> list[Comparison]:
     ways = {
         STDLIB: partial(ran, "import dataclasses, importlib, typing, json, enum"),
         IMPORT: partial(ran, "import bridge.config"),
-        VALIDATE: partial(ran, "from bridge.config.cli import main; main()", "validate", str(document)),
+        VALIDATE: partial(ran, "from bridge.config.cli.entry import main; main()", "validate", str(document)),
         REFERENCE: partial(ran, "import megatron.training.models.base", times=1),
     }
     by_turns(ways, 1)  # compiles what has not been compiled

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 
-RUN = "from bridge.config.cli import main\nmain(['plan', 'tiny'])\n"
+RUN = "from bridge.config.cli.entry import main\nmain(['plan', 'tiny'])\n"
 SIDES = {
     "as it is": RUN,
     "with the compiler": "from bridge.dist import imports\nimports.import_megatron = lambda **_: None\n" + RUN,

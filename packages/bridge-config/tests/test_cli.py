@@ -73,7 +73,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def bridge(site: Path, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=site, input=given, capture_output=True, text=True, check=False
     )
@@ -90,7 +90,7 @@ def test_help_lists_the_commands_of_every_distribution(site: Path) -> None:
 
 def test_help_imports_no_torch() -> None:
     code = (
-        "import sys; from bridge.config.cli import bridge; bridge(['--help'], standalone_mode=False);"
+        "import sys; from bridge.config.cli.entry import bridge; bridge(['--help'], standalone_mode=False);"
         "print([name for name in ('torch', 'megatron') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -276,7 +276,7 @@ def test_an_infinite_number_can_be_shown_as_json_and_says_the_same(site: Path) -
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["show", "validate"])
 def test_output_that_has_no_room_is_a_message_and_an_exit_code(site: Path, command: str, unbuffered: str) -> None:
-    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code, command, "small-extension"],
@@ -291,7 +291,7 @@ def test_output_that_has_no_room_is_a_message_and_an_exit_code(site: Path, comma
 
 
 def test_output_is_utf_8_whatever_the_environment_says(site: Path) -> None:
-    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli import main; main()"
+    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "show", "small-extension", "hf_model_id=\u2192"],
         cwd=site,
@@ -342,7 +342,7 @@ def test_the_version_is_that_of_every_package_and_imports_none(site: Path) -> No
     names = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
     done = bridge(site, "--version")
     assert done.stdout.splitlines() == [f"{name} {version(name)}" for name in names]
-    code = "import sys; from bridge.config.cli import bridge; bridge(['--version'], standalone_mode=False);"
+    code = "import sys; from bridge.config.cli.entry import bridge; bridge(['--version'], standalone_mode=False);"
     code += "print([name for name in ('torch', 'megatron') if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.splitlines()[-1] == "[]"

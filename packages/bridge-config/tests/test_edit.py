@@ -221,7 +221,7 @@ def edits(draw: Callable[[st.SearchStrategy[Any]], Any], *, anchors: bool = Fals
 
 def applied(written: Written, what: str, path: Path, value: Any) -> tuple[Document, Any]:
     """The document after the edit, and the data that is meant."""
-    document = Document(parse_yaml(written.text).data, "a.yaml", parse_yaml(written.text))
+    document = Document.from_text(parse_yaml(written.text), "a.yaml")
     assert document.data == written.data, "the generator says what the text says"
     meant = copy.deepcopy(written.data)
     holder = inside(meant, path[:-1])
@@ -414,7 +414,7 @@ def test_texts_of_every_shape(text: str, data: Any, expected: str) -> None:
 
 def test_of_equal_items_the_one_that_was_removed_goes() -> None:
     text = "a:\n- 1  # first\n- 1  # second\n- 1  # third\n"
-    document = Document(parse_yaml(text).data, "a.yaml", parse_yaml(text))
+    document = Document.from_text(parse_yaml(text), "a.yaml")
     document.remove("a[1]")
     assert document.to_yaml() == "a:\n- 1  # first\n- 1  # third\n"
 

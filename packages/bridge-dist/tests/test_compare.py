@@ -178,7 +178,7 @@ def test_files_are_compared_without_torch(folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "run.json").write_text(json.dumps(ON_GPUS))
     check = (
-        "import sys; from bridge.config.cli import main\n"
+        "import sys; from bridge.config.cli.entry import main\n"
         "try: main(['compare', 'plan.json', 'run.json', '--json'])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'megatron', 'megatron.core'} & set(sys.modules)"

@@ -126,7 +126,7 @@ def test_neither_command_needs_torch_megatron_or_transformers(tmp_path: Path) ->
     file = written(tmp_path, LLAMA)
     document = tmp_path / "a.yaml"
     code = (
-        "import sys; from bridge.config.cli import bridge\n"
+        "import sys; from bridge.config.cli.entry import bridge\n"
         f"for line in (['from-hf', {str(file)!r}, '-o', {str(document)!r}], ['to-hf', {str(document)!r}]):\n"
         "    bridge(line, standalone_mode=False)\n"
         "print({'torch', 'megatron', 'transformers', 'numpy'} & {name.partition('.')[0] for name in sys.modules})"

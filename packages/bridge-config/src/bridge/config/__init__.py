@@ -39,11 +39,11 @@ __all__ = [
 _LAZY = {
     "Changed": "migrate",
     "Difference": "compare",
-    "Document": "document",
+    "Document": "documents.document",
     "Moved": "migrate",
     "Removed": "migrate",
     "Schema": "migrate",
-    "load_config": "document",
+    "load_config": "documents.document",
 }
 
 

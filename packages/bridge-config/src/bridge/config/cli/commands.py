@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bridge.config.documents.overrides import is_override, meant_as_override
+from bridge.config.documents.sources import is_source
 from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quoted
 
+# `bridge --help` loads this module for its help lines, so commands import documents where they run.
 if TYPE_CHECKING:
     from bridge.config.documents.document import Document
     from bridge.config.errors import Problem
@@ -234,9 +237,6 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Files and overrides, in order."""
-    from bridge.config.documents.overrides import is_override, meant_as_override
-    from bridge.config.documents.sources import is_source
-
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
     if not sources:

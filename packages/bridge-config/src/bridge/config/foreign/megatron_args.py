@@ -7,146 +7,32 @@ default=str)`. What describes the model and how it is split is taken, as `core_t
 
 from __future__ import annotations
 
-import ast
-import json
-import re
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.foreign import (
-    GPT,
-    MAMBA,
-    T5,
-    YARN,
-    Adoption,
-    is_off,
-    layers_in,
-    transformer_of,
-    with_predictions,
+from bridge.config.foreign.argument_names import (
+    ACTIVATIONS,
+    MARKS,
+    MODEL,
+    NEGATED,
+    PATTERNS,
+    REFUSED,
+    RENAMED,
+    RUN,
+    TOGETHER,
+    USUAL_SPECS,
+    YARN_FIELDS,
+    known_arguments,
 )
+from bridge.config.foreign.conversion import Adoption, is_off, transformer_of
+from bridge.config.foreign.layer_patterns import layers_in, layers_of_pattern, with_predictions
+from bridge.config.foreign.names import GPT, MAMBA, T5, YARN
 from bridge.config.paths import Path, shown
 from bridge.config.rewrite import Migrated
-from bridge.config.schema.annotations import inner_type
+from bridge.config.schema.annotations import Instance, Plain, Type, inner_type
+from bridge.config.schema.table import shipped
 
-if TYPE_CHECKING:
-    from bridge.config.schema.annotations import Type
-
-# Names that no document has but one of Megatron-LM's arguments.
-_MARKS = frozenset(
-    [
-        "untie_embeddings_and_output_weights",
-        "padded_vocab_size",
-        "swiglu",
-        "bias_gelu_fusion",
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "num_experts",
-        "group_query_attention",
-        "rotary_seq_len_interpolation_factor",
-        "micro_batch_size",
-        "tokenizer_type",
-    ]
-)
 _NEEDED = ("hidden_size", "num_attention_heads", "max_position_embeddings")
-# What a switch that says no is called where it says yes.
-_NEGATED = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
-# Fields of the transformer that are called otherwise there.
-_RENAMED = {
-    "num_experts": "num_moe_experts",
-    "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
-    "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
-    "fp8_param_gather": "fp8_param",
-    "fp4_param_gather": "fp4_param",
-    "seed": "inference_sampling_seed",
-    "model_parallel_size": "tensor_model_parallel_size",
-    "norm_epsilon": "layernorm_epsilon",
-}
-# Fields of the model that are called otherwise there.
-_MODEL = {
-    "max_position_embeddings": "seq_length",
-    "use_rope_scaling": "rope_scaling",
-    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
-}
-# What becomes of several arguments together; these are looked at by name.
-_TOGETHER = frozenset(
-    [
-        "num_layers",
-        "encoder_num_layers",
-        "decoder_num_layers",
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "swiglu",
-        "squared_relu",
-        "quick_geglu",
-        "bias_gelu_fusion",
-        "bias_swiglu_fusion",
-        "init_method_xavier_uniform",
-        "group_query_attention",
-        "num_query_groups",
-        "rope_type",
-        "cp_comm_type",
-        "ffn_hidden_size",
-        "hybrid_layer_pattern",
-        "hybrid_override_pattern",
-        "mtp_hybrid_override_pattern",
-        "padded_vocab_size",
-        "vocab_size",
-        "make_vocab_size_divisible_by",
-        "untie_embeddings_and_output_weights",
-        "position_embedding_type",
-        "use_rotary_position_embeddings",
-        "add_position_embedding",
-        "rope_scaling_factor",
-        "heterogeneous_layers_config_path",
-        "seq_length",
-        "spec",
-        "model_type",
-    ]
-)
-# Arguments that change the model in a way that no document of ours says.
-_REFUSED = {
-    "kitchen_config_file": "Bridge has no form for layers of Kitchen",
-    "kitchen_recipe_number": "Bridge has no form for layers of Kitchen",
-    "te_precision_config_file": "the file is not read: give what is in it as transformer.quant_recipe",
-    "yaml_cfg": "the model is described in that file, in a form that Bridge does not read",
-    "retro_add_retriever": "Bridge has no configuration for a RETRO model",
-    "hybrid_attention_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
-    "hybrid_mlp_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
-    "pipeline_model_parallel_split_rank": "megatron-core has no pipeline with an encoder in it any more",
-    "encoder_tensor_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
-    "encoder_pipeline_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
-    "vision_pretraining": "Bridge has no configuration for a vision model",
-}
-# How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
-_RUN = re.compile(
-    "DDP_impl|activations_checkpoint_|adam_|adlr_|async_|auto_detect_|batch_size|bert_|biencoder_|checkpoint_|ckpt_|consumed_|"
-    "curr_iteration|data_|dataloader_|dataset_|ddp_|delay_grad_reduce|delay_param_gather|dino_|dist_ckpt_|"
-    "distribute_checkpointed_activations|do_(test|train|valid)|embedder_|enable_one_logger|error_injection_|eval_|exit_|"
-    "expert_parallel|fim_|fsdp_|ft_|ict_|inference_|iteration|log_|logging_|lr_|mmap_warmup|no_async_|num_floating_point_|"
-    "num_workers|one_logger_|optimizer_|profile|rampup_|rank|rerun_|retriever_|retro_|rl_|save_|"
-    "scatter_gather_tensors_in_pipeline|skipped_train_samples|straggler_|tensorboard_|tokenizer_|train_|"
-    "transformer_pipeline_model_parallel_size|use_contiguous_buffers_in_local_ddp|use_dist_ckpt|"
-    "use_layer_wise_distributed_optimizer|use_(legacy|mcore)_models|use_ring_exchange_p2p|valid_|wandb_|warmup|world_size"
-)
-# Specs that say in so many words what the default choice of layers comes to.
-_USUAL_SPECS = (
-    ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
-    ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
-)
-# The defaults of YaRN, where an argument is not given.
-_YARN = {
-    "rotary_scaling_factor": ("yarn_rotary_scaling_factor", 1.0),
-    "yarn_original_max_position_embeddings": ("yarn_original_max_position_embeddings", 4096),
-    "yarn_beta_fast": ("yarn_beta_fast", 32.0),
-    "yarn_beta_slow": ("yarn_beta_slow", 1.0),
-    "mscale": ("yarn_mscale", 1.0),
-    "mscale_all_dim": ("yarn_mscale_all_dim", 0.0),
-    "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
-}
-# Fields that the parser takes as text too: a number, or a list made of lists by + and *.
-_PATTERNS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
 _CLASS_CHOICES = (
     "multi_latent_attention",
     "heterogeneous_layers_config_path",
@@ -169,7 +55,7 @@ def adopted(data: object) -> Migrated | None:
         return None
     section = data.get("args")
     args, at = (section, ("args",)) if isinstance(section, dict) else (data, ())
-    found = sorted(_MARKS & args.keys())
+    found = sorted(MARKS & args.keys())
     if len(found) < 2 or "_target_" in args:
         return None
     missing = [name for name in _NEEDED if args.get(name) is None]
@@ -188,26 +74,16 @@ def _pattern(args: dict[str, Any]) -> Any:
 
 def _model_of(args: dict[str, Any]) -> str:
     """Our config for the model of these arguments."""
-    if _pattern(args) or (isinstance(args.get("spec"), list) and args["spec"] in _USUAL_SPECS):
+    if _pattern(args) or (isinstance(args.get("spec"), list) and args["spec"] in USUAL_SPECS):
         return MAMBA
     has_decoder = any(args.get(name) is not None for name in ("decoder_num_layers", "decoder_seq_length"))
     return T5 if has_decoder or str(args.get("model_type")).endswith("encoder_and_decoder") else GPT
-
-
-@cache
-def known_arguments() -> dict[str, Any]:
-    """The arguments of Megatron-LM that the shipped list has, and their defaults."""
-    text = files("bridge.config").joinpath("arguments.json").read_text(encoding="utf-8")
-    arguments: dict[str, Any] = json.loads(text)["arguments"]
-    return arguments
 
 
 class _ArgumentsAdoption(Adoption):
     """The arguments of one model on their way to a document of ours."""
 
     def __init__(self, args: dict[str, Any], at: Path) -> None:
-        from bridge.config.schema.table import shipped
-
         target = _model_of(args)
         super().__init__(target, at)
         self._args = args
@@ -232,29 +108,29 @@ class _ArgumentsAdoption(Adoption):
         run, usual = [], 0
         for name, value in self._args.items():
             path, known = (*self.at, name), name in known_arguments()
-            if name in _REFUSED:
+            if name in REFUSED:
                 if not (is_off(value) or value == 0):
-                    self.problem(path, _REFUSED[name])
-            elif name in _NEGATED:
+                    self.problem(path, REFUSED[name])
+            elif name in NEGATED:
                 if name == "disable_bias_linear" and value and self._args.get("add_bias_linear"):
                     self.problem(path, "add_bias_linear says the contrary: remove one of them")
                 elif value is not None:
-                    self._set(_NEGATED[name], not value)
-            elif name in _RENAMED:
+                    self._set(NEGATED[name], not value)
+            elif name in RENAMED:
                 if value is not None:
-                    self._put(_RENAMED[name], value, name)
-            elif name in _MODEL:
-                self._put_top(_MODEL[name], value, name)
-            elif name in _TOGETHER or (name in _YARN and self._is_yarn()):
+                    self._put(RENAMED[name], value, name)
+            elif name in MODEL:
+                self._put_top(MODEL[name], value, name)
+            elif name in TOGETHER or (name in YARN_FIELDS and self._is_yarn()):
                 continue
             elif name in self._inner.fields:
-                if value is not None or name not in _NEGATED.values():
+                if value is not None or name not in NEGATED.values():
                     self._put(name, value, name)
             elif name in self._model.fields:
                 self._put_top(name, value, name)
             elif known and value == known_arguments()[name]:
                 usual += 1
-            elif known or _RUN.match(str(name)):
+            elif known or RUN.match(str(name)):
                 run.append(str(name))
             else:
                 self.unknown(name, value, path)
@@ -263,8 +139,8 @@ class _ArgumentsAdoption(Adoption):
     def _put(self, name: str, value: Any, given: str) -> None:
         """A field of the transformer."""
         path, field = (*self.at, given), self._inner.fields[name]
-        if name in _PATTERNS and isinstance(value, str):
-            if (pattern := _pattern_of_layers(value)) is None:
+        if name in PATTERNS and isinstance(value, str):
+            if (pattern := layers_of_pattern(value)) is None:
                 self.problem(path, f"expected an integer or a pattern such as ([0]*1+[1]*3), got {value!r:.100}")
                 return
             value = pattern
@@ -342,10 +218,10 @@ class _ArgumentsAdoption(Adoption):
         args, fused = self._args, "bias_swiglu_fusion" if self._args.get("swiglu") else "bias_gelu_fusion"
         if fused in args:
             self._put("bias_activation_fusion", args[fused], fused)
-        chosen = [name for name in _ACTIVATIONS if args.get(name)]
+        chosen = [name for name in ACTIVATIONS if args.get(name)]
         for name in chosen[1:]:
             self.problem((*self.at, name), f"{chosen[0]} is another activation function: only one can be on")
-        function, is_gated = _ACTIVATIONS[chosen[0]] if chosen else ("torch.nn.functional.gelu", False)
+        function, is_gated = ACTIVATIONS[chosen[0]] if chosen else ("torch.nn.functional.gelu", False)
         self._set("activation_func", function)
         self._set("gated_linear_unit", is_gated)
         if args.get("ffn_hidden_size") is not None:
@@ -384,7 +260,7 @@ class _ArgumentsAdoption(Adoption):
             self.problem((*self.at, "add_position_embedding"), f"set {given} to what the model has instead")
         self._put_top(given, kind, given)
         if self._is_yarn():
-            for name, (field, default) in _YARN.items():
+            for name, (field, default) in YARN_FIELDS.items():
                 value = args.get(name)
                 self._put(field, default if value is None else value, name)
         if (factor := args.get("rope_scaling_factor")) not in (None, _SCALING) and args.get("use_rope_scaling"):
@@ -420,7 +296,7 @@ class _ArgumentsAdoption(Adoption):
     def _take_spec(self) -> None:
         args = self._args
         spec, path = args.get("spec"), (*self.at, "spec")
-        if spec in _USUAL_SPECS:
+        if spec in USUAL_SPECS:
             self.note(f"{shown(path)}: left to the default, which chooses these layers")
         elif spec == ["local"]:
             self.transformer["transformer_impl"] = "local"
@@ -446,59 +322,9 @@ class _ArgumentsAdoption(Adoption):
             )
 
 
-_ACTIVATIONS: dict[str, tuple[str, bool]] = {
-    "swiglu": ("torch.nn.functional.silu", True),
-    "squared_relu": ("megatron.core.activations.squared_relu", False),
-    "quick_geglu": ("megatron.core.fusions.fused_bias_geglu.quick_gelu", True),
-}
-
-
 def _kinds(type_: Type) -> set[str]:
     """The kinds of plain values of a type."""
-    from bridge.config.schema.annotations import Plain
-
     return {member.kind for member in type_ if isinstance(member, Plain)}
-
-
-def _pattern_of_layers(text: str) -> int | list[int] | None:
-    """What the parser makes of a pattern of layers, `([0]*1+[1]*3)`; None if it is none. Nothing is evaluated."""
-    if len(text) > _LONGEST_PATTERN:
-        return None
-    try:
-        found = _summed(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return found
-
-
-def _summed(node: ast.expr) -> int | list[int]:
-    """The value of a node made of whole numbers, lists of them, `list + list`, `list * number`.
-
-    Raises:
-        ValueError: it is something else, or has more layers than any model.
-    """
-    match node:
-        case ast.Constant(value=int() as value) if type(value) is int:
-            return value
-        case ast.List(elts=items):
-            numbers = [_summed(item) for item in items]
-            if all(isinstance(number, int) for number in numbers):
-                return cast(list[int], numbers)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            first, second = _summed(left), _summed(right)
-            if isinstance(first, list) and isinstance(second, list):
-                return first + second
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            part, times = _summed(left), _summed(right)
-            if isinstance(part, int):
-                part, times = times, part
-            if isinstance(part, list) and isinstance(times, int) and len(part) * times <= _MOST_LAYERS:
-                return part * times
-    raise ValueError
-
-
-_LONGEST_PATTERN = 10_000
-_MOST_LAYERS = 10_000
 
 
 def _read(value: Any, type_: Type) -> Any:
@@ -506,9 +332,6 @@ def _read(value: Any, type_: Type) -> Any:
     if isinstance(value, list):
         return [_read(item, inner_type(type_)) for item in value]
     if isinstance(value, str) and "." in value:
-        from bridge.config.schema.annotations import Instance
-        from bridge.config.schema.table import shipped
-
         cls, _, member = value.rpartition(".")
         for one in type_:
             if isinstance(one, Instance) and one.name.endswith(f".{cls}") and (enum := shipped(one.name)):

@@ -11,12 +11,7 @@ from bridge.config.errors import ConfigError, DocumentError
 from bridge.config.text.dump import check_writable, dump_flow, dump_yaml
 from bridge.config.text.nodes import Node
 from bridge.config.text.parse import Parsed, parse_yaml
-
-_GAP = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
-_ANCHOR = re.compile(r"&[^\s,\[\]{}]+")
-_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\r\n]*)?(?=[\r\n])")
-_HEADER = re.compile(r"[|>](?P<how>[-+0-9]*)(?P<comment>[ \t]+#[^\r\n]*)?")
-_LINE_BREAK = re.compile(r"\r\n?|\n")
+from bridge.config.text.spans import LINE_BREAK, REST_OF_LINE, Spans, children_of, is_open
 
 
 @dataclass(frozen=True)
@@ -86,17 +81,8 @@ def _appended(text: str, data: Any) -> str:
 
 
 def _newline(text: str) -> str:
-    found = _LINE_BREAK.search(text)
+    found = LINE_BREAK.search(text)
     return found[0] if found else "\n"
-
-
-def _children(node: Node) -> list[Node]:
-    return list(node.value.values() if isinstance(node.value, dict) else node.value)
-
-
-def _is_open(node: Node) -> bool:
-    """Whether it is a block collection."""
-    return not node.style and isinstance(node.value, (dict, list))
 
 
 class _Editor:
@@ -106,6 +92,7 @@ class _Editor:
         self._newline = _newline(text)
         self._unfinished = not text.endswith(("\n", "\r"))
         self._text = text + self._newline if self._unfinished else text
+        self._spans = Spans(self._text)
         self._dropped = dropped
         self._keep_blocks = keep_blocks
         self._splices: list[tuple[int, int, str]] = []
@@ -157,7 +144,7 @@ class _Editor:
     def _settle_collection(
         self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
     ) -> bool:
-        children = _children(node)
+        children = children_of(node)
         if not kept and (children or added):
             self._replace(node, added, place)
             return False
@@ -180,7 +167,7 @@ class _Editor:
         """Note that `node` and all in it go away."""
         self._broken.add(node)
         if node.alias is None and isinstance(node.value, (dict, list)):
-            for child in _children(node):
+            for child in children_of(node):
                 self._break(child)
 
     # Adding and removing
@@ -188,53 +175,52 @@ class _Editor:
     def _reshape_block(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
-        starts = self._starts(node, children)
+        starts = self._spans.starts(node, children)
         for i, child in enumerate(children):
             if child in kept:
                 continue
-            start, line = starts[i], self._line(starts[i])
+            start, line = starts[i], self._spans.line(starts[i])
             if not self._text[line:start].strip():
-                self._splice(line, self._after(child))
+                self._splice(line, self._spans.line_after(child))
             elif i == 0:  # the rest moves up, to the dash before it
                 last = next(children[j - 1] for j in range(1, len(children)) if children[j] in kept)
-                rest = re.compile(r"\s*").match(self._text, self._after(last))
+                rest = re.compile(r"\s*").match(self._text, self._spans.line_after(last))
                 assert rest
                 self._splice(start, rest.end())
                 kept = {*kept, *children[: children.index(last) + 1]}
         if added:
             lines = dump_yaml(added).split("\n")[:-1]
-            self._insert_lines(self._after(children[-1]), lines, starts[0] - self._line(starts[0]))
+            self._insert_lines(self._spans.line_after(children[-1]), lines, starts[0] - self._spans.line(starts[0]))
 
     def _reshape_flow(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
-        starts = self._starts(node, children)
+        starts = self._spans.starts(node, children)
         last = max(i for i, child in enumerate(children) if child in kept)
         removed = [i for i, child in enumerate(children) if child not in kept]
-        end, close = self._end(children[last]), self._end(children[-1])
-        if last + 1 < len(children) and self._comma(close) is None and not _LINE_BREAK.search(self._text, end, close):
+        end, close = self._spans.end(children[last]), self._spans.end(children[-1])
+        if (
+            last + 1 < len(children)
+            and self._spans.comma(close) is None
+            and not LINE_BREAK.search(self._text, end, close)
+        ):
             self._splice(end, close)
             removed = [i for i in removed if i < last]
         for i in removed:
-            self._remove_between_commas(starts[i], self._end(children[i]))
+            self._remove_between_commas(starts[i], self._spans.end(children[i]))
         if added:
             self._splice(end, end, f", {dump_flow(added)[1:-1]}")
 
     def _remove_between_commas(self, start: int, end: int) -> None:
-        comma = self._comma(end)
+        comma = self._spans.comma(end)
         end = end if comma is None else comma + 1
-        line, rest = self._line(start), _REST_OF_LINE.match(self._text, end)
+        line, rest = self._spans.line(start), REST_OF_LINE.match(self._text, end)
         if rest and not self._text[line:start].strip():
-            self._splice(line, self._next_line(rest.end()))
+            self._splice(line, self._spans.next_line(rest.end()))
         else:
             blanks = re.compile(r"[ \t]*").match(self._text, end)
             assert blanks
             self._splice(start, end if rest else blanks.end())
-
-    def _comma(self, end: int) -> int | None:
-        """The index of the comma after what ends at `end`."""
-        index = self._skip(end)
-        return index if self._text.startswith(",", index) else None
 
     # Replacing
 
@@ -250,35 +236,35 @@ class _Editor:
             self._replace_beside(node, data, place)
 
     def _replace_inline(self, node: Node, written: str, place: _Place) -> None:
-        start, end = self._span(node)
-        colon, content = self._colon(node), self._content(node)
-        if place.kind == "key" and _is_open(node) and content >= self._next_line(colon):
-            self._splice(colon, self._anchor_end(node, colon), f" {written}")
-            self._splice(self._line(content), self._after(node))
+        start, end = self._spans.span(node)
+        colon, content = self._spans.after_colon(node), self._spans.content(node)
+        if place.kind == "key" and is_open(node) and content >= self._spans.next_line(colon):
+            self._splice(colon, self._spans.anchor_end(node, colon), f" {written}")
+            self._splice(self._spans.line(content), self._spans.line_after(node))
         else:
             missing = ":" if start == end and node.key and self._text[start - 1] != ":" else ""
             self._splice(start, end, missing + self._space(start) + written + self._trail(node))
 
     def _replace_below(self, node: Node, lines: list[str], column: int) -> None:
         """Put a collection on the lines after its key."""
-        start, _ = self._span(node)
-        colon, after = self._colon(node), self._after(node)
-        content = self._content(node) if _is_open(node) else start
-        if content < self._next_line(colon):  # beside the key: what follows on that line stays there
-            self._splice(colon, self._end(node), self._trail(node))
+        start, _ = self._spans.span(node)
+        colon, after = self._spans.after_colon(node), self._spans.line_after(node)
+        content = self._spans.content(node) if is_open(node) else start
+        if content < self._spans.next_line(colon):  # beside the key: what follows on that line stays there
+            self._splice(colon, self._spans.end(node), self._trail(node))
             self._insert_lines(after, lines, column)
         else:
-            self._splice(colon, self._anchor_end(node, colon))
-            self._splice(self._line(content), after)
+            self._splice(colon, self._spans.anchor_end(node, colon))
+            self._splice(self._spans.line(content), after)
             self._insert_lines(after, lines, column)
 
     def _replace_beside(self, node: Node, data: Any, place: _Place) -> None:
         """Put a collection after a dash, or at the top."""
-        start, end = self._span(node)
+        start, end = self._spans.span(node)
         lines = dump_yaml([data]).split("\n")[:-1]
         gap = self._space(start)
-        column = start - self._line(start) + len(gap)
-        if place.kind == "top" and self._text[self._line(start) : start].strip():  # after three dashes
+        column = start - self._spans.line(start) + len(gap)
+        if place.kind == "top" and self._text[self._spans.line(start) : start].strip():  # after three dashes
             gap, column = self._newline, 0
         indent = self._newline + " " * column
         self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._trail(node))
@@ -289,14 +275,8 @@ class _Editor:
 
     def _trail(self, node: Node) -> str:
         """What stays of a value that goes: the comment in a block scalar's first line, the line break it ends with."""
-        comment = self._header(node)["comment"] if node.style in ("|", ">") else ""
-        return (comment or "") + (self._newline if self._text[self._end(node) - 1] in "\r\n" else "")
-
-    def _header(self, node: Node) -> re.Match[str]:
-        """The first line of a block scalar."""
-        header = _HEADER.match(self._text, self._content(node))
-        assert header
-        return header
+        comment = self._spans.header(node)["comment"] if node.style in ("|", ">") else ""
+        return (comment or "") + (self._newline if self._text[self._spans.end(node) - 1] in "\r\n" else "")
 
     def _insert_lines(self, index: int, lines: Iterable[str], column: int) -> None:
         self._splice(index, index, "".join(" " * column + line + self._newline for line in lines))
@@ -304,81 +284,10 @@ class _Editor:
     def _splice(self, start: int, end: int, written: str = "") -> None:
         self._splices.append((start, end, written))
 
-    # Where things are
-
     def _entries(self, node: Node, children: list[Node]) -> dict[Node, tuple[Literal["key", "item"], int]]:
         kind: Literal["key", "item"] = "key" if isinstance(node.value, dict) else "item"
-        starts = self._starts(node, children)
-        return {child: (kind, start - self._line(start)) for child, start in zip(children, starts, strict=True)}
-
-    def _starts(self, node: Node, children: list[Node]) -> list[int]:
-        """Where the entries of a collection start: with their key, their dash, or between brackets the value."""
-        if isinstance(node.value, dict):
-            return [self._key_start(child) for child in children]
-        if node.style:
-            return [child.start for child in children]
-        before = [self._content(node), *(self._end(child) for child in children[:-1])]
-        return [self._skip(index) for index in before]
-
-    def _key_start(self, node: Node) -> int:
-        assert node.key
-        start = node.key[0]
-        line = self._line(start)
-        question = self._text[line:start].rstrip(" \t")
-        announced = question.endswith("?") and not question[-2:-1].strip(" \t,{")
-        return line + len(question) - 1 if announced else start
-
-    def _colon(self, node: Node) -> int:
-        """The index after the colon before `node`; after its key if there is no colon, its start if there is no key."""
-        if node.key is None:
-            return node.start
-        index = self._skip(node.key[1])
-        return index + 1 if self._text.startswith(":", index) else node.key[1]
-
-    def _span(self, node: Node) -> tuple[int, int]:
-        """Where a value starts and ends; one that is empty, after its colon or dash."""
-        if node.start == node.end and node.key:
-            return (self._colon(node),) * 2
-        return node.start, self._end(node)
-
-    def _end(self, node: Node) -> int:
-        """Where a value ends; the lines after a block scalar count only where they are a part of it."""
-        if node.alias is None and _is_open(node):
-            values = node.value
-            return self._end(next(reversed(values.values())) if isinstance(values, dict) else values[-1])
-        if node.style in ("|", ">"):
-            keeps = "+" in self._header(node)["how"]
-            return node.end if keeps else node.start + len(self._text[node.start : node.end].rstrip())
-        return self._span(node)[1] if node.start == node.end and node.key else node.end
-
-    def _content(self, node: Node) -> int:
-        """Where a value starts, after its anchor."""
-        return self._skip(self._anchor_end(node, node.start)) if node.anchored else node.start
-
-    def _anchor_end(self, node: Node, otherwise: int) -> int:
-        found = _ANCHOR.match(self._text, node.start) if node.anchored else None
-        return found.end() if found else otherwise
-
-    def _skip(self, index: int) -> int:
-        """The next index that is neither white nor in a comment."""
-        gap = _GAP.match(self._text, index)
-        assert gap
-        return gap.end()
-
-    def _line(self, index: int) -> int:
-        """Where the line of `index` starts."""
-        start = self._text.rfind("\n", 0, index) + 1
-        return max(start, self._text.rfind("\r", start, index) + 1)
-
-    def _next_line(self, index: int) -> int:
-        """Where the line after that of `index` starts."""
-        found = _LINE_BREAK.search(self._text, max(index, 0))
-        return found.end() if found else len(self._text)
-
-    def _after(self, node: Node) -> int:
-        """Where the first line after `node` starts."""
-        end = self._end(node)
-        return end if self._text[end - 1] in "\r\n" else self._next_line(end)
+        starts = self._spans.starts(node, children)
+        return {child: (kind, start - self._spans.line(start)) for child, start in zip(children, starts, strict=True)}
 
 
 def _inline(data: Any) -> str:

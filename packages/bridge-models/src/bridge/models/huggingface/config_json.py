@@ -34,7 +34,7 @@ def load_config_json(source: str) -> Document:
     parsed = parse_json(_without_infinity(text), name)
     if not isinstance(parsed.data, dict):
         raise DocumentError([Problem("$", f"expected a mapping at the top, got {got(parsed.data)}", name)])
-    return Document(parsed.data, name, parsed)
+    return Document.from_text(parsed, name)
 
 
 # Text without an end is not looked at twice.

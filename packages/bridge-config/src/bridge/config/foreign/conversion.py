@@ -1,38 +1,18 @@
-"""What documents of other systems have in common: their values in our form, and what is told of the rest."""
+"""What the conversions from other systems share: their values in our form, and what is told of the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, TRANSFORMER, YARN
 from bridge.config.paths import Path
 from bridge.config.rewrite import Migrated
-from bridge.config.schema.annotations import inner_type
+from bridge.config.schema.annotations import Plain, Type, inner_type
 from bridge.config.schema.names import GENERATION_CONFIG
-
-if TYPE_CHECKING:
-    from bridge.config.schema.annotations import Type
-    from bridge.config.schema.target import Field
-
-GPT = "bridge.models.gpt.GPTModelConfig"
-MAMBA = "bridge.models.mamba.MambaModelConfig"
-T5 = "bridge.models.t5.T5ModelConfig"
-LAYERS = {
-    GPT: "bridge.models.layer_specs.default_layer_spec",
-    MAMBA: "bridge.models.hybrid_layers.default_stack_spec",
-}
-"""The functions that choose the layers of a model by its fields."""
-
-_CORE = "megatron.core.transformer"
-TRANSFORMER = f"{_CORE}.transformer_config.TransformerConfig"
-MLA = f"{_CORE}.transformer_config.MLATransformerConfig"
-HETEROGENEOUS = f"{_CORE}.heterogeneous.heterogeneous_config.HeterogeneousTransformerConfig"
-YARN = "bridge.models.transformer.YarnTransformerConfig"
-EXTENDED = {YARN: TRANSFORMER}
-"""Our transformers, and those of megatron-core that they extend."""
-
-ENUMS = f"{_CORE}.enums."  # the values of all of these count from 1
+from bridge.config.schema.table import shipped
+from bridge.config.schema.target import Field
 
 _NAMES = {
     # Where Python says that torch's built-in functions live.
@@ -173,23 +153,8 @@ def is_off(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def layers_in(pattern: object) -> int | None:
-    """The number of layers of a hybrid model's pattern, those of multi-token prediction aside; None if it has none."""
-    return len(pattern.partition("/")[0].replace("|", "")) if isinstance(pattern, str) and pattern else None
-
-
-def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
-    """A hybrid model's pattern with that of multi-token prediction, which older versions gave apart."""
-    if not isinstance(pattern, str) or not isinstance(predictions, str) or not isinstance(depths, int):
-        return pattern
-    is_apart = predictions and "/" not in pattern and 0 < depths < 1000
-    return "/".join([pattern, *[predictions] * depths]) if is_apart else pattern
-
-
 def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
     """The name of the enumeration member that a call with its value makes; None if it makes none that is known."""
-    from bridge.config.schema.table import shipped
-
     target = shipped(name)
     if target is None or target.kind != "enum":
         return None
@@ -205,8 +170,6 @@ def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
 
 def _is_only(type_: Type, kind: str) -> bool:
     """Whether a type has numbers and truth values of this kind alone, and no null."""
-    from bridge.config.schema.annotations import Plain
-
     return {member.kind for member in type_ if isinstance(member, Plain)} - {"str"} == {kind}
 
 

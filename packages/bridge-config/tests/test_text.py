@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, DocumentError
-from bridge.config.paths import parsed, shown
 from bridge.config.text.dump import dump_json, dump_yaml
 from bridge.config.text.nodes import Places
 from bridge.config.text.parse import Parsed, parse_json, parse_yaml
@@ -151,7 +150,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (600 * 2**20, 600 * 2**20))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from bridge.config import DocumentError
-from bridge.config.files import parse_json, parse_yaml
+from bridge.config.text.parse import parse_json, parse_yaml
 import yaml
 if sys.argv[2] == "python":
     del yaml.CBaseLoader
@@ -164,7 +163,11 @@ for parse in (parse_yaml, parse_json):
         print(error.problems[-1].message)
 print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
+
+
 BOMB = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))"""
+
+
 TALL = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))"""
 
 
@@ -229,6 +232,8 @@ def test_what_is_within_bounds_is_read() -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
 awkward = st.sampled_from(
     [
         "yes",
@@ -253,6 +258,8 @@ awkward = st.sampled_from(
         "a\n\nb",
     ]
 )
+
+
 data = st.recursive(
     scalars | awkward,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(awkward | st.text(), inner, max_size=4),
@@ -273,17 +280,6 @@ def test_any_text_gives_data_or_a_document_error(text: str) -> None:
     for parse in (parse_yaml, parse_json):
         with contextlib.suppress(DocumentError):
             parse(text)
-
-
-@given(st.lists(st.text(min_size=1) | st.integers(min_value=0), max_size=5))
-def test_any_path_is_read_as_it_is_shown(path: list[str | int]) -> None:
-    assert parsed(shown(tuple(path))) == tuple(path)
-
-
-@given(st.text(alphabet='a.[]"\\\\$0\x01 é'))
-def test_any_text_is_a_path_or_an_error(text: str) -> None:
-    with contextlib.suppress(ConfigError):
-        assert parsed(shown(parsed(text))) == parsed(text)
 
 
 @settings(deadline=None)

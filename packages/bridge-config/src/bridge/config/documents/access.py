@@ -1,0 +1,83 @@
+"""Values in plain data, by their path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.config.errors import ConfigError, nearest
+from bridge.config.paths import Path, shown
+from bridge.config.problems import got
+
+
+def get_value(data: Any, path: Path) -> Any:
+    """The value at `path`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    node = data
+    for depth, key in enumerate(path):
+        if not _has(node, key):
+            known = [name for name in node if isinstance(name, str)] if isinstance(node, dict) else []
+            raise ConfigError(f"{shown(path[: depth + 1])} is not in the document{nearest(str(key), known)}")
+        node = node[key]
+    return node
+
+
+def set_value(data: Any, path: Path, value: Any) -> None:
+    """Put `value` at `path`, which is not empty; mappings on the way are made where there are none.
+
+    Raises:
+        ConfigError: something on the way is neither a mapping nor a list that is long enough.
+    """
+    *before, last = path
+    node = data
+    for depth, key in enumerate(before):
+        if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+            node[key] = _nested(path[depth + 1 :], value, shown(path[: depth + 1]))
+            return
+        node = _inside(node, path, depth)
+    if not (isinstance(node, dict) and isinstance(last, str)):
+        _inside(node, path, len(before))
+    node[last] = value
+
+
+def remove_value(data: Any, path: Path) -> None:
+    """Remove the value at `path`, which is not empty.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    get_value(data, path)
+    del get_value(data, path[:-1])[path[-1]]
+
+
+def copy_data(data: Any) -> Any:
+    """`data` with mappings and lists of its own."""
+    if isinstance(data, dict):
+        return {key: copy_data(value) for key, value in data.items()}
+    return [copy_data(value) for value in data] if isinstance(data, list) else data
+
+
+def _inside(node: Any, path: Path, depth: int) -> Any:
+    """What `node`, which stands `depth` steps down `path`, has at the next step."""
+    key = path[depth]
+    if not _has(node, key):
+        size = f" of length {len(node)}" if isinstance(node, list) else ""
+        raise ConfigError(f"{shown(path[:depth])} is {got(node)}{size}: there is no {key!r} in it")
+    return node[key]
+
+
+def _has(node: Any, key: str | int) -> bool:
+    if isinstance(node, dict):
+        return key in node
+    return isinstance(node, list) and isinstance(key, int) and key < len(node)
+
+
+def _nested(path: Path, value: Any, above: str) -> Any:
+    """`value` inside the mappings that are on `path`, below `above`."""
+    for key in reversed(path):
+        if not isinstance(key, str):
+            raise ConfigError(f"{above} is no list, or not in the document: give the whole list there")
+        value = {key: value}
+    return value

@@ -1,0 +1,47 @@
+"""Overrides, as command lines have them: `path=value` sets a value, `~path` removes one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path as FilePath
+
+from bridge.config.documents.sources import SUFFIXES
+from bridge.config.errors import ConfigError
+
+_PATH = r'[A-Za-z_$](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
+_FORGOTTEN_EQUALS = re.compile(r"(?P<path>[A-Za-z_$][\w.\[\]]*)(?:[:\s]\s*(?P<value>.*))?", re.DOTALL)
+_OVERRIDE = re.compile(rf"\+{{0,2}}(?P<path>{_PATH})=(?P<value>.*)|~(?P<removed>{_PATH})", re.DOTALL)
+
+
+def is_override(text: str) -> bool:
+    """Whether a command line argument is an override rather than a file."""
+    return _OVERRIDE.fullmatch(text) is not None and not os.path.exists(text)
+
+
+def meant_as_override(text: str) -> str | None:
+    """The override that a text without an equals sign may be meant as, such as `num_layers` or `num_layers:8`."""
+    match = _FORGOTTEN_EQUALS.fullmatch(text)
+    if match is None or FilePath(text).suffix in SUFFIXES:
+        return None
+    return f"{match['path']}={match['value'] or 'VALUE'}"
+
+
+def split_override(text: str) -> tuple[str, str | None]:
+    """The path that an override names, and the YAML text of its value; None if it removes what is there.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    match = _OVERRIDE.fullmatch(text)
+    if match is None:
+        if meant := meant_as_override(text):
+            raise ConfigError(f"malformed: write {meant}, or ~path to remove")
+        hint = " (one FILE at a time)" if FilePath(text).suffix in SUFFIXES else ""
+        raise ConfigError(f"malformed: write path=value, or ~path to remove{hint}")
+    return match["removed"] or match["path"], match["value"]
+
+
+def describe_override(text: str) -> str:
+    """How problems name an override as the place that a value came from."""
+    return f"override {text!r}"

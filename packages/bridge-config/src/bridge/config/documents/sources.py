@@ -1,0 +1,113 @@
+"""What stands for a document: a file, a preset's name, or standard input; and its text."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path as FilePath
+
+from bridge.config.documents.presets import preset, presets
+from bridge.config.errors import DocumentError, Problem, closest
+from bridge.config.text.limits import MAX_BYTES
+
+STANDARD_INPUT = "-"
+"""What stands for standard input where a file is asked for."""
+
+SUFFIXES = (".yaml", ".yml", ".json")
+_CHUNK = 2**16
+
+
+def is_source(text: str) -> bool:
+    """Whether there is a file or a preset of this name, or it stands for standard input."""
+    return text == STANDARD_INPUT or os.path.exists(text) or preset(text) is not None
+
+
+def is_preset(source: str) -> bool:
+    """Whether only a preset can be meant, or one is and no file of that name is there."""
+    return FilePath(source).suffix not in SUFFIXES or (not os.path.exists(source) and source in presets())
+
+
+def read_source(source: str) -> str:
+    """The text of a file or preset, or of standard input.
+
+    Raises:
+        DocumentError: it cannot be read.
+    """
+    check_name(source)
+    return _read_preset(source) if source != STANDARD_INPUT and is_preset(source) else read_file(source)
+
+
+def read_file(source: str) -> str:
+    """The text of a file that somebody names, or of standard input if they name `-`.
+
+    Raises:
+        DocumentError: it cannot be read, is no regular file, too large, or not UTF-8.
+    """
+    check_name(source)
+    if source == STANDARD_INPUT:
+        return _decoded(sys.stdin.buffer.read(MAX_BYTES + 1), source)
+    try:
+        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
+            raise source_error(source, "cannot be read: not a regular file")
+        with open(source, "rb") as stream:
+            chunks = iter(partial(stream.read, _CHUNK), b"")
+            return _decoded(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
+    except FileNotFoundError as error:
+        raise source_error(source, f"no such file{nearest_source(source)}") from error
+    except OSError as error:
+        raise source_error(source, f"cannot be read: {error.strerror or error}") from error
+
+
+def nearest_source(source: str) -> str:
+    """The end of a message about a source that is not there: the nearest document beside it, or preset, or nothing."""
+    file = FilePath(source)
+    try:
+        entries = os.listdir(file.parent)
+    except OSError:
+        entries = []
+    found = {os.path.splitext(entry)[0]: entry for entry in sorted(entries) if entry.endswith(SUFFIXES)}
+    if source == file.name:
+        found |= {name: name for name in presets() if name not in found}
+    close = closest(file.stem if file.suffix in SUFFIXES else file.name, found)
+    return f"; did you mean {source.removesuffix(file.name) + found[close]!r}?" if close is not None else ""
+
+
+def check_name(source: str) -> None:
+    """Refuse what can be no file's name.
+
+    Raises:
+        DocumentError: it is none.
+    """
+    try:
+        is_name = b"\0" not in os.fsencode(source)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise source_error(ascii(source), "no file can have this name")
+
+
+def source_error(source: str, message: str) -> DocumentError:
+    """The error about a source as a whole."""
+    return DocumentError([Problem("$", message, source)])
+
+
+def _read_preset(name: str) -> str:
+    if (found := preset(name)) is not None:
+        return _decoded(found.read_bytes(), name)
+    if os.path.exists(name):
+        raise source_error(name, "a document is a .yaml, .yml or .json file: give this one such a name")
+    known = presets()
+    near = nearest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
+    raise source_error(name, f"no such file, nor a preset of this name{near}")
+
+
+def _decoded(raw: bytes, source: str) -> str:
+    if len(raw) > MAX_BYTES:
+        raise source_error(source, f"larger than {MAX_BYTES // 2**20} MiB")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise source_error(source, f"is not UTF-8 text (byte {error.start})") from error

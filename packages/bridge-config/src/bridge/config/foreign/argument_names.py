@@ -1,0 +1,136 @@
+"""Megatron-LM's arguments by name: which fields of ours they are, and which are about the training run alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+# Names that no document has but one of Megatron-LM's arguments.
+MARKS = frozenset(
+    [
+        "untie_embeddings_and_output_weights",
+        "padded_vocab_size",
+        "swiglu",
+        "bias_gelu_fusion",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_experts",
+        "group_query_attention",
+        "rotary_seq_len_interpolation_factor",
+        "micro_batch_size",
+        "tokenizer_type",
+    ]
+)
+# What a switch that says no is called where it says yes.
+NEGATED = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
+# Fields of the transformer that are called otherwise there.
+RENAMED = {
+    "num_experts": "num_moe_experts",
+    "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
+    "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
+    "fp8_param_gather": "fp8_param",
+    "fp4_param_gather": "fp4_param",
+    "seed": "inference_sampling_seed",
+    "model_parallel_size": "tensor_model_parallel_size",
+    "norm_epsilon": "layernorm_epsilon",
+}
+# Fields of the model that are called otherwise there.
+MODEL = {
+    "max_position_embeddings": "seq_length",
+    "use_rope_scaling": "rope_scaling",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+}
+# What becomes of several arguments together; these are looked at by name.
+TOGETHER = frozenset(
+    [
+        "num_layers",
+        "encoder_num_layers",
+        "decoder_num_layers",
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "swiglu",
+        "squared_relu",
+        "quick_geglu",
+        "bias_gelu_fusion",
+        "bias_swiglu_fusion",
+        "init_method_xavier_uniform",
+        "group_query_attention",
+        "num_query_groups",
+        "rope_type",
+        "cp_comm_type",
+        "ffn_hidden_size",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "mtp_hybrid_override_pattern",
+        "padded_vocab_size",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "untie_embeddings_and_output_weights",
+        "position_embedding_type",
+        "use_rotary_position_embeddings",
+        "add_position_embedding",
+        "rope_scaling_factor",
+        "heterogeneous_layers_config_path",
+        "seq_length",
+        "spec",
+        "model_type",
+    ]
+)
+# Arguments that change the model in a way that no document of ours says.
+REFUSED = {
+    "kitchen_config_file": "Bridge has no form for layers of Kitchen",
+    "kitchen_recipe_number": "Bridge has no form for layers of Kitchen",
+    "te_precision_config_file": "the file is not read: give what is in it as transformer.quant_recipe",
+    "yaml_cfg": "the model is described in that file, in a form that Bridge does not read",
+    "retro_add_retriever": "Bridge has no configuration for a RETRO model",
+    "hybrid_attention_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
+    "hybrid_mlp_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
+    "pipeline_model_parallel_split_rank": "megatron-core has no pipeline with an encoder in it any more",
+    "encoder_tensor_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
+    "encoder_pipeline_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
+    "vision_pretraining": "Bridge has no configuration for a vision model",
+}
+# How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
+RUN = re.compile(
+    "DDP_impl|activations_checkpoint_|adam_|adlr_|async_|auto_detect_|batch_size|bert_|biencoder_|checkpoint_|ckpt_|consumed_|"
+    "curr_iteration|data_|dataloader_|dataset_|ddp_|delay_grad_reduce|delay_param_gather|dino_|dist_ckpt_|"
+    "distribute_checkpointed_activations|do_(test|train|valid)|embedder_|enable_one_logger|error_injection_|eval_|exit_|"
+    "expert_parallel|fim_|fsdp_|ft_|ict_|inference_|iteration|log_|logging_|lr_|mmap_warmup|no_async_|num_floating_point_|"
+    "num_workers|one_logger_|optimizer_|profile|rampup_|rank|rerun_|retriever_|retro_|rl_|save_|"
+    "scatter_gather_tensors_in_pipeline|skipped_train_samples|straggler_|tensorboard_|tokenizer_|train_|"
+    "transformer_pipeline_model_parallel_size|use_contiguous_buffers_in_local_ddp|use_dist_ckpt|"
+    "use_layer_wise_distributed_optimizer|use_(legacy|mcore)_models|use_ring_exchange_p2p|valid_|wandb_|warmup|world_size"
+)
+# Specs that say in so many words what the default choice of layers comes to.
+USUAL_SPECS = (
+    ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
+    ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
+)
+# The defaults of YaRN, where an argument is not given.
+YARN_FIELDS = {
+    "rotary_scaling_factor": ("yarn_rotary_scaling_factor", 1.0),
+    "yarn_original_max_position_embeddings": ("yarn_original_max_position_embeddings", 4096),
+    "yarn_beta_fast": ("yarn_beta_fast", 32.0),
+    "yarn_beta_slow": ("yarn_beta_slow", 1.0),
+    "mscale": ("yarn_mscale", 1.0),
+    "mscale_all_dim": ("yarn_mscale_all_dim", 0.0),
+    "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
+}
+# Fields that the parser takes as text too: a number, or a list made of lists by + and *.
+PATTERNS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
+ACTIVATIONS: dict[str, tuple[str, bool]] = {
+    "swiglu": ("torch.nn.functional.silu", True),
+    "squared_relu": ("megatron.core.activations.squared_relu", False),
+    "quick_geglu": ("megatron.core.fusions.fused_bias_geglu.quick_gelu", True),
+}
+
+
+@cache
+def known_arguments() -> dict[str, Any]:
+    """The arguments of Megatron-LM that the shipped list has, and their defaults."""
+    text = files("bridge.config.foreign").joinpath("arguments.json").read_text(encoding="utf-8")
+    arguments: dict[str, Any] = json.loads(text)["arguments"]
+    return arguments

@@ -1,0 +1,171 @@
+"""Families of models in `megatron.training.models` and Megatron Bridge: their names, fields and defaults, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge.config.foreign.names import GPT, LAYERS, MAMBA, T5
+
+BRIDGE = "megatron.bridge.models"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: their names for it, and ours."""
+
+    ours: str
+    builder: str
+    provider: str
+    """The provider that has its fields and defaults, and no others."""
+
+    provider_modules: tuple[str, ...]
+    """Modules whose providers add fields and defaults to that one, and no code."""
+
+    defaults: Mapping[str, Any]
+    """Where that provider's defaults are not those of our config and its transformer."""
+
+    configs: tuple[str, ...] = ()
+    """Configs that embed a transformer; the first is the one that we write."""
+
+    their_builder: str = ""
+    """The builder that we write."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Things of theirs that are ours under another name."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Fields that have another name here."""
+
+    idle: frozenset[str] = frozenset()
+    """Fields that change nothing about the model, or that other fields repeat."""
+
+    zeros: frozenset[str] = frozenset()
+    """Fields that are off at 0, and have no counterpart."""
+
+    ours_alone: dict[str, Any] = field(default_factory=dict)
+    """Fields that its config has not, and the values that its model has."""
+
+    @property
+    def layers(self) -> str:
+        """The field that holds the layers."""
+        return "hybrid_stack_spec" if self.ours == MAMBA else "transformer_layer_spec"
+
+
+_GPT_MODULES = (
+    "megatron.training.models.gpt",
+    "megatron.bridge.compat.mcore_gpt",
+    f"{BRIDGE}.gpt.gpt_builder",
+    f"{BRIDGE}.gpt.mcore_gpt_compat",
+)
+GPT_FAMILY = Family(
+    ours=GPT,
+    builder="bridge.models.gpt.GPTModelBuilder",
+    provider=f"{BRIDGE}.gpt_provider.GPTModelProvider",
+    provider_modules=(
+        f"{BRIDGE}.gpt_provider",
+        f"{BRIDGE}.llama.llama_provider",
+        f"{BRIDGE}.qwen.qwen_provider",
+        f"{BRIDGE}.mistral.mistral_provider",
+        f"{BRIDGE}.deepseek.deepseek_provider",
+        f"{BRIDGE}.mla_provider",
+    ),
+    defaults={
+        "share_embeddings_and_output_weights": True,
+        "attention_softmax_in_fp32": False,
+        "deallocate_pipeline_outputs": True,
+        "cross_entropy_loss_fusion": True,
+    },
+    configs=(
+        *(f"{module}.GPTModelConfig" for module in _GPT_MODULES),
+        f"{BRIDGE}.gpt.model_config.BridgeGPTModelConfig",
+    ),
+    their_builder=f"{_GPT_MODULES[0]}.GPTModelBuilder",
+    names={
+        **{f"{module}.GPTModelBuilder": "bridge.models.gpt.GPTModelBuilder" for module in _GPT_MODULES},
+        **{f"{module}.default_layer_spec": LAYERS[GPT] for module in (*_GPT_MODULES, f"{BRIDGE}.gpt_provider")},
+    },
+    idle=frozenset(["max_position_embeddings", "mtp_enabled", "async_tensor_model_parallel_allreduce"]),
+)
+
+_HYBRID_CONFIGS = (
+    "megatron.training.models.hybrid.HybridModelConfig",
+    f"{BRIDGE}.hybrid.hybrid_builder.HybridModelConfig",
+    f"{BRIDGE}.mamba.mamba_builder.MambaModelConfig",
+    f"{BRIDGE}.nemotronh.model_config.NemotronHModelConfig",
+)
+_HYBRID_BUILDERS = (
+    "megatron.training.models.hybrid.HybridModelBuilder",
+    f"{BRIDGE}.hybrid.HybridModelBuilder",
+    f"{BRIDGE}.hybrid.hybrid_builder.HybridModelBuilder",
+    f"{BRIDGE}.mamba.MambaModelBuilder",
+    f"{BRIDGE}.mamba.mamba_builder.MambaModelBuilder",
+)
+_HYBRID_LAYERS = (
+    *(
+        f"{BRIDGE}.hybrid.{module}.{name}"
+        for module in ("hybrid_provider", "hybrid_builder")
+        for name in ("get_default_hybrid_stack_spec", "transformer_engine_hybrid_stack_spec")
+    ),
+    *(
+        f"{BRIDGE}.mamba.{module}.{name}"
+        for module in ("mamba_provider", "mamba_builder")
+        for name in ("get_default_mamba_stack_spec", "transformer_engine_mamba_stack_spec")
+    ),
+)
+HYBRID_FAMILY = Family(
+    ours=MAMBA,
+    builder="bridge.models.mamba.MambaModelBuilder",
+    provider=f"{BRIDGE}.hybrid.hybrid_provider.HybridModelProvider",
+    provider_modules=(
+        f"{BRIDGE}.hybrid.hybrid_provider",
+        f"{BRIDGE}.mamba.mamba_provider",
+        f"{BRIDGE}.mamba.nemotron_h_provider",
+        f"{BRIDGE}.nemotronh.nemotron_h_provider",
+    ),
+    defaults={
+        "params_dtype": "torch.bfloat16",
+        "bf16": True,
+        "num_attention_heads": 1,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "apply_rope_fusion": True,
+        "attention_backend": "flash",
+        "deallocate_pipeline_outputs": True,
+        "bias_dropout_fusion": True,
+        "cross_entropy_loss_fusion": True,
+    },
+    configs=_HYBRID_CONFIGS,
+    their_builder=_HYBRID_BUILDERS[0],
+    names={
+        **dict.fromkeys(_HYBRID_BUILDERS, "bridge.models.mamba.MambaModelBuilder"),
+        **dict.fromkeys(_HYBRID_LAYERS, LAYERS[MAMBA]),
+    },
+    renamed={"hybrid_override_pattern": "hybrid_layer_pattern", "mamba_stack_spec": "hybrid_stack_spec"},
+    idle=frozenset(["max_position_embeddings"]),
+    zeros=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
+    ours_alone={"scatter_embedding_sequence_parallel": True},
+)
+T5_FAMILY = Family(
+    ours=T5,
+    builder="bridge.models.t5.T5ModelBuilder",
+    provider=f"{BRIDGE}.t5_provider.T5ModelProvider",
+    provider_modules=(f"{BRIDGE}.t5_provider",),
+    defaults={
+        "seq_length": 512,
+        "apply_rope_fusion": True,
+        "attention_softmax_in_fp32": False,
+        "bias_activation_fusion": True,
+        "masked_softmax_fusion": True,
+        "persist_layer_norm": True,
+        "bias_dropout_fusion": True,
+        "deallocate_pipeline_outputs": True,
+    },
+    renamed={"max_position_embeddings": "seq_length"},
+    idle=frozenset(["seq_length", "seq_length_dec"]),
+    zeros=frozenset(["encoder_pipeline_model_parallel_size"]),
+)
+FAMILIES = (GPT_FAMILY, HYBRID_FAMILY, T5_FAMILY)

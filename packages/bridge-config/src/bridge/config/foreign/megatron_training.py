@@ -1,0 +1,291 @@
+"""Models as `megatron.training.models` and Megatron Bridge write them, converted to our form.
+
+They write a model as a config that embeds a transformer, or as a provider that is a transformer with more fields. What
+they say that Bridge cannot know of is told by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.foreign.conversion import Adoption, transformer_of
+from bridge.config.foreign.families import BRIDGE, FAMILIES, HYBRID_FAMILY, T5_FAMILY, Family
+from bridge.config.foreign.layer_patterns import layers_in, with_predictions
+from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, TRANSFORMER
+from bridge.config.paths import Path, shown
+from bridge.config.problems import shortened
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.table import shipped
+from bridge.config.schema.target import Target
+
+_NAMES = {f"{BRIDGE}.transformer_config.{name.rpartition('.')[2]}": name for name in (TRANSFORMER, MLA, HETEROGENEOUS)}
+# Layer specs that the default choice comes to by itself, for a transformer that sets the field.
+_CHOSEN_LAYERS = {
+    "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec": "num_moe_experts",
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs."
+    "get_transformer_block_with_experimental_attention_variant_spec": "experimental_attention_variant",
+}
+# Fields without a counterpart that are looked at together with others.
+_TAKEN_ELSEWHERE = {
+    MAMBA: ("mtp_hybrid_override_pattern", "mtp_mamba_stack_spec"),
+    T5: ("transformer_layer_spec",),
+}
+_T5_LAYERS = f"{BRIDGE}.t5_provider.%s_layer_spec"
+# Where the configs of Megatron Bridge that lose their activation function keep its name.
+_ACTIVATION_KEY = "megatron_bridge.activation_func"
+_DECISIVE = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "vocab_size",
+    "seq_length",
+    "hybrid_layer_pattern",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "normalization",
+    "layernorm_epsilon",
+    "activation_func",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "share_embeddings_and_output_weights",
+    "mamba_num_heads",
+    "mamba_state_dim",
+)
+"""The fields that models differ by most: these are named where hundreds have defaults."""
+
+# Llama 3.1 as older providers wrote it; these are the numbers that megatron-core's own scaling has built in.
+_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+
+
+def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migrated:
+    """The model `data`, which stands at `at` beside other sections of a document, as a document of ours.
+
+    Raises:
+        DocumentError: Bridge has no configuration for it.
+    """
+    return _ReferenceAdoption(data, at, sections).finished()
+
+
+def _family(name: str, path: Path) -> tuple[Family, bool]:
+    """The family of the model called `name`, and whether it is written as a provider.
+
+    Raises:
+        DocumentError: it is not known to be of one.
+    """
+    module, _, cls = name.rpartition(".")
+    for family in FAMILIES:
+        if name in family.configs:
+            return family, False
+        if module in family.provider_modules and "Provider" in cls:
+            return family, True
+    message = (
+        f"Bridge does not know what {cls} adds: if it adds nothing but values to one of these, write its name here"
+    )
+    known = [family.provider for family in FAMILIES]
+    if "Provider" not in cls:
+        known = [family.configs[0] for family in FAMILIES if family.configs]
+    raise DocumentError([Problem(shown(path), f"{message}: {', '.join(map(repr, known))}")])
+
+
+class _ReferenceAdoption(Adoption):
+    """One model of the reference on its way to a document of ours."""
+
+    def __init__(self, data: dict[str, Any], at: Path, sections: list[str]) -> None:
+        family, is_provider = _family(data["_target_"], (*at, "_target_"))
+        super().__init__(family.ours, at, {**_NAMES, **family.names})
+        self._family, self._is_provider = family, is_provider
+        if sections:
+            self.note(f"left out, Bridge reads the model alone: {', '.join(sections)}")
+        self._take(data)
+
+    def _take(self, data: dict[str, Any]) -> None:
+        if (builder := data.get("_builder_")) is not None:
+            self.top["_builder_"] = self.renamed(builder)
+        inner = data.get("transformer")
+        nested = inner if isinstance(inner, dict) else {}
+        if self._is_provider:
+            cls = transformer_of(data)
+        else:
+            cls = transformer_of(data | nested, self.renamed(nested.get("_target_", TRANSFORMER)))
+        transformer, model = shipped(cls) if isinstance(cls, str) else None, shipped(self._family.ours)
+        if model is None or (inner is not None and not nested and not self._is_provider):
+            self.top |= {"transformer": inner}  # whoever reads the document says what is wrong with it
+        else:
+            self.transformer["_target_"] = cls
+            self.top["transformer"] = self.transformer
+        self._inner = transformer
+        self._sort_inner(nested, transformer)
+        self._sort_top(data, model, transformer)
+        if self._family is HYBRID_FAMILY:
+            self._take_pattern(data)
+        if self._is_provider:
+            self._take_provider(data, model, transformer)
+        self._take_layers(data)
+        self._tell_lost_functions()
+
+    def _sort_inner(self, data: dict[str, Any], target: Target | None) -> None:
+        for key, value in data.items():
+            path = (*self.at, "transformer", key)
+            if target is not None and key in target.fields:
+                self.put(self.transformer, target.fields[key], value, path)
+            elif key != "_target_":
+                self._unknown(key, value, path)
+
+    def _sort_top(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
+        own = model.fields if model else {}
+        owned = transformer.fields if transformer else {}
+        for given, value in data.items():
+            path = (*self.at, given)
+            if given in ("_target_", "_builder_") or (given == "transformer" and not self._is_provider):
+                continue
+            if given in _TAKEN_ELSEWHERE.get(self._family.ours, ()):
+                continue
+            key = self._family.renamed.get(given, given)
+            is_old_name = key != given and key not in self._family.idle
+            if key == given and key in self._family.idle:
+                self._unknown(key, value, path)
+            elif is_old_name and (value is None or data.get(key) == value):
+                self.leave_out("an old name that says nothing new", path)
+            elif is_old_name and data.get(key) is not None:
+                self.problem(path, f"this is the old name of {key}, which has another value: give only that")
+            elif key in owned and key in self.transformer:
+                self._given_twice(key, value, declared=key in own, path=path)
+            elif key in owned and transformer is not None:
+                self.put(self.transformer, transformer.fields[key], value, path)
+                if key in self.transformer:
+                    self.moved(("transformer", key), path)
+            elif key in own and model is not None:
+                if key not in self.top:
+                    self.put(self.top, model.fields[key], value, path)
+                if key != given:
+                    self.moved((key,), path)
+            elif not (self._is_provider and key in (*_ROPE, "scale_factor")):
+                self._unknown(given, value, path)
+
+    def _given_twice(self, key: str, value: Any, *, declared: bool, path: Path) -> None:
+        """A field of the transformer that the model gives too; the reference then reads the transformer's."""
+        if value == self.transformer[key]:
+            return
+        if declared:
+            self.note(
+                f"{shown(path)}: {shortened(value)} left out, transformer.{key} is {shortened(self.transformer[key])}"
+            )
+        else:
+            self.problem(path, f"transformer.{key} has another value: give it there only")
+
+    def _unknown(self, key: str, value: Any, path: Path) -> None:
+        if key in self._family.idle or (key in self._family.zeros and value == 0):
+            if value:
+                self.leave_out("without a part in the model", path)
+            else:
+                self.leave_out("off, and unknown to Bridge", path)
+        else:
+            self.unknown(key, value, path)
+
+    def _take_pattern(self, data: dict[str, Any]) -> None:
+        """The pattern of a hybrid model, with that of multi-token prediction if it is given apart; and what follows."""
+        if self.transformer.get("mtp_num_layers") == 0:
+            self.transformer["mtp_num_layers"] = None
+        depths = self.transformer.get("mtp_num_layers")
+        if depths is None and self.transformer.get("mtp_use_repeated_layer"):
+            depths = 1
+        pattern, predictions = self.top.get("hybrid_layer_pattern"), data.get("mtp_hybrid_override_pattern")
+        whole = with_predictions(pattern, predictions, depths)
+        if whole != pattern:
+            self.top["hybrid_layer_pattern"] = whole
+            self.note(f"hybrid_layer_pattern is now {whole!r}, with mtp_hybrid_override_pattern in it")
+        elif predictions:
+            self.leave_out("without a part in the model", (*self.at, "mtp_hybrid_override_pattern"))
+        spec = data.get("mtp_mamba_stack_spec")
+        if isinstance(spec, dict) and self.renamed(spec.get("_target_")) == LAYERS[MAMBA]:
+            self.leave_out("the default, which Bridge chooses by itself", (*self.at, "mtp_mamba_stack_spec"))
+        elif spec is not None:
+            self.unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
+        if not (layers := layers_in(whole)):
+            # HybridModel of megatron-core 0.19.2 has no layers then; those of earlier versions had these.
+            self.note("the document has no hybrid_layer_pattern: Mamba layers alone are assumed")
+        elif self.transformer.get("num_layers") is None:
+            self.transformer["num_layers"] = layers
+            self.note(f"transformer.num_layers: {layers} written out, as hybrid_layer_pattern has them")
+
+    def _take_provider(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
+        """What only providers have."""
+        self.moved(("transformer",), self.at)
+        self._take_rope(data)
+        plain = self._family.provider.rpartition(".")[2]
+        for key, value in self._family.defaults.items():
+            own = model is not None and key in model.fields
+            if key not in (self.top if own else self.transformer):
+                (self.top if own else self.transformer)[key] = value
+                self.note(f"{shown((*self.at, key))}: {value!r} written out, the default of a {plain}")
+        known = (*(model.init_names if model else ()), *(transformer.init_names if transformer else ()))
+        missing = sorted({*known} - {*self.top, *self.transformer, *data})
+        if missing and data["_target_"] != self._family.provider:
+            cls = data["_target_"].rpartition(".")[2]
+            named = [name for name in _DECISIVE if name in missing]
+            more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+            self.note(
+                f"Bridge's defaults are taken, which may not be those of {cls}: {', '.join(named)}{more}; "
+                "give those that differ"
+            )
+
+    def _take_rope(self, data: dict[str, Any]) -> None:
+        if (factor := data.get("scale_factor")) is None:
+            return
+        if other := [key for key, value in _ROPE.items() if data.get(key, value) != value]:
+            known = ", ".join(f"{key} {value}" for key, value in _ROPE.items())
+            self.problem((*self.at, other[0]), f"Bridge can scale rotary frequencies only with {known}")
+        self.top |= {"rope_scaling": True, "rope_scaling_factor": factor}
+        self.moved(("rope_scaling_factor",), (*self.at, "scale_factor"))
+        self.note(f"{shown((*self.at, 'scale_factor'))}: now $.rope_scaling_factor, with $.rope_scaling true")
+
+    def _take_layers(self, data: dict[str, Any]) -> None:
+        """Layers that the default choice comes to by itself."""
+        spec = data.get("transformer_layer_spec") if self._family is T5_FAMILY else self.top.get(self._family.layers)
+        name = str(spec.get("_target_")) if isinstance(spec, dict) else ""
+        path = (*self.at, self._family.layers)
+        if self._is_provider and name in _CHOSEN_LAYERS and self.transformer.get(_CHOSEN_LAYERS[name]) is not None:
+            self.top["transformer_layer_spec"] = None
+            chooses = f"chooses these for a transformer with {_CHOSEN_LAYERS[name]}"
+            self.note(f"{shown(path)}: left to the default, which {chooses}")
+        elif self._family is T5_FAMILY and name in (_T5_LAYERS % "local", _T5_LAYERS % "transformer_engine"):
+            self.transformer["transformer_impl"] = "local" if "local" in name else "transformer_engine"
+            self.note(
+                f"{shown(path)}: left to the default, with transformer_impl {self.transformer['transformer_impl']}"
+            )
+        elif self._family is T5_FAMILY and spec is not None:
+            self.problem(
+                path, "Bridge has layers of the encoder and of the decoder apart: remove it if they are usual ones"
+            )
+
+    def _tell_lost_functions(self) -> None:
+        self._take_activation_from_metadata()
+        if self.transformer and "activation_func" not in self.transformer:
+            gated = ", and this transformer is gated" if self.transformer.get("gated_linear_unit") else ""
+            self.note(
+                f"the document has no activation function, which the reference does not write{gated}: GELU is assumed; "
+                "set transformer.activation_func if it was another (silu for SwiGLU)"
+            )
+        if self._family is not T5_FAMILY and self._family.layers not in self.top:
+            self.note(
+                f"the document has no {self._family.layers}, and the reference does not write one that is not null: "
+                "the default layers are assumed"
+            )
+
+    def _take_activation_from_metadata(self) -> None:
+        metadata = self.top.get("extra_checkpoint_metadata")
+        name = metadata.get(_ACTIVATION_KEY) if isinstance(metadata, dict) else None
+        if self._inner is not None and isinstance(name, str) and "activation_func" not in self.transformer:
+            path = (*self.at, "extra_checkpoint_metadata")
+            self.put(self.transformer, self._inner.fields["activation_func"], name, path)
+            self.note(f"transformer.activation_func: {name} taken from extra_checkpoint_metadata")

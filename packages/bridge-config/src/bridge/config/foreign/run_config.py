@@ -1,0 +1,206 @@
+"""run_config.yaml, which `megatron.training` and Megatron Bridge keep beside checkpoints: read, and written for them.
+
+The model stands in its section `model`; it can also be a document by itself. What these forms cannot say is told by
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.foreign import megatron_training
+from bridge.config.foreign.families import FAMILIES, HYBRID_FAMILY
+from bridge.config.foreign.names import ENUMS, EXTENDED
+from bridge.config.paths import Path
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import (
+    Anything,
+    Choice,
+    Class,
+    Dtype,
+    Fixed,
+    Function,
+    Instance,
+    Items,
+    Plain,
+    Type,
+    inner_type,
+)
+from bridge.config.schema.inspection import config_at
+from bridge.config.schema.table import shipped, shipped_aliases, shipped_dtypes
+from bridge.config.schema.target import Target
+
+_OWNERS = ("megatron.training.", "megatron.bridge.")
+# Fields that no config of the reference has, or writes, and the values at which nothing is lost.
+_OURS_ALONE: dict[str, Any] = {
+    "hf_model_id": None,
+    "generation_config": None,
+    "pre_wrap_hooks": [],
+    "post_wrap_hooks": [],
+}
+
+
+def read_run_config(data: object) -> Migrated | None:
+    """The document of the model in `data`, a `run_config.yaml` or its model alone; None if `data` is neither.
+
+    Raises:
+        DocumentError: it describes a model that Bridge has no configuration for.
+    """
+    found = _model_section(data)
+    return megatron_training.convert(*found) if found is not None else None
+
+
+def _model_section(data: object) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The model in a document of the reference, where it stands, and the names of the other sections."""
+    if not isinstance(data, dict):
+        return None
+    model = data.get("model")
+    if _is_theirs(model) and ("_target_" not in data or _is_theirs(data)):
+        return model, ("model",), [str(key) for key in data if key not in ("model", "_target_")]
+    return (data, (), []) if _is_theirs(data) else None
+
+
+def _is_theirs(data: object) -> TypeGuard[dict[str, Any]]:
+    name = data.get("_target_") if isinstance(data, dict) else None
+    return isinstance(name, str) and name.startswith(_OWNERS)
+
+
+def to_run_config(data: Mapping[str, Any]) -> Migrated:
+    """A GPT's or hybrid model's document as the `model` section of a `run_config.yaml`, for the reference and Megatron
+    Bridge to read.
+
+    What they have no form for is left out, and told in the notes.
+
+    Args:
+        data: a document that was found to be right.
+
+    Raises:
+        DocumentError: the reference has no model like it.
+    """
+    family = next((one for one in FAMILIES if one.configs and data.get("_target_") == one.ours), None)
+    model = shipped(family.ours) if family else None
+    if family is None or model is None:
+        known = " or ".join(one.ours for one in FAMILIES if one.configs)
+        raise DocumentError([Problem("$._target_", f"only a {known} can be written for the reference")])
+    builder = data.get("_builder_", family.builder)
+    notes = []
+    if builder != family.builder:
+        notes.append(f"left out, of Bridge alone: the builder {builder}")
+    section: dict[str, Any] = {"_target_": family.configs[0], "_builder_": family.their_builder}
+    ours_alone = _OURS_ALONE | family.ours_alone
+    for key, value in data.items():
+        if key in ours_alone:
+            if value != ours_alone[key]:
+                notes.append(f"left out, the reference has no form for it: {key}")
+        elif (field := model.fields.get(key)) is not None and field.init:
+            section[key] = _their_form(value, field.type)
+    if family is HYBRID_FAMILY:
+        notes += _with_pattern(section)
+    notes += _without_extensions(section)
+    notes += [f"left out, as in the document: {entry['path']}" for entry in data.get("_omitted_", ())]
+    notes += [f"a list to the reference, not a tuple: {name}" for name in _tuples(data, model)]
+    return Migrated(section, notes=notes)
+
+
+def _with_pattern(section: dict[str, Any]) -> list[str]:
+    """Write out the pattern of a hybrid model, with borders where the reference needs them; what is said about it."""
+    transformer = section["transformer"]
+    given = section.get("hybrid_layer_pattern")
+    main, slash, predictions = (given or "M" * transformer.get("num_layers", 0)).partition("/")
+    ranks = transformer.get("pipeline_model_parallel_size", 1)
+    virtual = transformer.get("virtual_pipeline_model_parallel_size") or 1
+    if ranks == 1:
+        main = main.replace("|", "")
+    elif virtual > 1 and "|" not in main:
+        size = max(1, len(main) // (ranks * virtual))
+        main = "|".join(main[at : at + size] for at in range(0, len(main), size))
+    section["hybrid_layer_pattern"] = main + slash + predictions
+    return [] if section["hybrid_layer_pattern"] == given else [f"hybrid_layer_pattern written out: {main}"]
+
+
+def _without_extensions(section: dict[str, Any]) -> list[str]:
+    """Make the transformer in `section` one of megatron-core; what is said about what that has not."""
+    transformer = section["transformer"]
+    theirs = shipped(EXTENDED.get(transformer["_target_"], ""))
+    if theirs is None:
+        return []
+    lost = [key for key in transformer if key != "_target_" and key not in theirs.fields]
+    section["transformer"] = {key: value for key, value in transformer.items() if key not in lost}
+    section["transformer"]["_target_"] = theirs.name
+    return [f"left out, the reference has no form for it: transformer.{key}" for key in lost]
+
+
+def _their_form(value: Any, type_: Type) -> Any:
+    """A value of a right document as the reference writes it."""
+    if isinstance(value, str):
+        return _their_name(value, type_)
+    if isinstance(value, list):
+        return [_their_form(item, inner_type(type_)) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if (target := config_at(value, type_, shipped)) is not None:
+        return {"_target_": target.name} | {
+            key: _their_form(item, target.fields[key].type)
+            for key, item in value.items()
+            if key in target.fields and target.fields[key].init and not key.startswith("_")
+        }
+    match value:
+        case {"_target_": str(name), "_name_": str(member)}:
+            return _their_enum(shipped(name), member)
+        case {"_target_": "builtins.float", "_args_": [item]}:
+            return float(item)
+        case {"_target_": "builtins.dict", "_args_": [pairs]}:
+            return {_their_form(key, ()): _their_form(item, ()) for key, item in pairs}
+        case {"_target_": str(name), "_args_": [items]} if name.startswith("builtins."):
+            return _their_form(items, ())
+        case {"_target_": str(name), "_partial_": True}:
+            rest = {key: _their_form(item, ()) for key, item in value.items() if key != "_target_"}
+            return {"_target_": _canonical(name), "_args_": [], **rest}
+    return {key: _their_form(item, inner_type(type_)) for key, item in value.items()}
+
+
+def _their_name(value: str, type_: Type) -> Any:
+    for member in type_:
+        match member:
+            case Plain("str") | Anything():
+                return value
+            case Choice(values) if value in values:
+                return value
+            case Dtype() if (dtype := shipped_dtypes().get(value.removeprefix("torch."))) is not None:
+                return {"_target_": dtype, "_call_": False}
+            case Instance(name) if (enum := shipped(name)) is not None and value in enum.members:
+                return _their_enum(enum, value)
+            case Function() | Class():
+                return {"_target_": _canonical(value), "_call_": False}
+    return value
+
+
+def _canonical(name: str) -> str:
+    return shipped_aliases().get(name, name)
+
+
+def _their_enum(target: Target | None, member: str) -> Any:
+    if target is None or not target.name.startswith(ENUMS):
+        # Without the member's value, the member is named as an attribute, which they can resolve too.
+        return {"_target_": f"{target.name if target else ''}.{member}", "_call_": False}
+    number = target.members.index(member) + 1
+    return {"_target_": target.name, "_call_": True, "_args_": [number], "_name_": member}
+
+
+def _tuples(data: Mapping[str, Any], target: Target) -> list[str]:
+    """The fields whose value is a tuple."""
+    found = []
+    for key, value in data.items():
+        type_ = target.fields[key].type if key in target.fields else ()
+        if isinstance(value, dict):
+            if (inner := config_at(value, type_, shipped)) is not None:
+                found += [f"{key}.{name}" for name in _tuples(value, inner)]
+            elif value.get("_target_") == "builtins.tuple":
+                found.append(key)
+        elif isinstance(value, list):
+            kinds = {"tuple" if isinstance(m, Fixed) else m.kind for m in type_ if isinstance(m, (Fixed, Items))}
+            if kinds == {"tuple"}:
+                found.append(key)
+    return found

@@ -1,0 +1,35 @@
+"""What can be the key of a mapping: text, short enough, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from bridge.config.problems import got
+from bridge.config.text.limits import MAX_KEY
+from bridge.config.text.scalars import find_flaw
+
+DUPLICATE = "duplicate key"
+
+
+def find_key_flaw(key: Any, siblings: Container[str], *, is_plain: bool) -> str:
+    """Why `key`, written without quotes if `is_plain`, cannot stand beside `siblings`; empty if it can."""
+    if not isinstance(key, str):
+        return "keys must be text: quote this one"
+    if len(key) > MAX_KEY:
+        return f"a key longer than {MAX_KEY} characters"
+    if key == "<<" and is_plain:
+        return "merge keys are not YAML 1.2: write out what << would bring"
+    return DUPLICATE if key in siblings else ""
+
+
+def has_key_flaw(made: dict[str, Any], pairs: list[tuple[str, Any]]) -> bool:
+    """Whether the mapping `made` of the pairs of a JSON object shows a key given twice, or one that is too long."""
+    return len(made) < len(pairs) or (bool(made) and max(map(len, made)) > MAX_KEY)
+
+
+def find_written_key_flaw(key: Any) -> str:
+    """Why no text can have `key`; empty if one can."""
+    if type(key) is not str:
+        return f"keys must be text, and {got(key)} is none"
+    return find_flaw(key) or (f"a key longer than {MAX_KEY} characters" if len(key) > MAX_KEY else "")

@@ -1,0 +1,153 @@
+"""YAML 1.2 and JSON texts as plain data, with the place of every value.
+
+Text is read as a stream and given up as soon as it is out of bounds: in size, depth or number of values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.text.keys import has_key_flaw
+from bridge.config.text.limits import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES
+from bridge.config.text.nodes import Node, Places
+from bridge.config.text.scalars import read_json_scalar
+from bridge.config.text.tree import TreeBuilder
+
+BYTE_ORDER_MARK = "\ufeff"
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_JSON_TOKEN = re.compile(rf"{_STRING}|[\[\]{{}}]|[^\s\[\]{{}},:]+")
+_JSON_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+@dataclass
+class Parsed:
+    """Plain data, and the text that it was read from."""
+
+    data: Any
+    text: str
+    """Without the byte order mark that it may have begun with."""
+    byte_order_mark: str
+    kind: Literal["yaml", "json"]
+
+    @cached_property
+    def root(self) -> Node | None:
+        """The tree of the values as they stand in the text; None if there is none in it."""
+        builder = TreeBuilder(self.text, None)
+        (_read_yaml if self.kind == "yaml" else _read_json)(builder)
+        return builder.root
+
+    @cached_property
+    def places(self) -> Places:
+        """The lines and columns of the text."""
+        return Places(self.text)
+
+
+def parse_yaml(text: str, file: str | None = None) -> Parsed:
+    """The data of a YAML text. Anchors and aliases stand for copies.
+
+    Raises:
+        DocumentError: it is not YAML 1.2, has duplicate keys, tags or merge keys, or is out of bounds.
+    """
+    mark, text = _begun(text, file)
+    builder = TreeBuilder(text, file)
+    _read_yaml(builder)
+    parsed = Parsed(builder.root.data() if builder.root else None, text, mark, "yaml")
+    parsed.root = builder.root
+    return parsed
+
+
+def parse_json(text: str, file: str | None = None) -> Parsed:
+    """The data of a JSON text.
+
+    Raises:
+        DocumentError: it is not JSON, has duplicate keys, NaN or infinity, or is out of bounds.
+    """
+    mark, text = _begun(text, file)
+    _check_count(text, file)
+    flaws: list[object] = []
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if has_key_flaw(made, pairs):
+            flaws.append("key")
+        return made
+
+    def integer(text: str) -> int:
+        if len(text) <= MAX_DIGITS:
+            return int(text)
+        flaws.append("digits")
+        return 0
+
+    def real(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            flaws.append("infinity")
+        return number
+
+    try:
+        data = json.loads(
+            text, object_pairs_hook=mapping, parse_constant=flaws.append, parse_int=integer, parse_float=real
+        )
+    except json.JSONDecodeError as error:
+        raise DocumentError([Problem("$", f"not JSON: {error.msg}", file, error.lineno, error.colno)]) from error
+    except RecursionError:
+        data = None
+        flaws.append("depth")
+    if flaws or _is_deep(data) or _may_have_surrogates(text):
+        _read_json(TreeBuilder(text, file))  # says what is wrong, and where
+    return Parsed(data, text, mark, "json")
+
+
+def _read_yaml(builder: TreeBuilder) -> None:
+    from bridge.config.text.yaml_events import read_yaml  # PyYAML takes 20 ms: JSON and `bridge --help` need it not
+
+    read_yaml(builder)
+
+
+def _read_json(builder: TreeBuilder) -> None:
+    """Read what `json.loads` has found to be JSON, as far as it is within bounds."""
+    for token in _JSON_TOKEN.finditer(builder.text):
+        text, (start, end) = token[0], token.span()
+        if text in ("[", "{"):
+            builder.open(Node(start, end, [] if text == "[" else {}, "{"))
+        elif text in ("]", "}"):
+            builder.close(end)
+        else:
+            style = '"' if text.startswith('"') else ""
+            builder.scalar(Node(start, end, style=style), text, read_json_scalar)
+    builder.finish()
+
+
+def _begun(text: str, file: str | None) -> tuple[str, str]:
+    """The byte order mark at the beginning of a text, if there is one, and the text after it."""
+    if len(text) > MAX_BYTES:
+        raise DocumentError([Problem("$", f"larger than {MAX_BYTES // 2**20} MiB", file)])
+    mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
+    return mark, text[len(mark) :]
+
+
+def _check_count(text: str, file: str | None) -> None:
+    """Refuse JSON of too many values before anything is made of it."""
+    if text.count(",") + text.count("[") + text.count("{") < MAX_VALUES:
+        return
+    bare = re.sub(rf"{_STRING}|\s+", "", text)
+    if bare.count(",") + sum(bare.count(a) - bare.count(b) for a, b in (("[", "[]"), ("{", "{}"))) >= MAX_VALUES:
+        raise DocumentError([Problem("$", f"more than {MAX_VALUES} values", file)])
+
+
+def _is_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level = [value for values in inner for value in values]
+    return bool(level)
+
+
+def _may_have_surrogates(text: str) -> bool:
+    return not (text.isascii() and "\\u" not in text) and _JSON_SURROGATE.search(text) is not None

@@ -1,0 +1,104 @@
+"""What a scalar stands for, by the core schema of YAML 1.2 (and nothing beside it) and in JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from bridge.config.text.limits import MAX_DIGITS
+
+_TOO_LARGE = 10**MAX_DIGITS
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITY = re.compile(r"([-+]?)\.(inf|Inf|INF)")
+_CONSTANTS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),  # "": a value that is missing, as in `key:`
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_plain(text: str) -> Any:
+    """A plain scalar by YAML 1.2's core schema; what is missing is null.
+
+    Raises:
+        ValueError: it is out of bounds, or not a value.
+    """
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if text[0] not in "+-.0123456789":
+        return text
+    if _INTEGER.fullmatch(text):
+        return _integer(text)
+    if _BASED.fullmatch(text):
+        return _based(text)
+    if _OCTAL.fullmatch(text):
+        raise ValueError(
+            f"{text[:20]} may be an octal number, a decimal one or text: drop the zero, write 0o, or quote it"
+        )
+    if _FLOAT.fullmatch(text):
+        return _float(text)
+    if infinity := _INFINITY.fullmatch(text):
+        return float(infinity[1] + "inf")
+    if text in (".nan", ".NaN", ".NAN"):
+        raise ValueError("not a number is not a value")
+    return text
+
+
+def read_json_scalar(text: str) -> Any:
+    """A scalar of JSON.
+
+    Raises:
+        ValueError: it is out of bounds, or not a value.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float)
+    if isinstance(value, str):
+        _check_text(value)
+    return value
+
+
+def find_flaw(value: Any) -> str:
+    """Why no text can say `value` by itself; empty if one can."""
+    kind = type(value)
+    if kind is str:
+        wrong = None if value.isascii() else _SURROGATE.search(value)
+        return f"U+{ord(wrong[0]):04X} is half of a character" if wrong else ""
+    if kind is float:
+        return "not a number is not a value" if math.isnan(value) else ""
+    if kind is int:
+        return f"a number of more than {MAX_DIGITS:,} digits" if abs(value) >= _TOO_LARGE else ""
+    return "" if value is None or kind in (bool, dict, list, tuple) else f"a {kind.__qualname__} is not plain data"
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits: quote it if it is text")
+    return int(text)
+
+
+def _based(text: str) -> int:
+    number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
+    if number >= _TOO_LARGE:
+        raise ValueError(f"a number of more than {MAX_DIGITS:,} decimal digits: quote it if it is text")
+    return number
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large for a number: quote it if it is text")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_text(text: str) -> None:
+    if flaw := find_flaw(text):
+        raise ValueError(f"{flaw}: it cannot be in a text")

@@ -1,0 +1,140 @@
+"""The tree of a text's values: made of what a reader comes to, kept within bounds, with all that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.paths import shown
+from bridge.config.problems import MAX_PROBLEMS
+from bridge.config.text.keys import DUPLICATE, find_key_flaw
+from bridge.config.text.limits import MAX_DEPTH, MAX_VALUES
+from bridge.config.text.nodes import Node, Places
+
+
+class TreeBuilder:
+    """Makes a tree of what comes out of a text, keeps it within bounds, and collects all that is wrong."""
+
+    def __init__(self, text: str, file: str | None) -> None:
+        self.text = text
+        self.root: Node | None = None
+        self._file = file
+        self._places = Places(text)
+        self._problems: list[Problem] = []
+        self._open: list[_Open] = []
+        self._anchors: dict[str, Node] = {}
+        self._size = 0
+
+    def scalar(self, node: Node, text: str, read: Callable[[str], Any]) -> None:
+        """A scalar; `read` makes its value of `text`, and a ValueError is a problem."""
+        self._check_bounds(node)
+        try:
+            node.value = read(text)
+        except ValueError as error:
+            self.problem(str(error), node.start)
+        self._put(node)
+
+    def alias(self, node: Node, name: str) -> None:
+        """An alias of what was anchored as `name`."""
+        meant = self._anchors.get(name)
+        if meant is None:
+            self.problem(f"undefined alias *{name}", node.start)
+        elif any(meant is opened.node for opened in self._open):
+            self.problem(f"the alias *{name} stands inside what it is an alias of", node.start)
+        else:
+            node.alias = meant.alias or meant
+            node.size, node.depth = meant.size, meant.depth
+        self._check_bounds(node)
+        self._put(node)
+
+    def anchor(self, node: Node, name: str | None) -> None:
+        """Remember what `name` stands for from here on."""
+        if name is not None:
+            node.anchored = True
+            self._anchors[name] = node
+
+    def open(self, node: Node) -> None:
+        """A collection begins."""
+        self._check_bounds(node)
+        self._open.append(_Open(node))
+
+    def close(self, end: int) -> None:
+        """The collection that began last is complete; `end` is where its closing bracket ends, if it has any."""
+        node = self._open.pop().node
+        if node.style:
+            node.end = end
+        self._put(node)
+
+    def problem(self, message: str, index: int, *below: str) -> None:
+        """Note what is wrong at a character of the text."""
+        path = (*(opened.step for opened in self._open if opened.step is not None), *below)
+        self._problems.append(Problem(shown(path), message, self._file, *self._places[index]))
+        if len(self._problems) == MAX_PROBLEMS:
+            self.give_up(f"reading stops after {MAX_PROBLEMS} problems", index)
+
+    def give_up(self, message: str, index: int | None) -> NoReturn:
+        """Stop for a problem of the whole document."""
+        place = self._places[index] if index is not None else (None, None)
+        raise DocumentError([*self._problems, Problem("$", message, self._file, *place)])
+
+    def finish(self) -> None:
+        """Raise what was found."""
+        if self._problems:
+            raise DocumentError(self._problems)
+
+    def _put(self, node: Node) -> None:
+        """Put a complete value where it belongs."""
+        if not self._open:
+            self.root = node
+            return
+        opened = self._open[-1]
+        if opened.is_list:
+            opened.node.value.append(node)
+        elif opened.wants_key:
+            opened.wants_key = False
+            opened.key = node.start, node.end
+            opened.step = self._key(node, opened.node.value)
+            return
+        else:
+            node.key = opened.key
+            if opened.step is not None:
+                opened.node.value[opened.step] = node
+            opened.wants_key, opened.step = True, None
+        opened.add(node)
+
+    def _key(self, node: Node, siblings: dict[str, Node]) -> str | None:
+        key = node.alias.value if node.alias else node.value
+        if flaw := find_key_flaw(key, siblings, is_plain=not node.style):
+            self.problem(flaw, node.start, *([key] if flaw == DUPLICATE else []))
+            return None
+        return str(key)
+
+    def _check_bounds(self, node: Node) -> None:
+        if not (self._open and self._open[-1].wants_key):
+            self._size += node.size
+        if self._size > MAX_VALUES:
+            self.give_up(f"more than {MAX_VALUES} values", node.start)
+        if len(self._open) + node.depth > MAX_DEPTH:
+            self.give_up(f"nested more than {MAX_DEPTH} deep", node.start)
+
+
+class _Open:
+    """A collection that is not complete."""
+
+    __slots__ = ("is_list", "key", "node", "step", "wants_key")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.is_list = isinstance(node.value, list)
+        self.wants_key = not self.is_list
+        self.key: tuple[int, int] | None = None  # where the last key is
+        self.step: str | int | None = 0 if self.is_list else None  # where the next value goes
+
+    def add(self, node: Node) -> None:
+        holder = self.node
+        if self.is_list:
+            self.step = len(holder.value)
+        holder.end = node.end
+        holder.size += node.size
+        holder.depth = max(holder.depth, node.depth + 1)

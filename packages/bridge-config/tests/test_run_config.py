@@ -1,0 +1,274 @@
+"""run_config.yaml is read and written; the real megatron.training is the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bridge.config.errors import DocumentError
+from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.run_config import to_run_config
+
+CORE = "megatron.core.transformer.transformer_config"
+
+
+REFERENCE = "megatron.training.models.gpt.GPTModelConfig"
+
+
+PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+
+
+OURS = "bridge.models.gpt.GPTModelConfig"
+
+
+HYBRID = "megatron.training.models.hybrid.HybridModelConfig"
+
+
+def nested(transformer: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+    inner = {"_target_": f"{CORE}.TransformerConfig", "num_layers": 2, "activation_func": "silu"}
+    known = {"transformer_layer_spec": None}
+    return {"_target_": REFERENCE, "transformer": inner | (transformer or {})} | known | top
+
+
+@pytest.mark.parametrize("container", [None, "megatron.bridge.training.config.ConfigContainer"])
+def test_a_run_config_is_its_model(container: str | None) -> None:
+    head = {"_target_": container} if container else {}
+    result = adopted({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
+    assert result.data == adopted(nested()).data
+    assert result.notes == ["left out, Bridge reads the model alone: ddp, train"]
+    assert dict(result.moves)[()] == ("model",)
+    assert [path for path, _ in result.problems] == [("model", "typo")]
+
+
+@pytest.mark.parametrize("name", ["my.Config", "bridge.models.t5.T5ModelConfig"])
+def test_only_models_that_the_reference_has_are_written_for_it(name: str) -> None:
+    with pytest.raises(DocumentError, match=r"only a bridge\.models\.gpt.* or bridge\.models\.mamba.* can be written"):
+        to_run_config({"_target_": name})
+
+
+def test_what_the_reference_cannot_say_is_told() -> None:
+    data = {
+        "_target_": OURS,
+        "_builder_": "my.Builder",
+        "_omitted_": [{"path": "$.transformer.init_method", "reason": "a lambda"}],
+        "hf_model_id": "me/mine",
+        "pre_wrap_hooks": ["my.hook"],
+        "post_wrap_hooks": [],
+        "transformer": {"_target_": f"{CORE}.TransformerConfig", "_version_": 1, "window_size": [4, 0]},
+    }
+    result = to_run_config(data)
+    assert result.notes == [
+        "left out, of Bridge alone: the builder my.Builder",
+        "left out, the reference has no form for it: hf_model_id",
+        "left out, the reference has no form for it: pre_wrap_hooks",
+        "left out, as in the document: $.transformer.init_method",
+        "a list to the reference, not a tuple: transformer.window_size",
+    ]
+    assert result.data == {
+        "_target_": REFERENCE,
+        "_builder_": "megatron.training.models.gpt.GPTModelBuilder",
+        "transformer": {"_target_": f"{CORE}.TransformerConfig", "window_size": [4, 0]},
+    }
+
+
+HYBRID_BUILDER = "megatron.training.models.hybrid.HybridModelBuilder"
+
+
+@pytest.mark.parametrize(
+    ("layout", "pattern", "written"),
+    [
+        ({}, None, "MMMM"),
+        ({}, "M*|M*", "M*M*"),
+        ({}, "M*M*/*", "M*M*/*"),
+        ({"pipeline_model_parallel_size": 2}, "M*|M*", "M*|M*"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "M*M*/*", "M|*|M|*/*"),
+    ],
+)
+def test_a_pattern_is_written_as_the_reference_splits_it(
+    layout: dict[str, int], pattern: str | None, written: str
+) -> None:
+    data = {
+        "_target_": "bridge.models.mamba.MambaModelConfig",
+        "hybrid_layer_pattern": pattern,
+        "transformer": {"_target_": f"{CORE}.TransformerConfig", "num_layers": 4, **layout},
+        "scatter_embedding_sequence_parallel": True,
+    }
+    result = to_run_config(data)
+    assert result.data["hybrid_layer_pattern"] == written
+    assert result.data["_target_"] == HYBRID
+    assert result.data["_builder_"] == HYBRID_BUILDER
+    assert "scatter_embedding_sequence_parallel" not in result.data
+    assert bool(result.notes) == (written != pattern)
+
+
+def test_what_a_hybrid_model_of_the_reference_has_not_is_told() -> None:
+    yarn = {"_target_": "bridge.models.transformer.YarnTransformerConfig", "num_layers": 1, "yarn_beta_fast": 16.0}
+    data = {
+        "_target_": "bridge.models.mamba.MambaModelConfig",
+        "hybrid_layer_pattern": "M",
+        "scatter_embedding_sequence_parallel": False,
+        "transformer": yarn,
+    }
+    result = to_run_config(data)
+    assert result.data["transformer"] == {"_target_": f"{CORE}.TransformerConfig", "num_layers": 1}
+    assert result.notes == [
+        "left out, the reference has no form for it: scatter_embedding_sequence_parallel",
+        "left out, the reference has no form for it: transformer.yarn_beta_fast",
+    ]
+
+
+# The real reference.
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    pytest.importorskip("omegaconf")
+    return pytest.importorskip("megatron.training.models.gpt")
+
+
+def transformer(**given: Any) -> Any:
+    import torch
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "attention_backend": AttnBackend.flash,
+        "window_size": (4, 0),
+        "init_method": partial(torch.nn.init.normal_, mean=0.0, std=0.03),
+        "moe_layer_freq": [1, 0, 1, 0],
+        "pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.bfloat16,
+    }
+    return TransformerConfig(**values | given)
+
+
+TOP = {"vocab_size": 128, "position_embedding_type": "rope", "rotary_base": 500000, "should_pad_vocab": True}
+
+
+def as_yaml(data: Any) -> Any:
+    """What the reference's own YAML writer makes of live data, read back as plain data."""
+    import yaml
+    from megatron.training.config.yaml_utils import safe_yaml_representers
+
+    with safe_yaml_representers():
+        return yaml.safe_load(yaml.safe_dump(data))
+
+
+def same(value: Any, other: Any) -> bool:
+    if isinstance(value, partial) and isinstance(other, partial):
+        return (value.func, value.args, value.keywords) == (other.func, other.args, other.keywords)
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(value) == list(other)
+    return bool(value == other) and type(value) is type(other)
+
+
+def differing(config: Any, other: Any) -> list[str]:
+    return [f.name for f in fields(config) if not same(getattr(config, f.name), getattr(other, f.name))]
+
+
+def live(config: Any) -> Any:
+    return config.as_dict()
+
+
+def written(config: Any) -> Any:
+    return as_yaml(config.as_dict())
+
+
+def run_config(config: Any) -> Any:
+    return {"model": as_yaml(config.as_dict()), "train": {"train_iters": 5}}
+
+
+def provider(config: Any) -> Any:
+    """As a GPTModelProvider, which writes functions too, in a run_config.yaml."""
+    top = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("transformer", "post_wrap_hooks")}
+    inner = {f.name: getattr(config.transformer, f.name) for f in fields(config.transformer)}
+    return {"model": as_yaml({"_target_": PROVIDER} | top | inner)}
+
+
+# The reference's as_dict leaves out functions.
+LOST = ["activation_func", "init_method", "output_layer_init_method", "embedding_init_method"]
+
+
+@pytest.mark.parametrize(("form", "lost"), [(live, LOST), (written, LOST), (run_config, LOST), (provider, [])])
+def test_what_the_reference_writes_is_read(reference: Any, form: Callable[[Any], Any], lost: list[str]) -> None:
+    from bridge.config import ModelConfig
+
+    theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
+    ours: Any = ModelConfig.from_dict(form(theirs))
+    assert type(ours).__module__ == "bridge.models.gpt"
+    assert set(differing(theirs.transformer, ours.transformer)) <= set(lost)
+    shared = [f.name for f in fields(theirs) if f.name not in ("transformer", "extra_checkpoint_metadata")]
+    assert [name for name in shared if getattr(theirs, name) != getattr(ours, name)] == []
+
+
+def test_an_activation_function_that_bridge_learns_of_is_kept(reference: Any) -> None:
+    import torch
+
+    from bridge.config import ModelConfig
+
+    data = reference.GPTModelConfig(transformer=transformer(), **TOP).as_dict()
+    data["transformer"]["activation_func"] = "silu"  # as Megatron Bridge's own config writes it
+    ours: Any = ModelConfig.from_dict(data)
+    assert ours.transformer.activation_func is torch.nn.functional.silu
+
+
+@pytest.mark.parametrize("given", [{}, {"num_moe_experts": 4, "add_bias_linear": False}])
+def test_the_reference_reads_what_we_write(reference: Any, given: dict[str, Any]) -> None:
+    """Through its `instantiate`, as it reads a run_config.yaml, and through its `from_dict`; equal field by field."""
+    import yaml
+    from megatron.training.config.instantiate_utils import instantiate
+
+    from bridge.config import ModelConfig
+
+    theirs = reference.GPTModelConfig(transformer=transformer(**given), **TOP)
+    section = to_run_config(ModelConfig.from_dict(provider(theirs)).as_dict())
+    assert section.notes == ["a list to the reference, not a tuple: transformer.window_size"]
+    read = yaml.safe_load(yaml.safe_dump(section.data))
+    assert read == section.data
+
+    again = instantiate(read)
+    assert type(again) is reference.GPTModelConfig
+    assert differing(theirs.transformer, again.transformer) == []
+    assert [f.name for f in fields(theirs) if f.name != "transformer" and f.name in differing(theirs, again)] == []
+
+    # Its from_dict takes live values, and every mapping with a `_target_` for a config.
+    leaves = {
+        key: instantiate(value) if isinstance(value, dict) else value for key, value in read["transformer"].items()
+    }
+    again = reference.GPTModelConfig.from_dict(read | {"transformer": leaves})
+    assert again.get_builder_cls() is reference.GPTModelBuilder
+    assert differing(theirs.transformer, again.transformer) == []
+
+
+def test_the_values_of_enumerations_count_from_one() -> None:
+    """What lets a member be found by its value without the class."""
+    import inspect
+    from enum import Enum
+
+    enums = pytest.importorskip("megatron.core.transformer.enums")
+    found = [cls for _, cls in inspect.getmembers(enums, inspect.isclass) if issubclass(cls, Enum) and list(cls)]
+    assert len(found) > 5
+    for cls in found:
+        if cls.__module__ == enums.__name__:
+            assert [member.value for member in cls] == list(range(1, len(cls) + 1))
+
+
+def test_a_run_config_returns_as_it_went(reference: Any) -> None:
+    from bridge.config import ModelConfig
+
+    theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
+    ours = ModelConfig.from_dict(provider(theirs)).as_dict()
+    again = ModelConfig.from_dict(to_run_config(ours).data).as_dict()
+    assert again == ours
