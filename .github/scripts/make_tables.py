@@ -32,6 +32,7 @@ from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, ta
 from bridge.config.schema.registry import GROUP
 from bridge.config.schema.table import target_to_json
 from bridge.config.schema.target import Field, Target
+from bridge.config.write.defaults import written_default
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"
@@ -145,14 +146,15 @@ def documented(target: Target, targets: dict[str, Target]) -> Target:
     for field in target.fields.values():
         said = words["fields"].get(field.name)
         inherited = above.fields[field.name].doc if above and field.name in above.fields else ""
-        fields[field.name] = plain(field, said or inherited)
+        fields[field.name] = plain(field, said or inherited, default=written_default(target, field.name))
     return replace(target, doc=words["doc"].replace("``", "`"), fields=fields, obj=None)
 
 
-def plain(field: Field, doc: str) -> Field:
-    """`field` with words about it."""
+def plain(field: Field, doc: str, *, default: Any) -> Field:
+    """`field` with words about it, and its default in written form."""
     # Where an instance keeps a value concerns only those who have one.
-    return replace(field, doc=" ".join(doc.replace("``", "`").split()), attribute="")
+    doc = " ".join(doc.replace("``", "`").split())
+    return replace(field, doc=doc, attribute="", default=default, make_default=None)
 
 
 def words_of(target: Target) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError, ModelConfig, OmittedWarning, register
+from bridge.config.read.build import build
 from bridge.config.read.lookup import LiveLookup
 from bridge.config.read.reader import Reader
 from bridge.config.schema.inspection import describe
@@ -153,8 +154,8 @@ def test_all_fields_at_once_survive_both_texts(
     assert from_json == from_yaml == data
     # The class itself would refuse some of these together; what each was written as is read by the same schema.
     written = {name: from_yaml["transformer"][name] for name in values}
-    reader, fields = Reader(Live(), {}), describe(cls).fields
-    survived = [name for name in values if same(reader.value(written[name], fields[name].type), values[name])]
+    reader, fields = Reader(LiveLookup()), describe(cls).fields
+    survived = [name for name in values if same(build(reader.value(written[name], fields[name].type)), values[name])]
     with capsys.disabled():
         print(f"\n{cls.__name__}: {len(survived)} of {len(values)} fields survive; {LIVE} is declared omitted")  # noqa: T201
     assert survived == list(values)

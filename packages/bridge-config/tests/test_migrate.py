@@ -358,14 +358,15 @@ def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
     points = ["their.Config = mine:SCHEMA", "their.Wrong = mine:WRONG", "their.Gone = mine:GONE"]
     (info / "entry_points.txt").write_text("[bridge.schemas]\n" + "\n".join(points))
     code = (
-        "from bridge.config.read.migrate import Moved, Schema\nSCHEMA = Schema(2, (Moved(2, 'a', 'b'),))\nWRONG = 1\n"
+        "from bridge.config.schema.versions import Moved, Schema\n"
+        "SCHEMA = Schema(2, (Moved(2, 'a', 'b'),))\nWRONG = 1\n"
     )
     (tmp_path / "mine.py").write_text(code)
     ask = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from bridge.config.errors import TargetError
-from bridge.config.read.migrate import declared_schema
+from bridge.config.schema.versions import declared_schema
 print(declared_schema("their.Config").to_json(), declared_schema("their.Other"))
 for name in ("their.Wrong", "their.Gone"):
     try:

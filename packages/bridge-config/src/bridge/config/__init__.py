@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, Problem, TargetError
 from bridge.config.model import ModelConfig
 from bridge.config.protocol import Serializable
-from bridge.config.schema.registry import register
 from bridge.config.writethrough import WriteThrough
 
 if TYPE_CHECKING:
     from bridge.config.compare import Difference
     from bridge.config.documents.document import Document, load_config
+    from bridge.config.schema.registry import register
     from bridge.config.schema.versions import Changed, Moved, Removed, Schema
 
 __all__ = [
@@ -37,13 +37,14 @@ __all__ = [
 
 # Reading, comparing and migrating documents need more of the standard library than describing a model does.
 _LAZY = {
-    "Changed": "migrate",
+    "Changed": "schema.versions",
     "Difference": "compare",
     "Document": "documents.document",
-    "Moved": "migrate",
-    "Removed": "migrate",
-    "Schema": "migrate",
+    "Moved": "schema.versions",
+    "Removed": "schema.versions",
+    "Schema": "schema.versions",
     "load_config": "documents.document",
+    "register": "schema.registry",
 }
 
 

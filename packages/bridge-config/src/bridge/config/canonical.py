@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import rfc8785
+
 from bridge.config.errors import ConfigError
 from bridge.config.read.decode import Checked, check
 from bridge.config.write.encode import encode_made
@@ -48,8 +50,6 @@ def fingerprint(data: object) -> str:
         DocumentError: it describes no configuration.
         ConfigError: it holds text that is not Unicode.
     """
-    import rfc8785
-
     form = canonical(data, defaults=True)
     if "_omitted_" in form:  # the reasons name objects of the process that wrote them
         form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])

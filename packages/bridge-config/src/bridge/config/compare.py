@@ -10,6 +10,7 @@ from bridge.config.canonical import canonical_of, without_version
 from bridge.config.paths import Path, shown
 from bridge.config.problems import shortened
 from bridge.config.read.decode import Checked
+from bridge.config.text.dump import dump_flow
 
 _NOTHING = object()
 
@@ -110,8 +111,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _said(value: Any, place: str | None) -> str:
-    from bridge.config.text.dump import dump_flow
-
     try:
         text = dump_flow(value).strip()
     except ValueError:  # no text can say it

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import bridge
+
 _MAX_NAME = 200  # characters; no name that is known is half as long
 
 
@@ -58,8 +60,7 @@ class DocumentError(ConfigError):
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called Bridge, however deep inside of it this is."""
-    import bridge  # a namespace: its path names the folders of all packages
-
+    # The namespace's path names the folders of all packages.
     warnings.warn(message, category, skip_file_prefixes=tuple(os.path.join(folder, "") for folder in bridge.__path__))
 
 
@@ -79,7 +80,7 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like the unknown `name`; None if none is like it."""
-    import difflib
+    import difflib  # few messages need it, and every start would pay for it
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MAX_NAME else []
     return close[0] if close else None

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, TargetError
 from bridge.config.problems import got
-from bridge.config.schema import registry
+from bridge.config.schema import registered
 from bridge.config.schema.declaration import check_class, check_definition
-from bridge.config.schema.generation import GenerationField
+from bridge.config.schema.generation import FIELD as GENERATION_FIELD
+from bridge.config.schema.generation import GenerationSettings
+from bridge.config.schema.names import qualified_name
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -54,10 +56,10 @@ class ModelConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_definition(cls)
-        targets.register(cls)
+        registered.enter(cls, qualified_name(cls) or "")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_class(cls, ModelConfig)  # no earlier: a class is decorated after it was defined
+        check_class(cls)  # no earlier: a class is decorated after it was defined
         return super().__new__(cls)
 
     def get_builder_cls(self) -> type:
@@ -69,7 +71,7 @@ class ModelConfig:
         builder = getattr(self, "builder", None)
         if builder is None:
             raise TargetError(f"{type(self).__qualname__} names no builder: set its `builder` ClassVar")
-        return targets.import_builder(builder)
+        return registered.import_builder(builder)
 
     def as_dict(self) -> dict[str, Any]:
         """This configuration as plain data (JSON types only), with `_target_` and `_builder_`.
@@ -90,6 +92,28 @@ class ModelConfig:
         from bridge.config.read.decode import decode_config
 
         return decode_config(data, cls)
+
+
+class _GenerationField:
+    """`ModelConfig.generation_config`: settings that a document gave become transformers' object when they are read.
+
+    They stay data where transformers is not installed, or documents may not name its class.
+    """
+
+    keeps_generation_data = True  # see `schema.generation.KEEPS_DATA`
+
+    def __get__(self, config: object, owner: type | None = None) -> Any:
+        if config is None:
+            return None  # the field's default, which a dataclass keeps in its class
+        value = vars(config).get(GENERATION_FIELD)
+        if isinstance(value, GenerationSettings):
+            from bridge.config.read.generation import object_of  # it imports transformers, as nothing before it does
+
+            value = vars(config)[GENERATION_FIELD] = object_of(value)
+        return value
+
+    def __set__(self, config: object, value: Any) -> None:
+        vars(config)[GENERATION_FIELD] = value
 
 
 class _HooksField:
@@ -116,6 +140,6 @@ class _HooksField:
 
 
 # Not in the class body, where a dataclass would take them for the fields' defaults.
-ModelConfig.generation_config = GenerationField()
+ModelConfig.generation_config = _GenerationField()
 ModelConfig.pre_wrap_hooks = _HooksField("pre_wrap_hooks")  # type: ignore[assignment]
 ModelConfig.post_wrap_hooks = _HooksField("post_wrap_hooks")  # type: ignore[assignment]

@@ -185,7 +185,7 @@ class Document:
         from bridge.config.read.lookup import TableLookup
 
         with self.placing_problems():
-            present = current(self.data, Tables())
+            present = current(self.data, TableLookup())
             if present.problems:
                 raise DocumentError(present.problems)
         self._is_adopted |= present.steps[0].data is not self.data

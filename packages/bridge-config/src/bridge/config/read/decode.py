@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
 from bridge.config.foreign.recognize import adopted
-from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, parsed, shown
 from bridge.config.problems import MAX_PROBLEMS, Found, ReadError, below, got, refused
+from bridge.config.read.build import build
+from bridge.config.read.generation import unfit_settings
 from bridge.config.read.lookup import LiveLookup, Lookup, TableLookup, check_builder
 from bridge.config.read.migrate import migrated
 from bridge.config.read.reader import Reader
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.annotations import Instance
-from bridge.config.schema.generation import FIELD as GENERATION_FIELD
-from bridge.config.schema.generation import wrong_settings
 from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, qualified_name
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import Made
 
-ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
-
-def decode_config(data: object, cls: type[ConfigT]) -> ConfigT:
+def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
     """The configuration that the document `data` describes.
 
     Args:
@@ -35,9 +33,9 @@ def decode_config(data: object, cls: type[ConfigT]) -> ConfigT:
     Raises:
         DocumentError: lists all that is wrong with `data`.
     """
-    world = Live()
     config: ConfigT
-    config, builder = _read(present := current(data, world), cls, world)
+    present, wanted = current(data, lookup := LiveLookup()), Instance(qualified_name(cls) or "", cls)
+    config, builder = _read(present, wanted, lookup, make=build)
     for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
         warn(note, OmittedWarning)
     if builder is not None and builder != getattr(config, "builder", None):
@@ -67,9 +65,8 @@ def check(data: object, *, defaults: bool = False) -> Checked:
     Raises:
         DocumentError: lists all that is wrong with `data`.
     """
-    world = Tables(defaults=defaults)
-    present = current(data, world)
-    made, builder = _read(present, ModelConfig, world)
+    present = current(data, lookup := TableLookup())
+    made, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_as_it_is, defaults=defaults)
     return Checked(made, builder or made.target.builder, present)
 
 
@@ -103,14 +100,18 @@ class Current:
         return origin(path, self.steps)
 
 
-def current(data: object, world: World) -> Current:
+def _as_it_is(made: Made) -> Made:
+    return made
+
+
+def current(data: object, lookup: Lookup) -> Current:
     """The document `data`, which may be of the reference or of an older version, in the present form."""
 
     def target_of(name: str) -> Target | None:
         if name == GENERATION_CONFIG:
             return shipped(name)  # its own library is not imported for this
         try:
-            return world.named(name, suggest=False)
+            return lookup.named(name, suggest=False)
         except TargetError:
             return None
 
@@ -133,12 +134,15 @@ def origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
     return path
 
 
-def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, str | None]:
-    """What `present` describes, and the builder that it names."""
+def _read[T](
+    present: Current, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
+) -> tuple[T, str | None]:
+    """What `make` makes of the config that `present` describes, and the builder that the document names."""
     found: Found = []
     problems, cause = present.problems, None
     try:
-        read = _document(present.data, Instance(qualified_name(cls) or "", cls), world)
+        described, builder = _document(present.data, wanted, lookup, defaults=defaults)
+        made = make(described)
     except ReadError as error:
         found, cause = error.found, error.__cause__
     except TargetError as error:  # a class that cannot be described, where its name is not asked for
@@ -151,23 +155,23 @@ def _read(present: Current, cls: type[ModelConfig], world: World) -> tuple[Any, 
         problems[MAX_PROBLEMS:] = [Problem("$", f"{more:,} more problems")]
     if problems:
         raise DocumentError(problems) from cause
-    return read
+    return made, builder
 
 
-def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | None]:
+def _document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool) -> tuple[Made, str | None]:
     if not isinstance(data, dict):
         raise refused(f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {got(data)}")
     if "_target_" not in data:
         raise refused("missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'")
     omissions = data.get("_omitted_", [])
     found = _wrong_omissions(omissions)
-    reader = Reader(world, {} if found else _omitted(omissions, data))
+    reader = Reader(lookup, {} if found else _omitted(omissions, data), defaults=defaults)
     try:
         target = _class(data["_target_"], wanted, reader)
     except ReadError as error:
         raise ReadError(error.found + found) from error.__cause__
     try:
-        builder = _builder(data.get("_builder_"), target, world)
+        builder = _builder(data.get("_builder_"), target, lookup)
     except ReadError as error:
         found += error.found
     try:
@@ -180,15 +184,6 @@ def _document(data: object, wanted: Instance, world: World) -> tuple[Any, str | 
     return made, builder
 
 
-def unfit_settings(data: dict[str, Any], target: Target) -> Found:
-    """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
-    sizes = {
-        name: data.get(name, target.fields[name].default) if name in target.fields else None
-        for name in ("vocab_size", "seq_length")
-    }
-    return [((GENERATION_FIELD, name), said) for name, said in wrong_settings(data.get(GENERATION_FIELD), **sizes)]
-
-
 def _class(name: object, wanted: Instance, reader: Reader) -> Target:
     with below("_target_"):
         target = reader.class_named(name, (wanted,))
@@ -197,7 +192,7 @@ def _class(name: object, wanted: Instance, reader: Reader) -> Target:
         return target
 
 
-def _builder(name: object, target: Target, world: World) -> str | None:
+def _builder(name: object, target: Target, lookup: Lookup) -> str | None:
     """The builder that a document names, if it is not the class's own."""
     if name is None or name == target.builder:
         return None
@@ -205,7 +200,7 @@ def _builder(name: object, target: Target, world: World) -> str | None:
         if not isinstance(name, str):
             raise refused(f"expected the name of a ModelBuilder, got {got(name)}")
         try:
-            check_builder(name, target, world)
+            check_builder(name, target, lookup)
         except TargetError as error:
             raise refused(str(error)) from error
     return name

@@ -1,181 +1,22 @@
-"""Versions of a config's form in documents: what changed when, and documents of older versions brought up to date.
+"""Documents of older versions, brought up to date.
 
 Plain data in, plain data out: no class is looked at, only its description.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass
-from functools import cache
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import MISSING
+from typing import Any
 
-from bridge.config.errors import ConfigError, TargetError
+from bridge.config.errors import ConfigError
 from bridge.config.paths import Path, parsed, shown
 from bridge.config.problems import got, shortened
-from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Member, Type
-from bridge.config.schema.annotations import Mapping as MappingType
-
-if TYPE_CHECKING:
-    from bridge.config.schema.target import Target
-
-VERSION_KEY = "_version_"
-
-
-@dataclass(frozen=True)
-class Moved:
-    """In version `since`, what stood at `old` went to `new`: a rename, or a move into or out of a nested config.
-
-    Both are paths from the config's own mapping, such as `rotary_base` and `transformer.rotary_base`.
-    """
-
-    since: int
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class Removed:
-    """In version `since`, `field` went away. An older document may still give one of the `harmless` values."""
-
-    since: int
-    field: str
-    harmless: tuple[Any, ...]
-    reason: str
-    """Why it went, and what to do instead: told to whoever gives another value."""
-
-
-@dataclass(frozen=True)
-class Changed:
-    """In version `since`, values of `field` got another meaning, or its default became another.
-
-    `values` are pairs of an old written value and the new one of the same meaning; others stay as they are. `absent`
-    is the old default, written out where an older document is silent.
-    """
-
-    since: int
-    field: str
-    values: tuple[tuple[Any, Any], ...] = ()
-    absent: Any = dataclasses.field(default_factory=lambda: MISSING)
-
-
-Change = Moved | Removed | Changed
-
-
-@dataclass(frozen=True)
-class Schema:
-    """The version of a config's form in documents, and how it came from older ones.
-
-    A `ModelConfig` declares it as `schema: ClassVar[Schema]`; for a class of another project it is declared in the
-    entry-point group `bridge.schemas`, under the class's dotted name.
-
-    Changes of one version count together: first what it removed, then all its moves at once (so two fields can trade
-    names), then what it changed, by the names that its moves led to. A config's own changes come before those of the
-    configs in it.
-
-    Raises:
-        ConfigError: a version is out of range, or a change does not say what changed.
-    """
-
-    version: int = 1
-    changes: tuple[Change, ...] = ()
-
-    def __post_init__(self) -> None:
-        if type(self.version) is not int or self.version < 1:
-            raise ConfigError(f"a schema's version is a whole number from 1, not {self.version!r}")
-        for change in self.changes:
-            _check(change, self.version)
-
-    def after(self, version: int) -> Iterator[tuple[int, list[Change]]]:
-        """Each version after `version`, in order, with its changes."""
-        later = sorted((change for change in self.changes if change.since > version), key=lambda one: one.since)
-        for since, changes in groupby(later, lambda change: change.since):
-            yield since, list(changes)
-
-    def to_json(self) -> dict[str, Any]:
-        """This schema as plain data."""
-        return {"version": self.version, "changes": [_change_to_json(change) for change in self.changes]}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Schema:
-        """The schema that `to_json` wrote."""
-        return cls(data["version"], tuple(_change_from_json(entry) for entry in data.get("changes", ())))
-
-
-def _check(change: Change, version: int) -> None:
-    if not 2 <= change.since <= version:
-        raise ConfigError(f"{change}: since must be from 2 to the schema's version, {version}")
-    for path in (change.old, change.new) if isinstance(change, Moved) else (change.field,):
-        if not all(isinstance(step, str) for step in parsed(path)) or not parsed(path):
-            raise ConfigError(f"{change}: {path!r} is not the path of a field")
-    if isinstance(change, Moved) and change.old == change.new:
-        raise ConfigError(f"{change}: nothing moves")
-    if isinstance(change, Changed) and not change.values and change.absent is MISSING:
-        raise ConfigError(f"{change}: give values, absent or both")
-
-
-def _change_to_json(change: Change) -> dict[str, Any]:
-    match change:
-        case Moved(since, old, new):
-            return {"since": since, "moved": old, "to": new}
-        case Removed(since, name, harmless, reason):
-            return {"since": since, "removed": name, "harmless": list(harmless), "reason": reason}
-        case Changed(since, name, values, absent):
-            entry: dict[str, Any] = {"since": since, "changed": name, "values": [list(pair) for pair in values]}
-            return entry if absent is MISSING else entry | {"absent": absent}
-
-
-def _change_from_json(entry: Mapping[str, Any]) -> Change:
-    if "moved" in entry:
-        return Moved(entry["since"], entry["moved"], entry["to"])
-    if "removed" in entry:
-        return Removed(entry["since"], entry["removed"], tuple(entry["harmless"]), entry["reason"])
-    values = tuple((old, new) for old, new in entry["values"])
-    return Changed(entry["since"], entry["changed"], values, entry.get("absent", MISSING))
-
-
-@cache
-def declared_schema(name: str) -> Schema | None:
-    """The schema that an installed distribution declares for the class `name`, in the entry-point group
-    `bridge.schemas`.
-
-    Raises:
-        TargetError: what is declared cannot be imported, or is no `Schema`.
-    """
-    from importlib.metadata import entry_points
-
-    for point in entry_points(group="bridge.schemas", name=name):
-        try:
-            schema = point.load()
-        except Exception as error:  # the import of someone else's module, or their Schema's own refusal
-            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, fails: {error}") from error
-        if not isinstance(schema, Schema):
-            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a Schema")
-        return schema
-    return None
-
-
-@dataclass
-class Migrated:
-    """A document made from an older or foreign one."""
-
-    data: Any
-    """The document; the very object that was given if there was nothing to do."""
-
-    moves: list[tuple[Path, Path]] = dataclasses.field(default_factory=list)
-    """Where a value stands now, and where it stood."""
-
-    notes: list[str] = dataclasses.field(default_factory=list)
-    """What was done, a line each."""
-
-    problems: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
-    """What is wrong, by its path in the document that was given."""
-
-
-TargetOf = Callable[[str], "Target | None"]
-"""Looks up the description of what a dotted name stands for."""
+from bridge.config.rewrite import Migrated
+from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, inner_type
+from bridge.config.schema.inspection import TargetOf, config_at
+from bridge.config.schema.target import Target
+from bridge.config.schema.versions import VERSION_KEY, Change, Changed, Moved, Removed, Schema
 
 
 def migrated(data: Any, target_of: TargetOf) -> Migrated:
@@ -206,42 +47,6 @@ def hint_for(target: Target, key: str) -> str:
     return hint
 
 
-def config_at(value: Mapping[str, Any], type_: Type, target_of: TargetOf) -> Target | None:
-    """The config class that a mapping in a place of `type_` describes; None if it describes none that is known.
-
-    It is what `_target_` names, or else the only config class that the type has.
-    """
-    if "_target_" in value:
-        name = value["_target_"]
-        own = [_named_by(member, target_of) for member in type_ if isinstance(member, Instance) and member.name == name]
-        found = own or ([target_of(name)] if isinstance(name, str) else [])
-    else:
-        found = [_named_by(member, target_of) for member in type_ if isinstance(member, Instance)]
-    configs = [target for target in found if target is not None and target.kind == "config"]
-    return configs[0] if len(configs) == 1 else None
-
-
-def _named_by(member: Instance, target_of: TargetOf) -> Target | None:
-    """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
-    from bridge.config.schema.inspection import target_of as described
-
-    return described(member) or target_of(member.name)
-
-
-def inner_type(type_: Type) -> Type:
-    """What a type says about the items of a list or mapping."""
-    found: list[Any] = []
-    for member in type_:
-        match member:
-            case Items(_, item):
-                found += item
-            case Fixed(items):
-                found += [one for item in items for one in item]
-            case MappingType(_, value):
-                found += value
-    return tuple(found)
-
-
 _places: dict[int, tuple[Target, dict[str, Type]]] = {}
 
 
@@ -259,7 +64,7 @@ def _may_hold_configs(type_: Type) -> bool:
 
 
 def _holds(member: Member) -> bool:
-    return isinstance(member, (Items, Fixed, MappingType)) and _may_hold_configs(inner_type((member,)))
+    return isinstance(member, (Items, Fixed, Mapping)) and _may_hold_configs(inner_type((member,)))
 
 
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:

@@ -1,19 +1,21 @@
 """The one engine that reads documents: strictly, all problems at once, and without running what a document names.
 
-It reads against descriptions of classes (`bridge.config.schema.table`). What a name stands for, and what is made of it, is
-left to a world: the one of this process makes objects, the one of the table makes stand-ins.
+It reads against descriptions of classes, live ones or those of the shipped table, which a lookup finds by name. It
+gives a tree of plain values, those of `bridge.config.schema.values` among them, and makes no object: `read.build` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, is_typeddict
+from contextlib import suppress
+from dataclasses import MISSING, dataclass
+from functools import lru_cache, partial
+from typing import Any, is_typeddict
 
 from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.paths import Path, parsed
 from bridge.config.problems import Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.read.lookup import LiveLookup, Lookup
 from bridge.config.read.migrate import hint_for
 from bridge.config.read.view import View
 from bridge.config.schema.annotations import (
@@ -38,9 +40,11 @@ from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import describe, is_dtype
 from bridge.config.schema.names import qualified_name
 from bridge.config.schema.ranges import ranges_of
+from bridge.config.schema.registered import generation
 from bridge.config.schema.table import shipped_dtypes
 from bridge.config.schema.target import Target, remember, shape_of
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
+from bridge.config.write.defaults import written_default
 
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
@@ -53,55 +57,44 @@ _FUNCTION: Type = (Function(),)
 _FUNCTION_KINDS = frozenset({Function, Anything})
 
 
-class World(Protocol):
-    """What names stand for, and what becomes of what was read."""
+Texts = dict[tuple[int, str], Any]
+"""What a text stands for in a place of the type with this identity, as far as it was read before."""
 
-    texts: dict[tuple[int, str], object]
-    """What a text stands for in a place of the type with this identity, as far as it was read before."""
+Classes = dict[tuple[int, str], Target]
+"""The config class that a `_target_` names in such a place, likewise."""
 
-    classes: dict[tuple[int, str], Target]
-    """The config class that a `_target_` names in such a place, likewise."""
 
-    def named(self, name: str, *, suggest: bool = True) -> Target:
-        """What documents may call `name`; raises TargetError, which may suggest another name, if nothing."""
-        ...
-
-    def of(self, member: Instance | Class) -> Target | None:
-        """The class that an annotation names; None if it is known by name only."""
-        ...
-
-    def dtype(self, name: str) -> object | None:
-        """The dtype called `name`, with or without `torch.`; None if there is none."""
-        ...
-
-    def itself(self, target: Target) -> object:
-        """The named thing itself."""
-        ...
-
-    def enum_member(self, target: Target, name: str) -> object:
-        """A member of an enumeration."""
-        ...
-
-    def partial(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> object:
-        """A `functools.partial`."""
-        ...
-
-    def without_objects(self, target: Target, value: object) -> World | None:
-        """The world that reads `value` as data, if the generation settings of a config `target` stay data here."""
-        ...
-
-    def make(self, target: Target, values: dict[str, Any], *, complete: bool) -> object:
-        """An instance of a config; `complete` if the document gives every field. Raises ReadError."""
-        ...
+@lru_cache(maxsize=1)
+def _read_before(generation: int) -> tuple[Texts, Classes]:
+    """What texts and `_target_` were read as among live objects, as long as no name changes what it stands for."""
+    return {}, {}
 
 
 class Reader:
     """Reads the values of one document."""
 
-    def __init__(self, world: World, omitted: dict[int, set[str]]) -> None:
-        """`omitted`: the fields that the document says it leaves out, by the identity of the mapping they miss from."""
-        self._world = world
-        self._omitted = omitted
+    def __init__(
+        self,
+        lookup: Lookup,
+        omitted: dict[int, set[str]] | None = None,
+        *,
+        defaults: bool = False,
+        suggest: bool = True,
+    ) -> None:
+        """Make a reader.
+
+        Args:
+            lookup: finds what names stand for.
+            omitted: the fields that the document says it leaves out, by the identity of the mapping they miss from.
+            defaults: whether other fields that it leaves out get their defaults.
+            suggest: whether messages about unknown names suggest others.
+        """
+        self._lookup = lookup
+        self._omitted = omitted or {}
+        self._defaults = defaults
+        self._suggest = suggest
+        is_live = isinstance(lookup, LiveLookup)
+        self._texts, self._classes = _read_before(generation()) if is_live else ({}, {})
         self._hints = _MAX_HINTS
         self._views: dict[int, View] = {}
         """Configs whose fields were checked, by the identity of their mapping."""
@@ -110,7 +103,7 @@ class Reader:
         """The value that `value` describes, in a place of this type."""
         kind = type(value)
         if kind is str:
-            return self._world.texts.get((id(type_), value)) or self._text(value, type_)
+            return self._texts.get((id(type_), value)) or self._text(value, type_)
         if kind is dict:
             return self._mapping(value, type_)
         if kind is list:
@@ -147,7 +140,7 @@ class Reader:
                     values[key] = self._unknown(key, data[key], target, owned)
                 except ReadError as error:
                     found += [((step(key), *path), message) for path, message in error.found]
-        texts = self._world.texts
+        texts = self._texts
         for key, type_ in plan.read:
             value = data[key]
             if type(value) is str and (known := texts.get((id(type_), value))) is not None:
@@ -163,7 +156,29 @@ class Reader:
         if found:
             raise ReadError(found)
         missing = plan.missing - owned if target.embeds is not None else plan.missing
-        return self._world.make(target, values, complete=missing <= self._omitted.get(id(data), _NO_NAMES))
+        complete = missing <= self._omitted.get(id(data), _NO_NAMES)
+        if self._defaults:
+            values |= self._default_values(target, values, (name for name in target.init_names if name not in owned))
+        compared = None if target.hashed is None else self._compared(target, values)
+        return Made(target, values, compared, complete=complete, composed=plan.composed)
+
+    def _compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
+        """The values that an instance is compared by."""
+        assert target.hashed is not None
+        known = values | self._default_values(target, values, target.hashed)
+        return tuple(known.get(name) for name in target.hashed)
+
+    def _default_values(self, target: Target, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """What the fields called `names` that have no value hold by default."""
+        found: dict[str, Any] = {}
+        hints, self._hints = self._hints, 0  # nobody reads why a default is refused
+        for name in names:
+            if name not in values and (default := written_default(target, name)) is not MISSING:
+                # It may be one that its annotation denies, or the name of what is not registered.
+                with suppress(ReadError):
+                    found[name] = self.value(default, target.fields[name].type)
+        self._hints = hints
+        return found
 
     def _wrong_fields(self, data: dict[str, Any], target: Target, known: Found) -> Found:
         """What is wrong with the values of a config's fields, and, if that and `known` is nothing, between them."""
@@ -181,9 +196,9 @@ class Reader:
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """The value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
-        if key != GENERATION_FIELD or (world := self._world.without_objects(target, value)) is None:
+        if key != GENERATION_FIELD or (lookup := self._lookup.for_settings(target, value)) is None:
             return self.value(value, type_)
-        return GenerationSettings(Reader(world, self._omitted).value(value, ANYTHING).values)
+        return GenerationSettings(Reader(lookup, self._omitted).value(value, ANYTHING).values)
 
     def _unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """The value of a key that is no field, where the class takes any."""
@@ -224,13 +239,13 @@ class Reader:
         """The config class that the mapping `data` describes an instance of."""
         if "_target_" in data:
             name = data["_target_"]
-            if type(name) is str and (known := self._world.classes.get((id(type_), name))) is not None:
+            if type(name) is str and (known := self._classes.get((id(type_), name))) is not None:
                 return known
             with below("_target_"):
                 target = self.class_named(name, type_)
                 if target.kind != "config":
                     raise refused(f"{name!r} is not a config: documents describe only dataclasses")
-                self._world.classes[id(type_), target.name] = target
+                self._classes[id(type_), target.name] = target
                 return target
         candidates = [target for target in map(self._of, type_) if target is not None and target.kind == "config"]
         if len(candidates) == 1:
@@ -240,7 +255,7 @@ class Reader:
         raise unexpected(self._wanted(type_), data)
 
     def _of(self, member: Member) -> Target | None:
-        return self._world.of(member) if isinstance(member, Instance) else None
+        return self._lookup.of(member) if isinstance(member, Instance) else None
 
     def _scalar(self, value: Any, type_: Type) -> Any:
         for member in type_:
@@ -254,7 +269,7 @@ class Reader:
         raise unexpected(self._wanted(type_), value)
 
     def _text(self, value: str, type_: Type) -> Any:
-        texts = self._world.texts
+        texts = self._texts
         if len(texts) >= _MAX_TEXTS:
             texts.clear()
         read = texts[id(type_), value] = self._named_by(value, type_)
@@ -271,12 +286,12 @@ class Reader:
                         return value
                     known += [choice for choice in values if isinstance(choice, str)]
                 case Dtype():
-                    if (dtype := self._world.dtype(value)) is not None:
-                        return dtype
+                    if (dtype := self._lookup.dtype(value)) is not None:
+                        return Named(dtype)
                     known += [prefix + name for prefix in ("torch.", "") for name in shipped_dtypes()]
-                case Instance(only=only) if (enum := self._world.of(member)) and enum.kind == "enum":
+                case Instance(only=only) if (enum := self._lookup.of(member)) and enum.kind == "enum":
                     if value in (only or enum.members):
-                        return self._world.enum_member(enum, value)
+                        return EnumMember(enum, value)
                     known += only or enum.members
         if any(isinstance(member, (Function, Class)) for member in type_):
             return self._fitting(value, type_)
@@ -291,7 +306,7 @@ class Reader:
             try:
                 match member:
                     case Items(wanted, item) if bare or wanted == kind:
-                        return _collected(wanted, self._each(enumerate(value), item))
+                        return _collected(wanted, self._each(enumerate(value), item) if value else [])
                     case Fixed(items) if bare or kind == "tuple":
                         return self._fixed(value, items)
                     case Anything():
@@ -411,7 +426,7 @@ class Reader:
             raise ReadError([((step(key),), "unknown key of a partial") for key in strange])
         if not isinstance(args, list):
             raise refused(f"expected a list, got {got(args)}", "_args_")
-        if type(name) is not str or (function := self._world.texts.get((id(_FUNCTION), name))) is None:
+        if type(name) is not str or (function := self._texts.get((id(_FUNCTION), name))) is None:
             with below("_target_"):
                 function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
         if args:
@@ -419,7 +434,7 @@ class Reader:
                 args = self.value(args, ANYTHING)
         if not _SCALARS.issuperset(map(type, keywords.values())):
             keywords = dict(zip(keywords, self._each(keywords.items(), ANYTHING), strict=True))
-        return self._world.partial(function, args, keywords)
+        return Partial(function, args, keywords)
 
     def _enum_member(self, data: dict[str, Any], type_: Type) -> Any:
         """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
@@ -438,14 +453,14 @@ class Reader:
             if isinstance(name, str) and name in target.members:
                 raise refused(f"expected one of {', '.join(members)}, got {name!r}", "_name_")
             raise refused(f"{target.short_name} has no member {quoted(name) if near else got(name)}{near}", "_name_")
-        return self._world.enum_member(target, name)
+        return EnumMember(target, name)
 
     def _fitting(self, name: object, type_: Type) -> Any:
         """The thing itself that `name` stands for, if it fits the place."""
         target = self._resolved(name, type_)
         if not any(_suits(target, member) for member in type_):
             raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
-        return self._world.itself(target)
+        return Named(target)
 
     def _resolved(self, name: object, type_: Type) -> Target:
         """What `name` stands for. The classes of an annotation are code: they need no registration."""
@@ -454,9 +469,9 @@ class Reader:
         try:
             for member in type_:
                 own = member.name if isinstance(member, Instance) else getattr(member, "bound", None)
-                if own == name and (target := self._world.of(member)) is not None:  # type: ignore[arg-type]
+                if own == name and (target := self._lookup.of(member)) is not None:  # type: ignore[arg-type]
                     return target
-            return self._world.named(name, suggest=self._hints > 0)
+            return self._lookup.named(name, suggest=self._suggest and self._hints > 0)
         except TargetError as error:
             self._hints -= 1
             raise refused(str(error)) from error
@@ -473,7 +488,7 @@ class Reader:
             case Choice(values):
                 return "one of " + ", ".join(repr(value) for value in values)
             case Instance(name, _, only):
-                target = self._world.of(member)
+                target = self._lookup.of(member)
                 if target is not None and target.kind == "enum":
                     return f"one of {', '.join(only or target.members)}"
                 return f"a {name.rpartition('.')[2]}"
@@ -498,6 +513,9 @@ class _Plan:
     missing: frozenset[str]
     """All fields that are not there."""
 
+    composed: tuple[str, ...]
+    """The fields whose values may not be what they stand for."""
+
     @property
     def settled(self) -> bool:
         """Whether the shape is that of a sound document."""
@@ -513,12 +531,15 @@ def _planned(data: dict[str, Any], target: Target, heading: frozenset[str]) -> _
         heading -= {"_version_"}
     fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
     left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
+    read = tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready)
+    unknown = tuple(key for key in data if key not in fields and key not in left_out)
     return _Plan(
-        read=tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready),
+        read=read,
         left_out=left_out,
-        unknown=tuple(key for key in data if key not in fields and key not in left_out),
+        unknown=unknown,
         required=tuple(field.name for field in target.fields.values() if field.required and field.name not in data),
         missing=target.init_names - data.keys(),
+        composed=(*(key for key, type_ in read if not all(map(_is_plain, type_))), *unknown),
     )
 
 
@@ -536,6 +557,11 @@ _WORDS: dict[object, str] = {
     Class: "the name of a class",
     Anything: "a value",
 }
+
+
+def _is_plain(member: Member) -> bool:
+    """Whether all values of `member` are what they stand for."""
+    return isinstance(member, (Plain, Choice))
 
 
 def _among(value: object, choices: tuple[object, ...]) -> bool:

@@ -8,21 +8,22 @@ from functools import cached_property
 from typing import Any, is_typeddict
 
 from bridge.config.errors import TargetError
-from bridge.config.model import ModelConfig
 from bridge.config.paths import Path
 from bridge.config.problems import Found, ReadError, got, step
-from bridge.config.read.lookup import LiveLookup, Rehearsal, check_builder
+from bridge.config.read.build import build
+from bridge.config.read.generation import unfit_settings
+from bridge.config.read.lookup import LiveLookup, check_builder
 from bridge.config.read.reader import Reader, unopened
 from bridge.config.schema.annotations import PYTHON_TYPES, Choice, Instance, Plain, Type
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import describe
-from bridge.config.schema.names import MODEL_CONFIG
+from bridge.config.schema.names import MODEL_CONFIG, qualified_name
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import Made, Partial
+from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
 _PLAIN_TYPES = frozenset[type]().union(*PYTHON_TYPES.values())
-_MODEL: Type = (Instance(MODEL_CONFIG, ModelConfig),)
+_MODEL: Type = (Instance(MODEL_CONFIG),)
 
 
 class Rehearsing:
@@ -33,7 +34,7 @@ class Rehearsing:
 
     @cached_property
     def _reader(self) -> Reader:
-        return Reader(Rehearsal(), {})
+        return Reader(LiveLookup(), suggest=False)
 
     def field(
         self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
@@ -64,21 +65,19 @@ class Rehearsing:
         self.found += [((*path, *at), message) for at, message in unopened(form, target)]
         return target.obj is type(value) or self._compared(Made(target, {}), value, path)
 
-    def document(self, data: dict[str, Any], config: ModelConfig) -> None:
+    def document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document says: its class, its builder and whether generation settings fit."""
-        if type(config) is ModelConfig:
+        if qualified_name(type(config)) == MODEL_CONFIG:
             self.found.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
             return
         if not self.config(data, config, _MODEL, ()):
             return
         if "builder" in vars(config):
             try:
-                check_builder(config.builder, self._reader.class_in(data, _MODEL), Rehearsal())
+                check_builder(config.builder, self._reader.class_in(data, _MODEL), LiveLookup(), suggest=False)
             except TargetError as error:
                 self.found.append((("_builder_",), str(error)))
         if data.get(GENERATION_FIELD) is not None:
-            from bridge.config.read.generation import unfit_settings  # it reads the documents of other systems, too
-
             self.found += unfit_settings(data, self._reader.class_in(data, _MODEL))
 
     def _refused(self, error: ReadError, path: Path) -> bool:
@@ -98,7 +97,7 @@ def denied_values(config: object) -> Found:
 
     Text may be the name of a function or member elsewhere: whoever uses such a field knows better.
     """
-    reader = Reader(Live(), {})
+    reader = Reader(LiveLookup())
     found: Found = []
     for name, field in describe(type(config)).fields.items():
         value = vars(config).get(field.attribute or name, ...)  # not there: the embedded config has it
@@ -114,6 +113,8 @@ def denied_values(config: object) -> Found:
 
 def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
     """The first place where what was read is not what was written, and what it is there."""
+    if isinstance(read, (Named, EnumMember)):
+        read = build(read)
     if read is value or isinstance(read, GenerationSettings):
         return None
     if isinstance(read, Made):

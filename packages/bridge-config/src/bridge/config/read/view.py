@@ -10,6 +10,7 @@ from bridge.config.schema.pipeline_layout import stages_of
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.table import shipped_dtypes
 from bridge.config.schema.target import Target
+from bridge.config.write.defaults import written_default
 
 
 class View:
@@ -46,7 +47,7 @@ class View:
             return getattr(embedded, name)
         if name not in fields:
             raise AttributeError(name)
-        default = fields[name].default
+        default = written_default(values[_TARGET], name)
         return None if default is MISSING else default
 
 

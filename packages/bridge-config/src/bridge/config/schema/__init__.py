@@ -1,4 +1,4 @@
-"""What documents may say: which values a field takes, and which values go together.
+"""What documents may say: descriptions of classes, live and shipped, the names they use, and the values fields take.
 
-It imports nothing of `bridge.config` but the descriptions of classes, and neither torch nor megatron-core.
+It imports only the errors, paths and problems of `bridge.config`, and neither torch nor megatron-core.
 """

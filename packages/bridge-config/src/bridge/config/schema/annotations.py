@@ -88,6 +88,21 @@ Type = tuple[Member, ...]
 
 ANYTHING: Type = (Anything(),)
 
+
+def inner_type(type_: Type) -> Type:
+    """What a type says about the items of a list or mapping."""
+    found: list[Member] = []
+    for member in type_:
+        match member:
+            case Items(_, item):
+                found += item
+            case Fixed(items):
+                found += [one for item in items for one in item]
+            case Mapping(_, value):
+                found += value
+    return tuple(found)
+
+
 PYTHON_TYPES: dict[PlainKind, frozenset[type]] = {
     "bool": frozenset({bool}),
     "int": frozenset({int}),

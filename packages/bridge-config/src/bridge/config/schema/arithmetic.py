@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bridge.config.read.view import View
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, ranges_of
 
@@ -75,7 +74,7 @@ def _heads(config: Any) -> Problems:
     if config.multi_latent_attention:  # its heads have sizes of their own
         return
     # A live config does not tell whether they were given.
-    if hidden % heads and isinstance(config, View) and "kv_channels" in config.derived:
+    if hidden % heads and "kv_channels" in getattr(config, "derived", ()):
         yield (
             "num_attention_heads",
             f"{heads} heads do not divide hidden_size = {hidden}, and channels would be lost: choose a divisor, or set "

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 
 from bridge.config.errors import TargetError
-from bridge.config.writethrough import WriteThrough
+from bridge.config.schema.names import MODEL_CONFIG, SCHEMA, WRITE_THROUGH, base_names
 
 _checked: set[type] = set()
 
@@ -30,27 +30,22 @@ def check_definition(cls: type) -> None:
             )
 
 
-def check_class(cls: type, config: type) -> None:
+def check_class(cls: type) -> None:
     """Check a class when it is first used, once it was decorated.
-
-    Args:
-        cls: the class.
-        config: ModelConfig; subclasses of it are checked for missing decorators and for their schema.
 
     Raises:
         TargetError: says what to do.
     """
     if cls in _checked:
         return
-    if issubclass(cls, config):
+    bases = base_names(cls)
+    if MODEL_CONFIG in bases:
         for base in cls.__mro__:
-            if issubclass(base, config):
+            if MODEL_CONFIG in base_names(base):
                 _check_decorated(base)
         _check_schema(cls)
-    if issubclass(cls, WriteThrough) and cls._embeds not in getattr(cls, "__dataclass_fields__", {}):
-        raise TargetError(
-            f"{cls.__qualname__} inherits WriteThrough, but has no field {cls._embeds!r}: declare it, or set _embeds"
-        )
+    if WRITE_THROUGH in bases:
+        _check_embeds(cls, cls._embeds)  # type: ignore[attr-defined]
     _checked.add(cls)
 
 
@@ -70,12 +65,15 @@ def _check_decorated(cls: type) -> None:
         raise TargetError(f"{cls.__qualname__} has the fields {', '.join(annotated)}: decorate it with @dataclass")
 
 
+def _check_embeds(cls: type, embeds: str) -> None:
+    if embeds not in getattr(cls, "__dataclass_fields__", {}):
+        raise TargetError(
+            f"{cls.__qualname__} inherits WriteThrough, but has no field {embeds!r}: declare it, or set _embeds"
+        )
+
+
 def _check_schema(cls: type) -> None:
     if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:
         return
-    from bridge.config.schema.versions import (
-        Schema,  # few classes have one, and its module is larger than this package's core
-    )
-
-    if not isinstance(schema, Schema):
+    if SCHEMA not in base_names(type(schema)):
         raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
-from bridge.config.errors import ConfigError
-from bridge.config.paths import shown
 from bridge.config.problems import got
-from bridge.config.schema import registry
+from bridge.config.schema.names import GENERATION_CONFIG
 
-GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfig"
 FIELD = "generation_config"
 """The field of every ModelConfig that holds generation settings."""
+
+KEEPS_DATA = "keeps_generation_data"
+"""The attribute that marks a descriptor of this field which makes the object when it is read, and keeps data until
+then."""
 
 _TOKENS = (
     "bos_token_id",
@@ -49,30 +49,12 @@ class GenerationSettings(Mapping[str, Any]):
         return f"GenerationSettings({self._values!r})"
 
 
-class GenerationField:
-    """`ModelConfig.generation_config`: settings that a document gave become transformers' object when they are read.
-
-    They stay data where transformers is not installed, or documents may not name its class.
-    """
-
-    def __get__(self, config: object, owner: type | None = None) -> Any:
-        if config is None:
-            return None  # the field's default, which a dataclass keeps in its class
-        value = vars(config).get(FIELD)
-        if isinstance(value, GenerationSettings) and _is_installed():
-            value = vars(config)[FIELD] = _made(value)
-        return value
-
-    def __set__(self, config: object, value: Any) -> None:
-        vars(config)[FIELD] = value
-
-
 def stays_data(cls: object, value: object) -> bool:
     """Whether a config of the class `cls` keeps the written settings `value` as data until they are read."""
     return (
         isinstance(value, dict)
         and value.get("_target_") == GENERATION_CONFIG
-        and any(isinstance(vars(base).get(FIELD), GenerationField) for base in _first_with_field(cls))
+        and any(getattr(vars(base)[FIELD], KEEPS_DATA, False) for base in _first_with_field(cls))
     )
 
 
@@ -118,27 +100,3 @@ def _numbers(value: object) -> Iterator[int]:
 
 def _exceeds(number: int, limit: object, by: int = 0) -> bool:
     return isinstance(limit, int) and not isinstance(limit, bool) and number + by > limit
-
-
-def _is_installed() -> bool:
-    if not (targets.is_registered(GENERATION_CONFIG) or GENERATION_CONFIG in targets.declared()):
-        return False
-    try:
-        return find_spec(GENERATION_CONFIG.partition(".")[0]) is not None
-    except (ImportError, ValueError):  # something keeps it from being imported
-        return False
-
-
-def _made(settings: GenerationSettings) -> object:
-    """The object of transformers with these settings."""
-    from bridge.config.problems import ReadError
-    from bridge.config.read.lookup import LiveLookup
-    from bridge.config.read.reader import Reader
-    from bridge.config.schema.annotations import ANYTHING
-    from bridge.config.write.encode import written
-
-    try:
-        return Reader(Live(), {}).value(written(settings, ANYTHING), ANYTHING)
-    except ReadError as error:
-        said = "; ".join(f"{shown((FIELD, *path))}: {message}" for path, message in error.found)
-        raise ConfigError(said) from error.__cause__

@@ -25,8 +25,6 @@ from typing import (
     is_typeddict,
 )
 
-from bridge.config.model import ModelConfig
-from bridge.config.schema import registry
 from bridge.config.schema.annotations import (
     ANYTHING,
     Anything,
@@ -44,11 +42,11 @@ from bridge.config.schema.annotations import (
     Type,
 )
 from bridge.config.schema.declaration import check_class
-from bridge.config.schema.names import GENERATION_CONFIG, qualified_name
+from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, WRITE_THROUGH, base_names, qualified_name
+from bridge.config.schema.registered import accepted_by
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema, declared_schema
-from bridge.config.writethrough import WriteThrough
 
 # Classes that are not dataclasses and yet have a written form: constructor argument -> the attribute that holds it.
 # They are not imported here; each row counts once the class is loaded.
@@ -78,6 +76,9 @@ FILE_FIELDS: dict[str, dict[str, str]] = {
 
 _MODULE_SPEC = "megatron.core.transformer.spec_utils.ModuleSpec"
 
+TargetOf = Callable[[str], Target | None]
+"""Looks up the description of what a dotted name stands for."""
+
 _described: dict[type, Target] = {}
 
 
@@ -92,12 +93,32 @@ def describe(obj: object, name: str | None = None) -> Target:
         return Target(str(obj), "dtype", obj=obj)
     if callable(obj):
         return Target(name, "function", obj=obj)
-    return Target(name, "value", bases=_bases(type(obj)), obj=obj)
+    return Target(name, "value", bases=base_names(type(obj)), obj=obj)
 
 
 def target_of(member: Instance) -> Target | None:
     """The description of the class that an annotation names; None if it is neither at hand nor in the table."""
     return describe(member.cls) if member.cls is not None else shipped(member.name)
+
+
+def config_at(value: collections.abc.Mapping[str, Any], type_: Type, named: TargetOf) -> Target | None:
+    """The config class that a mapping in a place of `type_` describes; None if it describes none that is known.
+
+    It is what `_target_` names, or else the only config class that the type has.
+    """
+    if "_target_" in value:
+        name = value["_target_"]
+        own = [_named_by(member, named) for member in type_ if isinstance(member, Instance) and member.name == name]
+        found = own or ([named(name)] if isinstance(name, str) else [])
+    else:
+        found = [_named_by(member, named) for member in type_ if isinstance(member, Instance)]
+    configs = [target for target in found if target is not None and target.kind == "config"]
+    return configs[0] if len(configs) == 1 else None
+
+
+def _named_by(member: Instance, named: TargetOf) -> Target | None:
+    """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
+    return target_of(member) or named(member.name)
 
 
 def is_dtype(cls: type) -> bool:
@@ -115,16 +136,16 @@ def type_of(hint: Any) -> Type:
 
 
 def _class(cls: type) -> Target:
-    name, bases = qualified_name(cls) or cls.__name__, _bases(cls)
+    name, bases = qualified_name(cls) or cls.__name__, base_names(cls)
     if issubclass(cls, Enum):
         return Target(name, "enum", bases=bases, members=tuple(cls.__members__), obj=cls)
-    if (accepts := targets.accepted_by(cls)) is not None:
+    if (accepts := accepted_by(cls)) is not None:
         return Target(name, "builder", bases=bases, accepts=qualified_name(accepts), obj=cls)
     fields = _fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
-    check_class(cls, ModelConfig)
-    own = getattr(cls, "schema", Schema() if issubclass(cls, ModelConfig) else None)
+    check_class(cls)
+    own = getattr(cls, "schema", Schema() if MODEL_CONFIG in bases else None)
     return Target(
         name,
         "config",
@@ -133,7 +154,7 @@ def _class(cls: type) -> Target:
         open=name in OPEN_CLASSES,
         files={name: content for base in bases for name, content in FILE_FIELDS.get(base, {}).items()},
         calls=any("__call__" in vars(base) for base in cls.__mro__),
-        embeds=cls._embeds if issubclass(cls, WriteThrough) else None,
+        embeds=cls._embeds if WRITE_THROUGH in bases else None,  # type: ignore[attr-defined]
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
         schema=own if isinstance(own, Schema) else declared_schema(name),
         positional=_positional(cls),
@@ -162,15 +183,11 @@ def _hashed(cls: type) -> tuple[str, ...] | None:
     return tuple(one.name for one in dataclasses.fields(cls) if one.compare)  # type: ignore[arg-type]
 
 
-def _bases(cls: type) -> tuple[str, ...]:
-    return tuple(name for base in cls.__mro__ if base is not object and (name := qualified_name(base)))
-
-
 def _fields(cls: type) -> dict[str, Field] | None:
     """The fields of a dataclass, a named tuple, a typed dict or a class with a written form of its own; else None."""
     if dataclasses.is_dataclass(cls):
         hints = _resolved(cls)
-        nullable = {name for base in _bases(cls) for name in NULLABLE_FIELDS.get(base, ())}
+        nullable = {name for base in base_names(cls) for name in NULLABLE_FIELDS.get(base, ())}
         given = cls.__dataclass_fields__
         kept = {f.name for f in dataclasses.fields(cls)}
         return {
@@ -209,26 +226,24 @@ def _item_field(cls: Any, name: str, hint: Any) -> Field:
 
 
 def _tuple_field(cls: Any, name: str, type_: Type) -> Field:
-    from bridge.config.write.encode import written
-
-    required = name not in cls._field_defaults
-    default = MISSING if required else written(cls._field_defaults[name], type_)
-    return Field(name, type_, required=required, default=default, attribute=name)
+    if name not in cls._field_defaults:
+        return Field(name, type_, required=True, attribute=name)
+    return Field(name, type_, attribute=name, make_default=lambda: cls._field_defaults[name])
 
 
 def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, kept: bool) -> Field:
     # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
     type_ = type_of(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
     required = f.init and f.default is f.default_factory is MISSING
-    default = _default(f, type_)
-    return Field(f.name, type_, required=required, init=f.init, default=default, attribute=f.name, kept=kept)
+    return Field(
+        f.name, type_, required=required, init=f.init, attribute=f.name, kept=kept, make_default=_default_maker(f)
+    )
 
 
-def _default(f: dataclasses.Field[Any], type_: Type) -> Any:
-    from bridge.config.write.encode import written
-
-    value = f.default if f.default_factory is MISSING else f.default_factory()
-    return MISSING if value is MISSING else written(value, type_)
+def _default_maker(f: dataclasses.Field[Any]) -> Callable[[], Any] | None:
+    if f.default_factory is not MISSING:
+        return f.default_factory
+    return None if f.default is MISSING else lambda: f.default
 
 
 def _resolved(obj: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """JSON Schemas of configuration documents, for editors and other tools: from the shipped table alone.
 
-A schema is of the current form of documents. It accepts what the checker (`bridge.config.read.decode.check`) accepts of that
-form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer here,
-that a name must be authorised, or that fields must go together.
+A schema is of the current form of documents. It accepts what the checker (`bridge.config.read.decode.check`) accepts of
+that form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer
+here, that a name must be authorised, or that fields must go together.
 """
 
 from __future__ import annotations

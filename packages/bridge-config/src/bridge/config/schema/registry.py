@@ -6,38 +6,24 @@ entry-point group `bridge.targets`. Nothing is imported for a name that is neith
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from functools import cache
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from types import MethodType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from bridge.config.errors import TargetError, nearest, quoted
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-    from bridge.config.model import ModelConfig
+from bridge.config.schema import registered
+from bridge.config.schema.names import qualified_name
+from bridge.config.schema.table import nameable, shipped, shipped_aliases
 
 T = TypeVar("T")
 
 GROUP = "bridge.targets"
 
-_registered: dict[str, object] = {}
-_builders: dict[str, tuple[type, type[ModelConfig]]] = {}
-_generation = 0
-_names: dict[int, tuple[object, str]] = {}  # by identity: objects may be unhashable
-
 # Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
 _HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-builders", "torch.": "bridge-builders"}
-
-
-def qualified_name(obj: object) -> str | None:
-    """`module.qualname` of a class or function; None for an object that has none."""
-    module = getattr(obj, "__module__", None)
-    qualname = getattr(obj, "__qualname__", None)
-    return f"{module}.{qualname}" if isinstance(module, str) and isinstance(qualname, str) else None
 
 
 def register(obj: T, name: str | None = None) -> T:
@@ -50,33 +36,18 @@ def register(obj: T, name: str | None = None) -> T:
     Raises:
         TargetError: `obj` has no name of its own and none is given, or the name already stands for another object.
     """
-    from bridge.config.schema.table import shipped
-
     name = name or qualified_name(obj)
     if name is None:
         raise TargetError(f"{obj!r} has no name of its own: give one, register(obj, name='...')")
     meant = shipped(name) if name != qualified_name(obj) else None
     if meant is not None and _walk(meant.name) is not obj:
         raise TargetError(f"{name!r} already stands for {meant.name}: register {obj!r} under another name")
-    present = _registered.get(name, obj)
-    # A definition that was run again (in a notebook, say) replaces the earlier one of the same name.
-    if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
-        raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
-    _registered[name] = obj
-    _forget_names()
-    return obj
-
-
-def register_builder(cls: type, accepts: type[ModelConfig]) -> None:
-    """Let documents name the builder `cls` under `_builder_`, for configs that are instances of `accepts`."""
-    _builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
+    return registered.enter(obj, name)
 
 
 @cache
 def declared() -> dict[str, list[EntryPoint]]:
     """What the installed distributions declare, by name; found once, see `refresh`."""
-    from importlib.metadata import entry_points
-
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, []).append(point)
@@ -88,30 +59,17 @@ def refresh() -> None:
     declared.cache_clear()
     _declared_object.cache_clear()
     _installed.cache_clear()
-    _forget_names()
-
-
-def generation() -> int:
-    """A number that grows whenever names may have changed what they stand for."""
-    return _generation
-
-
-def _forget_names() -> None:
-    global _generation
-    _generation += 1
-    _names.clear()
+    registered.forget_names()
 
 
 def known_names() -> list[str]:
     """Every name that a document of this process may use, sorted."""
-    from bridge.config.schema.table import nameable
-
-    return sorted({*_registered, *declared(), *nameable()})
+    return sorted({*registered.objects, *declared(), *nameable()})
 
 
 def is_registered(name: str) -> bool:
     """Whether this process registered something under `name`."""
-    return name in _registered
+    return name in registered.objects
 
 
 def resolve(name: str, *, suggest: bool = True) -> object:
@@ -124,8 +82,8 @@ def resolve(name: str, *, suggest: bool = True) -> object:
     Raises:
         TargetError: the name is neither registered nor declared, or its declaration is broken.
     """
-    if name in _registered:
-        return _registered[name]
+    if name in registered.objects:
+        return registered.objects[name]
     if name not in declared():
         raise TargetError(_unknown(name, suggest=suggest))
     return _declared_object(name)
@@ -143,8 +101,6 @@ def check_declared(name: str) -> None:
 
 def _unknown(name: str, *, suggest: bool) -> str:
     """What to say about a name that stands for nothing."""
-    from bridge.config.schema.table import shipped
-
     for prefix, home in _HOMES.items():
         if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
@@ -162,41 +118,12 @@ def name_of(obj: object) -> str | None:
     """
     if isinstance(obj, MethodType):
         return _method_name(obj)
-    if id(obj) not in _names:
+    if id(obj) not in registered.names:
         name = _find_name(obj)
         if name is None:
             return None
-        _names[id(obj)] = (obj, name)
-    return _names[id(obj)][1]
-
-
-def accepted_by(cls: type) -> type[ModelConfig] | None:
-    """The config class that `cls` builds; None if it is no ModelBuilder."""
-    known, accepted = _builders.get(qualified_name(cls) or "", (None, None))
-    return accepted if known is cls else None
-
-
-def accepts(name: str) -> type[ModelConfig] | None:
-    """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
-    return _builders[name][1] if name in _builders else None
-
-
-def import_builder(name: str) -> type:
-    """The builder class that a config *class* names. That is code, not data, so it is imported if need be.
-
-    Raises:
-        TargetError: there is no such class.
-    """
-    if name in _builders:
-        return _builders[name][0]
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TargetError(f"the builder {name!r} cannot be imported: {error}") from error
-    if not isinstance(found, type):
-        raise TargetError(f"the builder {name!r} is {found!r}, not a class")
-    return found
+        registered.names[id(obj)] = (obj, name)
+    return registered.names[id(obj)][1]
 
 
 def _method_name(method: MethodType) -> str | None:
@@ -209,7 +136,7 @@ def _method_name(method: MethodType) -> str | None:
 
 
 def _find_name(obj: object) -> str | None:
-    for name, present in _registered.items():
+    for name, present in registered.objects.items():
         if present is obj:
             return name
     aliases = []
@@ -226,12 +153,10 @@ def _find_name(obj: object) -> str | None:
 
 
 @cache
-def _installed(distribution: str) -> bool:
-    from importlib import metadata
-
+def _installed(name: str) -> bool:
     try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
+        distribution(name)
+    except PackageNotFoundError:
         return False
     return True
 
@@ -242,8 +167,6 @@ def _declaration(name: str) -> EntryPoint:
     Raises:
         TargetError: there are several, or it declares something else than the name says.
     """
-    from bridge.config.schema.table import shipped_aliases
-
     points = declared()[name]
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)

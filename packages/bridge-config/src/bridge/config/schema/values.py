@@ -1,4 +1,4 @@
-"""What stands for objects where a document is read without making any."""
+"""What a document says, as data: names, members of enumerations, partials and configs, of which nothing is made yet."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ class Named(_StandIn):
     target: Target
 
     def _key(self) -> object:
-        is_value = self.target.kind == "value" and self.target.obj is not None
-        return self.target.obj if is_value else (Named, self.target.name)
+        return (Named, self.target.name) if self.target.obj is None else self.target.obj
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ class EnumMember(_StandIn):
         return enum[self.name] if enum is not None else (EnumMember, self.target.name, self.name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Partial:
     """A `functools.partial`, which equals itself alone."""
 
@@ -53,7 +52,7 @@ class Partial:
     keywords: dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Made(_StandIn):
     """An instance of a config class."""
 
@@ -61,6 +60,12 @@ class Made(_StandIn):
     values: dict[str, Any]
     compared: tuple[Any, ...] | None = None
     """The values that instances are compared by, if they have a hash; none of them where each equals itself alone."""
+
+    complete: bool = False
+    """Whether the document gives every field, or says that it leaves it out."""
+
+    composed: tuple[str, ...] = ()
+    """The fields whose values may not be what they stand for; all others are plain."""
 
     def _key(self) -> object:
         if self.compared == ():

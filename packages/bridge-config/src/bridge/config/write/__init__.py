@@ -1,1 +1,4 @@
-"""TODO."""
+"""Writing configurations and single values as plain data.
+
+It may import `schema` and what lies below it.
+"""

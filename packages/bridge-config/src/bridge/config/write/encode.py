@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass
 from enum import Enum
 from functools import lru_cache, partial
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
-from bridge.config.errors import OmittedWarning, quoted, warn
-from bridge.config.model import ModelConfig
+from bridge.config.errors import quoted
 from bridge.config.paths import Path, shown
-from bridge.config.problems import MAX_PROBLEMS, got
-from bridge.config.read.rehearsal import Rehearsing
-from bridge.config.schema import registry
+from bridge.config.problems import got
 from bridge.config.schema.annotations import (
     ANYTHING,
     Anything,
@@ -34,14 +31,29 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, target_of
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.table import Kinds
-from bridge.config.schema.target import Target, ready_for, remember, shape_of
+from bridge.config.schema.registered import generation
+from bridge.config.schema.registry import name_of
+from bridge.config.schema.target import Field, Kinds, Target, ready_for, remember, shape_of
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 from bridge.config.writethrough import shared_names
 
 Omitted = list[dict[str, str]]
 
 _PLAIN = frozenset({str, int, bool, type(None)})
+
+
+class ReadBack(Protocol):
+    """Reads what was just written."""
+
+    def field(
+        self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
+    ) -> bool:
+        """Whether the written form of a field gives `value`; it need not if something `is_whole` no more."""
+        ...
+
+    def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
+        """Whether a config, whose fields were read already, is one that may stand in a place of this type."""
+        ...
 
 
 class _UnwritableError(Exception):
@@ -56,26 +68,6 @@ class _UnwritableError(Exception):
         """What the document says about `left_out`, the place at or above the value that it goes without."""
         at = "" if left_out == self._path else f"{shown(self._path)}: "
         return {"path": shown(left_out), "reason": f"{at}{self._reason}"}
-
-
-def encode_config(config: ModelConfig) -> dict[str, Any]:
-    """The document of `config`; see `ModelConfig.as_dict`."""
-    omitted: Omitted = []
-    rehearsal = Rehearsing()
-    data = _object(config, (), omitted, rehearsal)
-    rehearsal.document(data, config)
-    document: dict[str, Any] = {"_target_": data.pop("_target_")}
-    if (builder := getattr(config, "builder", None)) is not None:
-        document["_builder_"] = builder
-    document |= data
-    if omitted:
-        document["_omitted_"] = omitted
-        what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
-        warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
-    if rehearsal.found:
-        what = "; ".join(f"{shown(path)} ({message})" for path, message in rehearsal.found[:MAX_PROBLEMS])
-        warn(f"{type(config).__qualname__} is written with what cannot be read back: {what}", OmittedWarning)
-    return document
 
 
 def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
@@ -95,10 +87,10 @@ def written(value: object, type_: Type) -> Any:
     return MISSING if omitted else form
 
 
-def _object(obj: Any, path: Path, omitted: Omitted, rehearsal: Rehearsing | None = None) -> dict[str, Any]:
+def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | None = None) -> dict[str, Any]:
     """A config as a mapping; what has no written form is left out and added to `omitted`.
 
-    With a rehearsal, every field is read back.
+    With `read_back`, every field is read back.
     """
     target = describe(type(obj))
     state = getattr(obj, "__dict__", {})
@@ -109,7 +101,7 @@ def _object(obj: Any, path: Path, omitted: Omitted, rehearsal: Rehearsing | None
     data = _heading(target)
     # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
-    texts = _texts(targets.generation())
+    texts = _texts(generation())
     as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
         data[name] in values for name, values in plan.choices
     )
@@ -128,18 +120,18 @@ def _object(obj: Any, path: Path, omitted: Omitted, rehearsal: Rehearsing | None
             continue
         at, left_out = (*path, name), len(omitted)
         try:
-            if rehearsal is not None and _is_config(value):
-                data[name] = form = _object(value, at, omitted, rehearsal)
-                is_read = rehearsal.config(form, value, type_, at)
+            if read_back is not None and _is_config(value):
+                data[name] = form = config_form(value, at, omitted, read_back)
+                is_read = read_back.config(form, value, type_, at)
             else:
                 data[name] = form = _value(value, type_, at, omitted)
                 is_whole = len(omitted) == left_out
-                is_read = rehearsal is None or rehearsal.field(name, form, value, type_, target, at, is_whole=is_whole)
+                is_read = read_back is None or read_back.field(name, form, value, type_, target, at, is_whole=is_whole)
         except _UnwritableError as error:
             del data[name]
             omitted.append(error.entry(at))
         else:
-            if is_read and rehearsal is not None:
+            if is_read and read_back is not None:
                 _remember_form(form, value, type_, texts)
     omitted += [
         {"path": shown((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
@@ -278,7 +270,7 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     if isinstance(value, dict):
         return _mapping(value, type_, path, omitted)
     if isinstance(value, tuple) and hasattr(value, "_fields") and _is_config(value):
-        return _object(value, path, omitted)
+        return config_form(value, path, omitted)
     if isinstance(value, (list, tuple, set, frozenset)):
         return _items(value, type_, path, omitted)
     if is_dtype(type(value)):
@@ -286,10 +278,10 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     if isinstance(value, _STANDINS):
         return _standin(value, type_, path, omitted)
     if _is_config(value):
-        return _object(value, path, omitted)
+        return config_form(value, path, omitted)
     if callable(value):
         return _named(_name(value, path), Function(), type_)
-    if (name := targets.name_of(value)) is not None:
+    if (name := name_of(value)) is not None:
         return {"_target_": name, "_call_": False}
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
@@ -312,9 +304,15 @@ def _standin(
         return {"_target_": GENERATION_CONFIG} | settings
     data = _heading(value.target)
     fields = value.target.fields
-    for name, item in value.values.items():
+    for name, item in _in_order(value.values, fields):
         data[name] = _value(item, fields[name].type if name in fields else ANYTHING, (*path, name), omitted)
     return data
+
+
+def _in_order(values: dict[str, Any], fields: dict[str, Field]) -> Iterator[tuple[str, Any]]:
+    """Values in the order of their fields; what is no field comes last."""
+    yield from ((name, values[name]) for name in fields if name in values)
+    yield from ((name, value) for name, value in values.items() if name not in fields)
 
 
 def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
@@ -425,7 +423,7 @@ def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
 
 
 def _name(value: Callable[..., Any], path: Path) -> str:
-    name = targets.name_of(value)
+    name = name_of(value)
     if name is None:
         raise _UnwritableError(f"{got(value, 300)} has no importable name", path)
     return name

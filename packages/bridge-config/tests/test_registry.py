@@ -14,7 +14,8 @@ import pytest
 
 from bridge.config import DocumentError, ModelConfig, TargetError, register
 from bridge.config.read.decode import check
-from bridge.config.schema import registry
+from bridge.config.schema import registered, registry
+from bridge.config.schema.names import qualified_name
 
 Declare = Callable[..., None]
 
@@ -38,7 +39,7 @@ def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Declare
     """Installs a distribution that declares names: declare(module_text, name="module:attribute", ...)."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def install(module: str, *, dist: str = "extension", group: str = targets.GROUP, **names: str) -> None:
+    def install(module: str, *, dist: str = "extension", group: str = registry.GROUP, **names: str) -> None:
         (tmp_path / f"{dist}_module.py").write_text(module)
         info = tmp_path / f"{dist}-1.0.dist-info"
         info.mkdir()
@@ -46,28 +47,28 @@ def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Declare
         points = "\n".join(f"{name} = {value}" for name, value in names.items())
         (info / "entry_points.txt").write_text(f"[{group}]\n{points}\n")
         importlib.invalidate_caches()
-        targets.refresh()
+        registry.refresh()
 
     yield install
     for name in [name for name in sys.modules if name.endswith("_module")]:
         del sys.modules[name]
     monkeypatch.undo()
-    targets.refresh()
+    registry.refresh()
 
 
 def test_registered_objects_resolve_by_their_own_or_a_given_name() -> None:
     def function() -> None: ...
 
     assert register(function) is function
-    assert targets.resolve(f"{__name__}.{function.__qualname__}") is function
+    assert registry.resolve(f"{__name__}.{function.__qualname__}") is function
     value = object()
-    register(value, "test_targets.value")
-    assert targets.resolve("test_targets.value") is value
-    assert targets.name_of(value) == "test_targets.value"
+    register(value, "test_registry.value")
+    assert registry.resolve("test_registry.value") is value
+    assert registry.name_of(value) == "test_registry.value"
     with pytest.raises(TargetError, match="give one"):
         register(object())
     with pytest.raises(TargetError, match="already stands for"):
-        register(object(), "test_targets.value")
+        register(object(), "test_registry.value")
 
 
 def test_a_definition_that_is_run_again_replaces_the_first() -> None:
@@ -79,21 +80,21 @@ def test_a_definition_that_is_run_again_replaces_the_first() -> None:
 
     define()
     second = define()
-    assert targets.resolve(targets.qualified_name(second) or "") is second
+    assert registry.resolve(qualified_name(second) or "") is second
 
 
 def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
     declare("def f(): ...", **{"extension_module.f": "extension_module:f", "shorthand": "extension_module:f"})
     assert "extension_module" not in sys.modules
-    found: Any = targets.resolve("shorthand")
+    found: Any = registry.resolve("shorthand")
     assert found.__name__ == "f"
-    assert targets.resolve("extension_module.f") is found
-    assert targets.name_of(found) == "extension_module.f"
+    assert registry.resolve("extension_module.f") is found
+    assert registry.name_of(found) == "extension_module.f"
 
 
 def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
     declare("raise SystemExit", **{"extension_module.f": "extension_module:f"})
-    assert targets.name_of(len) == "builtins.len"
+    assert registry.name_of(len) == "builtins.len"
     assert "extension_module" not in sys.modules
 
 
@@ -108,14 +109,14 @@ def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
 def test_a_declaration_that_lies_or_is_broken(declare: Declare, names: dict[str, str], message: str) -> None:
     declare("def f(): ...", **names)
     with pytest.raises(TargetError, match=message):
-        targets.resolve(next(iter(names)))
+        registry.resolve(next(iter(names)))
 
 
 def test_two_distributions_that_disagree(declare: Declare) -> None:
     declare("def f(): ...", alias="extension_module:f")
     declare("def f(): ...", dist="other", alias="other_module:f")
     with pytest.raises(TargetError, match="declared differently"):
-        targets.resolve("alias")
+        registry.resolve("alias")
 
 
 @pytest.mark.parametrize("name", ["torch.nn.functional.silu", "relu"])
@@ -127,8 +128,8 @@ def test_a_name_of_the_table_cannot_be_declared_as_something_else(
     for read in (ModelConfig.from_dict, check):
         with pytest.raises(DocumentError, match=f"'{name}' is declared differently by several distributions"):
             read(document)
-    [alone] = [point for point in targets.declared()[name] if point.value == "extension_module:f"]
-    monkeypatch.setattr(targets, "declared", lambda: {name: [alone]})  # as where bridge-builders is not installed
+    [alone] = [point for point in registry.declared()[name] if point.value == "extension_module:f"]
+    monkeypatch.setattr(registry, "declared", lambda: {name: [alone]})  # as where bridge-builders is not installed
     for read in (ModelConfig.from_dict, check):
         with pytest.raises(DocumentError, match=r"that name is 'torch\.nn\.functional\.[a-z]+' alone") as error:
             read(document | {"anything": None})
@@ -138,10 +139,10 @@ def test_a_name_of_the_table_cannot_be_declared_as_something_else(
 
 @pytest.mark.parametrize("name", ["torch.nn.functional.silu", "silu", "bridge.models.gpt.GPTModelConfig"])
 def test_a_name_of_the_table_cannot_be_registered_for_something_else(name: str) -> None:
-    before = targets.is_registered(name)
+    before = registry.is_registered(name)
     with pytest.raises(TargetError, match=f"'{name}' already stands for [a-zA-Z.]+: register"):
         register(lambda: None, name)
-    assert targets.is_registered(name) == before
+    assert registry.is_registered(name) == before
 
 
 def test_what_only_annotations_name_may_be_named_only_there() -> None:
@@ -153,9 +154,9 @@ def test_what_only_annotations_name_may_be_named_only_there() -> None:
 
 
 def test_an_unknown_name_says_what_to_do() -> None:
-    register(object(), "test_targets.something")
-    with pytest.raises(TargetError, match=r"register it .* did you mean 'test_targets.something'"):
-        targets.resolve("test_targets.somethin")
+    register(object(), "test_registry.something")
+    with pytest.raises(TargetError, match=r"register it .* did you mean 'test_registry.something'"):
+        registry.resolve("test_registry.somethin")
 
 
 def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +164,11 @@ def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch
         raise importlib.metadata.PackageNotFoundError(name)
 
     # The workspace's environment has every package; what an absent one raises is importlib's documented answer.
-    targets.refresh()
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    monkeypatch.setattr(targets, "declared", dict)
+    registry.refresh()
+    monkeypatch.setattr(registry, "distribution", distribution)
+    monkeypatch.setattr(registry, "declared", dict)
     with pytest.raises(TargetError, match="declared by bridge-builders, which is not installed: pip install"):
-        targets.resolve("torch.nn.functional.mish")
+        registry.resolve("torch.nn.functional.mish")
 
 
 # Names that run or import something, hide something, or stand in the wrong place. TRAP is a module that leaves a mark
@@ -189,7 +190,7 @@ HOSTILE_NAMES = [
     "torch.os.system",
     "torch._dynamo.config",
     "pickle.loads",
-    "bridge.config.schema.registry._registered",
+    "bridge.config.schema.registered.objects",
     "bridge.config.schema.registry.register",
     "../../etc/passwd",
     "",
@@ -236,7 +237,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_hostile_name_is_refused_everywhere_and_runs_nothing(name: str, trap: str) -> None:
     name = name.replace("TRAP", trap)
-    targets.declared()
+    registry.declared()
     for path, document in placed(name).items():
         fits = name == f"{__name__}.Nested" and path in ("$.nested._target_", "$.kind")
         if fits:
@@ -282,29 +283,29 @@ def audited(document: dict[str, Any]) -> list[str]:
         {"_target_": "builtins.dict", "_args_": [1, 2]},
         {"_target_": "builtins.float", "_args_": ["x"]},
         {"_target_": "builtins.set", "_args_": [[[1]]]},
-        {"_target_": "test_targets.value2", "_call_": True},
-        {"_target_": "test_targets.value2", "_partial_": True},
-        {"_target_": "test_targets.function2", "_partial_": False},
-        {"_target_": "test_targets.function2", "_partial_": True, "__class__": 1},
-        {"_target_": "test_targets.function2", "_partial_": True, "_args_": 1},
-        {"_target_": "test_targets.function2"},
+        {"_target_": "test_registry.value2", "_call_": True},
+        {"_target_": "test_registry.value2", "_partial_": True},
+        {"_target_": "test_registry.function2", "_partial_": False},
+        {"_target_": "test_registry.function2", "_partial_": True, "__class__": 1},
+        {"_target_": "test_registry.function2", "_partial_": True, "_args_": 1},
+        {"_target_": "test_registry.function2"},
         {"_target_": ["os", "system"]},
         {"_target_": None},
         {"_target_": {"_target_": "os.system"}},
     ],
 )
 def test_a_malformed_mapping_for_an_object_is_refused(value: Any) -> None:
-    targets._registered.setdefault("test_targets.value2", object())
-    targets._registered.setdefault("test_targets.function2", print)
+    registered.objects.setdefault("test_registry.value2", object())
+    registered.objects.setdefault("test_registry.function2", print)
     with pytest.raises(DocumentError):
         ModelConfig.from_dict({"_target_": f"{__name__}.Guarded", "anything": value})
 
 
 @pytest.mark.parametrize("field", ["function", "kind", "nested"])
 def test_an_authorised_name_in_the_wrong_place_is_refused(field: str) -> None:
-    register(print, "test_targets.print")
-    wrong = f"{__name__}.Guarded" if field != "kind" else "test_targets.print"
-    value: Any = {"_target_": "test_targets.print"} if field == "nested" else wrong
+    register(print, "test_registry.print")
+    wrong = f"{__name__}.Guarded" if field != "kind" else "test_registry.print"
+    value: Any = {"_target_": "test_registry.print"} if field == "nested" else wrong
     with pytest.raises(DocumentError, match="expected"):
         ModelConfig.from_dict({"_target_": f"{__name__}.Guarded", field: value})
 

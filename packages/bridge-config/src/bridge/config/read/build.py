@@ -1,0 +1,189 @@
+"""From what a document says to objects: configs are constructed, names become what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import compress
+from operator import is_not
+from typing import Any
+
+from bridge.config.errors import TargetError
+from bridge.config.problems import Found, ReadError, below, refused, step
+from bridge.config.read.lookup import LiveLookup
+from bridge.config.schema.target import Target
+from bridge.config.schema.values import EnumMember, Made, Named, Partial
+
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
+
+
+def build(value: object) -> Any:
+    """The object that `value`, as a reader gave it, stands for; what stands for nothing is itself.
+
+    Raises:
+        ReadError: a constructor refuses its values.
+    """
+    make = _MAKERS.get(type(value))
+    return value if make is None else make(value)
+
+
+def _config(made: Made) -> object:
+    values = made.values.copy()
+    found: Found = []
+    for name in made.composed:
+        value = values[name]
+        if (make := _MAKERS.get(type(value))) is not None:
+            try:
+                values[name] = make(value)
+            except ReadError as error:
+                found += [((step(name), *path), message) for path, message in error.found]
+    if found:
+        raise ReadError(found)
+    return _instance(made.target, values, complete=made.complete)
+
+
+def _named(value: Named) -> object:
+    found = value.target.obj
+    return _live(value.target).obj if found is None else found
+
+
+def _enum_member(value: EnumMember) -> object:
+    return _live(value.target).obj[value.name]
+
+
+def _live(target: Target) -> Target:
+    """A description with its object; one of the table is looked up by name."""
+    if target.obj is not None:
+        return target
+    try:
+        return LiveLookup().named(target.name)
+    except TargetError as error:
+        raise refused(str(error)) from error
+
+
+def _partial(value: Partial) -> object:
+    args, keywords = value.args, value.keywords
+    if args:
+        with below("_args_"):
+            args = _list(args)
+    if not _MAKERS.keys().isdisjoint(map(type, keywords.values())):
+        keywords = dict(zip(keywords, _each(keywords.items()), strict=True))
+    return partial(build(value.function), *args, **keywords)
+
+
+def _list(values: list[Any]) -> list[Any]:
+    """`values` themselves if they stand for nothing else."""
+    if _MAKERS.keys().isdisjoint(map(type, values)):
+        return values
+    return _each(enumerate(values))
+
+
+def _sequence(values: Any) -> Any:
+    if _MAKERS.keys().isdisjoint(map(type, values)):
+        return values
+    built = _each(enumerate(values))
+    try:
+        return type(values)(built)
+    except TypeError:
+        raise refused("expected a list of plain values") from None
+
+
+def _dict(values: dict[Any, Any]) -> dict[Any, Any]:
+    if _MAKERS.keys().isdisjoint(map(type, (*values, *values.values()))):
+        return values
+    keys = _each((key, key) for key in values)
+    built: dict[Any, Any] = {}
+    for name, key, value in zip(values, keys, _each(values.items()), strict=True):
+        try:
+            is_new = key not in built
+        except TypeError:
+            raise refused("a key must be a plain value", step(name)) from None
+        if not is_new:
+            raise refused("duplicate key", step(name))
+        built[key] = value
+    return built
+
+
+def _each(items: Any) -> list[Any]:
+    found: Found = []
+    built = []
+    for key, item in items:
+        try:
+            built.append(build(item))
+        except ReadError as error:
+            found += [((step(key), *path), message) for path, message in error.found]
+    if found:
+        raise ReadError(found)
+    return built
+
+
+_MAKERS: dict[type, Callable[[Any], Any]] = {
+    Made: _config,
+    Named: _named,
+    EnumMember: _enum_member,
+    Partial: _partial,
+    dict: _dict,
+    list: _list,
+    tuple: _sequence,
+    set: _sequence,
+    frozenset: _sequence,
+}
+
+
+def _instance(target: Target, values: dict[str, Any], *, complete: bool) -> object:
+    """An instance of a class; with `complete` values it has just these, whatever its constructor derives.
+
+    Raises:
+        ReadError: the constructor refuses the values.
+    """
+    by_position = tuple(values) == target.positional
+    try:
+        # By position, Python does not compare 300 names with 300 names.
+        made = target.obj(*values.values()) if by_position else target.obj(**values)
+    except Exception as error:  # whatever its own checks raise is about these values
+        made = _made_anew(target, values) if complete else None
+        if made is None:
+            said = str(error) or type(error).__name__
+            raise refused(f"{target.short_name} refuses these values: {said}") from error
+    # A named tuple or typed dict is what its constructor was given.
+    if complete and not target.open and not isinstance(made, (tuple, dict)):
+        _restore(made, values, target, in_order=by_position)
+    return made
+
+
+# Deprecated fields that TransformerConfig of megatron-core 0.19.2 turns into others, and then refuses beside them.
+_TURNED_INTO = {
+    "moe_router_topk_limited_devices": ("moe_router_group_topk", "moe_router_num_groups"),
+    "enable_cuda_graph": ("cuda_graph_impl",),
+    "external_cuda_graph": ("cuda_graph_impl",),
+}
+
+
+def _made_anew(target: Target, values: dict[str, Any]) -> object | None:
+    """The instance with the state `values` of a class that refuses its own state; None if it refuses it rightly."""
+    if TRANSFORMER_CONFIG not in target.bases:
+        return None
+    derived = {name: values[name] for old, new in _TURNED_INTO.items() if values.get(old) for name in new}
+    try:
+        made = target.obj(**{name: value for name, value in values.items() if name not in derived}) if derived else None
+    except Exception:  # these values are refused for other reasons too
+        return None
+    return made if derived == {name: getattr(made, name, None) for name in derived} else None
+
+
+def _restore(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
+    """Put back what the constructor of `made` turned into something else.
+
+    Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
+    values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
+    """
+    state = getattr(made, "__dict__", {})
+    now = state.values() if in_order and tuple(state) == target.positional else map(state.get, values)
+    changed = compress(values, map(is_not, now, values.values()))
+    parameters = getattr(type(made), "__dataclass_params__", None)
+    put = object.__setattr__ if parameters and parameters.frozen else setattr
+    for name in list(changed):
+        value, attribute = values[name], target.fields[name].attribute
+        present = getattr(made, attribute)
+        if present is not value and not (type(present) is type(value) and present == value):
+            put(made, attribute, value)

@@ -1,0 +1,54 @@
+"""Generation settings of a document: whether they fit the model, and the object of transformers once somebody asks."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from bridge.config.errors import ConfigError
+from bridge.config.paths import shown
+from bridge.config.problems import Found, ReadError
+from bridge.config.read.build import build
+from bridge.config.read.lookup import LiveLookup
+from bridge.config.schema import registry
+from bridge.config.schema.generation import FIELD, GenerationSettings, wrong_settings
+from bridge.config.schema.names import GENERATION_CONFIG
+from bridge.config.schema.target import Target
+from bridge.config.schema.values import Made
+from bridge.config.write.defaults import written_default
+
+
+def object_of(settings: GenerationSettings) -> object:
+    """The object of transformers with these settings; the settings where it is not installed, or may not be named.
+
+    Raises:
+        ConfigError: transformers refuses the settings.
+    """
+    if not _is_installed():
+        return settings
+    try:
+        target = LiveLookup().named(GENERATION_CONFIG)
+        return build(Made(target, dict(settings), composed=tuple(settings)))
+    except ReadError as error:
+        said = "; ".join(f"{shown((FIELD, *path))}: {message}" for path, message in error.found)
+        raise ConfigError(said) from error.__cause__
+
+
+def unfit_settings(data: dict[str, Any], target: Target) -> Found:
+    """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
+    if (settings := data.get(FIELD)) is None:
+        return []
+    sizes = {
+        name: data.get(name, written_default(target, name)) if name in target.fields else None
+        for name in ("vocab_size", "seq_length")
+    }
+    return [((FIELD, name), said) for name, said in wrong_settings(settings, **sizes)]
+
+
+def _is_installed() -> bool:
+    if not (registry.is_registered(GENERATION_CONFIG) or GENERATION_CONFIG in registry.declared()):
+        return False
+    try:
+        return find_spec(GENERATION_CONFIG.partition(".")[0]) is not None
+    except (ImportError, ValueError):  # something keeps it from being imported
+        return False

@@ -1,0 +1,20 @@
+"""Dotted names of classes and functions: a class is told by the names of its bases, and nothing is imported for it."""
+
+from __future__ import annotations
+
+MODEL_CONFIG = "bridge.config.model.ModelConfig"
+WRITE_THROUGH = "bridge.config.writethrough.WriteThrough"
+SCHEMA = "bridge.config.schema.versions.Schema"
+GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfig"
+
+
+def qualified_name(obj: object) -> str | None:
+    """`module.qualname` of a class or function; None for an object that has none."""
+    module = getattr(obj, "__module__", None)
+    qualname = getattr(obj, "__qualname__", None)
+    return f"{module}.{qualname}" if isinstance(module, str) and isinstance(qualname, str) else None
+
+
+def base_names(cls: type) -> tuple[str, ...]:
+    """Dotted names of the classes that `cls` is, itself first, without `object`."""
+    return tuple(name for base in cls.__mro__ if base is not object and (name := qualified_name(base)))

@@ -1,0 +1,147 @@
+"""Versions of a config's form in documents, and what each changed: data, which `read.migrate` acts on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from itertools import groupby
+from typing import Any
+
+from bridge.config.errors import ConfigError, TargetError
+from bridge.config.paths import parsed
+
+VERSION_KEY = "_version_"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """In version `since`, what stood at `old` went to `new`: a rename, or a move into or out of a nested config.
+
+    Both are paths from the config's own mapping, such as `rotary_base` and `transformer.rotary_base`.
+    """
+
+    since: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Removed:
+    """In version `since`, `field` went away. An older document may still give one of the `harmless` values."""
+
+    since: int
+    field: str
+    harmless: tuple[Any, ...]
+    reason: str
+    """Why it went, and what to do instead: told to whoever gives another value."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """In version `since`, values of `field` got another meaning, or its default became another.
+
+    `values` are pairs of an old written value and the new one of the same meaning; others stay as they are. `absent`
+    is the old default, written out where an older document is silent.
+    """
+
+    since: int
+    field: str
+    values: tuple[tuple[Any, Any], ...] = ()
+    absent: Any = dataclasses.field(default_factory=lambda: MISSING)
+
+
+Change = Moved | Removed | Changed
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The version of a config's form in documents, and how it came from older ones.
+
+    A `ModelConfig` declares it as `schema: ClassVar[Schema]`; for a class of another project it is declared in the
+    entry-point group `bridge.schemas`, under the class's dotted name.
+
+    Changes of one version count together: first what it removed, then all its moves at once (so two fields can trade
+    names), then what it changed, by the names that its moves led to. A config's own changes come before those of the
+    configs in it.
+
+    Raises:
+        ConfigError: a version is out of range, or a change does not say what changed.
+    """
+
+    version: int = 1
+    changes: tuple[Change, ...] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.version) is not int or self.version < 1:
+            raise ConfigError(f"a schema's version is a whole number from 1, not {self.version!r}")
+        for change in self.changes:
+            _check(change, self.version)
+
+    def after(self, version: int) -> Iterator[tuple[int, list[Change]]]:
+        """Each version after `version`, in order, with its changes."""
+        later = sorted((change for change in self.changes if change.since > version), key=lambda one: one.since)
+        for since, changes in groupby(later, lambda change: change.since):
+            yield since, list(changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """This schema as plain data."""
+        return {"version": self.version, "changes": [_change_to_json(change) for change in self.changes]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Schema:
+        """The schema that `to_json` wrote."""
+        return cls(data["version"], tuple(_change_from_json(entry) for entry in data.get("changes", ())))
+
+
+def _check(change: Change, version: int) -> None:
+    if not 2 <= change.since <= version:
+        raise ConfigError(f"{change}: since must be from 2 to the schema's version, {version}")
+    for path in (change.old, change.new) if isinstance(change, Moved) else (change.field,):
+        if not all(isinstance(step, str) for step in parsed(path)) or not parsed(path):
+            raise ConfigError(f"{change}: {path!r} is not the path of a field")
+    if isinstance(change, Moved) and change.old == change.new:
+        raise ConfigError(f"{change}: nothing moves")
+    if isinstance(change, Changed) and not change.values and change.absent is MISSING:
+        raise ConfigError(f"{change}: give values, absent or both")
+
+
+def _change_to_json(change: Change) -> dict[str, Any]:
+    match change:
+        case Moved(since, old, new):
+            return {"since": since, "moved": old, "to": new}
+        case Removed(since, name, harmless, reason):
+            return {"since": since, "removed": name, "harmless": list(harmless), "reason": reason}
+        case Changed(since, name, values, absent):
+            entry: dict[str, Any] = {"since": since, "changed": name, "values": [list(pair) for pair in values]}
+            return entry if absent is MISSING else entry | {"absent": absent}
+
+
+def _change_from_json(entry: Mapping[str, Any]) -> Change:
+    if "moved" in entry:
+        return Moved(entry["since"], entry["moved"], entry["to"])
+    if "removed" in entry:
+        return Removed(entry["since"], entry["removed"], tuple(entry["harmless"]), entry["reason"])
+    values = tuple((old, new) for old, new in entry["values"])
+    return Changed(entry["since"], entry["changed"], values, entry.get("absent", MISSING))
+
+
+@cache
+def declared_schema(name: str) -> Schema | None:
+    """The schema that an installed distribution declares for the class `name`, in the entry-point group
+    `bridge.schemas`.
+
+    Raises:
+        TargetError: what is declared cannot be imported, or is no `Schema`.
+    """
+    for point in entry_points(group="bridge.schemas", name=name):
+        try:
+            schema = point.load()
+        except Exception as error:  # the import of someone else's module, or their Schema's own refusal
+            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, fails: {error}") from error
+        if not isinstance(schema, Schema):
+            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a Schema")
+        return schema
+    return None

@@ -1,0 +1,31 @@
+"""The document of a config: written, and read back, so that it warns of what its reader will refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.config.errors import OmittedWarning, warn
+from bridge.config.paths import shown
+from bridge.config.problems import MAX_PROBLEMS
+from bridge.config.read.rehearsal import Rehearsing
+from bridge.config.write.encode import Omitted, config_form
+
+
+def encode_config(config: object) -> dict[str, Any]:
+    """The document of `config`; see `ModelConfig.as_dict`."""
+    omitted: Omitted = []
+    rehearsal = Rehearsing()
+    data = config_form(config, (), omitted, rehearsal)
+    rehearsal.document(data, config)
+    document: dict[str, Any] = {"_target_": data.pop("_target_")}
+    if (builder := getattr(config, "builder", None)) is not None:
+        document["_builder_"] = builder
+    document |= data
+    if omitted:
+        document["_omitted_"] = omitted
+        what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
+        warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
+    if rehearsal.found:
+        what = "; ".join(f"{shown(path)} ({message})" for path, message in rehearsal.found[:MAX_PROBLEMS])
+        warn(f"{type(config).__qualname__} is written with what cannot be read back: {what}", OmittedWarning)
+    return document

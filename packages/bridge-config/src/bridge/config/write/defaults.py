@@ -1,0 +1,18 @@
+"""The written forms of defaults, made when somebody asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.config.schema.target import Target
+from bridge.config.write.encode import written
+
+
+def written_default(target: Target, name: str) -> Any:
+    """The default of the field `name` in its written form; MISSING if there is none, or none that can be written."""
+    field = target.fields[name]
+    if field.make_default is None:
+        return field.default
+    if name not in target.defaults:
+        target.defaults[name] = written(field.make_default(), field.type)
+    return target.defaults[name]
