@@ -202,7 +202,7 @@ def without_rules(config: Any, groups: Any, whole: Path, shards: Path) -> None:
     from modelopt.torch.quantization.nn import QuantModuleRegistry
     from torch.distributed.checkpoint.metadata import TensorProperties
 
-    from bridge.models.backend import TorchLayerNorm
+    from bridge.models.backend.norms import TorchLayerNorm
 
     restored = config.as_dict() | {"restore_modelopt_state": True}
     with torch.device("meta"):
@@ -240,7 +240,7 @@ def on_one_rank(folder: Path) -> dict[str, Any]:
         return model, config, groups
 
     # Nothing of ours has imported ModelOpt: it does not know our attention, and need not.
-    assert "bridge.models.modelopt_state" not in sys.modules
+    assert "bridge.models.modelopt.state" not in sys.modules
     model, config, groups = made("tiny", SMALL)
     assert not any("core_attention" in name for name in switches(model))
     whole = save_file(model, folder)

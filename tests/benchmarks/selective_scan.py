@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 def measured(length: int, *, by_scan: bool) -> Cost:
     import torch
 
-    from bridge.models.ssm import selective_scan
+    from bridge.models.backend.scan import selective_scan
 
     generator = torch.Generator().manual_seed(1)
     x, dt, b, c = (

@@ -28,7 +28,7 @@ from bridge.dist.train.optimizer import LEARNING_RATE
 from bridge.dist.train.step import TrainOptions, train
 from bridge.dist.train.text import Text
 from bridge.dist.wrapper import Wrapper
-from bridge.models.layer_specs import layer_spec
+from bridge.models.gpt.layers import layer_spec
 
 _WARM_UP, _TIMED, _ROUNDS = 2, 4, 3
 

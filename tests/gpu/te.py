@@ -14,7 +14,7 @@ from gpu.settings import LLAMA, PRECISIONS, SMALL_LLAMA, SMALL_SEQUENCE
 from gpu.training import make_job, only_rank
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from bridge.models.ssm import selective_scan
+from bridge.models.backend.scan import selective_scan
 
 _SEQUENCE = 4096
 

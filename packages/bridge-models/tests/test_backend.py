@@ -16,13 +16,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
 
-from bridge.models.backend import (
-    ColumnParallelGroupedLinear,
-    PyTorchSpecProvider,
-    RowParallelGroupedLinear,
-    TorchAttention,
-    torch_norm,
-)
+from bridge.models.backend import TorchAttention
+from bridge.models.backend.experts import ColumnParallelGroupedLinear, RowParallelGroupedLinear
+from bridge.models.backend.norms import torch_norm
+from bridge.models.backend.provider import PyTorchSpecProvider
 from bridge.models.errors import UnsupportedError
 
 Transformer = Callable[..., TransformerConfig]

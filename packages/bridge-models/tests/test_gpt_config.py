@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from bridge.config import ConfigError, Document, ModelConfig, load_config
 from bridge.models.errors import ModelConfigError
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
-from bridge.models.layer_specs import default_layer_spec
+from bridge.models.gpt.layers import default_layer_spec
 
 GPT = Callable[..., GPTModelConfig]
 Transformer = Callable[..., TransformerConfig]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError
 from bridge.config.read.reader import Reader
+from bridge.models.common.config import LanguageModelConfig
 from bridge.models.huggingface import convert, from_hf, load_config_json, to_hf
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.huggingface.matching import write
-from bridge.models.language import LanguageModelConfig
 
 REFUSED = {"deepseek-ai--DeepSeek-V2": "$.topk_method"}
 

@@ -13,10 +13,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridge.config.schema.table import shipped
+from bridge.models.common.yarn import YarnTransformerConfig
 from bridge.models.huggingface import from_hf, to_hf
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION
 from bridge.models.huggingface.families import ARCHITECTURES
-from bridge.models.transformer import YarnTransformerConfig
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

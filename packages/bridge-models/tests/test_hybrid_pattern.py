@@ -6,7 +6,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.hybrid_pattern import layers_of, problem
 from bridge.models.errors import ModelConfigError
-from bridge.models.hybrid_pattern import staged
+from bridge.models.mamba.pattern import staged
 
 patterns = st.text("M*-E", min_size=1, max_size=24)
 

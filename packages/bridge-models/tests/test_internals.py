@@ -6,7 +6,7 @@ import pkgutil
 
 import pytest
 
-from bridge.models.internals import MEGATRON_NAMES
+from bridge.models.backend.megatron_internals import MEGATRON_NAMES
 
 
 @pytest.mark.parametrize("name", MEGATRON_NAMES)

@@ -30,10 +30,11 @@ from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
 
 from bridge.dist.cpu import cpu_runtime
-from bridge.models import layer_specs
-from bridge.models.backend import TorchAttention, TorchNorm, with_pytorch_layers
+from bridge.models.backend import TorchAttention
+from bridge.models.backend.norms import TorchNorm
+from bridge.models.backend.provider import with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
-from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig, layers
 
 GPT = Callable[..., GPTModelConfig]
 Transformer = Callable[..., TransformerConfig]

@@ -29,11 +29,11 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.engine.weights import draw_weights
-from bridge.models import hybrid_layers
 from bridge.models.backend import TorchAttention
+from bridge.models.backend.mixer import TorchMambaMixer, WrappableMambaMixer
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
-from bridge.models.hybrid_layers import TorchMambaMixer, WrappableMambaMixer, default_stack_spec, pytorch_stack_spec
-from bridge.models.mamba import MambaModelBuilder, MambaModelConfig
+from bridge.models.mamba import MambaModelBuilder, MambaModelConfig, layers
+from bridge.models.mamba.layers import default_stack_spec, pytorch_stack_spec
 
 HybridFactory = Callable[..., MambaModelConfig]
 

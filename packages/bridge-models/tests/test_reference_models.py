@@ -26,9 +26,9 @@ from bridge.config.canonical import canonical
 from bridge.config.foreign.run_config import to_run_config
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.gpt import GPTModelConfig
-from bridge.models.hybrid_layers import stack_spec
-from bridge.models.layer_specs import layer_spec
+from bridge.models.gpt.layers import layer_spec
 from bridge.models.mamba import MambaModelConfig
+from bridge.models.mamba.layers import stack_spec
 
 pytest.importorskip("omegaconf")
 reference_gpt = pytest.importorskip("megatron.training.models.gpt")

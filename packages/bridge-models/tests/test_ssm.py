@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
-from bridge.models.ssm import GatedRMSNorm, causal_conv1d, selective_scan
+from bridge.models.backend.scan import GatedRMSNorm, causal_conv1d, selective_scan
 
 
 class Sizes(NamedTuple):

@@ -25,9 +25,10 @@ from ranks import run_ranks
 from torch.nn.functional import relu
 
 from bridge.config import Document, ModelConfig, load_config
-from bridge.models import layer_specs
-from bridge.models.backend import TorchAttention, TorchRMSNorm
+from bridge.models.backend import TorchAttention
+from bridge.models.backend.norms import TorchRMSNorm
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
+from bridge.models.gpt import layers
 from bridge.models.t5 import T5ModelBuilder, T5ModelConfig
 
 Transformer = Callable[..., TransformerConfig]

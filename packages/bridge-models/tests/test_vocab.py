@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.models.common.vocab import pad_vocab_size
 from bridge.models.errors import ModelConfigError
-from bridge.models.vocab import pad_vocab_size
 
 
 # Worked out by hand: 32000 = 250 x 128; 50257 + 47 = 50304 = 393 x 128; 50257 + 943 = 51200 = 50 x 1024.

@@ -14,12 +14,12 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.dist.checks.preflight import Rule
 from bridge.dist.layout import says_how_to_split
-from bridge.models.common.rules import GPT_RULES, prediction_problem
+from bridge.models.common.config import LanguageModelConfig
+from bridge.models.common.stages import ends, virtual_stages
 from bridge.models.errors import ModelConfigError
-from bridge.models.language import LanguageModelConfig
-from bridge.models.layer_specs import layer_spec, mtp_block_spec
+from bridge.models.gpt.layers import layer_spec, mtp_block_spec
+from bridge.models.gpt.rules import GPT_RULES, prediction_problem
 from bridge.models.modelopt import ModelOptBuilder
-from bridge.models.pipeline import ends, virtual_stages
 
 
 @dataclass(kw_only=True)

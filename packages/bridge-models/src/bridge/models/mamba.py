@@ -13,12 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config.schema.versions import Moved, Removed, Schema
 from bridge.dist.checks.preflight import Rule
-from bridge.models.common.rules import MAMBA_RULES, layer_pattern, pattern_of_stages
+from bridge.models.common.config import LanguageModelConfig
+from bridge.models.common.stages import ends, virtual_stages
 from bridge.models.errors import ModelConfigError
-from bridge.models.hybrid_layers import stack_spec
-from bridge.models.language import LanguageModelConfig
+from bridge.models.mamba.layers import stack_spec
+from bridge.models.mamba.rules import MAMBA_RULES, layer_pattern, pattern_of_stages
 from bridge.models.modelopt import ModelOptBuilder
-from bridge.models.pipeline import ends, virtual_stages
 
 _USE_PATTERN = (
     "the ratio went: write the layers out in hybrid_layer_pattern, as "

@@ -23,8 +23,8 @@ from torch.distributed import get_process_group_ranks
 from bridge.builders import BuildConfigT, ModelT
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.checks.preflight import Rule
-from bridge.models.common.rules import MODELOPT_RULES
 from bridge.models.errors import CheckpointError, UnsupportedError
+from bridge.models.modelopt.rules import MODELOPT_RULES
 
 _ITERATION = "latest_checkpointed_iteration.txt"
 
@@ -108,7 +108,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
 
 
 def import_modelopt() -> ModuleType:
-    """Import ``bridge.models.modelopt_state``, and ModelOpt with it, which teaches it our layers.
+    """Import ``bridge.models.modelopt.state``, and ModelOpt with it, which teaches it our layers.
 
     Raises:
         UnsupportedError: It is not installed.
@@ -117,7 +117,7 @@ def import_modelopt() -> ModuleType:
         # While it is imported it warns of libraries that it could use, and prints.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            from bridge.models import modelopt_state
+            from bridge.models.modelopt import state
     except ImportError as error:
         raise _not_installed(str(error)) from error
     return modelopt_state

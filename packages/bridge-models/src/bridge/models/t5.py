@@ -19,10 +19,10 @@ from megatron.core.utils import scaled_init_method_normal
 from torch.distributed import get_process_group_ranks
 
 from bridge.dist import DistributedModelBuilder
-from bridge.models.common.rules import T5_RULES
+from bridge.models.backend.choice import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
+from bridge.models.common.config import LanguageModelConfig
 from bridge.models.errors import ModelConfigError, UnsupportedError
-from bridge.models.language import LanguageModelConfig
-from bridge.models.layer_specs import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
+from bridge.models.t5.rules import T5_RULES
 from bridge.models.t5_layers import decoder_layer_spec, encoder_layer_spec
 
 _ENCODER_SIZES = {

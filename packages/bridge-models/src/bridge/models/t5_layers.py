@@ -12,17 +12,15 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.models.backend import with_pytorch_layers
-from bridge.models.layer_specs import (
-    LayerSpec,
+from bridge.models.backend.choice import (
     Refusals,
-    given_layer_spec,
     refuse,
     refuse_beyond_pytorch,
     uses_transformer_engine,
     wants_pytorch_attention,
-    with_pytorch_attention,
 )
+from bridge.models.backend.provider import with_pytorch_attention, with_pytorch_layers
+from bridge.models.backend.specs import LayerSpec, given_layer_spec
 
 if TYPE_CHECKING:
     from bridge.models.t5 import T5ModelConfig

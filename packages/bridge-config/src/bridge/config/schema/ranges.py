@@ -10,7 +10,7 @@ from typing import Any
 TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
 LATENT = "megatron.core.transformer.transformer_config.MLATransformerConfig"
 _YARN = "bridge.models.transformer.YarnTransformerConfig"
-LANGUAGE = "bridge.models.language.LanguageModelConfig"
+LANGUAGE = "bridge.models.common.config.LanguageModelConfig"
 _GPT = "bridge.models.gpt.GPTModelConfig"
 MAMBA = "bridge.models.mamba.MambaModelConfig"
 T5 = "bridge.models.t5.T5ModelConfig"

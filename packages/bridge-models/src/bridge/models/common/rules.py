@@ -11,9 +11,9 @@ from typing import Any
 from bridge.config.schema import hybrid_pattern
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.wrapper import Wrapper
+from bridge.models.common.vocab import padded_vocab_size
 from bridge.models.errors import ModelConfigError
-from bridge.models.hybrid_pattern import staged
-from bridge.models.vocab import padded_vocab_size
+from bridge.models.mamba.pattern import staged
 
 MODELOPT = "nvidia-modelopt 0.47"
 """The version that the rules about ModelOpt were seen in."""

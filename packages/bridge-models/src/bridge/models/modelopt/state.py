@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from bridge.dist.patch import Replacement, replaced
 from bridge.models.backend import TorchAttention
 from bridge.models.errors import CheckpointError
-from bridge.models.modelopt import is_sharded
+from bridge.models.modelopt.checkpoint import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def restored(stage: MegatronModule, checkpoint: Path, pg_collection: ProcessGrou
 
     Args:
         stage: Is changed, and may be replaced by what is returned.
-        checkpoint: What ``bridge.models.modelopt.locate`` returned.
+        checkpoint: What ``bridge.models.modelopt.checkpoint.locate`` returned.
         pg_collection: The process groups of this rank.
 
     Raises:

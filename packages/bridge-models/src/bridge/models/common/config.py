@@ -12,10 +12,9 @@ from bridge.config.paths import shown
 from bridge.config.read.rehearsal import denied_values
 from bridge.config.schema.arithmetic import check_live
 from bridge.config.schema.generation import settings_of, wrong_settings
-from bridge.models.common.rules import vocabulary_problem
+from bridge.models.common.config import _check_cuda_graphs
+from bridge.models.common.vocab import padded_vocab_size, vocabulary_problem
 from bridge.models.errors import ModelConfigError
-from bridge.models.pipeline import check_cuda_graphs
-from bridge.models.vocab import padded_vocab_size
 
 
 @dataclass(kw_only=True)

@@ -33,17 +33,17 @@ from torch.nn.functional import silu, softplus
 
 from bridge.config.schema.hybrid_pattern import prediction_depths
 from bridge.dist.process.gpu_libraries import why_missing
-from bridge.models.backend import PyTorchSpecProvider, fused_norm, torch_norm, with_pytorch_layers
-from bridge.models.errors import LayerSpecError, UnsupportedError
-from bridge.models.hybrid_pattern import refuse_layers
-from bridge.models.layer_specs import (
+from bridge.models.backend.choice import (
     refuse_beyond_pytorch,
     require_transformer_engine,
     uses_transformer_engine,
     wants_pytorch_attention,
-    with_pytorch_attention,
 )
-from bridge.models.ssm import GatedRMSNorm, causal_conv1d, selective_scan
+from bridge.models.backend.norms import fused_norm, torch_norm
+from bridge.models.backend.provider import PyTorchSpecProvider, with_pytorch_attention, with_pytorch_layers
+from bridge.models.backend.scan import GatedRMSNorm, causal_conv1d, selective_scan
+from bridge.models.errors import LayerSpecError, UnsupportedError
+from bridge.models.mamba.pattern import refuse_layers
 
 try:
     from megatron.core.ssm import mamba_mixer
@@ -260,7 +260,7 @@ class WrappableMambaMixer(MambaMixer):
 
 
 class TorchMambaMixer(WrappableMambaMixer):
-    """A mixer in plain PyTorch, see ``bridge.models.ssm``; for training and for scoring, not to generate tokens."""
+    """A mixer in plain PyTorch, see ``bridge.models.backend.scan``; for training and for scoring, not to generate tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _without_kernels():

@@ -27,7 +27,8 @@ from megatron.core.utils import log_single_rank
 
 from bridge.config import ModelConfig
 from bridge.dist.process.gpu_libraries import why_missing
-from bridge.models.backend import TorchAttention, with_pytorch_layers
+from bridge.models.backend import TorchAttention
+from bridge.models.backend.provider import with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
 
 if TYPE_CHECKING:
