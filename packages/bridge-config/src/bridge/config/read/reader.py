@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import MISSING, dataclass
-from functools import lru_cache, partial
-from typing import Any, is_typeddict
+from dataclasses import MISSING
+from functools import partial
+from typing import Any
 
 from bridge.config.errors import TargetError, nearest, quoted
 from bridge.config.paths import Path, parsed
 from bridge.config.problems import Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.read.fit import fits, holds, kind_of, suits
 from bridge.config.read.lookup import LiveLookup, Lookup
 from bridge.config.read.migrate import hint_for
+from bridge.config.read.plan import Plan, plan_for, read_before
 from bridge.config.read.view import View
 from bridge.config.schema.annotations import (
     ANYTHING,
@@ -37,8 +39,6 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
-from bridge.config.schema.inspection import describe, is_dtype
-from bridge.config.schema.names import qualified_name
 from bridge.config.schema.ranges import ranges_of
 from bridge.config.schema.registered import generation
 from bridge.config.schema.table import shipped_dtypes
@@ -55,19 +55,6 @@ _SCALARS = frozenset({bool, int, float, type(None)})
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
 _FUNCTION_KINDS = frozenset({Function, Anything})
-
-
-Texts = dict[tuple[int, str], Any]
-"""What a text stands for in a place of the type with this identity, as far as it was read before."""
-
-Classes = dict[tuple[int, str], Target]
-"""The config class that a `_target_` names in such a place, likewise."""
-
-
-@lru_cache(maxsize=1)
-def _read_before(generation: int) -> tuple[Texts, Classes]:
-    """What texts and `_target_` were read as among live objects, as long as no name changes what it stands for."""
-    return {}, {}
 
 
 class Reader:
@@ -94,7 +81,7 @@ class Reader:
         self._defaults = defaults
         self._suggest = suggest
         is_live = isinstance(lookup, LiveLookup)
-        self._texts, self._classes = _read_before(generation()) if is_live else ({}, {})
+        self._texts, self._classes = read_before(generation()) if is_live else ({}, {})
         self._hints = _MAX_HINTS
         self._views: dict[int, View] = {}
         """Configs whose fields were checked, by the identity of their mapping."""
@@ -112,16 +99,16 @@ class Reader:
             return self._scalar(value, type_)
         if kind in (tuple, set, frozenset):
             return self._sequence(value, type_)
-        if any(_fits(value, member) for member in type_):
+        if any(fits(value, member) for member in type_):
             return value
         raise unexpected(self._wanted(type_), value)
 
     def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Any:
         """The instance of the config class `target` that the mapping, or the whole document, `data` describes."""
         shape = shape_of("document" if is_document else "config", data)
-        plan: _Plan | None = target.shapes.get(shape)
+        plan: Plan | None = target.shapes.get(shape)
         if plan is None:
-            plan = _planned(data, target, _DOCUMENT_KEYS if is_document else _CONFIG_KEYS)
+            plan = plan_for(data, target, is_document=is_document)
             if plan.settled:
                 remember(target, shape, plan)
         values = dict(data)
@@ -231,9 +218,9 @@ class Reader:
         """The class that `name` stands for, derived from one of those in `type_`."""
         target = self._resolved(name, type_)
         for member in type_:
-            if _holds(member, target):
+            if holds(member, target):
                 return target
-        raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
+        raise refused(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
 
     def class_in(self, data: dict[str, Any], type_: Type) -> Target:
         """The config class that the mapping `data` describes an instance of."""
@@ -446,7 +433,7 @@ class Reader:
                 raise refused(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
         members = [
-            one for member in type_ if _holds(member, target) for one in getattr(member, "only", ()) or target.members
+            one for member in type_ if holds(member, target) for one in getattr(member, "only", ()) or target.members
         ]
         if not isinstance(name, str) or name not in members:
             near = self._near(name, members) if isinstance(name, str) else ""
@@ -458,8 +445,8 @@ class Reader:
     def _fitting(self, name: object, type_: Type) -> Any:
         """The thing itself that `name` stands for, if it fits the place."""
         target = self._resolved(name, type_)
-        if not any(_suits(target, member) for member in type_):
-            raise refused(f"expected {self._wanted(type_)}, but {name!r} is {_kind(target)}")
+        if not any(suits(target, member) for member in type_):
+            raise refused(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
         return Named(target)
 
     def _resolved(self, name: object, type_: Type) -> Target:
@@ -496,53 +483,6 @@ class Reader:
                 return _WORDS[type(member)]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be done with a mapping of one shape."""
-
-    read: tuple[tuple[str, Type], ...]
-    """The fields whose values stand for something; all others may stay as they are."""
-
-    left_out: tuple[str, ...]
-    """The keys that are not read: what says what the mapping is, and fields that the class computes."""
-
-    unknown: tuple[Any, ...]
-    required: tuple[str, ...]
-    """The required fields that are not there."""
-
-    missing: frozenset[str]
-    """All fields that are not there."""
-
-    composed: tuple[str, ...]
-    """The fields whose values may not be what they stand for."""
-
-    @property
-    def settled(self) -> bool:
-        """Whether the shape is that of a sound document."""
-        return not self.unknown and not self.required
-
-
-_CONFIG_KEYS = frozenset({"_target_", "_version_"})
-_DOCUMENT_KEYS = _CONFIG_KEYS | {"_builder_", "_omitted_"}
-
-
-def _planned(data: dict[str, Any], target: Target, heading: frozenset[str]) -> _Plan:
-    if target.schema is None:
-        heading -= {"_version_"}
-    fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
-    left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
-    read = tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready)
-    unknown = tuple(key for key in data if key not in fields and key not in left_out)
-    return _Plan(
-        read=read,
-        left_out=left_out,
-        unknown=unknown,
-        required=tuple(field.name for field in target.fields.values() if field.required and field.name not in data),
-        missing=target.init_names - data.keys(),
-        composed=(*(key for key, type_ in read if not all(map(_is_plain, type_))), *unknown),
-    )
-
-
 _WORDS: dict[object, str] = {
     "bool": "true or false",
     "int": "an integer",
@@ -557,11 +497,6 @@ _WORDS: dict[object, str] = {
     Class: "the name of a class",
     Anything: "a value",
 }
-
-
-def _is_plain(member: Member) -> bool:
-    """Whether all values of `member` are what they stand for."""
-    return isinstance(member, (Plain, Choice))
 
 
 def _among(value: object, choices: tuple[object, ...]) -> bool:
@@ -588,71 +523,6 @@ def _collected(kind: str, items: list[Any]) -> Any:
         return _COLLECT[kind](items)
     except TypeError:
         raise refused("expected a list of plain values") from None
-
-
-def _holds(member: Member, target: Target) -> bool:
-    """Whether an instance of the class `target` is a value of `member`."""
-    match member:
-        case Anything():
-            return True
-        case Instance(name):
-            return name in target.bases
-        case Function():
-            return target.calls
-        case _:
-            return False
-
-
-def _suits(target: Target, member: Member) -> bool:
-    """Whether the named thing itself is a value of `member`."""
-    match member:
-        case Anything():
-            return True
-        case Function():  # configs, builders and enumerations can be called too, but are no functions
-            return target.kind in ("function", "class")
-        case Class(bound):
-            is_class = target.kind in ("class", "config", "enum", "builder")
-            return is_class and (bound is None or bound in target.bases)
-        case Dtype():
-            return target.kind == "dtype"
-        case Instance(name):
-            return target.kind == "value" and name in target.bases
-        case _:
-            return False
-
-
-def _fits(value: object, member: Member) -> bool:
-    """Whether a live value, or a stand-in for one, is a value of `member`."""
-    match value:
-        case Named(target):
-            return _suits(target, member)
-        case Partial():
-            return isinstance(member, (Function, Anything))
-        case EnumMember(target) | Made(target):
-            return _holds(member, target)
-    match member:
-        case Anything():
-            return True
-        case Function():
-            return describe(value).kind == "class" if isinstance(value, type) else callable(value)
-        case Class(bound):
-            return isinstance(value, type) and (bound is None or bound in map(qualified_name, value.__mro__))
-        case Dtype():
-            return is_dtype(type(value))
-        case Instance(name, cls, only):
-            if only and getattr(value, "name", None) not in only:
-                return False
-            # Not every class can be asked: of a typed dict, say, nothing is an instance.
-            if cls is not None and not is_typeddict(cls):
-                return isinstance(value, cls)
-            return name in map(qualified_name, type(value).__mro__)
-        case _:
-            return False
-
-
-def _kind(target: Target) -> str:
-    """What sort of thing a name turned out to stand for."""
-    return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"
 
 
 def unopened(data: dict[str, Any], target: Target) -> Found:

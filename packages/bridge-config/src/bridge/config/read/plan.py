@@ -1,0 +1,82 @@
+"""What reading remembers from one document to the next.
+
+It buys the speed of `from_dict`, which reads the same few classes over and over. Which fields of a mapping need a
+closer look depends on its keys and the types of its values alone, and a text in a place of one type stands for the
+same thing as long as no name changes its meaning. Measured with the GPT config of `tests/benchmarks/config.py`: 190 us
+with both, 370 us without the plans, 280 us without the texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from bridge.config.schema.annotations import Choice, Member, Plain, Type
+from bridge.config.schema.target import Target
+
+Texts = dict[tuple[int, str], Any]
+"""What a text stands for in a place of the type with this identity, as far as it was read before."""
+
+Classes = dict[tuple[int, str], Target]
+"""The config class that a `_target_` names in such a place, likewise."""
+
+
+@lru_cache(maxsize=1)
+def read_before(generation: int) -> tuple[Texts, Classes]:
+    """What texts and `_target_` were read as among live objects, as long as no name changes what it stands for."""
+    return {}, {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with a mapping of one shape."""
+
+    read: tuple[tuple[str, Type], ...]
+    """The fields whose values stand for something; all others may stay as they are."""
+
+    left_out: tuple[str, ...]
+    """The keys that are not read: what says what the mapping is, and fields that the class computes."""
+
+    unknown: tuple[Any, ...]
+    required: tuple[str, ...]
+    """The required fields that are not there."""
+
+    missing: frozenset[str]
+    """All fields that are not there."""
+
+    composed: tuple[str, ...]
+    """The fields whose values may not be what they stand for."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the shape is that of a sound document."""
+        return not self.unknown and not self.required
+
+
+_CONFIG_KEYS = frozenset({"_target_", "_version_"})
+_DOCUMENT_KEYS = _CONFIG_KEYS | {"_builder_", "_omitted_"}
+
+
+def plan_for(data: dict[str, Any], target: Target, *, is_document: bool) -> Plan:
+    """What is to be done with mappings of the shape of `data`, which describe a config `target`."""
+    heading = _DOCUMENT_KEYS if is_document else _CONFIG_KEYS
+    if target.schema is None:
+        heading -= {"_version_"}
+    fields = {key: field for key in data if (field := target.fields.get(key)) is not None and field.init}
+    left_out = tuple(key for key in data if key in heading or (key in target.fields and key not in fields))
+    read = tuple((key, field.type) for key, field in fields.items() if type(data[key]) not in field.ready)
+    unknown = tuple(key for key in data if key not in fields and key not in left_out)
+    return Plan(
+        read=read,
+        left_out=left_out,
+        unknown=unknown,
+        required=tuple(field.name for field in target.fields.values() if field.required and field.name not in data),
+        missing=target.init_names - data.keys(),
+        composed=(*(key for key, type_ in read if not all(map(_is_plain, type_))), *unknown),
+    )
+
+
+def _is_plain(member: Member) -> bool:
+    """Whether all values of `member` are what they stand for."""
+    return isinstance(member, (Plain, Choice))
