@@ -22,7 +22,7 @@ from bridge.config.read.reader import Reader
 from bridge.config.schema import arithmetic
 from bridge.dist import Layout, create_process_groups
 from bridge.dist.job import make_builder
-from bridge.models.common import config
+from bridge.models.common import config as language
 
 DRAWS = int(os.environ.get("BRIDGE_FIELD_DRAWS", "150"))
 SAMPLE = 16

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bridge.config import DocumentError, ModelConfig, TargetError, register
+from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetError, register
+from bridge.config.canonical import canonical
 from bridge.config.read.decode import check
 from bridge.config.schema import registered, registry
 from bridge.config.schema.names import qualified_name
@@ -90,6 +91,81 @@ def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
     assert found.__name__ == "f"
     assert registry.resolve("extension_module.f") is found
     assert registry.name_of(found) == "extension_module.f"
+
+
+MOVED = """
+from dataclasses import dataclass
+from typing import ClassVar
+from bridge.config import ModelConfig, targets
+
+class Kind: ...
+
+@dataclass
+class Part:
+    size: int = 1
+
+@dataclass
+class Config(ModelConfig):
+    builder: ClassVar[str] = "extension_module.Builder"
+    part: Part | None = None
+    kind: type[Kind] | None = None
+
+class Builder: ...
+
+targets.register_builder(Builder, Config)
+"""
+
+
+def test_what_is_defined_elsewhere_is_read_and_written_under_its_declared_name(
+    declare: Declare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "extension_module").mkdir()
+    (tmp_path / "extension_module/__init__.py").touch()
+    (tmp_path / "extension_module/inner.py").write_text(MOVED)
+    names = ("Config", "Builder", "Part", "Kind")
+    declare("", dist="other", **{f"extension_module.{name}": f"extension_module.inner:{name}" for name in names})
+    document = {
+        "_target_": "extension_module.Config",
+        "_builder_": "extension_module.Builder",
+        "part": {"_target_": "extension_module.Part", "size": 2},
+        "kind": "extension_module.Kind",
+    }
+    try:
+        for _ in range(2):  # before its module is loaded, and after
+            config: Any = ModelConfig.from_dict(document)
+            assert canonical(document) == document | {"_version_": 1}
+        module = sys.modules["extension_module.inner"]
+        assert type(config) is module.Config
+        assert config.as_dict().items() >= document.items()
+        assert ModelConfig.from_dict(config.as_dict()) == config
+        assert config.get_builder_cls() is module.Builder
+        for name in names:
+            for name_of in (registry.document_name, registry.name_of):
+                assert name_of(vars(module)[name]) == f"extension_module.{name}"
+            # Where it is defined is no name for it, whether or not that is loaded.
+            assert not registry.is_registered(f"extension_module.inner.{name}")
+            with pytest.raises(TargetError, match="is not a name"):
+                registry.resolve(f"extension_module.inner.{name}")
+        for other in ({"_target_": "extension_module.inner.Config"}, {"_builder_": "extension_module.inner.Builder"}):
+            with pytest.raises(DocumentError, match="is not a name"):
+                ModelConfig.from_dict(document | other)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("extension_module")]:
+            del sys.modules[name]
+
+
+def test_a_class_is_written_under_the_name_it_is_registered_with() -> None:
+    @dataclass
+    class Part:
+        size: int = 1
+
+    before = Guarded(anything=Part(3))
+    with pytest.warns(OmittedWarning, match="is not a name that documents may use"):
+        before.as_dict()
+    register(Part, "test_targets.Part")
+    data = Guarded(anything=Part(3)).as_dict()
+    assert data["anything"] == {"_target_": "test_targets.Part", "size": 3}
+    assert ModelConfig.from_dict(data) == before
 
 
 def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:

@@ -12,9 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._C._distributed_c10d import HashStore
 
 from bridge.models.gpt import GPTModelConfig
+from bridge.models.t5 import T5ModelConfig
 
 TransformerFactory = Callable[..., TransformerConfig]
 GPTFactory = Callable[..., GPTModelConfig]
+T5Factory = Callable[..., T5ModelConfig]
 
 # Four layers, each of another kind: grouped queries, no attention, linear attention and no MLP, linear MLP.
 BLOCKS = [
@@ -61,5 +63,18 @@ def gpt() -> GPTFactory:
         return GPTModelConfig(
             transformer=make_transformer(cls, **given), **{"vocab_size": 96, "seq_length": 16} | (outer or {})
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def t5() -> T5Factory:
+    """Makes small T5s from the fields of the transformer: ``t5(num_layers=2, ...)``, other fields in ``outer``."""
+
+    def make(
+        cls: type[TransformerConfig] = TransformerConfig, *, outer: dict[str, Any] | None = None, **given: Any
+    ) -> T5ModelConfig:
+        inner = {"num_layers": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0} | given
+        return T5ModelConfig(transformer=make_transformer(cls, **inner), **{"vocab_size": 96} | (outer or {}))
 
     return make

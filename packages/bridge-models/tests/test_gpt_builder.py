@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from bridge.config import ModelConfig
 from bridge.dist import Layout, create_process_groups
-from bridge.models.backend import TorchAttention
+from bridge.models.backend.attention import TorchAttention
 from bridge.models.backend.experts import SequentialExperts
 from bridge.models.backend.norms import TorchLayerNorm, TorchRMSNorm
 from bridge.models.errors import ModelConfigError

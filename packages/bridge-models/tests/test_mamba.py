@@ -29,11 +29,11 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.engine.weights import draw_weights
-from bridge.models.backend import TorchAttention
-from bridge.models.backend.mixer import TorchMambaMixer, WrappableMambaMixer
+from bridge.models.backend.attention import TorchAttention
+from bridge.models.backend.mixer import TorchMambaMixer, WrappableMambaMixer, has_mamba_kernels
 from bridge.models.errors import LayerSpecError, ModelConfigError, UnsupportedError
-from bridge.models.mamba import MambaModelBuilder, MambaModelConfig, layers
-from bridge.models.mamba.layers import default_stack_spec, pytorch_stack_spec
+from bridge.models.mamba import MambaModelBuilder, MambaModelConfig
+from bridge.models.mamba.layers import default_stack_spec, pytorch_stack_spec, stack_spec
 
 HybridFactory = Callable[..., MambaModelConfig]
 
@@ -155,7 +155,7 @@ def test_the_layers_of_megatron_need_what_is_not_installed(
 ) -> None:
     # When these work, megatron-core no longer needs TorchMambaMixer's context and TorchHybridStack.
     config = hybrid("M")
-    assert not hybrid_layers.has_mamba_kernels()
+    assert not has_mamba_kernels()
     with pytest.raises(ImportError, match="MambaSSM is not installed"):
         MambaMixer(config.transformer, mamba_mixer.MambaMixerSubmodules(), 32, pg_collection=pg_collection)
     spec = pytorch_stack_spec(config.transformer)
@@ -170,10 +170,10 @@ def test_the_kernels_are_used_where_they_are(
     # No kernel runs: what is tested is the choice.
     monkeypatch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
     monkeypatch.setattr(mamba_mixer, "causal_conv1d_fn", lambda: None)
-    spec: Any = hybrid_layers.stack_spec(hybrid("M"))
+    spec: Any = stack_spec(hybrid("M"))
     assert spec.submodules.mamba_layer.submodules.mixer.module is WrappableMambaMixer
     monkeypatch.setattr(mamba_mixer, "causal_conv1d_fn", None)
-    spec = hybrid_layers.stack_spec(hybrid("M"))
+    spec = stack_spec(hybrid("M"))
     assert spec.submodules.mamba_layer.submodules.mixer.module is TorchMambaMixer
 
 

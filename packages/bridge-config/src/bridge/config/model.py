@@ -71,7 +71,9 @@ class ModelConfig:
         builder = getattr(self, "builder", None)
         if builder is None:
             raise TargetError(f"{type(self).__qualname__} names no builder: set its `builder` ClassVar")
-        return registered.import_builder(builder)
+        from bridge.config.schema.registry import import_builder  # entry points take milliseconds to find
+
+        return import_builder(builder)
 
     def as_dict(self) -> dict[str, Any]:
         """This configuration as plain data (JSON types only), with `_target_` and `_builder_`.

@@ -17,7 +17,8 @@ from bridge.config.read.migrate import migrated
 from bridge.config.read.reader import Reader
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.annotations import Instance
-from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, qualified_name
+from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG
+from bridge.config.schema.registry import document_name
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import Made
@@ -34,7 +35,7 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
         DocumentError: lists all that is wrong with `data`.
     """
     config: ConfigT
-    present, wanted = current(data, lookup := LiveLookup()), Instance(qualified_name(cls) or "", cls)
+    present, wanted = current(data, lookup := LiveLookup()), Instance(document_name(cls) or "", cls)
     config, builder = _read(present, wanted, lookup, make=build)
     for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
         warn(note, OmittedWarning)

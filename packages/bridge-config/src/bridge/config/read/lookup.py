@@ -6,11 +6,11 @@ import sys
 from typing import Protocol
 
 from bridge.config.errors import TargetError
-from bridge.config.schema import registered, registry
+from bridge.config.schema import registry
 from bridge.config.schema.annotations import Class, Instance
 from bridge.config.schema.generation import stays_data
 from bridge.config.schema.inspection import describe, is_dtype
-from bridge.config.schema.names import qualified_name
+from bridge.config.schema.registry import document_name
 from bridge.config.schema.table import shipped, shipped_dtypes
 from bridge.config.schema.target import Target
 
@@ -93,12 +93,12 @@ def check_builder(name: str, target: Target, lookup: Lookup, *, suggest: bool = 
     Raises:
         TargetError: it is unknown, no ModelBuilder, or for other configs.
     """
-    accepted = registered.accepts(name)
+    accepted = registry.accepts(name)
     # Loading what is declared under the name defines the builder, which registers it.
     found = (
-        qualified_name(accepted)
+        document_name(accepted)
         if accepted
-        else lookup.named(name, suggest=suggest).accepts or qualified_name(registered.accepts(name))
+        else lookup.named(name, suggest=suggest).accepts or document_name(registry.accepts(name))
     )
     if found is None:
         raise TargetError(f"{name!r} is not a ModelBuilder")

@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, ranges_of
+from bridge.config.schema.registry import document_name
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 """What every TransformerConfig gives, though the constructor takes their default, 0."""
@@ -39,7 +40,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
         config: A config; those that it embeds are not looked into.
         prefix: Goes before each path.
     """
-    bases = tuple(f"{base.__module__}.{base.__qualname__}" for base in type(config).__mro__)
+    bases = tuple(name for base in type(config).__mro__ if (name := document_name(base)))
     found = [
         (name, problem)
         for name, allowed in ranges_of(bases).items()
@@ -275,6 +276,12 @@ def _hybrid_attention(pattern: str, transformer: Any) -> Problems:
         )
 
 
+def mamba_heads(config: Any) -> int:
+    """The heads of a Mamba layer: as many as given, or as twice the hidden size holds."""
+    heads: int = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
+    return heads
+
+
 def _mamba_sizes(config: Any) -> Problems:
     wrong = _out_of_range(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
     yield from wrong
@@ -288,7 +295,7 @@ def _mamba_sizes(config: Any) -> Problems:
             "mamba_num_heads",
         )
         return
-    heads = config.mamba_num_heads or 2 * config.hidden_size // size
+    heads = mamba_heads(config)
     if heads % groups:
         yield "mamba_num_groups", f"{groups} does not divide the {heads} heads of a Mamba layer: choose a divisor"
 

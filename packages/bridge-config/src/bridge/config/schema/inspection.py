@@ -43,7 +43,8 @@ from bridge.config.schema.annotations import (
 )
 from bridge.config.schema.declaration import check_class
 from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, WRITE_THROUGH, base_names, qualified_name
-from bridge.config.schema.registered import accepted_by
+from bridge.config.schema.registered import accepted_by, descriptions
+from bridge.config.schema.registry import document_name, document_names
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema, declared_schema
@@ -79,21 +80,19 @@ _MODULE_SPEC = "megatron.core.transformer.spec_utils.ModuleSpec"
 TargetOf = Callable[[str], Target | None]
 """Looks up the description of what a dotted name stands for."""
 
-_described: dict[type, Target] = {}
-
 
 def describe(obj: object, name: str | None = None) -> Target:
     """The description of `obj`, a class or anything else that is registered or declared under `name`."""
     if isinstance(obj, type):
-        if obj not in _described:
-            _described[obj] = _class(obj)
-        return _described[obj]
-    name = name or qualified_name(obj) or repr(obj)
+        if obj not in descriptions:
+            descriptions[obj] = _class(obj)
+        return descriptions[obj]
+    name = name or document_name(obj) or repr(obj)
     if is_dtype(type(obj)):
         return Target(str(obj), "dtype", obj=obj)
     if callable(obj):
         return Target(name, "function", obj=obj)
-    return Target(name, "value", bases=base_names(type(obj)), obj=obj)
+    return Target(name, "value", bases=document_names(type(obj)), obj=obj)
 
 
 def target_of(member: Instance) -> Target | None:
@@ -136,11 +135,11 @@ def type_of(hint: Any) -> Type:
 
 
 def _class(cls: type) -> Target:
-    name, bases = qualified_name(cls) or cls.__name__, base_names(cls)
+    name, bases = document_name(cls) or cls.__name__, document_names(cls)
     if issubclass(cls, Enum):
         return Target(name, "enum", bases=bases, members=tuple(cls.__members__), obj=cls)
     if (accepts := accepted_by(cls)) is not None:
-        return Target(name, "builder", bases=bases, accepts=qualified_name(accepts), obj=cls)
+        return Target(name, "builder", bases=bases, accepts=document_name(accepts), obj=cls)
     fields = _fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
@@ -269,7 +268,7 @@ def _members(hint: Any) -> list[Member]:
         return [Function()]
     if origin is type:
         bound = args[0] if args and isinstance(args[0], type) and args[0] is not object else None
-        return [Class(qualified_name(bound) if bound else None, bound)]
+        return [Class(document_name(bound) if bound else None, bound)]
     if hint in _PLAIN:
         return [_PLAIN[hint]]
     if origin in _ITEMS:
@@ -284,7 +283,7 @@ def _members(hint: Any) -> list[Member]:
     if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
         return [Anything()]
     if isinstance(origin, type) and origin not in (Any, object):
-        return [Dtype() if is_dtype(origin) else Instance(qualified_name(origin) or origin.__name__, origin)]
+        return [Dtype() if is_dtype(origin) else Instance(document_name(origin) or origin.__name__, origin)]
     return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
 
 
@@ -295,7 +294,7 @@ def _choices(values: tuple[Any, ...]) -> list[Member]:
         found.append(Choice(plain))
     for enum in dict.fromkeys(type(value) for value in values if isinstance(value, Enum)):
         names = tuple(value.name for value in values if isinstance(value, enum))
-        found.append(Instance(qualified_name(enum) or enum.__name__, enum, names))
+        found.append(Instance(document_name(enum) or enum.__name__, enum, names))
     return found
 
 

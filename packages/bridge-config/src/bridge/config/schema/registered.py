@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from bridge.config.errors import TargetError
 from bridge.config.schema.names import qualified_name
+
+if TYPE_CHECKING:
+    from bridge.config.schema.target import Target
 
 T = TypeVar("T")
 
@@ -17,7 +19,15 @@ objects: dict[str, object] = {}
 names: dict[int, tuple[object, str]] = {}
 """The names of objects, as far as they were looked for; by identity, since objects may be unhashable."""
 
-_builders: dict[str, tuple[type, type]] = {}
+given_names: dict[type, str] = {}
+"""What classes were registered as, where that is not their own name."""
+
+descriptions: dict[type, Target] = {}
+"""Classes as `describe` found them; they hold names, and go when a class gets another one."""
+
+builders: dict[str, tuple[type, type]] = {}
+"""Builders and the configs that they build, by the builders' own names."""
+
 _generation = 0
 
 
@@ -44,39 +54,19 @@ def enter(obj: T, name: str) -> T:
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
         raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
     objects[name] = obj
+    if isinstance(obj, type) and qualified_name(obj) not in objects:
+        given_names.setdefault(obj, name)
+        descriptions.clear()
     forget_names()
     return obj
 
 
 def register_builder(cls: type, accepts: type) -> None:
     """Let documents name the builder `cls` under `_builder_`, for configs that are instances of `accepts`."""
-    _builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
+    builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
 
 
 def accepted_by(cls: type) -> type | None:
     """The config class that `cls` builds; None if it is no ModelBuilder."""
-    known, accepted = _builders.get(qualified_name(cls) or "", (None, None))
+    known, accepted = builders.get(qualified_name(cls) or "", (None, None))
     return accepted if known is cls else None
-
-
-def accepts(name: str) -> type | None:
-    """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
-    return _builders[name][1] if name in _builders else None
-
-
-def import_builder(name: str) -> type:
-    """The builder class that a config *class* names. That is code, not data, so it is imported if need be.
-
-    Raises:
-        TargetError: there is no such class.
-    """
-    if name in _builders:
-        return _builders[name][0]
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TargetError(f"the builder {name!r} cannot be imported: {error}") from error
-    if not isinstance(found, type):
-        raise TargetError(f"the builder {name!r} is {found!r}, not a class")
-    return found

@@ -6,6 +6,7 @@ entry-point group `bridge.targets`. Nothing is imported for a name that is neith
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from functools import cache
@@ -24,6 +25,34 @@ GROUP = "bridge.targets"
 
 # Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
 _HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-builders", "torch.": "bridge-builders"}
+
+
+def document_name(obj: object) -> str | None:
+    """What documents call a class or function: as it is registered or declared, else `module.qualname`.
+
+    Where an object stands in its package is no part of its name: what a distribution declares under a dotted name is
+    written under that name, wherever it is defined.
+    """
+    own = qualified_name(obj)
+    if own is None or own in declared():
+        return own
+    if isinstance(obj, type) and obj in registered.given_names:
+        return registered.given_names[obj]
+    return _declared_places().get(own, own)
+
+
+def document_names(cls: type) -> tuple[str, ...]:
+    """What documents call the classes that `cls` is, itself first, without `object`."""
+    return tuple(name for base in cls.__mro__ if base is not object and (name := document_name(base)))
+
+
+@cache
+def _declared_places() -> dict[str, str]:
+    """The declared names of objects that are defined elsewhere than their name says, by `module.qualname`."""
+    places = {
+        point.value.replace(":", "."): name for name, points in declared().items() if "." in name for point in points
+    }
+    return {place: name for place, name in places.items() if place not in declared()}
 
 
 def register(obj: T, name: str | None = None) -> T:
@@ -58,18 +87,20 @@ def refresh() -> None:
     """Look again for what the installed distributions declare: needed only if one was installed in the meantime."""
     declared.cache_clear()
     _declared_object.cache_clear()
+    _declared_places.cache_clear()
     _installed.cache_clear()
+    registered.descriptions.clear()
     registered.forget_names()
 
 
 def known_names() -> list[str]:
     """Every name that a document of this process may use, sorted."""
-    return sorted({*registered.objects, *declared(), *nameable()})
+    return sorted({*filter(is_registered, registered.objects), *declared(), *nameable()})
 
 
 def is_registered(name: str) -> bool:
-    """Whether this process registered something under `name`."""
-    return name in registered.objects
+    """Whether this process registered something under `name`, and documents do not call that by a declared name."""
+    return name in registered.objects and name not in _declared_places()
 
 
 def resolve(name: str, *, suggest: bool = True) -> object:
@@ -82,7 +113,7 @@ def resolve(name: str, *, suggest: bool = True) -> object:
     Raises:
         TargetError: the name is neither registered nor declared, or its declaration is broken.
     """
-    if name in registered.objects:
+    if is_registered(name):
         return registered.objects[name]
     if name not in declared():
         raise TargetError(_unknown(name, suggest=suggest))
@@ -126,6 +157,31 @@ def name_of(obj: object) -> str | None:
     return registered.names[id(obj)][1]
 
 
+def accepts(name: str) -> type | None:
+    """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
+    is_defined = name in registered.builders and name not in _declared_places()
+    return registered.builders[name][1] if is_defined else None
+
+
+def import_builder(name: str) -> type:
+    """The builder class that a config *class* names. That is code, not data, so it is imported if need be.
+
+    Raises:
+        TargetError: there is no such class.
+    """
+    if name in registered.builders:
+        return registered.builders[name][0]
+    place = declared()[name][0].value.replace(":", ".") if name in declared() else name
+    module, _, attribute = place.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TargetError(f"the builder {name!r} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise TargetError(f"the builder {name!r} is {found!r}, not a class")
+    return found
+
+
 def _method_name(method: MethodType) -> str | None:
     """The name of a classmethod bound to its class: it is another object at each look, so it is compared by value."""
     owner = method.__self__
@@ -138,7 +194,7 @@ def _method_name(method: MethodType) -> str | None:
 def _find_name(obj: object) -> str | None:
     for name, present in registered.objects.items():
         if present is obj:
-            return name
+            return _declared_places().get(name, name)
     aliases = []
     for name, points in declared().items():
         if any(_loaded(point.value) is obj for point in points):
@@ -173,9 +229,17 @@ def _declaration(name: str) -> EntryPoint:
         raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
     point, own = points[0], shipped_aliases().get(name, name)
     # A dotted name means what it says, and an alias of the table what the table says.
-    if ("." in name or own != name) and point.value.replace(":", ".") != own:
+    if ("." in name or own != name) and not _is_place_of(own, point.value):
         raise TargetError(f"{_owner(point)} declares {name!r} as {point.value!r}, but that name is {own!r} alone")
     return point
+
+
+def _is_place_of(name: str, value: str) -> bool:
+    """Whether the object at `module:qualname` may be called `name`: it stands there or elsewhere in that package."""
+    module, _, qualname = value.partition(":")
+    return name == f"{module}.{qualname}" or (
+        name.endswith(f".{qualname}") and name.partition(".")[0] == module.partition(".")[0]
+    )
 
 
 def _owner(point: EntryPoint) -> str:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bridge.config import BridgeError, Document, DocumentError, Problem
 from bridge.config.read.view import View
 from bridge.config.schema.ranges import TRANSFORMER
-from bridge.config.schema.registered import import_builder
-from bridge.config.schema.registry import declared
+from bridge.config.schema.registry import declared, import_builder
 from bridge.config.schema.table import shipped
 from bridge.config.schema.values import Made
 from bridge.dist.checks.preflight import Rule, Setup, check

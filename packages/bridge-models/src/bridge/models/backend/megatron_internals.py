@@ -1,12 +1,12 @@
 """What bridge-models uses of megatron-core that megatron-core does not promise to keep."""
 
 MEGATRON_NAMES = {
-    "megatron.core.extensions.transformer_engine.HAVE_TE": "layer_specs: which layers there are",
-    "megatron.core.models.hybrid.hybrid_block.TENorm": "hybrid_layers: replaces the final norm of a hybrid",
-    "megatron.core.ssm.mamba_mixer.ExtendedRMSNorm": "hybrid_layers: replaces the norm of a mixer",
-    "megatron.core.ssm.mamba_mixer.HAVE_MAMBA_SSM": "hybrid_layers: replaced where the kernels are missing",
-    "megatron.core.ssm.mamba_mixer.causal_conv1d_fn": "hybrid_layers: whether the kernels are there",
-    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._qkv_down_projection": "backend: overridden",
-    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config": "backend: overridden",
+    "megatron.core.extensions.transformer_engine.HAVE_TE": "choice: which layers there are",
+    "megatron.core.models.hybrid.hybrid_block.TENorm": "mamba.layers: replaces the final norm of a hybrid",
+    "megatron.core.ssm.mamba_mixer.ExtendedRMSNorm": "mixer: replaces the norm of a mixer",
+    "megatron.core.ssm.mamba_mixer.HAVE_MAMBA_SSM": "mixer: replaced where the kernels are missing",
+    "megatron.core.ssm.mamba_mixer.causal_conv1d_fn": "mixer: whether the kernels are there",
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._qkv_down_projection": "latent: overridden",
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config": "latent: overridden",
 }
 """What each is for, by name; seen in megatron-core 0.19.2. An override of what is gone is never called."""

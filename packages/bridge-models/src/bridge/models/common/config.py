@@ -12,7 +12,6 @@ from bridge.config.paths import shown
 from bridge.config.read.rehearsal import denied_values
 from bridge.config.schema.arithmetic import check_live
 from bridge.config.schema.generation import settings_of, wrong_settings
-from bridge.models.common.config import _check_cuda_graphs
 from bridge.models.common.vocab import padded_vocab_size, vocabulary_problem
 from bridge.models.errors import ModelConfigError
 
@@ -78,7 +77,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
             raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
         if (problem := vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
             raise ModelConfigError(problem)
-        check_cuda_graphs(self.transformer)
+        _check_cuda_graphs(self.transformer)
         _check_generation(self)
 
     @property
@@ -95,3 +94,16 @@ def _check_generation(config: LanguageModelConfig) -> None:
     sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
     if found := [f"generation_config.{name}: {said}" for name, said in wrong_settings(settings_of(config), **sizes)]:
         raise ModelConfigError("; ".join(found))
+
+
+def _check_cuda_graphs(transformer: TransformerConfig) -> None:
+    """Check that CUDA graphs have the random number generator that they need.
+
+    Raises:
+        ModelConfigError: They do not.
+    """
+    if transformer.cuda_graph_impl != "none" and not transformer.use_te_rng_tracker:
+        raise ModelConfigError(
+            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} needs Transformer Engine's random number "
+            "tracker: set transformer.use_te_rng_tracker to true, or cuda_graph_impl to none"
+        )

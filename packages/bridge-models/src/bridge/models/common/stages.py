@@ -1,4 +1,4 @@
-"""What families of models share: the place of a stage in the pipeline, and checks of the transformer."""
+"""The place of a stage in the pipeline."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def virtual_stages(transformer: TransformerConfig) -> int:
     if transformer.pipeline_model_parallel_size == 1:
         return 1
     return transformer.virtual_pipeline_model_parallel_size or 1
+
+
+def pipeline_stages(transformer: TransformerConfig) -> int:
+    """Return the stages of the whole pipeline, virtual ones counted."""
+    return transformer.pipeline_model_parallel_size * virtual_stages(transformer)
 
 
 def ends(
@@ -41,16 +46,3 @@ def ends(
     if post_process is None:
         post_process = (vp_stage or 0) == stages - 1 and is_pp_last_stage(pp_group)
     return pre_process, post_process
-
-
-def check_cuda_graphs(transformer: TransformerConfig) -> None:
-    """Check that CUDA graphs have the random number generator that they need.
-
-    Raises:
-        ModelConfigError: They do not.
-    """
-    if transformer.cuda_graph_impl != "none" and not transformer.use_te_rng_tracker:
-        raise ModelConfigError(
-            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} needs Transformer Engine's random number "
-            "tracker: set transformer.use_te_rng_tracker to true, or cuda_graph_impl to none"
-        )

@@ -49,3 +49,15 @@ def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         tensor_model_parallel_size=tensor_model_parallel_size,
     )
+
+
+def vocabulary_problem(model: Any, tp: int) -> str | None:
+    """Say what is wrong with the vocabulary of a model that ``tp`` ranks share; None if nothing is."""
+    if model.vocab_size is None:
+        return "vocab_size is not set: give the number of tokens of the tokenizer"
+    if padded_vocab_size(model, tp) % tp:
+        return (
+            f"vocab_size {model.vocab_size} does not split over tensor_model_parallel_size {tp}: "
+            "set should_pad_vocab to true"
+        )
+    return None

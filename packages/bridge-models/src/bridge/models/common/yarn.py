@@ -1,10 +1,12 @@
-"""A transformer configuration with what megatron-core 0.19.2 reads from one, and does not declare."""
+"""A transformer configuration with YaRN's fields, which megatron-core 0.19.2 reads from one, and does not declare."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.models.errors import ModelConfigError
 
 
 @dataclass
@@ -36,3 +38,16 @@ class YarnTransformerConfig(TransformerConfig):
 
     yarn_correction_range_round_to_int: bool = True
     """Round the channels where the frequencies begin and end to change to whole ones."""
+
+
+def check_yarn(position_embedding_type: str, transformer: TransformerConfig) -> None:
+    """Check that a transformer has the fields that its model reads for ``position_embedding_type: yarn``.
+
+    Raises:
+        ModelConfigError: It does not.
+    """
+    if position_embedding_type == "yarn" and not hasattr(transformer, "yarn_rotary_scaling_factor"):
+        raise ModelConfigError(
+            f"position_embedding_type yarn needs the fields yarn_*, which {type(transformer).__name__} does not have: "
+            "make it a bridge.models.transformer.YarnTransformerConfig, or set another position_embedding_type"
+        )

@@ -1,1 +1,28 @@
-"""TODO."""
+"""GPT: its configuration, its layers and the builder of Megatron-Core's GPTModel.
+
+It imports bridge.models.modelopt, bridge.models.backend, bridge.models.common and the packages below.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.models.gpt.builder import GPTModelBuilder
+    from bridge.models.gpt.config import GPTModelConfig
+
+__all__ = ["GPTModelBuilder", "GPTModelConfig"]
+
+_HOMES = {"GPTModelBuilder": "builder", "GPTModelConfig": "config"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        from importlib import import_module  # megatron-core, which rules do without, takes seconds to import
+
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

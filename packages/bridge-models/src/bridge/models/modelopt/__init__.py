@@ -1,1 +1,26 @@
-"""TODO."""
+"""Builders that restore what NVIDIA ModelOpt made of a model: quantisation, sparsity.
+
+It imports bridge.models.backend, bridge.models.common and the packages below; only `state` and `attention` import
+ModelOpt, and nothing imports them before there is a state to restore.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.models.modelopt.builder import ModelOptBuilder
+
+__all__ = ["ModelOptBuilder"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "ModelOptBuilder":
+        from bridge.models.modelopt.builder import ModelOptBuilder  # imports megatron-core; rules need none
+
+        return ModelOptBuilder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,4 @@
-"""Builders that restore what NVIDIA ModelOpt made of a model: quantisation, sparsity.
-
-Importing this module does not import ModelOpt.
-"""
+"""The builder whose models get a ModelOpt state. Importing it does not import ModelOpt."""
 
 from __future__ import annotations
 
@@ -15,18 +12,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
-from torch.distributed import get_process_group_ranks
 
 from bridge.builders import BuildConfigT, ModelT
 from bridge.dist import DistributedModelBuilder
 from bridge.dist.checks.preflight import Rule
+from bridge.models.common.groups import check_global_groups
 from bridge.models.errors import CheckpointError, UnsupportedError
+from bridge.models.modelopt.checkpoint import locate
 from bridge.models.modelopt.rules import MODELOPT_RULES
-
-_ITERATION = "latest_checkpointed_iteration.txt"
 
 
 class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
@@ -99,7 +94,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         import_modelopt()
         if vp_stage is not None:
             raise UnsupportedError("ModelOpt knows no virtual pipeline: set virtual_pipeline_model_parallel_size to 1")
-        _check_groups(pg_collection)
+        check_global_groups(pg_collection, who="ModelOpt")
         config = copy.copy(self._model_config)
         transformer = copy.copy(self.transformer_config)
         transformer.moe_grouped_gemm = False  # ModelOpt's experts are one module each
@@ -120,7 +115,7 @@ def import_modelopt() -> ModuleType:
             from bridge.models.modelopt import state
     except ImportError as error:
         raise _not_installed(str(error)) from error
-    return modelopt_state
+    return state
 
 
 def _require_modelopt() -> None:
@@ -138,42 +133,3 @@ def _not_installed(why: str) -> UnsupportedError:
         f"restore_modelopt_state needs nvidia-modelopt, which cannot be imported ({why}): "
         "install bridge-models[modelopt], or set it to false"
     )
-
-
-def locate(checkpoint: Path) -> Path:
-    """Return what to restore from: the latest iteration in a folder of several, or what is given.
-
-    Raises:
-        CheckpointError: There is nothing, or nothing with a ModelOpt state.
-    """
-    if not checkpoint.exists():
-        raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: give another checkpoint")
-    if (checkpoint / _ITERATION).is_file():
-        latest = (checkpoint / _ITERATION).read_text().strip()
-        return locate(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
-    if checkpoint.is_dir() and not (is_sharded(checkpoint) or any(checkpoint.glob("mp_rank_*"))):
-        raise CheckpointError(
-            f"{checkpoint} holds no checkpoint of Megatron: give the folder that it was saved into, with metadata.json "
-            "or mp_rank_* in it, or a file of modelopt.torch.opt.save"
-        )
-    if is_sharded(checkpoint) and not (checkpoint / "modelopt_state").is_dir():
-        raise CheckpointError(
-            f"{checkpoint} has no ModelOpt state (no folder modelopt_state): give the checkpoint of a model that "
-            "ModelOpt changed, or set restore_modelopt_state to false"
-        )
-    return checkpoint
-
-
-def is_sharded(checkpoint: Path) -> bool:
-    """Whether it is one of Megatron's distributed checkpoints."""
-    return bool(dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)))
-
-
-def _check_groups(pg_collection: ProcessGroupCollection) -> None:
-    """Check that the process groups are those that Megatron knows of, which ModelOpt goes by."""
-    known = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
-    if known is None or get_process_group_ranks(known) != get_process_group_ranks(pg_collection.tp):
-        raise UnsupportedError(
-            "ModelOpt takes Megatron's global process groups, whatever it is given: create them for this layout "
-            "(bridge.dist.create_process_groups), and pass those"
-        )

@@ -1,7 +1,8 @@
-import logging
+"""Which layers a GPT is built from."""
+
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
@@ -26,17 +26,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as reference
-from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
 from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
 
-from bridge.dist.cpu import cpu_runtime
-from bridge.models.backend import TorchAttention
+from bridge.models.backend import choice
+from bridge.models.backend.attention import TorchAttention
 from bridge.models.backend.norms import TorchNorm
-from bridge.models.backend.provider import with_pytorch_layers
+from bridge.models.backend.provider import with_pytorch_attention, with_pytorch_layers
 from bridge.models.errors import LayerSpecError, UnsupportedError
-from bridge.models.gpt import GPTModelBuilder, GPTModelConfig, layers
+from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
+from bridge.models.gpt import layers as gpt_layers
 
 GPT = Callable[..., GPTModelConfig]
+
 Transformer = Callable[..., TransformerConfig]
 
 without_te = pytest.mark.skipif(HAVE_TE, reason="says what happens where Transformer Engine is not installed")
@@ -95,7 +96,7 @@ def test_a_function_that_takes_the_virtual_stage_gets_it(pg_collection: ProcessG
 
 
 def test_a_partial_may_give_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
-    spec = partial(layer_specs.default_layer_spec, pp_rank=0)
+    spec = partial(gpt_layers.default_layer_spec, pp_rank=0)
     config = gpt(outer={"transformer_layer_spec": spec})
     assert attention_of(config, pg_collection) == [TorchAttention] * 4
 
@@ -124,7 +125,7 @@ def test_local_attention_is_swapped_in_every_layer_of_a_block(pg_collection: Pro
 def test_layers_without_attention_stay_as_they_are(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     backends = AttnBackend.auto, AttnBackend.local
     configs = [gpt(HeterogeneousTransformerConfig, attention_backend=backend) for backend in backends]
-    specs = [layer_specs.layer_spec(config, vp_stage=None, pp_rank=0) for config in configs]
+    specs = [gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0) for config in configs]
     assert repr(specs[0]) == repr(specs[1])
 
 
@@ -142,8 +143,8 @@ def test_normalised_queries_are_normalised(pg_collection: ProcessGroupCollection
 
 def test_no_multi_token_prediction_no_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt()
-    spec = layer_specs.layer_spec(config, vp_stage=None, pp_rank=0)
-    assert layer_specs.mtp_block_spec(config, spec, vp_stage=None, pp_rank=0) is None
+    spec = gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0)
+    assert gpt_layers.mtp_block_spec(config, spec, vp_stage=None, pp_rank=0) is None
 
 
 @pytest.mark.parametrize(("frequency", "experts"), [([0, 0, 0, 1], True), ([1, 1, 1, 0], False)])
@@ -178,176 +179,12 @@ def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: Pro
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [1, 1, 1, 0]}
     config = gpt(mtp_num_layers=1, **moe)
     empty = TransformerBlockSubmodules(layer_specs=[])
-    block = layer_specs.mtp_block_spec(config, empty, vp_stage=None, pp_rank=0)
+    block = gpt_layers.mtp_block_spec(config, empty, vp_stage=None, pp_rank=0)
     assert block is not None
     assert block.layer_specs is not None
     layer: Any = block.layer_specs[0].submodules
     plain = with_pytorch_layers(get_gpt_layer_local_spec(num_experts=2), grouped_experts=False)
     assert repr(layer.mtp_model_layer) == repr(plain)
-
-
-def test_layers_in_pytorch_need_to_be_told_of_experts_only() -> None:
-    dense = get_gpt_layer_local_spec()
-    assert repr(with_pytorch_layers(dense)) == repr(with_pytorch_layers(dense, grouped_experts=True)) != repr(dense)
-    with pytest.raises(UnsupportedError, match=r"pass grouped_experts=config\.moe_grouped_gemm"):
-        with_pytorch_layers(get_gpt_layer_local_spec(num_experts=2))
-
-
-@without_te
-def test_the_fallback_to_layers_in_pytorch_is_said_once(
-    pg_collection: ProcessGroupCollection, gpt: GPT, caplog: pytest.LogCaptureFixture
-) -> None:
-    layer_specs._report_fallback.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="bridge.models.layer_specs"):
-        GPTModelBuilder(gpt(transformer_impl="local")).build_model(pg_collection)
-        assert not [record for record in caplog.records if record.name == "bridge.models.layer_specs"]
-        for _ in range(2):
-            GPTModelBuilder(gpt(mtp_num_layers=1)).build_model(pg_collection)
-    said = [record.getMessage() for record in caplog.records if record.name == "bridge.models.layer_specs"]
-    assert len(said) == 1
-    assert "Transformer Engine is not installed" in said[0]
-
-
-# What the local layers of megatron-core 0.19.2 cannot do and ours can.
-ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
-    "sequence parallelism": (TransformerConfig, {"sequence_parallel": True, "tensor_model_parallel_size": 2}),
-    "context parallelism": (TransformerConfig, {"context_parallel_size": 2}),
-    "multi-latent attention": (MLATransformerConfig, {}),
-    "latents of keys and values alone": (MLATransformerConfig, {"q_lora_rank": None, "qk_layernorm": True}),
-    "zero-centered norms": (TransformerConfig, {"layernorm_zero_centered_gamma": True}),
-}
-
-# What neither can, and how we say so. A test below tells when the local ones can.
-BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
-    "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, r"persist_layer_norm to false"),
-    "saving norms": (TransformerConfig, {"memory_efficient_layer_norm": True}, r"memory_efficient_layer_norm to false"),
-    "latent experts": (
-        TransformerConfig,
-        {"num_moe_experts": 2, "moe_latent_size": 8, "add_bias_linear": False},
-        r"moe_latent_size to null",
-    ),
-    "offloaded layers": (
-        TransformerConfig,
-        {"cpu_offloading": True, "cpu_offloading_num_layers": 1},
-        r"cpu_offloading and",
-    ),
-    "fused gradients": (
-        TransformerConfig,
-        {"gradient_accumulation_fusion": True},
-        r"gradient_accumulation_fusion to false",
-    ),
-}
-
-# What neither can train; built it can be.
-BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
-    "offloaded inputs": (
-        TransformerConfig,
-        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
-        r"fine_grained_activation_offloading to false",
-    ),
-    "recomputed norms": (
-        TransformerConfig,
-        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
-        r"layernorm and moe_act out of transformer.recompute_modules",
-    ),
-    "single experts with biases": (
-        TransformerConfig,
-        {"num_moe_experts": 4, "add_bias_linear": True},
-        r"moe_grouped_gemm to true or transformer.add_bias_linear to false",
-    ),
-}
-
-
-@without_te
-@pytest.mark.parametrize("case", ONLY_OURS)
-@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_what_only_our_layers_can_do_is_built(
-    pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
-) -> None:
-    cls, inner = ONLY_OURS[case]
-    config = gpt(cls, transformer_impl=implementation, **inner)
-    with cpu_runtime():  # the rotary embedding of multi-latent attention is made on a GPU
-        assert attention_of(config, pg_collection) == [TorchAttention] * 4
-
-
-@without_te
-@pytest.mark.parametrize("case", [*BEYOND_PYTORCH, *BEYOND_TRAINING])
-@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_what_layers_in_pytorch_cannot_do_is_refused(
-    pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
-) -> None:
-    cls, inner, message = (BEYOND_PYTORCH | BEYOND_TRAINING)[case]
-    with pytest.raises(UnsupportedError, match=message):
-        GPTModelBuilder(gpt(cls, transformer_impl=implementation, **inner)).build_model(pg_collection)
-
-
-@without_te
-@pytest.mark.parametrize("case", [*ONLY_OURS, *BEYOND_PYTORCH])
-def test_local_layers_still_cannot_do_it(
-    pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
-) -> None:
-    cls, inner, *_ = ONLY_OURS.get(case) or BEYOND_PYTORCH[case]
-    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
-    with pytest.raises((AssertionError, RuntimeError, TypeError)):
-        ReferenceBuilder(config).build_model(pg_collection)
-
-
-@without_te
-@pytest.mark.parametrize("case", BEYOND_TRAINING)
-def test_local_layers_still_cannot_train_it(
-    pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
-) -> None:
-    cls, inner, _ = BEYOND_TRAINING[case]
-    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
-    with cpu_runtime():
-        model_parallel_cuda_manual_seed(1)  # dispatched tokens ask for its states
-        model = ReferenceBuilder(config).build_model(pg_collection)
-        tokens = torch.arange(8)[None]
-        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
-        with pytest.raises((NameError, RuntimeError)):
-            model(tokens, tokens, mask, labels=tokens).mean().backward()
-
-
-@without_te
-def test_all_refusals_come_at_once(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
-    config = gpt(persist_layer_norm=True, fp8="e4m3", masked_softmax_fusion=True, bf16=True)
-    with pytest.raises(UnsupportedError, match=r"(?s)persist_layer_norm.*fp8.*masked_softmax_fusion"):
-        GPTModelBuilder(config).build_model(pg_collection)
-
-
-def test_fused_softmax_is_not_missed_at_32_bits(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
-    GPTModelBuilder(gpt(masked_softmax_fusion=True)).build_model(pg_collection)
-
-
-@without_te
-@pytest.mark.parametrize(
-    ("inner", "named"),
-    [
-        (
-            {
-                "transformer_impl": "inference_optimized",
-                "normalization": "RMSNorm",
-                "add_bias_linear": False,
-            },
-            "inference_optimized",
-        ),
-        (
-            {
-                "experimental_attention_variant": "gated_delta_net",
-                "linear_attention_freq": 2,
-                "num_moe_experts": 2,
-                "moe_ffn_hidden_size": 16,
-                "add_bias_linear": False,
-            },
-            "gated_delta_net",
-        ),
-    ],
-)
-def test_what_needs_transformer_engine_says_so(
-    pg_collection: ProcessGroupCollection, gpt: GPT, inner: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(UnsupportedError, match=f"{named} needs Transformer Engine"):
-        GPTModelBuilder(gpt(**inner)).build_model(pg_collection)
 
 
 class MarkedProvider(LocalSpecProvider):
@@ -360,7 +197,7 @@ class MarkedProvider(LocalSpecProvider):
 @pytest.fixture
 def pretended_te(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine as if it were installed, which takes a GPU: what is chosen is real, its parts are not."""
-    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(choice, "HAVE_TE", True)
     monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", MarkedProvider)
 
@@ -380,7 +217,7 @@ def test_megatrons_specs_still_norm_queries_that_are_not_compressed(transformer:
 def test_transformer_engine_would_norm_queries_that_are_not_compressed(gpt: GPT) -> None:
     config = gpt(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
     with pytest.raises(UnsupportedError, match=r"set transformer\.transformer_impl to local"):
-        layer_specs.layer_spec(config, vp_stage=None, pp_rank=0)
+        gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0)
 
 
 @without_te
@@ -397,9 +234,9 @@ def test_with_transformer_engine_the_choice_is_the_references(
     theirs = ReferenceConfig(transformer=transformer(**inner), **around)
     ours = GPTModelConfig(transformer=transformer(**inner), **around)
     expected = reference.default_layer_spec(theirs, 0)
-    chosen = layer_specs.layer_spec(ours, vp_stage=None, pp_rank=0)
+    chosen = gpt_layers.layer_spec(ours, vp_stage=None, pp_rank=0)
     assert repr(chosen) == repr(expected)
-    assert repr(layer_specs.mtp_block_spec(ours, chosen, vp_stage=None, pp_rank=0)) == repr(
+    assert repr(gpt_layers.mtp_block_spec(ours, chosen, vp_stage=None, pp_rank=0)) == repr(
         reference.mtp_block_spec(theirs, expected)
     )
 
@@ -410,7 +247,7 @@ def test_with_transformer_engine_the_choice_is_the_references(
 def test_layers_are_local_when_asked_for(
     pg_collection: ProcessGroupCollection, gpt: GPT, implementation: str, attention: bool
 ) -> None:
-    spec = layer_specs.layer_spec(gpt(transformer_impl=implementation), vp_stage=None, pp_rank=0)
+    spec = gpt_layers.layer_spec(gpt(transformer_impl=implementation), vp_stage=None, pp_rank=0)
     assert ("OtherAttention" in repr(spec)) == attention
 
 
@@ -418,7 +255,18 @@ def test_layers_follow_the_given_rank_not_the_global_one(pg_collection: ProcessG
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [0, 0, 1, 1]}
     config = gpt(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **moe)
     expected = get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, pp_rank=1)
-    assert repr(layer_specs.default_layer_spec(config, pp_rank=1)) == repr(
+    assert repr(gpt_layers.default_layer_spec(config, pp_rank=1)) == repr(
         with_pytorch_layers(expected, grouped_experts=False)
     )
-    assert repr(layer_specs.default_layer_spec(config, pp_rank=0)) != repr(expected)
+    assert repr(gpt_layers.default_layer_spec(config, pp_rank=0)) != repr(expected)
+
+
+def test_attention_that_is_made_of_parts_is_another_computation() -> None:
+    layer = other_spec()
+    attention: Any = cast(Any, layer.submodules).self_attention
+    attention.submodules.core_attention = ModuleSpec(module=OtherAttention, submodules=object())
+    assert repr(with_pytorch_attention(layer)) == repr(layer)
+    attention.submodules.core_attention = ModuleSpec(module=OtherAttention)
+    swapped: Any = with_pytorch_attention([layer])[0].submodules
+    assert swapped.self_attention.submodules.core_attention is TorchAttention
+    assert attention.submodules.core_attention.module is OtherAttention

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron.core.models.T5 import t5_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,9 +20,7 @@ from bridge.models.backend.choice import (
 )
 from bridge.models.backend.provider import with_pytorch_attention, with_pytorch_layers
 from bridge.models.backend.specs import LayerSpec, given_layer_spec
-
-if TYPE_CHECKING:
-    from bridge.models.t5 import T5ModelConfig
+from bridge.models.t5.config import T5ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,24 @@
+"""The extra state that Transformer Engine's layers write into checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class HasExtraState(torch.nn.Module):
+    """A layer with an empty ``_extra_state`` in its state, as Megatron's own linear layers have.
+
+    Transformer Engine's layers keep how they quantise there, and ask each checkpoint for it.
+    """
+
+    def get_extra_state(self) -> None:
+        """Return nothing: there is none, but torch writes the key."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Leave it aside."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,96 @@
+"""Norms in PyTorch, which work under sequence parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.models.backend.extra_state import HasExtraState
+from bridge.models.errors import UnsupportedError
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
+    """Build the norm that a configuration asks for, torch's own.
+
+    Under sequence parallelism each rank sees part of the sequence, so the weights are marked for Megatron to add up
+    their gradients over the tensor-parallel ranks.
+
+    Raises:
+        UnsupportedError: There is no such norm.
+    """
+    norms: dict[str, Callable[..., TorchNorm]] = (
+        {"LayerNorm": ZeroCenteredLayerNorm, "RMSNorm": ZeroCenteredRMSNorm}
+        if config.layernorm_zero_centered_gamma
+        else {"LayerNorm": TorchLayerNorm, "RMSNorm": TorchRMSNorm}
+    )
+    if config.normalization not in norms:
+        raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
+    norm = norms[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+def fused_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
+    """Build a norm that Transformer Engine makes part of the next linear layer; otherwise as ``torch_norm``."""
+    norm = torch_norm(config, hidden_size, eps)
+    norm.is_fused = True
+    return norm
+
+
+class TorchNorm(HasExtraState):
+    """What all norms of this backend have in common: which keys they write into checkpoints."""
+
+    is_fused = False
+    """Whether it is part of the next linear layer in Transformer Engine, which then has the only extra state."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_fused:
+            del destination[f"{prefix}_extra_state"]
+
+
+class TorchLayerNorm(TorchNorm, torch.nn.LayerNorm):
+    """Torch's own, under a name of its own.
+
+    nvidia-modelopt 0.47 quantises the input of ``torch.nn.LayerNorm``, of no other norm, and loses in Megatron's
+    distributed checkpoints how. It tells a layer by its ``forward``.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        return super().forward(x)
+
+
+class TorchRMSNorm(TorchNorm, torch.nn.RMSNorm):
+    """Torch's own."""
+
+
+class ZeroCenteredLayerNorm(TorchNorm, torch.nn.LayerNorm):
+    """LayerNorm that multiplies by one more than its weight, which starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        normed = torch.nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normed, normed, self.weight) + self.bias  # one plus a small weight would round it away
+
+
+class ZeroCenteredRMSNorm(TorchNorm, torch.nn.RMSNorm):
+    """RMSNorm that multiplies by one more than its weight, which starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set the weight to zero."""
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension."""
+        normed = torch.nn.functional.rms_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normed, normed, self.weight)

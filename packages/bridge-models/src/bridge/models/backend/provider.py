@@ -1,0 +1,132 @@
+"""Layers in PyTorch in place of Megatron's local ones, with the checkpoint keys of Transformer Engine's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from bridge.models.backend.attention import TorchAttention
+from bridge.models.backend.experts import ColumnParallelGroupedLinear, RowParallelGroupedLinear, SequentialExperts
+from bridge.models.backend.latent import LatentAttention
+from bridge.models.backend.norms import fused_norm, torch_norm
+from bridge.models.backend.specs import SpecT, replace_modules
+from bridge.models.errors import UnsupportedError
+
+
+class PyTorchSpecProvider(LocalSpecProvider):
+    """Megatron's local backend with layers in PyTorch in their places."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        """Return what builds a norm; which one it is, the configuration says."""
+        return torch_norm
+
+    def core_attention(self) -> type:
+        """Return the attention between projected queries, keys and values."""
+        return TorchAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Return what builds the experts of a rank: with one weight a matrix each, or one module an expert."""
+        if not moe_use_grouped_gemm:
+            local: Any = super().grouped_mlp_modules(moe_use_grouped_gemm)
+            return partial(SequentialExperts, **local.keywords)
+        return partial(
+            TEGroupedMLP,  # by its name Transformer Engine's; it takes any grouped linear layers
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
+            ),
+        )
+
+
+def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> SpecT:
+    """Return a copy of a spec with this backend's layers in place of Megatron's local ones; ``spec`` is left alone.
+
+    Megatron's functions that make local specs take no backend (seen in megatron-core 0.19.2).
+
+    Args:
+        spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
+        grouped_experts: Whether experts are grouped; needed if there are any.
+
+    Raises:
+        UnsupportedError: There are experts, and it is not said whether they are grouped.
+    """
+    provider = PyTorchSpecProvider()
+
+    def replace(part: Any) -> Any:
+        if part is WrappedTorchNorm or part is FusedLayerNorm:  # the other is Apex's, where that is installed
+            return provider.layer_norm()
+        if part is DotProductAttention:
+            return provider.core_attention()
+        if part is MLASelfAttention:
+            return LatentAttention
+        if isinstance(part, partial) and part.func is SequentialMLP:
+            if grouped_experts is None:
+                raise UnsupportedError("the spec has experts: pass grouped_experts=config.moe_grouped_gemm")
+            return provider.grouped_mlp_modules(grouped_experts)
+        return part
+
+    return replace_modules(replace_modules(spec, replace), _with_checkpoint_keys)
+
+
+def _with_checkpoint_keys(layer: Any) -> Any:
+    """Return a transformer layer that writes the checkpoint keys of the same layer made of Transformer Engine's parts.
+
+    There a norm is part of the linear layer behind it, wherever one can be. The local specs of megatron-core 0.19.2 say
+    so of plain attention and of MLPs; they also say it of experts, where the norm stands alone, and not of multi-latent
+    attention. Whatever is no transformer layer is returned as it is.
+    """
+    if not isinstance(layer, TransformerLayerSubmodules):
+        return layer
+    keys = dict(layer.sharded_state_dict_keys_map)
+    attention: Any = layer.self_attention
+    module = attention.module if isinstance(attention, ModuleSpec) else None
+    is_latent = isinstance(module, type) and issubclass(module, MLASelfAttention)
+    if is_latent:
+        keys |= {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+        parts = _with_fused_norms(attention.submodules, ("q_layernorm", "kv_layernorm"))
+        attention = dataclasses.replace(attention, submodules=parts)
+    builds_mlp = layer.mlp.func if isinstance(layer.mlp, partial) else None
+    if builds_mlp is MoELayer:
+        keys.pop("pre_mlp_layernorm.", None)
+    elif is_latent and builds_mlp == MLP.as_mlp_submodule:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer = _with_fused_norms(layer, [name for name in ("input_layernorm", "pre_mlp_layernorm") if f"{name}." in keys])
+    return dataclasses.replace(layer, self_attention=attention, sharded_state_dict_keys_map=keys)
+
+
+def _with_fused_norms(spec: SpecT, names: Iterable[str]) -> SpecT:
+    """Return a copy of a spec whose norms of these names are part of the next linear layer in checkpoints."""
+    norms = {name: fused_norm for name in names if getattr(spec, name) is torch_norm}
+    return cast(SpecT, dataclasses.replace(cast(Any, spec), **norms))
+
+
+def with_pytorch_attention(spec: SpecT) -> SpecT:
+    """Return a copy of ``spec`` whose attention is computed by plain PyTorch; ``spec`` itself is left alone.
+
+    Layers that have no such part (no-op or linear attention of heterogeneous models) stay as they are.
+    """
+
+    def replace(part: Any) -> Any:
+        core = getattr(part, "core_attention", part)
+        if core is part or not dataclasses.is_dataclass(part) or isinstance(part, type):
+            return part
+        if isinstance(core, ModuleSpec) and core.submodules is not None:
+            return part  # made of parts, such as an indexer: another computation than the usual one
+        return dataclasses.replace(part, core_attention=TorchAttention)
+
+    return replace_modules(spec, replace)

@@ -1,0 +1,81 @@
+"""Layer specs: what a configuration may give as one, and replacing modules in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from bridge.config import ModelConfig
+from bridge.models.errors import LayerSpecError
+
+SpecT = TypeVar("SpecT")
+
+LayerSpec = ModuleSpec | TransformerBlockSubmodules
+"""One layer, repeated; or the layers of one pipeline stage, one by one."""
+
+
+def replace_modules(spec: SpecT, replace: Callable[[Any], Any]) -> SpecT:
+    """Return a copy of a spec in which modules are replaced; ``spec`` is left alone.
+
+    Args:
+        spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
+        replace: Called with each part, outer ones first. What it returns takes the part's place; if that is the part
+            itself, its own parts are replaced.
+    """
+    found: Any = replace(spec)
+    if found is not spec:
+        return cast(SpecT, found)
+    if isinstance(spec, partial):
+        keywords = {name: replace_modules(value, replace) for name, value in spec.keywords.items()}
+        return cast(SpecT, partial(replace_modules(spec.func, replace), *spec.args, **keywords))
+    if isinstance(spec, list):
+        return cast(SpecT, [replace_modules(item, replace) for item in spec])
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = [field.name for field in dataclasses.fields(spec) if field.init]
+        return dataclasses.replace(spec, **{name: replace_modules(getattr(spec, name), replace) for name in fields})
+    return spec
+
+
+def given_spec(
+    given: object, config: ModelConfig, *, field: str, kinds: tuple[type, ...], vp_stage: int | None = None
+) -> Any:
+    """Return the layers that a configuration gives: a spec, or what a function of the configuration returns.
+
+    Args:
+        given: The spec, or the function, which may take nothing, and ``vp_stage`` by name.
+        config: What the function gets.
+        field: The field that gives them, for errors.
+        kinds: What is a spec here.
+        vp_stage: Virtual pipeline stage, None without a virtual pipeline.
+
+    Raises:
+        LayerSpecError: It is neither, or the function returns something else.
+    """
+    if isinstance(given, kinds):  # before callable(): a ModuleSpec is also callable
+        return given
+    if not callable(given):
+        raise LayerSpecError(f"{field} is {given!r}: give a ModuleSpec, a function that returns one, or None")
+    parameters = inspect.signature(given).parameters
+    by_name = {"vp_stage": vp_stage} if "vp_stage" in parameters else {}
+    spec: object = given(config, **by_name) if parameters else given()
+    if not isinstance(spec, kinds):
+        name = getattr(given, "__qualname__", repr(given))
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise LayerSpecError(f"{field} {name} returned {spec!r}: it must return a {wanted}")
+    return spec
+
+
+def given_layer_spec(given: object, config: ModelConfig, *, field: str, vp_stage: int | None = None) -> LayerSpec:
+    """Return the layers of a stack that a configuration gives, see ``given_spec``.
+
+    Raises:
+        LayerSpecError: It gives something else.
+    """
+    kinds = (ModuleSpec, TransformerBlockSubmodules)
+    return cast(LayerSpec, given_spec(given, config, field=field, kinds=kinds, vp_stage=vp_stage))

@@ -1,0 +1,98 @@
+"""The configuration of a GPT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.dist.layout import says_how_to_split
+from bridge.models.common.config import LanguageModelConfig
+from bridge.models.common.stages import virtual_stages
+from bridge.models.common.yarn import check_yarn
+from bridge.models.errors import ModelConfigError
+from bridge.models.gpt.rules import prediction_problem
+
+
+@dataclass(kw_only=True)
+class GPTModelConfig(LanguageModelConfig):
+    """A GPT: a ``TransformerConfig`` and what surrounds it, embeddings and output layer.
+
+    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``. A field that both could hold (``rotary_base`` and ``rotary_percent``, with an
+    ``MLATransformerConfig``) belongs to ``transformer``.
+    """
+
+    builder: ClassVar[str] = "bridge.models.gpt.GPTModelBuilder"
+
+    transformer_layer_spec: ModuleSpec | Callable[[GPTModelConfig], ModuleSpec] | None = None
+    """The layers: a spec; a function of this configuration that returns one, and may take ``vp_stage`` by name; None
+    for the default choice."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "mrope", "yarn", "none"] = "learned_absolute"
+    """How positions enter the model."""
+
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+
+    rope_scaling: bool = False
+    """Scale rotary frequencies as Llama 3.1 does."""
+
+    rope_scaling_factor: float = 8.0
+    """Factor of ``rope_scaling``."""
+
+    scatter_embedding_sequence_parallel: bool = True
+    """With sequence parallelism, split the embedding's output along the sequence."""
+
+    tp_comm_overlap_cfg: str | dict[str, Any] | None = None
+    """Settings of ``tp_comm_overlap``: a file, or its content."""
+
+    use_arbitrary_attention_mask: bool | None = None
+    """With a ModelOpt state: accept any attention mask. None: unless there is context parallelism."""
+
+    def validate(self) -> None:
+        """Check what can be checked without process groups; nothing is changed.
+
+        Raises:
+            ModelConfigError: A field lacks a value or contradicts another one.
+        """
+        super().validate()
+        _check_positions(self)
+        _check_pipeline_split(self.transformer)
+        _check_multi_token_prediction(self)
+
+
+def _check_positions(config: GPTModelConfig) -> None:
+    positions, transformer = config.position_embedding_type, config.transformer
+    if positions == "mrope" and transformer.mrope_section is None:
+        raise ModelConfigError("position_embedding_type mrope needs transformer.mrope_section: set it")
+    check_yarn(positions, transformer)
+
+
+def _check_pipeline_split(transformer: TransformerConfig) -> None:
+    if says_how_to_split(transformer):
+        return
+    pp = transformer.pipeline_model_parallel_size
+    vp = virtual_stages(transformer)
+    if transformer.num_layers % (pp * vp):
+        raise ModelConfigError(
+            f"transformer.num_layers {transformer.num_layers} does not divide into {pp * vp} equal chunks, "
+            f"pipeline_model_parallel_size {pp} x virtual_pipeline_model_parallel_size {vp}: "
+            "change one of the three, or give a pipeline_model_parallel_layout"
+        )
+
+
+def _check_multi_token_prediction(config: GPTModelConfig) -> None:
+    if not config.transformer.mtp_num_layers:
+        return
+    transformer = config.transformer
+    if (problem := prediction_problem(config, transformer.pipeline_model_parallel_size)) is not None:
+        raise ModelConfigError(problem)
+    if transformer.experimental_attention_variant is not None:
+        raise ModelConfigError(
+            f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
+            f"experimental_attention_variant {transformer.experimental_attention_variant}: set one of them to null"
+        )

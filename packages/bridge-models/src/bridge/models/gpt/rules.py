@@ -1,0 +1,30 @@
+"""The pre-flight rules of a GPT. Importing them imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
+from bridge.models.modelopt.rules import MODELOPT_RULES
+
+
+@rule(seen=MEGATRON, not_shown=VALIDATED)
+def predictions_in_a_pipeline(setup: Setup) -> Iterator[str]:
+    """The last stage's copy of the position embedding is trained on its own."""
+    if (problem := prediction_problem(setup.model, setup.layout.pp)) is not None:
+        yield problem
+
+
+def prediction_problem(model: Any, pp: int) -> str | None:
+    """Say what is wrong with multi-token prediction in a pipeline of ``pp`` ranks; None if nothing is."""
+    if model.transformer.mtp_num_layers and pp > 1 and model.position_embedding_type == "learned_absolute":
+        return (
+            "multi-token prediction trains wrong with learned_absolute positions in a pipeline: "
+            "set position_embedding_type to rope, or transformer.pipeline_model_parallel_size to 1"
+        )
+    return None
+
+
+GPT_RULES: tuple[Rule, ...] = (*MODELOPT_RULES, *LANGUAGE_RULES, predictions_in_a_pipeline)

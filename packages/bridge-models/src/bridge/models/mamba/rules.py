@@ -1,0 +1,105 @@
+"""The pre-flight rules of hybrid models. Importing them imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bridge.config.schema import hybrid_pattern
+from bridge.config.schema.arithmetic import mamba_heads
+from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
+from bridge.models.errors import ModelConfigError
+from bridge.models.mamba.pattern import staged
+from bridge.models.modelopt.rules import MODELOPT_RULES
+
+
+@rule(not_shown=VALIDATED)
+def hybrid_stages(setup: Setup) -> Iterator[str]:
+    """The layers of a hybrid model divide over the stages of a pipeline as its pattern says, or equally."""
+    try:
+        pattern_of_stages(setup.model, setup.layout.pp * (setup.layout.vp if setup.has_virtual_pipeline else 1))
+    except ModelConfigError as error:
+        yield str(error)
+
+
+def pattern_of_stages(model: Any, stages: int) -> str:
+    """Return the pattern of a hybrid model with a border after each of so many stages but the last.
+
+    Raises:
+        ModelConfigError: Other fields split the model, or the pattern does not divide so.
+    """
+    transformer = model.transformer
+    uneven = [
+        name
+        for name in (
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "pipeline_model_parallel_layout",
+        )
+        if getattr(transformer, name) is not None
+    ]
+    if uneven:
+        raise ModelConfigError(
+            f"a hybrid model is not split by transformer.{' and '.join(uneven)}: "
+            "put | between the layers in hybrid_layer_pattern where stages shall end"
+        )
+    return staged(layer_pattern(model), stages)
+
+
+def layer_pattern(model: Any) -> str:
+    """Return the kind of each layer of a hybrid model: its pattern, or Mamba layers alone."""
+    pattern: str | None = model.hybrid_layer_pattern
+    return hybrid_pattern.MAMBA * model.transformer.num_layers if pattern is None else pattern
+
+
+def _has_mamba_layers(model: Any) -> bool:
+    return hybrid_pattern.MAMBA in layer_pattern(model)
+
+
+@rule()
+def mamba_heads_divide(setup: Setup) -> Iterator[str]:
+    """Each rank of tensor parallelism holds whole heads and groups of a Mamba layer, and context parallelism shares
+    them out again.
+    """
+    if not _has_mamba_layers(setup.model):
+        return
+    tp, cp = setup.layout.tp, setup.layout.cp
+    heads, groups = mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
+    if heads % (tp * cp):
+        yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: choose others"
+    if groups % tp:
+        yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
+    elif (groups // tp) % cp and cp % (groups // tp):
+        yield (
+            f"mamba_num_groups = {groups} on tp = {tp} is {groups // tp} a rank, neither a multiple nor a divisor of "
+            f"cp = {cp}: choose another cp"
+        )
+
+
+@rule(seen=MEGATRON)
+def mamba_params_dtype(setup: Setup) -> Iterator[str]:
+    """A Mamba layer casts its input to ``params_dtype``, whatever its weights were cast to: an error about mixed types
+    in the first forward pass.
+    """
+    config = setup.transformer
+    half = "torch.bfloat16" if config.bf16 else "torch.float16" if config.fp16 else None
+    if half is not None and str(config.params_dtype) != half:
+        yield f"params_dtype is {config.params_dtype}, but Mamba layers compute in {half}: set params_dtype to {half}"
+
+
+@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+def mamba_offloading(setup: Setup) -> Iterator[str]:
+    """A stack of hybrid layers offloads nothing, without a word of it: Megatron's transformer block does."""
+    if setup.transformer.cpu_offloading:
+        yield "a hybrid model does not offload whole layers: set cpu_offloading = False"
+
+
+MAMBA_RULES: tuple[Rule, ...] = (
+    *MODELOPT_RULES,
+    *LANGUAGE_RULES,
+    hybrid_stages,
+    mamba_heads_divide,
+    mamba_params_dtype,
+    mamba_offloading,
+)

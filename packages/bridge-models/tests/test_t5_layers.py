@@ -1,0 +1,199 @@
+"""Which layers a T5 is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.T5 import t5_spec
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from bridge.models.backend import choice
+from bridge.models.backend.attention import TorchAttention
+from bridge.models.backend.norms import TorchRMSNorm
+from bridge.models.errors import LayerSpecError, UnsupportedError
+from bridge.models.t5 import T5ModelBuilder, T5ModelConfig
+
+T5Factory = Callable[..., T5ModelConfig]
+
+without_te = pytest.mark.skipif(HAVE_TE, reason="says what happens where Transformer Engine is not installed")
+
+VOCAB = 96
+
+
+def build(config: T5ModelConfig, pg_collection: ProcessGroupCollection) -> Any:
+    return T5ModelBuilder(config).build_model(pg_collection)
+
+
+class OtherAttention(DotProductAttention):
+    """Stands for the attention of another backend."""
+
+
+def marked(layer: ModuleSpec) -> ModuleSpec:
+    """A layer whose attention is another one."""
+    parts: Any = layer.submodules
+    for name in ("self_attention", "cross_attention"):
+        if isinstance(attention := getattr(parts, name), ModuleSpec):
+            submodules: Any = attention.submodules
+            submodules.core_attention = OtherAttention
+    return layer
+
+
+def attentions(model: Any) -> dict[str, list[type]]:
+    cross = [type(layer.cross_attention.core_attention) for layer in model.decoder.layers]
+    both = {stack: getattr(model, stack).layers for stack in ("encoder", "decoder")}
+    return {
+        stack: [type(layer.self_attention.core_attention) for layer in layers] for stack, layers in both.items()
+    } | {"cross": cross}
+
+
+@without_te
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_default_layers_are_in_pytorch(
+    pg_collection: ProcessGroupCollection, t5: T5Factory, implementation: str
+) -> None:
+    model = build(t5(transformer_impl=implementation, normalization="RMSNorm"), pg_collection)
+    ours = [TorchAttention] * 2
+    assert attentions(model) == {"encoder": ours, "decoder": ours, "cross": ours}
+    norms = [module for name, module in model.named_modules() if "layernorm" in name and list(module.parameters())]
+    assert {type(norm) for norm in norms} == {TorchRMSNorm}
+    assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1
+
+
+def test_given_layers_pass_through(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+    asked = []
+
+    def encoder(config: T5ModelConfig) -> TransformerBlockSubmodules:
+        asked.append(config)
+        layers = [marked(t5_spec.encoder_model_with_local_spec()) for _ in range(3)]
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=t5_spec.LNImpl)
+
+    config = t5(outer={"encoder_layer_spec": encoder})
+    assert attentions(build(config, pg_collection)) == {
+        "encoder": [OtherAttention] * 3,
+        "decoder": [TorchAttention] * 2,
+        "cross": [TorchAttention] * 2,
+    }
+    assert asked == [config]
+    config = t5(outer={"decoder_layer_spec": marked(t5_spec.decoder_model_with_local_spec())})
+    assert attentions(build(config, pg_collection))["cross"] == [OtherAttention] * 2
+
+
+def test_local_attention_is_swapped_into_given_layers_cross_attention_too(
+    pg_collection: ProcessGroupCollection, t5: T5Factory
+) -> None:
+    given = marked(t5_spec.decoder_model_with_local_spec())
+    before = repr(given)
+    config = t5(outer={"decoder_layer_spec": given}, attention_backend=AttnBackend.local)
+    assert attentions(build(config, pg_collection)) == dict.fromkeys(
+        ("encoder", "decoder", "cross"), [TorchAttention] * 2
+    )
+    assert repr(given) == before
+
+
+@pytest.mark.parametrize("field", ["encoder_layer_spec", "decoder_layer_spec"])
+@pytest.mark.parametrize("given", [lambda config: None, "local"])
+def test_what_is_no_spec_is_refused(
+    pg_collection: ProcessGroupCollection, t5: T5Factory, field: str, given: object
+) -> None:
+    with pytest.raises(LayerSpecError, match=field):
+        build(t5(outer={field: given}), pg_collection)
+
+
+class Named:
+    """Stands for a part of Transformer Engine, which takes a GPU."""
+
+
+@without_te
+@pytest.mark.parametrize("backend", [AttnBackend.auto, AttnBackend.local])
+def test_with_transformer_engine_the_layers_are_megatrons(
+    pg_collection: ProcessGroupCollection, t5: T5Factory, monkeypatch: pytest.MonkeyPatch, backend: AttnBackend
+) -> None:
+    from bridge.models.t5 import layers as t5_layers
+
+    monkeypatch.setattr(choice, "HAVE_TE", True)
+    parts = [name for name in vars(t5_spec) if name.startswith("TE")]
+    for name in parts:
+        monkeypatch.setattr(t5_spec, name, type(name, (Named,), {}))
+    config = t5(outer={"encoder_num_layers": 3}, attention_backend=backend)
+    encoder, decoder = t5_layers.encoder_layer_spec(config), t5_layers.decoder_layer_spec(config)
+    expected = [
+        t5_spec.get_t5_encoder_with_transformer_engine_block_spec(3),
+        t5_spec.get_t5_decoder_with_transformer_engine_block_spec(2),
+    ]
+    theirs, ours = repr(t5_spec.TEDotProductAttention), repr(TorchAttention)
+    wanted = [repr(spec).replace(theirs, ours) if backend == AttnBackend.local else repr(spec) for spec in expected]
+    assert [repr(encoder), repr(decoder)] == wanted
+
+
+HETEROGENEOUS = {"num_layers": 4}  # as the fixture's blocks
+
+UNSUPPORTED: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+    "experts": (TransformerConfig, {"num_moe_experts": 2, "add_bias_linear": False}, "num_moe_experts to null"),
+    "latent attention": (MLATransformerConfig, {"multi_latent_attention": True}, "embed a plain TransformerConfig"),
+    "blocks": (HeterogeneousTransformerConfig, HETEROGENEOUS, "embed a plain TransformerConfig"),
+    "normed queries": (TransformerConfig, {"qk_layernorm": True}, "qk_layernorm and .* to false"),
+    "unit queries": (TransformerConfig, {"qk_l2_norm": True}, "qk_l2_norm to false"),
+    "windows": (TransformerConfig, {"window_size": (4, 0)}, "window_size to null"),
+    "fusions": (TransformerConfig, {"use_transformer_engine_op_fuser": True}, "use_transformer_engine_op_fuser"),
+    "more tokens": (TransformerConfig, {"mtp_num_layers": 1}, "mtp_num_layers to null"),
+    "µP": (TransformerConfig, {"use_mup": True}, "use_mup to false"),
+    "gates": (TransformerConfig, {"attention_output_gate": True}, "attention_output_gate to false"),
+    "inference": (
+        TransformerConfig,
+        {"transformer_impl": "inference_optimized", "normalization": "RMSNorm", "add_bias_linear": False},
+        "transformer_impl to transformer_engine or local",
+    ),
+    "linear attention": (
+        TransformerConfig,
+        {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2},
+        "experimental_attention_variant to null",
+    ),
+    "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, "persist_layer_norm to false"),
+}
+
+
+@without_te
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_would_be_passed_over_is_refused(pg_collection: ProcessGroupCollection, t5: T5Factory, case: str) -> None:
+    cls, inner, message = UNSUPPORTED[case]
+    with pytest.raises(UnsupportedError, match=f"(?s)cannot do.*{message}"):
+        build(t5(cls, **inner), pg_collection)
+
+
+def test_layers_of_ones_own_may_do_more(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+    outer = {
+        "encoder_layer_spec": marked(t5_spec.encoder_model_with_local_spec()),
+        "decoder_layer_spec": marked(t5_spec.decoder_model_with_local_spec()),
+    }
+    build(t5(outer=outer, window_size=(4, 0)), pg_collection)
+
+
+@without_te
+def test_megatron_still_cannot_do_it_alone(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+    """Neither a norm at the end of its local layers, nor relative positions in them."""
+    config = t5()
+    model = T5Model(
+        config=config.transformer,
+        encoder_config=config.transformer,
+        transformer_encoder_layer_spec=cast(ModuleSpec, t5_spec.get_t5_encoder_with_local_block_spec(2)),
+        transformer_decoder_layer_spec=cast(ModuleSpec, t5_spec.get_t5_decoder_with_local_block_spec(2)),
+        vocab_size=VOCAB,
+        max_sequence_length=16,
+        position_embedding_type="relative",
+        pg_collection=pg_collection,
+    )
+    assert model.encoder.final_layernorm is None
+    tokens = torch.arange(6).view(1, 6)
+    with pytest.raises(AssertionError, match="Attention bias is not supported"):
+        model(tokens, tokens, None, None, None)
