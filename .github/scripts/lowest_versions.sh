@@ -19,7 +19,7 @@ END
 # megatron.training, which looks for a GPU beside the triton of torch 2.6.
 config=packages/bridge-config/tests dist=packages/bridge-dist/tests models=packages/bridge-models/tests
 "$environment/bin/pytest" -n 2 --dist loadfile -q -p no:cacheprovider \
-    $config/test_{model,document,files,migrate,canonical,edit}.py packages/bridge-builders/tests \
-    $dist/test_{internals,rank_environment,devices,store,failures,pool,memory,build,cpu}.py \
-    $models/test_{gpt_config,backend}.py \
+    $config/test_{model,round_trip,document,saving,paths,text,migrate,canonical,edit}.py packages/bridge-builders/tests \
+    $dist/test_{internals,rank_environment,devices,store,failures,pool,memory,build,options,cpu_install,cpu_redirect,cpu_ranks}.py \
+    $models/test_{gpt_config,attention,experts,norms}.py \
     -k "not TorchFully and not fsdp2 and not without_the_compiler and not of_different and not installed_reference"

@@ -15,7 +15,7 @@ import pytest
 from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetError, register
 from bridge.config.canonical import canonical
 from bridge.config.read.decode import check
-from bridge.config.schema import registered, registry
+from bridge.config.schema import registered
 from bridge.config.schema.names import qualified_name
 
 Declare = Callable[..., None]
@@ -112,7 +112,7 @@ class Config(ModelConfig):
 
 class Builder: ...
 
-targets.register_builder(Builder, Config)
+registered.register_builder(Builder, Config)
 """
 
 
