@@ -15,7 +15,7 @@ import pytest
 from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetError, register
 from bridge.config.canonical import canonical
 from bridge.config.read.decode import check
-from bridge.config.schema import registered
+from bridge.config.schema import registered, registry
 from bridge.config.schema.names import qualified_name
 
 Declare = Callable[..., None]
@@ -96,7 +96,8 @@ def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
 MOVED = """
 from dataclasses import dataclass
 from typing import ClassVar
-from bridge.config import ModelConfig, targets
+from bridge.config import ModelConfig
+from bridge.config.schema import registered
 
 class Kind: ...
 
