@@ -51,13 +51,15 @@ WRAPPERS = {
 }
 INTRODUCTION = """# What is proven
 
-Written by `tests/test_matrix.py`, which runs it. *Proven*: on two and on four processes, in fp32 and in bf16, five
-steps (three in bf16) by Megatron's schedule and Adam give the losses, gradient norms and final weights of one process:
-in fp32 to 1e-5, to 1e-4, and to 1e-3 of what training moves a weight. *Refused*: an error before anything is built says
-what to set. A cell holds for both precisions; `sp` is sequence parallelism, `vp` virtual pipeline stages.
+`tests/test_matrix.py` trains these combinations and writes this page.
 
-Every run of the tests trains the cells on two processes, but those of mamba-tiny and t5-tiny, and in bf16 those of
-hybrid-tiny; `BRIDGE_WHOLE_MATRIX=1` all of them.
+*Proven* means that five steps (three in bf16) with Megatron's schedule and Adam give the same losses, gradient norms and
+final weights as one process. The fp32 tolerances are 1e-5 for losses, 1e-4 for gradient norms, and for weights 1e-3 of the
+change that training makes. *Refused* means that an error before anything is built says what to set. A cell holds for fp32
+and bf16; `sp` is sequence parallelism, and `vp` the number of virtual pipeline stages.
+
+Every test run trains the cells on two processes, except those of mamba-tiny and t5-tiny, and those of hybrid-tiny in bf16.
+`BRIDGE_WHOLE_MATRIX=1` trains all of them, also those on four processes.
 
 """
 DOCUMENT = Path(__file__).parents[1] / "docs" / "matrix.md"
