@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of docs/security.md: what Bridge and the reference do with every hostile document.
+"""Write the table of docs/security.md: what Bridge and megatron.training do with every hostile document.
 
 make_security.py            with the packages that are installed
 make_security.py --check    fails if that would change the page
@@ -21,69 +21,77 @@ BEGIN, END = "<!-- written by .github/scripts/make_security.py -->", "<!-- end -
 sys.path.insert(0, str(READING.parent))
 from reading import MEMORY, SECONDS, corpus  # type: ignore[import-not-found]  # noqa: E402
 
-Told = dict[str, Any]
+Outcome = dict[str, Any]
 
 
-def outcomes(reader: str) -> dict[str, Told]:
-    """What a reader does with every document, by name."""
+def read_all(reader: str) -> dict[str, Outcome]:
+    """Return what a reader does with every document, by name."""
     with tempfile.TemporaryDirectory() as folder:
-        said = subprocess.run([sys.executable, READING, reader, folder], stdout=subprocess.PIPE, check=True).stdout
-    told: dict[str, Told] = json.loads(said)
-    return told
+        output = subprocess.run([sys.executable, READING, reader, folder], stdout=subprocess.PIPE, check=True).stdout
+    outcomes: dict[str, Outcome] = json.loads(output)
+    return outcomes
 
 
-def said_of_ours(told: Told) -> str:
-    """A cell of the table about Bridge."""
-    if told["verdict"] != "refused":
-        return "accepts it as text" if told["verdict"] == "accepted" else f"**{told['verdict']}**"
-    paths = sorted({path for path, _ in told["problems"]})
+def bridge_cell(outcome: Outcome) -> str:
+    """Return the cell of a document in the column of Bridge."""
+    if outcome["verdict"] != "refused":
+        return "accepts it as text" if outcome["verdict"] == "accepted" else f"**{outcome['verdict']}**"
+    paths = sorted({path for path, _ in outcome["problems"]})
     return "refused at " + (", ".join(f"`{path}`" for path in paths) if len(paths) < 5 else f"{len(paths)} places")
 
 
-def said_of_reference(told: Told) -> str:
-    """A cell of the table about the reference."""
-    verdict = "accepts it" if told["verdict"] == "accepted" else "fails" + (f": {_kind(told)}" if told["error"] else "")
-    if told["ran"]:
+def megatron_cell(outcome: Outcome) -> str:
+    """Return the cell of a document in the column of megatron.training."""
+    verdict = (
+        "accepts it"
+        if outcome["verdict"] == "accepted"
+        else "fails" + (f": {_kind(outcome)}" if outcome["error"] else "")
+    )
+    if outcome["ran"]:
         return f"**runs it**, then {verdict}"
-    if told["modules"]:
+    if outcome["modules"]:
         return f"**imports it**, then {verdict}"
-    if any(event.startswith("open ") for event in told["events"]):
+    if any(event.startswith("open ") for event in outcome["events"]):
         return f"**opens it**, then {verdict}"
-    if told["verdict"] == "died":
-        return f"**no end** in {SECONDS} s and {MEMORY // 2**20} MiB"
+    if outcome["verdict"] == "died":
+        return f"**does not terminate** in {SECONDS} s and {MEMORY // 2**20} MiB"
     return verdict
 
 
-def _kind(told: Told) -> str:
-    return str(told["error"]).partition(":")[0]
+def _kind(outcome: Outcome) -> str:
+    return str(outcome["error"]).partition(":")[0]
 
 
-def table() -> str:
-    """The lines between the marks."""
-    ours, reference = outcomes("validate"), outcomes("reference")
+def make_table() -> str:
+    """Return the lines between the marks."""
+    ours, reference = read_all("validate"), read_all("reference")
     lines = []
     for group, entries in groupby(corpus(), key=lambda entry: str(entry["group"])):
-        lines += [f"\n### {group}\n", "| document | what it tries | Bridge | reference |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"\n### {group}\n",
+            "| document | what it tries | Bridge | megatron.training |",
+            "| --- | --- | --- | --- |",
+        ]
         for entry in entries:
             name = entry["name"]
-            cells = [f"`{name}`", entry["tries"], said_of_ours(ours[name]), said_of_reference(reference[name])]
+            cells = [f"`{name}`", entry["tries"], bridge_cell(ours[name]), megatron_cell(reference[name])]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join([count(ours, reference), *lines])
+    return "\n".join([summarize(ours, reference), *lines])
 
 
-def count(ours: dict[str, Told], reference: dict[str, Told]) -> str:
-    """The sums of both columns."""
+def summarize(ours: dict[str, Outcome], reference: dict[str, Outcome]) -> str:
+    """Return a sentence with the totals of both columns."""
     names = [entry["name"] for entry in corpus() if "at" in entry]
-    said = [said_of_reference(reference[name]) for name in names]
-    runs = sum(one.startswith(("**runs", "**imports")) for one in said)
-    opens = sum(one.startswith(("**opens", "**no end")) for one in said)
-    accepts = said.count("accepts it")
+    cells = [megatron_cell(reference[name]) for name in names]
+    runs = sum(cell.startswith(("**runs", "**imports")) for cell in cells)
+    opens = sum(cell.startswith(("**opens", "**does not terminate")) for cell in cells)
+    accepts = cells.count("accepts it")
     fails = len(names) - runs - opens - accepts
     refused = sum(ours[name]["verdict"] == "refused" for name in names)
     return (
-        f"Of {len(names)} hostile documents the reference runs or imports what {runs} name, opens a file or comes to no"
-        f" end for {opens}, accepts {accepts} without a word, and fails on {fails} with the"
-        f" error of whatever line they reach. Bridge refuses {refused}."
+        f"Of {len(names)} hostile documents, megatron.training runs or imports what {runs} name, opens a file or does"
+        f" not terminate for {opens}, accepts {accepts} silently, and fails on {fails} with the error of the line that"
+        f" they reach. Bridge refuses {refused}."
     )
 
 
@@ -92,11 +100,11 @@ def main(*args: str) -> int:
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    made = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    made = f"{before}{BEGIN}\n\n{make_table()}\n\n{END}{after}"
     if args != ("--check",):
         PAGE.write_text(made)
     elif made != text:
-        print(f"{PAGE.name} does not tell what happens any more: run make_security.py")
+        print(f"{PAGE.name} is out of date: run make_security.py")
         return 1
     return 0
 
