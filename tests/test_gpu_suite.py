@@ -113,11 +113,11 @@ def test_the_page_tells_each_row_of_the_record_and_where_it_ran() -> None:
     }
     data = record.load(Path("nowhere"))
     rows = [maker.Listed(f"memory:{name}", "What it holds.") for name in ("ddp", "recompute", "other")]
-    assert "Never run" in maker.page(rows, data)
+    assert "Never run" in maker.make_page(rows, data)
     measured = {"difference": {"value": 0.07, "at_most": 0.05}}
     record.add_row(data, "memory:ddp", row(record.FAILED, figures=measured, why="AssertionError: too much"), machine)
     record.add_row(data, "memory:recompute", row(record.PASSED), machine | {"device": "NVIDIA H200"})
-    page = maker.page(rows, data)
+    page = maker.make_page(rows, data)
     assert "Never run" not in page
     assert (
         "| date | 2026-11-27 | 2026-11-27 |\n| device | 1 x NVIDIA H100 80GB HBM3, 80 GiB | 1 x NVIDIA H200, 80" in page

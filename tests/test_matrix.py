@@ -53,13 +53,13 @@ INTRODUCTION = """# What is proven
 
 `tests/test_matrix.py` trains these combinations and writes this page.
 
-*Proven* means that five steps (three in bf16) with Megatron's schedule and Adam give the same losses, gradient norms and
-final weights as one process. The fp32 tolerances are 1e-5 for losses, 1e-4 for gradient norms, and for weights 1e-3 of the
-change that training makes. *Refused* means that an error before anything is built says what to set. A cell holds for fp32
-and bf16; `sp` is sequence parallelism, and `vp` the number of virtual pipeline stages.
+*Proven* means that five steps (three in bf16) with Megatron's schedule and Adam give the same losses, gradient norms
+and final weights as one process. The fp32 tolerances are 1e-5 for losses, 1e-4 for gradient norms, and for weights
+1e-3 of the change that training makes. *Refused* means that an error before anything is built says what to set. A
+cell holds for fp32 and bf16; `sp` is sequence parallelism, and `vp` the number of virtual pipeline stages.
 
-Every test run trains the cells on two processes, except those of mamba-tiny and t5-tiny, and those of hybrid-tiny in bf16.
-`BRIDGE_WHOLE_MATRIX=1` trains all of them, also those on four processes.
+Every test run trains the cells on two processes, except those of mamba-tiny and t5-tiny, and those of hybrid-tiny in
+bf16. `BRIDGE_WHOLE_MATRIX=1` trains all of them, also those on four processes.
 
 """
 DOCUMENT = Path(__file__).parents[1] / "docs" / "matrix.md"

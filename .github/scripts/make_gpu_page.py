@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/gpu.md: every row of the GPU suite, with what became of it when it was last run.
+"""Write docs/gpu.md: every row of the GPU suite, with its last outcome.
 
 make_gpu_page.py            from tests/gpu and its record
 make_gpu_page.py --check    fails if that would change the page
@@ -30,45 +30,44 @@ HEAD = """\
 
 # On GPUs
 
-What runs on a CPU in every test is run on a GPU by a suite of its own, `tests/gpu`, which is left out of a usual run of
-pytest:
+A separate suite, `tests/gpu`, repeats on a GPU what the other tests run on a CPU. pytest runs it only on request:
 
 ```console
 $ uv run pytest -m gpu
 ```
 
-A row trains a model, or measures one, and compares with what was computed beforehand on the CPU: weights are drawn by
-parameter name, so that losses and gradient norms must be the same. The suite also runs on a machine without network
-that has a GPU, CUDA, Python 3.12 and torch 2.11 or later:
+A row trains or measures a model and compares the results with those computed beforehand on the CPU. Weights are
+initialised by parameter name, so losses and gradient norms must be equal. The suite also runs on a machine without
+network that has a GPU, CUDA, Python 3.12 and torch 2.11 or later:
 
 ```console
-$ tests/gpu/wheels.sh  # where there is a network: collects in .wheels what the machine lacks
-$ tests/gpu/run.sh     # there, in a copy of the working tree with .wheels: at most five minutes
+$ tests/gpu/wheels.sh  # on a machine with a network: collects missing wheels in .wheels
+$ tests/gpu/run.sh     # on the GPU machine, in a copy of the working tree with .wheels: at most five minutes
 $ tests/gpu/run.sh --only family:tiny-fp32,memory
 ```
 
-`run.sh` writes `gpu.json` after each row, to the folder that `OUT` names or to `tests/gpu/results`. From the latter,
-which is committed, this page is made. A run of some rows leaves the others as they are. `run.sh --te` builds
-Transformer Engine and runs the rows that need it. `run.sh --rehearse` runs on the CPU what can be, to try out the suite
+`run.sh` writes `gpu.json` after each row, to the folder in `OUT` or to `tests/gpu/results`. This page is generated
+from the committed file in the latter. A run of some rows does not change the others. `run.sh --te` builds Transformer
+Engine and runs the rows that need it. `run.sh --rehearse` runs the rows that can run on the CPU, to test the suite
 itself.
 
 """
 NEVER = """\
 ## Never run
 
-No machine with a GPU has run this suite yet. No row below is known to pass or to fail.
+This suite has not run on a GPU yet. No row below is known to pass or to fail.
 """
 
 
 class Listed(NamedTuple):
-    """A row of the suite, and what its test says of itself."""
+    """A row of the suite, with the docstring of its test."""
 
     name: str
     description: str
 
 
 class _Collected:
-    """A plugin that keeps what pytest collects."""
+    """A pytest plugin that keeps the collected rows."""
 
     rows: list[Listed]
 
@@ -80,23 +79,23 @@ class _Collected:
         ]
 
 
-def listed() -> list[Listed]:
+def list_rows() -> list[Listed]:
     """Return all rows, in their order.
 
     Raises:
         RuntimeError: pytest cannot collect them.
     """
     collected = _Collected()
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         code = pytest.main(["--collect-only", "-q", "-m", "gpu", str(ROOT / "tests/gpu")], plugins=[collected])
     if code:
-        raise RuntimeError(said.getvalue())
+        raise RuntimeError(output.getvalue())
     return collected.rows
 
 
-def page(rows: list[Listed], data: record.Data) -> str:
+def make_page(rows: list[Listed], data: record.Data) -> str:
     """Return the page of a record."""
-    parts = [HEAD + (runs_table(data) if data["runs"] else NEVER)]
+    parts = [HEAD + (make_runs_table(data) if data["runs"] else NEVER)]
     for kind, group in itertools.groupby(rows, lambda row: row.name.partition(":")[0]):
         of_kind = list(group)
         lines = [
@@ -106,14 +105,14 @@ def page(rows: list[Listed], data: record.Data) -> str:
             "",
             "| row | outcome | measured |",
             "| --- | --- | --- |",
-            *(f"| {row.name} | {' | '.join(cells(data, row.name))} |" for row in of_kind),
+            *(f"| {row.name} | {' | '.join(list_cells(data, row.name))} |" for row in of_kind),
         ]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def cells(data: record.Data, name: str) -> Iterator[str]:
-    """Yield what became of a row, and what it measured or why it failed or was not run."""
+def list_cells(data: record.Data, name: str) -> Iterator[str]:
+    """Yield the outcome of a row, and its measurements or why it failed or was not run."""
     row = data["rows"].get(name)
     if row is None:
         yield record.NOT_RUN
@@ -124,7 +123,7 @@ def cells(data: record.Data, name: str) -> Iterator[str]:
     yield record.described(row).replace("|", "\\|")
 
 
-def runs_table(data: record.Data) -> str:
+def make_runs_table(data: record.Data) -> str:
     """Return when and where rows were run, and with what: a column for each machine."""
     runs = data["runs"]
     dates = [sorted({row["date"] for row in data["rows"].values() if row["run"] == run}) for run in range(len(runs))]
@@ -147,11 +146,11 @@ def runs_table(data: record.Data) -> str:
 
 def main(*args: str) -> int:
     """Write the page, or check it."""
-    text = page(listed(), record.load(record.RECORD))
+    text = make_page(list_rows(), record.load(record.RECORD))
     if args != ("--check",):
         PAGE.write_text(text)
     elif not PAGE.exists() or text != PAGE.read_text():
-        print(f"{PAGE.name} does not tell the rows and their record: run make_gpu_page.py")
+        print(f"{PAGE.name} is out of date: run make_gpu_page.py")
         return 1
     return 0
 

@@ -4,7 +4,7 @@
 make_map.py            from the docstrings
 make_map.py --check    fails if that would change the page
 
-Both fail if the page mentions a module that is not there.
+Both fail if the page mentions a module that does not exist.
 """
 
 import ast
@@ -19,15 +19,15 @@ BEGIN, END = "<!-- written by .github/scripts/make_map.py -->", "<!-- end -->"
 PACKAGES = ("config", "builders", "dist", "models")
 
 
-def modules(package: Path) -> Iterator[Path]:
-    """Files on the map: the package, its modules, then its subpackages at any depth."""
+def list_modules(package: Path) -> Iterator[Path]:
+    """Yield the files on the map: the package, its modules, then its subpackages at any depth."""
     yield package / "__init__.py"
     yield from (file for file in sorted(package.glob("*.py")) if not file.name.startswith("_"))
     yield from sorted(package.glob("*/**/__init__.py"))
 
 
 def first_sentence(file: Path) -> str:
-    """What the docstring of a file says first.
+    """Return the first sentence of a file's docstring.
 
     Raises:
         ValueError: there is no docstring.
@@ -39,21 +39,21 @@ def first_sentence(file: Path) -> str:
     return re.split(r"(?<=[.!?]) (?=[A-Z`])", paragraph)[0]
 
 
-def row(file: Path, source: Path) -> str:
-    """A row of the table of one package."""
+def make_row(file: Path, source: Path) -> str:
+    """Return a row of the table of one package."""
     path = file.parent if file.name == "__init__.py" else file.with_suffix("")
     return f"| `{'.'.join(path.relative_to(source).parts)}` | {first_sentence(file).replace('|', r'\|')} |"
 
 
-def table(name: str) -> str:
-    """The section about one package."""
+def make_table(name: str) -> str:
+    """Return the section about one package."""
     source = ROOT / f"packages/bridge-{name}/src"
-    rows = [row(file, source) for file in modules(source / "bridge" / name)]
+    rows = [make_row(file, source) for file in list_modules(source / "bridge" / name)]
     return "\n".join([f"### bridge-{name}\n", "| module | what is in it |", "| --- | --- |", *rows])
 
 
-def strangers(text: str) -> list[str]:
-    """Names of modules that the page mentions outside the map, and that are not there."""
+def find_missing_modules(text: str) -> list[str]:
+    """Return the modules that the page mentions outside the map and that do not exist."""
     names = re.findall(r"`(bridge\.(?:config|builders|dist|models)[\w.]*)`", text)
     paths = {name: ROOT / f"packages/bridge-{name.split('.')[1]}/src" / name.replace(".", "/") for name in names}
     return [name for name, path in paths.items() if not (path.is_dir() or path.with_suffix(".py").is_file())]
@@ -64,14 +64,14 @@ def main(*args: str) -> int:
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    if missing := strangers(before + after):
-        print(f"{PAGE.name} mentions what is not there: {', '.join(missing)}")
+    if missing := find_missing_modules(before + after):
+        print(f"{PAGE.name} mentions modules that do not exist: {', '.join(missing)}")
         return 1
-    made = f"{before}{BEGIN}\n\n{'\n\n'.join(map(table, PACKAGES))}\n\n{END}{after}"
+    made = f"{before}{BEGIN}\n\n{'\n\n'.join(map(make_table, PACKAGES))}\n\n{END}{after}"
     if args != ("--check",):
         PAGE.write_text(made)
     elif made != text:
-        print(f"{PAGE.name} does not show the layout of the packages: run make_map.py")
+        print(f"{PAGE.name} is out of date: run make_map.py")
         return 1
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/preflight.md: every pre-flight rule, with what it says of the setup that its test refuses.
+"""Write docs/preflight.md: every pre-flight rule, with its message for the setup in its test.
 
 make_preflight.py            from the packages that are installed
 make_preflight.py --check    fails if that would change the page
@@ -21,24 +21,25 @@ HEAD = """\
 
 # Pre-flight rules
 
-What is known to fail late, to hang, or to train silently wrong is refused before anything is built: by every
-`DistributedModelBuilder`, by `bridge build` and `bridge verify`, and without any rank by
+Setups that are known to fail late, to hang, or to train silently wrong are refused before anything is built. Every
+`DistributedModelBuilder`, `bridge build` and `bridge verify` check these rules. This command checks them without any
+rank:
 
 ```console
 $ uv run bridge validate tiny --layout pp=2,dp=2 --wrap megatron-fsdp
 ```
 
-An error names the rule that it comes from. For every rule a test shows that what it says to set passes, and, unless the
-page says why not, what happens without the rule: real processes fail, or train otherwise than one process does, or as
-if something had not been asked for. When a new version of Megatron mends something, that test says so.
+An error names its rule. For every rule, a test shows that the setting it suggests passes. Unless the page says why
+not, the test also shows what happens without the rule: real processes fail, train differently from one process, or
+ignore a setting. That test fails when a new version of Megatron fixes the fault.
 
-A family of models adds rules of its own in the class variable `rules` of its builder; those of models with a ModelOpt
-state, of Mamba and of T5 come last.
+A model family adds its own rules in the class variable `rules` of its builder. The rules for ModelOpt, Mamba and T5
+come last.
 """
 
 
 def section(rule: Rule) -> str:
-    """What the page says of a rule."""
+    """Return the section about a rule."""
     message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
     origin = f"Seen in {rule.seen}." if rule.seen else "By arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
@@ -52,7 +53,7 @@ def main(*args: str) -> int:
     if args != ("--check",):
         PAGE.write_text(text)
     elif text != PAGE.read_text():
-        print(f"{PAGE.name} does not tell the rules: run make_preflight.py")
+        print(f"{PAGE.name} is out of date: run make_preflight.py")
         return 1
     return 0
 
