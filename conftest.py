@@ -1,4 +1,4 @@
-"""Marks the tests that are quick, by what their code uses: nobody has to mark a new test.
+"""Mark quick tests by inspecting their code, so that new tests need no marker.
 
 `pytest -m quick -n 2` takes about a minute on two cores. A test is quick unless it is in SLOW_TESTS, or its function or
 a fixture or helper of it uses one of SLOW_NAMES: modules, what is imported from them, fixtures.
@@ -29,7 +29,7 @@ SLOW_TESTS = frozenset(
         "test_a_checkpoint_is_loaded_again",  # torch's planner of checkpoints
     }
 )
-"""Tests that take seconds without any of those."""
+"""Tests that take seconds although they use none of SLOW_NAMES."""
 CHILD_SECONDS = 1.0
 """CPU time that the processes started by a quick test may take; importing torch takes more."""
 
@@ -42,21 +42,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def is_quick(test: pytest.Function) -> bool:
-    """Whether a test is quick, judged by its code."""
+    """Return whether a test is quick, judged by its code."""
     name = test.function.__name__
     return not (name in SLOW_TESTS or name in slow_names(test.path) or "gpu" in test.keywords)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Fail a quick test whose processes take long: they were started in a way that `slow_names` does not see."""
+    """Fail a quick test whose child processes take long: `slow_names` does not detect how they were started."""
     before = _child_seconds()
     yield
     taken = _child_seconds() - before
     if "quick" in item.keywords and taken > CHILD_SECONDS:
         pytest.fail(
-            f"not quick: its processes took {taken:.1f} s of CPU time; "
-            "add what starts them to SLOW_NAMES in conftest.py"
+            f"not quick: its child processes took {taken:.1f} s of CPU time; "
+            "add the function or module that starts them to SLOW_NAMES in conftest.py"
         )
 
 
@@ -67,7 +67,7 @@ def _child_seconds() -> float:
 
 @cache
 def slow_names(file: Path) -> frozenset[str]:
-    """Names of a file, and of the conftest.py beside it, that use one of SLOW_NAMES, directly or not."""
+    """Return the names in a file, and in the conftest.py beside it, that use one of SLOW_NAMES, directly or not."""
     fixtures = file.with_name("conftest.py")
     slow = slow_names(fixtures) if file != fixtures and fixtures.exists() else SLOW_NAMES
     uses = _uses_by_name(file)
@@ -77,7 +77,7 @@ def slow_names(file: Path) -> frozenset[str]:
 
 
 def _uses_by_name(file: Path) -> dict[str, set[str]]:
-    """What each top-level name of a file uses: other names, and what it imports."""
+    """Return the names and imports that each top-level name of a file uses."""
     uses: dict[str, set[str]] = {}
     for statement in ast.parse(file.read_text()).body:
         for name, used in _uses(statement):
@@ -96,7 +96,7 @@ def _uses(statement: ast.stmt) -> Iterator[tuple[str, set[str]]]:
 
 
 def _fixtures(statement: ast.FunctionDef | ast.ClassDef) -> set[str]:
-    """Arguments of a test or of a fixture; those of other functions are none."""
+    """Return the fixtures that a test or a fixture takes; parameters of other functions are not fixtures."""
     if isinstance(statement, ast.FunctionDef) and (statement.name.startswith("test_") or statement.decorator_list):
         return {argument.arg for argument in statement.args.args}
     return set()

@@ -1,4 +1,4 @@
-"""Sphinx configuration: MyST pages, API pages from docstrings, warnings are errors (`-W` in .ci/run)."""
+"""Sphinx configuration: MyST pages, API pages from docstrings. `.ci/run` turns warnings into errors (`-W`)."""
 
 from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""What the tests across packages share."""
+"""Fixtures for the tests across packages."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the processors
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The built wheel of every package, by name."""
+    """Return the built wheel of every package, by name."""
     return build_wheels(tmp_path_factory.mktemp("wheels"))
 
 

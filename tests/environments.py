@@ -1,4 +1,4 @@
-"""Real environments to install the packages into, as people do: from built wheels, away from the workspace."""
+"""Virtual environments with packages installed from built wheels, outside the workspace; runs of commands."""
 
 import contextlib
 import io
@@ -28,11 +28,11 @@ transformer:
 
 
 def uv(*args: str | Path) -> str:
-    """Run uv: the one that runs these tests, or the one on PATH.
+    """Run the uv that runs these tests, or the one on PATH.
 
     Raises:
-        FileNotFoundError: there is none.
-        RuntimeError: uv failed; the message holds what it said.
+        FileNotFoundError: uv is not installed.
+        RuntimeError: uv failed; the message contains its output.
     """
     executable = os.environ.get("UV") or shutil.which("uv")
     if executable is None:
@@ -44,37 +44,37 @@ def uv(*args: str | Path) -> str:
 
 
 def build_wheels(folder: Path) -> dict[str, Path]:
-    """Build every package of the workspace into ``folder``; the wheels by the package's name."""
+    """Build every package of the workspace into ``folder``; return the wheels by package."""
     uv("build", "--all-packages", "--wheel", "--out-dir", folder)
     return {name: next(folder.glob(f"{name.replace('-', '_')}-*.whl")) for name in PACKAGES}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own."""
+    """A virtual environment."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path) -> "Environment":
-        """An empty environment for the Python that runs the tests."""
+        """Create an empty environment with the Python that runs the tests."""
         uv("venv", "--quiet", "--python", sys.executable, path)
         return cls(path)
 
     def install(self, *args: str | Path) -> None:
-        """`uv pip install` into this environment."""
+        """Run `uv pip install` in this environment."""
         uv("pip", "install", "--quiet", "--python", self.path, *args)
 
     def check(self) -> None:
-        """`uv pip check`: everything that the installed packages require is there.
+        """Run `uv pip check`.
 
         Raises:
-            RuntimeError: something is missing.
+            RuntimeError: a requirement of an installed package is missing.
         """
         uv("pip", "check", "--python", self.path)
 
     def borrow_third_party(self) -> None:
-        """Link everything of the workspace's environment but the workspace's own packages: no second copy of torch."""
+        """Link all third-party packages of the workspace's environment, to avoid a second copy of torch."""
         there = Path(sysconfig.get_path("purelib"))
         here = next(self.path.glob("lib/python*/site-packages"))
         for entry in there.iterdir():
@@ -87,7 +87,7 @@ class Environment:
                 target.symlink_to(entry)
 
     def run(self, command: str, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command of this environment, whatever its exit code, with none of the workspace's paths."""
+        """Run a command of this environment without the workspace's paths; do not check its exit code."""
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         return subprocess.run(
             [self.path / "bin" / command, *args],
@@ -100,23 +100,23 @@ class Environment:
 
 
 def workspace_versions() -> Sequence[str]:
-    """What is installed in the workspace, as constraints: `name==version`."""
+    """Return the installed versions in the workspace as constraints: `name==version`."""
     return uv("pip", "freeze", "--exclude-editable", "--python", sys.executable).splitlines()
 
 
 def run_process(
     *command: str, environment: dict[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, whatever its exit code, with more environment variables; the options are subprocess's."""
+    """Run a command with additional environment variables; do not check its exit code."""
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=os.environ | (environment or {}), **options
     )
 
 
 def run_command(*arguments: str | Path) -> tuple[int, str, str]:
-    """Run `bridge` in this process, which has imported Megatron already; the ranks that it starts are processes.
+    """Run `bridge` in this process, which has already imported Megatron; ranks are separate processes.
 
-    Returns the exit code, standard output and standard error; what ranks print is not in them.
+    Returns the exit code, standard output and standard error, without the output of ranks.
     """
     from bridge.config.cli.entry import main  # here: other tests install environments without it
 
@@ -152,7 +152,7 @@ print(json.dumps(results))
 
 
 def run_in_one_process(lines: Sequence[Sequence[str]], folder: Path) -> list[tuple[int, str, str]]:
-    """Run many command lines of `bridge`, since each process that imports Megatron takes seconds.
+    """Run many command lines of `bridge` in one process, because importing Megatron takes seconds.
 
     Returns the exit code, standard output and standard error of each.
     """

@@ -1,4 +1,4 @@
-"""Plans made by hand, and what the terminal shows of one."""
+"""Plans made by hand, and the rendering of a plan on the terminal."""
 
 import io
 from dataclasses import replace
@@ -16,13 +16,13 @@ KINDS = ("weights", "gradients", "optimizer", "activations")
 def make_stage(
     pp: int, gib: tuple[int, int, int, int], *, chunks: int = 1, flops: int = 3 * 10**12, traffic: int = GIB
 ) -> StagePlan:
-    """A stage of so many GiB of weights, gradients, the optimizer (a third of it master weights) and activations."""
+    """Return a stage with these GiB of weights, gradients, optimizer (a third of it master weights) and activations."""
     weights, gradients, optimizer, activations = (size * GIB for size in gib)
     return StagePlan(
         pp=pp,
         rank=8 * pp,
         parameters=1_234_567_890,
-        weight_bytes=weights + 1,  # so that exact bytes are no round ones
+        weight_bytes=weights + 1,  # avoids round numbers of bytes
         gradient_bytes=gradients,
         master_bytes=optimizer // 3,
         state_bytes=optimizer - optimizer // 3,
@@ -86,7 +86,7 @@ def sizes(stage: StagePlan) -> tuple[int, int, int, int]:
     return stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.activation_bytes
 
 
-def shown_on_terminal(plan: Plan, *, width: int = 80, colour: bool = False) -> str:
+def render_on_terminal(plan: Plan, *, width: int = 80, colour: bool = False) -> str:
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
     )

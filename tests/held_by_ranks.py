@@ -1,4 +1,4 @@
-"""What real ranks hold, compute and send, for plans to be compared with: functions that ranks can import."""
+"""Measurements of what real ranks hold, compute and send, to compare with plans; importable by ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTED: list[tuple[str, tuple[int, ...], str]] = []
 
 
 def note(stages: list[Any]) -> list[Any]:
-    """A hook after wrapping, of real ranks and of plans: this rank's part of each parameter, and its precision."""
+    """Record this rank's part of each parameter and its dtype: a post-wrap hook for real ranks and plans."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
@@ -26,7 +26,7 @@ def note(stages: list[Any]) -> list[Any]:
 register(note, "held_by_ranks.note")
 
 
-def noted() -> list[tuple[str, tuple[int, ...], str]]:
+def take_notes() -> list[tuple[str, tuple[int, ...], str]]:
     found = list(NOTED)
     assert found
     NOTED.clear()
@@ -48,7 +48,7 @@ class Case:
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
     keeps_alike: bool = True
-    """Whether a CPU keeps for the backward pass what a GPU does, wherever tokens are routed to."""
+    """Whether a CPU saves as much for the backward pass as a GPU, for any routing of tokens."""
 
     def job(self) -> BuildJob:
         document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[held_by_ranks.note]"])
@@ -60,7 +60,7 @@ LONGER = replace(BATCH, global_batch_size=32)
 
 
 class Held(NamedTuple):
-    """What a rank holds: parameters by name, bytes, elements of each bucket, bytes kept by each chunk."""
+    """What a rank holds: parameters by name, bytes, elements of each bucket, bytes saved by each chunk."""
 
     parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
@@ -72,7 +72,7 @@ class Held(NamedTuple):
 
 
 def held(cases: dict[str, Case]) -> dict[str, Held]:
-    """On each real rank: build, wrap, and run a microbatch through each chunk."""
+    """Build and wrap each case on this rank, and run a microbatch through each chunk."""
     import torch
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -116,7 +116,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
         updated = optimized(stages) if options.wrap_with_ddp else []
         kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
         return Held(
-            parameters=noted(),
+            parameters=take_notes(),
             weights=sum(weights.values()),
             gradients=sum(storages(gradients).values()),
             master=sum(size for at, size in storages(updated).items() if at not in weights),
@@ -157,8 +157,8 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
     return found
 
 
-class HeldInParts(NamedTuple):
-    """What a rank holds of a model that is sharded, in bytes, and what it gathers and reduces in a step."""
+class HeldSharded(NamedTuple):
+    """The bytes that a rank holds of a sharded model, and what it gathers and reduces in a step."""
 
     parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
@@ -170,8 +170,8 @@ class HeldInParts(NamedTuple):
     """Calls and bytes, by group and operation."""
 
 
-def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
-    """On each real rank: build, wrap, and train two steps; what the second one takes."""
+def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
+    """Build, wrap and train each case for two steps on this rank; measure the second step."""
     import weakref
     from contextlib import ExitStack
     from unittest.mock import patch
@@ -205,7 +205,7 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
         ]
         return [getattr(group, name).data for group in groups]
 
-    def one(case: Case) -> HeldInParts:
+    def one(case: Case) -> HeldSharded:
         job = case.job()
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, WORLD)
@@ -245,8 +245,8 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
                 if name.startswith("exp_avg")
             ]
         kept = memory(buffer for stage in stages for buffer in unwrap_model(stage).buffers())
-        return HeldInParts(
-            parameters=noted(),
+        return HeldSharded(
+            parameters=take_notes(),
             weights=sum((weights | kept).values()),
             gradients=sum(gradients.values()),
             master=sum(size for at, size in memory(updated).items() if at not in weights),
@@ -256,7 +256,7 @@ def trained_in_parts(cases: dict[str, Case]) -> dict[str, HeldInParts]:
         )
 
     class Seen:
-        """Collectives of some groups, by the functions that are called, and what the wrapper's own objects hold."""
+        """A recorder of the collectives of some groups and of the memory that the wrapper's objects hold."""
 
         def __init__(self, stages: list[Any], groups: dict[str, Any]) -> None:
             self.most = 0

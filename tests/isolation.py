@@ -1,4 +1,4 @@
-"""What a test must not leave to the next, in a process that builds models itself."""
+"""Fixtures that reset process state between tests that build models in the test process."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_attention_backend_chosen() -> Iterator[None]:
-    """megatron-core 0.19.2 notes a model's attention backend in the environment, and refuses another one after that.
+    """Reset the attention backend: megatron-core 0.19.2 stores it in the environment and then refuses another one.
 
-    Commands that a test starts have that environment too.
+    Commands that a test starts inherit that environment.
     """
     _forget()
     yield

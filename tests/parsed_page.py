@@ -1,4 +1,4 @@
-"""The page of a plan, parsed."""
+"""A parser of the page of a plan."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -14,7 +14,7 @@ class Element:
     children: list["Element | str"] = field(default_factory=list)
 
     def all(self, tag: str, **attributes: str) -> list["Element"]:
-        """Elements of a tag below this one, with these attributes, of which a class may be one among others."""
+        """Return the elements below this one with this tag and these attributes; a class may be one of several."""
         found = []
         for child in self.children:
             if isinstance(child, Element):
@@ -37,7 +37,7 @@ class Element:
 
 
 class StrictParser(HTMLParser):
-    """Makes elements of a page in which every element that is opened is closed, in order."""
+    """A parser of pages that asserts that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StrictParser(HTMLParser):
         self._open[-1].children.append(data)
 
 
-def parsed(plan: Plan, title: str = "a model") -> Element:
+def parse_page(plan: Plan, title: str = "a model") -> Element:
     return StrictParser(page(plan, title)).root
 
 

@@ -1,4 +1,4 @@
-"""Plans of presets, and settings that several tests of plans take."""
+"""Plans of presets, and overrides that several tests of plans use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECOMPUTED = (
 )
 
 
-def planned(preset: str, sizes: dict[str, int], *overrides: str, world_size: int, **options: Any) -> Plan:
+def plan_preset(preset: str, sizes: dict[str, int], *overrides: str, world_size: int, **options: Any) -> Plan:
     document = Document.load(preset, list(overrides))
     apply_layout(document, sizes)
     batch = options.pop("batch", Batch(seq_length=document.data["seq_length"], global_batch_size=world_size))

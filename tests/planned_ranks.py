@@ -1,4 +1,4 @@
-"""What tests let a process do that makes plans: functions that another process can import."""
+"""Functions for processes that make plans, importable in another process."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from bridge.dist.wrapper import Wrapper
 
 
 class Job(NamedTuple):
-    """A model, how it is split and wrapped, on how many ranks."""
+    """A model, its layout and wrapper, and the number of ranks."""
 
     preset: str
     overrides: tuple[str, ...]
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 def train(job: Job, plans: list[Job]) -> tuple[list[float], list[float | None]]:
-    """Losses and gradient norms of some steps, after plans."""
+    """Make plans, then train two steps; return losses and gradient norms."""
     for one in plans:
         one.plan()
     training = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=2)
@@ -51,7 +51,7 @@ def train(job: Job, plans: list[Job]) -> tuple[list[float], list[float | None]]:
 
 
 def plan_each_twice(jobs: list[Job]) -> tuple[list[bool], list[str]]:
-    """Make plans, and then all of them once more: whether each is the same, and the state that they leave changed."""
+    """Make all plans twice; return whether each pair is equal, and the names of state that changed."""
     for name in ("distributed.tensor", "distributed.fsdp", "nn.functional"):
         __import__(f"torch.{name}")
     before = dict(_state())
@@ -63,11 +63,11 @@ def plan_each_twice(jobs: list[Job]) -> tuple[list[bool], list[str]]:
 
 
 _GROWS = ("used_ids", "cls_to_fsdp_cls", "_te_version", "_torch_version", "_mamba_ssm_version")
-"""What torch and Megatron look up once: numbers that were given, classes that were made, versions."""
+"""Caches of torch and Megatron that may grow: numbers, generated classes, versions."""
 
 
 def _state() -> Iterator[tuple[str, tuple[object, object]]]:
-    """Variables of modules, attributes of classes and functions: what each holds, and itself, to keep its address."""
+    """Yield module variables and attributes with their content; the object itself keeps its id in use."""
     gc.collect()
     for name, module in list(sys.modules.items()):
         if not name.startswith(("megatron.", "torch.distributed.", "torch.autograd.")):
@@ -84,7 +84,7 @@ def _state() -> Iterator[tuple[str, tuple[object, object]]]:
 
 
 def _named(owner: Any) -> list[tuple[str, object]]:
-    """Without what Python adds by itself, such as the warnings that were given, and what warns when it is looked at."""
+    """Return the variables of `owner` without those that Python adds, and those whose access warns."""
     return [
         (name, value)
         for name, value in vars(owner).items()

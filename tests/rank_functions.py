@@ -1,4 +1,4 @@
-"""What tests let ranks of a pool do: functions that another process can import."""
+"""Functions for ranks of a pool, importable in another process."""
 
 import importlib.util
 import logging
@@ -40,7 +40,7 @@ def return_a_function() -> Callable[[], None]:
 
 
 def is_cuda_usable_after_imports() -> bool:
-    """Whether CUDA could be initialised in this process if there were a GPU, after everything that a build imports."""
+    """Return whether CUDA could be initialised here, given a GPU, after all imports of a build."""
     import torch
 
     from bridge.dist import job as job
@@ -65,7 +65,7 @@ def compiler_modules_after_training() -> list[str]:
 
 
 def fsdp2_loads_the_compiler() -> bool:
-    """Whether torch's FSDP2 asks the compiler about itself in its first forward pass, as in torch 2.11."""
+    """Return whether torch's FSDP2 imports the compiler in its first forward pass, as in torch 2.11."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
@@ -74,7 +74,7 @@ def fsdp2_loads_the_compiler() -> bool:
 
 
 def compiler_modules() -> list[str]:
-    """The modules of torch's compiler that this process has loaded; its configuration is not the compiler."""
+    """Return the loaded modules of torch's compiler, without its configuration."""
     found = [name for name in sys.modules if name.startswith(("torch._dynamo.", "torch._inductor."))]
     return [name for name in found if not name.startswith("torch._dynamo.config")]
 

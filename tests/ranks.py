@@ -20,16 +20,16 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.run.pool import RankPool, start_fork_server
 
 MOST_THREADS = 60
-"""Ranks that are left with more, of process groups that somebody still holds, are replaced: all these threads wake."""
+"""Ranks with more threads are replaced: leaked process groups keep threads that wake often."""
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class RankError(RuntimeError):
-    """A rank died, hung, or raised what cannot be sent here."""
+    """A rank died, hung, or raised an exception that cannot be pickled."""
 
 
 class _Task(NamedTuple):
-    """What a rank is to call; the module by its file, as test modules have no importable name."""
+    """The function that a rank calls; the module is given by file, as test modules have no importable name."""
 
     module: str
     file: str
@@ -60,7 +60,7 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
         raise TypeError(f"{fn.__qualname__} must be a top-level function: every rank loads it from its file")
     file = sys.modules[fn.__module__].__file__
     assert file is not None
-    if _Pool.file != file:  # what the tests of a file leave behind, those of others do not find
+    if _Pool.file != file:  # isolates test files from each other
         _Pool.ranks.close()
         _Pool.file = file
     with _environment(SERVER_ENVIRONMENT):
@@ -81,9 +81,9 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
 
 
 def _call(task: _Task, timeout: float) -> tuple[bytes, int]:
-    """On a rank: call the function in a world of its own, and leave the process as it was.
+    """Call the function on a rank in a new world, then restore the process state.
 
-    Returns what it returned, and how many threads the process is left with.
+    Returns the pickled result and the number of threads afterwards.
     """
     # Imported here: only the fork server and its children pay for torch.
     import torch
@@ -109,9 +109,9 @@ def _call(task: _Task, timeout: float) -> tuple[bytes, int]:
     cpu.install()
     result = pickle.dumps(getattr(module, task.function)(*pickle.loads(task.arguments)))
     cpu.uninstall()
-    torch.distributed.barrier()  # nobody leaves while another still needs it
+    torch.distributed.barrier()  # no rank closes its groups while another still uses them
     destroy_process_groups()
-    if torch.distributed.is_initialized():  # the function may have made no groups but the world's
+    if torch.distributed.is_initialized():  # the function may have created no other groups
         torch.distributed.destroy_process_group()
     gc.collect()  # a group's threads, which wake a hundred times a second, last as long as a model that holds it
     faulthandler.cancel_dump_traceback_later()
@@ -122,7 +122,7 @@ def _call(task: _Task, timeout: float) -> tuple[bytes, int]:
 
 
 def _load(task: _Task) -> ModuleType:
-    """The module of the task under the name it has in the parent, so that its classes pickle both ways."""
+    """Load the task's module under its name in the parent, so that its classes pickle both ways."""
     package = task.module.partition(".")[0]
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         sys.modules[package] = ModuleType(package)  # pickle imports the first part of a dotted name

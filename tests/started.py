@@ -1,4 +1,4 @@
-"""Commands in a folder of their own, whose processes are known by it, with faults that happen in one of their ranks."""
+"""Commands that run in their own folder, by which their processes are found, and faults injected into one rank."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def hook(stages):
 
 
 class Folder:
-    """A folder for everything that the processes of a run leave behind, where those processes are known by it."""
+    """A folder for the files of a run; its path identifies the processes of the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class Folder:
         )
 
     def processes(self) -> list[int]:
-        """Processes that were started by way of ``start`` and live, at whatever depth of the tree."""
+        """Return the live processes that ``start`` started, directly or not."""
         mark = f"TMPDIR={self.temporary}".encode()
         found = []
         for entry in Path("/proc").iterdir():

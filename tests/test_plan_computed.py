@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from planned_jobs import RECOMPUTED, planned
+from planned_jobs import RECOMPUTED, plan_preset
 
 from bridge.config import Document
 from bridge.dist.job import BuildJob, make_builder, vocab_size
@@ -51,8 +51,8 @@ def flops_of(document: Document) -> tuple[int, int]:
 
 def test_recomputing_keeps_less_and_computes_more() -> None:
     batch = Batch(seq_length=128, global_batch_size=8)
-    usual = planned("tiny", {}, world_size=1, batch=batch).worst
-    recomputed = planned("tiny", {}, *RECOMPUTED, world_size=1, batch=batch).worst
+    usual = plan_preset("tiny", {}, world_size=1, batch=batch).worst
+    recomputed = plan_preset("tiny", {}, *RECOMPUTED, world_size=1, batch=batch).worst
     assert recomputed.activation_bytes < usual.activation_bytes / 2
     (once,), (again,) = usual.chunks, recomputed.chunks
     logits = 2 * 128 * 64 * 256  # the output layer is not recomputed
@@ -62,5 +62,5 @@ def test_recomputing_keeps_less_and_computes_more() -> None:
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
 def test_a_plan_counts_no_cuda_graphs(implementation: str) -> None:
     graphs = ("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
-    found, without = planned("tiny", {}, *graphs, world_size=1), planned("tiny", {}, world_size=1)
+    found, without = plan_preset("tiny", {}, *graphs, world_size=1), plan_preset("tiny", {}, world_size=1)
     assert found.stages == without.stages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from planned_jobs import planned
+from planned_jobs import plan_preset
 
 from bridge.config import Document
 from bridge.dist.documents import apply_layout
@@ -21,7 +21,7 @@ ENDS_ARE_LAYERS = (
 
 
 def test_llama_405b_on_16384_gpus() -> None:
-    found = planned(
+    found = plan_preset(
         "llama-3.1-405b",
         {"tp": 8, "pp": 16, "vp": 8},
         *ENDS_ARE_LAYERS,
@@ -47,7 +47,7 @@ def test_llama_405b_on_16384_gpus() -> None:
 def test_deepseek_v3_on_2048_gpus() -> None:
     # Three dense layers with the embedding, four to a stage, two with the output layer.
     layout = "transformer.pipeline_model_parallel_layout=Ettt|(tttt|)*14,ttL"
-    found = planned("deepseek-v3", {"pp": 16, "ep": 64}, layout, world_size=2048, distributed_optimizer=True)
+    found = plan_preset("deepseek-v3", {"pp": 16, "ep": 64}, layout, world_size=2048, distributed_optimizer=True)
     assert found.parameters + found.buffers == 671_026_419_200  # as published, with the biases of 58 routers
     assert found.buffers == 58 * 256
     assert {traffic.group for stage in found.stages for traffic in stage.traffic} >= {"ep", "pp", "expt_dp"}
@@ -56,7 +56,7 @@ def test_deepseek_v3_on_2048_gpus() -> None:
 @pytest.mark.parametrize("wrapper", [Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2])
 def test_llama_8b_in_parts(wrapper: Wrapper) -> None:
     """Two layers, so that it is quick; the rest of the model is in the embedding and the output layer."""
-    found = planned("llama-3.1-8b", {}, "transformer.num_layers=2", world_size=64, wrapper=wrapper)
+    found = plan_preset("llama-3.1-8b", {}, "transformer.num_layers=2", world_size=64, wrapper=wrapper)
     (stage,) = found.stages
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
     ends = 2 * 128_256 * 4096 + 4096
@@ -83,7 +83,7 @@ def test_llama_8b_in_parts(wrapper: Wrapper) -> None:
 
 def test_the_peak_is_that_of_the_schedule() -> None:
     # 1F1B: the first of four ranks keeps four microbatches, the last one.
-    found = planned("tiny", {"pp": 4}, world_size=4, batch=Batch(seq_length=128, global_batch_size=16))
+    found = plan_preset("tiny", {"pp": 4}, world_size=4, batch=Batch(seq_length=128, global_batch_size=16))
     kept = [stage.activation_bytes / stage.chunks[0].activation_bytes for stage in found.stages]
     assert kept == [4, 3, 2, 1]
 

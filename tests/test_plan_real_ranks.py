@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from held_by_ranks import BATCH, LONGER, WORLD, Case, Held, HeldInParts, held, noted, trained_in_parts
+from held_by_ranks import BATCH, LONGER, WORLD, Case, Held, HeldSharded, held, take_notes, train_sharded
 from planned_jobs import HALF, RECOMPUTED
 from ranks import run_ranks
 
@@ -62,7 +62,7 @@ def test_the_plan_of_every_rank_is_what_it_holds(name: str, real: list[dict[str,
         planned = measure(job, layout, BATCH, rank=rank, memo={})
         assert (
             Held(
-                parameters=noted(),
+                parameters=take_notes(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,
@@ -92,13 +92,13 @@ SHARDED = {
 
 
 @pytest.fixture(scope="module")
-def real_in_parts() -> list[dict[str, HeldInParts]]:
-    return run_ranks(trained_in_parts, WORLD, SHARDED, timeout=240)
+def real_in_parts() -> list[dict[str, HeldSharded]]:
+    return run_ranks(train_sharded, WORLD, SHARDED, timeout=240)
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
-    name: str, real_in_parts: list[dict[str, HeldInParts]]
+    name: str, real_in_parts: list[dict[str, HeldSharded]]
 ) -> None:
     job = SHARDED[name].job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
@@ -106,8 +106,8 @@ def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
         planned = measure(job, layout, LONGER, rank=rank, memo={})
         calls = planned.traffic.of(LONGER.microbatches(layout))
         assert (
-            HeldInParts(
-                parameters=noted(),
+            HeldSharded(
+                parameters=take_notes(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,

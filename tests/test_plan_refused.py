@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from planned_jobs import planned
+from planned_jobs import plan_preset
 
 from bridge.config import BridgeError, Document
 from bridge.dist.errors import PlanError
@@ -25,7 +25,7 @@ from bridge.dist.wrapper import Wrapper
 )
 def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], world_size: int, says: str) -> None:
     with pytest.raises(BridgeError, match=says):
-        planned(preset, sizes, world_size=world_size)
+        plan_preset(preset, sizes, world_size=world_size)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -33,7 +33,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(PlanError, match="not torch-fsdp2, whose gathering"):
         search(Document.load("tiny"), options, Machine(), fixed={})
     with pytest.raises(PlanError, match="set it to alltoall"):
-        planned("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)
+        plan_preset("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_wrappers_still_refuse_the_meta_device(
     assert len(kept) == len(sharding._replacements()) - 1
     monkeypatch.setattr(sharding, "_replacements", lambda: kept)
     with pytest.raises(error):
-        planned("tiny", {}, world_size=2, wrapper=wrapper)
+        plan_preset("tiny", {}, world_size=2, wrapper=wrapper)

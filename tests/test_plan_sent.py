@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from planned_jobs import planned
+from planned_jobs import plan_preset
 
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
@@ -30,8 +30,8 @@ def test_predictions_on_a_stage_of_their_own(
         f"transformer.pipeline_model_parallel_layout={stages}",
     )
     batch = Batch(seq_length=64, global_batch_size=8)
-    found = planned("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
-    whole = planned("tiny", {}, *changed[:2], world_size=1, batch=batch)
+    found = plan_preset("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
+    whole = plan_preset("tiny", {}, *changed[:2], world_size=1, batch=batch)
     assert found.parameters == whole.parameters
     assert sum(stage.flops for stage in found.stages) == whole.worst.flops / 2  # data parallelism takes half of it
     sent = [traffic.bytes for stage in found.stages for traffic in stage.traffic if traffic.group == "pp"]

@@ -107,7 +107,7 @@ class _Module(types.ModuleType):
 
 
 def install() -> None:
-    """Have imports find the stand-in; a process that did so is good for nothing else."""
+    """Make imports find the stand-in. Use a separate process for it."""
     sys.modules.pop("transformer_engine", None)
     sys.meta_path.insert(0, _Finder())
     for name in ("common", "pytorch"):  # megatron-core takes them for attributes of the package

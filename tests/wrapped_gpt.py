@@ -95,7 +95,7 @@ def fsdp2(**case: Any) -> Case:
 
 
 class Run(NamedTuple):
-    """What a case gave on one rank."""
+    """The results of a case on one rank."""
 
     losses: list[float]
     grad_norms: list[float | None]
@@ -139,7 +139,7 @@ def trained(built: Built, *, steps: int = 3) -> Run:
 
 
 def train_cases(cases: dict[str, Case], instances: int = 1) -> dict[str, Run]:
-    """On each rank: train each case from the same weights."""
+    """Train each case on this rank from the same weights."""
     runs = {}
     for name, case in cases.items():
         with built(case, instances=instances) as stages:

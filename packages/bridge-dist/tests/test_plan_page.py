@@ -5,8 +5,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from example_plans import DEEP, GIB, KINDS, LARGE, SMALL, make_plan, make_stage, shown_on_terminal, sizes, words
-from parsed_page import Element, StrictParser, parsed, rows
+from example_plans import DEEP, GIB, KINDS, LARGE, SMALL, make_plan, make_stage, render_on_terminal, sizes, words
+from parsed_page import Element, StrictParser, parse_page, rows
 
 from bridge.dist.plan.results import NOT_COVERED, Plan, Traffic
 from bridge.dist.plan.show.page import page
@@ -22,26 +22,26 @@ from bridge.dist.plan.show.page import page
     ids=["fits", "does not fit", "no limit"],
 )
 def test_the_verdict_is_on_the_terminal_and_on_the_page(plan: Plan, verdict: str) -> None:
-    assert verdict in words(shown_on_terminal(plan))
+    assert verdict in words(render_on_terminal(plan))
     assert verdict in html.unescape(page(plan, "a model"))
 
 
 def test_what_a_wrapper_makes_whole_is_a_kind_of_its_own() -> None:
     stages = [replace(s, unsharded_bytes=8 * GIB, total_bytes=s.total_bytes + 8 * GIB) for s in SMALL.stages]
     plan = replace(SMALL, stages=stages)
-    shown = shown_on_terminal(plan)
+    shown = render_on_terminal(plan)
     assert max(map(len, shown.splitlines())) <= 80
     assert re.search(r"A+[|]?U+[| ]*$", shown, re.MULTILINE)
     assert "added to that of the activations" in words(shown)
-    assert "unsharded" not in shown_on_terminal(SMALL)
-    picture = parsed(plan).one("section", id="memory").one("svg", role="img")
+    assert "unsharded" not in render_on_terminal(SMALL)
+    picture = parse_page(plan).one("section", id="memory").one("svg", role="img")
     drawn = picture.all("rect", class_="unsharded")
     assert [rect.one("title").text for rect in drawn] == [f"stage {pp}: unsharded 8.000 GiB" for pp in (0, 1)]
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
 def test_the_page_draws_memory_stacked_by_kind_to_scale(plan: Plan) -> None:
-    picture = parsed(plan).one("section", id="memory").one("svg", role="img")
+    picture = parse_page(plan).one("section", id="memory").one("svg", role="img")
     stages = picture.all("g", class_="stage")
     assert [stage.all("text")[0].text for stage in stages] == [f"stage {pp}" for pp in range(len(plan.stages))]
     limit = float(picture.one("line", class_="limit").attributes["x1"])
@@ -59,7 +59,7 @@ def test_the_page_draws_memory_stacked_by_kind_to_scale(plan: Plan) -> None:
 
 def test_the_page_draws_the_schedule() -> None:
     """One-forward-one-backward on two ranks, the backward pass twice as long: what the textbook has."""
-    section = parsed(SMALL).one("section", id="schedule")
+    section = parse_page(SMALL).one("section", id="schedule")
     picture = section.one("svg", role="img")
     passes = picture.all("g", class_="pass")
     order = ["F0", "F1", "B0", "F2", "B1", "F3", "B2", "F4", "B3", "F5", "B4", "F6", "B5", "F7", "B6", "B7"]
@@ -105,7 +105,7 @@ def test_of_a_long_schedule_the_beginning_is_drawn_and_the_page_says_so() -> Non
 
 
 def test_the_page_has_every_number_exactly() -> None:
-    found = parsed(DEEP)
+    found = parse_page(DEEP)
     stages = rows(found.one("table", id="table-stages"))
     assert len(stages) == 16
     for row, stage in zip(stages, DEEP.stages, strict=True):
@@ -151,7 +151,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_can_be_read_aloud() -> None:
 def test_the_page_escapes_what_it_is_given() -> None:
     name = "</title><script>alert(1)</script>&amp;\"'"
     traffic = [Traffic(group=name, ranks=2, operation=name, calls=1, bytes=1)]
-    found = parsed(replace(SMALL, stages=[replace(SMALL.stages[0], traffic=traffic), SMALL.stages[1]]), name)
+    found = parse_page(replace(SMALL, stages=[replace(SMALL.stages[0], traffic=traffic), SMALL.stages[1]]), name)
     assert len(found.all("script")) == 1
     assert found.one("h1").text == found.one("head").one("title").text == f"Plan of {name}"
     assert rows(found.one("table", id="table-traffic"))[0]["group"] == name
@@ -159,7 +159,7 @@ def test_the_page_escapes_what_it_is_given() -> None:
 
 def test_a_job_without_pipeline_and_limit_has_its_page_too() -> None:
     plan = make_plan([make_stage(0, (10, 20, 10, 10))], gpu_memory=None)
-    found = parsed(replace(plan, stages=[replace(plan.stages[0], traffic=[])]))
+    found = parse_page(replace(plan, stages=[replace(plan.stages[0], traffic=[])]))
     assert not found.all("line", class_="limit")
     assert not found.all("table", id="table-traffic")
     assert len(found.one("section", id="schedule").all("g", class_="pass")) == 16
