@@ -1,4 +1,4 @@
-"""Ranks that are about to do different things find out, and say which and what, before any collective."""
+"""Ranks with different inputs raise an error that names ranks and fields, before any collective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bridge build` and programs with mistakes: each is a clear error, and no process is left."""
+"""Invalid input of `bridge build` and of programs: a clear error, and no process is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hooks do to copies of parameters is compared between the ranks that hold them, and so are their gradients."""
+"""Ranks compare their copies of parameters after hooks, and the gradients of the copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration wants of its process: set, left out where there is no GPU, or refused."""
+"""Process settings that a configuration requires: applied, skipped without a GPU, or refused."""
 
 from __future__ import annotations
 

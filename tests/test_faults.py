@@ -1,4 +1,4 @@
-"""A rank that dies, raises or differs ends all ranks in bounded time, and the cause is named: on the real command."""
+"""A rank that dies, raises or differs ends all ranks of `bridge build` in bounded time, with an error that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU suite, as far as a machine without a GPU can tell: what it is made of, and a rehearsal of a row."""
+"""The GPU suite on a machine without a GPU: its rows and references, and a rehearsal of a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is locked names no index, and a version or a hash that has moved is told."""
+"""The lock contains no index address, and its check reports changed versions and hashes."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""A process that builds again and again keeps nothing of what it built."""
+"""Repeated builds in one process leak nothing."""
 
 from __future__ import annotations
 

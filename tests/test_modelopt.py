@@ -1,4 +1,4 @@
-"""Models that ModelOpt changed, rebuilt: its state and the weights are restored before stages are wrapped."""
+"""Models modified by ModelOpt: builders restore its state and the weights before wrapping."""
 
 from __future__ import annotations
 

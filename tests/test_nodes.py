@@ -1,4 +1,4 @@
-"""Two torchrun agents on the loopback interface: what becomes of a job when a rank or an agent is killed."""
+"""Two torchrun agents on the loopback interface: a job ends when a rank or an agent is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank computes by its plan, in FLOPs."""
+"""The FLOPs of a rank in a plan."""
 
 from __future__ import annotations
 

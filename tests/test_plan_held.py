@@ -1,4 +1,4 @@
-"""What a rank holds by its plan: weights, gradients, the optimizer, activations at their peak."""
+"""The memory of a rank in a plan: weights, gradients, optimizer, peak activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan is what real processes hold: rank by rank, for models of every family."""
+"""Plans are equal to measurements of real processes, on every rank, for models of every family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be planned, and what would stop a plan if nothing stood in its place."""
+"""Jobs that cannot be planned, and faults of wrappers on the meta device that plans work around."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank sends by its plan."""
+"""The traffic of a rank in a plan."""
 
 from __future__ import annotations
 

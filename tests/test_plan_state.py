@@ -1,4 +1,4 @@
-"""A plan leaves a process as it was: plans and training after it are what they are alone."""
+"""A plan restores the process state: later plans and training are not affected."""
 
 from __future__ import annotations
 

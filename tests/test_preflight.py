@@ -1,4 +1,4 @@
-"""Each pre-flight rule refuses a setup; what it says to set passes; without the rule, it fails or trains wrong."""
+"""Each pre-flight rule refuses a setup; the suggested setting passes; without the rule, training fails or is wrong."""
 
 from __future__ import annotations
 

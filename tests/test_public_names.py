@@ -1,6 +1,6 @@
-"""The names that others rely on, in code and in documents, wherever in its package each thing stands.
+"""Public names in code and in documents are independent of the modules that define them.
 
-`public_names.yaml` has them, and fingerprints that were computed before modules moved.
+`public_names.yaml` lists them, with fingerprints that were computed before modules moved.
 """
 
 from __future__ import annotations

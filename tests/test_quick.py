@@ -1,4 +1,4 @@
-"""Which tests `pytest -m quick` runs, and that one which starts a slow process does not pass for quick."""
+"""The tests that `pytest -m quick` selects; a quick test that starts a slow process fails."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""docs/security.md tells what Bridge and the installed reference do with hostile documents."""
+"""docs/security.md shows what Bridge and the installed megatron.training do with hostile documents."""
 
 import subprocess
 import sys

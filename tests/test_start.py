@@ -1,4 +1,4 @@
-"""What the start of a command costs: which modules it loads; and how a signal ends it."""
+"""The modules that a command loads at start, and how a signal ends it."""
 
 from __future__ import annotations
 

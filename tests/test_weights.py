@@ -1,4 +1,4 @@
-"""Parameters that tensor parallelism splits say so, and all that is random is drawn by its name in the whole model."""
+"""Parameters split by tensor parallelism are marked; random weights are initialised by name in the whole model."""
 
 from __future__ import annotations
 
