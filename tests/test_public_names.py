@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from bridge.config import ModelConfig, TargetError
-from bridge.config.canonical import canonical, fingerprint
+from bridge.config.canonical import canonicalize, fingerprint
 from bridge.config.documents.presets import preset
 from bridge.config.schema import registered, registry
 from bridge.config.schema.table import shipped
@@ -81,7 +81,7 @@ def test_a_document_is_written_as_it_was_read(name: str) -> None:
     assert written["_builder_"] == given["_builder_"]
     assert written["transformer"]["_target_"] == given["transformer"]["_target_"]
     for field in given.keys() - {"transformer"}:
-        assert written[field] == canonical(given)[field]
+        assert written[field] == canonicalize(given)[field]
     assert ModelConfig.from_dict(written).as_dict() == written
 
 

@@ -32,7 +32,7 @@ from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, ta
 from bridge.config.schema.registry import GROUP
 from bridge.config.schema.table import target_to_json
 from bridge.config.schema.target import Field, Target
-from bridge.config.write.defaults import written_default
+from bridge.config.write.defaults import encode_default
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"
@@ -146,7 +146,7 @@ def documented(target: Target, targets: dict[str, Target]) -> Target:
     for field in target.fields.values():
         said = words["fields"].get(field.name)
         inherited = above.fields[field.name].doc if above and field.name in above.fields else ""
-        fields[field.name] = plain(field, said or inherited, default=written_default(target, field.name))
+        fields[field.name] = plain(field, said or inherited, default=encode_default(target, field.name))
     return replace(target, doc=words["doc"].replace("``", "`"), fields=fields, obj=None)
 
 

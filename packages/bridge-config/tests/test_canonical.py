@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, register
-from bridge.config.canonical import canonical, fingerprint
+from bridge.config.canonical import canonicalize, fingerprint
 from bridge.config.schema.versions import Changed, Moved, Schema
 
 
@@ -97,7 +97,7 @@ def shuffled(data: Any, seed: int) -> Any:
 @settings(deadline=None)
 @given(wholes)
 def test_what_as_dict_writes_is_canonical(config: Whole) -> None:
-    assert canonical(config.as_dict()) == config.as_dict()
+    assert canonicalize(config.as_dict()) == config.as_dict()
 
 
 @settings(deadline=None)
@@ -124,17 +124,17 @@ def test_the_canonical_form_has_full_names_targets_and_order() -> None:
         "pre_wrap_hooks": [{"_target_": "test_canonical.hook_alias", "_call_": False}],
         "_target_": TARGET,
     }
-    made = canonical(long)
+    made = canonicalize(long)
     assert made["pre_wrap_hooks"] == [f"{__name__}.hook"]
     assert list(made) == ["_target_", "_builder_", "_version_", "pre_wrap_hooks", "part", "parts"]
     assert made["part"] == {"_target_": f"{__name__}.Part", "size": 8, "mode": "slow"}
     assert made["parts"] == [{"_target_": f"{__name__}.BigPart"}]
-    assert canonical(made) == made
+    assert canonicalize(made) == made
     assert made["_builder_"] == Whole.builder
 
 
 def test_defaults_are_filled_in_on_demand() -> None:
-    filled = canonical(SHORT, defaults=True)
+    filled = canonicalize(SHORT, defaults=True)
     assert filled == Whole(depth=3, part=Part(size=8)).as_dict()
 
 

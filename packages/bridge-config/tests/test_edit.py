@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document
 from bridge.config.documents.presets import presets
-from bridge.config.paths import Path, shown
-from bridge.config.text.edit import edited
+from bridge.config.paths import Path, format_path
+from bridge.config.text.edit import edit_text
 from bridge.config.text.parse import parse_yaml
 
 Lines = tuple[int, int]
@@ -226,10 +226,10 @@ def applied(written: Written, what: str, path: Path, value: Any) -> tuple[Docume
     meant = copy.deepcopy(written.data)
     holder = inside(meant, path[:-1])
     if what == "remove":
-        document.remove(shown(path))
+        document.remove(format_path(path))
         del holder[path[-1]]
     else:
-        document.set(shown(path), copy.deepcopy(value))
+        document.set(format_path(path), copy.deepcopy(value))
         holder[path[-1]] = value
     return document, meant
 
@@ -291,14 +291,14 @@ def test_an_edit_among_anchors_changes_nothing_that_aliases_say(edit: tuple[Writ
 @settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(documents(anchors=True), st.dictionaries(st.sampled_from(KEYS), new_data, min_size=1, max_size=4))
 def test_any_text_becomes_any_data(written: Written, data: dict[str, Any]) -> None:
-    text = edited(parse_yaml(written.text), data)
+    text = edit_text(parse_yaml(written.text), data)
     assert json.dumps(parse_yaml(text).data, sort_keys=True) == json.dumps(data, sort_keys=True)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 @given(documents(anchors=True))
 def test_without_a_change_the_text_is_the_same(written: Written) -> None:
-    assert edited(parse_yaml(written.text), copy.deepcopy(written.data)) == written.text
+    assert edit_text(parse_yaml(written.text), copy.deepcopy(written.data)) == written.text
 
 
 COMMENTED = """\
@@ -332,7 +332,7 @@ def difference(text: str, change: Callable[[Any], None]) -> list[str]:
     parsed = parse_yaml(text)
     data = copy.deepcopy(parsed.data)
     change(data)
-    return changed_lines(text, edited(parsed, data))
+    return changed_lines(text, edit_text(parsed, data))
 
 
 def changed_lines(old: str, new: str) -> list[str]:
@@ -409,7 +409,7 @@ def test_what_an_edit_changes(change: Callable[[Any], None], lines: list[str]) -
     ],
 )
 def test_texts_of_every_shape(text: str, data: Any, expected: str) -> None:
-    assert edited(parse_yaml(text), data) == expected
+    assert edit_text(parse_yaml(text), data) == expected
 
 
 def test_of_equal_items_the_one_that_was_removed_goes() -> None:
@@ -421,7 +421,7 @@ def test_of_equal_items_the_one_that_was_removed_goes() -> None:
 
 def test_what_cannot_be_edited_in_place_is_refused_and_not_written_wrong() -> None:
     with pytest.raises(ConfigError, match="cannot be changed in place"):
-        edited(parse_yaml("? a\n? b\n"), {"a": 1, "b": None})
+        edit_text(parse_yaml("? a\n? b\n"), {"a": 1, "b": None})
 
 
 # Those written by hand, and some of the others, which are alike: with long lists, comments, mappings.
@@ -434,10 +434,10 @@ def test_one_value_of_a_preset_changes_its_line_only(name: str) -> None:
     text = presets()[name].read_text(encoding="utf-8")
     for path in paths_in(parse_yaml(text).data):
         document = Document.load(name)
-        old = document.get(shown(path))
+        old = document.get(format_path(path))
         if isinstance(old, dict):
             continue
-        document.set(shown(path), "changed")
+        document.set(format_path(path), "changed")
         removed, added = changed_lines(text, document.to_yaml())
         assert removed[2:].split(":")[0] == added[2:].split(":")[0]
         assert re.search(r"(: |\[|, )changed\b", added)  # a list may stand in one line

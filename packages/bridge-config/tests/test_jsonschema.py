@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from bridge.config.errors import DocumentError, TargetError
-from bridge.config.paths import shown
+from bridge.config.paths import format_path
 from bridge.config.read.decode import check
 from bridge.config.schema.annotations import (
     Choice,
@@ -48,7 +48,7 @@ VALIDATOR = Draft202012Validator(json_schema(GPT))
 
 def problems(document: dict[str, Any]) -> list[str]:
     """Where the schema finds fault."""
-    return [shown(tuple(error.absolute_path)) for error in VALIDATOR.iter_errors(document)]
+    return [format_path(tuple(error.absolute_path)) for error in VALIDATOR.iter_errors(document)]
 
 
 def accepted(document: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bridge.config import DocumentError, ModelConfig
 from bridge.config.errors import ConfigError
-from bridge.config.read.migrate import hint_for, migrated
+from bridge.config.read.migrate import describe_change, migrate
 from bridge.config.schema.annotations import ANYTHING, Instance, Items, Mapping, Plain
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Changed, Moved, Removed, Schema
@@ -61,7 +61,7 @@ def new(version: int = 2, **fields: Any) -> dict[str, Any]:
 def test_a_renamed_field_keeps_its_value_and_knows_where_it_stood() -> None:
     data = old(width=3)
     before = copy.deepcopy(data)
-    result = migrated(data, lookup(outer(Moved(2, "width", "size"))))
+    result = migrate(data, lookup(outer(Moved(2, "width", "size"))))
     assert result.data == new(size=3)
     assert data == before
     assert result.moves == [(("size",), ("width",))]
@@ -71,13 +71,13 @@ def test_a_renamed_field_keeps_its_value_and_knows_where_it_stood() -> None:
 
 def test_a_field_moves_into_a_nested_config_that_need_not_be_there() -> None:
     targets = lookup(outer(Moved(2, "width", "inner.width")), config("my.Inner", {"width": INT}))
-    assert migrated(old(width=3), targets).data == new(inner={"width": 3})
-    assert migrated(old(width=3, inner={"x": 1}), targets).data == new(inner={"x": 1, "width": 3})
+    assert migrate(old(width=3), targets).data == new(inner={"width": 3})
+    assert migrate(old(width=3, inner={"x": 1}), targets).data == new(inner={"x": 1, "width": 3})
 
 
 def test_a_field_moves_out_of_a_nested_config() -> None:
     targets = lookup(outer(Moved(2, "inner.width", "size")), config("my.Inner", {"width": INT}))
-    result = migrated(old(inner={"width": 3, "x": 1}), targets)
+    result = migrate(old(inner={"width": 3, "x": 1}), targets)
     assert result.data == new(size=3, inner={"x": 1})
     assert result.moves == [(("size",), ("inner", "width"))]
 
@@ -85,32 +85,32 @@ def test_a_field_moves_out_of_a_nested_config() -> None:
 def test_steps_follow_each_other_and_the_first_place_is_remembered() -> None:
     steps = (Moved(3, "b", "inner.c"), Moved(2, "a", "b"))  # declared in any order
     targets = lookup(outer(*steps, version=3), config("my.Inner", {}))
-    first = migrated(old(a={"deep": 1}), targets)
+    first = migrate(old(a={"deep": 1}), targets)
     assert first.data == new(3, inner={"c": {"deep": 1}})
     assert first.moves == [(("inner", "c"), ("a",))]
-    assert migrated(old(b=1) | {"_version_": 2}, targets).data == new(3, inner={"c": 1})
+    assert migrate(old(b=1) | {"_version_": 2}, targets).data == new(3, inner={"c": 1})
 
 
 def test_two_fields_trade_names() -> None:
-    result = migrated(old(a=1, b=2), lookup(outer(Moved(2, "a", "b"), Moved(2, "b", "a"))))
+    result = migrate(old(a=1, b=2), lookup(outer(Moved(2, "a", "b"), Moved(2, "b", "a"))))
     assert result.data == new(a=2, b=1)
     assert sorted(result.moves) == [(("a",), ("b",)), (("b",), ("a",))]
 
 
 def test_a_name_is_freed_and_taken_in_one_version() -> None:
     targets = lookup(outer(Moved(2, "a", "b"), Removed(2, "b", (None,), "nobody used it")))
-    assert migrated(old(a=1, b=None), targets).data == new(b=1)
+    assert migrate(old(a=1, b=None), targets).data == new(b=1)
 
 
 def test_what_moved_twice_within_what_moved_is_found() -> None:
     steps = (Moved(2, "a", "x.b"), Moved(3, "x", "y"))
-    result = migrated(old(a=1, x={"c": 2}), lookup(outer(*steps, version=3)))
+    result = migrate(old(a=1, x={"c": 2}), lookup(outer(*steps, version=3)))
     assert result.data == new(3, y={"b": 1, "c": 2})
     assert dict(result.moves) == {("y",): ("x",), ("y", "b"): ("a",)}
 
 
 def test_both_names_given_is_a_problem_of_the_old_place() -> None:
-    result = migrated(old(width=3, size=4), lookup(outer(Moved(2, "width", "size"))))
+    result = migrate(old(width=3, size=4), lookup(outer(Moved(2, "width", "size"))))
     [(path, message)] = result.problems
     assert path == ("width",)
     assert "'size'" in message
@@ -119,7 +119,7 @@ def test_both_names_given_is_a_problem_of_the_old_place() -> None:
 
 
 def test_a_move_into_what_is_no_mapping_is_a_problem() -> None:
-    result = migrated(old(width=3, inner=[1]), lookup(outer(Moved(2, "width", "inner.width"))))
+    result = migrate(old(width=3, inner=[1]), lookup(outer(Moved(2, "width", "inner.width"))))
     [(path, message)] = result.problems
     assert path == ("width",)
     assert "$.inner is not a mapping" in message
@@ -127,41 +127,41 @@ def test_a_move_into_what_is_no_mapping_is_a_problem() -> None:
 
 def test_a_removed_field_is_dropped_only_if_that_loses_nothing() -> None:
     targets = lookup(outer(Removed(2, "fast", (False, 0), "all is fast now; set slow to go back")))
-    harmless = migrated(old(fast=False), targets)
+    harmless = migrate(old(fast=False), targets)
     assert harmless.data == new()
     assert not harmless.problems
     assert harmless.notes == [
         "$.fast: False left out, version 2 of Outer removed it: all is fast now; set slow to go back"
     ]
-    [(path, message)] = migrated(old(fast=True), targets).problems
+    [(path, message)] = migrate(old(fast=True), targets).problems
     assert path == ("fast",)
     assert "True cannot be dropped: all is fast now; set slow to go back" in message
 
 
 def test_true_is_not_one() -> None:
-    assert migrated(old(fast=True), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
-    assert not migrated(old(fast=1.0), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
+    assert migrate(old(fast=True), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
+    assert not migrate(old(fast=1.0), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
 
 
 def test_old_values_are_translated_and_others_stay() -> None:
     targets = lookup(outer(Changed(2, "size", values=(("small", 1), (True, [2])))))
-    assert migrated(old(size="small"), targets).data == new(size=1)
-    assert migrated(old(size=True), targets).data == new(size=[2])
-    untouched = migrated(old(size=1), targets)
+    assert migrate(old(size="small"), targets).data == new(size=1)
+    assert migrate(old(size=True), targets).data == new(size=[2])
+    untouched = migrate(old(size=1), targets)
     assert untouched.data == new(size=1)
     assert not untouched.notes
-    assert migrated(old(), targets).data == new()
+    assert migrate(old(), targets).data == new()
 
 
 def test_a_silent_document_gets_the_old_default_written_out() -> None:
     targets = lookup(outer(Changed(2, "size", absent=7), Changed(2, "inner.x", absent=None)))
-    assert migrated(old(), targets).data == new(size=7)
-    assert migrated(old(size=1, inner={}), targets).data == new(size=1, inner={"x": None})
+    assert migrate(old(), targets).data == new(size=7)
+    assert migrate(old(size=1, inner={}), targets).data == new(size=1, inner={"x": None})
 
 
 def test_changes_of_the_written_version_and_before_are_not_made_again() -> None:
     targets = lookup(outer(Moved(2, "a", "b"), Changed(3, "size", absent=7), version=3))
-    assert migrated(old(a=1) | {"_version_": 2}, targets).data == new(3, a=1, size=7)
+    assert migrate(old(a=1) | {"_version_": 2}, targets).data == new(3, a=1, size=7)
 
 
 def test_nested_configs_have_versions_of_their_own() -> None:
@@ -180,7 +180,7 @@ def test_nested_configs_have_versions_of_their_own() -> None:
         "named": {"a": written},
         "any": [{"deep": written | {"_target_": "my.Inner"}}, written],
     }
-    result = migrated(data, lookup(config("my.Outer", fields), inner))
+    result = migrate(data, lookup(config("my.Outer", fields), inner))
     now = {"_version_": 2, "x": 5}
     assert result.data == {
         "_target_": "my.Outer",
@@ -195,7 +195,7 @@ def test_nested_configs_have_versions_of_their_own() -> None:
 def test_a_config_moved_by_its_outer_one_is_migrated_where_it_comes_to_stand() -> None:
     inner = config("my.Inner", {"x": INT}, Schema(2, (Moved(2, "y", "x"),)))
     targets = lookup(outer(Moved(2, "part", "inner")), inner)
-    result = migrated(old(part={"_version_": 1, "y": 5}), targets)
+    result = migrate(old(part={"_version_": 1, "y": 5}), targets)
     assert result.data == new(inner={"_version_": 2, "x": 5})
     assert dict(result.moves) == {("inner",): ("part",), ("inner", "x"): ("part", "y")}
 
@@ -209,7 +209,7 @@ def test_what_the_document_omits_is_followed() -> None:
     targets = lookup(
         outer(Moved(2, "width", "inner.width"), Moved(2, "size", "big"), Changed(2, "inner.width", absent=1))
     )
-    result = migrated(old(size={}, inner={}, _omitted_=entries), targets)
+    result = migrate(old(size={}, inner={}, _omitted_=entries), targets)
     assert result.data["inner"] == {}  # the value was not silent, it could not be written
     assert [entry["path"] for entry in result.data["_omitted_"][:2]] == ["$.inner.width", "$.big.hook"]
     assert entries[0] == {"path": "$.width", "reason": "a lambda"}
@@ -217,7 +217,7 @@ def test_what_the_document_omits_is_followed() -> None:
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None, [1]])
 def test_a_version_is_a_whole_number_from_one(version: Any) -> None:
-    [(path, message)] = migrated(old() | {"_version_": version}, lookup(outer())).problems
+    [(path, message)] = migrate(old() | {"_version_": version}, lookup(outer())).problems
     assert path == ("_version_",)
     assert "expected a whole number from 1" in message
 
@@ -234,7 +234,7 @@ def test_a_class_that_only_an_annotation_names_is_migrated_too() -> None:
 
 def test_a_newer_version_is_refused_by_name() -> None:
     inner = config("my.Inner", {})
-    result = migrated({"_target_": "my.Outer", "inner": {"_version_": 9}}, lookup(outer(), inner))
+    result = migrate({"_target_": "my.Outer", "inner": {"_version_": 9}}, lookup(outer(), inner))
     assert result.problems == [
         (("inner", "_version_"), "written by version 9 of Inner; this installation knows up to 1: update it")
     ]
@@ -253,7 +253,7 @@ def test_a_newer_version_is_refused_by_name() -> None:
     ],
 )
 def test_a_current_document_is_returned_itself(data: Any) -> None:
-    result = migrated(data, lookup(outer(Moved(2, "width", "size")), config("my.Inner", {"x": INT})))
+    result = migrate(data, lookup(outer(Moved(2, "width", "size")), config("my.Inner", {"x": INT})))
     assert result.data is data
     assert not result.notes
     assert not result.problems
@@ -268,16 +268,18 @@ def test_hints() -> None:
         Moved(2, "was", "gone"),
         version=3,
     )
-    assert hint_for(target, "b").startswith("was moved to 'inner.c' in version 3: write that, or add '_version_: 2'")
-    assert hint_for(target, "a").startswith("was moved to 'inner.c' in version 3")
-    assert hint_for(target, "gone") == "was removed in version 3: use 'size'"
-    assert hint_for(target, "was") == "was removed in version 3: use 'size'"
-    assert hint_for(target, "size") == ""
-    assert hint_for(config("my.Inner", {}), "a") == ""
+    assert describe_change(target, "b").startswith(
+        "was moved to 'inner.c' in version 3: write that, or add '_version_: 2'"
+    )
+    assert describe_change(target, "a").startswith("was moved to 'inner.c' in version 3")
+    assert describe_change(target, "gone") == "was removed in version 3: use 'size'"
+    assert describe_change(target, "was") == "was removed in version 3: use 'size'"
+    assert describe_change(target, "size") == ""
+    assert describe_change(config("my.Inner", {}), "a") == ""
     renamed = outer(Moved(2, "width", "size"))
-    hint = hint_for(renamed, "width")
+    hint = describe_change(renamed, "width")
     assert hint == "was renamed to 'size' in version 2: write that, or add '_version_: 1' to have the document migrated"
-    assert not migrated(old(width=1), lookup(renamed)).problems  # the advice works
+    assert not migrate(old(width=1), lookup(renamed)).problems  # the advice works
 
 
 @pytest.mark.parametrize(
@@ -322,10 +324,10 @@ def test_migrating_is_idempotent_leaves_the_input_alone_and_loses_nothing_silent
     target_of = lookup(config("my.Outer", {}, schema))
     data = old(**fields)
     before = copy.deepcopy(data)
-    result = migrated(data, target_of)
+    result = migrate(data, target_of)
     assert data == before
     assert result.data["_version_"] == 5
-    assert migrated(result.data, target_of).data is result.data
+    assert migrate(result.data, target_of).data is result.data
     if not result.problems and not result.notes:
         assert result.data == before | {"_version_": 5}
 
@@ -344,10 +346,10 @@ def test_any_data_is_migrated_or_refused(schema: Schema, data: Any) -> None:
     targets = lookup(config("my.Outer", fields, schema), config("my.Inner", {"b": INT}, schema))
     for document in (data, {**data, "_target_": "my.Outer"} if isinstance(data, dict) else data):
         before = copy.deepcopy(document)
-        result = migrated(document, targets)
+        result = migrate(document, targets)
         assert document == before
         if not result.problems:
-            assert migrated(result.data, targets).data is result.data
+            assert migrate(result.data, targets).data is result.data
 
 
 def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
@@ -393,4 +395,4 @@ def test_importing_it_is_cheap() -> None:
 @pytest.mark.parametrize("entry", [{"path": None, "reason": "x"}, {"path": 3}, None, "x", []])
 def test_a_malformed_omission_is_left_to_whoever_reads_the_document(entry: object) -> None:
     data = {"_target_": "any.Thing", "_omitted_": [entry], "inner": {"_version_": 4}}
-    assert migrated(data, lambda name: None).problems == []
+    assert migrate(data, lambda name: None).problems == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bridge.config import Document, ModelConfig, OmittedWarning
-from bridge.config.canonical import canonical
+from bridge.config.canonical import canonicalize
 from bridge.config.text.parse import parse_yaml
 
 pytest.importorskip("megatron.core")
@@ -60,7 +60,7 @@ def through_both_texts(config: ModelConfig) -> Any:
     assert "_omitted_" not in document.data
     data = json.loads(document.to_json())
     assert parse_yaml(document.to_yaml()).data == data
-    assert canonical(data)["_target_"] == data["_target_"], "the shipped table knows all of its names"
+    assert canonicalize(data)["_target_"] == data["_target_"], "the shipped table knows all of its names"
     return ModelConfig.from_dict(data)
 
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError
-from bridge.config.paths import parsed, shown
+from bridge.config.paths import format_path, parse_path
 
 
 @pytest.mark.parametrize("path", ["a[0]b", 'a["b"]c', "a..b", ".a", "a.", "$a.b[", "[0]a", "$..a", "a.[0]"])
 def test_what_is_not_a_path(path: str) -> None:
     with pytest.raises(ConfigError, match="is not a path"):
-        parsed(path)
+        parse_path(path)
 
 
 @pytest.mark.parametrize(
@@ -21,16 +21,16 @@ def test_what_is_not_a_path(path: str) -> None:
     [("$schema", ("$schema",)), ("$", ()), ("", ()), ("$.$x", ("$x",)), ("$[0].a", (0, "a")), ('["q"].z', ("q", "z"))],
 )
 def test_paths(text: str, path: tuple[str | int, ...]) -> None:
-    assert parsed(text) == path
-    assert parsed(shown(path)) == path
+    assert parse_path(text) == path
+    assert parse_path(format_path(path)) == path
 
 
 @given(st.lists(st.text(min_size=1) | st.integers(min_value=0), max_size=5))
 def test_any_path_is_read_as_it_is_shown(path: list[str | int]) -> None:
-    assert parsed(shown(tuple(path))) == tuple(path)
+    assert parse_path(format_path(tuple(path))) == tuple(path)
 
 
 @given(st.text(alphabet='a.[]"\\\\$0\x01 é'))
 def test_any_text_is_a_path_or_an_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
-        assert parsed(shown(parsed(text))) == parsed(text)
+        assert parse_path(format_path(parse_path(text))) == parse_path(text)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetError, register
-from bridge.config.canonical import canonical
+from bridge.config.canonical import canonicalize
 from bridge.config.read.decode import check
 from bridge.config.schema import registered, registry
 from bridge.config.schema.names import qualified_name
@@ -134,7 +134,7 @@ def test_what_is_defined_elsewhere_is_read_and_written_under_its_declared_name(
     try:
         for _ in range(2):  # before its module is loaded, and after
             config: Any = ModelConfig.from_dict(document)
-            assert canonical(document) == document | {"_version_": 1}
+            assert canonicalize(document) == document | {"_version_": 1}
         module = sys.modules["extension_module.inner"]
         assert type(config) is module.Config
         assert config.as_dict().items() >= document.items()

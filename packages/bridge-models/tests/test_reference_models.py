@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from bridge.config import Document, ModelConfig
-from bridge.config.canonical import canonical
+from bridge.config.canonical import canonicalize
 from bridge.config.foreign.run_config import to_run_config
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.gpt import GPTModelConfig
@@ -140,7 +140,7 @@ def run_config(config: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_builds_what_we_write(name: str, pg_collection: ProcessGroupCollection) -> None:
     ours = models(GPTModelConfig, MambaModelConfig)[name]
-    written = yaml.safe_load(Document(to_run_config(canonical(ours.as_dict())).data).to_yaml())
+    written = yaml.safe_load(Document(to_run_config(canonicalize(ours.as_dict())).data).to_yaml())
     theirs = instantiate(written)
     theirs.builder = written["_builder_"]
     assert type(theirs).__module__.startswith("megatron.training.models.")

@@ -14,7 +14,7 @@ from bridge.config.write.encode import encode_made
 _EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript: from here on, not every whole number is one
 
 
-def canonical(data: object, *, defaults: bool = False) -> dict[str, Any]:
+def canonicalize(data: object, *, defaults: bool = False) -> dict[str, Any]:
     """The document `data` in its canonical form.
 
     Canonical is: the present version's form, fields in the order of their class, full names for aliases, `_target_`
@@ -28,10 +28,10 @@ def canonical(data: object, *, defaults: bool = False) -> dict[str, Any]:
     Raises:
         DocumentError: it describes no configuration.
     """
-    return canonical_of(check(data, defaults=defaults))
+    return canonicalize_checked(check(data, defaults=defaults))
 
 
-def canonical_of(checked: Checked) -> dict[str, Any]:
+def canonicalize_checked(checked: Checked) -> dict[str, Any]:
     """The canonical form of a document that was checked."""
     form = encode_made(checked.made, checked.builder)
     if omitted := checked.present.data.get("_omitted_"):
@@ -50,7 +50,7 @@ def fingerprint(data: object) -> str:
         DocumentError: it describes no configuration.
         ConfigError: it holds text that is not Unicode.
     """
-    form = canonical(data, defaults=True)
+    form = canonicalize(data, defaults=True)
     if "_omitted_" in form:  # the reasons name objects of the process that wrote them
         form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])
     try:

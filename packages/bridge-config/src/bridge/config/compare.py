@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge.config.canonical import canonical_of, without_version
-from bridge.config.paths import Path, shown
-from bridge.config.problems import shortened
+from bridge.config.canonical import canonicalize_checked, without_version
+from bridge.config.paths import Path, format_path
+from bridge.config.problems import abbreviate
 from bridge.config.read.decode import Checked
 from bridge.config.text.dump import dump_flow
 
@@ -51,24 +51,24 @@ class Difference:
         return f"{text} ({', '.join(places)})" if places else text
 
 
-def differences(before: Checked, after: Checked) -> Iterator[Difference]:
+def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
     """What differs between two checked documents, in the order of their fields.
 
     Read with defaults, a field that one of them leaves out differs only from a value that is not its default. A value
     that both have, but at different places because a version moved or renamed it, is a difference of its own kind.
     """
-    old, new = (dict(_leaves(canonical_of(checked))) for checked in (before, after))
+    old, new = (dict(_leaves(canonicalize_checked(checked))) for checked in (before, after))
     for path in dict.fromkeys((*old, *new)):
         one, other = old.get(path, _NOTHING), new.get(path, _NOTHING)
         before_path, after_path = _place(before, path), _place(after, path)
         if other is _NOTHING:
-            yield Difference("removed", shown(path), before=one, before_path=before_path)
+            yield Difference("removed", format_path(path), before=one, before_path=before_path)
         elif one is _NOTHING:
-            yield Difference("added", shown(path), after=other, after_path=after_path)
+            yield Difference("added", format_path(path), after=other, after_path=after_path)
         elif not _same(one, other):
-            yield Difference("changed", shown(path), one, other, before_path, after_path)
+            yield Difference("changed", format_path(path), one, other, before_path, after_path)
         elif before_path != after_path and before_path is not None and after_path is not None:
-            yield Difference("moved", shown(path), one, other, before_path, after_path)
+            yield Difference("moved", format_path(path), one, other, before_path, after_path)
 
 
 def _place(checked: Checked, path: Path) -> str | None:
@@ -80,7 +80,7 @@ def _place(checked: Checked, path: Path) -> str | None:
             node = node[step]
         except (KeyError, IndexError, TypeError):
             return None
-    return shown(_without_root(place, checked))
+    return format_path(_without_root(place, checked))
 
 
 def _without_root(place: Path, checked: Checked) -> Path:
@@ -114,5 +114,5 @@ def _said(value: Any, place: str | None) -> str:
     try:
         text = dump_flow(value).strip()
     except ValueError:  # no text can say it
-        text = shortened(value)
+        text = abbreviate(value)
     return text if place is not None else f"{text} (default)"

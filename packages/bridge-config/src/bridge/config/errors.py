@@ -64,21 +64,21 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, skip_file_prefixes=tuple(os.path.join(folder, "") for folder in bridge.__path__))
 
 
-def quoted(name: str) -> str:
+def quote_name(name: str) -> str:
     """`name` as a message shows it: on one line, and not longer than names are."""
     return repr(name) if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]!r}..."
 
 
-def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of a message about the unknown `name`: the closest known name, with `prefix` before it, or nothing.
 
     It takes milliseconds, so it is for messages that are few.
     """
-    close = closest(name, known)
+    close = find_closest(name, known)
     return f"; did you mean {prefix + close!r}?" if close is not None else ""
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
+def find_closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like the unknown `name`; None if none is like it."""
     import difflib  # few messages need it, and every start would pay for it
 

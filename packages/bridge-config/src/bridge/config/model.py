@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, TargetError
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.config.schema import registered
 from bridge.config.schema.declaration import check_class, check_definition
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
@@ -132,12 +132,12 @@ class _HooksField:
     def __set__(self, config: object, value: Any) -> None:
         where = f"{type(config).__qualname__}.{self._name}"
         if callable(value):
-            raise ConfigError(f"{where}: expected a list of hooks, got one hook: write [{got(value)}]")
+            raise ConfigError(f"{where}: expected a list of hooks, got one hook: write [{describe_value(value)}]")
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list of hooks, got {got(value)}")
+            raise ConfigError(f"{where}: expected a list of hooks, got {describe_value(value)}")
         for number, hook in enumerate(value, 1):
             if not callable(hook):
-                raise ConfigError(f"{where}: hook {number} is {got(hook)}, which is not callable")
+                raise ConfigError(f"{where}: hook {number} is {describe_value(hook)}, which is not callable")
         vars(config)[self._name] = value
 
 

@@ -12,12 +12,12 @@ Path = tuple[str | int, ...]
 _STEP = re.compile(r'\.([^.\[\]"]+)|\[([0-9]+)\]|\[("(?:[^"\\]|\\.)*")\]')
 
 
-def shown(path: Path) -> str:
+def format_path(path: Path) -> str:
     """`path` as messages show it."""
-    return "$" + "".join(_shown(step) for step in path)
+    return "$" + "".join(_format_step(step) for step in path)
 
 
-def parsed(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """The path that `text` stands for: keys joined by dots, list indices and quoted keys in brackets; `$` may lead.
 
     Raises:
@@ -31,12 +31,12 @@ def parsed(text: str) -> Path:
         step = _STEP.match(rest, position)
         if step is None:
             raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
-        path.append(_step(step, text))
+        path.append(_parse_step(step, text))
         position = step.end()
     return tuple(path)
 
 
-def _step(match: re.Match[str], text: str) -> str | int:
+def _parse_step(match: re.Match[str], text: str) -> str | int:
     key, index, quoted = match.groups()
     try:
         found: str | int = int(index) if index is not None else json.loads(quoted) if quoted is not None else key
@@ -45,6 +45,6 @@ def _step(match: re.Match[str], text: str) -> str | int:
     return found
 
 
-def _shown(step: str | int) -> str:
+def _format_step(step: str | int) -> str:
     plain = isinstance(step, str) and re.fullmatch(r"[\w-]+", step)
     return f".{step}" if plain else f"[{json.dumps(step)}]"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from bridge.config.paths import Path
 
-Found = list[tuple[Path, str]]
+ProblemList = list[tuple[Path, str]]
 MAX_PROBLEMS = 100
 """So many problems of one document are told."""
 
@@ -16,31 +16,31 @@ MAX_PROBLEMS = 100
 class ReadError(Exception):
     """What was read is not acceptable; `found` are the problems."""
 
-    def __init__(self, found: Found) -> None:
-        super().__init__(found)
-        self.found = found
+    def __init__(self, problems: ProblemList) -> None:
+        super().__init__(problems)
+        self.problems = problems
 
 
-def refused(message: str, *path: str | int) -> ReadError:
+def make_error(message: str, *path: str | int) -> ReadError:
     """The error with one problem, at `path` below the value at hand."""
     return ReadError([(path, message)])
 
 
-def unexpected(wanted: str, value: object, hint: str = "") -> ReadError:
+def make_mismatch_error(wanted: str, value: object, hint: str = "") -> ReadError:
     """The error about a value of the wrong kind."""
-    return refused(f"expected {wanted}, got {got(value)}{hint}")
+    return make_error(f"expected {wanted}, got {describe_value(value)}{hint}")
 
 
 @contextmanager
-def below(*path: str | int) -> Iterator[None]:
+def prefix_path(*path: str | int) -> Iterator[None]:
     """What is refused inside is refused at `path` below the value at hand."""
     try:
         yield
     except ReadError as error:
-        raise ReadError([((*path, *inner), message) for inner, message in error.found]) from error.__cause__
+        raise ReadError([((*path, *inner), message) for inner, message in error.problems]) from error.__cause__
 
 
-def got(value: object, limit: int = 60) -> str:
+def describe_value(value: object, limit: int = 60) -> str:
     """`value` as a message shows it: on one line of at most `limit` characters."""
     if value is None:
         return "null"
@@ -56,14 +56,14 @@ def got(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def shortened(value: object) -> str:
+def abbreviate(value: object) -> str:
     """`value` as a note shows it, with what is inside, as far as there is room."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # as in `got`
+    except ValueError:  # as in `describe_value`
         return "something too large to show"
 
 
-def step(key: object) -> str | int:
+def to_path_step(key: object) -> str | int:
     """`key` as a step of a path; in data that was never a text, keys can be anything."""
-    return key if isinstance(key, str) or (type(key) is int and 0 <= key < 2**63) else got(key)
+    return key if isinstance(key, str) or (type(key) is int and 0 <= key < 2**63) else describe_value(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.config.errors import OmittedWarning, warn
-from bridge.config.paths import shown
+from bridge.config.paths import format_path
 from bridge.config.problems import MAX_PROBLEMS
 from bridge.config.read.rehearsal import Rehearsing
 from bridge.config.write.encode import Omitted, config_form
@@ -25,7 +25,7 @@ def encode_config(config: object) -> dict[str, Any]:
         document["_omitted_"] = omitted
         what = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in omitted)
         warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
-    if rehearsal.found:
-        what = "; ".join(f"{shown(path)} ({message})" for path, message in rehearsal.found[:MAX_PROBLEMS])
+    if rehearsal.problems:
+        what = "; ".join(f"{format_path(path)} ({message})" for path, message in rehearsal.problems[:MAX_PROBLEMS])
         warn(f"{type(config).__qualname__} is written with what cannot be read back: {what}", OmittedWarning)
     return document

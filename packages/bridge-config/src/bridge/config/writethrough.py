@@ -6,8 +6,8 @@ import inspect
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from bridge.config.errors import ConfigError, nearest
-from bridge.config.problems import shortened
+from bridge.config.errors import ConfigError, did_you_mean
+from bridge.config.problems import abbreviate
 
 
 class _Owned(NamedTuple):
@@ -64,7 +64,7 @@ class WriteThrough:
         for name in sorted(shared & given.keys()):
             value, owned = given[name], getattr(given[cls._embeds], name)
             if value != owned:
-                given_twice = f"{name}={shortened(value)} conflicts with {cls._embeds}.{name}={shortened(owned)}"
+                given_twice = f"{name}={abbreviate(value)} conflicts with {cls._embeds}.{name}={abbreviate(owned)}"
                 raise ConfigError(
                     f"{cls.__qualname__}: {given_twice}; {cls._embeds} owns this field, give it there only"
                 )
@@ -101,7 +101,7 @@ class WriteThrough:
             object.__setattr__(self, name, value)
         else:
             known = _names(cls) | _names(type(embedded))
-            raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{nearest(name, sorted(known))}")
+            raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{did_you_mean(name, sorted(known))}")
 
     if not TYPE_CHECKING:  # a type checker would take every name for a field
         __getattr__ = _read

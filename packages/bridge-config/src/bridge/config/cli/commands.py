@@ -17,7 +17,7 @@ import click
 
 from bridge.config.documents.overrides import is_override, meant_as_override
 from bridge.config.documents.sources import is_source
-from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quoted
+from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quote_name
 
 # `bridge --help` loads this module for its help lines, so commands import documents where they run.
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     sizes = {axis: int(size) for axis, _, size in pairs if _SIZE.fullmatch(size)}
     if len(sizes) < len(pairs):
         raise click.BadParameter(
-            f"{quoted(text)} is not of the form tp=2,pp=2, with each axis once and sizes from 1 to 999,999,999"
+            f"{quote_name(text)} is not of the form tp=2,pp=2, with each axis once and sizes from 1 to 999,999,999"
         )
     return sizes
 
@@ -124,11 +124,11 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.pass_context
 def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_code: bool, as_json: bool) -> None:
     """Print what differs between two documents."""
-    from bridge.config.compare import differences
+    from bridge.config.compare import find_differences
 
     _check_sources([first, second])
     one, other = (_checked(source, defaults=not as_written) for source in (first, second))
-    found = list(differences(one, other))
+    found = list(find_differences(one, other))
     if as_json:
         _print_json([asdict(difference) for difference in found])
     else:
@@ -224,11 +224,11 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     if write:
         document.save()
     if to_form:
-        from bridge.config.canonical import canonical
+        from bridge.config.canonical import canonicalize
         from bridge.config.foreign.run_config import to_run_config
 
         with _omissions():  # told already
-            theirs = to_run_config(canonical(document.data))
+            theirs = to_run_config(canonicalize(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
     _tell(file, notes)
     if not write:

@@ -19,7 +19,7 @@ from io import TextIOWrapper
 
 import click
 
-from bridge.config.errors import BridgeError, nearest
+from bridge.config.errors import BridgeError, did_you_mean
 from bridge.config.frames import describe
 
 GROUP = "bridge.commands"
@@ -61,7 +61,7 @@ class _Commands(click.Group):
             return super().resolve_command(ctx, args)
         if name in _HOMES:
             ctx.fail(f"{name!r} comes with {_HOMES[name]}, which is not installed: pip install {_HOMES[name]}")
-        return ctx.fail(f"no such command {name!r}{nearest(name, {*_declared(), *_HOMES})}")
+        return ctx.fail(f"no such command {name!r}{did_you_mean(name, {*_declared(), *_HOMES})}")
 
 
 def _traceback_option() -> click.Option:

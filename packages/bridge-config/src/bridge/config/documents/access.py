@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.config.errors import ConfigError, nearest
-from bridge.config.paths import Path, shown
-from bridge.config.problems import got
+from bridge.config.errors import ConfigError, did_you_mean
+from bridge.config.paths import Path, format_path
+from bridge.config.problems import describe_value
 
 
 def get_value(data: Any, path: Path) -> Any:
@@ -19,7 +19,7 @@ def get_value(data: Any, path: Path) -> Any:
     for depth, key in enumerate(path):
         if not _has(node, key):
             known = [name for name in node if isinstance(name, str)] if isinstance(node, dict) else []
-            raise ConfigError(f"{shown(path[: depth + 1])} is not in the document{nearest(str(key), known)}")
+            raise ConfigError(f"{format_path(path[: depth + 1])} is not in the document{did_you_mean(str(key), known)}")
         node = node[key]
     return node
 
@@ -34,7 +34,7 @@ def set_value(data: Any, path: Path, value: Any) -> None:
     node = data
     for depth, key in enumerate(before):
         if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
-            node[key] = _nested(path[depth + 1 :], value, shown(path[: depth + 1]))
+            node[key] = _nested(path[depth + 1 :], value, format_path(path[: depth + 1]))
             return
         node = _inside(node, path, depth)
     if not (isinstance(node, dict) and isinstance(last, str)):
@@ -64,7 +64,7 @@ def _inside(node: Any, path: Path, depth: int) -> Any:
     key = path[depth]
     if not _has(node, key):
         size = f" of length {len(node)}" if isinstance(node, list) else ""
-        raise ConfigError(f"{shown(path[:depth])} is {got(node)}{size}: there is no {key!r} in it")
+        raise ConfigError(f"{format_path(path[:depth])} is {describe_value(node)}{size}: there is no {key!r} in it")
     return node[key]
 
 

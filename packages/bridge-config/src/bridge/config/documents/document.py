@@ -15,10 +15,10 @@ from bridge.config.documents.saving import name_schema, put_schema_beside, write
 from bridge.config.documents.sources import STANDARD_INPUT, SUFFIXES, check_name, is_preset, read_source, source_error
 from bridge.config.errors import ConfigError, DocumentError, Problem
 from bridge.config.model import ModelConfig
-from bridge.config.paths import Path, parsed, shown
-from bridge.config.problems import got
+from bridge.config.paths import Path, format_path, parse_path
+from bridge.config.problems import describe_value
 from bridge.config.text.dump import dump_json, dump_yaml
-from bridge.config.text.edit import edited
+from bridge.config.text.edit import edit_text
 from bridge.config.text.parse import Parsed, parse_json, parse_yaml
 
 # `bridge --help` and `bridge show` need this module, and nothing that checks a document: that takes 30 ms to import, as
@@ -54,7 +54,7 @@ class Document:
         source = str(source)
         found = _parse(read_source(source), source)
         if not isinstance(found.data, dict):
-            raise source_error(source, f"expected a mapping at the top, got {got(found.data)}")
+            raise source_error(source, f"expected a mapping at the top, got {describe_value(found.data)}")
         document = cls.from_text(found, source)
         if overrides:
             document.override(overrides)
@@ -76,7 +76,7 @@ class Document:
         Raises:
             ConfigError: there is none.
         """
-        return get_value(self.data, parsed(path))
+        return get_value(self.data, parse_path(path))
 
     def set(self, path: str, value: Any) -> None:
         """Put `value` at a dotted path; mappings on the way are made where there are none.
@@ -171,9 +171,9 @@ class Document:
         Raises:
             DocumentError: one of them describes no configuration.
         """
-        from bridge.config.compare import differences
+        from bridge.config.compare import find_differences
 
-        return list(differences(self.check(defaults=defaults), other.check(defaults=defaults)))
+        return list(find_differences(self.check(defaults=defaults), other.check(defaults=defaults)))
 
     def migrate(self) -> list[str]:
         """Bring the document into the present form: of this version, and Bridge's own. Returns what was done.
@@ -181,11 +181,11 @@ class Document:
         Raises:
             DocumentError: it has no such form; every problem with the file, line and column of its value.
         """
-        from bridge.config.read.decode import current
+        from bridge.config.read.decode import migrate_document
         from bridge.config.read.lookup import TableLookup
 
         with self.placing_problems():
-            present = current(self.data, TableLookup())
+            present = migrate_document(self.data, TableLookup())
             if present.problems:
                 raise DocumentError(present.problems)
         self._is_adopted |= present.steps[0].data is not self.data
@@ -211,7 +211,7 @@ class Document:
         self._check_top()
         if (text := self._yaml_text()) is None:
             return dump_yaml(self.data)
-        return edited(text, self.data, self._provenance.dropped)
+        return edit_text(text, self.data, self._provenance.dropped)
 
     def to_json(self) -> str:
         """The document as JSON text.
@@ -229,7 +229,7 @@ class Document:
 
     def _check_top(self) -> None:
         if not isinstance(self.data, dict):
-            raise ConfigError(f"a document is a mapping at the top, not {got(self.data)}")
+            raise ConfigError(f"a document is a mapping at the top, not {describe_value(self.data)}")
 
     def save(self, path: str | FilePath | None = None) -> None:
         """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.
@@ -273,10 +273,10 @@ class Document:
         named, value = split_override(text)
         path = self._meant(named)
         if value is None:
-            self.remove(shown(path))
+            self.remove(format_path(path))
             return
         origin = describe_override(text)
-        self.set(shown(path), parse_yaml(value, origin).data)
+        self.set(format_path(path), parse_yaml(value, origin).data)
         self._provenance.note_set(path, origin)
 
     def _meant(self, text: str) -> Path:
@@ -284,7 +284,7 @@ class Document:
         from bridge.config.foreign.recognize import adopted
         from bridge.config.read.decode import Current
 
-        path = parsed(text)
+        path = parse_path(text)
         if not path or path[0] in self.data:
             return path
         try:
@@ -294,7 +294,7 @@ class Document:
         return Current(self.data, step.data, (step,)).origin(path)
 
     def _steps(self, path: str) -> Path:
-        steps = parsed(path)
+        steps = parse_path(path)
         if not steps:
             raise ConfigError(f"{path!r} names the whole document: name a place in it")
         return steps

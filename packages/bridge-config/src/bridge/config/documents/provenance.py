@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from bridge.config.errors import Problem
-from bridge.config.paths import Path, parsed
+from bridge.config.paths import Path, parse_path
 from bridge.config.text.nodes import Node
 from bridge.config.text.parse import Parsed
 
@@ -62,7 +62,7 @@ class Provenance:
         return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
     def _locate(self, problem: Problem, source: str) -> Problem:
-        path = parsed(problem.path)
+        path = parse_path(problem.path)
         if found := _nearest(self._origins, path) or _nearest(self._given_origins, self._in_text(path)):
             return Problem(problem.path, problem.message, found)
         nodes = self._nodes(path)
@@ -104,9 +104,9 @@ class Provenance:
         """Where the value that is now at `path` stands in the text."""
         if not self._migrations:
             return path
-        from bridge.config.read.decode import origin  # loaded already, as it was migrated
+        from bridge.config.read.decode import original_path  # loaded already, as it was migrated
 
-        return origin(path, self._migrations)
+        return original_path(path, self._migrations)
 
 
 def _nearest(origins: dict[Path, str], path: Path) -> str | None:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path as FilePath
 
 from bridge.config.documents.presets import preset, presets
-from bridge.config.errors import DocumentError, Problem, closest
+from bridge.config.errors import DocumentError, Problem, find_closest
 from bridge.config.text.limits import MAX_BYTES
 
 STANDARD_INPUT = "-"
@@ -71,7 +71,7 @@ def nearest_source(source: str) -> str:
     found = {os.path.splitext(entry)[0]: entry for entry in sorted(entries) if entry.endswith(SUFFIXES)}
     if source == file.name:
         found |= {name: name for name in presets() if name not in found}
-    close = closest(file.stem if file.suffix in SUFFIXES else file.name, found)
+    close = find_closest(file.stem if file.suffix in SUFFIXES else file.name, found)
     return f"; did you mean {source.removesuffix(file.name) + found[close]!r}?" if close is not None else ""
 
 

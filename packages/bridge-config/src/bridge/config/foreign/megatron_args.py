@@ -27,7 +27,7 @@ from bridge.config.foreign.argument_names import (
 from bridge.config.foreign.conversion import Adoption, is_off, transformer_of
 from bridge.config.foreign.layer_patterns import layers_in, layers_of_pattern, with_predictions
 from bridge.config.foreign.names import GPT, MAMBA, T5, YARN
-from bridge.config.paths import Path, shown
+from bridge.config.paths import Path, format_path
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.annotations import Instance, Plain, Type, inner_type
 from bridge.config.schema.table import shipped
@@ -64,7 +64,7 @@ def adopted(data: object) -> Migrated | None:
     if missing:
         what = f"these are arguments of Megatron-LM ({', '.join(found[:3])}), but some are missing: "
         how = "export all of them, as in json.dump(vars(checkpoint['args']), file, default=str)"
-        raise DocumentError([Problem(shown(at), f"{what}{', '.join(missing)}; {how}")])
+        raise DocumentError([Problem(format_path(at), f"{what}{', '.join(missing)}; {how}")])
     return _ArgumentsAdoption(args, at).finished()
 
 
@@ -146,7 +146,7 @@ class _ArgumentsAdoption(Adoption):
             value = pattern
         if name == "perform_initialization" and value is False:
             self.note(
-                f"{shown(path)}: false is taken over, so weights are not drawn: load a checkpoint, or set "
+                f"{format_path(path)}: false is taken over, so weights are not drawn: load a checkpoint, or set "
                 "$.transformer.perform_initialization to true"
             )
         if value is None and not {"null", "bool"} & _kinds(field.type):
@@ -265,13 +265,13 @@ class _ArgumentsAdoption(Adoption):
                 self._put(field, default if value is None else value, name)
         if (factor := args.get("rope_scaling_factor")) not in (None, _SCALING) and args.get("use_rope_scaling"):
             self.note(
-                f"{shown((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM scales by {_SCALING} "
-                "whatever it is: set $.rope_scaling_factor if the model was made with another"
+                f"{format_path((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM scales by "
+                f"{_SCALING} whatever it is: set $.rope_scaling_factor if the model was made with another"
             )
         if (length := args.get("seq_length")) not in (None, args["max_position_embeddings"]):
             self.note(
-                f"{shown((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: the model's "
-                "$.seq_length is max_position_embeddings"
+                f"{format_path((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: the "
+                "model's $.seq_length is max_position_embeddings"
             )
 
     def _take_vocabulary(self) -> None:
@@ -282,7 +282,7 @@ class _ArgumentsAdoption(Adoption):
             self._put_top("vocab_size", padded, "padded_vocab_size")
             self._set_top("should_pad_vocab", False)
             if size not in (None, padded):
-                at = shown((*self.at, "vocab_size"))
+                at = format_path((*self.at, "vocab_size"))
                 self.note(f"{at}: {size} left out, the model's $.vocab_size is padded_vocab_size")
         elif size is not None:
             self._put_top("vocab_size", size, "vocab_size")
@@ -297,7 +297,7 @@ class _ArgumentsAdoption(Adoption):
         args = self._args
         spec, path = args.get("spec"), (*self.at, "spec")
         if spec in USUAL_SPECS:
-            self.note(f"{shown(path)}: left to the default, which chooses these layers")
+            self.note(f"{format_path(path)}: left to the default, which chooses these layers")
         elif spec == ["local"]:
             self.transformer["transformer_impl"] = "local"
         elif not is_off(spec):

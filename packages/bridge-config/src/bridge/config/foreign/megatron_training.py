@@ -13,8 +13,8 @@ from bridge.config.foreign.conversion import Adoption, transformer_of
 from bridge.config.foreign.families import BRIDGE, FAMILIES, HYBRID_FAMILY, T5_FAMILY, Family
 from bridge.config.foreign.layer_patterns import layers_in, with_predictions
 from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, TRANSFORMER
-from bridge.config.paths import Path, shown
-from bridge.config.problems import shortened
+from bridge.config.paths import Path, format_path
+from bridge.config.problems import abbreviate
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Target
@@ -94,7 +94,7 @@ def _family(name: str, path: Path) -> tuple[Family, bool]:
     known = [family.provider for family in FAMILIES]
     if "Provider" not in cls:
         known = [family.configs[0] for family in FAMILIES if family.configs]
-    raise DocumentError([Problem(shown(path), f"{message}: {', '.join(map(repr, known))}")])
+    raise DocumentError([Problem(format_path(path), f"{message}: {', '.join(map(repr, known))}")])
 
 
 class _ReferenceAdoption(Adoption):
@@ -178,7 +178,8 @@ class _ReferenceAdoption(Adoption):
             return
         if declared:
             self.note(
-                f"{shown(path)}: {shortened(value)} left out, transformer.{key} is {shortened(self.transformer[key])}"
+                f"{format_path(path)}: {abbreviate(value)} left out, "
+                f"transformer.{key} is {abbreviate(self.transformer[key])}"
             )
         else:
             self.problem(path, f"transformer.{key} has another value: give it there only")
@@ -227,7 +228,7 @@ class _ReferenceAdoption(Adoption):
             own = model is not None and key in model.fields
             if key not in (self.top if own else self.transformer):
                 (self.top if own else self.transformer)[key] = value
-                self.note(f"{shown((*self.at, key))}: {value!r} written out, the default of a {plain}")
+                self.note(f"{format_path((*self.at, key))}: {value!r} written out, the default of a {plain}")
         known = (*(model.init_names if model else ()), *(transformer.init_names if transformer else ()))
         missing = sorted({*known} - {*self.top, *self.transformer, *data})
         if missing and data["_target_"] != self._family.provider:
@@ -247,7 +248,7 @@ class _ReferenceAdoption(Adoption):
             self.problem((*self.at, other[0]), f"Bridge can scale rotary frequencies only with {known}")
         self.top |= {"rope_scaling": True, "rope_scaling_factor": factor}
         self.moved(("rope_scaling_factor",), (*self.at, "scale_factor"))
-        self.note(f"{shown((*self.at, 'scale_factor'))}: now $.rope_scaling_factor, with $.rope_scaling true")
+        self.note(f"{format_path((*self.at, 'scale_factor'))}: now $.rope_scaling_factor, with $.rope_scaling true")
 
     def _take_layers(self, data: dict[str, Any]) -> None:
         """Layers that the default choice comes to by itself."""
@@ -257,11 +258,12 @@ class _ReferenceAdoption(Adoption):
         if self._is_provider and name in _CHOSEN_LAYERS and self.transformer.get(_CHOSEN_LAYERS[name]) is not None:
             self.top["transformer_layer_spec"] = None
             chooses = f"chooses these for a transformer with {_CHOSEN_LAYERS[name]}"
-            self.note(f"{shown(path)}: left to the default, which {chooses}")
+            self.note(f"{format_path(path)}: left to the default, which {chooses}")
         elif self._family is T5_FAMILY and name in (_T5_LAYERS % "local", _T5_LAYERS % "transformer_engine"):
             self.transformer["transformer_impl"] = "local" if "local" in name else "transformer_engine"
             self.note(
-                f"{shown(path)}: left to the default, with transformer_impl {self.transformer['transformer_impl']}"
+                f"{format_path(path)}: left to the default, with transformer_impl "
+                f"{self.transformer['transformer_impl']}"
             )
         elif self._family is T5_FAMILY and spec is not None:
             self.problem(

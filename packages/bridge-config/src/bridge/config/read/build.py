@@ -9,7 +9,7 @@ from operator import is_not
 from typing import Any
 
 from bridge.config.errors import TargetError
-from bridge.config.problems import Found, ReadError, below, refused, step
+from bridge.config.problems import ProblemList, ReadError, make_error, prefix_path, to_path_step
 from bridge.config.read.lookup import LiveLookup
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
@@ -29,14 +29,14 @@ def build(value: object) -> Any:
 
 def _config(made: Made) -> object:
     values = made.values.copy()
-    found: Found = []
+    found: ProblemList = []
     for name in made.composed:
         value = values[name]
         if (make := _MAKERS.get(type(value))) is not None:
             try:
                 values[name] = make(value)
             except ReadError as error:
-                found += [((step(name), *path), message) for path, message in error.found]
+                found += [((to_path_step(name), *path), message) for path, message in error.problems]
     if found:
         raise ReadError(found)
     return _instance(made.target, values, complete=made.complete)
@@ -58,13 +58,13 @@ def _live(target: Target) -> Target:
     try:
         return LiveLookup().named(target.name)
     except TargetError as error:
-        raise refused(str(error)) from error
+        raise make_error(str(error)) from error
 
 
 def _partial(value: Partial) -> object:
     args, keywords = value.args, value.keywords
     if args:
-        with below("_args_"):
+        with prefix_path("_args_"):
             args = _list(args)
     if not _MAKERS.keys().isdisjoint(map(type, keywords.values())):
         keywords = dict(zip(keywords, _each(keywords.items()), strict=True))
@@ -85,7 +85,7 @@ def _sequence(values: Any) -> Any:
     try:
         return type(values)(built)
     except TypeError:
-        raise refused("expected a list of plain values") from None
+        raise make_error("expected a list of plain values") from None
 
 
 def _dict(values: dict[Any, Any]) -> dict[Any, Any]:
@@ -97,21 +97,21 @@ def _dict(values: dict[Any, Any]) -> dict[Any, Any]:
         try:
             is_new = key not in built
         except TypeError:
-            raise refused("a key must be a plain value", step(name)) from None
+            raise make_error("a key must be a plain value", to_path_step(name)) from None
         if not is_new:
-            raise refused("duplicate key", step(name))
+            raise make_error("duplicate key", to_path_step(name))
         built[key] = value
     return built
 
 
 def _each(items: Any) -> list[Any]:
-    found: Found = []
+    found: ProblemList = []
     built = []
     for key, item in items:
         try:
             built.append(build(item))
         except ReadError as error:
-            found += [((step(key), *path), message) for path, message in error.found]
+            found += [((to_path_step(key), *path), message) for path, message in error.problems]
     if found:
         raise ReadError(found)
     return built
@@ -144,7 +144,7 @@ def _instance(target: Target, values: dict[str, Any], *, complete: bool) -> obje
         made = _made_anew(target, values) if complete else None
         if made is None:
             said = str(error) or type(error).__name__
-            raise refused(f"{target.short_name} refuses these values: {said}") from error
+            raise make_error(f"{target.short_name} refuses these values: {said}") from error
     # A named tuple or typed dict is what its constructor was given.
     if complete and not target.open and not isinstance(made, (tuple, dict)):
         _restore(made, values, target, in_order=by_position)

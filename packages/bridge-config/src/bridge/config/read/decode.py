@@ -8,12 +8,12 @@ from typing import Any
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
 from bridge.config.foreign.recognize import adopted
-from bridge.config.paths import Path, parsed, shown
-from bridge.config.problems import MAX_PROBLEMS, Found, ReadError, below, got, refused
+from bridge.config.paths import Path, format_path, parse_path
+from bridge.config.problems import MAX_PROBLEMS, ProblemList, ReadError, describe_value, make_error, prefix_path
 from bridge.config.read.build import build
 from bridge.config.read.generation import unfit_settings
 from bridge.config.read.lookup import LiveLookup, Lookup, TableLookup, check_builder
-from bridge.config.read.migrate import migrated
+from bridge.config.read.migrate import migrate
 from bridge.config.read.reader import Reader
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.annotations import Instance
@@ -35,7 +35,7 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
         DocumentError: lists all that is wrong with `data`.
     """
     config: ConfigT
-    present, wanted = current(data, lookup := LiveLookup()), Instance(document_name(cls) or "", cls)
+    present, wanted = migrate_document(data, lookup := LiveLookup()), Instance(document_name(cls) or "", cls)
     config, builder = _read(present, wanted, lookup, make=build)
     for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
         warn(note, OmittedWarning)
@@ -66,7 +66,7 @@ def check(data: object, *, defaults: bool = False) -> Checked:
     Raises:
         DocumentError: lists all that is wrong with `data`.
     """
-    present = current(data, lookup := TableLookup())
+    present = migrate_document(data, lookup := TableLookup())
     made, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_as_it_is, defaults=defaults)
     return Checked(made, builder or made.target.builder, present)
 
@@ -93,19 +93,19 @@ class Current:
         found: list[Problem] = []
         for number, step in enumerate(self.steps):
             before = self.steps[:number]
-            found += [Problem(shown(origin(path, before)), message) for path, message in step.problems]
+            found += [Problem(format_path(original_path(path, before)), message) for path, message in step.problems]
         return found
 
     def origin(self, path: Path) -> Path:
         """Where the value that is now at `path` stands in the document that was given."""
-        return origin(path, self.steps)
+        return original_path(path, self.steps)
 
 
 def _as_it_is(made: Made) -> Made:
     return made
 
 
-def current(data: object, lookup: Lookup) -> Current:
+def migrate_document(data: object, lookup: Lookup) -> Current:
     """The document `data`, which may be of the reference or of an older version, in the present form."""
 
     def target_of(name: str) -> Target | None:
@@ -118,13 +118,13 @@ def current(data: object, lookup: Lookup) -> Current:
 
     try:
         foreign = adopted(data)
-        own = migrated(foreign.data, target_of)
+        own = migrate(foreign.data, target_of)
         return Current(data, own.data, (foreign, own))
     except RecursionError:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 
 
-def origin(path: Path, steps: tuple[Migrated, ...]) -> Path:
+def original_path(path: Path, steps: tuple[Migrated, ...]) -> Path:
     """Where the value that is at `path` after the steps stood before them."""
     for step in reversed(steps):
         came_from = dict(step.moves)
@@ -139,19 +139,19 @@ def _read[T](
     present: Current, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
 ) -> tuple[T, str | None]:
     """What `make` makes of the config that `present` describes, and the builder that the document names."""
-    found: Found = []
+    found: ProblemList = []
     problems, cause = present.problems, None
     try:
         described, builder = _document(present.data, wanted, lookup, defaults=defaults)
         made = make(described)
     except ReadError as error:
-        found, cause = error.found, error.__cause__
+        found, cause = error.problems, error.__cause__
     except TargetError as error:  # a class that cannot be described, where its name is not asked for
         found = [((), str(error))]
     except RecursionError:
         found = [((), "nested too deeply")]
     more = len(problems) + len(found) - MAX_PROBLEMS
-    problems += [Problem(shown(present.origin(path)), message) for path, message in found[:MAX_PROBLEMS]]
+    problems += [Problem(format_path(present.origin(path)), message) for path, message in found[:MAX_PROBLEMS]]
     if more > 0:
         problems[MAX_PROBLEMS:] = [Problem("$", f"{more:,} more problems")]
     if problems:
@@ -161,24 +161,28 @@ def _read[T](
 
 def _document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool) -> tuple[Made, str | None]:
     if not isinstance(data, dict):
-        raise refused(f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {got(data)}")
+        raise make_error(
+            f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {describe_value(data)}"
+        )
     if "_target_" not in data:
-        raise refused("missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'")
+        raise make_error(
+            "missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'"
+        )
     omissions = data.get("_omitted_", [])
     found = _wrong_omissions(omissions)
     reader = Reader(lookup, {} if found else _omitted(omissions, data), defaults=defaults)
     try:
         target = _class(data["_target_"], wanted, reader)
     except ReadError as error:
-        raise ReadError(error.found + found) from error.__cause__
+        raise ReadError(error.problems + found) from error.__cause__
     try:
         builder = _builder(data.get("_builder_"), target, lookup)
     except ReadError as error:
-        found += error.found
+        found += error.problems
     try:
         made = reader.config(data, target, is_document=True)
     except ReadError as error:
-        raise ReadError(error.found + found) from error.__cause__
+        raise ReadError(error.problems + found) from error.__cause__
     found += unfit_settings(data, target)
     if found:
         raise ReadError(found)
@@ -186,10 +190,10 @@ def _document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool)
 
 
 def _class(name: object, wanted: Instance, reader: Reader) -> Target:
-    with below("_target_"):
+    with prefix_path("_target_"):
         target = reader.class_named(name, (wanted,))
         if target.name == MODEL_CONFIG:
-            raise refused(f"{target.name} is the abstract base: name a class derived from it")
+            raise make_error(f"{target.name} is the abstract base: name a class derived from it")
         return target
 
 
@@ -197,41 +201,41 @@ def _builder(name: object, target: Target, lookup: Lookup) -> str | None:
     """The builder that a document names, if it is not the class's own."""
     if name is None or name == target.builder:
         return None
-    with below("_builder_"):
+    with prefix_path("_builder_"):
         if not isinstance(name, str):
-            raise refused(f"expected the name of a ModelBuilder, got {got(name)}")
+            raise make_error(f"expected the name of a ModelBuilder, got {describe_value(name)}")
         try:
             check_builder(name, target, lookup)
         except TargetError as error:
-            raise refused(str(error)) from error
+            raise make_error(str(error)) from error
     return name
 
 
 _MAX_REASON = 1000  # characters
 
 
-def _wrong_omissions(entries: object) -> Found:
+def _wrong_omissions(entries: object) -> ProblemList:
     """What is wrong with the list of what a document leaves out."""
     if not isinstance(entries, list):
-        return [(("_omitted_",), f"expected a list of {{path: ..., reason: ...}}, got {got(entries)}")]
-    found: Found = []
+        return [(("_omitted_",), f"expected a list of {{path: ..., reason: ...}}, got {describe_value(entries)}")]
+    found: ProblemList = []
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.keys() != {"path", "reason"}:
             found.append((("_omitted_", i), "expected {path: ..., reason: ...}"))
             continue
         path, reason = entry["path"], entry["reason"]
         if not _is_path(path):
-            said = f"expected a path such as '$.transformer.init_method', got {got(path)}"
+            said = f"expected a path such as '$.transformer.init_method', got {describe_value(path)}"
             found.append((("_omitted_", i, "path"), said))
         if not isinstance(reason, str) or not reason.isprintable() or len(reason) > _MAX_REASON:
-            said = f"expected a line of at most {_MAX_REASON:,} characters, got {got(reason)}"
+            said = f"expected a line of at most {_MAX_REASON:,} characters, got {describe_value(reason)}"
             found.append((("_omitted_", i, "reason"), said))
     return found
 
 
 def _is_path(text: object) -> bool:
     try:
-        return isinstance(text, str) and bool(parsed(text))
+        return isinstance(text, str) and bool(parse_path(text))
     except ConfigError:
         return False
 
@@ -242,7 +246,9 @@ def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, s
     for entry in entries:
         _note_missing(fields, data, entry["path"])
     if entries:
-        what = "; ".join(f"{shown(parsed(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS])
+        what = "; ".join(
+            f"{format_path(parse_path(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS]
+        )
         more = f" and {len(entries) - MAX_PROBLEMS:,} more" if len(entries) > MAX_PROBLEMS else ""
         said = f"the document was written without {what}{more}: the defaults are taken"
         warn(said, OmittedWarning)
@@ -252,7 +258,7 @@ def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, s
 def _note_missing(fields: dict[int, set[str]], data: dict[str, Any], path: str) -> None:
     """Add to `fields` the first key of `path` that `data` has not got."""
     node: Any = data
-    for key in parsed(path):
+    for key in parse_path(path):
         if isinstance(node, dict) and isinstance(key, str) and key not in node:
             fields.setdefault(id(node), set()).add(key)
             return

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from bridge.config.errors import ConfigError
-from bridge.config.paths import shown
-from bridge.config.problems import Found, ReadError
+from bridge.config.paths import format_path
+from bridge.config.problems import ProblemList, ReadError
 from bridge.config.read.build import build
 from bridge.config.read.lookup import LiveLookup
 from bridge.config.schema import registry
@@ -15,7 +15,7 @@ from bridge.config.schema.generation import FIELD, GenerationSettings, wrong_set
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import Made
-from bridge.config.write.defaults import written_default
+from bridge.config.write.defaults import encode_default
 
 
 def object_of(settings: GenerationSettings) -> object:
@@ -30,16 +30,16 @@ def object_of(settings: GenerationSettings) -> object:
         target = LiveLookup().named(GENERATION_CONFIG)
         return build(Made(target, dict(settings), composed=tuple(settings)))
     except ReadError as error:
-        said = "; ".join(f"{shown((FIELD, *path))}: {message}" for path, message in error.found)
+        said = "; ".join(f"{format_path((FIELD, *path))}: {message}" for path, message in error.problems)
         raise ConfigError(said) from error.__cause__
 
 
-def unfit_settings(data: dict[str, Any], target: Target) -> Found:
+def unfit_settings(data: dict[str, Any], target: Target) -> ProblemList:
     """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
     if (settings := data.get(FIELD)) is None:
         return []
     sizes = {
-        name: data.get(name, written_default(target, name)) if name in target.fields else None
+        name: data.get(name, encode_default(target, name)) if name in target.fields else None
         for name in ("vocab_size", "seq_length")
     }
     return [((FIELD, name), said) for name, said in wrong_settings(settings, **sizes)]

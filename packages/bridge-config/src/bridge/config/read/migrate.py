@@ -10,8 +10,8 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.errors import ConfigError
-from bridge.config.paths import Path, parsed, shown
-from bridge.config.problems import got, shortened
+from bridge.config.paths import Path, format_path, parse_path
+from bridge.config.problems import abbreviate, describe_value
 from bridge.config.rewrite import Migrated
 from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, inner_type
 from bridge.config.schema.inspection import TargetOf, config_at
@@ -19,7 +19,7 @@ from bridge.config.schema.target import Target
 from bridge.config.schema.versions import VERSION_KEY, Change, Changed, Moved, Removed, Schema
 
 
-def migrated(data: Any, target_of: TargetOf) -> Migrated:
+def migrate(data: Any, target_of: TargetOf) -> Migrated:
     """The document `data` with every config in it at its current version.
 
     A config without `_version_` is at its current version already. Of values that are in the way of a problem nothing
@@ -32,7 +32,7 @@ def migrated(data: Any, target_of: TargetOf) -> Migrated:
     return work.finished()
 
 
-def hint_for(target: Target, key: str) -> str:
+def describe_change(target: Target, key: str) -> str:
     """What became of the field `key`, for a message that calls it unknown; empty if no change knows of it."""
     name, hint = key, ""
     for since, changes in target.schema.after(0) if target.schema else ():
@@ -103,7 +103,7 @@ class _Migration:
         """The result, once all values were visited."""
         self.result.moves = list(self._old.items())
         for entry, path in self._omitted:
-            entry["path"] = shown(path)
+            entry["path"] = format_path(path)
         return self.result
 
     def value(self, value: Any, type_: Type, path: Path) -> None:
@@ -124,11 +124,11 @@ class _Migration:
             return
         schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
         if type(version) is not int or version < 1:
-            self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {shortened(version)}")
+            self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {abbreviate(version)}")
         elif version > schema.version:
             self._problem(
                 (*path, VERSION_KEY),
-                f"written by version {got(version)} of {target.short_name}; this installation knows up to "
+                f"written by version {describe_value(version)} of {target.short_name}; this installation knows up to "
                 f"{schema.version}: update it",
             )
         else:
@@ -181,38 +181,38 @@ class _Step:
                 self._change(change)
 
     def _remove(self, change: Removed) -> None:
-        path = parsed(change.field)
+        path = parse_path(change.field)
         value = self._pop(path)
         if value is MISSING:
             return
         where = self._work.old((*self._path, *path))
         if any(_same(value, harmless) for harmless in change.harmless):
-            said = f"{shown(where)}: {shortened(value)} left out, {self._version} removed it: {change.reason}"
+            said = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(said)
         else:
-            message = f"{self._version} removed it, and {shortened(value)} cannot be dropped: {change.reason}"
+            message = f"{self._version} removed it, and {abbreviate(value)} cannot be dropped: {change.reason}"
             self._work.result.problems.append((where, message))
 
     def _move(self, changes: list[Moved]) -> None:
-        taken = [(change, self._pop(parsed(change.old))) for change in changes]
+        taken = [(change, self._pop(parse_path(change.old))) for change in changes]
         went = []
         for change, value in taken:
-            now, new = (*self._path, *parsed(change.old)), (*self._path, *parsed(change.new))
+            now, new = (*self._path, *parse_path(change.old)), (*self._path, *parse_path(change.new))
             if value is MISSING:
                 went.append((now, new))
                 continue
-            if reason := self._put(parsed(change.new), value):
+            if reason := self._put(parse_path(change.new), value):
                 self._work.result.problems.append(
                     (self._work.old(now), f"{self._version} calls it {change.new!r}: {reason}")
                 )
                 continue
             went.append((now, new))
-            said = f"{shown(self._work.old(now))}: now {shown(new)}, as {self._version} has it"
+            said = f"{format_path(self._work.old(now))}: now {format_path(new)}, as {self._version} has it"
             self._work.result.notes.append(said)
         self._work.moved(went)
 
     def _change(self, change: Changed) -> None:
-        path = parsed(change.field)
+        path = parse_path(change.field)
         here = (*self._path, *path)
         inside = _mapping_at(self._data, path[:-1])
         if inside is None:
@@ -221,13 +221,13 @@ class _Step:
         if value is MISSING:
             if change.absent is not MISSING and not self._work.is_omitted(here):
                 inside[path[-1]] = _copied(change.absent)
-                said = f"{shown(here)}: {change.absent!r} written out, its default before {self._version}"
+                said = f"{format_path(here)}: {change.absent!r} written out, its default before {self._version}"
                 self._work.result.notes.append(said)
             return
         for old, new in change.values:
             if _same(value, old):
                 inside[path[-1]] = _copied(new)
-                said = f"{shown(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
+                said = f"{format_path(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
                 self._work.result.notes.append(said)
                 return
 
@@ -242,7 +242,7 @@ class _Step:
         for depth, key in enumerate(path[:-1], 1):
             inside = inside.setdefault(key, {})
             if not isinstance(inside, dict):
-                return f"{shown((*self._path, *path[:depth]))} is not a mapping that could hold it"
+                return f"{format_path((*self._path, *path[:depth]))} is not a mapping that could hold it"
         if path[-1] in inside:
             return "the document gives both: remove one"
         inside[path[-1]] = value
@@ -262,7 +262,7 @@ def _omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
     entries = data.get("_omitted_") if isinstance(data, dict) else None
     for entry in entries if isinstance(entries, list) else ():
         try:
-            yield entry, parsed(entry["path"])
+            yield entry, parse_path(entry["path"])
         except (TypeError, KeyError, AttributeError, ConfigError):
             continue  # whoever reads the document says what is wrong with it
 

@@ -12,12 +12,20 @@ from dataclasses import MISSING
 from functools import partial
 from typing import Any
 
-from bridge.config.errors import TargetError, nearest, quoted
-from bridge.config.paths import Path, parsed
-from bridge.config.problems import Found, ReadError, below, got, refused, step, unexpected
+from bridge.config.errors import TargetError, did_you_mean, quote_name
+from bridge.config.paths import Path, parse_path
+from bridge.config.problems import (
+    ProblemList,
+    ReadError,
+    describe_value,
+    make_error,
+    make_mismatch_error,
+    prefix_path,
+    to_path_step,
+)
 from bridge.config.read.fit import fits, holds, kind_of, suits
 from bridge.config.read.lookup import LiveLookup, Lookup
-from bridge.config.read.migrate import hint_for
+from bridge.config.read.migrate import describe_change
 from bridge.config.read.plan import Plan, plan_for, read_before
 from bridge.config.read.view import View
 from bridge.config.schema.annotations import (
@@ -44,7 +52,7 @@ from bridge.config.schema.registered import generation
 from bridge.config.schema.table import shipped_dtypes
 from bridge.config.schema.target import Target, remember, shape_of
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
-from bridge.config.write.defaults import written_default
+from bridge.config.write.defaults import encode_default
 
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
@@ -101,7 +109,7 @@ class Reader:
             return self._sequence(value, type_)
         if any(fits(value, member) for member in type_):
             return value
-        raise unexpected(self._wanted(type_), value)
+        raise make_mismatch_error(self._wanted(type_), value)
 
     def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Any:
         """The instance of the config class `target` that the mapping, or the whole document, `data` describes."""
@@ -114,7 +122,7 @@ class Reader:
         values = dict(data)
         for key in plan.left_out:
             del values[key]
-        found: Found = []
+        found: ProblemList = []
         owned = self._owned_by_embedded(data, target) if target.embeds is not None else _NO_NAMES
         if owned:
             belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
@@ -126,7 +134,7 @@ class Reader:
                 try:
                     values[key] = self._unknown(key, data[key], target, owned)
                 except ReadError as error:
-                    found += [((step(key), *path), message) for path, message in error.found]
+                    found += [((to_path_step(key), *path), message) for path, message in error.problems]
         texts = self._texts
         for key, type_ in plan.read:
             value = data[key]
@@ -137,7 +145,7 @@ class Reader:
                 values[key] = self.field(key, value, type_, target)
             except ReadError as error:
                 if key not in owned:
-                    found += [((key, *path), message) for path, message in error.found]
+                    found += [((key, *path), message) for path, message in error.problems]
         found += [((key,), "required, but missing") for key in plan.required if key not in owned]
         found += self._wrong_fields(data, target, found)
         if found:
@@ -160,17 +168,17 @@ class Reader:
         found: dict[str, Any] = {}
         hints, self._hints = self._hints, 0  # nobody reads why a default is refused
         for name in names:
-            if name not in values and (default := written_default(target, name)) is not MISSING:
+            if name not in values and (default := encode_default(target, name)) is not MISSING:
                 # It may be one that its annotation denies, or the name of what is not registered.
                 with suppress(ReadError):
                     found[name] = self.value(default, target.fields[name].type)
         self._hints = hints
         return found
 
-    def _wrong_fields(self, data: dict[str, Any], target: Target, known: Found) -> Found:
+    def _wrong_fields(self, data: dict[str, Any], target: Target, known: ProblemList) -> ProblemList:
         """What is wrong with the values of a config's fields, and, if that and `known` is nothing, between them."""
         ranges = ranges_of(target.bases)
-        found: Found = [
+        found: ProblemList = [
             ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
         ]
         if known:
@@ -179,7 +187,7 @@ class Reader:
             return found
         embedded = data.get(target.embeds) if target.embeds is not None else None
         view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))
-        return [(parsed(path), said) for path, said in check_fields(view, target.bases)]
+        return [(parse_path(path), said) for path, said in check_fields(view, target.bases)]
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """The value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
@@ -193,15 +201,15 @@ class Reader:
             return self.value(value, ANYTHING)
         hint = ""
         if isinstance(key, str):
-            became = hint_for(target, key)
+            became = describe_change(target, key)
             hint = f": it {became}" if became else self._near(key, target.fields)
             hint = hint or self._near(key, inner, prefix=f"{target.embeds}.")
-        raise refused(f"unknown key of {target.short_name}{hint}")
+        raise make_error(f"unknown key of {target.short_name}{hint}")
 
     def _near(self, name: str, known: Iterable[str], *, prefix: str = "") -> str:
         """The end of a message about an unknown name, see `nearest`."""
         self._hints -= 1
-        return nearest(name, known, prefix=prefix) if self._hints >= 0 else ""
+        return did_you_mean(name, known, prefix=prefix) if self._hints >= 0 else ""
 
     def _owned_by_embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
         """The fields that the config in `target.embeds` owns."""
@@ -220,7 +228,7 @@ class Reader:
         for member in type_:
             if holds(member, target):
                 return target
-        raise refused(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
+        raise make_error(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
 
     def class_in(self, data: dict[str, Any], type_: Type) -> Target:
         """The config class that the mapping `data` describes an instance of."""
@@ -228,18 +236,18 @@ class Reader:
             name = data["_target_"]
             if type(name) is str and (known := self._classes.get((id(type_), name))) is not None:
                 return known
-            with below("_target_"):
+            with prefix_path("_target_"):
                 target = self.class_named(name, type_)
                 if target.kind != "config":
-                    raise refused(f"{name!r} is not a config: documents describe only dataclasses")
+                    raise make_error(f"{name!r} is not a config: documents describe only dataclasses")
                 self._classes[id(type_), target.name] = target
                 return target
         candidates = [target for target in map(self._of, type_) if target is not None and target.kind == "config"]
         if len(candidates) == 1:
             return candidates[0]
         if candidates:
-            raise refused("missing '_target_': " + " or ".join(repr(target.name) for target in candidates))
-        raise unexpected(self._wanted(type_), data)
+            raise make_error("missing '_target_': " + " or ".join(repr(target.name) for target in candidates))
+        raise make_mismatch_error(self._wanted(type_), data)
 
     def _of(self, member: Member) -> Target | None:
         return self._lookup.of(member) if isinstance(member, Instance) else None
@@ -253,7 +261,7 @@ class Reader:
                     return value
                 case Anything():
                     return value
-        raise unexpected(self._wanted(type_), value)
+        raise make_mismatch_error(self._wanted(type_), value)
 
     def _text(self, value: str, type_: Type) -> Any:
         texts = self._texts
@@ -282,7 +290,7 @@ class Reader:
                     known += only or enum.members
         if any(isinstance(member, (Function, Class)) for member in type_):
             return self._fitting(value, type_)
-        raise unexpected(self._wanted(type_), value, self._near(value, known))
+        raise make_mismatch_error(self._wanted(type_), value, self._near(value, known))
 
     def _sequence(self, value: Any, type_: Type, named: str = "") -> Any:
         """A list as the kind of sequence that the place asks for, or as the kind `named`; a live tuple or set as is."""
@@ -301,18 +309,18 @@ class Reader:
             except ReadError as error:
                 errors.append(error)
         if not errors:
-            raise refused(f"expected {self._wanted(type_)}, got {f'a {named}' if named else got(value)}")
+            raise make_error(f"expected {self._wanted(type_)}, got {f'a {named}' if named else describe_value(value)}")
         # Of a union's members, the one that fits farthest down is the one that was meant.
-        raise max(errors, key=lambda error: max(len(path) for path, _ in error.found))
+        raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
     def _fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
-        found: Found = [((i,), "required, but missing") for i in range(len(value), len(items))]
+        found: ProblemList = [((i,), "required, but missing") for i in range(len(value), len(items))]
         if len(value) > len(items):
             found.append(((len(items),), f"one too many: expected a list of {len(items)}"))
         try:
             read = self._each_of((i, item, of) for i, (item, of) in enumerate(zip(value, items, strict=False)))
         except ReadError as error:
-            found = error.found + found
+            found = error.problems + found
         if found:
             raise ReadError(found)
         return tuple(read)
@@ -321,13 +329,13 @@ class Reader:
         return self._each_of((key, item, type_) for key, item in items)
 
     def _each_of(self, items: Iterable[tuple[Any, Any, Type]]) -> list[Any]:
-        found: Found = []
+        found: ProblemList = []
         read = []
         for key, item, type_ in items:
             try:
                 read.append(self.value(item, type_))
             except ReadError as error:
-                found += [((step(key), *path), message) for path, message in error.found]
+                found += [((to_path_step(key), *path), message) for path, message in error.problems]
         if found:
             raise ReadError(found)
         return read
@@ -347,8 +355,8 @@ class Reader:
         if "_call_" in data:
             _only(data, {"_target_", "_call_"})
             if data["_call_"] is not False:
-                raise refused("must be false: a document calls nothing", "_call_")
-            with below("_target_"):
+                raise make_error("must be false: a document calls nothing", "_call_")
+            with prefix_path("_target_"):
                 return self._fitting(data.get("_target_"), type_)
         return self.config(data, self.class_in(data, type_))
 
@@ -361,39 +369,39 @@ class Reader:
             except ReadError as error:
                 errors.append(error)
         # Of a union's members, the one that fits farthest down is the one that was meant.
-        raise max(errors, key=lambda error: max(len(path) for path, _ in error.found))
+        raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
     def _dict(self, data: dict[Any, Any], member: Mapping | Anything) -> dict[Any, Any]:
         if isinstance(member, Anything):
             return dict(zip(data, self._each(data.items(), ANYTHING), strict=True))
         keys = self._each(((name, name) for name in data), member.key)
         values = self._each(data.items(), member.value)
-        return _gathered(zip(keys, values, ((step(name),) for name in data), strict=True))
+        return _gathered(zip(keys, values, ((to_path_step(name),) for name in data), strict=True))
 
     def _builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
         """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
         _only(data, {"_target_", "_args_"})
         args = data.get("_args_")
         if not isinstance(args, list) or len(args) != 1:
-            raise refused("expected a list of one value", "_args_")
-        with below("_args_", 0):
+            raise make_error("expected a list of one value", "_args_")
+        with prefix_path("_args_", 0):
             if kind == "float":
                 return self._not_finite(args[0], type_)
             if not isinstance(args[0], list):
-                raise refused(f"expected a list, got {got(args[0])}")
+                raise make_error(f"expected a list, got {describe_value(args[0])}")
             return self._pairs(args[0], type_) if kind == "dict" else self._sequence(args[0], type_, kind)
 
     def _not_finite(self, text: Any, type_: Type) -> Any:
         """A number that JSON has no notation for."""
         if not isinstance(text, str) or text not in _NOT_FINITE:
-            raise refused(f"expected {' or '.join(map(repr, _NOT_FINITE))}, got {got(text)}")
+            raise make_error(f"expected {' or '.join(map(repr, _NOT_FINITE))}, got {describe_value(text)}")
         return self._scalar(_NOT_FINITE[text], type_)
 
     def _pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
         """A dict, written as a list of its keys and values."""
         found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
         if not found:
-            raise refused(f"expected {self._wanted(type_)}, got a mapping")
+            raise make_error(f"expected {self._wanted(type_)}, got a mapping")
         read: dict[Any, Any] = self._first([partial(self._paired, pairs, member) for member in found])
         return read
 
@@ -404,20 +412,20 @@ class Reader:
 
     def _partial(self, data: dict[str, Any], type_: Type) -> Any:
         if _FUNCTION_KINDS.isdisjoint(map(type, type_)):
-            raise refused(f"expected {self._wanted(type_)}, got a partial", "_partial_")
+            raise make_error(f"expected {self._wanted(type_)}, got a partial", "_partial_")
         keywords = dict(data)
         name, args = keywords.pop("_target_", None), keywords.pop("_args_", [])
         if (mark := keywords.pop("_partial_")) is not True:
-            raise refused(f"expected true, got {got(mark)}", "_partial_")
+            raise make_error(f"expected true, got {describe_value(mark)}", "_partial_")
         if strange := [key for key in keywords if not isinstance(key, str) or not key.isidentifier() or key[0] == "_"]:
-            raise ReadError([((step(key),), "unknown key of a partial") for key in strange])
+            raise ReadError([((to_path_step(key),), "unknown key of a partial") for key in strange])
         if not isinstance(args, list):
-            raise refused(f"expected a list, got {got(args)}", "_args_")
+            raise make_error(f"expected a list, got {describe_value(args)}", "_args_")
         if type(name) is not str or (function := self._texts.get((id(_FUNCTION), name))) is None:
-            with below("_target_"):
+            with prefix_path("_target_"):
                 function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
         if args:
-            with below("_args_"):
+            with prefix_path("_args_"):
                 args = self.value(args, ANYTHING)
         if not _SCALARS.issuperset(map(type, keywords.values())):
             keywords = dict(zip(keywords, self._each(keywords.items(), ANYTHING), strict=True))
@@ -427,10 +435,10 @@ class Reader:
         """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
         # The reference writes the member's value beside its name.
         _only(data, {"_target_", "_name_", "_args_"})
-        with below("_target_"):
+        with prefix_path("_target_"):
             target = self.class_named(data.get("_target_"), type_)
             if target.kind != "enum":
-                raise refused(f"{data['_target_']!r} is not an enumeration")
+                raise make_error(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
         members = [
             one for member in type_ if holds(member, target) for one in getattr(member, "only", ()) or target.members
@@ -438,21 +446,24 @@ class Reader:
         if not isinstance(name, str) or name not in members:
             near = self._near(name, members) if isinstance(name, str) else ""
             if isinstance(name, str) and name in target.members:
-                raise refused(f"expected one of {', '.join(members)}, got {name!r}", "_name_")
-            raise refused(f"{target.short_name} has no member {quoted(name) if near else got(name)}{near}", "_name_")
+                raise make_error(f"expected one of {', '.join(members)}, got {name!r}", "_name_")
+            raise make_error(
+                f"{target.short_name} has no member {quote_name(name) if near else describe_value(name)}{near}",
+                "_name_",
+            )
         return EnumMember(target, name)
 
     def _fitting(self, name: object, type_: Type) -> Any:
         """The thing itself that `name` stands for, if it fits the place."""
         target = self._resolved(name, type_)
         if not any(suits(target, member) for member in type_):
-            raise refused(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
+            raise make_error(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
         return Named(target)
 
     def _resolved(self, name: object, type_: Type) -> Target:
         """What `name` stands for. The classes of an annotation are code: they need no registration."""
         if not isinstance(name, str):
-            raise refused(f"expected a name, got {got(name)}")
+            raise make_error(f"expected a name, got {describe_value(name)}")
         try:
             for member in type_:
                 own = member.name if isinstance(member, Instance) else getattr(member, "bound", None)
@@ -461,7 +472,7 @@ class Reader:
             return self._lookup.named(name, suggest=self._suggest and self._hints > 0)
         except TargetError as error:
             self._hints -= 1
-            raise refused(str(error)) from error
+            raise make_error(str(error)) from error
 
     def _wanted(self, type_: Type) -> str:
         """What a place of this type expects."""
@@ -511,9 +522,9 @@ def _gathered(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
         try:
             is_new = key not in read
         except TypeError:
-            raise refused("a key must be a plain value", *path) from None
+            raise make_error("a key must be a plain value", *path) from None
         if not is_new:
-            raise refused("duplicate key", *path)
+            raise make_error("duplicate key", *path)
         read[key] = value
     return read
 
@@ -522,12 +533,12 @@ def _collected(kind: str, items: list[Any]) -> Any:
     try:
         return _COLLECT[kind](items)
     except TypeError:
-        raise refused("expected a list of plain values") from None
+        raise make_error("expected a list of plain values") from None
 
 
-def unopened(data: dict[str, Any], target: Target) -> Found:
+def unopened(data: dict[str, Any], target: Target) -> ProblemList:
     """Where the constructor would open a file, which documents do not."""
-    found: Found = []
+    found: ProblemList = []
     for name, content in target.files.items():
         if not data.get(content):
             said = f"reading a document opens no file: give what is in it as {content}"
@@ -539,4 +550,4 @@ def _only(data: dict[str, Any], keys: set[str]) -> None:
     """Refuse keys of `data` beside `keys`."""
     if strange := [key for key in data if key not in keys]:
         beside = " and ".join(sorted(keys & data.keys()))
-        raise ReadError([((step(key),), f"unknown key beside {beside}") for key in strange])
+        raise ReadError([((to_path_step(key),), f"unknown key beside {beside}") for key in strange])

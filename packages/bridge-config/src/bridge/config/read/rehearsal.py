@@ -9,7 +9,7 @@ from typing import Any, is_typeddict
 
 from bridge.config.errors import TargetError
 from bridge.config.paths import Path
-from bridge.config.problems import Found, ReadError, got, step
+from bridge.config.problems import ProblemList, ReadError, describe_value, to_path_step
 from bridge.config.read.build import build
 from bridge.config.read.generation import unfit_settings
 from bridge.config.read.lookup import LiveLookup, check_builder
@@ -27,10 +27,10 @@ _MODEL: Type = (Instance(MODEL_CONFIG),)
 
 
 class Rehearsing:
-    """The rehearsal of one document; `found` is what is refused, or not read as it was, with its path."""
+    """The rehearsal of one document; `problems` is what is refused, or not read as it was, with its path."""
 
     def __init__(self) -> None:
-        self.found: Found = []
+        self.problems: ProblemList = []
 
     @cached_property
     def _reader(self) -> Reader:
@@ -62,13 +62,13 @@ class Rehearsing:
             target = self._reader.class_in(form, type_)
         except ReadError as error:
             return self._refused(error, path)
-        self.found += [((*path, *at), message) for at, message in unopened(form, target)]
+        self.problems += [((*path, *at), message) for at, message in unopened(form, target)]
         return target.obj is type(value) or self._compared(Made(target, {}), value, path)
 
     def document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document says: its class, its builder and whether generation settings fit."""
         if qualified_name(type(config)) == MODEL_CONFIG:
-            self.found.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
+            self.problems.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
             return
         if not self.config(data, config, _MODEL, ()):
             return
@@ -76,36 +76,36 @@ class Rehearsing:
             try:
                 check_builder(config.builder, self._reader.class_in(data, _MODEL), LiveLookup(), suggest=False)
             except TargetError as error:
-                self.found.append((("_builder_",), str(error)))
+                self.problems.append((("_builder_",), str(error)))
         if data.get(GENERATION_FIELD) is not None:
-            self.found += unfit_settings(data, self._reader.class_in(data, _MODEL))
+            self.problems += unfit_settings(data, self._reader.class_in(data, _MODEL))
 
     def _refused(self, error: ReadError, path: Path) -> bool:
-        self.found += [((*path, *at), message) for at, message in error.found]
+        self.problems += [((*path, *at), message) for at, message in error.problems]
         return False
 
     def _compared(self, read: object, value: object, path: Path) -> bool:
         difference = _difference(read, value)
         if difference is not None:
             at, message = difference
-            self.found.append(((*path, *at), message))
+            self.problems.append(((*path, *at), message))
         return difference is None
 
 
-def denied_values(config: object) -> Found:
+def denied_values(config: object) -> ProblemList:
     """What is wrong with numbers, texts, truth values and None in fields for nothing else, of embedded configs too.
 
     Text may be the name of a function or member elsewhere: whoever uses such a field knows better.
     """
     reader = Reader(LiveLookup())
-    found: Found = []
+    found: ProblemList = []
     for name, field in describe(type(config)).fields.items():
         value = vars(config).get(field.attribute or name, ...)  # not there: the embedded config has it
         if type(value) in _PLAIN_TYPES and all(isinstance(member, (Plain, Choice)) for member in field.type):
             try:
                 reader.value(value, field.type)
             except ReadError as error:
-                found += [((name, *at), message) for at, message in error.found]
+                found += [((name, *at), message) for at, message in error.problems]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             found += [((name, *at), message) for at, message in denied_values(value)]
     return found
@@ -124,7 +124,11 @@ def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
             [("_target_", read.function, value.func), ("_args_", read.args, list(value.args))]
         ) or _difference(read.keywords, value.keywords)
     if isinstance(value, float) and isinstance(read, float):  # also NaN, and the floats of NumPy
-        return None if repr(read) == repr(float(value)) else ((), f"{got(value)} is read back as {got(read)}")
+        return (
+            None
+            if repr(read) == repr(float(value))
+            else ((), f"{describe_value(value)} is read back as {describe_value(read)}")
+        )
     if type(read) is not type(value):
         return (), _other_type(type(value).__qualname__, type(read).__qualname__)
     if isinstance(value, dict):
@@ -134,7 +138,7 @@ def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
         return _first_difference(zip(range(len(value)), read, value, strict=True))
     if isinstance(value, (set, frozenset)) and any(isinstance(item, (Made, Partial)) for item in read):
         return None if len(read) == len(value) else ((), "equal items are read back as one")
-    return None if read == value else ((), f"{got(value)} is read back as {got(read)}")
+    return None if read == value else ((), f"{describe_value(value)} is read back as {describe_value(read)}")
 
 
 def _made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
@@ -159,5 +163,5 @@ def _first_difference(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[Path
     for key, read, value in items:
         if (found := _difference(read, value)) is not None:
             path, message = found
-            return (step(key), *path), message
+            return (to_path_step(key), *path), message
     return None

@@ -10,7 +10,7 @@ from bridge.config.schema.pipeline_layout import stages_of
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.table import shipped_dtypes
 from bridge.config.schema.target import Target
-from bridge.config.write.defaults import written_default
+from bridge.config.write.defaults import encode_default
 
 
 class View:
@@ -47,7 +47,7 @@ class View:
             return getattr(embedded, name)
         if name not in fields:
             raise AttributeError(name)
-        default = written_default(values[_TARGET], name)
+        default = encode_default(values[_TARGET], name)
         return None if default is MISSING else default
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.config.schema.names import GENERATION_CONFIG
 
 FIELD = "generation_config"
@@ -71,10 +71,14 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
     for name in _TOKENS:
         beyond = [token for token in _numbers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
         if beyond:
-            yield name, f"token {got(max(beyond))} is not in the vocabulary, vocab_size is {got(vocab_size)}"
+            yield (
+                name,
+                f"token {describe_value(max(beyond))} is not in the vocabulary, "
+                f"vocab_size is {describe_value(vocab_size)}",
+            )
     for name in _LENGTHS:
         if any(_exceeds(length, seq_length) for length in _numbers(given.get(name))):
-            length, limit = got(given[name]), got(seq_length)
+            length, limit = describe_value(given[name]), describe_value(seq_length)
             yield name, f"{length} tokens are longer than the longest sequence, seq_length is {limit}"
 
 

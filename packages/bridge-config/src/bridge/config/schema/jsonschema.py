@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from typing import Any
 
-from bridge.config.errors import TargetError, nearest
+from bridge.config.errors import TargetError, did_you_mean
 from bridge.config.schema.annotations import (
     Anything,
     Choice,
@@ -62,7 +62,7 @@ def json_schema(name: str) -> Json:
     """
     target = shipped(name)
     if target is None or target.kind != "config":
-        raise TargetError(f"{name!r} is not a config with a schema{nearest(name, schema_targets())}")
+        raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, schema_targets())}")
     definitions = _Definitions()
     schema = definitions.mapping(target)
     schema["properties"] |= _top_keys(target)

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, e
 from types import MethodType
 from typing import TypeVar
 
-from bridge.config.errors import TargetError, nearest, quoted
+from bridge.config.errors import TargetError, did_you_mean, quote_name
 from bridge.config.schema import registered
 from bridge.config.schema.names import qualified_name
 from bridge.config.schema.table import nameable, shipped, shipped_aliases
@@ -135,9 +135,9 @@ def _unknown(name: str, *, suggest: bool) -> str:
     for prefix, home in _HOMES.items():
         if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
-    near = nearest(name, known_names()) if suggest else ""
+    near = did_you_mean(name, known_names()) if suggest else ""
     return (
-        f"{quoted(name)} is not a name that documents may use here; install the package that has it, register it"
+        f"{quote_name(name)} is not a name that documents may use here; install the package that has it, register it"
         f" (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
     )
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from bridge.config.errors import ConfigError, TargetError
-from bridge.config.paths import parsed
+from bridge.config.paths import parse_path
 
 VERSION_KEY = "_version_"
 
@@ -100,7 +100,7 @@ def _check(change: Change, version: int) -> None:
     if not 2 <= change.since <= version:
         raise ConfigError(f"{change}: since must be from 2 to the schema's version, {version}")
     for path in (change.old, change.new) if isinstance(change, Moved) else (change.field,):
-        if not all(isinstance(step, str) for step in parsed(path)) or not parsed(path):
+        if not all(isinstance(step, str) for step in parse_path(path)) or not parse_path(path):
             raise ConfigError(f"{change}: {path!r} is not the path of a field")
     if isinstance(change, Moved) and change.old == change.new:
         raise ConfigError(f"{change}: nothing moves")

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from bridge.config.errors import ConfigError
-from bridge.config.paths import Path, shown
+from bridge.config.paths import Path, format_path
 from bridge.config.text.keys import find_written_key_flaw
 from bridge.config.text.limits import MAX_DEPTH, MAX_VALUES
 from bridge.config.text.scalars import find_flaw, read_plain
@@ -56,14 +56,14 @@ def check_writable(data: Any) -> None:
         nonlocal count
         count += 1
         if flaw := find_flaw(value):
-            raise ConfigError(f"{shown(path)} cannot be written: {flaw}")
+            raise ConfigError(f"{format_path(path)} cannot be written: {flaw}")
         if count > MAX_VALUES or len(path) > MAX_DEPTH:  # what holds itself is among these
             bound = f"more than {MAX_VALUES} values" if count > MAX_VALUES else f"nested more than {MAX_DEPTH} deep"
             raise ConfigError(f"$ cannot be written: {bound}")
         if type(value) is dict:
             for key, item in value.items():
                 if flaw := find_written_key_flaw(key):
-                    raise ConfigError(f"{shown(path)} cannot be written: {flaw}")
+                    raise ConfigError(f"{format_path(path)} cannot be written: {flaw}")
                 check(item, (*path, key))
         elif type(value) in (list, tuple):
             for index, item in enumerate(value):

@@ -22,7 +22,7 @@ class _Place:
     column: int = 0
 
 
-def edited(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
+def edit_text(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
     """The YAML text of `parsed`, changed where its data differs from `data`, and nowhere else.
 
     What is added to a mapping goes after its last key, what is removed goes with its line. An alias stays as long as

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.config.text.limits import MAX_KEY
 from bridge.config.text.scalars import find_flaw
 
@@ -31,5 +31,5 @@ def has_key_flaw(made: dict[str, Any], pairs: list[tuple[str, Any]]) -> bool:
 def find_written_key_flaw(key: Any) -> str:
     """Why no text can have `key`; empty if one can."""
     if type(key) is not str:
-        return f"keys must be text, and {got(key)} is none"
+        return f"keys must be text, and {describe_value(key)} is none"
     return find_flaw(key) or (f"a key longer than {MAX_KEY} characters" if len(key) > MAX_KEY else "")

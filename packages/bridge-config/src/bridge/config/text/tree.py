@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.paths import shown
+from bridge.config.paths import format_path
 from bridge.config.problems import MAX_PROBLEMS
 from bridge.config.text.keys import DUPLICATE, find_key_flaw
 from bridge.config.text.limits import MAX_DEPTH, MAX_VALUES
@@ -69,7 +69,7 @@ class TreeBuilder:
     def problem(self, message: str, index: int, *below: str) -> None:
         """Note what is wrong at a character of the text."""
         path = (*(opened.step for opened in self._open if opened.step is not None), *below)
-        self._problems.append(Problem(shown(path), message, self._file, *self._places[index]))
+        self._problems.append(Problem(format_path(path), message, self._file, *self._places[index]))
         if len(self._problems) == MAX_PROBLEMS:
             self.give_up(f"reading stops after {MAX_PROBLEMS} problems", index)
 

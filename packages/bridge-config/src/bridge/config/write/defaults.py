@@ -8,7 +8,7 @@ from bridge.config.schema.target import Target
 from bridge.config.write.encode import written
 
 
-def written_default(target: Target, name: str) -> Any:
+def encode_default(target: Target, name: str) -> Any:
     """The default of the field `name` in its written form; MISSING if there is none, or none that can be written."""
     field = target.fields[name]
     if field.make_default is None:

@@ -10,9 +10,9 @@ from functools import lru_cache, partial
 from math import isfinite
 from typing import Any, Protocol
 
-from bridge.config.errors import quoted
-from bridge.config.paths import Path, shown
-from bridge.config.problems import got
+from bridge.config.errors import quote_name
+from bridge.config.paths import Path, format_path
+from bridge.config.problems import describe_value
 from bridge.config.schema.annotations import (
     ANYTHING,
     Anything,
@@ -66,8 +66,8 @@ class _UnwritableError(Exception):
 
     def entry(self, left_out: Path) -> dict[str, str]:
         """What the document says about `left_out`, the place at or above the value that it goes without."""
-        at = "" if left_out == self._path else f"{shown(self._path)}: "
-        return {"path": shown(left_out), "reason": f"{at}{self._reason}"}
+        at = "" if left_out == self._path else f"{format_path(self._path)}: "
+        return {"path": format_path(left_out), "reason": f"{at}{self._reason}"}
 
 
 def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | No
             if is_read and read_back is not None:
                 _remember_form(form, value, type_, texts)
     omitted += [
-        {"path": shown((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
+        {"path": format_path((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
     ]
     if target.open:
         data |= _open(obj, path, omitted)
@@ -402,7 +402,7 @@ def _partial(
         data["_args_"] = [_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]
     for key, item in keywords.items():
         if key.startswith("_"):
-            raise _UnwritableError(f"a partial has the private argument {quoted(key)}", path)
+            raise _UnwritableError(f"a partial has the private argument {quote_name(key)}", path)
         data[key] = _item(item, ANYTHING, (*path, key), omitted)
     return data
 
@@ -425,7 +425,7 @@ def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
 def _name(value: Callable[..., Any], path: Path) -> str:
     name = name_of(value)
     if name is None:
-        raise _UnwritableError(f"{got(value, 300)} has no importable name", path)
+        raise _UnwritableError(f"{describe_value(value, 300)} has no importable name", path)
     return name
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from bridge.config import DocumentError, Problem
 from bridge.config.documents.sources import read_file
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 
 ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
 
@@ -44,7 +44,7 @@ class Part:
             value = float(value)
         if value is None or type(value) is kind:
             return value
-        raise self.problem(key, f"expected {_CALLED[kind]}, got {got(value)}")
+        raise self.problem(key, f"expected {_CALLED[kind]}, got {describe_value(value)}")
 
     def inside(self, key: str) -> Part:
         """Return a mapping within."""
@@ -57,7 +57,7 @@ class Part:
             raise self.problem(key, "is empty: write the file again with this version of bridge")
         for index, item in enumerate(items):
             if not isinstance(item, dict):
-                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
+                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {describe_value(item)}")
         return [
             Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
         ]

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
-from bridge.config.paths import shown
+from bridge.config.paths import format_path
 from bridge.config.read.rehearsal import denied_values
 from bridge.config.schema.arithmetic import check_live
 from bridge.config.schema.generation import settings_of, wrong_settings
@@ -72,7 +72,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
             ModelConfigError: A field lacks a value, has one of the wrong type or contradicts another one.
         """
         if denied := denied_values(self):
-            raise ModelConfigError("; ".join(f"{shown(path)}: {message}" for path, message in denied))
+            raise ModelConfigError("; ".join(f"{format_path(path)}: {message}" for path, message in denied))
         if found := [*check_live(self.transformer, "transformer."), *check_live(self)]:
             raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
         if (problem := vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:

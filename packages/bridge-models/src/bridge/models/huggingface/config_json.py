@@ -9,7 +9,7 @@ from pathlib import Path
 from bridge.config.documents.document import Document
 from bridge.config.documents.sources import STANDARD_INPUT, nearest_source, read_file
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.config.text.parse import parse_json
 
 
@@ -33,7 +33,7 @@ def load_config_json(source: str) -> Document:
     text = read_file(name)
     parsed = parse_json(_without_infinity(text), name)
     if not isinstance(parsed.data, dict):
-        raise DocumentError([Problem("$", f"expected a mapping at the top, got {got(parsed.data)}", name)])
+        raise DocumentError([Problem("$", f"expected a mapping at the top, got {describe_value(parsed.data)}", name)])
     return Document.from_text(parsed, name)
 
 

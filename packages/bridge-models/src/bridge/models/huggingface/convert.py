@@ -9,7 +9,7 @@ from typing import Any
 
 from bridge.config.documents.document import Document
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.document_fields import make_document, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES
@@ -70,7 +70,9 @@ def _note_heads(t: Translation) -> None:
     classes = t.given.get("architectures")
     for name in classes if isinstance(classes, list) else ():
         if isinstance(name, str) and (task := _OTHER_TASK.search(name)):
-            labels = f", of {got(t.given['num_labels'])} labels," if t.given.get("num_labels") is not None else ""
+            labels = (
+                f", of {describe_value(t.given['num_labels'])} labels," if t.given.get("num_labels") is not None else ""
+            )
             t.note(
                 f"$.architectures: {name} has a head for {task[1] or task[2]}{labels} in place of the output layer: "
                 "the document describes the language model, and the head is left out"
@@ -168,4 +170,6 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
         path: size for path in sizes if (size := fields.get(path)) is not None and not 1 <= size <= most.get(path, size)
     }
     if wrong:
-        raise DocumentError([Problem(f"$.{path}", f"no model has {got(size)}") for path, size in wrong.items()])
+        raise DocumentError(
+            [Problem(f"$.{path}", f"no model has {describe_value(size)}") for path, size in wrong.items()]
+        )

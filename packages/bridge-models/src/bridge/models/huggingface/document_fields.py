@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
-from bridge.config.canonical import canonical
+from bridge.config.canonical import canonicalize
 from bridge.config.schema.table import shipped
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.targets import GENERATION, TRANSFORMER
@@ -137,9 +137,9 @@ def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[s
 
 def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a document by dotted path, with defaults; settings of generation as they are."""
-    whole = canonical(data, defaults=True)
+    whole = canonicalize(data, defaults=True)
     transformer = whole.pop("transformer")
-    generation = canonical(data).get("generation_config")
+    generation = canonicalize(data).get("generation_config")
     is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION
     whole["generation_config"] = generation if is_theirs else None
     return whole | {f"transformer.{name}": value for name, value in transformer.items()}

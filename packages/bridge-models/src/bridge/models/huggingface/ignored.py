@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bridge.config.errors import nearest
-from bridge.config.paths import shown
-from bridge.config.problems import got
+from bridge.config.errors import did_you_mean
+from bridge.config.paths import format_path
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.fields.windows import FULL
 from bridge.models.huggingface.translation import Translation
 
@@ -123,10 +123,10 @@ QUANTIZATION = "quantization_config"
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
     """Refuse a field of config.json that no row takes; one that says nothing of the model is left out with a note."""
     if why := _says_nothing(t, name):
-        t.note(f"{shown((name,))} is left out: {why}")
+        t.note(f"{format_path((name,))} is left out: {why}")
     else:
         free = [other for other in known if other not in t.given]  # a second name of a given field is no way out
-        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{did_you_mean(name, free)}")
 
 
 def _says_nothing(t: Translation, name: str) -> str | None:
@@ -139,7 +139,7 @@ def _says_nothing(t: Translation, name: str) -> str | None:
     if value in ("", [], {}):
         return "empty, and unknown to Bridge"
     if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
-        return f"{got(value)} changes nothing"
+        return f"{describe_value(value)} changes nothing"
     if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):
         return f"all layers of {t.model_type} have full attention"
     return None

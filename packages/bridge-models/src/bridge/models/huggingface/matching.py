@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bridge.config.errors import DocumentError, Problem, nearest, quoted
-from bridge.config.problems import got
+from bridge.config.errors import DocumentError, Problem, did_you_mean, quote_name
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, not_default
 from bridge.models.huggingface.families import ARCHITECTURES
@@ -30,14 +30,16 @@ def architecture_of(given: Mapping[str, Any]) -> Architecture:
         )
     if not isinstance(model_type, str):
         missing = "missing: is this the config.json of a model?"
-        raise error_at("$.model_type", missing if model_type is None else f"expected text, got {got(model_type)}")
+        raise error_at(
+            "$.model_type", missing if model_type is None else f"expected text, got {describe_value(model_type)}"
+        )
     if model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
     found = ARCHITECTURES.get(model_type)
     if found is None:
-        near = nearest(model_type, ARCHITECTURES)
+        near = did_you_mean(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
-        raise error_at("$.model_type", f"{quoted(model_type)} is not known to Bridge{near}; known are {known}")
+        raise error_at("$.model_type", f"{quote_name(model_type)} is not known to Bridge{near}; known are {known}")
     return found
 
 
@@ -68,7 +70,7 @@ def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if found is None:
-        raise error_at(path, f"{got(model_type)} is not known; known are {', '.join(ARCHITECTURES)}")
+        raise error_at(path, f"{describe_value(model_type)} is not known; known are {', '.join(ARCHITECTURES)}")
     if found.target != fields["_target_"]:
         raise error_at(path, f"{model_type} is a {found.target}, which this document is not")
     return found

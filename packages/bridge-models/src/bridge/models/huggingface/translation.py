@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config.errors import Problem, nearest, quoted
-from bridge.config.paths import Path, shown
-from bridge.config.problems import got
+from bridge.config.errors import Problem, did_you_mean, quote_name
+from bridge.config.paths import Path, format_path
+from bridge.config.problems import describe_value
 
 MAX_LAYERS = 10_000
 """So many layers a model may have: what is said of each is written out."""
@@ -95,7 +95,7 @@ class Translation:
         if value is None and (known.null or known.default is None):
             return None
         if not _KINDS[known.kind](value):
-            raise self.refuse(name, f"expected {known.kind}, got {got(value)}")
+            raise self.refuse(name, f"expected {known.kind}, got {describe_value(value)}")
         return value
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -103,7 +103,7 @@ class Translation:
 
     def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
         """Note that the value of a field, or what is inside it, has no counterpart; returns what a row may raise."""
-        self.problems.append(Problem(shown((*self.path(name), *inside)), message))
+        self.problems.append(Problem(format_path((*self.path(name), *inside)), message))
         return RefusedError()
 
     def explain(self, why: str) -> str:
@@ -128,12 +128,14 @@ def format_value(value: Any) -> str:
     """A value as a message shows it."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
-    return value if isinstance(value, str) else got(value)
+    return value if isinstance(value, str) else describe_value(value)
 
 
 def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
     """Refuse a value that is not among the known ones."""
-    return t.refuse(name, f"{quoted(value)} is not known{nearest(value, known)}; known are {', '.join(known)}", *inside)
+    return t.refuse(
+        name, f"{quote_name(value)} is not known{did_you_mean(value, known)}; known are {', '.join(known)}", *inside
+    )
 
 
 Translate = Callable[[Translation], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.activation import activation
 from bridge.models.huggingface.fields.attention import heads
@@ -28,13 +28,15 @@ def _read_pattern(t: Translation) -> None:
     if (types := t["layers_block_type"]) is not None:
         for index, kind in enumerate(types):
             if kind not in _LAYERS:
-                t.refuse("layers_block_type", f"expected one of {', '.join(_LAYERS)}, got {got(kind)}", index)
+                t.refuse(
+                    "layers_block_type", f"expected one of {', '.join(_LAYERS)}, got {describe_value(kind)}", index
+                )
         pattern = "".join(_LAYERS.get(kind, "?") for kind in types)
     elif pattern is None:
         raise t.refuse("layers_block_type", "missing, and hybrid_override_pattern too: which layers are there?")
     elif unknown := set(pattern) - set(_KINDS):
         known = ", ".join(f"{symbol} {kind}" for symbol, kind in _KINDS.items())
-        raise t.refuse("hybrid_override_pattern", f"{got(min(unknown))} is no layer; there are {known}")
+        raise t.refuse("hybrid_override_pattern", f"{describe_value(min(unknown))} is no layer; there are {known}")
     if t["num_hidden_layers"] not in (None, len(pattern)):
         t.refuse("num_hidden_layers", f"there are {len(pattern)} layers in the pattern")
     t["hybrid_layer_pattern"] = pattern

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bridge.config.errors import nearest
-from bridge.config.problems import got
+from bridge.config.errors import did_you_mean
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.fields.row import Row
 from bridge.models.huggingface.targets import YARN_TRANSFORMER
 from bridge.models.huggingface.translation import (
@@ -48,7 +48,7 @@ class Scaling:
         self.key = "rope_type" if "rope_type" in values else "type"
         self.kind = values.get(self.key, "default")
         if not isinstance(self.kind, str):
-            raise self.refuse(self.key, f"expected text, got {got(self.kind)}")
+            raise self.refuse(self.key, f"expected text, got {describe_value(self.kind)}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The number at ``key``; ``default`` where it is left out or null.
@@ -61,7 +61,7 @@ class Scaling:
         if value is None:
             return default
         if not is_number(value):
-            raise self.refuse(key, f"expected a number, got {got(value)}")
+            raise self.refuse(key, f"expected a number, got {describe_value(value)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -75,7 +75,7 @@ class Scaling:
         if value is None:
             return default
         if type(value) is not bool:
-            raise self.refuse(key, f"expected true or false, got {got(value)}")
+            raise self.refuse(key, f"expected true or false, got {describe_value(value)}")
         return value
 
     def factor(self) -> float:
@@ -86,14 +86,16 @@ class Scaling:
         """
         factor: float = self.get("factor", 0)
         if factor < 1:
-            raise self.refuse("factor", f"expected a number of at least 1, got {got(self.values.get('factor'))}")
+            raise self.refuse(
+                "factor", f"expected a number of at least 1, got {describe_value(self.values.get('factor'))}"
+            )
         return factor
 
     def original(self, given: int | None) -> int:
         """The length of sequences in pre-training: that beside the mapping, in the mapping, or the longest there is."""
         inside = self.get("original_max_position_embeddings", self.t["max_position_embeddings"])
         if given is None and type(inside) is not int:
-            raise self.refuse("original_max_position_embeddings", f"expected an integer, got {got(inside)}")
+            raise self.refuse("original_max_position_embeddings", f"expected an integer, got {describe_value(inside)}")
         return inside if given is None else given
 
     def refuse(self, key: str, message: str) -> RefusedError:
@@ -105,7 +107,7 @@ class Scaling:
         for key, value in self.values.items():
             if key not in self.known and value is not None:
                 free = [known for known in self.known if known not in self.values]
-                self.refuse(key, f"unknown to Bridge for the type {self.kind}{nearest(key, free)}")
+                self.refuse(key, f"unknown to Bridge for the type {self.kind}{did_you_mean(key, free)}")
 
 
 def rotary(
@@ -136,7 +138,7 @@ def rotary(
         t["position_embedding_type"] = "rope"
         base = scaling.get("rope_theta", t["rope_theta"])
         if base != int(base):
-            t.refuse("rope_theta", f"Megatron-Core takes whole numbers, {got(base)} is none")
+            t.refuse("rope_theta", f"Megatron-Core takes whole numbers, {describe_value(base)} is none")
         t["rotary_base"] = int(base)
         _read_share(t, scaling, partial=partial)
         read_scaling(t, scaling, {kind: readers[kind] for kind in kinds})

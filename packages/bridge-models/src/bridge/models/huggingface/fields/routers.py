@@ -6,7 +6,7 @@ weights makes the difference: it is the softmax of the best ones' scores (``moe_
 
 from __future__ import annotations
 
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.fields.row import Row, always
 from bridge.models.huggingface.translation import COUNT, FLAG, NUMBER, TEXT, Name, Translation
 
@@ -87,7 +87,7 @@ def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
 def _read_greedy(t: Translation) -> None:
     if t["topk_method"] != "group_limited_greedy":
         if t["topk_method"] not in ("greedy", None):
-            t.refuse("topk_method", f"expected greedy or group_limited_greedy, got {got(t['topk_method'])}")
+            t.refuse("topk_method", f"expected greedy or group_limited_greedy, got {describe_value(t['topk_method'])}")
         return
     groups, chosen, each = t["n_group"], t["topk_group"], t["num_experts_per_tok"]
     if groups is None or chosen is None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config.paths import shown
-from bridge.config.problems import got
+from bridge.config.paths import format_path
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.translation import INTEGER, Name, Translate, Translation, format_value
 
 
@@ -97,7 +97,7 @@ def setting(path: str, value: Any, *, of_training: str = "") -> Row:
 
     def write(t: Translation) -> None:
         if of_training and t[path] != value:
-            t.note(f"{shown(t.path(path))} {format_value(t[path])} is left out: {t.explain(of_training)}")
+            t.note(f"{format_path(t.path(path))} {format_value(t[path])} is left out: {t.explain(of_training)}")
 
     return Row({}, (path,), read, write)
 
@@ -107,6 +107,6 @@ def derived(name: str, value: Callable[[Translation], Any], meaning: str) -> Row
 
     def read(t: Translation) -> None:
         if name in t and t[name] != value(t):
-            t.refuse(name, f"it is {meaning} here, {got(value(t))}")
+            t.refuse(name, f"it is {meaning} here, {describe_value(value(t))}")
 
     return Row({name: Name(INTEGER)}, (), read, lambda t: None)

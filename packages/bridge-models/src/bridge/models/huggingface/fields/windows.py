@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bridge.config.problems import got
+from bridge.config.problems import describe_value
 from bridge.models.huggingface.fields.row import Row
 from bridge.models.huggingface.translation import COUNT, FLAG, INTEGER, TEXTS, Name, Translation
 
@@ -115,7 +115,7 @@ def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bo
         return [usual(index) for index in range(layers)]
     wrong = [(index, kind) for index, kind in enumerate(types) if kind not in (SLIDING, FULL)]
     for index, kind in wrong:
-        t.refuse("layer_types", f"expected {SLIDING} or {FULL}, got {got(kind)}", index)
+        t.refuse("layer_types", f"expected {SLIDING} or {FULL}, got {describe_value(kind)}", index)
     if len(types) != layers:
         raise t.refuse("layer_types", f"has {len(types)} layers, num_hidden_layers is {layers}")
     return [kind == SLIDING for kind in types]
