@@ -28,7 +28,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from bridge.config.model import ModelConfig
 from bridge.config.schema.annotations import Fixed, Instance, Items, Mapping, Type
-from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, target_of
+from bridge.config.schema.inspection import OPEN_CLASSES, describe, describe_annotated, is_dtype
 from bridge.config.schema.registry import GROUP
 from bridge.config.schema.table import target_to_json
 from bridge.config.schema.target import Field, Target
@@ -111,7 +111,7 @@ def collect(target: Target, targets: dict[str, Target]) -> None:
     targets[target.name] = target
     for field in target.fields.values():
         for member in instances(field.type):
-            named = target_of(member)
+            named = describe_annotated(member)
             if named is not None and named.kind in ("config", "enum"):
                 collect(named, targets)
 

@@ -30,7 +30,7 @@ from bridge.config.schema.annotations import (
     Type,
 )
 from bridge.config.schema.jsonschema import json_schema, schema_targets
-from bridge.config.schema.ranges import Range, ranges_of
+from bridge.config.schema.ranges import Range, get_ranges
 from bridge.config.schema.table import shipped, shipped_dtypes
 from bridge.config.schema.target import Target
 
@@ -245,7 +245,7 @@ def _values(member: Member) -> st.SearchStrategy[Any]:
 
 def mappings(target: Target) -> st.SearchStrategy[dict[str, Any]]:
     """Mappings that describe a config, with some of its fields."""
-    ranges = ranges_of(target.bases)
+    ranges = get_ranges(target.bases)
     fields = {
         field.name: in_range(values(field.type), ranges.get(field.name))
         for field in target.fields.values()

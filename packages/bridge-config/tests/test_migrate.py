@@ -368,11 +368,11 @@ def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, sys.argv[1])
 from bridge.config.errors import TargetError
-from bridge.config.schema.versions import declared_schema
-print(declared_schema("their.Config").to_json(), declared_schema("their.Other"))
+from bridge.config.schema.versions import load_declared_schema
+print(load_declared_schema("their.Config").to_json(), load_declared_schema("their.Other"))
 for name in ("their.Wrong", "their.Gone"):
     try:
-        declared_schema(name)
+        load_declared_schema(name)
     except TargetError as error:
         print(error)
 """

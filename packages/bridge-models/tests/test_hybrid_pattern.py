@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from bridge.config.schema import hybrid_pattern
-from bridge.config.schema.hybrid_pattern import layers_of, problem
+from bridge.config.schema.hybrid_pattern import find_problem, get_layers
 from bridge.models.errors import ModelConfigError
 from bridge.models.mamba.pattern import staged
 
@@ -25,7 +25,7 @@ def test_symbols_are_those_of_megatron() -> None:
 
 @pytest.mark.parametrize("pattern", ["M", "M*-E", "MMMM|*-*-", "M*ME/MM/MM", "+-G"])
 def test_patterns_that_are_fine(pattern: str) -> None:
-    assert problem(pattern, len(layers_of(pattern))) is None
+    assert find_problem(pattern, len(get_layers(pattern))) is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_patterns_that_are_fine(pattern: str) -> None:
     ],
 )
 def test_a_wrong_pattern_is_pictured(pattern: str, says: str, arrows: str) -> None:
-    said = problem(pattern, 2)
+    said = find_problem(pattern, 2)
     assert said is not None
     assert says in said
     assert picture(said) == [f"  {pattern}", f"  {arrows}"]
@@ -50,7 +50,7 @@ def test_a_wrong_pattern_is_pictured(pattern: str, says: str, arrows: str) -> No
 
 @pytest.mark.parametrize(("num_layers", "arrows"), [(3, "    ^^"), (6, "      ^")])
 def test_layers_too_many_or_too_few(num_layers: int, arrows: str) -> None:
-    said = problem("M*-|M*", num_layers)
+    said = find_problem("M*-|M*", num_layers)
     assert said is not None
     assert f"has 5 layers, transformer.num_layers is {num_layers}" in said
     assert picture(said) == ["  M*-|M*", f"  {arrows}"]
@@ -76,4 +76,4 @@ def test_stages_are_equal_where_nothing_is_said(pattern: str, stages: int) -> No
     parts = staged(whole + "/M", stages).removesuffix("/M").split("|")
     assert len(parts) == stages
     assert set(parts) == {pattern}
-    assert layers_of("|".join(parts)) == whole
+    assert get_layers("|".join(parts)) == whole

@@ -54,19 +54,19 @@ def fingerprint(data: object) -> str:
     if "_omitted_" in form:  # the reasons name objects of the process that wrote them
         form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])
     try:
-        text = rfc8785.dumps(_exact(form))
+        text = rfc8785.dumps(_to_exact(form))
     # ValueError: an integer of more digits than Python writes.
     except (rfc8785.CanonicalizationError, ValueError) as error:
         raise ConfigError(f"this document has no fingerprint: {error}") from error
     return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 
-def _exact(value: Any) -> Any:
+def _to_exact(value: Any) -> Any:
     """`value` without versions, and with large whole numbers as floats or, where no float is equal, as text."""
     if isinstance(value, dict):
-        return {key: _exact(item) for key, item in without_version(value).items()}
+        return {key: _to_exact(item) for key, item in drop_version(value).items()}
     if isinstance(value, list):
-        return [_exact(item) for item in value]
+        return [_to_exact(item) for item in value]
     if type(value) is not int or abs(value) < _EXACT:
         return value
     try:
@@ -77,6 +77,6 @@ def _exact(value: Any) -> Any:
     return {"_target_": "builtins.int", "_args_": [str(value)]}
 
 
-def without_version(form: dict[str, Any]) -> dict[str, Any]:
+def drop_version(form: dict[str, Any]) -> dict[str, Any]:
     """A mapping of a canonical form without the version of the class that it names; any other mapping as it is."""
     return {key: item for key, item in form.items() if key != "_version_"} if "_target_" in form else form

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge.config.canonical import canonicalize_checked, without_version
+from bridge.config.canonical import canonicalize_checked, drop_version
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
 from bridge.config.read.decode import Checked
@@ -33,7 +33,7 @@ class Difference:
 
     def __str__(self) -> str:
         path = self.path.removeprefix("$.")
-        before, after = _said(self.before, self.before_path), _said(self.after, self.after_path)
+        before, after = _format_side(self.before, self.before_path), _format_side(self.after, self.after_path)
         match self.kind:
             case "added":
                 return f"+ {path}: {after}"
@@ -57,21 +57,21 @@ def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
     Read with defaults, a field that one of them leaves out differs only from a value that is not its default. A value
     that both have, but at different places because a version moved or renamed it, is a difference of its own kind.
     """
-    old, new = (dict(_leaves(canonicalize_checked(checked))) for checked in (before, after))
+    old, new = (dict(_walk_leaves(canonicalize_checked(checked))) for checked in (before, after))
     for path in dict.fromkeys((*old, *new)):
         one, other = old.get(path, _NOTHING), new.get(path, _NOTHING)
-        before_path, after_path = _place(before, path), _place(after, path)
+        before_path, after_path = _find_place(before, path), _find_place(after, path)
         if other is _NOTHING:
             yield Difference("removed", format_path(path), before=one, before_path=before_path)
         elif one is _NOTHING:
             yield Difference("added", format_path(path), after=other, after_path=after_path)
-        elif not _same(one, other):
+        elif not _is_same(one, other):
             yield Difference("changed", format_path(path), one, other, before_path, after_path)
         elif before_path != after_path and before_path is not None and after_path is not None:
             yield Difference("moved", format_path(path), one, other, before_path, after_path)
 
 
-def _place(checked: Checked, path: Path) -> str | None:
+def _find_place(checked: Checked, path: Path) -> str | None:
     """Where a document itself gives the value at `path`; None if it does not."""
     place = checked.present.origin(path)
     node: Any = checked.present.given
@@ -80,37 +80,37 @@ def _place(checked: Checked, path: Path) -> str | None:
             node = node[step]
         except (KeyError, IndexError, TypeError):
             return None
-    return format_path(_without_root(place, checked))
+    return format_path(_strip_root(place, checked))
 
 
-def _without_root(place: Path, checked: Checked) -> Path:
+def _strip_root(place: Path, checked: Checked) -> Path:
     """`place` below the mapping that describes the model: a section of a larger file counts from its own top."""
     root = checked.present.origin(())
     return place[len(root) :] if place[: len(root)] == root else place
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _walk_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every value that is compared as a whole, and its path."""
     if isinstance(value, dict) and value and "_partial_" not in value and "_args_" not in value:
-        for key, item in without_version(value).items():
-            yield from _leaves(item, (*path, key))
+        for key, item in drop_version(value).items():
+            yield from _walk_leaves(item, (*path, key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
+            yield from _walk_leaves(item, (*path, index))
     else:
         yield path, value
 
 
-def _same(one: Any, other: Any) -> bool:
+def _is_same(one: Any, other: Any) -> bool:
     """Whether two values are written the same in canonical JSON: 1 is 1.0, but not true."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_is_same, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def _said(value: Any, place: str | None) -> str:
+def _format_side(value: Any, place: str | None) -> str:
     try:
         text = dump_flow(value).strip()
     except ValueError:  # no text can say it

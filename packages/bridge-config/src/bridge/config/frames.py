@@ -12,10 +12,10 @@ _LIBRARIES = ("__main__", "bridge", "click", "contextlib", "megatron", "torch", 
 def describe(error: BaseException) -> str:
     """The error in a line, and below it its last frames, with the last one outside Bridge, megatron-core and torch."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{said}\n{_last_frames(error)}".rstrip("\n")
+    return f"{said}\n{_format_last_frames(error)}".rstrip("\n")
 
 
-def _last_frames(error: BaseException) -> str:
+def _format_last_frames(error: BaseException) -> str:
     frames = list(walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
     outside = [index for index, module in enumerate(modules) if module not in _LIBRARIES]

@@ -109,9 +109,11 @@ class _GenerationField:
             return None  # the field's default, which a dataclass keeps in its class
         value = vars(config).get(GENERATION_FIELD)
         if isinstance(value, GenerationSettings):
-            from bridge.config.read.generation import object_of  # it imports transformers, as nothing before it does
+            from bridge.config.read.generation import (
+                build_generation_config,
+            )  # it imports transformers, as nothing before it does
 
-            value = vars(config)[GENERATION_FIELD] = object_of(value)
+            value = vars(config)[GENERATION_FIELD] = build_generation_config(value)
         return value
 
     def __set__(self, config: object, value: Any) -> None:

@@ -25,10 +25,10 @@ def silence() -> None:
     known = "|".join(map(re.escape, _WARNINGS))
     warnings.filterwarnings("ignore", known, UserWarning, module=r"megatron\.core\.")
     for name, message in _RECORDS.items():
-        logging.getLogger(name).addFilter(_Without(message))
+        logging.getLogger(name).addFilter(_MessageFilter(message))
 
 
-class _Without(logging.Filter):
+class _MessageFilter(logging.Filter):
     """Drops the records that begin with a message; equal to another of the same, so that a logger has it once."""
 
     def __init__(self, message: str) -> None:
@@ -39,7 +39,7 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self._message)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Without) and self._message == other._message
+        return isinstance(other, _MessageFilter) and self._message == other._message
 
     def __hash__(self) -> int:
         return hash(self._message)

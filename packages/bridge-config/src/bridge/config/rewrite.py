@@ -9,7 +9,7 @@ from bridge.config.paths import Path
 
 
 @dataclass
-class Migrated:
+class Migration:
     """A document made from an older or foreign one."""
 
     data: Any

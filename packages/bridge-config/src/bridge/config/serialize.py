@@ -7,15 +7,15 @@ from typing import Any
 from bridge.config.errors import OmittedWarning, warn
 from bridge.config.paths import format_path
 from bridge.config.problems import MAX_PROBLEMS
-from bridge.config.read.rehearsal import Rehearsing
-from bridge.config.write.encode import Omitted, config_form
+from bridge.config.read.rehearsal import Rehearsal
+from bridge.config.write.encode import Omitted, encode_mapping
 
 
 def encode_config(config: object) -> dict[str, Any]:
     """The document of `config`; see `ModelConfig.as_dict`."""
     omitted: Omitted = []
-    rehearsal = Rehearsing()
-    data = config_form(config, (), omitted, rehearsal)
+    rehearsal = Rehearsal()
+    data = encode_mapping(config, (), omitted, rehearsal)
     rehearsal.document(data, config)
     document: dict[str, Any] = {"_target_": data.pop("_target_")}
     if (builder := getattr(config, "builder", None)) is not None:

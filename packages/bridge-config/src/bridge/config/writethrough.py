@@ -10,7 +10,7 @@ from bridge.config.errors import ConfigError, did_you_mean
 from bridge.config.problems import abbreviate
 
 
-class _Owned(NamedTuple):
+class _FieldOwners(NamedTuple):
     """Whose the fields of a config are, given the class of the one it embeds."""
 
     alone: frozenset[str]
@@ -20,8 +20,8 @@ class _Owned(NamedTuple):
     """Declared by both, and owned by the embedded config."""
 
 
-_known: dict[type, frozenset[str]] = {}
-_owned: dict[tuple[type, type], _Owned] = {}
+_names_cache: dict[type, frozenset[str]] = {}
+_owners_cache: dict[tuple[type, type], _FieldOwners] = {}
 
 
 class WriteThrough:
@@ -60,7 +60,7 @@ class WriteThrough:
             own = getattr(cls, "__dataclass_fields__", {}).values()
             positional = (f.name for f in own if f.init and not f.kw_only)
             given = dict(zip(positional, args, strict=False)) | kwargs
-        shared = _owned_by(cls, given.get(cls._embeds)).shared
+        shared = _split_fields(cls, given.get(cls._embeds)).shared
         for name in sorted(shared & given.keys()):
             value, owned = given[name], getattr(given[cls._embeds], name)
             if value != owned:
@@ -88,26 +88,26 @@ class WriteThrough:
         cls = type(self)
         embedded = self.__dict__.get(cls._embeds)
         if name in self.__dict__.get("_unset", ()):
-            self._settle(name)
-        elif name in _owned_by(cls, embedded).alone:
+            self._mark_assigned(name)
+        elif name in _split_fields(cls, embedded).alone:
             object.__setattr__(self, name, value)
         elif name == cls._embeds:
             self._embed(value)
         elif hasattr(getattr(cls, name, None), "__set__"):
             object.__setattr__(self, name, value)
-        elif name in _names(type(embedded)):
+        elif name in _field_names(type(embedded)):
             setattr(embedded, name, value)
-        elif hasattr(cls, name) or name in _names(cls):
+        elif hasattr(cls, name) or name in _field_names(cls):
             object.__setattr__(self, name, value)
         else:
-            known = _names(cls) | _names(type(embedded))
+            known = _field_names(cls) | _field_names(type(embedded))
             raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{did_you_mean(name, sorted(known))}")
 
     if not TYPE_CHECKING:  # a type checker would take every name for a field
         __getattr__ = _read
         __setattr__ = _write
 
-    def _settle(self, name: str) -> None:
+    def _mark_assigned(self, name: str) -> None:
         """Take note that __init__ has passed the shared field `name`."""
         unset: set[str] = self.__dict__["_unset"]
         unset.discard(name)
@@ -118,10 +118,10 @@ class WriteThrough:
         """Put `embedded` in its place and hand the fields that both declare to it, or back from the one before."""
         cls = type(self)
         before = self.__dict__.get(cls._embeds)
-        taken, freed = _owned_by(cls, embedded).shared, _owned_by(cls, before).shared
+        taken, freed = _split_fields(cls, embedded).shared, _split_fields(cls, before).shared
         for name in taken:
             self.__dict__.pop(name, None)
-            _share(cls, name)
+            _forward_field(cls, name)
         for name in freed - taken:
             self.__dict__[name] = getattr(before, name)
         object.__setattr__(self, cls._embeds, embedded)
@@ -131,25 +131,25 @@ def shared_names(config: object) -> frozenset[str]:
     """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
         return frozenset()
-    return _owned_by(type(config), getattr(config, config._embeds)).shared
+    return _split_fields(type(config), getattr(config, config._embeds)).shared
 
 
-def _owned_by(cls: type[WriteThrough], embedded: object) -> _Owned:
+def _split_fields(cls: type[WriteThrough], embedded: object) -> _FieldOwners:
     key = cls, type(embedded)
-    if key not in _owned:
-        own, other = _names(cls) - {cls._embeds}, _names(type(embedded))
-        _owned[key] = _Owned(alone=own - other, shared=own & other)
-    return _owned[key]
+    if key not in _owners_cache:
+        own, other = _field_names(cls) - {cls._embeds}, _field_names(type(embedded))
+        _owners_cache[key] = _FieldOwners(alone=own - other, shared=own & other)
+    return _owners_cache[key]
 
 
-def _names(cls: type) -> frozenset[str]:
+def _field_names(cls: type) -> frozenset[str]:
     """The names of a dataclass's fields; none for any other class."""
-    if cls not in _known:
-        _known[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
-    return _known[cls]
+    if cls not in _names_cache:
+        _names_cache[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
+    return _names_cache[cls]
 
 
-class _Shared:
+class _ForwardedField:
     """Stands before a field's default in a class, where that would hide the embedded config's value.
 
     An instance that owns the field has it in its dictionary, which is looked at first.
@@ -163,8 +163,8 @@ class _Shared:
         return self._default if config is None else config._read(self._name)
 
 
-def _share(cls: type[WriteThrough], name: str) -> None:
+def _forward_field(cls: type[WriteThrough], name: str) -> None:
     """Let `name`, a field that both configs declare, be read from the embedded one; no other class is changed."""
     default = inspect.getattr_static(cls, name, MISSING)
     if default is not MISSING and not hasattr(default, "__get__"):
-        setattr(cls, name, _Shared(name, default))
+        setattr(cls, name, _ForwardedField(name, default))

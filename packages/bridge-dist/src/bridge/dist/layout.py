@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bridge.config.schema.pipeline_layout import stages_of
+from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.dist.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def prediction_rank(config: TransformerConfig) -> int | None:
     if hasattr(layout, "layout"):  # Megatron's own class, by rank and virtual stage
         stages = [[layer.name for chunk in chunks for layer in chunk] for chunks in layout.layout]
     else:
-        stages = stages_of(layout) or []
+        stages = parse_stages(layout) or []
     return next((index % pp for index, layers in enumerate(stages) if "mtp" in layers), None)
 
 

@@ -282,7 +282,7 @@ class Document:
     def _meant(self, text: str) -> Path:
         """The path that an override names; in one of the reference, what it names in the model's present form."""
         from bridge.config.foreign.recognize import adopted
-        from bridge.config.read.decode import Current
+        from bridge.config.read.decode import CurrentDocument
 
         path = parse_path(text)
         if not path or path[0] in self.data:
@@ -291,7 +291,7 @@ class Document:
             step = adopted(self.data)
         except DocumentError:  # a model that is not known has no present form
             return path
-        return Current(self.data, step.data, (step,)).origin(path)
+        return CurrentDocument(self.data, step.data, (step,)).origin(path)
 
     def _steps(self, path: str) -> Path:
         steps = parse_path(path)

@@ -12,7 +12,7 @@ from bridge.config.text.nodes import Node
 from bridge.config.text.parse import Parsed
 
 if TYPE_CHECKING:
-    from bridge.config.rewrite import Migrated
+    from bridge.config.rewrite import Migration
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Provenance:
     _origins: dict[Path, str] = field(default_factory=dict)
     """What values that were set came from: an override, or the source without a place in it."""
 
-    _migrations: tuple[Migrated, ...] = ()
+    _migrations: tuple[Migration, ...] = ()
     """How the data came to stand elsewhere than in the text."""
 
     _given_origins: dict[Path, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Provenance:
         if is_item:
             self._origins = {_without_item(at, path): text for at, text in self._origins.items()}
 
-    def note_migrated(self, steps: tuple[Migrated, ...]) -> None:
+    def note_migrated(self, steps: tuple[Migration, ...]) -> None:
         """Note that the data went through `steps`."""
         self._given_origins |= {self._in_text(at): text for at, text in self._origins.items()}
         self._migrations += steps

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, TRANSFORMER, YARN
 from bridge.config.paths import Path
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Plain, Type, inner_type
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.table import shipped
@@ -48,13 +48,13 @@ class Adoption:
     def __init__(self, target: str, at: Path, names: Mapping[str, str] | None = None) -> None:
         """`target`: our config. `at`: where the model stands. `names`: our names for things of that system."""
         self.at = at
-        self.result = Migrated({}, moves=[((), at)] if at else [])
+        self.result = Migration({}, moves=[((), at)] if at else [])
         self.top: dict[str, Any] = {"_target_": target}
         self.transformer: dict[str, Any] = {}
         self._names = {**_NAMES, **(names or {})}
         self._left_out: dict[str, list[str]] = {}
 
-    def finished(self) -> Migrated:
+    def finished(self) -> Migration:
         """The document, and what is to be said about it."""
         for why, names in self._left_out.items():
             self.note(f"left out, {why}: {', '.join(names)}")

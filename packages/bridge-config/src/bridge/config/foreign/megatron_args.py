@@ -28,7 +28,7 @@ from bridge.config.foreign.conversion import Adoption, is_off, transformer_of
 from bridge.config.foreign.layer_patterns import layers_in, layers_of_pattern, with_predictions
 from bridge.config.foreign.names import GPT, MAMBA, T5, YARN
 from bridge.config.paths import Path, format_path
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Instance, Plain, Type, inner_type
 from bridge.config.schema.table import shipped
 
@@ -43,7 +43,7 @@ _SCALING = 8.0
 """The factor by which Megatron-LM scales rotary frequencies, whatever rope_scaling_factor is (megatron-core 0.19.2)."""
 
 
-def adopted(data: object) -> Migrated | None:
+def adopted(data: object) -> Migration | None:
     """The document of the model that Megatron-LM's arguments `data` describe; None if `data` is nothing of the kind.
 
     They may stand in a section `args`, as in a checkpoint.

@@ -15,7 +15,7 @@ from bridge.config.foreign.layer_patterns import layers_in, with_predictions
 from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, TRANSFORMER
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Target
 
@@ -67,7 +67,7 @@ _DECISIVE = (
 _ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
-def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migrated:
+def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migration:
     """The model `data`, which stands at `at` beside other sections of a document, as a document of ours.
 
     Raises:

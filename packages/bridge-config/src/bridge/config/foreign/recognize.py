@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bridge.config.foreign import megatron_args
 from bridge.config.foreign.run_config import read_run_config
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 
 
-def adopted(data: object) -> Migrated:
+def adopted(data: object) -> Migration:
     """The document `data` of another system in Bridge's own form; any other document as it is, the very same object.
 
     A document is the reference's if its `_target_` is, or if it has none and that of its `model` section is; and
@@ -16,4 +16,4 @@ def adopted(data: object) -> Migrated:
     Raises:
         DocumentError: it describes a model that Bridge has no configuration for.
     """
-    return read_run_config(data) or megatron_args.adopted(data) or Migrated(data)
+    return read_run_config(data) or megatron_args.adopted(data) or Migration(data)

@@ -14,7 +14,7 @@ from bridge.config.foreign import megatron_training
 from bridge.config.foreign.families import FAMILIES, HYBRID_FAMILY
 from bridge.config.foreign.names import ENUMS, EXTENDED
 from bridge.config.paths import Path
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import (
     Anything,
     Choice,
@@ -28,7 +28,7 @@ from bridge.config.schema.annotations import (
     Type,
     inner_type,
 )
-from bridge.config.schema.inspection import config_at
+from bridge.config.schema.inspection import find_config
 from bridge.config.schema.table import shipped, shipped_aliases, shipped_dtypes
 from bridge.config.schema.target import Target
 
@@ -42,7 +42,7 @@ _OURS_ALONE: dict[str, Any] = {
 }
 
 
-def read_run_config(data: object) -> Migrated | None:
+def read_run_config(data: object) -> Migration | None:
     """The document of the model in `data`, a `run_config.yaml` or its model alone; None if `data` is neither.
 
     Raises:
@@ -67,7 +67,7 @@ def _is_theirs(data: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(name, str) and name.startswith(_OWNERS)
 
 
-def to_run_config(data: Mapping[str, Any]) -> Migrated:
+def to_run_config(data: Mapping[str, Any]) -> Migration:
     """A GPT's or hybrid model's document as the `model` section of a `run_config.yaml`, for the reference and Megatron
     Bridge to read.
 
@@ -101,7 +101,7 @@ def to_run_config(data: Mapping[str, Any]) -> Migrated:
     notes += _without_extensions(section)
     notes += [f"left out, as in the document: {entry['path']}" for entry in data.get("_omitted_", ())]
     notes += [f"a list to the reference, not a tuple: {name}" for name in _tuples(data, model)]
-    return Migrated(section, notes=notes)
+    return Migration(section, notes=notes)
 
 
 def _with_pattern(section: dict[str, Any]) -> list[str]:
@@ -140,7 +140,7 @@ def _their_form(value: Any, type_: Type) -> Any:
         return [_their_form(item, inner_type(type_)) for item in value]
     if not isinstance(value, dict):
         return value
-    if (target := config_at(value, type_, shipped)) is not None:
+    if (target := find_config(value, type_, shipped)) is not None:
         return {"_target_": target.name} | {
             key: _their_form(item, target.fields[key].type)
             for key, item in value.items()
@@ -195,7 +195,7 @@ def _tuples(data: Mapping[str, Any], target: Target) -> list[str]:
     for key, value in data.items():
         type_ = target.fields[key].type if key in target.fields else ()
         if isinstance(value, dict):
-            if (inner := config_at(value, type_, shipped)) is not None:
+            if (inner := find_config(value, type_, shipped)) is not None:
                 found += [f"{key}.{name}" for name in _tuples(value, inner)]
             elif value.get("_target_") == "builtins.tuple":
                 found.append(key)

@@ -27,7 +27,7 @@ def build(value: object) -> Any:
     return value if make is None else make(value)
 
 
-def _config(made: Made) -> object:
+def _build_config(made: Made) -> object:
     values = made.values.copy()
     found: ProblemList = []
     for name in made.composed:
@@ -39,19 +39,19 @@ def _config(made: Made) -> object:
                 found += [((to_path_step(name), *path), message) for path, message in error.problems]
     if found:
         raise ReadError(found)
-    return _instance(made.target, values, complete=made.complete)
+    return _construct(made.target, values, complete=made.complete)
 
 
-def _named(value: Named) -> object:
+def _build_named(value: Named) -> object:
     found = value.target.obj
-    return _live(value.target).obj if found is None else found
+    return _find_live(value.target).obj if found is None else found
 
 
-def _enum_member(value: EnumMember) -> object:
-    return _live(value.target).obj[value.name]
+def _build_enum_member(value: EnumMember) -> object:
+    return _find_live(value.target).obj[value.name]
 
 
-def _live(target: Target) -> Target:
+def _find_live(target: Target) -> Target:
     """A description with its object; one of the table is looked up by name."""
     if target.obj is not None:
         return target
@@ -61,39 +61,39 @@ def _live(target: Target) -> Target:
         raise make_error(str(error)) from error
 
 
-def _partial(value: Partial) -> object:
+def _build_partial(value: Partial) -> object:
     args, keywords = value.args, value.keywords
     if args:
         with prefix_path("_args_"):
-            args = _list(args)
+            args = _build_list(args)
     if not _MAKERS.keys().isdisjoint(map(type, keywords.values())):
-        keywords = dict(zip(keywords, _each(keywords.items()), strict=True))
+        keywords = dict(zip(keywords, _build_each(keywords.items()), strict=True))
     return partial(build(value.function), *args, **keywords)
 
 
-def _list(values: list[Any]) -> list[Any]:
+def _build_list(values: list[Any]) -> list[Any]:
     """`values` themselves if they stand for nothing else."""
     if _MAKERS.keys().isdisjoint(map(type, values)):
         return values
-    return _each(enumerate(values))
+    return _build_each(enumerate(values))
 
 
-def _sequence(values: Any) -> Any:
+def _build_sequence(values: Any) -> Any:
     if _MAKERS.keys().isdisjoint(map(type, values)):
         return values
-    built = _each(enumerate(values))
+    built = _build_each(enumerate(values))
     try:
         return type(values)(built)
     except TypeError:
         raise make_error("expected a list of plain values") from None
 
 
-def _dict(values: dict[Any, Any]) -> dict[Any, Any]:
+def _build_dict(values: dict[Any, Any]) -> dict[Any, Any]:
     if _MAKERS.keys().isdisjoint(map(type, (*values, *values.values()))):
         return values
-    keys = _each((key, key) for key in values)
+    keys = _build_each((key, key) for key in values)
     built: dict[Any, Any] = {}
-    for name, key, value in zip(values, keys, _each(values.items()), strict=True):
+    for name, key, value in zip(values, keys, _build_each(values.items()), strict=True):
         try:
             is_new = key not in built
         except TypeError:
@@ -104,7 +104,7 @@ def _dict(values: dict[Any, Any]) -> dict[Any, Any]:
     return built
 
 
-def _each(items: Any) -> list[Any]:
+def _build_each(items: Any) -> list[Any]:
     found: ProblemList = []
     built = []
     for key, item in items:
@@ -118,19 +118,19 @@ def _each(items: Any) -> list[Any]:
 
 
 _MAKERS: dict[type, Callable[[Any], Any]] = {
-    Made: _config,
-    Named: _named,
-    EnumMember: _enum_member,
-    Partial: _partial,
-    dict: _dict,
-    list: _list,
-    tuple: _sequence,
-    set: _sequence,
-    frozenset: _sequence,
+    Made: _build_config,
+    Named: _build_named,
+    EnumMember: _build_enum_member,
+    Partial: _build_partial,
+    dict: _build_dict,
+    list: _build_list,
+    tuple: _build_sequence,
+    set: _build_sequence,
+    frozenset: _build_sequence,
 }
 
 
-def _instance(target: Target, values: dict[str, Any], *, complete: bool) -> object:
+def _construct(target: Target, values: dict[str, Any], *, complete: bool) -> object:
     """An instance of a class; with `complete` values it has just these, whatever its constructor derives.
 
     Raises:
@@ -141,13 +141,13 @@ def _instance(target: Target, values: dict[str, Any], *, complete: bool) -> obje
         # By position, Python does not compare 300 names with 300 names.
         made = target.obj(*values.values()) if by_position else target.obj(**values)
     except Exception as error:  # whatever its own checks raise is about these values
-        made = _made_anew(target, values) if complete else None
+        made = _construct_without_derived(target, values) if complete else None
         if made is None:
             said = str(error) or type(error).__name__
             raise make_error(f"{target.short_name} refuses these values: {said}") from error
     # A named tuple or typed dict is what its constructor was given.
     if complete and not target.open and not isinstance(made, (tuple, dict)):
-        _restore(made, values, target, in_order=by_position)
+        _restore_values(made, values, target, in_order=by_position)
     return made
 
 
@@ -159,7 +159,7 @@ _TURNED_INTO = {
 }
 
 
-def _made_anew(target: Target, values: dict[str, Any]) -> object | None:
+def _construct_without_derived(target: Target, values: dict[str, Any]) -> object | None:
     """The instance with the state `values` of a class that refuses its own state; None if it refuses it rightly."""
     if TRANSFORMER_CONFIG not in target.bases:
         return None
@@ -171,7 +171,7 @@ def _made_anew(target: Target, values: dict[str, Any]) -> object | None:
     return made if derived == {name: getattr(made, name, None) for name in derived} else None
 
 
-def _restore(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
+def _restore_values(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
     """Put back what the constructor of `made` turned into something else.
 
     Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived

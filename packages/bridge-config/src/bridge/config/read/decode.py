@@ -11,11 +11,11 @@ from bridge.config.foreign.recognize import adopted
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import MAX_PROBLEMS, ProblemList, ReadError, describe_value, make_error, prefix_path
 from bridge.config.read.build import build
-from bridge.config.read.generation import unfit_settings
+from bridge.config.read.generation import check_settings
 from bridge.config.read.lookup import LiveLookup, Lookup, TableLookup, check_builder
 from bridge.config.read.migrate import migrate
 from bridge.config.read.reader import Reader
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Instance
 from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG
 from bridge.config.schema.registry import document_name
@@ -52,7 +52,7 @@ class Checked:
     builder: str | None
     """The builder that builds it."""
 
-    present: Current
+    present: CurrentDocument
     """The document in its present form."""
 
 
@@ -67,19 +67,19 @@ def check(data: object, *, defaults: bool = False) -> Checked:
         DocumentError: lists all that is wrong with `data`.
     """
     present = migrate_document(data, lookup := TableLookup())
-    made, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_as_it_is, defaults=defaults)
+    made, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_identity, defaults=defaults)
     return Checked(made, builder or made.target.builder, present)
 
 
 @dataclass(frozen=True)
-class Current:
+class CurrentDocument:
     """A document in the present form, and what it came from."""
 
     given: Any
     """The document as it was given."""
 
     data: Any
-    steps: tuple[Migrated, ...]
+    steps: tuple[Migration, ...]
     """From the document that was given to this one."""
 
     @property
@@ -101,11 +101,11 @@ class Current:
         return original_path(path, self.steps)
 
 
-def _as_it_is(made: Made) -> Made:
+def _identity(made: Made) -> Made:
     return made
 
 
-def migrate_document(data: object, lookup: Lookup) -> Current:
+def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
     """The document `data`, which may be of the reference or of an older version, in the present form."""
 
     def target_of(name: str) -> Target | None:
@@ -119,12 +119,12 @@ def migrate_document(data: object, lookup: Lookup) -> Current:
     try:
         foreign = adopted(data)
         own = migrate(foreign.data, target_of)
-        return Current(data, own.data, (foreign, own))
+        return CurrentDocument(data, own.data, (foreign, own))
     except RecursionError:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 
 
-def original_path(path: Path, steps: tuple[Migrated, ...]) -> Path:
+def original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
     """Where the value that is at `path` after the steps stood before them."""
     for step in reversed(steps):
         came_from = dict(step.moves)
@@ -136,13 +136,13 @@ def original_path(path: Path, steps: tuple[Migrated, ...]) -> Path:
 
 
 def _read[T](
-    present: Current, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
+    present: CurrentDocument, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
 ) -> tuple[T, str | None]:
     """What `make` makes of the config that `present` describes, and the builder that the document names."""
     found: ProblemList = []
     problems, cause = present.problems, None
     try:
-        described, builder = _document(present.data, wanted, lookup, defaults=defaults)
+        described, builder = _read_document(present.data, wanted, lookup, defaults=defaults)
         made = make(described)
     except ReadError as error:
         found, cause = error.problems, error.__cause__
@@ -159,7 +159,7 @@ def _read[T](
     return made, builder
 
 
-def _document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool) -> tuple[Made, str | None]:
+def _read_document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool) -> tuple[Made, str | None]:
     if not isinstance(data, dict):
         raise make_error(
             f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {describe_value(data)}"
@@ -169,27 +169,27 @@ def _document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool)
             "missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'"
         )
     omissions = data.get("_omitted_", [])
-    found = _wrong_omissions(omissions)
-    reader = Reader(lookup, {} if found else _omitted(omissions, data), defaults=defaults)
+    found = _check_omissions(omissions)
+    reader = Reader(lookup, {} if found else _find_omitted_fields(omissions, data), defaults=defaults)
     try:
-        target = _class(data["_target_"], wanted, reader)
+        target = _read_class(data["_target_"], wanted, reader)
     except ReadError as error:
         raise ReadError(error.problems + found) from error.__cause__
     try:
-        builder = _builder(data.get("_builder_"), target, lookup)
+        builder = _read_builder(data.get("_builder_"), target, lookup)
     except ReadError as error:
         found += error.problems
     try:
         made = reader.config(data, target, is_document=True)
     except ReadError as error:
         raise ReadError(error.problems + found) from error.__cause__
-    found += unfit_settings(data, target)
+    found += check_settings(data, target)
     if found:
         raise ReadError(found)
     return made, builder
 
 
-def _class(name: object, wanted: Instance, reader: Reader) -> Target:
+def _read_class(name: object, wanted: Instance, reader: Reader) -> Target:
     with prefix_path("_target_"):
         target = reader.class_named(name, (wanted,))
         if target.name == MODEL_CONFIG:
@@ -197,7 +197,7 @@ def _class(name: object, wanted: Instance, reader: Reader) -> Target:
         return target
 
 
-def _builder(name: object, target: Target, lookup: Lookup) -> str | None:
+def _read_builder(name: object, target: Target, lookup: Lookup) -> str | None:
     """The builder that a document names, if it is not the class's own."""
     if name is None or name == target.builder:
         return None
@@ -214,7 +214,7 @@ def _builder(name: object, target: Target, lookup: Lookup) -> str | None:
 _MAX_REASON = 1000  # characters
 
 
-def _wrong_omissions(entries: object) -> ProblemList:
+def _check_omissions(entries: object) -> ProblemList:
     """What is wrong with the list of what a document leaves out."""
     if not isinstance(entries, list):
         return [(("_omitted_",), f"expected a list of {{path: ..., reason: ...}}, got {describe_value(entries)}")]
@@ -240,11 +240,11 @@ def _is_path(text: object) -> bool:
         return False
 
 
-def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, set[str]]:
+def _find_omitted_fields(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, set[str]]:
     """The fields that the document says it leaves out, by the identity of the mapping they are missing from."""
     fields: dict[int, set[str]] = {}
     for entry in entries:
-        _note_missing(fields, data, entry["path"])
+        _add_missing_key(fields, data, entry["path"])
     if entries:
         what = "; ".join(
             f"{format_path(parse_path(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS]
@@ -255,7 +255,7 @@ def _omitted(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, s
     return fields
 
 
-def _note_missing(fields: dict[int, set[str]], data: dict[str, Any], path: str) -> None:
+def _add_missing_key(fields: dict[int, set[str]], data: dict[str, Any], path: str) -> None:
     """Add to `fields` the first key of `path` that `data` has not got."""
     node: Any = data
     for key in parse_path(path):

@@ -11,7 +11,7 @@ from bridge.config.schema.target import Target
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
 
-def holds(member: Member, target: Target) -> bool:
+def accepts_instance(member: Member, target: Target) -> bool:
     """Whether an instance of the class `target` is a value of `member`."""
     match member:
         case Anything():
@@ -24,7 +24,7 @@ def holds(member: Member, target: Target) -> bool:
             return False
 
 
-def suits(target: Target, member: Member) -> bool:
+def accepts_object(target: Target, member: Member) -> bool:
     """Whether the named thing itself is a value of `member`."""
     match member:
         case Anything():
@@ -42,15 +42,15 @@ def suits(target: Target, member: Member) -> bool:
             return False
 
 
-def fits(value: object, member: Member) -> bool:
+def accepts_value(value: object, member: Member) -> bool:
     """Whether a live value, or a stand-in for one, is a value of `member`."""
     match value:
         case Named(target):
-            return suits(target, member)
+            return accepts_object(target, member)
         case Partial():
             return isinstance(member, (Function, Anything))
         case EnumMember(target) | Made(target):
-            return holds(member, target)
+            return accepts_instance(member, target)
     match member:
         case Anything():
             return True
@@ -71,6 +71,6 @@ def fits(value: object, member: Member) -> bool:
             return False
 
 
-def kind_of(target: Target) -> str:
+def describe_kind(target: Target) -> str:
     """What sort of thing a name turned out to stand for."""
     return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"

@@ -18,7 +18,7 @@ from bridge.config.schema.values import Made
 from bridge.config.write.defaults import encode_default
 
 
-def object_of(settings: GenerationSettings) -> object:
+def build_generation_config(settings: GenerationSettings) -> object:
     """The object of transformers with these settings; the settings where it is not installed, or may not be named.
 
     Raises:
@@ -34,7 +34,7 @@ def object_of(settings: GenerationSettings) -> object:
         raise ConfigError(said) from error.__cause__
 
 
-def unfit_settings(data: dict[str, Any], target: Target) -> ProblemList:
+def check_settings(data: dict[str, Any], target: Target) -> ProblemList:
     """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
     if (settings := data.get(FIELD)) is None:
         return []

@@ -8,7 +8,7 @@ from typing import Protocol
 from bridge.config.errors import TargetError
 from bridge.config.schema import registry
 from bridge.config.schema.annotations import Class, Instance
-from bridge.config.schema.generation import stays_data
+from bridge.config.schema.generation import keeps_data
 from bridge.config.schema.inspection import describe, is_dtype
 from bridge.config.schema.registry import document_name
 from bridge.config.schema.table import shipped, shipped_dtypes
@@ -53,7 +53,7 @@ class LiveLookup:
         return describe(found) if is_dtype(type(found)) else None
 
     def for_settings(self, target: Target, value: object) -> Lookup | None:
-        return TableLookup() if stays_data(target.obj, value) else None
+        return TableLookup() if keeps_data(target.obj, value) else None
 
 
 class TableLookup:
@@ -63,11 +63,11 @@ class TableLookup:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
             return dtype
         if registry.is_registered(name):
-            return _by_its_own_name(registry.resolve(name), name)
+            return _describe_by_own_name(registry.resolve(name), name)
         if (target := shipped(name)) is not None and not target.nested:
             registry.check_declared(name)
             return target
-        return _by_its_own_name(registry.resolve(name, suggest=suggest), name)
+        return _describe_by_own_name(registry.resolve(name, suggest=suggest), name)
 
     def of(self, member: Instance | Class) -> Target | None:
         name = member.name if isinstance(member, Instance) else member.bound
@@ -82,7 +82,7 @@ class TableLookup:
         return None
 
 
-def _by_its_own_name(obj: object, name: str) -> Target:
+def _describe_by_own_name(obj: object, name: str) -> Target:
     """The description of what documents call `name`, under the one name that it is written with."""
     return describe(obj, registry.name_of(obj) or name)
 

@@ -12,24 +12,24 @@ from typing import Any
 from bridge.config.errors import ConfigError
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import abbreviate, describe_value
-from bridge.config.rewrite import Migrated
+from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, inner_type
-from bridge.config.schema.inspection import TargetOf, config_at
+from bridge.config.schema.inspection import TargetOf, find_config
 from bridge.config.schema.target import Target
 from bridge.config.schema.versions import VERSION_KEY, Change, Changed, Moved, Removed, Schema
 
 
-def migrate(data: Any, target_of: TargetOf) -> Migrated:
+def migrate(data: Any, target_of: TargetOf) -> Migration:
     """The document `data` with every config in it at its current version.
 
     A config without `_version_` is at its current version already. Of values that are in the way of a problem nothing
     stays in the result, so that reading it says nothing about them a second time.
     """
     if _is_current(data, (), target_of):
-        return Migrated(data)
-    work = _Migration(_copied(data), target_of)
+        return Migration(data)
+    work = _DocumentMigration(_copy(data), target_of)
     work.value(work.result.data, (), ())
-    return work.finished()
+    return work.finish()
 
 
 def describe_change(target: Target, key: str) -> str:
@@ -47,33 +47,33 @@ def describe_change(target: Target, key: str) -> str:
     return hint
 
 
-_places: dict[int, tuple[Target, dict[str, Type]]] = {}
+_config_fields_cache: dict[int, tuple[Target, dict[str, Type]]] = {}
 
 
-def _places_of(target: Target) -> dict[str, Type]:
+def _config_fields(target: Target) -> dict[str, Type]:
     """The fields of a config that may hold configs, and their types."""
-    if id(target) not in _places:
+    if id(target) not in _config_fields_cache:
         found = {one.name: one.type for one in target.fields.values() if _may_hold_configs(one.type)}
-        _places[id(target)] = target, found  # the target is kept, so that its id stays its own
-    return _places[id(target)][1]
+        _config_fields_cache[id(target)] = target, found  # the target is kept, so that its id stays its own
+    return _config_fields_cache[id(target)][1]
 
 
 def _may_hold_configs(type_: Type) -> bool:
     """Whether a value of this type can be a config, or have one in it."""
-    return any(isinstance(one, (Anything, Instance)) for one in type_) or any(map(_holds, type_))
+    return any(isinstance(one, (Anything, Instance)) for one in type_) or any(map(_may_contain_configs, type_))
 
 
-def _holds(member: Member) -> bool:
+def _may_contain_configs(member: Member) -> bool:
     return isinstance(member, (Items, Fixed, Mapping)) and _may_hold_configs(inner_type((member,)))
 
 
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
     """Whether every config in `value`, a mapping or list, is at its current version."""
-    if isinstance(value, dict) and (target := config_at(value, type_, target_of)) is not None:
+    if isinstance(value, dict) and (target := find_config(value, type_, target_of)) is not None:
         version = value.get(VERSION_KEY)
         if (version is not None or VERSION_KEY in value) and not _is_version(version, target):
             return False
-        for name, inner in _places_of(target).items():
+        for name, inner in _config_fields(target).items():
             if type(item := value.get(name)) in _NESTING and item and not _is_current(item, inner, target_of):
                 return False
         return True
@@ -90,16 +90,16 @@ def _is_version(version: object, target: Target) -> bool:
     return type(version) is int and version == (target.schema.version if target.schema else 1)
 
 
-class _Migration:
+class _DocumentMigration:
     """One document on its way to the current versions; `result.data` is changed in place."""
 
     def __init__(self, data: Any, target_of: TargetOf) -> None:
-        self.result = Migrated(data)
+        self.result = Migration(data)
         self._target_of = target_of
         self._old: dict[Path, Path] = {}
-        self._omitted = list(_omitted(data))
+        self._omitted = list(_find_omitted(data))
 
-    def finished(self) -> Migrated:
+    def finish(self) -> Migration:
         """The result, once all values were visited."""
         self.result.moves = list(self._old.items())
         for entry, path in self._omitted:
@@ -111,9 +111,9 @@ class _Migration:
         if isinstance(value, list):
             for index, item in enumerate(value):
                 self.value(item, inner_type(type_), (*path, index))
-        elif isinstance(value, dict) and (target := config_at(value, type_, self._target_of)) is not None:
+        elif isinstance(value, dict) and (target := find_config(value, type_, self._target_of)) is not None:
             self._config(value, target, path)
-            for name, inner in _places_of(target).items():
+            for name, inner in _config_fields(target).items():
                 self.value(value.get(name), inner, (*path, name))
         elif isinstance(value, dict):
             for key, item in value.items():
@@ -124,9 +124,9 @@ class _Migration:
             return
         schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
         if type(version) is not int or version < 1:
-            self._problem((*path, VERSION_KEY), f"expected a whole number from 1, got {abbreviate(version)}")
+            self._add_problem((*path, VERSION_KEY), f"expected a whole number from 1, got {abbreviate(version)}")
         elif version > schema.version:
-            self._problem(
+            self._add_problem(
                 (*path, VERSION_KEY),
                 f"written by version {describe_value(version)} of {target.short_name}; this installation knows up to "
                 f"{schema.version}: update it",
@@ -136,7 +136,7 @@ class _Migration:
                 _Step(self, data, path, f"version {since} of {target.short_name}").take(changes)
             data[VERSION_KEY] = schema.version  # also where the class has none: whoever reads it says so
 
-    def _problem(self, path: Path, message: str) -> None:
+    def _add_problem(self, path: Path, message: str) -> None:
         self.result.problems.append((self.old(path), message))
 
     def old(self, path: Path) -> Path:
@@ -154,7 +154,7 @@ class _Migration:
             origins += [(after + path[len(before) :], self._old.pop(path)) for path in inside if path != before]
             self._old.pop(before, None)
         self._old |= {new: old for new, old in origins if new != old}
-        self._omitted = [(entry, _followed(path, moves)) for entry, path in self._omitted]
+        self._omitted = [(entry, _follow(path, moves)) for entry, path in self._omitted]
 
     def is_omitted(self, path: Path) -> bool:
         """Whether the document says that it leaves out the value at `path`."""
@@ -164,7 +164,7 @@ class _Migration:
 class _Step:
     """The changes of one version, made to the mapping `data` at `path`."""
 
-    def __init__(self, work: _Migration, data: dict[str, Any], path: Path, version: str) -> None:
+    def __init__(self, work: _DocumentMigration, data: dict[str, Any], path: Path, version: str) -> None:
         self._work = work
         self._data = data
         self._path = path
@@ -186,7 +186,7 @@ class _Step:
         if value is MISSING:
             return
         where = self._work.old((*self._path, *path))
-        if any(_same(value, harmless) for harmless in change.harmless):
+        if any(_is_same(value, harmless) for harmless in change.harmless):
             said = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(said)
         else:
@@ -220,13 +220,13 @@ class _Step:
         value = inside.get(path[-1], MISSING)
         if value is MISSING:
             if change.absent is not MISSING and not self._work.is_omitted(here):
-                inside[path[-1]] = _copied(change.absent)
+                inside[path[-1]] = _copy(change.absent)
                 said = f"{format_path(here)}: {change.absent!r} written out, its default before {self._version}"
                 self._work.result.notes.append(said)
             return
         for old, new in change.values:
-            if _same(value, old):
-                inside[path[-1]] = _copied(new)
+            if _is_same(value, old):
+                inside[path[-1]] = _copy(new)
                 said = f"{format_path(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
                 self._work.result.notes.append(said)
                 return
@@ -257,7 +257,7 @@ def _mapping_at(data: dict[str, Any], path: Path) -> dict[Any, Any] | None:
     return inside if isinstance(inside, dict) else None
 
 
-def _omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
+def _find_omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
     """The well-formed entries of a document's `_omitted_`, and the paths that they speak of."""
     entries = data.get("_omitted_") if isinstance(data, dict) else None
     for entry in entries if isinstance(entries, list) else ():
@@ -267,7 +267,7 @@ def _omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
             continue  # whoever reads the document says what is wrong with it
 
 
-def _followed(path: Path, moves: list[tuple[Path, Path]]) -> Path:
+def _follow(path: Path, moves: list[tuple[Path, Path]]) -> Path:
     """Where `path` leads to after `moves`."""
     for now, new in moves:
         if path[: len(now)] == now:
@@ -275,12 +275,12 @@ def _followed(path: Path, moves: list[tuple[Path, Path]]) -> Path:
     return path
 
 
-def _same(value: Any, other: Any) -> bool:
+def _is_same(value: Any, other: Any) -> bool:
     """Whether two written values are the same: 1 is 1.0, but not true."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def _copied(data: Any) -> Any:
+def _copy(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _copied(value) for key, value in data.items()}
-    return [_copied(value) for value in data] if isinstance(data, list) else data
+        return {key: _copy(value) for key, value in data.items()}
+    return [_copy(value) for value in data] if isinstance(data, list) else data

@@ -23,7 +23,7 @@ Classes = dict[tuple[int, str], Target]
 
 
 @lru_cache(maxsize=1)
-def read_before(generation: int) -> tuple[Texts, Classes]:
+def get_caches(generation: int) -> tuple[Texts, Classes]:
     """What texts and `_target_` were read as among live objects, as long as no name changes what it stands for."""
     return {}, {}
 
@@ -58,7 +58,7 @@ _CONFIG_KEYS = frozenset({"_target_", "_version_"})
 _DOCUMENT_KEYS = _CONFIG_KEYS | {"_builder_", "_omitted_"}
 
 
-def plan_for(data: dict[str, Any], target: Target, *, is_document: bool) -> Plan:
+def make_plan(data: dict[str, Any], target: Target, *, is_document: bool) -> Plan:
     """What is to be done with mappings of the shape of `data`, which describe a config `target`."""
     heading = _DOCUMENT_KEYS if is_document else _CONFIG_KEYS
     if target.schema is None:

@@ -23,10 +23,10 @@ from bridge.config.problems import (
     prefix_path,
     to_path_step,
 )
-from bridge.config.read.fit import fits, holds, kind_of, suits
+from bridge.config.read.fit import accepts_instance, accepts_object, accepts_value, describe_kind
 from bridge.config.read.lookup import LiveLookup, Lookup
 from bridge.config.read.migrate import describe_change
-from bridge.config.read.plan import Plan, plan_for, read_before
+from bridge.config.read.plan import Plan, get_caches, make_plan
 from bridge.config.read.view import View
 from bridge.config.schema.annotations import (
     ANYTHING,
@@ -47,10 +47,10 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
-from bridge.config.schema.ranges import ranges_of
+from bridge.config.schema.ranges import get_ranges
 from bridge.config.schema.registered import generation
 from bridge.config.schema.table import shipped_dtypes
-from bridge.config.schema.target import Target, remember, shape_of
+from bridge.config.schema.target import Target, get_shape, remember
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 from bridge.config.write.defaults import encode_default
 
@@ -89,7 +89,7 @@ class Reader:
         self._defaults = defaults
         self._suggest = suggest
         is_live = isinstance(lookup, LiveLookup)
-        self._texts, self._classes = read_before(generation()) if is_live else ({}, {})
+        self._texts, self._classes = get_caches(generation()) if is_live else ({}, {})
         self._hints = _MAX_HINTS
         self._views: dict[int, View] = {}
         """Configs whose fields were checked, by the identity of their mapping."""
@@ -98,41 +98,41 @@ class Reader:
         """The value that `value` describes, in a place of this type."""
         kind = type(value)
         if kind is str:
-            return self._texts.get((id(type_), value)) or self._text(value, type_)
+            return self._texts.get((id(type_), value)) or self._read_text(value, type_)
         if kind is dict:
-            return self._mapping(value, type_)
+            return self._read_mapping(value, type_)
         if kind is list:
-            return self._sequence(value, type_)
+            return self._read_sequence(value, type_)
         if kind in _SCALARS:
-            return self._scalar(value, type_)
+            return self._read_scalar(value, type_)
         if kind in (tuple, set, frozenset):
-            return self._sequence(value, type_)
-        if any(fits(value, member) for member in type_):
+            return self._read_sequence(value, type_)
+        if any(accepts_value(value, member) for member in type_):
             return value
-        raise make_mismatch_error(self._wanted(type_), value)
+        raise make_mismatch_error(self._describe_type(type_), value)
 
     def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Any:
         """The instance of the config class `target` that the mapping, or the whole document, `data` describes."""
-        shape = shape_of("document" if is_document else "config", data)
+        shape = get_shape("document" if is_document else "config", data)
         plan: Plan | None = target.shapes.get(shape)
         if plan is None:
-            plan = plan_for(data, target, is_document=is_document)
+            plan = make_plan(data, target, is_document=is_document)
             if plan.settled:
                 remember(target, shape, plan)
         values = dict(data)
         for key in plan.left_out:
             del values[key]
         found: ProblemList = []
-        owned = self._owned_by_embedded(data, target) if target.embeds is not None else _NO_NAMES
+        owned = self._find_embedded_fields(data, target) if target.embeds is not None else _NO_NAMES
         if owned:
             belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
             found += [((key,), f"{belongs}{key}") for key in data if key in owned]
         if target.files:
-            found += unopened(data, target)
+            found += check_file_fields(data, target)
         for key in plan.unknown:
             if key not in owned:
                 try:
-                    values[key] = self._unknown(key, data[key], target, owned)
+                    values[key] = self._read_unknown(key, data[key], target, owned)
                 except ReadError as error:
                     found += [((to_path_step(key), *path), message) for path, message in error.problems]
         texts = self._texts
@@ -147,23 +147,23 @@ class Reader:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.problems]
         found += [((key,), "required, but missing") for key in plan.required if key not in owned]
-        found += self._wrong_fields(data, target, found)
+        found += self._check_fields(data, target, found)
         if found:
             raise ReadError(found)
         missing = plan.missing - owned if target.embeds is not None else plan.missing
         complete = missing <= self._omitted.get(id(data), _NO_NAMES)
         if self._defaults:
-            values |= self._default_values(target, values, (name for name in target.init_names if name not in owned))
-        compared = None if target.hashed is None else self._compared(target, values)
+            values |= self._read_defaults(target, values, (name for name in target.init_names if name not in owned))
+        compared = None if target.hashed is None else self._get_compared(target, values)
         return Made(target, values, compared, complete=complete, composed=plan.composed)
 
-    def _compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
+    def _get_compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
         """The values that an instance is compared by."""
         assert target.hashed is not None
-        known = values | self._default_values(target, values, target.hashed)
+        known = values | self._read_defaults(target, values, target.hashed)
         return tuple(known.get(name) for name in target.hashed)
 
-    def _default_values(self, target: Target, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    def _read_defaults(self, target: Target, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """What the fields called `names` that have no value hold by default."""
         found: dict[str, Any] = {}
         hints, self._hints = self._hints, 0  # nobody reads why a default is refused
@@ -175,9 +175,9 @@ class Reader:
         self._hints = hints
         return found
 
-    def _wrong_fields(self, data: dict[str, Any], target: Target, known: ProblemList) -> ProblemList:
+    def _check_fields(self, data: dict[str, Any], target: Target, known: ProblemList) -> ProblemList:
         """What is wrong with the values of a config's fields, and, if that and `known` is nothing, between them."""
-        ranges = ranges_of(target.bases)
+        ranges = get_ranges(target.bases)
         found: ProblemList = [
             ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
         ]
@@ -195,23 +195,23 @@ class Reader:
             return self.value(value, type_)
         return GenerationSettings(Reader(lookup, self._omitted).value(value, ANYTHING).values)
 
-    def _unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
+    def _read_unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """The value of a key that is no field, where the class takes any."""
         if target.open and isinstance(key, str) and key.isidentifier() and not key.startswith("_"):
             return self.value(value, ANYTHING)
         hint = ""
         if isinstance(key, str):
             became = describe_change(target, key)
-            hint = f": it {became}" if became else self._near(key, target.fields)
-            hint = hint or self._near(key, inner, prefix=f"{target.embeds}.")
+            hint = f": it {became}" if became else self._suggest_name(key, target.fields)
+            hint = hint or self._suggest_name(key, inner, prefix=f"{target.embeds}.")
         raise make_error(f"unknown key of {target.short_name}{hint}")
 
-    def _near(self, name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    def _suggest_name(self, name: str, known: Iterable[str], *, prefix: str = "") -> str:
         """The end of a message about an unknown name, see `nearest`."""
         self._hints -= 1
         return did_you_mean(name, known, prefix=prefix) if self._hints >= 0 else ""
 
-    def _owned_by_embedded(self, data: dict[str, Any], target: Target) -> frozenset[str]:
+    def _find_embedded_fields(self, data: dict[str, Any], target: Target) -> frozenset[str]:
         """The fields that the config in `target.embeds` owns."""
         assert target.embeds is not None
         value = data.get(target.embeds)
@@ -224,11 +224,11 @@ class Reader:
 
     def class_named(self, name: object, type_: Type) -> Target:
         """The class that `name` stands for, derived from one of those in `type_`."""
-        target = self._resolved(name, type_)
+        target = self._resolve(name, type_)
         for member in type_:
-            if holds(member, target):
+            if accepts_instance(member, target):
                 return target
-        raise make_error(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
+        raise make_error(f"expected {self._describe_type(type_)}, but {name!r} is {describe_kind(target)}")
 
     def class_in(self, data: dict[str, Any], type_: Type) -> Target:
         """The config class that the mapping `data` describes an instance of."""
@@ -242,35 +242,37 @@ class Reader:
                     raise make_error(f"{name!r} is not a config: documents describe only dataclasses")
                 self._classes[id(type_), target.name] = target
                 return target
-        candidates = [target for target in map(self._of, type_) if target is not None and target.kind == "config"]
+        candidates = [
+            target for target in map(self._get_target, type_) if target is not None and target.kind == "config"
+        ]
         if len(candidates) == 1:
             return candidates[0]
         if candidates:
             raise make_error("missing '_target_': " + " or ".join(repr(target.name) for target in candidates))
-        raise make_mismatch_error(self._wanted(type_), data)
+        raise make_mismatch_error(self._describe_type(type_), data)
 
-    def _of(self, member: Member) -> Target | None:
+    def _get_target(self, member: Member) -> Target | None:
         return self._lookup.of(member) if isinstance(member, Instance) else None
 
-    def _scalar(self, value: Any, type_: Type) -> Any:
+    def _read_scalar(self, value: Any, type_: Type) -> Any:
         for member in type_:
             match member:
                 case Plain(kind) if type(value) in PYTHON_TYPES[kind]:
                     return value
-                case Choice(values) if _among(value, values):
+                case Choice(values) if _is_among(value, values):
                     return value
                 case Anything():
                     return value
-        raise make_mismatch_error(self._wanted(type_), value)
+        raise make_mismatch_error(self._describe_type(type_), value)
 
-    def _text(self, value: str, type_: Type) -> Any:
+    def _read_text(self, value: str, type_: Type) -> Any:
         texts = self._texts
         if len(texts) >= _MAX_TEXTS:
             texts.clear()
-        read = texts[id(type_), value] = self._named_by(value, type_)
+        read = texts[id(type_), value] = self._resolve_text(value, type_)
         return read
 
-    def _named_by(self, value: str, type_: Type) -> Any:
+    def _resolve_text(self, value: str, type_: Type) -> Any:
         known: list[str] = []
         for member in type_:
             match member:
@@ -289,10 +291,10 @@ class Reader:
                         return EnumMember(enum, value)
                     known += only or enum.members
         if any(isinstance(member, (Function, Class)) for member in type_):
-            return self._fitting(value, type_)
-        raise make_mismatch_error(self._wanted(type_), value, self._near(value, known))
+            return self._read_named(value, type_)
+        raise make_mismatch_error(self._describe_type(type_), value, self._suggest_name(value, known))
 
-    def _sequence(self, value: Any, type_: Type, named: str = "") -> Any:
+    def _read_sequence(self, value: Any, type_: Type, named: str = "") -> Any:
         """A list as the kind of sequence that the place asks for, or as the kind `named`; a live tuple or set as is."""
         errors: list[ReadError] = []
         bare = type(value) is list and not named
@@ -301,34 +303,38 @@ class Reader:
             try:
                 match member:
                     case Items(wanted, item) if bare or wanted == kind:
-                        return _collected(wanted, self._each(enumerate(value), item) if value else [])
+                        return _to_container(wanted, self._read_each(enumerate(value), item) if value else [])
                     case Fixed(items) if bare or kind == "tuple":
-                        return self._fixed(value, items)
+                        return self._read_fixed(value, items)
                     case Anything():
-                        return _collected(kind, self._each(enumerate(value), ANYTHING)) if bare or named else value
+                        return (
+                            _to_container(kind, self._read_each(enumerate(value), ANYTHING)) if bare or named else value
+                        )
             except ReadError as error:
                 errors.append(error)
         if not errors:
-            raise make_error(f"expected {self._wanted(type_)}, got {f'a {named}' if named else describe_value(value)}")
+            raise make_error(
+                f"expected {self._describe_type(type_)}, got {f'a {named}' if named else describe_value(value)}"
+            )
         # Of a union's members, the one that fits farthest down is the one that was meant.
         raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
-    def _fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
+    def _read_fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
         found: ProblemList = [((i,), "required, but missing") for i in range(len(value), len(items))]
         if len(value) > len(items):
             found.append(((len(items),), f"one too many: expected a list of {len(items)}"))
         try:
-            read = self._each_of((i, item, of) for i, (item, of) in enumerate(zip(value, items, strict=False)))
+            read = self._read_items((i, item, of) for i, (item, of) in enumerate(zip(value, items, strict=False)))
         except ReadError as error:
             found = error.problems + found
         if found:
             raise ReadError(found)
         return tuple(read)
 
-    def _each(self, items: Iterable[tuple[Any, Any]], type_: Type) -> list[Any]:
-        return self._each_of((key, item, type_) for key, item in items)
+    def _read_each(self, items: Iterable[tuple[Any, Any]], type_: Type) -> list[Any]:
+        return self._read_items((key, item, type_) for key, item in items)
 
-    def _each_of(self, items: Iterable[tuple[Any, Any, Type]]) -> list[Any]:
+    def _read_items(self, items: Iterable[tuple[Any, Any, Type]]) -> list[Any]:
         found: ProblemList = []
         read = []
         for key, item, type_ in items:
@@ -340,27 +346,27 @@ class Reader:
             raise ReadError(found)
         return read
 
-    def _mapping(self, data: dict[str, Any], type_: Type) -> Any:
+    def _read_mapping(self, data: dict[str, Any], type_: Type) -> Any:
         name = data.get("_target_")
         if type(name) is str and name in _BUILTINS:
-            return self._builtin(data, type_, _BUILTINS[name])
+            return self._read_builtin(data, type_, _BUILTINS[name])
         if "_target_" not in data:
             found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
             if found:
-                return self._first([partial(self._dict, data, member) for member in found])
+                return self._try_each([partial(self._read_dict, data, member) for member in found])
         if "_partial_" in data:
-            return self._partial(data, type_)
+            return self._read_partial(data, type_)
         if "_name_" in data:
-            return self._enum_member(data, type_)
+            return self._read_enum_member(data, type_)
         if "_call_" in data:
-            _only(data, {"_target_", "_call_"})
+            _check_keys(data, {"_target_", "_call_"})
             if data["_call_"] is not False:
                 raise make_error("must be false: a document calls nothing", "_call_")
             with prefix_path("_target_"):
-                return self._fitting(data.get("_target_"), type_)
+                return self._read_named(data.get("_target_"), type_)
         return self.config(data, self.class_in(data, type_))
 
-    def _first(self, attempts: list[Callable[[], Any]]) -> Any:
+    def _try_each(self, attempts: list[Callable[[], Any]]) -> Any:
         """What the first attempt gives that is not refused."""
         errors: list[ReadError] = []
         for attempt in attempts:
@@ -371,48 +377,48 @@ class Reader:
         # Of a union's members, the one that fits farthest down is the one that was meant.
         raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
-    def _dict(self, data: dict[Any, Any], member: Mapping | Anything) -> dict[Any, Any]:
+    def _read_dict(self, data: dict[Any, Any], member: Mapping | Anything) -> dict[Any, Any]:
         if isinstance(member, Anything):
-            return dict(zip(data, self._each(data.items(), ANYTHING), strict=True))
-        keys = self._each(((name, name) for name in data), member.key)
-        values = self._each(data.items(), member.value)
-        return _gathered(zip(keys, values, ((to_path_step(name),) for name in data), strict=True))
+            return dict(zip(data, self._read_each(data.items(), ANYTHING), strict=True))
+        keys = self._read_each(((name, name) for name in data), member.key)
+        values = self._read_each(data.items(), member.value)
+        return _to_dict(zip(keys, values, ((to_path_step(name),) for name in data), strict=True))
 
-    def _builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
+    def _read_builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
         """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
-        _only(data, {"_target_", "_args_"})
+        _check_keys(data, {"_target_", "_args_"})
         args = data.get("_args_")
         if not isinstance(args, list) or len(args) != 1:
             raise make_error("expected a list of one value", "_args_")
         with prefix_path("_args_", 0):
             if kind == "float":
-                return self._not_finite(args[0], type_)
+                return self._read_not_finite(args[0], type_)
             if not isinstance(args[0], list):
                 raise make_error(f"expected a list, got {describe_value(args[0])}")
-            return self._pairs(args[0], type_) if kind == "dict" else self._sequence(args[0], type_, kind)
+            return self._read_pairs(args[0], type_) if kind == "dict" else self._read_sequence(args[0], type_, kind)
 
-    def _not_finite(self, text: Any, type_: Type) -> Any:
+    def _read_not_finite(self, text: Any, type_: Type) -> Any:
         """A number that JSON has no notation for."""
         if not isinstance(text, str) or text not in _NOT_FINITE:
             raise make_error(f"expected {' or '.join(map(repr, _NOT_FINITE))}, got {describe_value(text)}")
-        return self._scalar(_NOT_FINITE[text], type_)
+        return self._read_scalar(_NOT_FINITE[text], type_)
 
-    def _pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
+    def _read_pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
         """A dict, written as a list of its keys and values."""
         found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
         if not found:
-            raise make_error(f"expected {self._wanted(type_)}, got a mapping")
-        read: dict[Any, Any] = self._first([partial(self._paired, pairs, member) for member in found])
+            raise make_error(f"expected {self._describe_type(type_)}, got a mapping")
+        read: dict[Any, Any] = self._try_each([partial(self._read_pairs_as, pairs, member) for member in found])
         return read
 
-    def _paired(self, pairs: list[Any], member: Mapping | Anything) -> dict[Any, Any]:
+    def _read_pairs_as(self, pairs: list[Any], member: Mapping | Anything) -> dict[Any, Any]:
         key, value = (member.key, member.value) if isinstance(member, Mapping) else (ANYTHING, ANYTHING)
-        read = self._each(enumerate(pairs), (Fixed((key, value)),))
-        return _gathered((name, item, (i, 0)) for i, (name, item) in enumerate(read))
+        read = self._read_each(enumerate(pairs), (Fixed((key, value)),))
+        return _to_dict((name, item, (i, 0)) for i, (name, item) in enumerate(read))
 
-    def _partial(self, data: dict[str, Any], type_: Type) -> Any:
+    def _read_partial(self, data: dict[str, Any], type_: Type) -> Any:
         if _FUNCTION_KINDS.isdisjoint(map(type, type_)):
-            raise make_error(f"expected {self._wanted(type_)}, got a partial", "_partial_")
+            raise make_error(f"expected {self._describe_type(type_)}, got a partial", "_partial_")
         keywords = dict(data)
         name, args = keywords.pop("_target_", None), keywords.pop("_args_", [])
         if (mark := keywords.pop("_partial_")) is not True:
@@ -423,28 +429,31 @@ class Reader:
             raise make_error(f"expected a list, got {describe_value(args)}", "_args_")
         if type(name) is not str or (function := self._texts.get((id(_FUNCTION), name))) is None:
             with prefix_path("_target_"):
-                function = self.value(name, _FUNCTION) if type(name) is str else self._fitting(name, _FUNCTION)
+                function = self.value(name, _FUNCTION) if type(name) is str else self._read_named(name, _FUNCTION)
         if args:
             with prefix_path("_args_"):
                 args = self.value(args, ANYTHING)
         if not _SCALARS.issuperset(map(type, keywords.values())):
-            keywords = dict(zip(keywords, self._each(keywords.items(), ANYTHING), strict=True))
+            keywords = dict(zip(keywords, self._read_each(keywords.items(), ANYTHING), strict=True))
         return Partial(function, args, keywords)
 
-    def _enum_member(self, data: dict[str, Any], type_: Type) -> Any:
+    def _read_enum_member(self, data: dict[str, Any], type_: Type) -> Any:
         """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
         # The reference writes the member's value beside its name.
-        _only(data, {"_target_", "_name_", "_args_"})
+        _check_keys(data, {"_target_", "_name_", "_args_"})
         with prefix_path("_target_"):
             target = self.class_named(data.get("_target_"), type_)
             if target.kind != "enum":
                 raise make_error(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
         members = [
-            one for member in type_ if holds(member, target) for one in getattr(member, "only", ()) or target.members
+            one
+            for member in type_
+            if accepts_instance(member, target)
+            for one in getattr(member, "only", ()) or target.members
         ]
         if not isinstance(name, str) or name not in members:
-            near = self._near(name, members) if isinstance(name, str) else ""
+            near = self._suggest_name(name, members) if isinstance(name, str) else ""
             if isinstance(name, str) and name in target.members:
                 raise make_error(f"expected one of {', '.join(members)}, got {name!r}", "_name_")
             raise make_error(
@@ -453,14 +462,14 @@ class Reader:
             )
         return EnumMember(target, name)
 
-    def _fitting(self, name: object, type_: Type) -> Any:
+    def _read_named(self, name: object, type_: Type) -> Any:
         """The thing itself that `name` stands for, if it fits the place."""
-        target = self._resolved(name, type_)
-        if not any(suits(target, member) for member in type_):
-            raise make_error(f"expected {self._wanted(type_)}, but {name!r} is {kind_of(target)}")
+        target = self._resolve(name, type_)
+        if not any(accepts_object(target, member) for member in type_):
+            raise make_error(f"expected {self._describe_type(type_)}, but {name!r} is {describe_kind(target)}")
         return Named(target)
 
-    def _resolved(self, name: object, type_: Type) -> Target:
+    def _resolve(self, name: object, type_: Type) -> Target:
         """What `name` stands for. The classes of an annotation are code: they need no registration."""
         if not isinstance(name, str):
             raise make_error(f"expected a name, got {describe_value(name)}")
@@ -474,12 +483,12 @@ class Reader:
             self._hints -= 1
             raise make_error(str(error)) from error
 
-    def _wanted(self, type_: Type) -> str:
+    def _describe_type(self, type_: Type) -> str:
         """What a place of this type expects."""
-        words = [self._described(member) for member in type_ if member != Plain("null")]
+        words = [self._describe_member(member) for member in type_ if member != Plain("null")]
         return " or ".join(dict.fromkeys(words)) or "null"
 
-    def _described(self, member: Member) -> str:
+    def _describe_member(self, member: Member) -> str:
         match member:
             case Plain(kind):
                 return _WORDS[kind]
@@ -510,12 +519,12 @@ _WORDS: dict[object, str] = {
 }
 
 
-def _among(value: object, choices: tuple[object, ...]) -> bool:
+def _is_among(value: object, choices: tuple[object, ...]) -> bool:
     # 1 == True and 1 == 1.0: the type counts too.
     return any(type(choice) is type(value) and choice == value for choice in choices)
 
 
-def _gathered(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
+def _to_dict(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
     """The dict of these keys and values, each with the path of its key below the value at hand."""
     read: dict[Any, Any] = {}
     for key, value, path in items:
@@ -529,14 +538,14 @@ def _gathered(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
     return read
 
 
-def _collected(kind: str, items: list[Any]) -> Any:
+def _to_container(kind: str, items: list[Any]) -> Any:
     try:
         return _COLLECT[kind](items)
     except TypeError:
         raise make_error("expected a list of plain values") from None
 
 
-def unopened(data: dict[str, Any], target: Target) -> ProblemList:
+def check_file_fields(data: dict[str, Any], target: Target) -> ProblemList:
     """Where the constructor would open a file, which documents do not."""
     found: ProblemList = []
     for name, content in target.files.items():
@@ -546,7 +555,7 @@ def unopened(data: dict[str, Any], target: Target) -> ProblemList:
     return found
 
 
-def _only(data: dict[str, Any], keys: set[str]) -> None:
+def _check_keys(data: dict[str, Any], keys: set[str]) -> None:
     """Refuse keys of `data` beside `keys`."""
     if strange := [key for key in data if key not in keys]:
         beside = " and ".join(sorted(keys & data.keys()))

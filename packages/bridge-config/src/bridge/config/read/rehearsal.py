@@ -11,9 +11,9 @@ from bridge.config.errors import TargetError
 from bridge.config.paths import Path
 from bridge.config.problems import ProblemList, ReadError, describe_value, to_path_step
 from bridge.config.read.build import build
-from bridge.config.read.generation import unfit_settings
+from bridge.config.read.generation import check_settings
 from bridge.config.read.lookup import LiveLookup, check_builder
-from bridge.config.read.reader import Reader, unopened
+from bridge.config.read.reader import Reader, check_file_fields
 from bridge.config.schema.annotations import PYTHON_TYPES, Choice, Instance, Plain, Type
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
@@ -26,7 +26,7 @@ _PLAIN_TYPES = frozenset[type]().union(*PYTHON_TYPES.values())
 _MODEL: Type = (Instance(MODEL_CONFIG),)
 
 
-class Rehearsing:
+class Rehearsal:
     """The rehearsal of one document; `problems` is what is refused, or not read as it was, with its path."""
 
     def __init__(self) -> None:
@@ -53,17 +53,17 @@ class Rehearsing:
         try:
             read = self._reader.field(name, form, type_, target)
         except ReadError as error:
-            return self._refused(error, path)
-        return not is_whole or self._compared(read, value, path)
+            return self._add_problems(error, path)
+        return not is_whole or self._compare(read, value, path)
 
     def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
         """Check that a config, whose fields were read already, is one that may stand in a place of this type."""
         try:
             target = self._reader.class_in(form, type_)
         except ReadError as error:
-            return self._refused(error, path)
-        self.problems += [((*path, *at), message) for at, message in unopened(form, target)]
-        return target.obj is type(value) or self._compared(Made(target, {}), value, path)
+            return self._add_problems(error, path)
+        self.problems += [((*path, *at), message) for at, message in check_file_fields(form, target)]
+        return target.obj is type(value) or self._compare(Made(target, {}), value, path)
 
     def document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document says: its class, its builder and whether generation settings fit."""
@@ -78,21 +78,21 @@ class Rehearsing:
             except TargetError as error:
                 self.problems.append((("_builder_",), str(error)))
         if data.get(GENERATION_FIELD) is not None:
-            self.problems += unfit_settings(data, self._reader.class_in(data, _MODEL))
+            self.problems += check_settings(data, self._reader.class_in(data, _MODEL))
 
-    def _refused(self, error: ReadError, path: Path) -> bool:
+    def _add_problems(self, error: ReadError, path: Path) -> bool:
         self.problems += [((*path, *at), message) for at, message in error.problems]
         return False
 
-    def _compared(self, read: object, value: object, path: Path) -> bool:
-        difference = _difference(read, value)
+    def _compare(self, read: object, value: object, path: Path) -> bool:
+        difference = _find_difference(read, value)
         if difference is not None:
             at, message = difference
             self.problems.append(((*path, *at), message))
         return difference is None
 
 
-def denied_values(config: object) -> ProblemList:
+def check_plain_values(config: object) -> ProblemList:
     """What is wrong with numbers, texts, truth values and None in fields for nothing else, of embedded configs too.
 
     Text may be the name of a function or member elsewhere: whoever uses such a field knows better.
@@ -107,22 +107,22 @@ def denied_values(config: object) -> ProblemList:
             except ReadError as error:
                 found += [((name, *at), message) for at, message in error.problems]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            found += [((name, *at), message) for at, message in denied_values(value)]
+            found += [((name, *at), message) for at, message in check_plain_values(value)]
     return found
 
 
-def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
+def _find_difference(read: Any, value: Any) -> tuple[Path, str] | None:
     """The first place where what was read is not what was written, and what it is there."""
     if isinstance(read, (Named, EnumMember)):
         read = build(read)
     if read is value or isinstance(read, GenerationSettings):
         return None
     if isinstance(read, Made):
-        return _made_difference(read, value)
+        return _find_made_difference(read, value)
     if isinstance(read, Partial):
-        return _first_difference(
+        return _find_first_difference(
             [("_target_", read.function, value.func), ("_args_", read.args, list(value.args))]
-        ) or _difference(read.keywords, value.keywords)
+        ) or _find_difference(read.keywords, value.keywords)
     if isinstance(value, float) and isinstance(read, float):  # also NaN, and the floats of NumPy
         return (
             None
@@ -130,38 +130,38 @@ def _difference(read: Any, value: Any) -> tuple[Path, str] | None:
             else ((), f"{describe_value(value)} is read back as {describe_value(read)}")
         )
     if type(read) is not type(value):
-        return (), _other_type(type(value).__qualname__, type(read).__qualname__)
+        return (), _describe_type_change(type(value).__qualname__, type(read).__qualname__)
     if isinstance(value, dict):
         pairs = zip(read.items(), value.items(), strict=True)
-        return _first_difference((key, left, right) for (key, left), (_, right) in pairs)
+        return _find_first_difference((key, left, right) for (key, left), (_, right) in pairs)
     if isinstance(value, (list, tuple)):
-        return _first_difference(zip(range(len(value)), read, value, strict=True))
+        return _find_first_difference(zip(range(len(value)), read, value, strict=True))
     if isinstance(value, (set, frozenset)) and any(isinstance(item, (Made, Partial)) for item in read):
         return None if len(read) == len(value) else ((), "equal items are read back as one")
     return None if read == value else ((), f"{describe_value(value)} is read back as {describe_value(read)}")
 
 
-def _made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
+def _find_made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
     fields, is_mapping = read.target.fields, isinstance(value, dict)
     if type(value) is not (dict if is_typeddict(read.target.obj) else read.target.obj):
-        return (), _other_type(type(value).__qualname__, read.target.short_name)
+        return (), _describe_type_change(type(value).__qualname__, read.target.short_name)
     if read.target.open:
         return None
     if is_mapping and read.values.keys() != value.keys():
         return (), "it is read back with other keys"
-    return _first_difference(
+    return _find_first_difference(
         (name, item, value[name] if is_mapping else getattr(value, fields[name].attribute or name))
         for name, item in read.values.items()
     )
 
 
-def _other_type(written: str, read: str) -> str:
+def _describe_type_change(written: str, read: str) -> str:
     return f"a value of type {written} is read back as one of type {read}"
 
 
-def _first_difference(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[Path, str] | None:
+def _find_first_difference(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[Path, str] | None:
     for key, read, value in items:
-        if (found := _difference(read, value)) is not None:
+        if (found := _find_difference(read, value)) is not None:
             path, message = found
             return (to_path_step(key), *path), message
     return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
-from bridge.config.schema.pipeline_layout import stages_of
+from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.table import shipped_dtypes
 from bridge.config.schema.target import Target
@@ -37,7 +37,7 @@ class View:
         if embedded is not None and target.embeds is not None:
             values[target.embeds] = embedded
         elif TRANSFORMER in target.bases:
-            _derive(self)
+            _set_derived_values(self)
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is not given. What an embedded config has too belongs to it.
@@ -55,7 +55,7 @@ class View:
 _TARGET, _EMBEDDED = "(target)", "(embedded)"
 
 
-def _derive(config: View) -> None:
+def _set_derived_values(config: View) -> None:
     """Set what the constructor of TransformerConfig derives from other fields, where checks read it.
 
     Source: ``__post_init__`` of TransformerConfig and of ModelParallelConfig, megatron-core 0.19.2.
@@ -84,7 +84,7 @@ def _derive(config: View) -> None:
             values[name] = shipped_dtypes().get(given.removeprefix("torch."), given)
     if config.fp32_residual_connection and values.get("pipeline_dtype") is not None:
         values["pipeline_dtype"] = "torch.float32"
-    stages = stages_of(values.get("pipeline_model_parallel_layout"))
+    stages = parse_stages(values.get("pipeline_model_parallel_layout"))
     if stages is not None and config.virtual_pipeline_model_parallel_size is None:
         virtual = len(stages) // config.pipeline_model_parallel_size
         values["virtual_pipeline_model_parallel_size"] = virtual if virtual > 1 else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge.config.schema import hybrid_pattern
-from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, ranges_of
+from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, get_ranges
 from bridge.config.schema.registry import document_name
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -43,14 +43,14 @@ def check_live(config: Any, prefix: str = "") -> Problems:
     bases = tuple(name for base in type(config).__mro__ if (name := document_name(base)))
     found = [
         (name, problem)
-        for name, allowed in ranges_of(bases).items()
+        for name, allowed in get_ranges(bases).items()
         if (problem := allowed.problem(getattr(config, name, None)))
     ]
     for path, message in found or check_fields(config, bases):
         yield prefix + path, message
 
 
-def _out_of_range(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
+def _check_ranges(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
     """Fields, separated by spaces, that count in this model only."""
     return [(name, said) for name in names.split() if (said := allowed.problem(getattr(config, name)))]
 
@@ -58,11 +58,11 @@ def _out_of_range(config: Any, names: str, allowed: Range) -> list[tuple[str, st
 # --- Transformers
 
 
-def _sizes(config: Any) -> Problems:
+def _check_sizes(config: Any) -> Problems:
     yield from ((name, "required, but missing") for name in NEEDED_SIZES if not getattr(config, name))
 
 
-def _heads(config: Any) -> Problems:
+def _check_heads(config: Any) -> Problems:
     hidden, heads, channels = config.hidden_size, config.num_attention_heads, config.kv_channels
     if not (hidden and heads):
         return
@@ -88,16 +88,16 @@ def _heads(config: Any) -> Problems:
         )
 
 
-def _experts(config: Any) -> Problems:
+def _check_experts(config: Any) -> Problems:
     # The constructor asks for these without experts too.
-    wrong = _out_of_range(config, "moe_shared_expert_intermediate_size", COUNT)
-    wrong += _out_of_range(config, "moe_router_group_topk", NOT_NEGATIVE)
+    wrong = _check_ranges(config, "moe_shared_expert_intermediate_size", COUNT)
+    wrong += _check_ranges(config, "moe_router_group_topk", NOT_NEGATIVE)
     if _reads_layer_kinds(config):
-        wrong += _out_of_range(config, "moe_layer_freq", COUNT)
+        wrong += _check_ranges(config, "moe_layer_freq", COUNT)
     if config.num_moe_experts is not None:
-        wrong += _out_of_range(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk", COUNT)
-        wrong += _out_of_range(config, "moe_router_num_groups", NOT_NEGATIVE)
-    yield from wrong or _routing(config)
+        wrong += _check_ranges(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk", COUNT)
+        wrong += _check_ranges(config, "moe_router_num_groups", NOT_NEGATIVE)
+    yield from wrong or _check_routing(config)
 
 
 def _reads_layer_kinds(config: Any) -> bool:
@@ -105,7 +105,7 @@ def _reads_layer_kinds(config: Any) -> bool:
     return (config.num_moe_experts is not None or bool(config.mtp_num_layers)) and not config.is_hybrid_model
 
 
-def _routing(config: Any) -> Problems:
+def _check_routing(config: Any) -> Problems:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     softmax = config.moe_router_score_function == "softmax" and config.moe_router_load_balancing_type != "sinkhorn"
     if topk == 1 and softmax and not config.moe_router_pre_softmax:
@@ -114,7 +114,7 @@ def _routing(config: Any) -> Problems:
             "with 1 the softmax over the chosen expert has no gradient: set moe_router_pre_softmax to true",
         )
     if _reads_layer_kinds(config):
-        yield from _flags(config, "moe_layer_freq", "experts (1) or none (0)")
+        yield from _check_layer_flags(config, "moe_layer_freq", "experts (1) or none (0)")
     if experts is None:
         names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
         if config.moe_ffn_hidden_size is not None and not _is_mixed(config.moe_layer_freq):
@@ -125,7 +125,7 @@ def _routing(config: Any) -> Problems:
     if topk > experts and has_experts:
         yield "moe_router_topk", f"a token cannot go to {topk} of num_moe_experts = {experts} experts"
     elif config.moe_router_group_topk:
-        yield from _expert_groups(config, has_experts=has_experts)
+        yield from _check_expert_groups(config, has_experts=has_experts)
 
 
 def _is_mixed(every: object) -> bool:
@@ -133,7 +133,7 @@ def _is_mixed(every: object) -> bool:
     return 0 in every if isinstance(every, list) else isinstance(every, int) and every > 1
 
 
-def _expert_groups(config: Any, *, has_experts: bool) -> Problems:
+def _check_expert_groups(config: Any, *, has_experts: bool) -> Problems:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if not groups:
@@ -155,13 +155,13 @@ def _expert_groups(config: Any, *, has_experts: bool) -> Problems:
         )
 
 
-def _windows(config: Any) -> Problems:
+def _check_windows(config: Any) -> Problems:
     if config.window_size:
-        wrong = _out_of_range(config, "window_attn_skip_freq", COUNT)
-        yield from wrong or _flags(config, "window_attn_skip_freq", "a window (1) or all tokens (0)")
+        wrong = _check_ranges(config, "window_attn_skip_freq", COUNT)
+        yield from wrong or _check_layer_flags(config, "window_attn_skip_freq", "a window (1) or all tokens (0)")
 
 
-def _positions_left_out(config: Any) -> Problems:
+def _check_no_rope_layers(config: Any) -> Problems:
     every, layers = config.no_rope_freq, config.num_layers
     if isinstance(every, int) and every and layers % every:
         yield "no_rope_freq", f"{every} does not divide num_layers = {layers}: choose a divisor"
@@ -169,7 +169,7 @@ def _positions_left_out(config: Any) -> Problems:
         yield "no_rope_freq", f"{len(every)} entries for num_layers = {layers}: give one a layer"
 
 
-def _flags(config: Any, name: str, meaning: str) -> Problems:
+def _check_layer_flags(config: Any, name: str, meaning: str) -> Problems:
     """Check a list of a 0 or 1 for each layer."""
     flags = getattr(config, name)
     if not isinstance(flags, (list, tuple)):
@@ -181,16 +181,16 @@ def _flags(config: Any, name: str, meaning: str) -> Problems:
             yield f"{name}[{at}]", f"expected 0 or 1, for {meaning}, got {flag}"
 
 
-def _precision(config: Any) -> Problems:
+def _check_precision(config: Any) -> Problems:
     if config.fp16 and config.bf16:
         yield "fp16", "there is one half precision: set fp16 or bf16 to false"
 
 
-def _latent_attention(config: Any) -> Problems:
+def _check_latent_attention(config: Any) -> Problems:
     if not config.multi_latent_attention:
         return
     sizes = "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim"
-    wrong = _out_of_range(config, sizes, COUNT)
+    wrong = _check_ranges(config, sizes, COUNT)
     yield from wrong
     if not wrong and config.qk_pos_emb_head_dim % 2:
         yield "qk_pos_emb_head_dim", f"channels are rotated in pairs: {config.qk_pos_emb_head_dim} is odd"
@@ -199,7 +199,7 @@ def _latent_attention(config: Any) -> Problems:
 # --- Models
 
 
-def _rotary_channels(model: Any) -> Problems:
+def _check_rotary_channels(model: Any) -> Problems:
     transformer = model.transformer
     rotates = model.position_embedding_type in ("rope", "mrope", "yarn")
     layers = getattr(model, "hybrid_layer_pattern", hybrid_pattern.ATTENTION) or hybrid_pattern.MAMBA
@@ -214,23 +214,23 @@ def _rotary_channels(model: Any) -> Problems:
         yield "transformer.kv_channels", f"channels are rotated in pairs, and {channels} is odd: choose an even number"
 
 
-def _hybrid_layers(model: Any) -> Problems:
+def _check_hybrid_layers(model: Any) -> Problems:
     pattern, transformer = model.hybrid_layer_pattern, model.transformer
     if pattern is None:
         pattern = hybrid_pattern.MAMBA * transformer.num_layers
-    elif (said := hybrid_pattern.problem(pattern, transformer.num_layers)) is not None:
+    elif (said := hybrid_pattern.find_problem(pattern, transformer.num_layers)) is not None:
         yield "hybrid_layer_pattern", said
         return
     if hybrid_pattern.EXPERTS in pattern and not transformer.num_moe_experts:
         yield "hybrid_layer_pattern", f"{pattern} has layers of experts (E): set transformer.num_moe_experts"
-    depths = hybrid_pattern.prediction_depths(pattern)
+    depths = hybrid_pattern.count_prediction_depths(pattern)
     if depths != (transformer.mtp_num_layers or 0):
         yield (
             "hybrid_layer_pattern",
             f"{pattern} predicts {depths} tokens further (one for each /), transformer.mtp_num_layers is "
             f"{transformer.mtp_num_layers}: change one of them",
         )
-    yield from _hybrid_attention(pattern, transformer)
+    yield from _check_hybrid_attention(pattern, transformer)
     if not transformer.is_hybrid_model:
         yield (
             "transformer.is_hybrid_model",
@@ -238,13 +238,13 @@ def _hybrid_layers(model: Any) -> Problems:
             "it to true",
         )
     if hybrid_pattern.MAMBA in pattern:
-        yield from ((f"transformer.{name}", said) for name, said in _mamba_sizes(transformer))
+        yield from ((f"transformer.{name}", said) for name, said in _check_mamba_sizes(transformer))
 
 
 _VARIANTS = {"dsa": hybrid_pattern.SPARSE_ATTENTION, "gated_delta_net": hybrid_pattern.DELTA_NET}
 
 
-def _hybrid_attention(pattern: str, transformer: Any) -> Problems:
+def _check_hybrid_attention(pattern: str, transformer: Any) -> Problems:
     """Check that the pattern has the attention that the transformer asks for.
 
     A hybrid of megatron-core 0.19.2 goes by the pattern alone, without a word about the fields.
@@ -263,7 +263,7 @@ def _hybrid_attention(pattern: str, transformer: Any) -> Problems:
             "MLATransformerConfig, and set it to true",
         )
     variant = transformer.experimental_attention_variant
-    if variant is not None and _VARIANTS.get(variant, variant) not in hybrid_pattern.layers_of(pattern):
+    if variant is not None and _VARIANTS.get(variant, variant) not in hybrid_pattern.get_layers(pattern):
         yield (
             "transformer.experimental_attention_variant",
             f"is {variant}, but hybrid_layer_pattern {pattern} has no layer of it ({_VARIANTS.get(variant)}): write "
@@ -276,14 +276,14 @@ def _hybrid_attention(pattern: str, transformer: Any) -> Problems:
         )
 
 
-def mamba_heads(config: Any) -> int:
+def count_mamba_heads(config: Any) -> int:
     """The heads of a Mamba layer: as many as given, or as twice the hidden size holds."""
     heads: int = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
     return heads
 
 
-def _mamba_sizes(config: Any) -> Problems:
-    wrong = _out_of_range(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
+def _check_mamba_sizes(config: Any) -> Problems:
+    wrong = _check_ranges(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
     yield from wrong
     if wrong:
         return
@@ -295,12 +295,12 @@ def _mamba_sizes(config: Any) -> Problems:
             "mamba_num_heads",
         )
         return
-    heads = mamba_heads(config)
+    heads = count_mamba_heads(config)
     if heads % groups:
         yield "mamba_num_groups", f"{groups} does not divide the {heads} heads of a Mamba layer: choose a divisor"
 
 
-def _t5_heads(model: Any) -> Problems:
+def _check_t5_heads(model: Any) -> Problems:
     transformer = model.transformer
     if transformer.num_query_groups != transformer.num_attention_heads:
         yield (
@@ -310,11 +310,11 @@ def _t5_heads(model: Any) -> Problems:
         )
 
 
-def _t5_positions(model: Any) -> Problems:
+def _check_t5_positions(model: Any) -> Problems:
     transformer = model.transformer
     heads = model.encoder_num_attention_heads
     if model.position_embedding_type == "relative":
-        yield from _buckets(model)
+        yield from _check_buckets(model)
         if heads not in (None, transformer.num_attention_heads):
             # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
             yield (
@@ -332,7 +332,7 @@ def _t5_positions(model: Any) -> Problems:
         )
 
 
-def _buckets(model: Any) -> Problems:
+def _check_buckets(model: Any) -> Problems:
     """Half of the encoder's classes are for each direction, and half of those for distances of their own."""
     buckets, distance = model.relative_attention_num_buckets, model.relative_attention_max_distance
     if distance <= buckets // 2:
@@ -344,10 +344,10 @@ def _buckets(model: Any) -> Problems:
 
 
 CHECKS: Mapping[str, Sequence[Check]] = {
-    TRANSFORMER: (_sizes, _heads, _experts, _windows, _positions_left_out, _precision),
-    LATENT: (_latent_attention,),
-    LANGUAGE: (_rotary_channels,),
-    MAMBA: (_hybrid_layers,),
-    T5: (_t5_heads, _t5_positions),
+    TRANSFORMER: (_check_sizes, _check_heads, _check_experts, _check_windows, _check_no_rope_layers, _check_precision),
+    LATENT: (_check_latent_attention,),
+    LANGUAGE: (_check_rotary_channels,),
+    MAMBA: (_check_hybrid_layers,),
+    T5: (_check_t5_heads, _check_t5_positions),
 }
 """By the class whose configs are checked."""

@@ -49,12 +49,12 @@ class GenerationSettings(Mapping[str, Any]):
         return f"GenerationSettings({self._values!r})"
 
 
-def stays_data(cls: object, value: object) -> bool:
+def keeps_data(cls: object, value: object) -> bool:
     """Whether a config of the class `cls` keeps the written settings `value` as data until they are read."""
     return (
         isinstance(value, dict)
         and value.get("_target_") == GENERATION_CONFIG
-        and any(getattr(vars(base)[FIELD], KEEPS_DATA, False) for base in _first_with_field(cls))
+        and any(getattr(vars(base)[FIELD], KEEPS_DATA, False) for base in _find_owner(cls))
     )
 
 
@@ -69,7 +69,7 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
     said = getattr(settings, "to_diff_dict", dict)
     given = settings if isinstance(settings, Mapping) else said()
     for name in _TOKENS:
-        beyond = [token for token in _numbers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
+        beyond = [token for token in _find_integers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
         if beyond:
             yield (
                 name,
@@ -77,27 +77,27 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
                 f"vocab_size is {describe_value(vocab_size)}",
             )
     for name in _LENGTHS:
-        if any(_exceeds(length, seq_length) for length in _numbers(given.get(name))):
+        if any(_exceeds(length, seq_length) for length in _find_integers(given.get(name))):
             length, limit = describe_value(given[name]), describe_value(seq_length)
             yield name, f"{length} tokens are longer than the longest sequence, seq_length is {limit}"
 
 
-def settings_of(config: object) -> object:
+def get_settings(config: object) -> object:
     """The generation settings of `config` as they are, without making an object of them."""
     return vars(config).get(FIELD)
 
 
-def _first_with_field(cls: object) -> list[type]:
+def _find_owner(cls: object) -> list[type]:
     """The class among the bases of `cls` that has the last word about the field."""
     bases = cls.__mro__ if isinstance(cls, type) else ()
     return [base for base in bases if FIELD in vars(base)][:1]
 
 
-def _numbers(value: object) -> Iterator[int]:
+def _find_integers(value: object) -> Iterator[int]:
     """The whole numbers in a value, at any depth of lists."""
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _numbers(item)
+            yield from _find_integers(item)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 

@@ -21,27 +21,27 @@ MEANINGS = {
 }
 
 
-def decoder_of(pattern: str) -> str:
+def get_decoder(pattern: str) -> str:
     """Return the part of a pattern before further predictions, with the borders of its stages."""
     return pattern.split(PREDICTION)[0]
 
 
-def layers_of(pattern: str) -> str:
+def get_layers(pattern: str) -> str:
     """Return the symbols of the decoder's layers, without the borders of stages and multi-token prediction."""
-    return decoder_of(pattern).replace(STAGE, "")
+    return get_decoder(pattern).replace(STAGE, "")
 
 
-def prediction_depths(pattern: str) -> int:
+def count_prediction_depths(pattern: str) -> int:
     """Return how many further tokens the pattern predicts: the parts that ``/`` begins."""
     return pattern.count(PREDICTION)
 
 
-def problem(pattern: str, num_layers: int) -> str | None:
+def find_problem(pattern: str, num_layers: int) -> str | None:
     """Say what is wrong with a pattern of so many layers, with a picture that points at it; None if nothing is."""
     if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, STAGE, PREDICTION}]:
         known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
         return point_at(f"has symbols of no layer; there are {known}, and | between pipeline stages", pattern, unknown)
-    if not layers_of(pattern):
+    if not get_layers(pattern):
         return point_at("has no layers: give at least one, or null for Mamba layers alone", pattern, [0])
     latent = [at for at, symbol in enumerate(pattern) if symbol in (LATENT_ATTENTION, SPARSE_ATTENTION)]
     if latent and ATTENTION in pattern:
@@ -53,18 +53,18 @@ def problem(pattern: str, num_layers: int) -> str | None:
             places = range(at, at + max(len(part), 1))
             return point_at("must repeat the same layers, of one stage, after each /", pattern, places)
         at += len(part) + 1
-    return _wrong_number(pattern, num_layers)
+    return _check_layer_count(pattern, num_layers)
 
 
-def _wrong_number(pattern: str, num_layers: int) -> str | None:
-    found = len(layers_of(pattern))
+def _check_layer_count(pattern: str, num_layers: int) -> str | None:
+    found = len(get_layers(pattern))
     if found == num_layers:
         return None
-    places = [place for place, symbol in enumerate(decoder_of(pattern)) if symbol != STAGE]
+    places = [place for place, symbol in enumerate(get_decoder(pattern)) if symbol != STAGE]
     return point_at(
         f"has {found} layers, transformer.num_layers is {num_layers}: change one of them",
         pattern,
-        places[num_layers:] or [len(decoder_of(pattern))],
+        places[num_layers:] or [len(get_decoder(pattern))],
     )
 
 

@@ -47,7 +47,7 @@ from bridge.config.schema.registered import accepted_by, descriptions
 from bridge.config.schema.registry import document_name, document_names
 from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field, Target
-from bridge.config.schema.versions import Schema, declared_schema
+from bridge.config.schema.versions import Schema, load_declared_schema
 
 # Classes that are not dataclasses and yet have a written form: constructor argument -> the attribute that holds it.
 # They are not imported here; each row counts once the class is loaded.
@@ -85,7 +85,7 @@ def describe(obj: object, name: str | None = None) -> Target:
     """The description of `obj`, a class or anything else that is registered or declared under `name`."""
     if isinstance(obj, type):
         if obj not in descriptions:
-            descriptions[obj] = _class(obj)
+            descriptions[obj] = _describe_class(obj)
         return descriptions[obj]
     name = name or document_name(obj) or repr(obj)
     if is_dtype(type(obj)):
@@ -95,29 +95,31 @@ def describe(obj: object, name: str | None = None) -> Target:
     return Target(name, "value", bases=document_names(type(obj)), obj=obj)
 
 
-def target_of(member: Instance) -> Target | None:
+def describe_annotated(member: Instance) -> Target | None:
     """The description of the class that an annotation names; None if it is neither at hand nor in the table."""
     return describe(member.cls) if member.cls is not None else shipped(member.name)
 
 
-def config_at(value: collections.abc.Mapping[str, Any], type_: Type, named: TargetOf) -> Target | None:
+def find_config(value: collections.abc.Mapping[str, Any], type_: Type, named: TargetOf) -> Target | None:
     """The config class that a mapping in a place of `type_` describes; None if it describes none that is known.
 
     It is what `_target_` names, or else the only config class that the type has.
     """
     if "_target_" in value:
         name = value["_target_"]
-        own = [_named_by(member, named) for member in type_ if isinstance(member, Instance) and member.name == name]
+        own = [
+            _find_annotated(member, named) for member in type_ if isinstance(member, Instance) and member.name == name
+        ]
         found = own or ([named(name)] if isinstance(name, str) else [])
     else:
-        found = [_named_by(member, named) for member in type_ if isinstance(member, Instance)]
+        found = [_find_annotated(member, named) for member in type_ if isinstance(member, Instance)]
     configs = [target for target in found if target is not None and target.kind == "config"]
     return configs[0] if len(configs) == 1 else None
 
 
-def _named_by(member: Instance, named: TargetOf) -> Target | None:
+def _find_annotated(member: Instance, named: TargetOf) -> Target | None:
     """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
-    return target_of(member) or named(member.name)
+    return describe_annotated(member) or named(member.name)
 
 
 def is_dtype(cls: type) -> bool:
@@ -125,22 +127,22 @@ def is_dtype(cls: type) -> bool:
     return qualified_name(cls) == "torch.dtype"
 
 
-def type_of(hint: Any) -> Type:
+def parse_annotation(hint: Any) -> Type:
     """What the annotation `hint` says."""
-    members = dict.fromkeys(_members(hint))
+    members = dict.fromkeys(_parse_hint(hint))
     if Class() in members and any(isinstance(one, Instance) and one.name == _MODULE_SPEC for one in members):
         # megatron-core 0.19.2 annotates parts of layers with `ModuleSpec | type`, and puts functions there too.
         members[Function()] = None
     return tuple(sorted(members, key=_rank)) or ANYTHING
 
 
-def _class(cls: type) -> Target:
+def _describe_class(cls: type) -> Target:
     name, bases = document_name(cls) or cls.__name__, document_names(cls)
     if issubclass(cls, Enum):
         return Target(name, "enum", bases=bases, members=tuple(cls.__members__), obj=cls)
     if (accepts := accepted_by(cls)) is not None:
         return Target(name, "builder", bases=bases, accepts=document_name(accepts), obj=cls)
-    fields = _fields(cls)
+    fields = _describe_fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
     check_class(cls)
@@ -155,14 +157,14 @@ def _class(cls: type) -> Target:
         calls=any("__call__" in vars(base) for base in cls.__mro__),
         embeds=cls._embeds if WRITE_THROUGH in bases else None,  # type: ignore[attr-defined]
         builder=getattr(cls, "builder", None) if dataclasses.is_dataclass(cls) else None,
-        schema=own if isinstance(own, Schema) else declared_schema(name),
-        positional=_positional(cls),
-        hashed=_hashed(cls),
+        schema=own if isinstance(own, Schema) else load_declared_schema(name),
+        positional=_get_positional(cls),
+        hashed=_get_compared_fields(cls),
         obj=cls,
     )
 
 
-def _positional(cls: type) -> tuple[str, ...]:
+def _get_positional(cls: type) -> tuple[str, ...]:
     if not dataclasses.is_dataclass(cls):
         return ()
     _, *arguments = inspect.signature(cls.__init__).parameters.values()  # not the fields: it may be the class's own
@@ -170,7 +172,7 @@ def _positional(cls: type) -> tuple[str, ...]:
     return tuple(one.name for one in arguments) if by_position else ()
 
 
-def _hashed(cls: type) -> tuple[str, ...] | None:
+def _get_compared_fields(cls: type) -> tuple[str, ...] | None:
     """The fields that instances of `cls` are compared by, see `Target.hashed`."""
     if getattr(cls, "__hash__", None) is None:
         return None
@@ -182,34 +184,34 @@ def _hashed(cls: type) -> tuple[str, ...] | None:
     return tuple(one.name for one in dataclasses.fields(cls) if one.compare)  # type: ignore[arg-type]
 
 
-def _fields(cls: type) -> dict[str, Field] | None:
+def _describe_fields(cls: type) -> dict[str, Field] | None:
     """The fields of a dataclass, a named tuple, a typed dict or a class with a written form of its own; else None."""
     if dataclasses.is_dataclass(cls):
-        hints = _resolved(cls)
+        hints = _resolve_hints(cls)
         nullable = {name for base in base_names(cls) for name in NULLABLE_FIELDS.get(base, ())}
         given = cls.__dataclass_fields__
         kept = {f.name for f in dataclasses.fields(cls)}
         return {
-            name: _dataclass_field(f, hints[name], nullable=name in nullable, kept=name in kept)
+            name: _make_dataclass_field(f, hints[name], nullable=name in nullable, kept=name in kept)
             for name, f in given.items()
             if name in kept or isinstance(hints[name], dataclasses.InitVar)
         }
     if is_typeddict(cls):
-        return {name: _item_field(cls, name, hint) for name, hint in _resolved(cls).items()}
+        return {name: _make_item_field(cls, name, hint) for name, hint in _resolve_hints(cls).items()}
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        hints = _resolved(cls)
-        return {name: _tuple_field(cls, name, type_of(hints.get(name, Any))) for name in cls._fields}
+        hints = _resolve_hints(cls)
+        return {name: _make_tuple_field(cls, name, parse_annotation(hints.get(name, Any))) for name in cls._fields}
     if qualified_name(cls) in OPEN_CLASSES:
         return {}
     attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
     if attributes is None:
         return None
-    hints = _resolved(cls.__init__)  # type: ignore[misc]
+    hints = _resolve_hints(cls.__init__)  # type: ignore[misc]
     parameters = inspect.signature(cls).parameters
     return {
         name: Field(
             name,
-            type_of(hints.get(name, Any)),
+            parse_annotation(hints.get(name, Any)),
             required=parameters[name].default is inspect.Parameter.empty,
             attribute=attribute,
         )
@@ -217,35 +219,35 @@ def _fields(cls: type) -> dict[str, Field] | None:
     }
 
 
-def _item_field(cls: Any, name: str, hint: Any) -> Field:
+def _make_item_field(cls: Any, name: str, hint: Any) -> Field:
     """The field for a key of a typed dict, which does not know of `NotRequired` in an annotation that is a text."""
     origin = get_origin(hint)
     required = origin is Required or (origin is not NotRequired and name in cls.__required_keys__)
-    return Field(name, type_of(hint), required=required)
+    return Field(name, parse_annotation(hint), required=required)
 
 
-def _tuple_field(cls: Any, name: str, type_: Type) -> Field:
+def _make_tuple_field(cls: Any, name: str, type_: Type) -> Field:
     if name not in cls._field_defaults:
         return Field(name, type_, required=True, attribute=name)
     return Field(name, type_, attribute=name, make_default=lambda: cls._field_defaults[name])
 
 
-def _dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, kept: bool) -> Field:
+def _make_dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, kept: bool) -> Field:
     # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
-    type_ = type_of(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
+    type_ = parse_annotation(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
     required = f.init and f.default is f.default_factory is MISSING
     return Field(
-        f.name, type_, required=required, init=f.init, attribute=f.name, kept=kept, make_default=_default_maker(f)
+        f.name, type_, required=required, init=f.init, attribute=f.name, kept=kept, make_default=_get_default_factory(f)
     )
 
 
-def _default_maker(f: dataclasses.Field[Any]) -> Callable[[], Any] | None:
+def _get_default_factory(f: dataclasses.Field[Any]) -> Callable[[], Any] | None:
     if f.default_factory is not MISSING:
         return f.default_factory
     return None if f.default is MISSING else lambda: f.default
 
 
-def _resolved(obj: Any) -> dict[str, Any]:
+def _resolve_hints(obj: Any) -> dict[str, Any]:
     """The type hints of `obj`; a name that cannot be resolved (imported for type checkers only) counts as Any."""
     unresolved: dict[str, Any] = {}
     while True:
@@ -257,13 +259,13 @@ def _resolved(obj: Any) -> dict[str, Any]:
             unresolved[error.name] = Any
 
 
-def _members(hint: Any) -> list[Member]:
-    hint = _stripped(hint)
+def _parse_hint(hint: Any) -> list[Member]:
+    hint = _unwrap(hint)
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
-        return [member for arg in args for member in _members(arg)]
+        return [member for arg in args for member in _parse_hint(arg)]
     if origin is Literal:
-        return _choices(args)
+        return _parse_literal(args)
     if origin is Callable or origin is collections.abc.Callable:
         return [Function()]
     if origin is type:
@@ -273,10 +275,10 @@ def _members(hint: Any) -> list[Member]:
         return [_PLAIN[hint]]
     if origin in _ITEMS:
         if origin is tuple and args and args[-1] is not Ellipsis:
-            return [Fixed(tuple(map(type_of, args)))]
-        return [Items(kind, type_of(args[0]) if args else ANYTHING) for kind in _ITEMS[origin]]
+            return [Fixed(tuple(map(parse_annotation, args)))]
+        return [Items(kind, parse_annotation(args[0]) if args else ANYTHING) for kind in _ITEMS[origin]]
     if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
-        key, value = map(type_of, args or (Any, Any))
+        key, value = map(parse_annotation, args or (Any, Any))
         return [Mapping(key, value)]
     if getattr(origin, "_is_protocol", False) and "__call__" in vars(origin):
         return [Function()]
@@ -287,7 +289,7 @@ def _members(hint: Any) -> list[Member]:
     return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
 
 
-def _choices(values: tuple[Any, ...]) -> list[Member]:
+def _parse_literal(values: tuple[Any, ...]) -> list[Member]:
     """The members of a `Literal`; those of an enumeration are known by name."""
     found: list[Member] = []
     if plain := tuple(value for value in values if not isinstance(value, Enum)):
@@ -329,7 +331,7 @@ def _rank(member: Member) -> int:
     return ranks.get(type(member), 4)
 
 
-def _stripped(hint: Any) -> Any:
+def _unwrap(hint: Any) -> Any:
     """`hint` without Annotated, NewType and type alias wrappers."""
     while True:
         if get_origin(hint) in (Annotated, Required, NotRequired):

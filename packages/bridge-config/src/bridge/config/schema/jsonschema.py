@@ -28,7 +28,7 @@ from bridge.config.schema.annotations import (
 )
 from bridge.config.schema.arithmetic import NEEDED_SIZES
 from bridge.config.schema.names import MODEL_CONFIG
-from bridge.config.schema.ranges import TRANSFORMER, Range, ranges_of
+from bridge.config.schema.ranges import TRANSFORMER, Range, get_ranges
 from bridge.config.schema.table import shipped, shipped_dtypes, shipped_names
 from bridge.config.schema.target import Field, Target, is_model
 from bridge.config.schema.versions import VERSION_KEY
@@ -40,7 +40,7 @@ _TEXT: Json = {"type": "string"}
 _JSON_TYPES = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "null": "null"}
 
 
-def _bounds(allowed: Range) -> Json:
+def _make_bounds(allowed: Range) -> Json:
     bounds = {
         "exclusiveMinimum" if allowed.exclusive else "minimum": allowed.minimum,
         "maximum": allowed.maximum,
@@ -50,7 +50,7 @@ def _bounds(allowed: Range) -> Json:
 
 def schema_targets() -> dict[str, str]:
     """The configs that have a schema: dotted names, model configs first, and one line about each."""
-    found = sorted(_configs(), key=lambda target: (not is_model(target), target.name))
+    found = sorted(_list_configs(), key=lambda target: (not is_model(target), target.name))
     return {target.name: target.doc for target in found}
 
 
@@ -65,19 +65,19 @@ def json_schema(name: str) -> Json:
         raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, schema_targets())}")
     definitions = _Definitions()
     schema = definitions.mapping(target)
-    schema["properties"] |= _top_keys(target)
+    schema["properties"] |= _make_top_keys(target)
     schema["required"] = ["_target_", *schema["required"]]
-    return {"$schema": _DIALECT, **schema, "$defs": definitions.found}
+    return {"$schema": _DIALECT, **schema, "$defs": definitions.schemas}
 
 
-def _top_keys(target: Target) -> Json:
+def _make_top_keys(target: Target) -> Json:
     """The keys that stand at the top of a document only."""
     keys: Json = {}
     if is_model(target):
         about = "The ModelBuilder that builds this model; without it, the one that its class names."
-        names = [one.name for one in _described() if one.kind == "builder" and one.accepts in target.bases]
-        keys["_builder_"] = {"description": about, **_suggested(names)}
-    entry = _closed({"path": _TEXT, "reason": _TEXT})
+        names = [one.name for one in _list_targets() if one.kind == "builder" and one.accepts in target.bases]
+        keys["_builder_"] = {"description": about, **_make_suggestion(names)}
+    entry = _make_closed({"path": _TEXT, "reason": _TEXT})
     keys["_omitted_"] = {"description": "What has no written form and was left out.", "type": "array", "items": entry}
     return keys
 
@@ -86,41 +86,44 @@ class _Definitions:
     """The `$defs` of one schema: each class, and each form that several fields share, stands there once."""
 
     def __init__(self) -> None:
-        self.found: Json = {}
+        self.schemas: Json = {}
         self._keys: dict[str, str] = {}
 
     def mapping(self, target: Target) -> Json:
         """The schema of mappings that describe an instance of the config `target`."""
-        embedded = _fitting(target.fields[target.embeds].type) if target.embeds else []
+        embedded = _find_configs(target.fields[target.embeds].type) if target.embeds else []
         # What every config that may be embedded owns cannot stand here; what only some own depends on the document.
         elsewhere = set.intersection(*(set(one.fields) for one in embedded)) if embedded else set()
         own = [field for field in target.fields.values() if field.name not in elsewhere]
-        ranges = ranges_of(target.bases)
+        ranges = get_ranges(target.bases)
         needed = NEEDED_SIZES if TRANSFORMER in target.bases else ()
         schema: Json = {
             "title": target.short_name,
             "description": target.doc,
             "type": "object",
-            "properties": _heading(target) | {field.name: self._field(field, ranges.get(field.name)) for field in own},
+            "properties": _make_heading(target)
+            | {field.name: self._make_field(field, ranges.get(field.name)) for field in own},
             "required": [field.name for field in own if field.required or field.name in needed],
             "additionalProperties": target.open,
         }
-        if target.embeds and (rules := [rule for one in embedded if (rule := _owned(own, one, at=target.embeds))]):
+        if target.embeds and (
+            rules := [rule for one in embedded if (rule := _make_owner_rule(own, one, at=target.embeds))]
+        ):
             schema["allOf"] = rules
         return schema
 
-    def _field(self, field: Field, allowed: Range | None) -> Json:
+    def _make_field(self, field: Field, allowed: Range | None) -> Json:
         about: Json = {"description": field.doc} if field.doc else {}
         if not field.init:  # written for people's eyes, and not read
             return about | {"readOnly": True}
         if field.default is not MISSING:
             about["default"] = field.default
-        return about | self._type(field.type) | (_bounds(allowed) if allowed else {})
+        return about | self._make_type(field.type) | (_make_bounds(allowed) if allowed else {})
 
-    def _type(self, type_: Type) -> Json:
+    def _make_type(self, type_: Type) -> Json:
         if Anything() in type_:
             return {}
-        forms = [form for member in type_ for form in self._forms(member)]
+        forms = [form for member in type_ for form in self._list_forms(member)]
         # Plain alternatives are said in one breath: {"type": ["integer", "null"]}.
         plain = [form["type"] for form in forms if form.keys() == {"type"}]
         others = [form for form in forms if form.keys() != {"type"}]
@@ -128,115 +131,115 @@ class _Definitions:
             others.insert(0, {"type": plain[0] if len(plain) == 1 else plain})
         return others[0] if len(others) == 1 else {"anyOf": others}
 
-    def _forms(self, member: Member) -> list[Json]:
+    def _list_forms(self, member: Member) -> list[Json]:
         """The ways to write a value of `member`."""
         match member:
             case Plain("float"):
-                return [{"type": "number"}, self._long_form("float")]
+                return [{"type": "number"}, self._make_long_form("float")]
             case Plain(kind):
                 return [{"type": _JSON_TYPES[kind]}]
             case Choice(values):
                 return [{"enum": list(values)}]
             case Items(kind, item):
-                return [{"type": "array", "items": self._type(item)}, self._long_form(kind)]
+                return [{"type": "array", "items": self._make_type(item)}, self._make_long_form(kind)]
             case Fixed(items):
-                return [self._fixed(items), self._long_form("tuple")]
+                return [self._make_fixed(items), self._make_long_form("tuple")]
             case Mapping(_, value):
                 entries = {"type": "object", "properties": {"_target_": False}}
-                return [entries | {"additionalProperties": self._type(value)}, self._long_form("dict")]
+                return [entries | {"additionalProperties": self._make_type(value)}, self._make_long_form("dict")]
             case Dtype():
-                return [self._dtype()]
+                return [self._make_dtype()]
             case Function():
-                return [self._function()]
+                return [self._get_function()]
             case Class():
-                return [_TEXT, self._itself()]
+                return [_TEXT, self._make_named()]
             case Instance(name):
-                return [self._instance(name)]
+                return [self._make_instance(name)]
             case Anything():
                 return [{}]
 
-    def _fixed(self, items: tuple[Type, ...]) -> Json:
+    def _make_fixed(self, items: tuple[Type, ...]) -> Json:
         size = len(items)
-        prefix = [self._type(item) for item in items]
+        prefix = [self._make_type(item) for item in items]
         return {"type": "array", "prefixItems": prefix, "items": False, "minItems": size, "maxItems": size}
 
-    def _long_form(self, kind: str) -> Json:
+    def _make_long_form(self, kind: str) -> Json:
         """A built-in container or number, such as {_target_: builtins.tuple, _args_: [[1, 2]]}."""
         kinds = dict.fromkeys([kind] if kind in ("float", "dict") else [kind, "list"])
         target = {"enum": [f"builtins.{one}" for one in kinds]}
         args = {"type": "array", "minItems": 1, "maxItems": 1}
-        return self._define(f"builtin-{kind}", lambda: _closed({"_target_": target, "_args_": args}))
+        return self._define(f"builtin-{kind}", lambda: _make_closed({"_target_": target, "_args_": args}))
 
-    def _itself(self) -> Json:
+    def _make_named(self) -> Json:
         """A named thing, in places where its bare name would be text."""
-        return self._define("itself", lambda: _closed({"_target_": _TEXT, "_call_": {"const": False}}))
+        return self._define("itself", lambda: _make_closed({"_target_": _TEXT, "_call_": {"const": False}}))
 
-    def _dtype(self) -> Json:
+    def _make_dtype(self) -> Json:
         names = sorted(shipped_dtypes())
         known = {"enum": [*(f"torch.{name}" for name in names), *names]}
-        return self._define("dtype", lambda: {"title": "dtype", "anyOf": [known, self._itself()]})
+        return self._define("dtype", lambda: {"title": "dtype", "anyOf": [known, self._make_named()]})
 
-    def _function(self) -> Json:
+    def _get_function(self) -> Json:
         return self._define("function", self._make_function)
 
     def _make_function(self) -> Json:
         names = [name for name in shipped_names() if (one := shipped(name)) is not None and one.kind == "function"]
-        name = self._define("function-name", lambda: _suggested(names))
-        partial = _closed({"_target_": name, "_partial_": {"const": True}})
+        name = self._define("function-name", lambda: _make_suggestion(names))
+        partial = _make_closed({"_target_": name, "_partial_": {"const": True}})
         partial["properties"]["_args_"] = {"type": "array"}
         partial["patternProperties"] = {"^[^_]": {}}
-        return {"title": "function", "anyOf": [name, self._itself(), partial]}
+        return {"title": "function", "anyOf": [name, self._make_named(), partial]}
 
-    def _instance(self, name: str) -> Json:
+    def _make_instance(self, name: str) -> Json:
         target = shipped(name)
         if target is not None and target.kind == "enum":
-            return self._define(name, lambda: _enum(target))
-        if configs := _fitting((Instance(name),)):
-            return self._one_of(configs, bare=target)
-        return self._itself()
+            return self._define(name, lambda: _make_enum(target))
+        if configs := _find_configs((Instance(name),)):
+            return self._make_one_of(configs, bare=target)
+        return self._make_named()
 
-    def _one_of(self, configs: list[Target], *, bare: Target | None) -> Json:
+    def _make_one_of(self, configs: list[Target], *, bare: Target | None) -> Json:
         """Mappings that describe one of `configs`; a mapping without `_target_` describes `bare`."""
-        schema: Json = self._config(bare) if bare in configs else {"required": ["_target_"]}
+        schema: Json = self._define_config(bare) if bare in configs else {"required": ["_target_"]}
         if configs == [bare]:
             return schema
         # Conditions instead of `anyOf`: what is wrong is told of the class that was meant.
         for config in configs:
             if config is not bare:
-                schema = {"if": _described_as(config), "then": self._config(config), "else": schema}
+                schema = {"if": _match_target(config), "then": self._define_config(config), "else": schema}
         return {"type": "object", "properties": {"_target_": {"enum": [config.name for config in configs]}}} | schema
 
-    def _config(self, target: Target) -> Json:
+    def _define_config(self, target: Target) -> Json:
         return self._define(target.name, lambda: self.mapping(target))
 
     def _define(self, name: str, make: Callable[[], Json]) -> Json:
         """A reference to the definition called `name`, which is made the first time that it is asked for."""
         if name not in self._keys:
             short = name.rpartition(".")[2]
-            key = self._keys[name] = name if short in self.found else short
-            self.found[key] = {}  # taken before it is made: a config may refer to itself
-            self.found[key] = make()
+            key = self._keys[name] = name if short in self.schemas else short
+            self.schemas[key] = {}  # taken before it is made: a config may refer to itself
+            self.schemas[key] = make()
         return {"$ref": f"#/$defs/{self._keys[name]}"}
 
 
-def _described() -> list[Target]:
+def _list_targets() -> list[Target]:
     """Everything in the table."""
     found = {target.name: target for name in shipped_names() if (target := shipped(name)) is not None}
     return list(found.values())
 
 
-def _configs() -> list[Target]:
-    return [target for target in _described() if target.kind == "config" and target.name != MODEL_CONFIG]
+def _list_configs() -> list[Target]:
+    return [target for target in _list_targets() if target.kind == "config" and target.name != MODEL_CONFIG]
 
 
-def _fitting(type_: Type) -> list[Target]:
+def _find_configs(type_: Type) -> list[Target]:
     """The configs that may stand in a place of this type, those that the annotation names first."""
     names = [member.name for member in type_ if isinstance(member, Instance)]
-    found = [config for config in _configs() if not set(names).isdisjoint(config.bases)]
+    found = [config for config in _list_configs() if not set(names).isdisjoint(config.bases)]
     return sorted(found, key=lambda config: (config.name not in names, config.name))
 
 
-def _heading(target: Target) -> Json:
+def _make_heading(target: Target) -> Json:
     keys: Json = {"_target_": {"description": target.doc, "const": target.name}}
     if target.schema is not None:
         about = "The version of this part's form."
@@ -244,30 +247,30 @@ def _heading(target: Target) -> Json:
     return keys
 
 
-def _enum(target: Target) -> Json:
+def _make_enum(target: Target) -> Json:
     names = {"enum": list(target.members)}
-    long_form = _closed({"_target_": {"const": target.name}, "_name_": names})
+    long_form = _make_closed({"_target_": {"const": target.name}, "_name_": names})
     long_form["properties"]["_args_"] = {}  # the reference writes the member's value too
     return {"title": target.short_name, "description": target.doc, "anyOf": [names, long_form]}
 
 
-def _owned(fields: list[Field], config: Target, *, at: str) -> Json:
+def _make_owner_rule(fields: list[Field], config: Target, *, at: str) -> Json:
     """The rule that where `config` stands at `at`, the fields it has too stand there; empty if there are none."""
     owned = [field.name for field in fields if field.name in config.fields]
-    embedded = {"properties": {at: _described_as(config)}, "required": [at]}
+    embedded = {"properties": {at: _match_target(config)}, "required": [at]}
     return {"if": embedded, "then": {"properties": dict.fromkeys(owned, False)}} if owned else {}
 
 
-def _described_as(config: Target) -> Json:
+def _match_target(config: Target) -> Json:
     return {"type": "object", "properties": {"_target_": {"const": config.name}}, "required": ["_target_"]}
 
 
-def _suggested(names: Sequence[str]) -> Json:
+def _make_suggestion(names: Sequence[str]) -> Json:
     """One of these names, which an editor completes, or another one that the program registered."""
     return {"anyOf": [{"enum": sorted(names)}, _TEXT]} if names else _TEXT
 
 
-def _closed(properties: Json) -> Json:
+def _make_closed(properties: Json) -> Json:
     """A mapping with just these keys."""
     return {
         "type": "object",

@@ -9,7 +9,7 @@ _REPEATED = (re.compile(r"\(([^()]*)\)\*(\d{1,6})"), re.compile(r"([^()*])\*(\d{
 _LONGEST = 100_000
 
 
-def stages_of(layout: object) -> list[list[str]] | None:
+def parse_stages(layout: object) -> list[list[str]] | None:
     """Return the names of the layers of each stage, in the order of the pipeline; None for what is no such layout.
 
     Args:

@@ -118,7 +118,7 @@ FIELD_RANGES: Mapping[str, Mapping[str, Range]] = {
 
 
 @cache
-def ranges_of(bases: tuple[str, ...]) -> dict[str, Range]:
+def get_ranges(bases: tuple[str, ...]) -> dict[str, Range]:
     """Return the ranges of the fields of a class.
 
     Args:

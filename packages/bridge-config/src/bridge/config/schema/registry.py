@@ -38,7 +38,7 @@ def document_name(obj: object) -> str | None:
         return own
     if isinstance(obj, type) and obj in registered.given_names:
         return registered.given_names[obj]
-    return _declared_places().get(own, own)
+    return _get_declared_places().get(own, own)
 
 
 def document_names(cls: type) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def document_names(cls: type) -> tuple[str, ...]:
 
 
 @cache
-def _declared_places() -> dict[str, str]:
+def _get_declared_places() -> dict[str, str]:
     """The declared names of objects that are defined elsewhere than their name says, by `module.qualname`."""
     places = {
         point.value.replace(":", "."): name for name, points in declared().items() if "." in name for point in points
@@ -69,7 +69,7 @@ def register(obj: T, name: str | None = None) -> T:
     if name is None:
         raise TargetError(f"{obj!r} has no name of its own: give one, register(obj, name='...')")
     meant = shipped(name) if name != qualified_name(obj) else None
-    if meant is not None and _walk(meant.name) is not obj:
+    if meant is not None and _get_loaded_by_path(meant.name) is not obj:
         raise TargetError(f"{name!r} already stands for {meant.name}: register {obj!r} under another name")
     return registered.enter(obj, name)
 
@@ -86,9 +86,9 @@ def declared() -> dict[str, list[EntryPoint]]:
 def refresh() -> None:
     """Look again for what the installed distributions declare: needed only if one was installed in the meantime."""
     declared.cache_clear()
-    _declared_object.cache_clear()
-    _declared_places.cache_clear()
-    _installed.cache_clear()
+    _load_declared.cache_clear()
+    _get_declared_places.cache_clear()
+    _is_installed.cache_clear()
     registered.descriptions.clear()
     registered.forget_names()
 
@@ -100,7 +100,7 @@ def known_names() -> list[str]:
 
 def is_registered(name: str) -> bool:
     """Whether this process registered something under `name`, and documents do not call that by a declared name."""
-    return name in registered.objects and name not in _declared_places()
+    return name in registered.objects and name not in _get_declared_places()
 
 
 def resolve(name: str, *, suggest: bool = True) -> object:
@@ -116,8 +116,8 @@ def resolve(name: str, *, suggest: bool = True) -> object:
     if is_registered(name):
         return registered.objects[name]
     if name not in declared():
-        raise TargetError(_unknown(name, suggest=suggest))
-    return _declared_object(name)
+        raise TargetError(_explain_unknown(name, suggest=suggest))
+    return _load_declared(name)
 
 
 def check_declared(name: str) -> None:
@@ -127,13 +127,13 @@ def check_declared(name: str) -> None:
         TargetError: one does.
     """
     if name in declared():
-        _declaration(name)
+        _get_declaration(name)
 
 
-def _unknown(name: str, *, suggest: bool) -> str:
+def _explain_unknown(name: str, *, suggest: bool) -> str:
     """What to say about a name that stands for nothing."""
     for prefix, home in _HOMES.items():
-        if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _installed(home):
+        if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _is_installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
     near = did_you_mean(name, known_names()) if suggest else ""
     return (
@@ -148,7 +148,7 @@ def name_of(obj: object) -> str | None:
     Declared names are compared only where their module is loaded already: looking for a name imports nothing.
     """
     if isinstance(obj, MethodType):
-        return _method_name(obj)
+        return _find_method_name(obj)
     if id(obj) not in registered.names:
         name = _find_name(obj)
         if name is None:
@@ -159,7 +159,7 @@ def name_of(obj: object) -> str | None:
 
 def accepts(name: str) -> type | None:
     """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
-    is_defined = name in registered.builders and name not in _declared_places()
+    is_defined = name in registered.builders and name not in _get_declared_places()
     return registered.builders[name][1] if is_defined else None
 
 
@@ -182,10 +182,10 @@ def import_builder(name: str) -> type:
     return found
 
 
-def _method_name(method: MethodType) -> str | None:
+def _find_method_name(method: MethodType) -> str | None:
     """The name of a classmethod bound to its class: it is another object at each look, so it is compared by value."""
     owner = method.__self__
-    if not isinstance(owner, type) or _walk(qualified_name(owner) or "") is not owner:
+    if not isinstance(owner, type) or _get_loaded_by_path(qualified_name(owner) or "") is not owner:
         return None
     same = getattr(owner, method.__name__, None) == method
     return f"{qualified_name(owner)}.{method.__name__}" if same else None
@@ -194,22 +194,22 @@ def _method_name(method: MethodType) -> str | None:
 def _find_name(obj: object) -> str | None:
     for name, present in registered.objects.items():
         if present is obj:
-            return _declared_places().get(name, name)
+            return _get_declared_places().get(name, name)
     aliases = []
     for name, points in declared().items():
-        if any(_loaded(point.value) is obj for point in points):
+        if any(_get_loaded(point.value) is obj for point in points):
             if "." in name:
                 return name
             aliases.append(name)
     own = qualified_name(obj)
     # Only the very object counts: a decorated or replaced function must not come back as another one.
-    if own is not None and _walk(own) is obj:
+    if own is not None and _get_loaded_by_path(own) is obj:
         return own
     return aliases[0] if aliases else None
 
 
 @cache
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         distribution(name)
     except PackageNotFoundError:
@@ -217,7 +217,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _declaration(name: str) -> EntryPoint:
+def _get_declaration(name: str) -> EntryPoint:
     """The one declaration of `name`.
 
     Raises:
@@ -230,7 +230,7 @@ def _declaration(name: str) -> EntryPoint:
     point, own = points[0], shipped_aliases().get(name, name)
     # A dotted name means what it says, and an alias of the table what the table says.
     if ("." in name or own != name) and not _is_place_of(own, point.value):
-        raise TargetError(f"{_owner(point)} declares {name!r} as {point.value!r}, but that name is {own!r} alone")
+        raise TargetError(f"{_get_owner(point)} declares {name!r} as {point.value!r}, but that name is {own!r} alone")
     return point
 
 
@@ -242,37 +242,37 @@ def _is_place_of(name: str, value: str) -> bool:
     )
 
 
-def _owner(point: EntryPoint) -> str:
+def _get_owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist else "an unnamed distribution"
 
 
 @cache
-def _declared_object(name: str) -> object:
-    point = _declaration(name)
+def _load_declared(name: str) -> object:
+    point = _get_declaration(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a library says when it is imported is not about the document
             return point.load()
     except Exception as error:
-        raise TargetError(f"{name!r}, declared by {_owner(point)}, cannot be loaded: {error}") from error
+        raise TargetError(f"{name!r}, declared by {_get_owner(point)}, cannot be loaded: {error}") from error
 
 
-def _loaded(value: str) -> object:
+def _get_loaded(value: str) -> object:
     """The object of an entry point's value if its module is loaded, else the unique `_NOTHING`."""
     module, _, attributes = value.partition(":")
-    return _attribute(sys.modules.get(module, _NOTHING), attributes)
+    return _get_attribute(sys.modules.get(module, _NOTHING), attributes)
 
 
-def _walk(name: str) -> object:
+def _get_loaded_by_path(name: str) -> object:
     """The object at a dotted path below a loaded module, else the unique `_NOTHING`."""
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         if (module := sys.modules.get(".".join(parts[:split]))) is not None:
-            return _attribute(module, ".".join(parts[split:]))
+            return _get_attribute(module, ".".join(parts[split:]))
     return _NOTHING
 
 
-def _attribute(obj: object, path: str) -> object:
+def _get_attribute(obj: object, path: str) -> object:
     for part in path.split("."):
         # vars, not getattr: a module's __getattr__ may import.
         obj = vars(obj).get(part, _NOTHING) if hasattr(obj, "__dict__") else _NOTHING

@@ -20,44 +20,44 @@ from bridge.config.schema.versions import Schema
 
 def shipped(name: str) -> Target | None:
     """The description of the thing called `name` (or of the alias `name`) in the table; None if it has none."""
-    return _shipped(_table()["aliases"].get(name, name))
+    return _load_shipped(_load_table()["aliases"].get(name, name))
 
 
 def shipped_names() -> Iterator[str]:
     """All names in the table, aliases included."""
-    table = _table()
+    table = _load_table()
     yield from table["targets"]
     yield from table["aliases"]
 
 
 def nameable() -> Iterator[str]:
     """The names in the table that documents may use wherever they fit."""
-    table = _table()
+    table = _load_table()
     return (name for name in shipped_names() if not table["targets"].get(name, {}).get("nested"))
 
 
 def shipped_aliases() -> dict[str, str]:
     """What each alias of the table stands for."""
-    return dict(_table()["aliases"])
+    return dict(_load_table()["aliases"])
 
 
 def shipped_dtypes() -> dict[str, str]:
     """The dtypes of torch: every name without `torch.`, old ones such as `half` included, and the canonical name."""
-    return dict(_table()["dtypes"])
+    return dict(_load_table()["dtypes"])
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _load_table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(files("bridge.config").joinpath("tables.json").read_text(encoding="utf-8"))
     return table
 
 
 @cache
-def _shipped(name: str) -> Target | None:
-    entry = _table()["targets"].get(name)
+def _load_shipped(name: str) -> Target | None:
+    entry = _load_table()["targets"].get(name)
     if entry is None:
         return None
-    return target_from_json(name, entry, _shipped(entry["inherits"]) if "inherits" in entry else None)
+    return target_from_json(name, entry, _load_shipped(entry["inherits"]) if "inherits" in entry else None)
 
 
 def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = None) -> Target:

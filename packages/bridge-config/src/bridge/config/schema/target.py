@@ -41,10 +41,10 @@ class Field:
     @cached_property
     def ready(self) -> Kinds:
         """The types whose values may stand here as they are."""
-        return ready_for(self.type)
+        return find_ready_types(self.type)
 
 
-def ready_for(type_: Type) -> Kinds:
+def find_ready_types(type_: Type) -> Kinds:
     """The types whose values may stand as they are in a place of this type."""
     found: set[type] = set()
     for member in type_:
@@ -108,7 +108,7 @@ class Target:
     """The written defaults of a live class, as far as they were asked for."""
 
     shapes: dict[Shape, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What readers and writers found out about mappings and instances of one shape, see `shape_of`."""
+    """What readers and writers found out about mappings and instances of one shape, see `get_shape`."""
 
     @property
     def short_name(self) -> str:
@@ -126,7 +126,7 @@ class Target:
         return frozenset(one.name for one in self.fields.values() if one.init)
 
 
-def shape_of(purpose: str, values: dict[str, Any]) -> Shape:
+def get_shape(purpose: str, values: dict[str, Any]) -> Shape:
     """The keys of `values` and the types of what they hold: which fields need a closer look depends on these alone."""
     return purpose, tuple(values), tuple(map(type, values.values()))
 

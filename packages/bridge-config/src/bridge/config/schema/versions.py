@@ -78,7 +78,7 @@ class Schema:
         if type(self.version) is not int or self.version < 1:
             raise ConfigError(f"a schema's version is a whole number from 1, not {self.version!r}")
         for change in self.changes:
-            _check(change, self.version)
+            _check_change(change, self.version)
 
     def after(self, version: int) -> Iterator[tuple[int, list[Change]]]:
         """Each version after `version`, in order, with its changes."""
@@ -96,7 +96,7 @@ class Schema:
         return cls(data["version"], tuple(_change_from_json(entry) for entry in data.get("changes", ())))
 
 
-def _check(change: Change, version: int) -> None:
+def _check_change(change: Change, version: int) -> None:
     if not 2 <= change.since <= version:
         raise ConfigError(f"{change}: since must be from 2 to the schema's version, {version}")
     for path in (change.old, change.new) if isinstance(change, Moved) else (change.field,):
@@ -129,7 +129,7 @@ def _change_from_json(entry: Mapping[str, Any]) -> Change:
 
 
 @cache
-def declared_schema(name: str) -> Schema | None:
+def load_declared_schema(name: str) -> Schema | None:
     """The schema that an installed distribution declares for the class `name`, in the entry-point group
     `bridge.schemas`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.config.schema.target import Target
-from bridge.config.write.encode import written
+from bridge.config.write.encode import encode_value
 
 
 def encode_default(target: Target, name: str) -> Any:
@@ -14,5 +14,5 @@ def encode_default(target: Target, name: str) -> Any:
     if field.make_default is None:
         return field.default
     if name not in target.defaults:
-        target.defaults[name] = written(field.make_default(), field.type)
+        target.defaults[name] = encode_value(field.make_default(), field.type)
     return target.defaults[name]

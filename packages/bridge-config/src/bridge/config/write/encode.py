@@ -29,11 +29,11 @@ from bridge.config.schema.annotations import (
     Type,
 )
 from bridge.config.schema.generation import GenerationSettings
-from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype, target_of
+from bridge.config.schema.inspection import OPEN_CLASSES, describe, describe_annotated, is_dtype
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.registered import generation
 from bridge.config.schema.registry import name_of
-from bridge.config.schema.target import Field, Kinds, Target, ready_for, remember, shape_of
+from bridge.config.schema.target import Field, Kinds, Target, find_ready_types, get_shape, remember
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 from bridge.config.writethrough import shared_names
 
@@ -72,36 +72,36 @@ class _UnwritableError(Exception):
 
 def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
     """The document that was read as `made`, in canonical form."""
-    data: dict[str, Any] = _standin(made, (), (), [])
+    data: dict[str, Any] = _encode_standin(made, (), (), [])
     heading = {"_target_": data.pop("_target_"), "_builder_": builder}
     return {key: value for key, value in heading.items() if value is not None} | data
 
 
-def written(value: object, type_: Type) -> Any:
+def encode_value(value: object, type_: Type) -> Any:
     """The written form of one value in a place of this type; MISSING if it has none."""
     omitted: Omitted = []
     try:
-        form = _value(value, type_, (), omitted)
+        form = _encode(value, type_, (), omitted)
     except _UnwritableError:
         return MISSING
     return MISSING if omitted else form
 
 
-def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | None = None) -> dict[str, Any]:
+def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | None = None) -> dict[str, Any]:
     """A config as a mapping; what has no written form is left out and added to `omitted`.
 
     With `read_back`, every field is read back.
     """
     target = describe(type(obj))
     state = getattr(obj, "__dict__", {})
-    shape = shape_of("write", state)
+    shape = get_shape("write", state)
     plan: _Plan | None = target.shapes.get(shape)
     if plan is None:
-        remember(target, shape, plan := _planned(obj, state, target))
-    data = _heading(target)
+        remember(target, shape, plan := _make_plan(obj, state, target))
+    data = _make_heading(target)
     # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
-    texts = _texts(generation())
+    texts = _get_form_cache(generation())
     as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
         data[name] in values for name, values in plan.choices
     )
@@ -111,7 +111,7 @@ def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | No
             if plan.lists[name].issuperset(map(type, value)) and _are_plain(value):
                 data[name] = value.copy()
                 continue
-        elif type(value) is partial and (form := _known_partial(value, type_id, texts)) is not None:
+        elif type(value) is partial and (form := _get_cached_partial(value, type_id, texts)) is not None:
             data[name] = form
             continue
         text, known = texts.get((type_id, id(value)), _UNKNOWN)
@@ -121,10 +121,10 @@ def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | No
         at, left_out = (*path, name), len(omitted)
         try:
             if read_back is not None and _is_config(value):
-                data[name] = form = config_form(value, at, omitted, read_back)
+                data[name] = form = encode_mapping(value, at, omitted, read_back)
                 is_read = read_back.config(form, value, type_, at)
             else:
-                data[name] = form = _value(value, type_, at, omitted)
+                data[name] = form = _encode(value, type_, at, omitted)
                 is_whole = len(omitted) == left_out
                 is_read = read_back is None or read_back.field(name, form, value, type_, target, at, is_whole=is_whole)
         except _UnwritableError as error:
@@ -137,7 +137,7 @@ def config_form(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | No
         {"path": format_path((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
     ]
     if target.open:
-        data |= _open(obj, path, omitted)
+        data |= _encode_open_config(obj, path, omitted)
     return data
 
 
@@ -169,7 +169,7 @@ class _Plan:
     """Whether the instance's dictionary has the fields and nothing else, in their order."""
 
 
-def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
+def _make_plan(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
     elsewhere = shared_names(obj)
     fields = [one for one in target.fields.values() if one.kept and one.name not in elsewhere]
     kinds = {one.name: type(state.get(one.attribute, ...)) for one in fields}
@@ -178,33 +178,33 @@ def _planned(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
         (one.name, one.type, id(one.type)) for one in fields if one.name not in ready or kinds[one.name] is float
     )
     floats = {name for name, _, _ in not_plain if name in ready}
-    choices = {name: _choices(kinds[name], type_) for name, type_, _ in not_plain if kinds[name] in _PLAIN}
+    choices = {name: _find_choices(kinds[name], type_) for name, type_, _ in not_plain if kinds[name] in _PLAIN}
     return _Plan(
         all=tuple((one.name, one.attribute or one.name) for one in fields),
         not_plain=not_plain,
         floats=tuple(floats),
         choices=tuple((name, values) for name, values in choices.items() if values),
         written=tuple(one for one in not_plain if one[0] not in floats and not choices.get(one[0])),
-        lists={one.name: items for one in fields if (items := _ready_items(one.type)) is not None},
+        lists={one.name: items for one in fields if (items := _find_ready_items(one.type)) is not None},
         dropped=tuple(one.name for one in target.fields.values() if not one.kept),
         plain=tuple(state) == tuple(one.attribute for one in fields),
     )
 
 
-def _choices(kind: type, type_: Type) -> frozenset[object]:
+def _find_choices(kind: type, type_: Type) -> frozenset[object]:
     """The values of this type that may stand as they are in a place of `type_`, of those that a `Literal` lists."""
     choices = (member.values for member in type_ if isinstance(member, Choice))
     return frozenset(value for values in choices for value in values if type(value) is kind)
 
 
-def _ready_items(type_: Type) -> Kinds | None:
+def _find_ready_items(type_: Type) -> Kinds | None:
     """The types of items that stand for themselves in a list; None where no list may stand."""
     for member in type_:
         match member:
             case Items("list", item):
-                return ready_for(item)
+                return find_ready_types(item)
             case Anything():
-                return ready_for(ANYTHING)
+                return find_ready_types(ANYTHING)
     return None
 
 
@@ -212,12 +212,12 @@ def _is_config(value: object) -> bool:
     return not isinstance(value, type) and describe(type(value)).kind == "config"
 
 
-_Texts = dict[tuple[Any, ...], tuple[Any, object]]
-_MAX_TEXTS = 10_000
+_FormCache = dict[tuple[Any, ...], tuple[Any, object]]
+_MAX_FORMS = 10_000
 
 
 @lru_cache(maxsize=1)
-def _texts(generation: int) -> _Texts:
+def _get_form_cache(generation: int) -> _FormCache:
     """What values were written as, and read back right, by the identities of type and value, which is kept beside it.
 
     Of a partial it is the function that is known, by its identity and the names of the arguments.
@@ -225,8 +225,8 @@ def _texts(generation: int) -> _Texts:
     return {}
 
 
-def _remember_form(form: Any, value: object, type_: Type, texts: _Texts) -> None:
-    if len(texts) >= _MAX_TEXTS:
+def _remember_form(form: Any, value: object, type_: Type, texts: _FormCache) -> None:
+    if len(texts) >= _MAX_FORMS:
         texts.clear()
     if type(form) in _PLAIN:
         texts[id(type_), id(value)] = form, value
@@ -234,7 +234,7 @@ def _remember_form(form: Any, value: object, type_: Type, texts: _Texts) -> None
         texts[id(type_), id(value.func), *value.keywords] = form["_target_"], value.func
 
 
-def _known_partial(value: partial[Any], type_id: int, texts: _Texts) -> dict[str, Any] | None:
+def _get_cached_partial(value: partial[Any], type_id: int, texts: _FormCache) -> dict[str, Any] | None:
     """The form of a partial of plain values, if another one of its function was read back in such a place."""
     name, function = texts.get((type_id, id(value.func), *value.keywords), _UNKNOWN)
     if function is not value.func or value.args or not _are_plain(value.keywords.values()):
@@ -245,42 +245,42 @@ def _known_partial(value: partial[Any], type_id: int, texts: _Texts) -> dict[str
 _UNKNOWN = ("", object())
 
 
-def _heading(target: Target) -> dict[str, Any]:
+def _make_heading(target: Target) -> dict[str, Any]:
     if target.schema is None:
         return {"_target_": target.name}
     return {"_target_": target.name, "_version_": target.schema.version}
 
 
-def _open(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
+def _encode_open_config(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
     """What an instance of a class that takes any keyword says of itself."""
     said = getattr(obj, OPEN_CLASSES[describe(type(obj)).name])()
-    return {key: _item(value, ANYTHING, (*path, key), omitted) for key, value in said.items() if key[:1] != "_"}
+    return {key: _encode_item(value, ANYTHING, (*path, key), omitted) for key, value in said.items() if key[:1] != "_"}
 
 
-def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+def _encode(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     """The written form of one value in a place of this type."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, partial):
-        return _partial(_name(value.func, path), value.args, value.keywords, path, omitted)
+        return _encode_partial(_get_name(value.func, path), value.args, value.keywords, path, omitted)
     if isinstance(value, Enum):
-        return _enum_member(value.name, describe(type(value)), type_)
+        return _encode_enum_member(value.name, describe(type(value)), type_)
     if isinstance(value, float):
         return float(value) if isfinite(value) else {"_target_": "builtins.float", "_args_": [str(float(value))]}
     if isinstance(value, dict):
-        return _mapping(value, type_, path, omitted)
+        return _encode_dict(value, type_, path, omitted)
     if isinstance(value, tuple) and hasattr(value, "_fields") and _is_config(value):
-        return config_form(value, path, omitted)
+        return encode_mapping(value, path, omitted)
     if isinstance(value, (list, tuple, set, frozenset)):
-        return _items(value, type_, path, omitted)
+        return _encode_sequence(value, type_, path, omitted)
     if is_dtype(type(value)):
-        return _named(str(value), Dtype(), type_)
+        return _encode_named(str(value), Dtype(), type_)
     if isinstance(value, _STANDINS):
-        return _standin(value, type_, path, omitted)
+        return _encode_standin(value, type_, path, omitted)
     if _is_config(value):
-        return config_form(value, path, omitted)
+        return encode_mapping(value, path, omitted)
     if callable(value):
-        return _named(_name(value, path), Function(), type_)
+        return _encode_named(_get_name(value, path), Function(), type_)
     if (name := name_of(value)) is not None:
         return {"_target_": name, "_call_": False}
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
@@ -289,23 +289,23 @@ def _value(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
 _STANDINS = (Named, EnumMember, Made, Partial, GenerationSettings)
 
 
-def _standin(
+def _encode_standin(
     value: Named | EnumMember | Made | Partial | GenerationSettings, type_: Type, path: Path, omitted: Omitted
 ) -> Any:
     """The written form of what was read without making objects."""
     if isinstance(value, EnumMember):
-        return _enum_member(value.name, value.target, type_)
+        return _encode_enum_member(value.name, value.target, type_)
     if isinstance(value, Partial):
-        return _partial(value.function.target.name, value.args, value.keywords, path, omitted)
+        return _encode_partial(value.function.target.name, value.args, value.keywords, path, omitted)
     if isinstance(value, Named):
-        return _named(value.target.name, Dtype() if value.target.kind == "dtype" else Function(), type_)
+        return _encode_named(value.target.name, Dtype() if value.target.kind == "dtype" else Function(), type_)
     if isinstance(value, GenerationSettings):
-        settings = {name: _item(item, ANYTHING, (*path, name), omitted) for name, item in value.items()}
+        settings = {name: _encode_item(item, ANYTHING, (*path, name), omitted) for name, item in value.items()}
         return {"_target_": GENERATION_CONFIG} | settings
-    data = _heading(value.target)
+    data = _make_heading(value.target)
     fields = value.target.fields
     for name, item in _in_order(value.values, fields):
-        data[name] = _value(item, fields[name].type if name in fields else ANYTHING, (*path, name), omitted)
+        data[name] = _encode(item, fields[name].type if name in fields else ANYTHING, (*path, name), omitted)
     return data
 
 
@@ -315,16 +315,16 @@ def _in_order(values: dict[str, Any], fields: dict[str, Field]) -> Iterator[tupl
     yield from ((name, value) for name, value in values.items() if name not in fields)
 
 
-def _items(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+def _encode_sequence(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     if type(value) is list and _are_plain(value):
         return value.copy()
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
     # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
-    bare = kind is list or _list_readers(type_) == {kind.__name__}
+    bare = kind is list or _find_container_kinds(type_) == {kind.__name__}
     path = path if bare else (*path, "_args_", 0)
-    items = [_item(item, _item_type(type_, i), (*path, i), omitted) for i, item in enumerate(value)]
+    items = [_encode_item(item, _get_item_type(type_, i), (*path, i), omitted) for i, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        items.sort(key=_order)
+        items.sort(key=_sort_key)
     return items if bare else {"_target_": f"builtins.{kind.__name__}", "_args_": [items]}
 
 
@@ -333,35 +333,35 @@ def _are_plain(values: Iterable[Any]) -> bool:
     return all(type(value) in _PLAIN or (type(value) is float and isfinite(value)) for value in values)
 
 
-def _order(item: Any) -> tuple[str, Any]:
+def _sort_key(item: Any) -> tuple[str, Any]:
     """Sets are written in an order that does not depend on the process."""
     plain = isinstance(item, (str, int, float))
     return type(item).__name__, item if plain else json.dumps(item, sort_keys=True)
 
 
-def _mapping(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitted) -> dict[str, Any]:
-    inner = _joined(member.value for member in type_ if isinstance(member, Mapping))
+def _encode_dict(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitted) -> dict[str, Any]:
+    inner = _join_types(member.value for member in type_ if isinstance(member, Mapping))
     if all(type(key) is str for key in value) and "_target_" not in value:
         data: dict[str, Any] = {}
         for key, item in value.items():
             try:
-                data[key] = _item(item, inner, (*path, key), omitted)
+                data[key] = _encode_item(item, inner, (*path, key), omitted)
             except _UnwritableError as error:
                 omitted.append(error.entry((*path, key)))
         return data
     path = (*path, "_args_", 0)
     pairs = [
-        [_item(key, ANYTHING, (*path, i, 0), omitted), _item(item, inner, (*path, i, 1), omitted)]
+        [_encode_item(key, ANYTHING, (*path, i, 0), omitted), _encode_item(item, inner, (*path, i, 1), omitted)]
         for i, (key, item) in enumerate(value.items())
     ]
     return {"_target_": "builtins.dict", "_args_": [pairs]}
 
 
-def _item(item: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
-    return item if type(item) in _PLAIN else _value(item, type_, path, omitted)
+def _encode_item(item: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
+    return item if type(item) in _PLAIN else _encode(item, type_, path, omitted)
 
 
-def _list_readers(type_: Type) -> set[str]:
+def _find_container_kinds(type_: Type) -> set[str]:
     """The kinds of container that a written list can be read as in this place."""
     found: set[str] = set()
     for member in type_:
@@ -375,7 +375,7 @@ def _list_readers(type_: Type) -> set[str]:
     return found or {"list"}
 
 
-def _item_type(type_: Type, index: int) -> Type:
+def _get_item_type(type_: Type, index: int) -> Type:
     """What the annotation says about item `index` of a sequence."""
     found: list[Type] = []
     for member in type_:
@@ -384,14 +384,14 @@ def _item_type(type_: Type, index: int) -> Type:
                 found.append(item)
             case Fixed(items) if items:
                 found.append(items[min(index, len(items) - 1)])
-    return _joined(found)
+    return _join_types(found)
 
 
-def _joined(found: Iterable[Type]) -> Type:
+def _join_types(found: Iterable[Type]) -> Type:
     return tuple(dict.fromkeys(member for type_ in found for member in type_)) or ANYTHING
 
 
-def _partial(
+def _encode_partial(
     function: str, args: Iterable[Any], keywords: dict[str, Any], path: Path, omitted: Omitted
 ) -> dict[str, Any]:
     data: dict[str, Any] = {"_target_": function, "_partial_": True}
@@ -399,22 +399,22 @@ def _partial(
         return data | keywords
     if args:
         items = enumerate(args)
-        data["_args_"] = [_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]
+        data["_args_"] = [_encode_item(arg, ANYTHING, (*path, "_args_", i), omitted) for i, arg in items]
     for key, item in keywords.items():
         if key.startswith("_"):
             raise _UnwritableError(f"a partial has the private argument {quote_name(key)}", path)
-        data[key] = _item(item, ANYTHING, (*path, key), omitted)
+        data[key] = _encode_item(item, ANYTHING, (*path, key), omitted)
     return data
 
 
-def _enum_member(name: str, enum: Target, type_: Type) -> Any:
+def _encode_enum_member(name: str, enum: Target, type_: Type) -> Any:
     readers = [member for member in type_ if _reads_text(member)]
     if len(readers) == 1 and isinstance(readers[0], Instance) and readers[0].name == enum.name:
         return name
     return {"_target_": enum.name, "_name_": name}
 
 
-def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
+def _encode_named(name: str, kind: Dtype | Function, type_: Type) -> Any:
     """The name alone where it can only mean a dtype, or a function or class; else with a mark that it is the object."""
     readers = [member for member in type_ if _reads_text(member)]
     if readers and (readers == [kind] or all(isinstance(member, (Function, Class)) for member in readers)):
@@ -422,7 +422,7 @@ def _named(name: str, kind: Dtype | Function, type_: Type) -> Any:
     return {"_target_": name, "_call_": False}
 
 
-def _name(value: Callable[..., Any], path: Path) -> str:
+def _get_name(value: Callable[..., Any], path: Path) -> str:
     name = name_of(value)
     if name is None:
         raise _UnwritableError(f"{describe_value(value, 300)} has no importable name", path)
@@ -437,7 +437,7 @@ def _reads_text(member: Member) -> bool:
         case Choice(values):
             return any(isinstance(value, str) for value in values)
         case Instance():
-            target = target_of(member)
+            target = describe_annotated(member)
             return target is not None and target.kind == "enum"
         case _:
             return False

@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.builders import EmbedsTransformer
 from bridge.config import ModelConfig
 from bridge.config.paths import format_path
-from bridge.config.read.rehearsal import denied_values
+from bridge.config.read.rehearsal import check_plain_values
 from bridge.config.schema.arithmetic import check_live
-from bridge.config.schema.generation import settings_of, wrong_settings
+from bridge.config.schema.generation import get_settings, wrong_settings
 from bridge.models.common.vocab import padded_vocab_size, vocabulary_problem
 from bridge.models.errors import ModelConfigError
 
@@ -71,7 +71,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field lacks a value, has one of the wrong type or contradicts another one.
         """
-        if denied := denied_values(self):
+        if denied := check_plain_values(self):
             raise ModelConfigError("; ".join(f"{format_path(path)}: {message}" for path, message in denied))
         if found := [*check_live(self.transformer, "transformer."), *check_live(self)]:
             raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
@@ -92,7 +92,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
 
 def _check_generation(config: LanguageModelConfig) -> None:
     sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
-    if found := [f"generation_config.{name}: {said}" for name, said in wrong_settings(settings_of(config), **sizes)]:
+    if found := [f"generation_config.{name}: {said}" for name, said in wrong_settings(get_settings(config), **sizes)]:
         raise ModelConfigError("; ".join(found))
 
 

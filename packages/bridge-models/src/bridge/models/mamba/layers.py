@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from bridge.config.schema.hybrid_pattern import prediction_depths
+from bridge.config.schema.hybrid_pattern import count_prediction_depths
 from bridge.models.backend.choice import (
     refuse_beyond_pytorch,
     require_transformer_engine,
@@ -75,7 +75,7 @@ def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:
         return hybrid_stack_spec
     refuse_beyond_pytorch(transformer)
     refuse_layers(config.layer_pattern, _NEED_TRANSFORMER_ENGINE, "they need Transformer Engine, install it")
-    if prediction_depths(config.layer_pattern):
+    if count_prediction_depths(config.layer_pattern):
         require_transformer_engine("multi-token prediction of a hybrid model")
     return pytorch_stack_spec(transformer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bridge.config.schema.hybrid_pattern import MEANINGS, STAGE, decoder_of, point_at
+from bridge.config.schema.hybrid_pattern import MEANINGS, STAGE, get_decoder, point_at
 from bridge.models.errors import ModelConfigError
 
 
@@ -18,7 +18,7 @@ def staged(pattern: str, stages: int) -> str:
     Raises:
         ModelConfigError: With a picture of the pattern, which has another number of stages, or cannot be split equally.
     """
-    decoder = decoder_of(pattern)
+    decoder = get_decoder(pattern)
     rest = pattern[len(decoder) :]
     parts = decoder.split(STAGE)
     if stages == 1:

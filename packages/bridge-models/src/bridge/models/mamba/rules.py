@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bridge.config.schema import hybrid_pattern
-from bridge.config.schema.arithmetic import mamba_heads
+from bridge.config.schema.arithmetic import count_mamba_heads
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
 from bridge.models.errors import ModelConfigError
@@ -65,7 +65,7 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
     if not _has_mamba_layers(setup.model):
         return
     tp, cp = setup.layout.tp, setup.layout.cp
-    heads, groups = mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
+    heads, groups = count_mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
     if heads % (tp * cp):
         yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: choose others"
     if groups % tp:

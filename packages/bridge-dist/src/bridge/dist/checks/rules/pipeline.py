@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bridge.config.schema.pipeline_layout import stages_of
+from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.layout import embedding_ranks, prediction_rank
 
@@ -100,7 +100,9 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
 def pipeline_layout(setup: Setup) -> Iterator[str]:
     """The layout names every layer, the embedding first and the loss last, in as many stages for each rank."""
     config, pp, vp = setup.transformer, setup.layout.pp, setup.layout.vp
-    stages = stages_of(config.pipeline_model_parallel_layout)  # of a document; a live one was checked when it was made
+    stages = parse_stages(
+        config.pipeline_model_parallel_layout
+    )  # of a document; a live one was checked when it was made
     if stages is None:
         return
     layers = [layer for stage in stages for layer in stage]
