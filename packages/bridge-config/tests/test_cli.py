@@ -247,7 +247,7 @@ def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
 def test_what_a_document_leaves_out_is_a_note(site: Path) -> None:
     omitted = "_target_: extension.Model\n_omitted_: [{path: $.size, reason: a number of the moment}]\n"
     (site / "a.yaml").write_text(omitted)
-    said = "the document was written without $.size (a number of the moment): the defaults are taken"
+    said = "the document was written without $.size (a number of the moment): defaults are used"
     note = f"a.yaml: note: {said}\n"
     done = bridge(site, "validate", "a.yaml")
     assert (done.returncode, done.stdout, done.stderr) == (0, "a.yaml: ok\n", note)

@@ -292,7 +292,7 @@ POINT = {"_target_": f"{HOME}.Point"}
         ({"points": [{"_target_": f"{HOME}.Layer"}]}, {"$.points": "expected a list of plain values"}),
         (
             {"by_point": pairs([{"_target_": f"{HOME}.Tagged"}, 1])},
-            {"$.by_point._args_[0][0][0]": "a key must be a plain value"},
+            {"$.by_point._args_[0][0][0]": "a key must be a scalar"},
         ),
         ({"either": {"a": [1], "b": []}}, {}),
         ({"either": {"a": "BLUE"}}, {}),
@@ -380,7 +380,7 @@ class Seeded(ModelConfig):
 
 def test_an_init_var_is_declared_omitted_and_gets_no_other_fields_value() -> None:
     config = Seeded(first=10, seed=7, last=20)
-    with pytest.warns(OmittedWarning, match=r"without \$\.seed \(an InitVar, which no instance keeps\)"):
+    with pytest.warns(OmittedWarning, match=r"without \$\.seed \(an InitVar, which instances do not keep\)"):
         data = config.as_dict()
     with pytest.warns(OmittedWarning, match=r"without \$\.seed"):
         assert ModelConfig.from_dict(data) == config

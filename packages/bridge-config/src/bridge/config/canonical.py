@@ -1,4 +1,4 @@
-"""The one form of all documents that say the same, and its fingerprint."""
+"""The canonical form of equivalent documents, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript: from here on, not ever
 
 
 def canonicalize(data: object, *, defaults: bool = False) -> dict[str, Any]:
-    """The document `data` in its canonical form.
+    """Return the document `data` in canonical form.
 
-    Canonical is: the present version's form, fields in the order of their class, full names for aliases, `_target_`
+    The canonical form has the current version, fields in the order of their class, full names for aliases, `_target_`
     for every config, the builder by name, short forms where there are any, and no fields that the class computes.
 
     Args:
-        data: a document, of any version or of the reference.
+        data: a document of any version, or of Megatron Bridge.
         defaults: whether fields that it leaves out are written out with their defaults. What a constructor derives
             is not known without running it: such a field has the default of its declaration.
 
@@ -32,7 +32,7 @@ def canonicalize(data: object, *, defaults: bool = False) -> dict[str, Any]:
 
 
 def canonicalize_checked(checked: Checked) -> dict[str, Any]:
-    """The canonical form of a document that was checked."""
+    """Return the canonical form of a checked document."""
     form = encode_made(checked.made, checked.builder)
     if omitted := checked.present.data.get("_omitted_"):
         form["_omitted_"] = omitted
@@ -40,7 +40,7 @@ def canonicalize_checked(checked: Checked) -> dict[str, Any]:
 
 
 def fingerprint(data: object) -> str:
-    """The fingerprint of what the document `data` says: `sha256:` and 64 hexadecimal digits.
+    """Return the fingerprint of the content of the document `data`: `sha256:` and 64 hexadecimal digits.
 
     It is the SHA-256 of the canonical JSON (RFC 8785) of the canonical form with defaults, without the versions of
     its classes. So it is the same for YAML and JSON, any order of keys, any spelling, and on every machine; a field

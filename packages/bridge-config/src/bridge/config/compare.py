@@ -1,4 +1,4 @@
-"""What differs between two documents."""
+"""Comparison of two documents."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Difference:
 
 
 def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
-    """What differs between two checked documents, in the order of their fields.
+    """Yield what differs between two checked documents, in the order of their fields.
 
     Read with defaults, a field that one of them leaves out differs only from a value that is not its default. A value
     that both have, but at different places because a version moved or renamed it, is a difference of its own kind.
@@ -72,7 +72,7 @@ def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
 
 
 def _find_place(checked: Checked, path: Path) -> str | None:
-    """Where a document itself gives the value at `path`; None if it does not."""
+    """Return where the original document gives the value at `path`; None if it does not."""
     place = checked.present.origin(path)
     node: Any = checked.present.given
     for step in place:
@@ -113,6 +113,6 @@ def _is_same(one: Any, other: Any) -> bool:
 def _format_side(value: Any, place: str | None) -> str:
     try:
         text = dump_flow(value).strip()
-    except ValueError:  # no text can say it
+    except ValueError:  # it has no YAML form
         text = abbreviate(value)
     return text if place is not None else f"{text} (default)"

@@ -1,4 +1,4 @@
-"""The errors of bridge-config: one small tree under `ConfigError`, and the root of every package's tree."""
+"""The exceptions of bridge-config, and the base class of those of all Bridge packages."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 
 import bridge
 
-_MAX_NAME = 200  # characters; no name that is known is half as long
+_MAX_NAME = 200  # characters, more than twice the longest known name
 
 
 class BridgeError(Exception):
-    """What a Bridge package, or an extension, says to its user. The command line prints the message alone."""
+    """Base of all errors for the user. The command line prints the message without a traceback."""
 
 
 class ConfigError(BridgeError, ValueError):
-    """The user's input is at fault; the message says what, where and what to do."""
+    """Invalid user input; the message says what is wrong, where, and what to do."""
 
 
 class TargetError(ConfigError):
-    """A name in a document names nothing that documents may name, or something that does not fit its place."""
+    """A name in a document is unknown, not allowed, or refers to something that does not fit there."""
 
 
 class OmittedWarning(UserWarning):
-    """A document leaves out a value that has no written form, or holds one that is not read back as it was."""
+    """A document lacks a value that cannot be written, or holds one that reads back differently."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a document.
+    """One problem in a document.
 
     `path` is where in the document (`$.transformer.num_layers`); `line` and `column` count from 1.
     `file` is the file, preset or override that the value came from.
@@ -48,7 +48,7 @@ class Problem:
 
 
 class DocumentError(ConfigError):
-    """A document cannot be read or does not describe a configuration; `problems` lists everything found."""
+    """A document cannot be read or is invalid; `problems` lists everything found."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -59,28 +59,28 @@ class DocumentError(ConfigError):
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called Bridge, however deep inside of it this is."""
+    """Warn at the line that called Bridge, skipping all frames inside Bridge."""
     # The namespace's path names the folders of all packages.
     warnings.warn(message, category, skip_file_prefixes=tuple(os.path.join(folder, "") for folder in bridge.__path__))
 
 
 def quote_name(name: str) -> str:
-    """`name` as a message shows it: on one line, and not longer than names are."""
+    """Return `name` quoted for a message, on one line and with a limited length."""
     return repr(name) if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]!r}..."
 
 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """The end of a message about the unknown `name`: the closest known name, with `prefix` before it, or nothing.
+    """Return the end of a message about the unknown `name`: the closest known name with `prefix`, or nothing.
 
-    It takes milliseconds, so it is for messages that are few.
+    The search takes milliseconds: limit how often it is called.
     """
     close = find_closest(name, known)
     return f"; did you mean {prefix + close!r}?" if close is not None else ""
 
 
 def find_closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like the unknown `name`; None if none is like it."""
-    import difflib  # few messages need it, and every start would pay for it
+    """Return the known name most similar to `name`; None if there is none."""
+    import difflib  # few messages need it, and the import slows down every start
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MAX_NAME else []
     return close[0] if close else None

@@ -43,7 +43,7 @@ class ModelConfig:
     """The generation settings to ship with the model. Those of a document become an object of transformers when this is
     read; where transformers is not installed, they stay a mapping."""
 
-    # By keyword alone: the reference's positional order has no such field.
+    # Keyword-only: the positional order of Megatron Bridge's ModelConfig has no such field.
     extra_checkpoint_metadata: dict[str, Any] | None = field(default=None, kw_only=True)
     """More metadata to save with checkpoints."""
 
@@ -63,7 +63,7 @@ class ModelConfig:
         return super().__new__(cls)
 
     def get_builder_cls(self) -> type:
-        """The ModelBuilder class that builds this configuration.
+        """Return the ModelBuilder class that builds this configuration.
 
         Raises:
             TargetError: the class names no builder, or one that cannot be imported.
@@ -76,7 +76,7 @@ class ModelConfig:
         return import_builder(builder)
 
     def as_dict(self) -> dict[str, Any]:
-        """This configuration as plain data (JSON types only), with `_target_` and `_builder_`.
+        """Return this configuration as plain data (JSON types only), with `_target_` and `_builder_`.
 
         A value without a written form (a lambda, a live object) is left out, listed under `_omitted_` and warned about.
         """
@@ -86,7 +86,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The configuration that `data` describes: an instance of the class that its `_target_` names.
+        """Return the configuration that `data` describes: an instance of the class that its `_target_` names.
 
         Raises:
             DocumentError: `data` does not describe an instance of this class; lists all problems.

@@ -13,15 +13,15 @@ _STEP = re.compile(r'\.([^.\[\]"]+)|\[([0-9]+)\]|\[("(?:[^"\\]|\\.)*")\]')
 
 
 def format_path(path: Path) -> str:
-    """`path` as messages show it."""
+    """Return `path` as text, as in `$.transformer.num_layers`."""
     return "$" + "".join(_format_step(step) for step in path)
 
 
 def parse_path(text: str) -> Path:
-    """The path that `text` stands for: keys joined by dots, list indices and quoted keys in brackets; `$` may lead.
+    """Parse a path: keys joined by dots, list indices and quoted keys in brackets, optionally with a leading `$`.
 
     Raises:
-        ConfigError: `text` is no path.
+        ConfigError: `text` is not a path.
     """
     is_rooted = text[:2] in ("$", "$.", "$[")
     rest = text[1:] if is_rooted else text if text[:1] in ("", "[") else f".{text}"

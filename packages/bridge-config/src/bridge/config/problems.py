@@ -1,4 +1,4 @@
-"""How readers say no: a ReadError carries what was found, at which path below the value at hand."""
+"""ReadError: problems found while reading, with paths relative to the current value."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bridge.config.paths import Path
 
 ProblemList = list[tuple[Path, str]]
 MAX_PROBLEMS = 100
-"""So many problems of one document are told."""
+"""Maximum problems reported per document."""
 
 
 class ReadError(Exception):
-    """What was read is not acceptable; `found` are the problems."""
+    """A value cannot be read; `problems` lists why, each with its path."""
 
     def __init__(self, problems: ProblemList) -> None:
         super().__init__(problems)
@@ -22,18 +22,18 @@ class ReadError(Exception):
 
 
 def make_error(message: str, *path: str | int) -> ReadError:
-    """The error with one problem, at `path` below the value at hand."""
+    """Return the error with one problem, at `path` relative to the current value."""
     return ReadError([(path, message)])
 
 
 def make_mismatch_error(wanted: str, value: object, hint: str = "") -> ReadError:
-    """The error about a value of the wrong kind."""
+    """Return the error about a value of the wrong kind."""
     return make_error(f"expected {wanted}, got {describe_value(value)}{hint}")
 
 
 @contextmanager
 def prefix_path(*path: str | int) -> Iterator[None]:
-    """What is refused inside is refused at `path` below the value at hand."""
+    """Prefix the paths of every ReadError raised inside with `path`."""
     try:
         yield
     except ReadError as error:
@@ -41,7 +41,7 @@ def prefix_path(*path: str | int) -> Iterator[None]:
 
 
 def describe_value(value: object, limit: int = 60) -> str:
-    """`value` as a message shows it: on one line of at most `limit` characters."""
+    """Return `value` as text for a message: one line of at most `limit` characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -50,14 +50,14 @@ def describe_value(value: object, limit: int = 60) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         return "something too large to show"
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def abbreviate(value: object) -> str:
-    """`value` as a note shows it, with what is inside, as far as there is room."""
+    """Return a shortened `repr` of `value` for a note."""
     try:
         return reprlib.repr(value)
     except ValueError:  # as in `describe_value`
@@ -65,5 +65,5 @@ def abbreviate(value: object) -> str:
 
 
 def to_path_step(key: object) -> str | int:
-    """`key` as a step of a path; in data that was never a text, keys can be anything."""
+    """Return `key` as a step of a path. Keys of data that did not come from text can be any object."""
     return key if isinstance(key, str) or (type(key) is int and 0 <= key < 2**63) else describe_value(key)

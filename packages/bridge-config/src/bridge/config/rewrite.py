@@ -1,4 +1,4 @@
-"""What a conversion of a document did: the document it made, where each value came from, notes and problems."""
+"""The result of converting a document: the new document, the moves of its values, notes and problems."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from bridge.config.paths import Path
 
 @dataclass
 class Migration:
-    """A document made from an older or foreign one."""
+    """A document converted from an older version or another system."""
 
     data: Any
-    """The document; the very object that was given if there was nothing to do."""
+    """The document; the original object if nothing changed."""
 
     moves: list[tuple[Path, Path]] = field(default_factory=list)
-    """Where a value stands now, and where it stood."""
+    """Pairs of the new and the old path of a value."""
 
     notes: list[str] = field(default_factory=list)
-    """What was done, a line each."""
+    """What was changed, one line each."""
 
     problems: list[tuple[Path, str]] = field(default_factory=list)
-    """What is wrong, by its path in the document that was given."""
+    """Problems, by their path in the original document."""

@@ -1,4 +1,4 @@
-"""The document of a config: written, and read back, so that it warns of what its reader will refuse."""
+"""Encodes a config as a document, and reads it back to warn about what a reader would refuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.config.write.encode import Omitted, encode_mapping
 
 
 def encode_config(config: object) -> dict[str, Any]:
-    """The document of `config`; see `ModelConfig.as_dict`."""
+    """Return the document of `config`; see `ModelConfig.as_dict`."""
     omitted: Omitted = []
     rehearsal = Rehearsal()
     data = encode_mapping(config, (), omitted, rehearsal)
@@ -27,5 +27,5 @@ def encode_config(config: object) -> dict[str, Any]:
         warn(f"{type(config).__qualname__} is written without {what}", OmittedWarning)
     if rehearsal.problems:
         what = "; ".join(f"{format_path(path)} ({message})" for path, message in rehearsal.problems[:MAX_PROBLEMS])
-        warn(f"{type(config).__qualname__} is written with what cannot be read back: {what}", OmittedWarning)
+        warn(f"{type(config).__qualname__} is written with values that cannot be read back: {what}", OmittedWarning)
     return document

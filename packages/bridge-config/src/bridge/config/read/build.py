@@ -97,7 +97,7 @@ def _build_dict(values: dict[Any, Any]) -> dict[Any, Any]:
         try:
             is_new = key not in built
         except TypeError:
-            raise make_error("a key must be a plain value", to_path_step(name)) from None
+            raise make_error("a key must be a scalar", to_path_step(name)) from None
         if not is_new:
             raise make_error("duplicate key", to_path_step(name))
         built[key] = value

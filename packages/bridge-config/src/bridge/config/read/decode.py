@@ -1,4 +1,4 @@
-"""From documents to configurations, or to the verdict on them: all problems at once."""
+"""Decodes documents into configurations, or checks them; reports all problems at once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from bridge.config.schema.values import Made
 
 
 def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
-    """The configuration that the document `data` describes.
+    """Return the configuration that the document `data` describes.
 
     Args:
-        data: plain data with the class's name under `_target_`. It may also hold live values (a dtype, a function).
+        data: plain data with the class name under `_target_`. It may also hold live values (a dtype, a function).
         cls: the class that the result must be an instance of.
 
     Raises:
@@ -37,7 +37,7 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
     config: ConfigT
     present, wanted = migrate_document(data, lookup := LiveLookup()), Instance(document_name(cls) or "", cls)
     config, builder = _read(present, wanted, lookup, make=build)
-    for note in present.steps[0].notes:  # what a document of the reference says that was not, or cannot be, taken over
+    for note in present.steps[0].notes:  # what a Megatron Bridge document says that could not be converted
         warn(note, OmittedWarning)
     if builder is not None and builder != getattr(config, "builder", None):
         object.__setattr__(config, "builder", builder)
@@ -46,22 +46,22 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
 
 @dataclass(frozen=True)
 class Checked:
-    """A document that describes a configuration, read without making one."""
+    """A valid document, read without constructing its configuration."""
 
     made: Made
     builder: str | None
     """The builder that builds it."""
 
     present: CurrentDocument
-    """The document in its present form."""
+    """The document in the current form."""
 
 
 def check(data: object, *, defaults: bool = False) -> Checked:
-    """Read the document `data` against the shipped table; nothing is made.
+    """Check the document `data` against the shipped table, without constructing anything.
 
     Args:
         data: plain data with the class's name under `_target_`.
-        defaults: whether fields that the document leaves out get their defaults.
+        defaults: whether to fill in the defaults of missing fields.
 
     Raises:
         DocumentError: lists all that is wrong with `data`.
@@ -73,23 +73,23 @@ def check(data: object, *, defaults: bool = False) -> Checked:
 
 @dataclass(frozen=True)
 class CurrentDocument:
-    """A document in the present form, and what it came from."""
+    """A document in the current form, with the original."""
 
     given: Any
-    """The document as it was given."""
+    """The original document."""
 
     data: Any
     steps: tuple[Migration, ...]
-    """From the document that was given to this one."""
+    """The migrations from the original document to this one, in order."""
 
     @property
     def notes(self) -> list[str]:
-        """What was done, a line each."""
+        """What the migrations did, one line each."""
         return [note for step in self.steps for note in step.notes]
 
     @property
     def problems(self) -> list[Problem]:
-        """What has no present form, by its path in the document that was given."""
+        """What could not be migrated, by its path in the original document."""
         found: list[Problem] = []
         for number, step in enumerate(self.steps):
             before = self.steps[:number]
@@ -97,7 +97,7 @@ class CurrentDocument:
         return found
 
     def origin(self, path: Path) -> Path:
-        """Where the value that is now at `path` stands in the document that was given."""
+        """Return where the value at `path` stands in the original document."""
         return original_path(path, self.steps)
 
 
@@ -106,11 +106,11 @@ def _identity(made: Made) -> Made:
 
 
 def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
-    """The document `data`, which may be of the reference or of an older version, in the present form."""
+    """Convert a document of another system or of an older version to the current form."""
 
     def target_of(name: str) -> Target | None:
         if name == GENERATION_CONFIG:
-            return shipped(name)  # its own library is not imported for this
+            return shipped(name)  # avoids importing transformers
         try:
             return lookup.named(name, suggest=False)
         except TargetError:
@@ -125,7 +125,7 @@ def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
 
 
 def original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
-    """Where the value that is at `path` after the steps stood before them."""
+    """Return where the value at `path` stood before `steps`."""
     for step in reversed(steps):
         came_from = dict(step.moves)
         for length in range(len(path), -1, -1):
@@ -138,7 +138,7 @@ def original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
 def _read[T](
     present: CurrentDocument, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
 ) -> tuple[T, str | None]:
-    """What `make` makes of the config that `present` describes, and the builder that the document names."""
+    """Read `present`; return the result of `make`, and the builder that the document names."""
     found: ProblemList = []
     problems, cause = present.problems, None
     try:
@@ -146,7 +146,7 @@ def _read[T](
         made = make(described)
     except ReadError as error:
         found, cause = error.problems, error.__cause__
-    except TargetError as error:  # a class that cannot be described, where its name is not asked for
+    except TargetError as error:  # a class in an annotation cannot be described
         found = [((), str(error))]
     except RecursionError:
         found = [((), "nested too deeply")]
@@ -166,7 +166,7 @@ def _read_document(data: object, wanted: Instance, lookup: Lookup, *, defaults: 
         )
     if "_target_" not in data:
         raise make_error(
-            "missing '_target_': the name of the config's class, such as 'bridge.models.gpt.GPTModelConfig'"
+            "missing '_target_': give the name of the config class, such as 'bridge.models.gpt.GPTModelConfig'"
         )
     omissions = data.get("_omitted_", [])
     found = _check_omissions(omissions)
@@ -198,7 +198,7 @@ def _read_class(name: object, wanted: Instance, reader: Reader) -> Target:
 
 
 def _read_builder(name: object, target: Target, lookup: Lookup) -> str | None:
-    """The builder that a document names, if it is not the class's own."""
+    """Return the builder that a document names, if it is not the default of its class."""
     if name is None or name == target.builder:
         return None
     with prefix_path("_builder_"):
@@ -215,7 +215,7 @@ _MAX_REASON = 1000  # characters
 
 
 def _check_omissions(entries: object) -> ProblemList:
-    """What is wrong with the list of what a document leaves out."""
+    """Check the form of `_omitted_`."""
     if not isinstance(entries, list):
         return [(("_omitted_",), f"expected a list of {{path: ..., reason: ...}}, got {describe_value(entries)}")]
     found: ProblemList = []
@@ -228,7 +228,7 @@ def _check_omissions(entries: object) -> ProblemList:
             said = f"expected a path such as '$.transformer.init_method', got {describe_value(path)}"
             found.append((("_omitted_", i, "path"), said))
         if not isinstance(reason, str) or not reason.isprintable() or len(reason) > _MAX_REASON:
-            said = f"expected a line of at most {_MAX_REASON:,} characters, got {describe_value(reason)}"
+            said = f"expected one line of at most {_MAX_REASON:,} characters, got {describe_value(reason)}"
             found.append((("_omitted_", i, "reason"), said))
     return found
 
@@ -241,7 +241,7 @@ def _is_path(text: object) -> bool:
 
 
 def _find_omitted_fields(entries: list[dict[str, str]], data: dict[str, Any]) -> dict[int, set[str]]:
-    """The fields that the document says it leaves out, by the identity of the mapping they are missing from."""
+    """Return the fields that `_omitted_` lists, by the id of the mapping that lacks them."""
     fields: dict[int, set[str]] = {}
     for entry in entries:
         _add_missing_key(fields, data, entry["path"])
@@ -250,13 +250,13 @@ def _find_omitted_fields(entries: list[dict[str, str]], data: dict[str, Any]) ->
             f"{format_path(parse_path(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS]
         )
         more = f" and {len(entries) - MAX_PROBLEMS:,} more" if len(entries) > MAX_PROBLEMS else ""
-        said = f"the document was written without {what}{more}: the defaults are taken"
+        said = f"the document was written without {what}{more}: defaults are used"
         warn(said, OmittedWarning)
     return fields
 
 
 def _add_missing_key(fields: dict[int, set[str]], data: dict[str, Any], path: str) -> None:
-    """Add to `fields` the first key of `path` that `data` has not got."""
+    """Add to `fields` the first key of `path` that `data` lacks."""
     node: Any = data
     for key in parse_path(path):
         if isinstance(node, dict) and isinstance(key, str) and key not in node:

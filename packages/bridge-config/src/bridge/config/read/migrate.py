@@ -1,6 +1,6 @@
-"""Documents of older versions, brought up to date.
+"""Migrates documents of older versions to the current ones.
 
-Plain data in, plain data out: no class is looked at, only its description.
+It turns plain data into plain data and needs only the descriptions of classes, not the classes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from bridge.config.schema.versions import VERSION_KEY, Change, Changed, Moved, R
 
 
 def migrate(data: Any, target_of: TargetOf) -> Migration:
-    """The document `data` with every config in it at its current version.
+    """Return the document `data` with every config migrated to its current version.
 
-    A config without `_version_` is at its current version already. Of values that are in the way of a problem nothing
-    stays in the result, so that reading it says nothing about them a second time.
+    A config without `_version_` counts as current. Values that cannot be migrated are left out of the result, so that
+    the reader does not report them a second time.
     """
     if _is_current(data, (), target_of):
         return Migration(data)
@@ -33,7 +33,7 @@ def migrate(data: Any, target_of: TargetOf) -> Migration:
 
 
 def describe_change(target: Target, key: str) -> str:
-    """What became of the field `key`, for a message that calls it unknown; empty if no change knows of it."""
+    """Explain what happened to the unknown field `key`; empty if no change mentions it."""
     name, hint = key, ""
     for since, changes in target.schema.after(0) if target.schema else ():
         advice = f"or add '{VERSION_KEY}: {since - 1}' to have the document migrated"
@@ -51,15 +51,15 @@ _config_fields_cache: dict[int, tuple[Target, dict[str, Type]]] = {}
 
 
 def _config_fields(target: Target) -> dict[str, Type]:
-    """The fields of a config that may hold configs, and their types."""
+    """Return the fields of a config that may hold configs, and their types."""
     if id(target) not in _config_fields_cache:
         found = {one.name: one.type for one in target.fields.values() if _may_hold_configs(one.type)}
-        _config_fields_cache[id(target)] = target, found  # the target is kept, so that its id stays its own
+        _config_fields_cache[id(target)] = target, found  # keeps the target alive, so that its id is not reused
     return _config_fields_cache[id(target)][1]
 
 
 def _may_hold_configs(type_: Type) -> bool:
-    """Whether a value of this type can be a config, or have one in it."""
+    """Return whether a value of this type can be or contain a config."""
     return any(isinstance(one, (Anything, Instance)) for one in type_) or any(map(_may_contain_configs, type_))
 
 
@@ -68,7 +68,7 @@ def _may_contain_configs(member: Member) -> bool:
 
 
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
-    """Whether every config in `value`, a mapping or list, is at its current version."""
+    """Return whether every config in `value`, a mapping or list, is at its current version."""
     if isinstance(value, dict) and (target := find_config(value, type_, target_of)) is not None:
         version = value.get(VERSION_KEY)
         if (version is not None or VERSION_KEY in value) and not _is_version(version, target):
@@ -86,12 +86,12 @@ _NESTING = frozenset({dict, list})
 
 
 def _is_version(version: object, target: Target) -> bool:
-    """Whether `version` is the current one of a config class."""
+    """Return whether `version` is the current version of a config class."""
     return type(version) is int and version == (target.schema.version if target.schema else 1)
 
 
 class _DocumentMigration:
-    """One document on its way to the current versions; `result.data` is changed in place."""
+    """The migration of one document; changes `result.data` in place."""
 
     def __init__(self, data: Any, target_of: TargetOf) -> None:
         self.result = Migration(data)
@@ -100,7 +100,7 @@ class _DocumentMigration:
         self._omitted = list(_find_omitted(data))
 
     def finish(self) -> Migration:
-        """The result, once all values were visited."""
+        """Return the result, after all values were visited."""
         self.result.moves = list(self._old.items())
         for entry, path in self._omitted:
             entry["path"] = format_path(path)
@@ -124,7 +124,7 @@ class _DocumentMigration:
             return
         schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
         if type(version) is not int or version < 1:
-            self._add_problem((*path, VERSION_KEY), f"expected a whole number from 1, got {abbreviate(version)}")
+            self._add_problem((*path, VERSION_KEY), f"expected an integer >= 1, got {abbreviate(version)}")
         elif version > schema.version:
             self._add_problem(
                 (*path, VERSION_KEY),
@@ -134,20 +134,20 @@ class _DocumentMigration:
         else:
             for since, changes in schema.after(version):
                 _Step(self, data, path, f"version {since} of {target.short_name}").take(changes)
-            data[VERSION_KEY] = schema.version  # also where the class has none: whoever reads it says so
+            data[VERSION_KEY] = schema.version  # even if the class has no versions: the reader reports that
 
     def _add_problem(self, path: Path, message: str) -> None:
         self.result.problems.append((self.old(path), message))
 
     def old(self, path: Path) -> Path:
-        """Where the value that is now at `path` stood in the document that was given."""
+        """Return where the value at `path` stood in the original document."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._old:
                 return self._old[path[:length]] + path[length:]
         return path
 
     def moved(self, moves: list[tuple[Path, Path]]) -> None:
-        """Take note that values went, all at once, from the first path of each pair to the second."""
+        """Record simultaneous moves, from the first path of each pair to the second."""
         origins = [(new, self.old(now)) for now, new in moves]
         for before, after in moves:
             inside = [path for path in self._old if path[: len(before)] == before]
@@ -157,7 +157,7 @@ class _DocumentMigration:
         self._omitted = [(entry, _follow(path, moves)) for entry, path in self._omitted]
 
     def is_omitted(self, path: Path) -> bool:
-        """Whether the document says that it leaves out the value at `path`."""
+        """Return whether `_omitted_` lists `path`."""
         return any(at == path for _, at in self._omitted)
 
 
@@ -171,7 +171,7 @@ class _Step:
         self._version = version
 
     def take(self, changes: list[Change]) -> None:
-        """Make the changes."""
+        """Apply the changes."""
         for change in changes:
             if isinstance(change, Removed):
                 self._remove(change)
@@ -190,7 +190,7 @@ class _Step:
             said = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(said)
         else:
-            message = f"{self._version} removed it, and {abbreviate(value)} cannot be dropped: {change.reason}"
+            message = f"{self._version} removed it, and {abbreviate(value)} cannot be ignored: {change.reason}"
             self._work.result.problems.append((where, message))
 
     def _move(self, changes: list[Moved]) -> None:
@@ -232,17 +232,17 @@ class _Step:
                 return
 
     def _pop(self, path: Path) -> Any:
-        """Take out the value at `path`; MISSING if there is none."""
+        """Remove and return the value at `path`; MISSING if there is none."""
         inside = _mapping_at(self._data, path[:-1])
         return inside.pop(path[-1], MISSING) if inside is not None else MISSING
 
     def _put(self, path: Path, value: Any) -> str:
-        """Put `value` at `path`, where nothing stands; the reason if that cannot be."""
+        """Put `value` at the free `path`; return the reason if that is impossible, else an empty string."""
         inside: Any = self._data
         for depth, key in enumerate(path[:-1], 1):
             inside = inside.setdefault(key, {})
             if not isinstance(inside, dict):
-                return f"{format_path((*self._path, *path[:depth]))} is not a mapping that could hold it"
+                return f"{format_path((*self._path, *path[:depth]))} is not a mapping"
         if path[-1] in inside:
             return "the document gives both: remove one"
         inside[path[-1]] = value
@@ -250,7 +250,7 @@ class _Step:
 
 
 def _mapping_at(data: dict[str, Any], path: Path) -> dict[Any, Any] | None:
-    """The mapping at `path`; None if there is none."""
+    """Return the mapping at `path`; None if there is none."""
     inside: Any = data
     for key in path:
         inside = inside.get(key) if isinstance(inside, dict) else None
@@ -258,17 +258,17 @@ def _mapping_at(data: dict[str, Any], path: Path) -> dict[Any, Any] | None:
 
 
 def _find_omitted(data: Any) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The well-formed entries of a document's `_omitted_`, and the paths that they speak of."""
+    """Yield the well-formed entries of `_omitted_` with their parsed paths."""
     entries = data.get("_omitted_") if isinstance(data, dict) else None
     for entry in entries if isinstance(entries, list) else ():
         try:
             yield entry, parse_path(entry["path"])
         except (TypeError, KeyError, AttributeError, ConfigError):
-            continue  # whoever reads the document says what is wrong with it
+            continue  # the reader reports it
 
 
 def _follow(path: Path, moves: list[tuple[Path, Path]]) -> Path:
-    """Where `path` leads to after `moves`."""
+    """Return where `path` is after `moves`."""
     for now, new in moves:
         if path[: len(now)] == now:
             return new + path[len(now) :]
@@ -276,7 +276,7 @@ def _follow(path: Path, moves: list[tuple[Path, Path]]) -> Path:
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Whether two written values are the same: 1 is 1.0, but not true."""
+    """Return whether two written values are the same: 1 equals 1.0, but not true."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 

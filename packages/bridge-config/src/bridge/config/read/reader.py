@@ -1,7 +1,7 @@
-"""The one engine that reads documents: strictly, all problems at once, and without running what a document names.
+"""Reads documents strictly: reports all problems at once and never runs what a document names.
 
-It reads against descriptions of classes, live ones or those of the shipped table, which a lookup finds by name. It
-gives a tree of plain values, those of `bridge.config.schema.values` among them, and makes no object: `read.build` does.
+It checks values against descriptions of classes, which a lookup finds by name among live classes or in the shipped
+table. It returns a tree of plain values and of `bridge.config.schema.values`; `read.build` turns it into objects.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set"
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
 _NOT_FINITE = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 _MAX_TEXTS = 10_000
-_MAX_HINTS = 20  # so many problems of a document get the nearest name: looking for one can take 20 ms
+_MAX_HINTS = 20  # suggestions per document: finding the nearest name can take 20 ms
 _SCALARS = frozenset({bool, int, float, type(None)})
 _NO_NAMES: frozenset[str] = frozenset()
 _FUNCTION: Type = (Function(),)
@@ -95,7 +95,7 @@ class Reader:
         """Configs whose fields were checked, by the identity of their mapping."""
 
     def value(self, value: Any, type_: Type) -> Any:
-        """The value that `value` describes, in a place of this type."""
+        """Read `value` in a place of this type."""
         kind = type(value)
         if kind is str:
             return self._texts.get((id(type_), value)) or self._read_text(value, type_)
@@ -112,7 +112,7 @@ class Reader:
         raise make_mismatch_error(self._describe_type(type_), value)
 
     def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Any:
-        """The instance of the config class `target` that the mapping, or the whole document, `data` describes."""
+        """Read the mapping, or the whole document, `data` as an instance of the config class `target`."""
         shape = get_shape("document" if is_document else "config", data)
         plan: Plan | None = target.shapes.get(shape)
         if plan is None:
@@ -158,13 +158,13 @@ class Reader:
         return Made(target, values, compared, complete=complete, composed=plan.composed)
 
     def _get_compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
-        """The values that an instance is compared by."""
+        """Return the values that an instance is compared by."""
         assert target.hashed is not None
         known = values | self._read_defaults(target, values, target.hashed)
         return tuple(known.get(name) for name in target.hashed)
 
     def _read_defaults(self, target: Target, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-        """What the fields called `names` that have no value hold by default."""
+        """Read the defaults of those fields in `names` that have no value."""
         found: dict[str, Any] = {}
         hints, self._hints = self._hints, 0  # nobody reads why a default is refused
         for name in names:
@@ -176,7 +176,7 @@ class Reader:
         return found
 
     def _check_fields(self, data: dict[str, Any], target: Target, known: ProblemList) -> ProblemList:
-        """What is wrong with the values of a config's fields, and, if that and `known` is nothing, between them."""
+        """Check the ranges of a config's fields; without problems so far, check them against each other too."""
         ranges = get_ranges(target.bases)
         found: ProblemList = [
             ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
@@ -190,13 +190,13 @@ class Reader:
         return [(parse_path(path), said) for path, said in check_fields(view, target.bases)]
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
-        """The value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
+        """Read the value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
         if key != GENERATION_FIELD or (lookup := self._lookup.for_settings(target, value)) is None:
             return self.value(value, type_)
         return GenerationSettings(Reader(lookup, self._omitted).value(value, ANYTHING).values)
 
     def _read_unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
-        """The value of a key that is no field, where the class takes any."""
+        """Read a key that is not a field; refuse it unless the class accepts any keyword."""
         if target.open and isinstance(key, str) and key.isidentifier() and not key.startswith("_"):
             return self.value(value, ANYTHING)
         hint = ""
@@ -207,12 +207,12 @@ class Reader:
         raise make_error(f"unknown key of {target.short_name}{hint}")
 
     def _suggest_name(self, name: str, known: Iterable[str], *, prefix: str = "") -> str:
-        """The end of a message about an unknown name, see `nearest`."""
+        """Return the suggestion at the end of a message about an unknown name, see `did_you_mean`."""
         self._hints -= 1
         return did_you_mean(name, known, prefix=prefix) if self._hints >= 0 else ""
 
     def _find_embedded_fields(self, data: dict[str, Any], target: Target) -> frozenset[str]:
-        """The fields that the config in `target.embeds` owns."""
+        """Return the fields that the config in `target.embeds` owns."""
         assert target.embeds is not None
         value = data.get(target.embeds)
         try:
@@ -223,7 +223,7 @@ class Reader:
         return frozenset(getattr(type(value), "__dataclass_fields__", ()))
 
     def class_named(self, name: object, type_: Type) -> Target:
-        """The class that `name` stands for, derived from one of those in `type_`."""
+        """Return the class called `name`, which must derive from one of those in `type_`."""
         target = self._resolve(name, type_)
         for member in type_:
             if accepts_instance(member, target):
@@ -231,7 +231,7 @@ class Reader:
         raise make_error(f"expected {self._describe_type(type_)}, but {name!r} is {describe_kind(target)}")
 
     def class_in(self, data: dict[str, Any], type_: Type) -> Target:
-        """The config class that the mapping `data` describes an instance of."""
+        """Return the config class of which the mapping `data` describes an instance."""
         if "_target_" in data:
             name = data["_target_"]
             if type(name) is str and (known := self._classes.get((id(type_), name))) is not None:
@@ -322,7 +322,7 @@ class Reader:
     def _read_fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
         found: ProblemList = [((i,), "required, but missing") for i in range(len(value), len(items))]
         if len(value) > len(items):
-            found.append(((len(items),), f"one too many: expected a list of {len(items)}"))
+            found.append(((len(items),), f"expected a list of {len(items)} items"))
         try:
             read = self._read_items((i, item, of) for i, (item, of) in enumerate(zip(value, items, strict=False)))
         except ReadError as error:
@@ -361,13 +361,13 @@ class Reader:
         if "_call_" in data:
             _check_keys(data, {"_target_", "_call_"})
             if data["_call_"] is not False:
-                raise make_error("must be false: a document calls nothing", "_call_")
+                raise make_error("must be false: documents cannot call functions", "_call_")
             with prefix_path("_target_"):
                 return self._read_named(data.get("_target_"), type_)
         return self.config(data, self.class_in(data, type_))
 
     def _try_each(self, attempts: list[Callable[[], Any]]) -> Any:
-        """What the first attempt gives that is not refused."""
+        """Return the result of the first attempt that raises no ReadError."""
         errors: list[ReadError] = []
         for attempt in attempts:
             try:
@@ -439,7 +439,7 @@ class Reader:
 
     def _read_enum_member(self, data: dict[str, Any], type_: Type) -> Any:
         """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
-        # The reference writes the member's value beside its name.
+        # Megatron Bridge also writes the member's value, under `_args_`.
         _check_keys(data, {"_target_", "_name_", "_args_"})
         with prefix_path("_target_"):
             target = self.class_named(data.get("_target_"), type_)
@@ -463,14 +463,14 @@ class Reader:
         return EnumMember(target, name)
 
     def _read_named(self, name: object, type_: Type) -> Any:
-        """The thing itself that `name` stands for, if it fits the place."""
+        """Read a name as the object itself, if that fits the place."""
         target = self._resolve(name, type_)
         if not any(accepts_object(target, member) for member in type_):
             raise make_error(f"expected {self._describe_type(type_)}, but {name!r} is {describe_kind(target)}")
         return Named(target)
 
     def _resolve(self, name: object, type_: Type) -> Target:
-        """What `name` stands for. The classes of an annotation are code: they need no registration."""
+        """Resolve `name`. Classes that the annotation names come from code and need no registration."""
         if not isinstance(name, str):
             raise make_error(f"expected a name, got {describe_value(name)}")
         try:
@@ -484,7 +484,7 @@ class Reader:
             raise make_error(str(error)) from error
 
     def _describe_type(self, type_: Type) -> str:
-        """What a place of this type expects."""
+        """Describe the expected values for an error message."""
         words = [self._describe_member(member) for member in type_ if member != Plain("null")]
         return " or ".join(dict.fromkeys(words)) or "null"
 
@@ -525,13 +525,13 @@ def _is_among(value: object, choices: tuple[object, ...]) -> bool:
 
 
 def _to_dict(items: Iterable[tuple[Any, Any, Path]]) -> dict[Any, Any]:
-    """The dict of these keys and values, each with the path of its key below the value at hand."""
+    """Build a dict from keys and values; each comes with the path of its key, relative to the current value."""
     read: dict[Any, Any] = {}
     for key, value, path in items:
         try:
             is_new = key not in read
         except TypeError:
-            raise make_error("a key must be a plain value", *path) from None
+            raise make_error("a key must be a scalar", *path) from None
         if not is_new:
             raise make_error("duplicate key", *path)
         read[key] = value
@@ -546,17 +546,17 @@ def _to_container(kind: str, items: list[Any]) -> Any:
 
 
 def check_file_fields(data: dict[str, Any], target: Target) -> ProblemList:
-    """Where the constructor would open a file, which documents do not."""
+    """Check that no field makes the constructor open a file."""
     found: ProblemList = []
     for name, content in target.files.items():
         if not data.get(content):
-            said = f"reading a document opens no file: give what is in it as {content}"
+            said = f"documents cannot name files to read: give the file's content as {content}"
             found.append(((name,), said) if name in data else ((content,), "required, but missing"))
     return found
 
 
 def _check_keys(data: dict[str, Any], keys: set[str]) -> None:
-    """Refuse keys of `data` beside `keys`."""
+    """Refuse all keys of `data` except `keys`."""
     if strange := [key for key in data if key not in keys]:
         beside = " and ".join(sorted(keys & data.keys()))
         raise ReadError([((to_path_step(key),), f"unknown key beside {beside}") for key in strange])

@@ -1,4 +1,4 @@
-"""What must hold between the fields of a config, whatever the layout.
+"""Checks between the fields of a config that hold for every parallel layout.
 
 A check reads a config by attribute, live or as the view of a document, and yields what is wrong: the path of a field
 below the config, and a message. megatron-core 0.19.2 is the judge: what is refused here fails there, while a model is
@@ -119,7 +119,7 @@ def _check_routing(config: Any) -> Problems:
         names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
         if config.moe_ffn_hidden_size is not None and not _is_mixed(config.moe_layer_freq):
             names.append("moe_ffn_hidden_size")
-        yield from ((name, "there are no experts: set num_moe_experts, or leave this out") for name in names)
+        yield from ((name, "requires num_moe_experts: set it, or leave this out") for name in names)
         return
     has_experts = config.is_hybrid_model or not isinstance(config.moe_layer_freq, list) or any(config.moe_layer_freq)
     if topk > experts and has_experts:
@@ -137,7 +137,7 @@ def _check_expert_groups(config: Any, *, has_experts: bool) -> Problems:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if not groups:
-        yield "moe_router_group_topk", "there are no groups to choose from: set moe_router_num_groups"
+        yield "moe_router_group_topk", "requires moe_router_num_groups: set it"
     elif experts % groups:
         yield "moe_router_num_groups", f"{groups} does not divide num_moe_experts = {experts}: choose a divisor"
     elif chosen > groups:
@@ -183,7 +183,7 @@ def _check_layer_flags(config: Any, name: str, meaning: str) -> Problems:
 
 def _check_precision(config: Any) -> Problems:
     if config.fp16 and config.bf16:
-        yield "fp16", "there is one half precision: set fp16 or bf16 to false"
+        yield "fp16", "fp16 and bf16 are both true: set one of them to false"
 
 
 def _check_latent_attention(config: Any) -> Problems:
@@ -277,7 +277,7 @@ def _check_hybrid_attention(pattern: str, transformer: Any) -> Problems:
 
 
 def count_mamba_heads(config: Any) -> int:
-    """The heads of a Mamba layer: as many as given, or as twice the hidden size holds."""
+    """Return the heads of a Mamba layer: as given, or derived from twice the hidden size."""
     heads: int = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
     return heads
 

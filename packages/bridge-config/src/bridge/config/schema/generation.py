@@ -1,4 +1,4 @@
-"""Generation settings: data for as long as nobody asks for the object, whose library takes seconds to import."""
+"""Generation settings: kept as data until first read, since importing transformers takes seconds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
 
     Args:
         settings: settings as data, or a GenerationConfig, whose defaults do not count (max_length was 20 once).
-        vocab_size: number of tokens; anything but a number if it is not known.
+        vocab_size: number of tokens; anything but an integer if unknown.
         seq_length: longest sequence in tokens, likewise.
     """
     said = getattr(settings, "to_diff_dict", dict)

@@ -1,4 +1,4 @@
-"""Dotted names of classes and functions: a class is told by the names of its bases, and nothing is imported for it."""
+"""Dotted names of classes and functions: classes are recognized by the names of their bases, not by importing them."""
 
 from __future__ import annotations
 

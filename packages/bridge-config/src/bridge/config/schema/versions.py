@@ -1,4 +1,4 @@
-"""Versions of a config's form in documents, and what each changed: data, which `read.migrate` acts on."""
+"""Versions of a config's form in documents, and what each changed, as data for `read.migrate`."""
 
 from __future__ import annotations
 
@@ -76,34 +76,34 @@ class Schema:
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or self.version < 1:
-            raise ConfigError(f"a schema's version is a whole number from 1, not {self.version!r}")
+            raise ConfigError(f"a schema's version must be an integer >= 1, got {self.version!r}")
         for change in self.changes:
             _check_change(change, self.version)
 
     def after(self, version: int) -> Iterator[tuple[int, list[Change]]]:
-        """Each version after `version`, in order, with its changes."""
+        """Yield each version after `version`, in order, with its changes."""
         later = sorted((change for change in self.changes if change.since > version), key=lambda one: one.since)
         for since, changes in groupby(later, lambda change: change.since):
             yield since, list(changes)
 
     def to_json(self) -> dict[str, Any]:
-        """This schema as plain data."""
+        """Return this schema as plain data."""
         return {"version": self.version, "changes": [_change_to_json(change) for change in self.changes]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Schema:
-        """The schema that `to_json` wrote."""
+        """Read what `to_json` returned."""
         return cls(data["version"], tuple(_change_from_json(entry) for entry in data.get("changes", ())))
 
 
 def _check_change(change: Change, version: int) -> None:
     if not 2 <= change.since <= version:
-        raise ConfigError(f"{change}: since must be from 2 to the schema's version, {version}")
+        raise ConfigError(f"{change}: `since` must be between 2 and the schema's version, {version}")
     for path in (change.old, change.new) if isinstance(change, Moved) else (change.field,):
         if not all(isinstance(step, str) for step in parse_path(path)) or not parse_path(path):
             raise ConfigError(f"{change}: {path!r} is not the path of a field")
     if isinstance(change, Moved) and change.old == change.new:
-        raise ConfigError(f"{change}: nothing moves")
+        raise ConfigError(f"{change}: `old` and `new` are the same path")
     if isinstance(change, Changed) and not change.values and change.absent is MISSING:
         raise ConfigError(f"{change}: give values, absent or both")
 
@@ -130,7 +130,7 @@ def _change_from_json(entry: Mapping[str, Any]) -> Change:
 
 @cache
 def load_declared_schema(name: str) -> Schema | None:
-    """The schema that an installed distribution declares for the class `name`, in the entry-point group
+    """Load the schema that an installed distribution declares for the class `name`, in the entry-point group
     `bridge.schemas`.
 
     Raises:

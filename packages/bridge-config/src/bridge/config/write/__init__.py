@@ -1,4 +1,4 @@
 """Writing configurations and single values as plain data.
 
-It may import `schema` and what lies below it.
+It may import `schema` and the modules below it.
 """

@@ -1,4 +1,4 @@
-"""From objects to plain data: JSON types only, nothing dropped in silence."""
+"""Encodes objects as plain data of JSON types; drops nothing silently."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class _UnwritableError(Exception):
 
 
 def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
-    """The document that was read as `made`, in canonical form."""
+    """Return the document that was read as `made`, in canonical form."""
     data: dict[str, Any] = _encode_standin(made, (), (), [])
     heading = {"_target_": data.pop("_target_"), "_builder_": builder}
     return {key: value for key, value in heading.items() if value is not None} | data
 
 
 def encode_value(value: object, type_: Type) -> Any:
-    """The written form of one value in a place of this type; MISSING if it has none."""
+    """Return the written form of one value in a place of this type; MISSING if it has none."""
     omitted: Omitted = []
     try:
         form = _encode(value, type_, (), omitted)
@@ -88,7 +88,7 @@ def encode_value(value: object, type_: Type) -> Any:
 
 
 def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack | None = None) -> dict[str, Any]:
-    """A config as a mapping; what has no written form is left out and added to `omitted`.
+    """Return a config as a mapping; leave out what has no written form and add it to `omitted`.
 
     With `read_back`, every field is read back.
     """
@@ -134,7 +134,8 @@ def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack |
             if is_read and read_back is not None:
                 _remember_form(form, value, type_, texts)
     omitted += [
-        {"path": format_path((*path, name)), "reason": "an InitVar, which no instance keeps"} for name in plan.dropped
+        {"path": format_path((*path, name)), "reason": "an InitVar, which instances do not keep"}
+        for name in plan.dropped
     ]
     if target.open:
         data |= _encode_open_config(obj, path, omitted)
