@@ -44,7 +44,7 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(
     code, yaml, notes = bridge("from-hf", file)
     assert (code, notes) == (
         0,
-        f"{file}: note: $.quantization_config is left out: it is about how published weights are stored\n",
+        f"{file}: note: $.quantization_config is left out: it describes how the published weights are stored\n",
     )
     assert bridge("from-hf", tmp_path) == (code, yaml, notes)
     monkeypatch.setattr("sys.stdin", file.open())
@@ -60,7 +60,7 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(
     to_folder = ("to-hf", tmp_path / "made.yaml", "vocab_size=64", "-o", tmp_path)
     assert bridge(*to_folder)[::2] == (
         1,
-        f"{file}: there is such a file: give --force to overwrite it, or another name\n",
+        f"{file}: file exists: give --force to overwrite it, or another name\n",
     )
     assert bridge(*to_folder, "--force") == (0, "", "")
     assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
@@ -69,7 +69,7 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(
 def test_a_file_is_overwritten_on_demand_and_a_schema_is_told_of(bridge: Run, tmp_path: Path) -> None:
     file, made = written(tmp_path, LLAMA), tmp_path / "made.yaml"
     _, _, told = bridge("from-hf", file, "-o", made)
-    assert told.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: the JSON Schema that made.yaml names")
+    assert told.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: JSON Schema of made.yaml, for editors")
     made.write_text("mine\n")
     code, _, told = bridge("from-hf", file, "-o", made)
     assert (code, made.read_text()) == (1, "mine\n")
@@ -90,10 +90,10 @@ def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
         ('{"model_type": "llama",', "config.json:1:24: $: "),
         ('{"model_type": "' + 10**5 * '\\\\"', "config.json:1:"),
         ('{"model_type": "llama", "a.b": 1}', "config.json:1:25: $["),
-        ("[]", "config.json: $: expected a mapping at the top"),
+        ("[]", "config.json: $: expected a JSON object at the top level"),
         ('{"num_hidden_layers": 2}', "config.json:1:1: $.model_type: missing"),
-        ('{"model_type": 3}', "config.json:1:2: $.model_type: expected text, got 3"),
-        ('{"model_type": "lama"}', "'lama' is not known to Bridge; did you mean 'llama'?"),
+        ('{"model_type": 3}', "config.json:1:2: $.model_type: expected a string, got 3"),
+        ('{"model_type": "lama"}', "unknown architecture 'lama'; did you mean 'llama'?"),
         ('{"model_type": "llama",\n "rope_scaling": {"type": "dynamic"}}', "config.json:2:19: $.rope_scaling.type: "),
         ('{"model_type": "llama", "num_hiden_layers": 2}', "did you mean 'num_hidden_layers'?"),
     ],
@@ -109,16 +109,16 @@ def test_what_is_wrong_is_told_with_its_place(bridge: Run, tmp_path: Path, conte
 def test_a_config_json_is_a_json_file(bridge: Run, tmp_path: Path) -> None:
     code, out, told = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
     assert (code, out) == (1, "")
-    assert told.endswith("config.yaml: give a .json file, or a folder to put config.json into\n")
+    assert told.endswith("config.yaml: expected a .json file, or a folder for config.json\n")
 
 
 def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:
     code, _, told = bridge("from-hf", tmp_path)
     assert code == 1
-    assert told == f"{tmp_path / 'config.json'}: $: no such file, nor a folder with a config.json\n"
+    assert told == f"{tmp_path / 'config.json'}: $: file not found: give a config.json, or a folder with one\n"
     code, out, told = bridge("to-hf", "mla-tiny")
     assert (code, out) == (1, "")
-    assert "no architecture is the same model; the nearest is deepseek_v2" in told
+    assert "no architecture can express this model; the closest is deepseek_v2" in told
     assert "$.transformer.num_moe_experts" in told
 
 

@@ -150,7 +150,7 @@ def test_a_statement_that_says_nothing_of_the_model_is_left_out_with_a_note(name
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
 def test_what_is_so_of_an_architecture_may_be_said(model_type: str) -> None:
     assert from_hf({"model_type": model_type, "use_qk_norm": True}).data == from_hf({"model_type": model_type}).data
-    with pytest.raises(DocumentError, match=f"use_qk_norm: queries and keys of {model_type} are normalised"):
+    with pytest.raises(DocumentError, match=f"use_qk_norm: {model_type} normalises queries and keys"):
         from_hf({"model_type": model_type, "use_qk_norm": False})
 
 
@@ -170,7 +170,7 @@ def test_a_statement_that_may_say_something_is_refused(name: str, value: Any) ->
 def test_the_head_of_a_classifier_and_long_sequences_are_told_of() -> None:
     given = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3}
     (note,) = from_hf(given).notes
-    assert "has a head for SequenceClassification, of 3 labels, in place of the output layer" in note
+    assert "has a SequenceClassification head with 3 labels instead of the output layer" in note
     (note,) = from_hf(LLAMA | {"max_position_embeddings": 131072}).notes
     assert note.startswith("seq_length is 131,072")
     assert not from_hf(LLAMA | {"architectures": ["LlamaForCausalLM"], "num_labels": 2}).notes
@@ -192,7 +192,9 @@ def test_a_model_that_cannot_run_is_refused_at_the_field_that_says_so(given: dic
 
 
 def test_a_language_model_inside_another_is_told_of() -> None:
-    with pytest.raises(DocumentError, match=r"\$\.text_config: the language model is in here, a llama: save this part"):
+    with pytest.raises(
+        DocumentError, match=r"\$\.text_config: the language model, llama, is in this field: save the field"
+    ):
         from_hf({"model_type": "llava", "text_config": LLAMA, "vision_config": {}})
 
 

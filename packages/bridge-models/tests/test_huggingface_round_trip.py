@@ -191,5 +191,5 @@ def test_a_document_says_which_of_several_architectures_it_is() -> None:
     data = documents["mistral"] | {"extra_checkpoint_metadata": {"hf_model_type": "qwen2"}}
     with pytest.raises(DocumentError, match="add_qkv_bias"):
         to_hf(data)
-    with pytest.raises(DocumentError, match="'lama' is not known"):
+    with pytest.raises(DocumentError, match="unknown architecture 'lama'"):
         to_hf(data | {"extra_checkpoint_metadata": {"hf_model_type": "lama"}})

@@ -18,13 +18,13 @@ from bridge.config.errors import ConfigError
     "-o", "--output", type=click.Path(path_type=Path), help="Write the document to this .yaml, .yml or .json file."
 )
 @click.option("--force", is_flag=True, help="Overwrite the file.")
-@click.option("--model-id", help="The model's name on Hugging Face, kept in hf_model_id, in place of _name_or_path.")
+@click.option("--model-id", help="The model's name on Hugging Face, kept in hf_model_id; overrides _name_or_path.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | None, as_json: bool) -> None:
-    """Make a document from a config.json of transformers.
+    """Convert a config.json of transformers to a document.
 
-    CONFIG_JSON is the file, a folder with a config.json, or - for standard input; nothing is fetched. What a document
-    cannot say is refused, all of it at once, by the names of its fields.
+    CONFIG_JSON is the file, a folder with a config.json, or - for standard input; nothing is downloaded. Fields that a
+    document cannot express are errors, all reported at once by name.
     """
     from bridge.config.documents.document import Document
     from bridge.models import huggingface
@@ -39,7 +39,7 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
         before = set(output.parent.glob("*.schema.json"))
         document.save(output)
         for schema in set(output.parent.glob("*.schema.json")) - before:
-            click.echo(f"{schema}: the JSON Schema that {output.name} names, for editors; it may be removed", err=True)
+            click.echo(f"{schema}: JSON Schema of {output.name}, for editors; you may delete it", err=True)
     else:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
@@ -48,14 +48,17 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write it to this .json file, or into this folder."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write to this .json file, or to config.json in this folder.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the file.")
 def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: bool) -> None:
-    """Print the config.json of the model that a document describes, as versions 4 and 5 of transformers read it.
+    """Convert a document to a config.json for versions 4 and 5 of transformers, and print it.
 
     FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input. PATH=VALUE overrides a value,
-    ~PATH removes one. What a config.json cannot say is refused, all of it at once, by the paths of its fields.
+    ~PATH removes one. Fields that a config.json cannot express are errors, all reported at once by path.
     """
     from bridge.config.documents.document import Document
     from bridge.models import huggingface
@@ -63,7 +66,7 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
     if output is not None:
         output = output / "config.json" if output.is_dir() else output
         if output.suffix != ".json":
-            raise ConfigError(f"{output}: give a .json file, or a folder to put config.json into")
+            raise ConfigError(f"{output}: expected a .json file, or a folder for config.json")
         _check_free(output, force=force)
     document = Document.load(file, overrides)
     with document.placing_problems():
@@ -78,7 +81,7 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
 
 def _check_free(output: Path | None, *, force: bool) -> None:
     if output is not None and output.exists() and not force:
-        raise ConfigError(f"{output}: there is such a file: give --force to overwrite it, or another name")
+        raise ConfigError(f"{output}: file exists: give --force to overwrite it, or another name")
 
 
 def _tell(source: str, notes: list[str]) -> None:

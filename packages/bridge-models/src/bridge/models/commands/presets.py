@@ -11,9 +11,9 @@ from bridge.config.documents.presets import presets as installed_presets
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of name and description.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and descriptions.")
 def presets(*, as_json: bool) -> None:
-    """List the presets: documents of known models, each usable by its name wherever a FILE is asked for."""
+    """List the presets: documents of known models, which can be named wherever a command takes a FILE."""
     described = {name: _description(file) for name, file in installed_presets().items()}
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))

@@ -28,12 +28,12 @@ def load_config_json(source: str) -> Document:
     name = str(file)
     if source != STANDARD_INPUT and not os.path.exists(file):
         raise DocumentError(
-            [Problem("$", f"no such file, nor a folder with a config.json{nearest_source(name)}", name)]
+            [Problem("$", f"file not found: give a config.json, or a folder with one{nearest_source(name)}", name)]
         )
     text = read_file(name)
     parsed = parse_json(_without_infinity(text), name)
     if not isinstance(parsed.data, dict):
-        raise DocumentError([Problem("$", f"expected a mapping at the top, got {describe_value(parsed.data)}", name)])
+        raise DocumentError([Problem("$", f"expected a JSON object at the top level, got {got(parsed.data)}", name)])
     return Document.from_text(parsed, name)
 
 

@@ -46,7 +46,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     known = {*architecture.names, *architecture.ignored, *IGNORED}
     for name in (name for name in fields if name not in known):
         if name == QUANTIZATION:
-            t.note(f"$.{QUANTIZATION} is left out: it is about how published weights are stored")
+            t.note(f"$.{QUANTIZATION} is left out: it describes how the published weights are stored")
         else:
             refuse_unknown(t, name, architecture.names)
     _note_heads(t)
@@ -55,8 +55,8 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     _check(data, fields, architecture)
     if data.get("seq_length", 0) > _LONG:
         t.note(
-            f"seq_length is {data['seq_length']:,}, the longest that the model was made for: training and plans take "
-            "sequences of this length unless you set it"
+            f"seq_length is {data['seq_length']:,}, the maximum of the model: training and plans use sequences of this "
+            "length unless you set it"
         )
     written_as, written = closest(read_fields(data), _of_class(architecture.target))
     if written_as is not architecture or written.problems:
@@ -70,12 +70,10 @@ def _note_heads(t: Translation) -> None:
     classes = t.given.get("architectures")
     for name in classes if isinstance(classes, list) else ():
         if isinstance(name, str) and (task := _OTHER_TASK.search(name)):
-            labels = (
-                f", of {describe_value(t.given['num_labels'])} labels," if t.given.get("num_labels") is not None else ""
-            )
+            labels = f" with {got(t.given['num_labels'])} labels" if t.given.get("num_labels") is not None else ""
             t.note(
-                f"$.architectures: {name} has a head for {task[1] or task[2]}{labels} in place of the output layer: "
-                "the document describes the language model, and the head is left out"
+                f"$.architectures: {name} has a {task[1] or task[2]} head{labels} instead of the output layer: "
+                "the head is left out, and the document describes the language model"
             )
 
 
@@ -94,7 +92,7 @@ def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str
     for name, value in given.items():
         usual = architecture.aliases.get(name, name)
         if fields.setdefault(usual, value) != value or type(fields[usual]) is not type(value):
-            problems.append(Problem(f"$.{name}", f"is another name of {usual}, which has another value"))
+            problems.append(Problem(f"$.{name}", f"is an alias of {usual}, which has a different value"))
     if problems:
         raise DocumentError(problems)
     return fields
@@ -142,11 +140,11 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
     chosen = declared_architecture(fields)
     candidates = _of_class(fields["_target_"]) if chosen is None else [chosen]
     if not candidates:
-        raise error_at("$._target_", f"transformers has no model of the class {fields['_target_']}")
+        raise error_at("$._target_", f"transformers has no architecture for {fields['_target_']}")
     of_class = [one for one in candidates if fields["transformer._target_"] in one.transformers]
     architecture, t = closest(fields, of_class or candidates)
     if t.problems and chosen is None:
-        which = f"no architecture is the same model; the nearest is {architecture.model_type}"
+        which = f"no architecture can express this model; the closest is {architecture.model_type}"
         raise DocumentError([Problem("$", which), *dict.fromkeys(t.problems)])
     _raise_any(t)
     heading = {"model_type": architecture.model_type, "architectures": [architecture.causal]}
@@ -166,10 +164,11 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
     """
     most = {"transformer.num_layers": MAX_LAYERS, "encoder_num_layers": MAX_LAYERS}
     sizes = ("transformer.hidden_size", "transformer.num_attention_heads", "transformer.kv_channels", *most)
-    wrong = {
-        path: size for path in sizes if (size := fields.get(path)) is not None and not 1 <= size <= most.get(path, size)
-    }
-    if wrong:
-        raise DocumentError(
-            [Problem(f"$.{path}", f"no model has {describe_value(size)}") for path, size in wrong.items()]
-        )
+    problems = []
+    for path in sizes:
+        size, maximum = fields.get(path), most.get(path)
+        if size is not None and not 1 <= size <= (maximum or size):
+            limits = "at least 1" if maximum is None else f"from 1 to {maximum:,}"
+            problems.append(Problem(f"$.{path}", f"must be {limits}, got {got(size)}"))
+    if problems:
+        raise DocumentError(problems)

@@ -133,13 +133,13 @@ def _says_nothing(t: Translation, name: str) -> str | None:
     """Why an unknown field says nothing of the model; None if it may."""
     value = t.given[name]
     if any(fnmatchcase(name, pattern) for pattern in MARKERS):
-        return "another program's, which transformers does not read"
+        return "another program wrote it, and transformers does not read it"
     if value is None or value is False:
-        return "off, and unknown to Bridge"
+        return "it is off, and unknown to Bridge"
     if value in ("", [], {}):
-        return "empty, and unknown to Bridge"
+        return "it is empty, and unknown to Bridge"
     if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
-        return f"{describe_value(value)} changes nothing"
+        return f"{got(value)} has no effect"
     if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):
-        return f"all layers of {t.model_type} have full attention"
+        return f"all layers of {t.model_type} use full attention"
     return None

@@ -26,20 +26,19 @@ def architecture_of(given: Mapping[str, Any]) -> Architecture:
     model_type = given.get("model_type")
     if (inside := _text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
         raise error_at(
-            "$.text_config", f"the language model is in here, a {inside}: save this part as a file of its own"
+            "$.text_config",
+            f"the language model, {inside}, is in this field: save the field as a config.json of its own",
         )
     if not isinstance(model_type, str):
-        missing = "missing: is this the config.json of a model?"
-        raise error_at(
-            "$.model_type", missing if model_type is None else f"expected text, got {describe_value(model_type)}"
-        )
+        missing = "missing: expected the config.json of a transformers model"
+        raise error_at("$.model_type", missing if model_type is None else f"expected a string, got {got(model_type)}")
     if model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
     found = ARCHITECTURES.get(model_type)
     if found is None:
         near = did_you_mean(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
-        raise error_at("$.model_type", f"{quote_name(model_type)} is not known to Bridge{near}; known are {known}")
+        raise error_at("$.model_type", f"unknown architecture {quoted(model_type)}{near}; supported are {known}")
     return found
 
 
@@ -53,7 +52,7 @@ def _text_model(given: Mapping[str, Any]) -> str | None:
 def _explain_unsupported(model_type: str, given: Mapping[str, Any]) -> list[Problem]:
     """Why there are no documents of an architecture, and what else in this one has no place in one."""
     reason, fields = UNSUPPORTED[model_type]
-    problems = [Problem("$.model_type", f"megatron-core 0.19.2 cannot say {model_type}: {reason}")]
+    problems = [Problem("$.model_type", f"megatron-core 0.19.2 does not support {model_type}: {reason}")]
     return problems + [Problem(f"$.{name}", why) for name, why in fields.items() if given.get(name) is not None]
 
 
@@ -70,9 +69,9 @@ def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if found is None:
-        raise error_at(path, f"{describe_value(model_type)} is not known; known are {', '.join(ARCHITECTURES)}")
+        raise error_at(path, f"unknown architecture {got(model_type)}; supported are {', '.join(ARCHITECTURES)}")
     if found.target != fields["_target_"]:
-        raise error_at(path, f"{model_type} is a {found.target}, which this document is not")
+        raise error_at(path, f"{model_type} needs the _target_ {found.target}, got {fields['_target_']}")
     return found
 
 
@@ -80,7 +79,7 @@ def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
     """The config.json of a document as one architecture, with what it cannot say."""
     t = Translation(architecture.model_type, fields, {})
     if fields["transformer._target_"] not in architecture.transformers:
-        t.refuse("transformer._target_", f"{architecture.model_type} is a {' or a '.join(architecture.transformers)}")
+        t.refuse("transformer._target_", f"{architecture.model_type} needs {' or '.join(architecture.transformers)}")
         return t
     run_steps(t, (row.write for row in architecture.rows))
     for path in sorted(not_default(fields, AFFECTS_COMPUTATION - architecture.fields)):

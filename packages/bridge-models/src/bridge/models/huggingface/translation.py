@@ -25,14 +25,14 @@ def is_number(value: Any) -> bool:
 
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "an integer": lambda value: type(value) is int,
-    "an integer of at least 1": lambda value: type(value) is int and value >= 1,
+    "an integer >= 1": lambda value: type(value) is int and value >= 1,
     f"an integer from 1 to {MAX_LAYERS:,}": lambda value: type(value) is int and 1 <= value <= MAX_LAYERS,
     "a number": is_number,
     "true or false": lambda value: type(value) is bool,
-    "text": lambda value: isinstance(value, str),
+    "a string": lambda value: isinstance(value, str),
     "a list": lambda value: isinstance(value, list),
     "a list of integers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
-    "a list of text": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a list of strings": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "a mapping": lambda value: isinstance(value, dict),
     "anything": lambda value: True,
 }
@@ -112,7 +112,7 @@ class Translation:
 
     def refuse_other(self, name: str, why: str, value: Any) -> RefusedError:
         """Refuse a value because there is only one that a field can have."""
-        return self.refuse(name, f"{self.explain(why)}: it can only be {format_value(value)}")
+        return self.refuse(name, f"{self.explain(why)}: must be {format_value(value)}")
 
     def path(self, name: str) -> Path:
         """The path of a field: in config.json of the top, in a document of ``transformer`` where its name says so."""
@@ -133,9 +133,8 @@ def format_value(value: Any) -> str:
 
 def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
     """Refuse a value that is not among the known ones."""
-    return t.refuse(
-        name, f"{quote_name(value)} is not known{did_you_mean(value, known)}; known are {', '.join(known)}", *inside
-    )
+    message = f"unknown value {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}"
+    return t.refuse(name, message, *inside)
 
 
 Translate = Callable[[Translation], None]
@@ -149,4 +148,4 @@ def run_steps(t: Translation, steps: Iterable[Translate]) -> None:
         except RefusedError:
             continue
         except ArithmeticError:  # a division by nothing, or a result that no float can hold
-            t.problems.append(Problem("$", "its numbers are of no model: one is 0 where none may be, or far too large"))
+            t.problems.append(Problem("$", "a size is zero or too large to compute with"))

@@ -44,7 +44,7 @@ DEEPSEEK_V3 = Architecture(
         ),
         attention=(
             *latent_attention(128),
-            only("rope_interleave", True, FLAG, "Megatron-Core rotates neighbouring channels"),
+            only("rope_interleave", True, FLAG, "Megatron-Core rotates pairs of adjacent channels"),
         ),
         experts=(
             *experts("n_routed_experts", 256, 8),
@@ -52,11 +52,11 @@ DEEPSEEK_V3 = Architecture(
             shared_experts(1),
             first_layers_dense(3),
             *sigmoid_router(8, 4),
-            only("scoring_func", "sigmoid", TEXT, "routers of {model_type} take sigmoids"),
-            only("topk_method", "noaux_tc", TEXT, "routers of {model_type} have a bias to choose by"),
+            only("scoring_func", "sigmoid", TEXT, "routers of {model_type} use sigmoid scores"),
+            only("topk_method", "noaux_tc", TEXT, "{model_type} selects experts with a router bias"),
             scale_of_weights(2.5),
             balance("aux_loss_alpha", None, "seq_aux_loss"),
-            only("seq_aux", True, FLAG, "the loss that balances experts is of each sequence"),
+            only("seq_aux", True, FLAG, "the load-balancing loss is computed per sequence"),
             _PREDICTIONS,
         ),
     ),

@@ -19,7 +19,7 @@ from bridge.models.huggingface.translation import FLAG, TEXT, Name, Translation
 _ZERO_CENTERED = always(
     "transformer.layernorm_zero_centered_gamma",
     True,
-    "norms of {model_type} multiply by one more than their weight",
+    "norms of {model_type} multiply by 1 + weight",
 )
 
 
@@ -32,20 +32,21 @@ def _read_embedding_scale(t: Translation) -> None:
 
 def _write_embedding_scale(t: Translation) -> None:
     if not t["transformer.use_mup"]:
-        raise t.refuse("transformer.use_mup", f"{t.model_type} multiplies embeddings, by mup_embedding_mult")
+        raise t.refuse("transformer.use_mup", f"{t.model_type} scales embeddings by mup_embedding_mult: must be true")
     scale, size = t["transformer.mup_embedding_mult"], t["transformer.hidden_size"]
     if not math.isclose(scale, math.sqrt(size), rel_tol=1e-6):
         t.refuse(
-            "transformer.mup_embedding_mult", f"it is the root of hidden_size in {t.model_type}: {math.sqrt(size)}"
+            "transformer.mup_embedding_mult",
+            f"{t.model_type} scales embeddings by sqrt(hidden_size): must be {math.sqrt(size)}",
         )
     if t["transformer.mup_base_hidden_size"] not in (None, size):
-        t.refuse("transformer.mup_base_hidden_size", "Megatron-Core scales logits by it: set it to null")
+        t.refuse("transformer.mup_base_hidden_size", "Megatron-Core scales logits by it: must be null")
     if t["transformer.mup_output_mult"] != 1:
-        t.refuse("transformer.mup_output_mult", f"{t.model_type} does not scale logits: set it to 1")
+        t.refuse("transformer.mup_output_mult", f"{t.model_type} does not scale logits: must be 1")
     if t["transformer.mup_attn_scale_power"] != 0.5 or t["transformer.mup_base_head_dim"] is not None:
         t.refuse(
             "transformer.mup_attn_scale_power",
-            "scores are divided by the root of the channels: set it to 0.5, and mup_base_head_dim to null",
+            "attention scores are divided by sqrt(head_dim): must be 0.5, and mup_base_head_dim null",
         )
 
 
@@ -76,7 +77,7 @@ def _read_gelu(t: Translation) -> None:
 def _write_gelu(t: Translation) -> None:
     function = written_function(t, "gelu_pytorch_tanh")
     if function == "gelu":
-        raise t.refuse("transformer.activation_func", f"gelu means the tanh approximation in {t.model_type}")
+        raise t.refuse("transformer.activation_func", f"{t.model_type} reads gelu as the tanh approximation")
     t["hidden_act"] = function
 
 
@@ -105,7 +106,7 @@ GEMMA = Architecture(
         norms=(*rms_norm("rms_norm_eps", 1e-6), _ZERO_CENTERED),
         biases=(NO_BIASES, NO_ATTENTION_BIAS),
         activations=(
-            only("use_bidirectional_attention", None, FLAG, "tokens see those before them alone", also=(False,)),
+            only("use_bidirectional_attention", None, FLAG, "attention is causal", also=(False,)),
             _GELU,
         ),
         tied=True,

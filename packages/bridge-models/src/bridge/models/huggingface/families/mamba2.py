@@ -15,7 +15,7 @@ from bridge.models.huggingface.translation import COUNT, FLAG, Name, Translation
 def _read_heads(t: Translation) -> None:
     heads = t["num_heads"]
     if heads * t["head_dim"] != t["expand"] * t["hidden_size"]:
-        t.refuse("num_heads", "num_heads x head_dim is not expand x hidden_size")
+        t.refuse("num_heads", "num_heads * head_dim must equal expand * hidden_size")
     t["transformer.mamba_num_heads"] = heads
     t["transformer.num_attention_heads"] = heads  # of no layer; Megatron-Core wants a number, which tp must divide
 
@@ -24,7 +24,10 @@ def _write_heads(t: Translation) -> None:
     size, channels = t["transformer.hidden_size"], t["transformer.mamba_head_dim"]
     heads = t["transformer.mamba_num_heads"] or 2 * size // channels
     if heads * channels % size:
-        t.refuse("transformer.mamba_num_heads", f"all heads have {heads * channels} channels, no multiple of {size}")
+        t.refuse(
+            "transformer.mamba_num_heads",
+            f"all heads together have {heads * channels} channels: must be a multiple of {size}",
+        )
     t["num_heads"], t["head_dim"], t["expand"] = heads, channels, heads * channels // size
 
 
@@ -35,7 +38,7 @@ def _read_channels(t: Translation) -> None:
 def _write_pattern_of_mamba(t: Translation) -> None:
     pattern = t["hybrid_layer_pattern"]
     if pattern is not None and set(pattern) - set("M|"):
-        t.refuse("hybrid_layer_pattern", f"layers of {t.model_type} are Mamba layers alone")
+        t.refuse("hybrid_layer_pattern", f"{t.model_type} has only Mamba layers: must be M for each layer")
 
 
 MAMBA2 = Architecture(
@@ -45,7 +48,7 @@ MAMBA2 = Architecture(
     rows=(
         *sizes(vocab_size=32768, num_hidden_layers=64, hidden_size=4096),
         Row({}, ("hybrid_layer_pattern",), lambda t: None, _write_pattern_of_mamba),
-        always("position_embedding_type", "none", "{model_type} has no positions"),
+        always("position_embedding_type", "none", "{model_type} has no position embeddings"),
         Row(
             {"num_heads": Name(COUNT, 128), "head_dim": Name(COUNT, 64), "expand": Name(COUNT, 2)},
             ("transformer.mamba_num_heads", "transformer.mamba_head_dim", "transformer.num_attention_heads"),
@@ -56,7 +59,7 @@ MAMBA2 = Architecture(
         same("state_size", "transformer.mamba_state_dim", COUNT, 128),
         same("n_groups", "transformer.mamba_num_groups", COUNT, 8),
         *mamba_layers(convolution="use_conv_bias", biases=("use_bias",), function="hidden_act"),
-        only("rms_norm", True, FLAG, "Mamba layers of Megatron-Core normalise what they gate"),
+        only("rms_norm", True, FLAG, "Megatron-Core's Mamba layers have a gated norm"),
         same("residual_in_fp32", "transformer.fp32_residual_connection", FLAG, True),
         NO_HIDDEN_DROPOUT,
         *language_model(tied=False, std=0.1),

@@ -38,7 +38,7 @@ MIXTRAL = Architecture(
             *experts("num_local_experts", 8, 2),
             softmax_router(normalises=None),
             AUX_LOSS,
-            only("router_jitter_noise", 0.0, NUMBER, "Megatron-Core puts noise on what routers read alone"),
+            only("router_jitter_noise", 0.0, NUMBER, "Megatron-Core adds noise to the input of routers only"),
         ),
     ),
     aliases={"num_experts": "num_local_experts"},

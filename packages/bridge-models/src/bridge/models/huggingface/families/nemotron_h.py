@@ -33,12 +33,12 @@ def _read_pattern(t: Translation) -> None:
                 )
         pattern = "".join(_LAYERS.get(kind, "?") for kind in types)
     elif pattern is None:
-        raise t.refuse("layers_block_type", "missing, and hybrid_override_pattern too: which layers are there?")
+        raise t.refuse("layers_block_type", "missing: set it or hybrid_override_pattern")
     elif unknown := set(pattern) - set(_KINDS):
         known = ", ".join(f"{symbol} {kind}" for symbol, kind in _KINDS.items())
-        raise t.refuse("hybrid_override_pattern", f"{describe_value(min(unknown))} is no layer; there are {known}")
+        raise t.refuse("hybrid_override_pattern", f"unknown layer {got(min(unknown))}; expected {known}")
     if t["num_hidden_layers"] not in (None, len(pattern)):
-        t.refuse("num_hidden_layers", f"there are {len(pattern)} layers in the pattern")
+        t.refuse("num_hidden_layers", f"must be {len(pattern)}, the number of layers in the pattern")
     t["hybrid_layer_pattern"] = pattern
     t["transformer.num_layers"] = len(pattern)
 
@@ -47,7 +47,7 @@ def _write_pattern(t: Translation) -> None:
     pattern = t["hybrid_layer_pattern"]
     layers = "M" * t["transformer.num_layers"] if pattern is None else pattern.replace("|", "")
     if set(layers) - set(_KINDS):
-        raise t.refuse("hybrid_layer_pattern", f"layers of {t.model_type} are {', '.join(_KINDS.values())}")
+        raise t.refuse("hybrid_layer_pattern", f"{t.model_type} supports these layers: {', '.join(_KINDS.values())}")
     t["hybrid_override_pattern"], t["num_hidden_layers"] = layers, len(layers)
 
 
@@ -85,7 +85,7 @@ def _same_of_experts(name: str, path: str, kind: str, default: Any) -> Row:
 
     def write(t: Translation) -> None:
         if t[path] is None and default is not None:
-            raise t.refuse(path, f"layers of experts of {t.model_type} have it: set it")
+            raise t.refuse(path, f"missing: layers with experts of {t.model_type} need it")
         plain.write(t)
 
     return Row(plain.names, plain.fields, plain.read, write)
@@ -105,8 +105,8 @@ NEMOTRON_H = Architecture(
             num_attention_heads=32,
         ),
         *heads(8, 128),
-        always("position_embedding_type", "none", "{model_type} has no positions"),
-        only("sliding_window", None, COUNT, "attention of Megatron-Core's hybrid models has no windows"),
+        always("position_embedding_type", "none", "{model_type} has no position embeddings"),
+        only("sliding_window", None, COUNT, "attention in Megatron-Core's hybrid models has no windows"),
         same("ssm_state_size", "transformer.mamba_state_dim", COUNT, 128),
         same("mamba_num_heads", "transformer.mamba_num_heads", COUNT, 128),
         same("mamba_head_dim", "transformer.mamba_head_dim", COUNT, 64),
@@ -124,10 +124,12 @@ NEMOTRON_H = Architecture(
                 *HOW_EXPERTS_RUN,
                 *sigmoid_router(1, 1),
                 scale_of_weights(1.0),
-                only("n_shared_experts", 1, COUNT, "there is one expert for all tokens"),
+                only("n_shared_experts", 1, COUNT, "{model_type} has one shared expert"),
             )
         ),
-        only("num_nextn_predict_layers", 0, INTEGER, "Bridge does not translate its layers of prediction"),
+        only(
+            "num_nextn_predict_layers", 0, INTEGER, "Bridge does not support the multi-token prediction of {model_type}"
+        ),
         attention_dropout("attention_dropout", 0.0),
         same("hidden_dropout", "transformer.hidden_dropout", NUMBER, 0.0),
         same("residual_in_fp32", "transformer.fp32_residual_connection", FLAG, False),

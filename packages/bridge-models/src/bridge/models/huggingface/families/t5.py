@@ -42,7 +42,10 @@ def _stacks_alike(path: str, of_decoder: str) -> Row:
 
     def write(t: Translation) -> None:
         if t[path] not in (None, t[of_decoder]):
-            t.refuse(path, f"encoder and decoder of {t.model_type} differ in their number of layers alone")
+            t.refuse(
+                path,
+                f"{t.model_type} has the same size in encoder and decoder: must be null or {t[of_decoder]}",
+            )
 
     return Row({}, (path,), lambda t: None, write)
 
@@ -51,14 +54,17 @@ def _read_dropout(t: Translation) -> None:
     dropout = t["dropout_rate"]
     t["transformer.hidden_dropout"] = t["transformer.attention_dropout"] = dropout
     if dropout:
-        t.note("$.dropout_rate is taken over, but for what lies between the matrices of feed-forward layers")
+        t.note(
+            "$.dropout_rate is kept, except between the matrices of feed-forward layers, where Megatron-Core has none"
+        )
 
 
 def _write_dropout(t: Translation) -> None:
     dropout = t["transformer.hidden_dropout"]
     if t["transformer.attention_dropout"] != dropout:
         t.refuse(
-            "transformer.attention_dropout", f"there is one dropout in {t.model_type}: hidden_dropout is {dropout}"
+            "transformer.attention_dropout",
+            f"{t.model_type} has one dropout rate: must equal hidden_dropout, {dropout}",
         )
     t["dropout_rate"] = dropout
 
@@ -83,7 +89,7 @@ def _read_feed_forward(t: Translation) -> None:
 def _write_feed_forward(t: Translation) -> None:
     gated, function = t["transformer.gated_linear_unit"], written_function(t, "gelu_new")
     if gated and function == "gelu":
-        raise t.refuse("transformer.activation_func", f"gates of gelu mean the tanh approximation in {t.model_type}")
+        raise t.refuse("transformer.activation_func", f"gated GELU of {t.model_type} is the tanh approximation")
     if gated and function == "gelu_new":
         function = "gelu"
     t["feed_forward_proj"] = f"{_GATED if gated else ''}{function}"
@@ -104,10 +110,10 @@ def _read_output(t: Translation) -> None:
     if not tied:
         return
     size, tokens = t["d_model"], t["vocab_size"]
-    t.note(f"$.tie_word_embeddings: Megatron-Core's tied output layer has a bias, {tokens:,} parameters more")
+    t.note(f"$.tie_word_embeddings: Megatron-Core's tied output layer has a bias, {tokens:,} more parameters")
     t.note(
-        f"$.tie_word_embeddings: transformers multiplies what a tied output layer reads by {size}^-0.5, which is "
-        f"{size**-0.5:.6g}, Megatron-Core does not: the weight of the decoder's last norm has to have it"
+        f"$.tie_word_embeddings: transformers multiplies the input of a tied output layer by {size}^-0.5, "
+        f"{size**-0.5:.6g}, Megatron-Core does not: multiply the weight of the decoder's last norm by it"
     )
 
 
@@ -134,7 +140,7 @@ _LENGTH = Row({"n_positions": Name(COUNT)}, ("seq_length",), _read_length, lambd
 def _write_scores(t: Translation) -> None:
     scale = t["transformer.softmax_scale"]
     if scale is None or not math.isclose(scale, 1):
-        t.refuse("transformer.softmax_scale", f"{t.model_type} does not divide scores: it can only be 1.0")
+        t.refuse("transformer.softmax_scale", f"{t.model_type} does not scale attention scores: must be 1.0")
 
 
 def _read_scores(t: Translation) -> None:
@@ -157,7 +163,7 @@ T5 = Architecture(
     rows=(
         same("vocab_size", "vocab_size", COUNT, 32128),
         _LENGTH,
-        always("position_embedding_type", "relative", "positions of {model_type} are relative"),
+        always("position_embedding_type", "relative", "{model_type} has relative positions"),
         same("relative_attention_num_buckets", "relative_attention_num_buckets", COUNT, 32),
         same("relative_attention_max_distance", "relative_attention_max_distance", COUNT, 128),
         _LAYERS,
@@ -173,9 +179,9 @@ T5 = Architecture(
         NO_BIASES,
         _FEED_FORWARD,
         _DROPOUT,
-        only("initializer_factor", 1.0, NUMBER, "Megatron-Core draws weights in another way"),
-        only("is_encoder_decoder", True, FLAG, "Megatron-Core's T5 has both"),
-        only("is_decoder", False, FLAG, "Megatron-Core's T5 has both"),
+        only("initializer_factor", 1.0, NUMBER, "Megatron-Core initialises weights differently"),
+        only("is_encoder_decoder", True, FLAG, "Megatron-Core's T5 has an encoder and a decoder"),
+        only("is_decoder", False, FLAG, "Megatron-Core's T5 has an encoder and a decoder"),
         _OUTPUT,
         ORIGIN,
         SPECIAL_TOKENS,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_MORE_NORMS = "it also normalises what attention and feed-forward layers give, which there are no layers for"
+_MORE_NORMS = "it also normalises the output of attention and feed-forward layers, for which there are no layers"
 _CAPS = {
-    "attn_logit_softcapping": "Megatron-Core does not cap scores of attention",
+    "attn_logit_softcapping": "Megatron-Core does not cap attention scores",
     "final_logit_softcapping": "Megatron-Core does not cap logits",
 }
-_TWO_BASES = {"rope_local_base_freq": "Megatron-Core has one base of rotary positions for all layers"}
+_TWO_BASES = {"rope_local_base_freq": "Megatron-Core has one rotary base for all layers"}
 UNSUPPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma2": (_MORE_NORMS, _CAPS),
     "gemma3_text": (_MORE_NORMS, _CAPS | _TWO_BASES),
-    "gemma3": (_MORE_NORMS, {"vision_config": "Bridge has no models of pictures"}),
+    "gemma3": (_MORE_NORMS, {"vision_config": "Bridge has no vision models"}),
 }
 """What is known, by ``model_type``, and why there is no document of it; and fields that have no place in one either."""

@@ -58,8 +58,8 @@ def written_function(t: Translation, usual: str) -> str:
     names = [known for known, own in _ACTIVATIONS.items() if own == function]
     if not names:
         what = function.get("_target_") if isinstance(function, dict) else function
-        raise t.refuse("transformer.activation_func", f"transformers has no function {what}")
+        raise t.refuse("transformer.activation_func", f"transformers has no activation function {what}")
     return usual if usual in names else names[0]
 
 
-GATED = always("transformer.gated_linear_unit", True, "feed-forward layers of {model_type} are gated")
+GATED = always("transformer.gated_linear_unit", True, "{model_type} has gated feed-forward layers")

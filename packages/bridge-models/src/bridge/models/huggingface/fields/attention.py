@@ -11,8 +11,11 @@ from bridge.models.huggingface.translation import COUNT, FLAG, Name, Translation
 def _write_scores(t: Translation) -> None:
     scale, channels = t["transformer.softmax_scale"], t["transformer.kv_channels"]
     channels = channels or t["transformer.hidden_size"] // t["transformer.num_attention_heads"]
-    if scale is not None and not math.isclose(scale, channels**-0.5):
-        t.refuse("transformer.softmax_scale", f"scores are divided by the root of the channels in {t.model_type}")
+    usual = channels**-0.5
+    if scale is not None and not math.isclose(scale, usual):
+        t.refuse(
+            "transformer.softmax_scale", f"{t.model_type} scales attention scores by {usual}: must be that or null"
+        )
 
 
 SCORES = Row({}, ("transformer.softmax_scale",), lambda t: None, _write_scores)
@@ -40,7 +43,7 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
         share, rest = divmod(t["hidden_size"], t["num_attention_heads"])
         channels = t["head_dim"]
         if channels is None and rest:
-            raise t.refuse("num_attention_heads", f"does not divide hidden_size {t['hidden_size']}: give a head_dim")
+            raise t.refuse("num_attention_heads", f"does not divide hidden_size {t['hidden_size']}: set head_dim")
         if channels is not None and (head_dim is not None or channels != share or rest):
             t["transformer.kv_channels"] = channels
 
@@ -65,7 +68,7 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
     )
 
 
-_NORMALISED = "queries and keys of {model_type} are normalised"
+_NORMALISED = "{model_type} normalises queries and keys"
 QK_NORM = (
     always("transformer.qk_layernorm", True, _NORMALISED),
     only("use_qk_norm", True, FLAG, _NORMALISED),  # not of transformers, but published files say it

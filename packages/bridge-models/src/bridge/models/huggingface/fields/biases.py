@@ -5,14 +5,14 @@ from __future__ import annotations
 from bridge.models.huggingface.fields.row import Row, always, only
 from bridge.models.huggingface.translation import FLAG, Name, Translation
 
-NO_BIASES = always("transformer.add_bias_linear", False, "linear layers of {model_type} have no biases")
-ALL_BIASES = always("transformer.add_bias_linear", True, "all linear layers of {model_type} have biases")
-QKV_BIAS = always("transformer.add_qkv_bias", True, "queries, keys and values of {model_type} have biases")
+NO_BIASES = always("transformer.add_bias_linear", False, "{model_type} has no biases in linear layers")
+ALL_BIASES = always("transformer.add_bias_linear", True, "{model_type} has biases in all linear layers")
+QKV_BIAS = always("transformer.add_qkv_bias", True, "{model_type} has biases in the query, key and value projections")
 NO_ATTENTION_BIAS = only(
     "attention_bias",
     False,
     FLAG,
-    "Megatron-Core has biases in all linear layers, or in those of queries, keys and values alone",
+    "Megatron-Core has biases in all linear layers, or only in the query, key and value projections",
 )
 
 
@@ -20,8 +20,8 @@ def _read_biases(t: Translation) -> None:
     if t["attention_bias"] != t["mlp_bias"]:
         raise t.refuse(
             "attention_bias",
-            "Megatron-Core has biases in all linear layers, or in those of queries, keys and values alone: "
-            "it can only be what mlp_bias is",
+            "Megatron-Core has biases in all linear layers, or only in the query, key and value projections: "
+            "must equal mlp_bias",
         )
     t["transformer.add_bias_linear"] = t["attention_bias"]
 

@@ -75,9 +75,9 @@ def latent_decoder(sizes: Rows, *, attention: Rows, experts: Rows) -> Rows:
         *experts,
         GATED,
         NO_BIASES,
-        only("attention_bias", False, FLAG, "linear layers of Megatron-Core's multi-latent attention have no biases"),
+        only("attention_bias", False, FLAG, "Megatron-Core's multi-latent attention has no biases"),
         *_ACTIVATIONS,
-        only("moe_layer_freq", 1, INTEGER, "all layers after the first ones have experts"),
+        only("moe_layer_freq", 1, INTEGER, "every layer after first_k_dense_replace has experts"),
         *_DROPOUT,
         *language_model(tied=False),
     )

@@ -6,7 +6,9 @@ from bridge.models.huggingface.fields.row import Row, setting
 from bridge.models.huggingface.translation import NUMBER, Name, Translation
 
 NO_HIDDEN_DROPOUT = setting(
-    "transformer.hidden_dropout", 0.0, of_training="of training, and config.json of {model_type} has none"
+    "transformer.hidden_dropout",
+    0.0,
+    of_training="it only affects training, and config.json of {model_type} has no field for it",
 )
 
 
@@ -28,7 +30,10 @@ def residual_dropout(residual: float, embedding: float) -> Row:
     def read(t: Translation) -> None:
         dropout = t["resid_pdrop"]
         if t["embd_pdrop"] != dropout:
-            t.refuse("embd_pdrop", f"Megatron-Core has one dropout for embedding and layers: resid_pdrop is {dropout}")
+            t.refuse(
+                "embd_pdrop",
+                f"Megatron-Core has one dropout for embedding and layers: must equal resid_pdrop, {dropout}",
+            )
         t["transformer.hidden_dropout"] = dropout
 
     def write(t: Translation) -> None:

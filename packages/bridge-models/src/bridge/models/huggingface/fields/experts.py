@@ -25,7 +25,7 @@ def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...
 
     def write(t: Translation) -> None:
         if (experts := t["transformer.num_moe_experts"]) is None:
-            raise t.refuse("transformer.num_moe_experts", f"{t.model_type} has experts: set their number")
+            raise t.refuse("transformer.num_moe_experts", f"missing: set the number of experts of {t.model_type}")
         t[name] = experts
 
     def read(t: Translation) -> None:
@@ -33,7 +33,7 @@ def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...
 
     def read_chosen(t: Translation) -> None:
         if (found := t["num_experts_per_tok"]) is None:
-            raise t.refuse("num_experts_per_tok", "missing: how many experts does a token go to?")
+            raise t.refuse("num_experts_per_tok", "missing: set the number of experts per token")
         t["transformer.moe_router_topk"] = found
 
     def write_chosen(t: Translation) -> None:
@@ -75,7 +75,7 @@ def every_layer_has_experts(default: int) -> tuple[Row, ...]:
     fields = ("transformer.ffn_hidden_size", "transformer.moe_ffn_hidden_size")
     return (
         Row({"intermediate_size": Name(COUNT, default)}, fields, read, write),
-        always("transformer.moe_layer_freq", 1, "all layers of {model_type} have experts"),
+        always("transformer.moe_layer_freq", 1, "{model_type} has experts in all layers"),
     )
 
 
@@ -86,7 +86,7 @@ def which_layers(t: Translation) -> list[int]:
     if isinstance(frequency, int):
         return [int(index % frequency == 0) for index in range(layers)]
     if len(frequency) != layers:
-        raise t.refuse("transformer.moe_layer_freq", f"has {len(frequency)} layers, num_layers is {layers}")
+        raise t.refuse("transformer.moe_layer_freq", f"has {len(frequency)} entries, but num_layers is {layers}")
     return list(frequency)
 
 
@@ -99,7 +99,7 @@ def _read_sparse_layers(t: Translation) -> None:
     every, dense = t["decoder_sparse_step"], t["mlp_only_layers"] or ()
     has_experts = [(index + 1) % every == 0 and index not in dense for index in range(t["num_hidden_layers"])]
     if not any(has_experts):
-        raise t.refuse("decoder_sparse_step", "no layer has experts, and Megatron-Core wants some")
+        raise t.refuse("decoder_sparse_step", "leaves no layer with experts: Megatron-Core needs at least one")
     t["transformer.moe_layer_freq"] = frequency(has_experts)
 
 
@@ -125,13 +125,15 @@ def first_layers_dense(default: int) -> Row:
     def read(t: Translation) -> None:
         layers, dense = t["num_hidden_layers"], t["first_k_dense_replace"] or 0
         if dense >= layers:
-            raise t.refuse("first_k_dense_replace", "no layer has experts, and Megatron-Core wants some")
+            raise t.refuse("first_k_dense_replace", "leaves no layer with experts: Megatron-Core needs at least one")
         t["transformer.moe_layer_freq"] = frequency([index >= dense for index in range(layers)])
 
     def write(t: Translation) -> None:
         has_experts = which_layers(t)
         if has_experts != sorted(has_experts):
-            raise t.refuse("transformer.moe_layer_freq", f"layers without experts come first in {t.model_type}")
+            raise t.refuse(
+                "transformer.moe_layer_freq", f"{t.model_type} can only have layers without experts before all others"
+            )
         t["first_k_dense_replace"] = has_experts.count(0)
 
     return Row(
@@ -149,9 +151,11 @@ def shared_expert(default: int) -> Row:
     def write(t: Translation) -> None:
         width = t["transformer.moe_shared_expert_intermediate_size"]
         if width is None:
-            raise t.refuse("transformer.moe_shared_expert_intermediate_size", f"{t.model_type} has a shared expert")
+            raise t.refuse(
+                "transformer.moe_shared_expert_intermediate_size", f"missing: {t.model_type} has a shared expert"
+            )
         if not t["transformer.moe_shared_expert_gate"]:
-            t.refuse("transformer.moe_shared_expert_gate", f"{t.model_type} has a gate: it can only be true")
+            t.refuse("transformer.moe_shared_expert_gate", f"{t.model_type} gates its shared expert: must be true")
         t["shared_expert_intermediate_size"] = width
 
     return Row(
@@ -172,7 +176,10 @@ def shared_experts(default: int) -> Row:
         path = "transformer.moe_shared_expert_intermediate_size"
         width, each = t[path], t["transformer.moe_ffn_hidden_size"] or t["transformer.ffn_hidden_size"]
         if width is None or not each or width % each:
-            raise t.refuse(path, f"{t.model_type} has shared experts, as wide as the others")
+            raise t.refuse(
+                path,
+                f"must be a multiple of moe_ffn_hidden_size: {t.model_type} has shared experts of that size",
+            )
         t["n_shared_experts"] = width // each
 
     fields = ("transformer.moe_shared_expert_intermediate_size",)

@@ -27,7 +27,7 @@ def _write_dtype(t: Translation) -> None:
     dtype = next((name for name, flag in _HALF.items() if t[flag]), t["transformer.params_dtype"])
     names = [known for known, own in _DTYPES.items() if own == dtype]
     if not names:
-        raise t.refuse("transformer.params_dtype", f"models of transformers are not of {dtype}")
+        raise t.refuse("transformer.params_dtype", f"expected one of {', '.join(_DTYPES.values())}, got {dtype}")
     t["torch_dtype"] = names[0]
 
 
@@ -44,7 +44,7 @@ def _read_tokens(t: Translation) -> None:
     for name, value in tokens.items():
         many = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if not all(one is None or type(one) is int for one in many):
-            t.refuse(name, "expected the number of a token")
+            t.refuse(name, "expected a token ID")
     if tokens:
         t["generation_config"] = {"_target_": GENERATION} | tokens
 
@@ -56,7 +56,7 @@ def _write_tokens(t: Translation) -> None:
             t[name] = settings[name]
     rest = [name for name in settings if name not in TOKENS and not name.startswith("_")]
     if rest:
-        t.note(f"$.generation_config is for generation_config.json, but for tokens: left out are {', '.join(rest)}")
+        t.note(f"$.generation_config: {', '.join(rest)} left out: they belong in generation_config.json")
 
 
 SPECIAL_TOKENS = Row(dict.fromkeys(TOKENS, Name(ANYTHING)), ("generation_config",), _read_tokens, _write_tokens)
@@ -82,7 +82,7 @@ def language_model(*, tied: bool | None, std: float = 0.02) -> tuple[Row, ...]:
         tied: What transformers takes for ``tie_word_embeddings`` where it is left out; None where it never ties.
         std: Likewise for ``initializer_range``.
     """
-    never = "transformers gives {model_type} an output layer of its own, whatever it says"
+    never = "transformers never ties the output layer of {model_type} to the embedding"
     ties: tuple[Row, ...] = (
         only("tie_word_embeddings", False, FLAG, never),
         always("share_embeddings_and_output_weights", False, never),

@@ -31,7 +31,7 @@ def _read_positions(t: Translation) -> None:
     t["position_embedding_type"] = "rope"
     t["transformer.rotary_base"] = float(scaling.get("rope_theta", t["rope_theta"]))
     if scaling.get("partial_rotary_factor", t["partial_rotary_factor"]) not in (None, 1):
-        t.refuse("partial_rotary_factor", f"{t.model_type} rotates qk_rope_head_dim channels of a head")
+        t.refuse("partial_rotary_factor", f"{t.model_type} rotates qk_rope_head_dim channels of each head: must be 1")
     t["transformer.rope_type"] = "rope"
     read_scaling(t, scaling, {"yarn": _read_yarn})
 
@@ -41,9 +41,9 @@ def _read_yarn(t: Translation, scaling: Scaling) -> None:
     mscale, all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
     check_attention_factor(scaling, factor, mscale, all_dim)
     if mscale is None and all_dim is not None:
-        scaling.refuse("mscale_all_dim", "Megatron-Core takes it for sines and cosines too: give mscale as well")
+        scaling.refuse("mscale_all_dim", "Megatron-Core also scales sines and cosines by it: set mscale too")
     if not scaling.flag("truncate", True):
-        scaling.refuse("truncate", "Megatron-Core rounds the channels where frequencies change: it can only be true")
+        scaling.refuse("truncate", "Megatron-Core rounds the range of channels where frequencies change: must be true")
     t["transformer.rope_type"] = "yarn"
     t["transformer.rotary_scaling_factor"] = float(factor)
     t["transformer.original_max_position_embeddings"] = scaling.original(None)
@@ -56,13 +56,16 @@ def _read_yarn(t: Translation, scaling: Scaling) -> None:
 
 def _write_positions(t: Translation) -> None:
     if t["position_embedding_type"] != "rope":
-        t.refuse("position_embedding_type", f"{t.model_type} has rotary positions: it can only be rope")
+        t.refuse("position_embedding_type", f"{t.model_type} has rotary positions: must be rope")
     if t["transformer.rotary_percent"] != 1:
-        t.refuse("transformer.rotary_percent", f"{t.model_type} rotates whole positional parts: it can only be 1.0")
+        t.refuse("transformer.rotary_percent", f"{t.model_type} rotates all qk_pos_emb_head_dim channels: must be 1.0")
     t["rope_theta"] = t["transformer.rotary_base"]
     if t["transformer.rope_type"] == "rope":
         if t["transformer.mscale_all_dim"] and t["transformer.rotary_scaling_factor"] > 1:
-            t.refuse("transformer.mscale_all_dim", "Megatron-Core scales scores by it here too: set it to 0")
+            t.refuse(
+                "transformer.mscale_all_dim",
+                "Megatron-Core scales attention scores by it even where rope_type is rope: must be 0",
+            )
         return
     scaling = {
         "rope_type": "yarn",
@@ -75,7 +78,10 @@ def _write_positions(t: Translation) -> None:
     if mscale and all_dim:
         scaling |= {"mscale": mscale, "mscale_all_dim": all_dim}
     elif all_dim or not math.isclose(mscale, 1):
-        t.refuse("transformer.mscale", "transformers takes 1 where one of mscale and mscale_all_dim is 0")
+        t.refuse(
+            "transformer.mscale",
+            "transformers ignores it unless mscale and mscale_all_dim are set: must be 1, and mscale_all_dim 0",
+        )
     t["rope_scaling"] = scaling
 
 
@@ -104,7 +110,10 @@ def _as_many_keys(default: int | None) -> Row:
     def read(t: Translation) -> None:
         heads, groups = t["num_attention_heads"], t["num_key_value_heads"]
         if groups not in (None, heads):
-            t.refuse("num_key_value_heads", f"it can only be num_attention_heads here, {heads}")
+            t.refuse(
+                "num_key_value_heads",
+                f"{t.model_type} has keys and values for each head: must equal num_attention_heads, {heads}",
+            )
 
     def write(t: Translation) -> None:
         t["num_key_value_heads"] = t["transformer.num_attention_heads"]
@@ -125,8 +134,8 @@ def latent_attention(key_value_heads: int | None) -> tuple[Row, ...]:
             _read_queries,
             _write_queries,
         ),
-        always("transformer.multi_latent_attention", True, "{model_type} has multi-latent attention"),
-        always("transformer.qk_layernorm", True, "latents of {model_type} are normalised"),
+        always("transformer.multi_latent_attention", True, "{model_type} uses multi-latent attention"),
+        always("transformer.qk_layernorm", True, "{model_type} normalises latents"),
         same("kv_lora_rank", "transformer.kv_lora_rank", COUNT, 512),
         same("qk_nope_head_dim", "transformer.qk_head_dim", COUNT, 128),
         same("qk_rope_head_dim", "transformer.qk_pos_emb_head_dim", COUNT, 64),
@@ -139,5 +148,5 @@ def latent_attention(key_value_heads: int | None) -> tuple[Row, ...]:
             "the sum of qk_nope_head_dim and qk_rope_head_dim",
         ),
         _POSITIONS,
-        *rms_norm_of("rms_norm_eps", 1e-6, "norms of latents"),
+        *rms_norm_of("rms_norm_eps", 1e-6, "latent norms"),
     )

@@ -13,7 +13,7 @@ _INFINITY = ({"__float__": "Infinity"}, float("inf"), "Infinity")
 def _read_limit(t: Translation) -> None:
     limit = t["time_step_limit"]
     if limit is not None and not (len(limit) == 2 and limit[0] == 0 and limit[1] in _INFINITY):
-        t.refuse("time_step_limit", "Megatron-Core does not limit steps: it can only be from 0 to infinity")
+        t.refuse("time_step_limit", "Megatron-Core does not clamp time steps: must be from 0 to infinity")
 
 
 def mamba_layers(*, convolution: str, biases: tuple[str, ...], function: str) -> tuple[Row, ...]:
@@ -21,13 +21,13 @@ def mamba_layers(*, convolution: str, biases: tuple[str, ...], function: str) ->
     return (
         always("transformer.is_hybrid_model", True, "{model_type} has Mamba layers"),
         *rms_norm_of("layer_norm_epsilon", 1e-5, "norms in Megatron-Core's Mamba layers"),
-        only("conv_kernel", 4, COUNT, "Megatron-Core convolves over 4 tokens"),
-        only(convolution, True, FLAG, "convolutions of Megatron-Core have biases"),
-        *(only(name, False, FLAG, "projections of Megatron-Core's Mamba layers have no biases") for name in biases),
-        only(function, "silu", TEXT, "Megatron-Core's Mamba layers have this function"),
+        only("conv_kernel", 4, COUNT, "convolutions in Megatron-Core's Mamba layers span 4 tokens"),
+        only(convolution, True, FLAG, "convolutions in Megatron-Core's Mamba layers have biases"),
+        *(only(name, False, FLAG, "projections in Megatron-Core's Mamba layers have no biases") for name in biases),
+        only(function, "silu", TEXT, "Megatron-Core's Mamba layers use SiLU"),
         Row({"time_step_limit": Name(LIST)}, (), _read_limit, lambda t: None),
         *(
-            only(name, value, NUMBER, "Megatron-Core draws steps from 0.001 to 0.1, and at least 0.0001")
+            only(name, value, NUMBER, "Megatron-Core draws time steps from 0.001 to 0.1, and at least 0.0001")
             for name, value in (("time_step_min", 0.001), ("time_step_max", 0.1), ("time_step_floor", 1e-4))
         ),
         NO_BIASES,

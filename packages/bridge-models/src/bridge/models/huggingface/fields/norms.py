@@ -9,7 +9,7 @@ from bridge.models.huggingface.translation import NUMBER, Translation
 def rms_norm(name: str, eps: float) -> tuple[Row, ...]:
     """Norms by root mean square."""
     return (
-        always("transformer.normalization", "RMSNorm", "all norms of {model_type} are of one kind"),
+        always("transformer.normalization", "RMSNorm", "{model_type} uses RMSNorm"),
         same(name, "transformer.layernorm_epsilon", NUMBER, eps),
     )
 
@@ -25,10 +25,10 @@ def rms_norm_of(name: str, eps: float, norms: str) -> tuple[Row, ...]:
 
     def read(t: Translation) -> None:
         if t[name] != eps:
-            t.refuse(name, f"{norms} have {eps}, and Megatron-Core has one for all norms")
+            t.refuse(name, f"{norms} use {eps}, and Megatron-Core has one epsilon for all norms: must be {eps}")
 
     def write(t: Translation) -> None:
         if t["transformer.layernorm_epsilon"] != eps:
-            t.refuse("transformer.layernorm_epsilon", f"{norms} have {eps}: it can only be that")
+            t.refuse("transformer.layernorm_epsilon", f"{norms} use {eps}: must be {eps}")
 
     return (*rms_norm(name, eps), Row({}, ("transformer.layernorm_epsilon",), read, write))

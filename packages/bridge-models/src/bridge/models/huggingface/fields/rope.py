@@ -30,9 +30,9 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 _BEYOND = {
     "dynamic": "its frequencies depend on the length of each sequence",
-    "longrope": "it has a factor of its own for each frequency",
-    "su": "it has a factor of its own for each frequency",
-    "proportional": "it leaves the frequencies of some channels out",
+    "longrope": "it has a separate factor for each frequency",
+    "su": "it has a separate factor for each frequency",
+    "proportional": "it leaves out the frequencies of some channels",
     "mrope": "its positions have several dimensions",
 }
 
@@ -48,7 +48,7 @@ class Scaling:
         self.key = "rope_type" if "rope_type" in values else "type"
         self.kind = values.get(self.key, "default")
         if not isinstance(self.kind, str):
-            raise self.refuse(self.key, f"expected text, got {describe_value(self.kind)}")
+            raise self.refuse(self.key, f"expected a string, got {got(self.kind)}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The number at ``key``; ``default`` where it is left out or null.
@@ -86,9 +86,7 @@ class Scaling:
         """
         factor: float = self.get("factor", 0)
         if factor < 1:
-            raise self.refuse(
-                "factor", f"expected a number of at least 1, got {describe_value(self.values.get('factor'))}"
-            )
+            raise self.refuse("factor", f"expected a number >= 1, got {got(self.values.get('factor'))}")
         return factor
 
     def original(self, given: int | None) -> int:
@@ -107,7 +105,7 @@ class Scaling:
         for key, value in self.values.items():
             if key not in self.known and value is not None:
                 free = [known for known in self.known if known not in self.values]
-                self.refuse(key, f"unknown to Bridge for the type {self.kind}{did_you_mean(key, free)}")
+                self.refuse(key, f"unknown to Bridge for rope_type {self.kind}{nearest(key, free)}")
 
 
 def rotary(
@@ -138,7 +136,7 @@ def rotary(
         t["position_embedding_type"] = "rope"
         base = scaling.get("rope_theta", t["rope_theta"])
         if base != int(base):
-            t.refuse("rope_theta", f"Megatron-Core takes whole numbers, {describe_value(base)} is none")
+            t.refuse("rope_theta", f"Megatron-Core needs a whole number, got {got(base)}")
         t["rotary_base"] = int(base)
         _read_share(t, scaling, partial=partial)
         read_scaling(t, scaling, {kind: readers[kind] for kind in kinds})
@@ -146,16 +144,16 @@ def rotary(
     def write(t: Translation) -> None:
         positions = t["position_embedding_type"]
         if positions not in ("rope", "yarn"):
-            raise t.refuse("position_embedding_type", f"{t.model_type} has rotary positions: rope or yarn")
+            raise t.refuse("position_embedding_type", f"{t.model_type} has rotary positions: must be rope or yarn")
         t["rope_theta"] = float(t["rotary_base"])
         if t["rotary_percent"] != 1:
             if not partial:
-                raise t.refuse("rotary_percent", f"{t.model_type} rotates all channels of a head: it can only be 1.0")
+                raise t.refuse("rotary_percent", f"{t.model_type} rotates all channels of a head: must be 1.0")
             t["partial_rotary_factor"] = t["rotary_percent"]
         if (scaling := _written_scaling(t)) is not None:
             if scaling["rope_type"] not in kinds:
                 raise t.refuse(
-                    "position_embedding_type", f"{t.model_type} does not scale frequencies by {scaling['rope_type']}"
+                    "position_embedding_type", f"{t.model_type} does not support {scaling['rope_type']} scaling"
                 )
             t["rope_scaling"] = scaling
         elif default is not None:
@@ -205,8 +203,8 @@ def read_scaling(
     """
     kind = scaling.kind
     if kind in _BEYOND or (kind in ("linear", "llama3", "yarn") and kind not in readers):
-        reason = _BEYOND.get(kind, f"for {t.model_type}")
-        raise scaling.refuse(scaling.key, f"Megatron-Core does not scale frequencies by {kind}: {reason}")
+        reason = f": {_BEYOND[kind]}" if kind in _BEYOND else f" for {t.model_type}"
+        raise scaling.refuse(scaling.key, f"Megatron-Core does not support {kind} scaling{reason}")
     if kind != "default" and kind not in readers:
         raise unknown_choice(t, scaling.name, kind, ("default", *readers), scaling.key)
     if kind != "default":
@@ -220,7 +218,7 @@ def _read_share(t: Translation, scaling: Scaling, *, partial: bool) -> None:
     if share is None or share == 1:
         return
     if not partial or not 0 < share < 1:
-        why = "it can only be from 0 to 1" if partial else f"{t.model_type} rotates all channels of a head"
+        why = "must be above 0, at most 1" if partial else f"{t.model_type} rotates all channels of a head: must be 1"
         raise scaling.refuse("partial_rotary_factor", why) if inside else t.refuse("partial_rotary_factor", why)
     t["rotary_percent"] = share
 
@@ -234,14 +232,14 @@ def _read_llama3(t: Translation, scaling: Scaling) -> None:
     t["rope_scaling_factor"] = float(scaling.factor())
     for key, value in LLAMA3.items():
         if scaling.get(key) != value:
-            scaling.refuse(key, f"Megatron-Core scales frequencies as Llama 3.1 does with {value:g} here alone")
+            scaling.refuse(key, f"Megatron-Core hard-codes {value:g} for Llama 3 scaling: must be {value:g}")
 
 
 def _read_yarn(t: Translation, scaling: Scaling) -> None:
     if t["partial_rotary_factor"] not in (None, 1) or scaling.get("partial_rotary_factor", 1) != 1:
-        raise scaling.refuse(scaling.key, "Megatron-Core scales frequencies by yarn of all channels of a head alone")
+        raise scaling.refuse(scaling.key, "Megatron-Core supports yarn only with partial_rotary_factor 1")
     if scaling.get("attn_factor", 1) != 1:
-        scaling.refuse("attn_factor", "Megatron-Core has no such factor, and transformers leaves it aside: remove it")
+        scaling.refuse("attn_factor", "Megatron-Core has no such factor, and transformers ignores it: remove it")
     factor = scaling.factor()
     given = t["original_max_position_embeddings"] if "original_max_position_embeddings" in t.names else None
     mscale, mscale_all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
@@ -266,7 +264,7 @@ def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None
     else:
         follows = concentration(factor, 1)
     if given is not None and not math.isclose(given, follows, rel_tol=1e-6):
-        scaling.refuse("attention_factor", f"Megatron-Core computes it from the other fields: it can only be {follows}")
+        scaling.refuse("attention_factor", f"Megatron-Core computes it from the other fields: must be {follows}")
 
 
 def concentration(factor: float, mscale: float) -> float:
@@ -282,9 +280,11 @@ def _written_scaling(t: Translation) -> dict[str, Any] | None:
     }
     chosen = [name for name, is_on in ways.items() if is_on]
     if len(chosen) > 1:
-        raise t.refuse(chosen[0], f"config.json scales frequencies in one way alone, {chosen[1]} is another")
+        raise t.refuse(chosen[0], f"config.json can scale frequencies in one way only: unset this or {chosen[1]}")
     if not ways["position_embedding_type"] and t.given.get("transformer.yarn_rotary_scaling_factor", 1) != 1:
-        raise t.refuse("position_embedding_type", "Megatron-Core goes by yarn_rotary_scaling_factor here too: set yarn")
+        raise t.refuse(
+            "position_embedding_type", "Megatron-Core uses yarn_rotary_scaling_factor even without yarn: must be yarn"
+        )
     if ways["rope_scaling"]:
         return {"rope_type": "llama3", "factor": t["rope_scaling_factor"]} | LLAMA3
     if ways["seq_len_interpolation_factor"]:
@@ -294,7 +294,7 @@ def _written_scaling(t: Translation) -> dict[str, Any] | None:
 
 def _written_yarn(t: Translation) -> dict[str, Any]:
     if t["transformer._target_"] != YARN_TRANSFORMER:
-        raise t.refuse("transformer._target_", f"positions by yarn need the fields of {YARN_TRANSFORMER}")
+        raise t.refuse("transformer._target_", f"the position_embedding_type yarn needs {YARN_TRANSFORMER}")
     scaling = {
         "rope_type": "yarn",
         "factor": t["transformer.yarn_rotary_scaling_factor"],

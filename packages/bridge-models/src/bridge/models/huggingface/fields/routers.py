@@ -22,7 +22,10 @@ def softmax_router(*, normalises: bool | None) -> Row:
     def read(t: Translation) -> None:
         pre_softmax = normalises is not None and not t["norm_topk_prob"]
         if not pre_softmax and t["num_experts_per_tok"] == 1:
-            t.refuse("num_experts_per_tok", "Megatron-Core does not give all weight to a single expert: at least 2")
+            t.refuse(
+                "num_experts_per_tok",
+                "Megatron-Core does not normalise the weight of a single expert: must be at least 2",
+            )
         t["transformer.moe_router_pre_softmax"] = pre_softmax
 
     def write(t: Translation) -> None:
@@ -30,7 +33,7 @@ def softmax_router(*, normalises: bool | None) -> Row:
         if normalises is not None:
             t["norm_topk_prob"] = not pre_softmax
         elif pre_softmax:
-            t.refuse("transformer.moe_router_pre_softmax", f"{t.model_type} normalises weights: it can only be false")
+            t.refuse("transformer.moe_router_pre_softmax", f"{t.model_type} normalises weights: must be false")
 
     names = {} if normalises is None else {"norm_topk_prob": Name(FLAG, normalises)}
     return Row(names, ("transformer.moe_router_pre_softmax",), read, write)
@@ -54,13 +57,14 @@ def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
         if t["norm_topk_prob"] != (each > 1):
             must = "true" if each > 1 else "false"
             t.refuse(
-                "norm_topk_prob", f"Megatron-Core normalises where a token has several experts: it can only be {must}"
+                "norm_topk_prob", f"Megatron-Core normalises if and only if a token has several experts: must be {must}"
             )
         if n_group == 1:
             return
         if chosen < n_group and each // chosen != 2:
             raise t.refuse(
-                "topk_group", f"groups count by their best two experts here, in Megatron-Core by {each // chosen}"
+                "topk_group",
+                f"{t.model_type} ranks groups by their best two experts, Megatron-Core by the best {each // chosen}",
             )
         t["transformer.moe_router_num_groups"], t["transformer.moe_router_group_topk"] = n_group, chosen
 
@@ -68,7 +72,9 @@ def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
         n_group, chosen = (t[path] for path in _GROUPS)
         each = t["transformer.moe_router_topk"]
         if chosen and chosen < n_group and each // chosen != 2:
-            t.refuse(_GROUPS[1], f"groups count by their best {each // chosen} experts, in {t.model_type} by two")
+            t.refuse(
+                _GROUPS[1], f"Megatron-Core ranks groups by the best {each // chosen} experts, {t.model_type} by two"
+            )
         t["n_group"], t["topk_group"] = (n_group, chosen) if chosen else (1, 1)
         t["norm_topk_prob"] = each > 1
 
@@ -78,8 +84,8 @@ def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
         "norm_topk_prob": Name(FLAG, True),
     }
     return (
-        always("transformer.moe_router_score_function", "sigmoid", "routers of {model_type} take sigmoids"),
-        always("transformer.moe_router_enable_expert_bias", True, "routers of {model_type} have a bias to choose by"),
+        always("transformer.moe_router_score_function", "sigmoid", "routers of {model_type} use sigmoid scores"),
+        always("transformer.moe_router_enable_expert_bias", True, "{model_type} selects experts with a router bias"),
         Row(names, _GROUPS, read, write),
     )
 
@@ -91,11 +97,11 @@ def _read_greedy(t: Translation) -> None:
         return
     groups, chosen, each = t["n_group"], t["topk_group"], t["num_experts_per_tok"]
     if groups is None or chosen is None:
-        raise t.refuse("topk_method", "groups need n_group and topk_group")
+        raise t.refuse("topk_method", "group_limited_greedy needs n_group and topk_group")
     if chosen < groups and each // chosen != 1:
         raise t.refuse(
             "topk_method",
-            f"groups count by their best expert, in Megatron-Core by the best {each // chosen}, top-k / topk_group",
+            f"{t.model_type} ranks groups by their best expert, Megatron-Core by the best {each // chosen}",
         )
     t["transformer.moe_router_num_groups"], t["transformer.moe_router_group_topk"] = groups, chosen
 
@@ -107,7 +113,7 @@ def _write_greedy(t: Translation) -> None:
         return
     each = t["transformer.moe_router_topk"]
     if chosen < groups and each // chosen != 1:
-        t.refuse(_GROUPS[1], f"groups count by their best {each // chosen} experts, in {t.model_type} by one")
+        t.refuse(_GROUPS[1], f"Megatron-Core ranks groups by the best {each // chosen} experts, {t.model_type} by one")
     t["topk_method"], t["n_group"], t["topk_group"] = "group_limited_greedy", groups, chosen
 
 
@@ -149,12 +155,12 @@ def balance(name: str, default: float | None, kind: str, *, note: str = "") -> R
         t["transformer.moe_aux_loss_coeff"] = float(weight)
         t["transformer.moe_router_load_balancing_type"] = kind
         if note:
-            t.note(f"$.{name} is taken over: {note}")
+            t.note(f"$.{name} is kept: {note}")
 
     def write(t: Translation) -> None:
         weight, balanced = t["transformer.moe_aux_loss_coeff"], t["transformer.moe_router_load_balancing_type"]
         if isinstance(weight, list) or (weight and balanced != kind):
-            t.note("$.transformer.moe_aux_loss_coeff is left out: config.json does not know this way of balancing")
+            t.note("$.transformer.moe_aux_loss_coeff is left out: config.json has no field for this load balancing")
         elif weight or default is not None:
             t[name] = weight
 
@@ -166,5 +172,5 @@ AUX_LOSS = balance(
     "router_aux_loss_coef",
     0.001,
     "aux_loss",
-    note="Megatron-Core's loss is of each layer by itself, that of transformers of all together, and top-k times it",
+    note="Megatron-Core computes this loss per layer; transformers computes it over all layers, times top-k",
 )

@@ -107,6 +107,6 @@ def derived(name: str, value: Callable[[Translation], Any], meaning: str) -> Row
 
     def read(t: Translation) -> None:
         if name in t and t[name] != value(t):
-            t.refuse(name, f"it is {meaning} here, {describe_value(value(t))}")
+            t.refuse(name, f"must be {meaning}, {got(value(t))}")
 
     return Row({name: Name(INTEGER)}, (), read, lambda t: None)

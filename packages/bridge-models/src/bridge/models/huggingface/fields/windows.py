@@ -29,7 +29,9 @@ def window_everywhere(default: int | None) -> Row:
     def write(t: Translation) -> None:
         window = _written(t)
         if window is not None and not all(_slides(t)):
-            raise t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has its window in all layers")
+            raise t.refuse(
+                "transformer.window_attn_skip_freq", f"{t.model_type} has windows in all layers: must be null"
+            )
         t["sliding_window"] = window
 
     return Row({"sliding_window": Name(COUNT, default, null=True)}, _FIELDS, read, write)
@@ -52,12 +54,12 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
         layers, window = t["num_hidden_layers"], t["sliding_window"]
         if not t["use_sliding_window"]:
             if not everywhere and SLIDING in (t["layer_types"] or ()):
-                t.refuse("layer_types", "windows are off: use_sliding_window is false")
+                t.refuse("layer_types", "has sliding_attention, but use_sliding_window is false")
             return
         if window is None:
             return
         if window < 1:
-            raise t.refuse("sliding_window", f"expected an integer of at least 1, got {window}")
+            raise t.refuse("sliding_window", f"expected an integer >= 1, got {window}")
         if everywhere:
             t["transformer.window_size"] = _window(window)
             return
@@ -73,7 +75,7 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
         t["sliding_window"] = window
         if everywhere:
             if not all(slides):
-                t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has its window in all layers")
+                t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has windows in all layers: must be null")
             return
         t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not in_turns else len(slides)
         t["layer_types"] = _as_types(slides)
@@ -97,7 +99,7 @@ def alternating_windows(default: int, slides: Callable[[int], bool]) -> Row:
         types = _types(t, slides, t["num_hidden_layers"])
         if window is None:
             if any(types):
-                t.refuse("sliding_window", "layers slide, and there is no window")
+                t.refuse("sliding_window", "missing: some layers have sliding attention")
             return
         _set(t, window, types)
 
@@ -117,7 +119,7 @@ def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bo
     for index, kind in wrong:
         t.refuse("layer_types", f"expected {SLIDING} or {FULL}, got {describe_value(kind)}", index)
     if len(types) != layers:
-        raise t.refuse("layer_types", f"has {len(types)} layers, num_hidden_layers is {layers}")
+        raise t.refuse("layer_types", f"has {len(types)} entries, but num_hidden_layers is {layers}")
     return [kind == SLIDING for kind in types]
 
 
@@ -151,7 +153,7 @@ def _slides(t: Translation) -> list[bool]:
     if isinstance(frequency, int):
         return [bool((index + 1) % frequency) for index in range(layers)]
     if len(frequency) != layers:
-        raise t.refuse("transformer.window_attn_skip_freq", f"has {len(frequency)} layers, num_layers is {layers}")
+        raise t.refuse("transformer.window_attn_skip_freq", f"has {len(frequency)} entries, but num_layers is {layers}")
     return [bool(one) for one in frequency]
 
 
@@ -165,5 +167,7 @@ def _written(t: Translation) -> int | None:
         return None
     before, after = size
     if after:
-        raise t.refuse("transformer.window_size", "windows of transformers end at the token: the second can only be 0")
+        raise t.refuse(
+            "transformer.window_size", "windows of transformers end at the current token: the second number must be 0"
+        )
     return int(before) + 1
