@@ -1,4 +1,4 @@
-"""The commands of bridge-models; those that belong together share a file. Each imports what is below when it runs.
+"""The commands of bridge-models. Each imports what it needs when it runs.
 
-Importing them imports no torch, so that `bridge --help` stays quick.
+Importing them does not import torch, so `bridge --help` stays fast.
 """

@@ -1,6 +1,6 @@
 """`bridge from-hf` and `bridge to-hf`.
 
-What reads documents is imported when a command runs: it takes as long as all else that `bridge --help` loads.
+Document is imported when a command runs: importing it takes as long as everything else that `bridge --help` loads.
 """
 
 from __future__ import annotations

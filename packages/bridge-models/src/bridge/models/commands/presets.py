@@ -18,7 +18,7 @@ def presets(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console  # takes a tenth of a second, which `bridge --help` would wait for
+    from rich.console import Console  # takes 0.1 s, which would slow `bridge --help`
     from rich.table import Table
 
     table = Table("preset", "description", box=None)
@@ -28,6 +28,6 @@ def presets(*, as_json: bool) -> None:
 
 
 def _description(preset: Traversable) -> str:
-    """The comment in a preset's first line; nothing if there is none."""
+    """Return the comment in a preset's first line; empty if there is none."""
     first, _, _ = preset.read_text(encoding="utf-8").partition("\n")
     return first.removeprefix("#").strip() if first.startswith("#") else ""

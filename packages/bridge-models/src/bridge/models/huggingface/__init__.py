@@ -1,4 +1,4 @@
-"""Documents from the config.json of transformers, and config.json from documents.
+"""Convert the config.json of transformers to documents and back.
 
 Each architecture has one table (``families``) of rows (``fields``), read in both directions (``convert``). Imports
 bridge.config alone: no torch, megatron or transformers.

@@ -1,4 +1,4 @@
-"""Reading config.json, with the places of its values."""
+"""Read config.json, keeping the source positions of its values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bridge.config.text.parse import parse_json
 
 
 def load_config_json(source: str) -> Document:
-    """The content of a config.json, of that in a folder, or of standard input, with the memory of where values stand.
+    """Read a config.json, from a file, a folder or standard input, keeping source positions for errors.
 
-    Python writes infinity as ``Infinity``, which JSON has not: it becomes ``{"__float__": "Infinity"}``, as version 5
+    Python writes infinity as ``Infinity``, which is not JSON: it becomes ``{"__float__": "Infinity"}``, as version 5
     of transformers writes it.
 
     Raises:
-        DocumentError: It cannot be read, or is no JSON object.
+        DocumentError: The file cannot be read, or is not a JSON object.
     """
     file = Path(source)
     if file.is_dir():
@@ -37,7 +37,7 @@ def load_config_json(source: str) -> Document:
     return Document.from_text(parsed, name)
 
 
-# Text without an end is not looked at twice.
+# The possessive quantifier and the optional closing quote scan an unterminated string only once.
 _TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?Infinity\b', re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""From the config.json of transformers to a document, and back."""
+"""Convert the config.json of transformers to a document, and back."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from bridge.models.huggingface.translation import MAX_LAYERS, Translation, run_s
 
 @dataclass(frozen=True)
 class Converted:
-    """A document or a config.json, and what the user should know about how it came to be."""
+    """A document or a config.json, with notes on the conversion for the user."""
 
     data: dict[str, Any]
     notes: list[str]
 
 
 def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Converted:
-    """The document of the model that a config.json describes.
+    """Return the document of the model that a config.json describes.
 
     Args:
         given: The content of config.json, as version 4 or 5 of transformers writes it.
         model_id: The model's name, in place of ``_name_or_path``.
 
     Raises:
-        DocumentError: Bridge does not know the architecture, or the document cannot say all of it: every problem, with
-            the path of its field in config.json.
+        DocumentError: The architecture is unknown, or a document cannot express it exactly: all problems, with the
+            paths of their fields in config.json.
     """
     architecture = architecture_of(given)
     fields = _unaliased(given, architecture)
@@ -61,12 +61,12 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     written_as, written = closest(read_fields(data), _of_class(architecture.target))
     if written_as is not architecture or written.problems:
         data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
-        data["transformer"] = data.pop("transformer")  # the long one stays the last
+        data["transformer"] = data.pop("transformer")  # keep the longest field last
     return Converted(data, t.notes)
 
 
 def _note_heads(t: Translation) -> None:
-    """Say which classes of transformers have another head than that of a language model."""
+    """Note the classes in ``architectures`` whose head is not that of a language model."""
     classes = t.given.get("architectures")
     for name in classes if isinstance(classes, list) else ():
         if isinstance(name, str) and (task := _OTHER_TASK.search(name)):
@@ -82,10 +82,10 @@ _LONG = 16_384
 
 
 def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The fields by their usual names.
+    """Return the fields under their usual names.
 
     Raises:
-        DocumentError: Two names of one field have different values.
+        DocumentError: A field and its alias have different values.
     """
     fields: dict[str, Any] = {}
     problems = []
@@ -99,10 +99,10 @@ def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str
 
 
 def _check(data: dict[str, Any], given: Mapping[str, Any], architecture: Architecture) -> None:
-    """Check the document; what is wrong with a field is wrong with that of config.json which it comes from.
+    """Check the document, reporting problems at the fields of config.json that they come from.
 
     Raises:
-        DocumentError: There is something wrong.
+        DocumentError: The document is invalid.
     """
     try:
         Document(data).check()
@@ -126,14 +126,14 @@ def _raise_any(t: Translation) -> None:
 
 
 def to_hf(data: Mapping[str, Any]) -> Converted:
-    """The config.json of the model that a document describes, with fields as both version 4 and 5 read them.
+    """Return the config.json of the model that a document describes, which versions 4 and 5 of transformers read.
 
     Args:
         data: The document.
 
     Raises:
-        DocumentError: The document describes no configuration, or config.json cannot say all of it: every problem, with
-            the path of its field in the document.
+        DocumentError: The document is invalid, or config.json cannot express it exactly: all problems, with the paths
+            of their fields in the document.
     """
     fields = read_fields(data)
     _check_sizes(fields)
@@ -152,15 +152,15 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
 
 
 def _of_class(target: str) -> list[Architecture]:
-    """The architectures whose documents are of a config class."""
+    """Return the architectures whose documents have this config class."""
     return [one for one in ARCHITECTURES.values() if one.target == target]
 
 
 def _check_sizes(fields: Mapping[str, Any]) -> None:
-    """Check the sizes that others are computed from.
+    """Check the sizes that rows compute with.
 
     Raises:
-        DocumentError: One is of no model.
+        DocumentError: A size is out of range.
     """
     most = {"transformer.num_layers": MAX_LAYERS, "encoder_num_layers": MAX_LAYERS}
     sizes = ("transformer.hidden_size", "transformer.num_attention_heads", "transformer.kv_channels", *most)

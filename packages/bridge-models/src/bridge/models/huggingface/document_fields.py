@@ -1,4 +1,4 @@
-"""The fields of documents: from a document to its fields with defaults, and back without those that are no news."""
+"""Convert documents to fields with defaults, and fields to documents without redundant defaults."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ALWAYS_WRITTEN = frozenset(
         ),
     )
 )
-"""Fields that a reader looks for, and that are written also where they have our default."""
+"""Fields that readers expect to see: they are written even if they have their default."""
 
 AFFECTS_COMPUTATION = frozenset(
     (
@@ -111,11 +111,11 @@ AFFECTS_COMPUTATION = frozenset(
         ),
     )
 )
-"""Fields of documents that change what a model computes or which parameters it has: none of them is left out."""
+"""Fields that change what a model computes or which parameters it has: ``to_hf`` must not drop them."""
 
 
 def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The fields as a document, without those that have our default and are no news to a reader."""
+    """Return the fields as a document, without defaults except ``ALWAYS_WRITTEN``."""
     target = shipped(architecture.target)
     inner = made.get("transformer._target_", TRANSFORMER)
     transformer = shipped(inner)
@@ -136,8 +136,8 @@ def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[s
 
 
 def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a document by dotted path, with defaults; settings of generation as they are."""
-    whole = canonicalize(data, defaults=True)
+    """Return the fields of a document by dotted path, with defaults; generation settings are kept as they are."""
+    whole = canonical(data, defaults=True)
     transformer = whole.pop("transformer")
     generation = canonicalize(data).get("generation_config")
     is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION
@@ -146,7 +146,7 @@ def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def not_default(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
-    """Those of some fields of a document that have another value than their default."""
+    """Yield the paths whose values differ from their defaults."""
     target = shipped(str(fields["_target_"]))
     transformer = shipped(str(fields["transformer._target_"]))
     assert target

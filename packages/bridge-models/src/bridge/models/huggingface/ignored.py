@@ -1,4 +1,4 @@
-"""Fields of config.json that say nothing of the model; all others that no row takes are refused."""
+"""Fields of config.json that do not affect the model; all others that no row handles are errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = frozenset(
         "architectures",
         "transformers_version",
         "use_cache",
-        # how the classes of transformers behave, not what the model is
+        # behaviour of transformers' classes, not of the model
         "attn_implementation",
         "_attn_implementation_autoset",
         "auto_map",
@@ -33,7 +33,7 @@ IGNORED = frozenset(
         "torchscript",
         "use_bfloat16",
         "use_mamba_kernels",
-        # of heads for other tasks
+        # heads for other tasks
         "classifier_dropout",
         "finetuning_task",
         "id2label",
@@ -41,7 +41,7 @@ IGNORED = frozenset(
         "num_labels",
         "problem_type",
         "task_specific_params",
-        # of generation, as version 4 wrote them: they belong in generation_config.json
+        # generation settings, which version 4 wrote here: they belong in generation_config.json
         "bad_words_ids",
         "begin_suppress_tokens",
         "diversity_penalty",
@@ -72,10 +72,10 @@ IGNORED = frozenset(
         "typical_p",
     )
 )
-"""Fields of every config.json that mean nothing to the model."""
+"""Fields that do not affect the model in any architecture."""
 
 MARKERS = (
-    # which program wrote the file, or which of several equal kernels it used
+    # the program that wrote the file, or the kernel that it used
     "*flash_attn*",
     "*flash_attention*",
     "*flashattn*",
@@ -115,22 +115,22 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "rotary_pct": (1,),
     "shared_expert_intermediate_size": (0,),
 }
-"""What is true of each architecture that has no such field: nothing is dropped, scaled, shared or added."""
+"""Values that have no effect on architectures without the field: no dropout, no scaling, no experts."""
 
 QUANTIZATION = "quantization_config"
 
 
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
-    """Refuse a field of config.json that no row takes; one that says nothing of the model is left out with a note."""
+    """Refuse a field that no row handles; if it does not affect the model, only note that it is left out."""
     if why := _says_nothing(t, name):
         t.note(f"{format_path((name,))} is left out: {why}")
     else:
-        free = [other for other in known if other not in t.given]  # a second name of a given field is no way out
-        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{did_you_mean(name, free)}")
+        free = [other for other in known if other not in t.given]  # do not suggest a field that is already set
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
 
 
 def _says_nothing(t: Translation, name: str) -> str | None:
-    """Why an unknown field says nothing of the model; None if it may."""
+    """Return why an unknown field does not affect the model; None if it may."""
     value = t.given[name]
     if any(fnmatchcase(name, pattern) for pattern in MARKERS):
         return "another program wrote it, and transformers does not read it"

@@ -1,4 +1,4 @@
-"""Which architecture a config.json or a document is of. The order of architectures means nothing."""
+"""Find the architecture of a config.json or a document. The order of ``ARCHITECTURES`` does not matter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bridge.models.huggingface.families.unsupported import UNSUPPORTED
 from bridge.models.huggingface.translation import Translation, run_steps
 
 MODEL_TYPE = "hf_model_type"
-"""The key of ``extra_checkpoint_metadata`` where a document says its ``model_type``, if its fields do not."""
+"""Key of ``extra_checkpoint_metadata`` with the ``model_type`` of a document, if its fields do not imply it."""
 
 
 def architecture_of(given: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config.json.
+    """Return the architecture of a config.json.
 
     Raises:
-        DocumentError: There is none, or Bridge does not know it.
+        DocumentError: ``model_type`` is missing or not supported.
     """
     model_type = given.get("model_type")
     if (inside := _text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
@@ -43,24 +43,24 @@ def architecture_of(given: Mapping[str, Any]) -> Architecture:
 
 
 def _text_model(given: Mapping[str, Any]) -> str | None:
-    """The ``model_type`` of the language model inside a model of several parts; None if there is none."""
+    """Return the ``model_type`` of the language model inside a multimodal config.json; None if there is none."""
     inside = given.get("text_config")
     model_type = inside.get("model_type") if isinstance(inside, dict) else None
     return model_type if isinstance(model_type, str) else None
 
 
 def _explain_unsupported(model_type: str, given: Mapping[str, Any]) -> list[Problem]:
-    """Why there are no documents of an architecture, and what else in this one has no place in one."""
+    """Return problems that explain why this architecture and these fields are not supported."""
     reason, fields = UNSUPPORTED[model_type]
     problems = [Problem("$.model_type", f"megatron-core 0.19.2 does not support {model_type}: {reason}")]
     return problems + [Problem(f"$.{name}", why) for name, why in fields.items() if given.get(name) is not None]
 
 
 def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
-    """The architecture that a document says it is.
+    """Return the architecture that a document names in its metadata; None if it names none.
 
     Raises:
-        DocumentError: There is no such one.
+        DocumentError: The architecture is unknown, or has another config class.
     """
     metadata = fields.get("extra_checkpoint_metadata") or {}
     model_type = metadata.get(MODEL_TYPE)
@@ -76,7 +76,7 @@ def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
 
 
 def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
-    """The config.json of a document as one architecture, with what it cannot say."""
+    """Write a document as the config.json of one architecture, collecting problems."""
     t = Translation(architecture.model_type, fields, {})
     if fields["transformer._target_"] not in architecture.transformers:
         t.refuse("transformer._target_", f"{architecture.model_type} needs {' or '.join(architecture.transformers)}")
@@ -88,10 +88,9 @@ def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
 
 
 def closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) -> tuple[Architecture, Translation]:
-    """The architecture with the fewest problems in saying a document, and its config.json.
+    """Return the architecture that expresses a document with the fewest problems, and its config.json.
 
-    Of several, one that does not yield to another; of those, the plainest, which is the one with the fewest rows, and
-    the first by name.
+    Ties go to architectures that do not yield to another, then to the fewest rows, then to the first name.
     """
     written = [(one, write(fields, one)) for one in architectures]
     fewest = min(len(t.problems) for _, t in written)
@@ -101,5 +100,5 @@ def closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) ->
 
 
 def error_at(path: str, message: str) -> DocumentError:
-    """The error of one problem."""
+    """Return an error with one problem."""
     return DocumentError([Problem(path, message)])

@@ -1,4 +1,4 @@
-"""The classes that documents of these models name."""
+"""Class names in documents of these models."""
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 MAMBA = "bridge.models.mamba.MambaModelConfig"
@@ -9,6 +9,6 @@ LATENT_TRANSFORMER = "megatron.core.transformer.transformer_config.MLATransforme
 YARN_TRANSFORMER = "bridge.models.transformer.YarnTransformerConfig"
 
 ANY_TRANSFORMER = (TRANSFORMER, YARN_TRANSFORMER)
-"""The classes of transformers with rotary positions."""
+"""The transformer classes of models with rotary positions."""
 
 GENERATION = "transformers.generation.configuration_utils.GenerationConfig"

@@ -1,4 +1,4 @@
-"""One conversion under way: what is read, of which kinds it must be, what is made of it, and what is wrong with it."""
+"""The state of one conversion: input fields, their kinds, output fields, problems and notes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from bridge.config.paths import Path, format_path
 from bridge.config.problems import describe_value
 
 MAX_LAYERS = 10_000
-"""So many layers a model may have: what is said of each is written out."""
+"""Upper bound on layers: per-layer lists are written out, so a bad file must not exhaust memory."""
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, finite and of a size that a float can hold."""
+    """Return whether a value is a finite number that fits into a float."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -44,47 +44,47 @@ class Name:
     """A field of config.json."""
 
     kind: str
-    """What its value must be, one of the kinds above."""
+    """The kind of its value, a key of ``_KINDS``."""
 
     default: Any = None
-    """What transformers takes where the field is left out. None also where null is as good as left out."""
+    """The default of transformers; None also where null means the same as a missing field."""
 
     null: bool = False
-    """Whether it may be null though that is not its default."""
+    """Whether it may be null even though that is not its default."""
 
 
 class RefusedError(Exception):
-    """A row cannot go on; what is wrong has been noted."""
+    """Raised when a row cannot continue; its problem has been recorded."""
 
 
 class Translation:
-    """What is read, on one side, and what is made of it on the other."""
+    """The input fields of a conversion, and the fields, problems and notes that it produces."""
 
     def __init__(self, model_type: str, given: Mapping[str, Any], names: Mapping[str, Name]) -> None:
         self.model_type = model_type
-        """The architecture, as messages call it."""
+        """The architecture, for messages."""
 
         self.given = given
-        """The fields that are read; those of a document by dotted path, with their defaults."""
+        """The input fields; those of a document by dotted path, with their defaults."""
 
         self.names = names
-        """What is known about the fields that are read; nothing about those of a document, which was checked."""
+        """Kinds and defaults of the input fields; empty for a document, which has been checked already."""
 
         self.made: dict[str, Any] = {}
-        """The fields of the other side."""
+        """The output fields."""
 
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
     def __contains__(self, name: str) -> bool:
-        """Whether a field is given, and not null."""
+        """Return whether a field is set and not null."""
         return self.given.get(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a field, or its default.
+        """Return the value of a field, or its default.
 
         Raises:
-            RefusedError: It is of a wrong kind.
+            RefusedError: The value is of the wrong kind.
         """
         known = self.names.get(name)
         if known is None:
@@ -102,37 +102,37 @@ class Translation:
         self.made[name] = value
 
     def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
-        """Note that the value of a field, or what is inside it, has no counterpart; returns what a row may raise."""
-        self.problems.append(Problem(format_path((*self.path(name), *inside)), message))
+        """Record a problem of a field, or of a value inside it; return an error that the row may raise."""
+        self.problems.append(Problem(shown((*self.path(name), *inside)), message))
         return RefusedError()
 
     def explain(self, why: str) -> str:
-        """A reason that was given for every architecture with a row, as one of this architecture."""
+        """Return a reason with ``{model_type}`` filled in."""
         return why.format(model_type=self.model_type)
 
     def refuse_other(self, name: str, why: str, value: Any) -> RefusedError:
-        """Refuse a value because there is only one that a field can have."""
+        """Refuse a value where only one is possible."""
         return self.refuse(name, f"{self.explain(why)}: must be {format_value(value)}")
 
     def path(self, name: str) -> Path:
-        """The path of a field: in config.json of the top, in a document of ``transformer`` where its name says so."""
+        """Return the path of a field: top-level in config.json, possibly inside ``transformer`` in a document."""
         outer, dot, inner = name.partition(".")
         return (outer, inner) if dot and not self.names else (name,)
 
     def note(self, message: str) -> None:
-        """Say something that the user should know."""
+        """Record a note for the user."""
         self.notes.append(message)
 
 
 def format_value(value: Any) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
     return value if isinstance(value, str) else describe_value(value)
 
 
 def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
-    """Refuse a value that is not among the known ones."""
+    """Refuse a value that is not one of the known ones."""
     message = f"unknown value {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}"
     return t.refuse(name, message, *inside)
 
@@ -141,11 +141,11 @@ Translate = Callable[[Translation], None]
 
 
 def run_steps(t: Translation, steps: Iterable[Translate]) -> None:
-    """Take each step; one that cannot go on does not keep the others from it."""
+    """Run each step; an error in one does not stop the others."""
     for step in steps:
         try:
             step(t)
         except RefusedError:
             continue
-        except ArithmeticError:  # a division by nothing, or a result that no float can hold
+        except ArithmeticError:  # a division by zero, or a result too large for a float
             t.problems.append(Problem("$", "a size is zero or too large to compute with"))

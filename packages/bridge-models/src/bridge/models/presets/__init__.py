@@ -1,1 +1,1 @@
-"""Documents of published models, and a tiny one to try things with; each may be named by its stem. There is no code."""
+"""Preset documents: published models and tiny ones for experiments, named by their file stems. Contains no code."""

@@ -1,4 +1,4 @@
-"""One file an architecture, named by its ``model_type``, with the table of its config.json; their order means nothing.
+"""One file per architecture, named by its ``model_type``, with its table; their order does not matter.
 
 Imports ``fields``, ``architecture``, ``targets`` and ``translation`` beside this folder; no family imports another.
 """
@@ -46,4 +46,4 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         T5,
     )
 }
-"""By ``model_type``."""
+"""Architectures by ``model_type``."""

@@ -1,4 +1,4 @@
-"""DeepSeek-V2: multi-latent attention, and experts in groups by a softmax."""
+"""DeepSeek-V2: multi-latent attention, and experts in groups with softmax scores."""
 
 from __future__ import annotations
 

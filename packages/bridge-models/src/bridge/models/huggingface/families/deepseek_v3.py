@@ -1,4 +1,4 @@
-"""DeepSeek-V3: multi-latent attention, experts in groups by sigmoids, prediction of further tokens."""
+"""DeepSeek-V3: multi-latent attention, experts in groups with sigmoid scores, multi-token prediction."""
 
 from __future__ import annotations
 

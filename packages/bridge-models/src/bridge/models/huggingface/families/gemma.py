@@ -1,4 +1,4 @@
-"""Gemma: scaled embeddings, and norms that multiply by one more than their weight."""
+"""Gemma: scaled embeddings, and norms that multiply by 1 + weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ZERO_CENTERED = always(
 
 
 def _read_embedding_scale(t: Translation) -> None:
-    # The only factor of embeddings that Megatron-Core has is that of µP, which is the usual model but for what is set.
+    # Megatron-Core scales embeddings only with µP; all other factors of µP are set so that they have no effect.
     t["transformer.use_mup"] = True
     t["transformer.mup_embedding_mult"] = math.sqrt(t["hidden_size"])
     t["transformer.mup_attn_scale_power"] = 0.5
@@ -66,7 +66,7 @@ _EMBEDDING_SCALE = Row(
 
 
 def _read_gelu(t: Translation) -> None:
-    # Published files say "gelu" and mean the tanh approximation, as transformers has it.
+    # Published files say "gelu", which transformers reads as the tanh approximation.
     if (function := t["hidden_activation"]) is None:
         function = t["hidden_act"]
     if function == "gelu":

@@ -1,4 +1,4 @@
-"""GPT-OSS: experts with biases and clamped gates, a sink of attention for each head, windows in every other layer."""
+"""GPT-OSS: experts with biases and clamped gates, attention sinks, windows in every other layer."""
 
 from __future__ import annotations
 

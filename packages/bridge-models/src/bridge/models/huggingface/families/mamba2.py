@@ -1,4 +1,4 @@
-"""Mamba-2: Mamba layers alone."""
+"""Mamba-2: Mamba layers only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def _read_heads(t: Translation) -> None:
     if heads * t["head_dim"] != t["expand"] * t["hidden_size"]:
         t.refuse("num_heads", "num_heads * head_dim must equal expand * hidden_size")
     t["transformer.mamba_num_heads"] = heads
-    t["transformer.num_attention_heads"] = heads  # of no layer; Megatron-Core wants a number, which tp must divide
+    t["transformer.num_attention_heads"] = (
+        heads  # unused, but Megatron-Core needs a number that tensor parallelism divides
+    )
 
 
 def _write_heads(t: Translation) -> None:
@@ -64,6 +66,6 @@ MAMBA2 = Architecture(
         NO_HIDDEN_DROPOUT,
         *language_model(tied=False, std=0.1),
     ),
-    # transformers norms after the gate whatever norm_before_gate is, and takes the sizes that the others give
+    # transformers normalises after the gate whatever norm_before_gate is, and derives intermediate_size
     ignored=IGNORED_OF_MAMBA | {"norm_before_gate", "intermediate_size", "time_step_init_scheme", "time_step_scale"},
 )

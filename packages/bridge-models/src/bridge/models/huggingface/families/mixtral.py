@@ -1,4 +1,4 @@
-"""Mixtral: Mistral, with experts in all layers."""
+"""Mixtral: Mistral with experts in all layers."""
 
 from __future__ import annotations
 

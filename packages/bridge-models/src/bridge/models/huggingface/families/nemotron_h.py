@@ -67,7 +67,7 @@ _EXPERTS: Mapping[str, tuple[str, str, int | None]] = {
 
 
 def _where_there_are_experts(row: Row) -> Row:
-    """A row that is of layers of experts, and left aside where there are none."""
+    """Return a row that applies only if some layers have experts."""
 
     def read(t: Translation) -> None:
         if "E" in t.made.get("hybrid_layer_pattern", ""):
@@ -152,7 +152,7 @@ NEMOTRON_H = Architecture(
         "num_local_experts": "n_routed_experts",
         "rms_norm_eps": "layer_norm_epsilon",
     },
-    # the heads give the width of Mamba layers; there are no rotary positions, whatever is said of them
+    # the heads determine the size of Mamba layers; there are no rotary positions, whatever their fields say
     ignored=IGNORED_OF_MAMBA
     | {
         "expand",

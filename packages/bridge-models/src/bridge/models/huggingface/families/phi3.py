@@ -1,4 +1,4 @@
-"""Phi-3: Llama with windows, and with rotary positions of some channels."""
+"""Phi-3: Llama with windows and partial rotary positions."""
 
 from __future__ import annotations
 

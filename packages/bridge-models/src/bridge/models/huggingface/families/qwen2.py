@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases of queries, keys and values, and windows by layer."""
+"""Qwen2 and Qwen2.5: biases in the query, key and value projections, and windows by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: Qwen2, with experts, of which one is for all tokens."""
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts, one of them shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3, with experts."""
+"""Qwen3-MoE: Qwen3 with experts."""
 
 from __future__ import annotations
 

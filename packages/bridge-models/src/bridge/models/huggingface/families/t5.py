@@ -1,4 +1,4 @@
-"""T5, of both versions: 1.0, whose output layer is the embedding, and 1.1, which has one of its own and gates."""
+"""T5 1.0, whose output layer is tied to the embedding, and 1.1, which is untied and gated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LAYERS = Row(
 
 
 def _stacks_alike(path: str, of_decoder: str) -> Row:
-    """A size that the encoder has for itself in a document, and shares with the decoder in config.json."""
+    """Return the row of an encoder size that a document has separately, but config.json shares with the decoder."""
 
     def write(t: Translation) -> None:
         if t[path] not in (None, t[of_decoder]):
@@ -104,7 +104,7 @@ _FEED_FORWARD = Row(
 
 
 def _read_output(t: Translation) -> None:
-    # Version 5 of transformers saves tie_word_embeddings as true always, and what it was as scale_decoder_outputs.
+    # Version 5 of transformers always saves tie_word_embeddings as true, and its real value as scale_decoder_outputs.
     tied = t["tie_word_embeddings"] and t["scale_decoder_outputs"] is not False
     t["share_embeddings_and_output_weights"] = tied
     if not tied:

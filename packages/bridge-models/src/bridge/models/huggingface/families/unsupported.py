@@ -1,4 +1,4 @@
-"""Architectures that are known, and which Megatron-Core cannot say."""
+"""Known architectures that Megatron-Core does not support."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ UNSUPPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma3_text": (_MORE_NORMS, _CAPS | _TWO_BASES),
     "gemma3": (_MORE_NORMS, {"vision_config": "Bridge has no vision models"}),
 }
-"""What is known, by ``model_type``, and why there is no document of it; and fields that have no place in one either."""
+"""By ``model_type``: the reason, and further unsupported fields with theirs."""

@@ -1,4 +1,4 @@
-"""Kinds of rows that architectures share: what some fields of config.json are in a document, for both directions.
+"""Rows that architectures share: each maps some fields of config.json to fields of a document, and back.
 
-Nothing here knows an architecture. Imports ``targets`` and ``translation`` beside this folder, and bridge.config.
+Nothing here depends on an architecture. Imports ``targets`` and ``translation`` beside this folder, and bridge.config.
 """

@@ -1,4 +1,4 @@
-"""Functions between the matrices of feed-forward layers."""
+"""Activation functions of feed-forward layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ACTIVATIONS: Mapping[str, Any] = {
     "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
     "mish": "torch.nn.functional.mish",
 }
-"""The functions of config.json. Those of one formula are one function here: GELU by tanh has three names."""
+"""Activation functions by their names in config.json, where the tanh approximation of GELU has three."""
 
 
 def activation(name: str, default: str) -> Row:
-    """The function between the matrices of a feed-forward layer."""
+    """Return the row of the activation function."""
 
     def read(t: Translation) -> None:
         read_function(t, name, t[name])
@@ -38,10 +38,10 @@ def activation(name: str, default: str) -> Row:
 
 
 def read_function(t: Translation, name: str, function: str) -> None:
-    """Take a function by its name in config.json.
+    """Set the activation function from its name in config.json.
 
     Raises:
-        RefusedError: It is not known.
+        RefusedError: The name is unknown.
     """
     if function not in _ACTIVATIONS:
         raise unknown_choice(t, name, function, _ACTIVATIONS)
@@ -49,10 +49,10 @@ def read_function(t: Translation, name: str, function: str) -> None:
 
 
 def written_function(t: Translation, usual: str) -> str:
-    """The name in config.json of the document's function: the usual one where that is among its names.
+    """Return the name in config.json of the document's activation function: ``usual`` if it is one of its names.
 
     Raises:
-        RefusedError: transformers does not have it.
+        RefusedError: transformers has no such function.
     """
     function = t["transformer.activation_func"]
     names = [known for known, own in _ACTIVATIONS.items() if own == function]

@@ -1,4 +1,4 @@
-"""Heads of attention: groups, channels, scores, norms of queries and keys."""
+"""Attention heads: groups, channels, score scaling, norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def _write_scores(t: Translation) -> None:
 
 
 SCORES = Row({}, ("transformer.softmax_scale",), lambda t: None, _write_scores)
-"""Scores of attention are divided by the root of a head's channels; a configuration that was made may say so itself."""
+"""Attention scores are divided by sqrt(kv_channels); a finalized configuration states this explicitly."""
 
 
 def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row, ...]:
-    """Groups of heads that share keys and values, and the channels of a head.
+    """Return the rows of query groups and of channels per head.
 
     Args:
-        key_value_heads: What transformers takes for ``num_key_value_heads`` where it is left out.
-        head_dim: What it takes for ``head_dim``; None for the hidden size's share.
+        key_value_heads: The default of ``num_key_value_heads`` in transformers.
+        head_dim: The default of ``head_dim``; None for hidden_size / num_attention_heads.
     """
 
     def read_groups(t: Translation) -> None:
@@ -71,5 +71,5 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
 _NORMALISED = "{model_type} normalises queries and keys"
 QK_NORM = (
     always("transformer.qk_layernorm", True, _NORMALISED),
-    only("use_qk_norm", True, FLAG, _NORMALISED),  # not of transformers, but published files say it
+    only("use_qk_norm", True, FLAG, _NORMALISED),  # transformers has no such field, but published files do
 )

@@ -36,4 +36,4 @@ BIASES = Row(
     _read_biases,
     _write_biases,
 )
-"""Llama's two switches, which Megatron-Core has one for."""
+"""Llama has two switches for biases, Megatron-Core one."""

@@ -1,4 +1,4 @@
-"""The rows of whole decoders, in the manner of Llama and in that of DeepSeek: a family says what differs."""
+"""The rows of Llama-like and DeepSeek-like decoders: a family states only what differs."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def decoder(
     dropout: Rows = _DROPOUT,
     tied: bool = False,
 ) -> Rows:
-    """A decoder in the manner of Llama; what is left out is Llama's, without biases.
+    """Return the rows of a Llama-like decoder; defaults are those of Llama without biases.
 
     Args:
-        sizes: Its sizes.
+        sizes: Sizes of the model.
         attention: Heads and windows.
         positions: Rotary positions.
-        norms: Norms before layers, and after the last.
-        biases: Those of linear layers.
-        activations: What feed-forward layers compute between their matrices, beside a gate.
+        norms: Norms before layers, and the final norm.
+        biases: Biases of linear layers.
+        activations: Activation functions.
         experts: Experts and their routers.
-        dropout: Dropout of attention, and of what layers add.
-        tied: What transformers takes for ``tie_word_embeddings`` where it is left out.
+        dropout: Dropout of attention and of residual branches.
+        tied: The default of ``tie_word_embeddings`` in transformers.
     """
     return (
         *sizes,
@@ -62,10 +62,10 @@ def decoder(
 
 
 def latent_decoder(sizes: Rows, *, attention: Rows, experts: Rows) -> Rows:
-    """A decoder of multi-latent attention in the manner of DeepSeek, whose first layers have no experts.
+    """Return the rows of a DeepSeek-like decoder: multi-latent attention, and first layers without experts.
 
     Args:
-        sizes: Its sizes.
+        sizes: Sizes of the model.
         attention: Latents, positions and norms.
         experts: Experts and their routers.
     """

@@ -13,7 +13,7 @@ NO_HIDDEN_DROPOUT = setting(
 
 
 def attention_dropout(name: str, default: float) -> Row:
-    """Dropout of attention; null is none."""
+    """Return the row of attention dropout; null means 0."""
 
     def read(t: Translation) -> None:
         t["transformer.attention_dropout"] = t[name] or 0.0
@@ -25,7 +25,7 @@ def attention_dropout(name: str, default: float) -> Row:
 
 
 def residual_dropout(residual: float, embedding: float) -> Row:
-    """Megatron-Core has one dropout for the embedding's output and for what each layer adds."""
+    """Return the row of residual dropout; Megatron-Core has one rate for embedding and layers."""
 
     def read(t: Translation) -> None:
         dropout = t["resid_pdrop"]

@@ -1,4 +1,4 @@
-"""Layers of experts: which layers these are, how many experts each has, and how wide they are."""
+"""Experts: which layers have them, how many, and their sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HOW_EXPERTS_RUN = (
 
 
 def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...]:
-    """How many experts there are, and how many of them a token goes to.
+    """Return the rows of the number of experts, and of experts per token.
 
     Args:
-        name: The field with the number.
-        number: What transformers takes for it where it is left out.
-        chosen: Likewise for ``num_experts_per_tok``.
+        name: The field with the number of experts.
+        number: Its default in transformers.
+        chosen: The default of ``num_experts_per_tok`` in transformers.
     """
 
     def write(t: Translation) -> None:
@@ -47,7 +47,7 @@ def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...
 
 
 def expert_width(name: str, default: int) -> Row:
-    """The width of an expert's feed-forward layer; where a document leaves it out, it is that of other layers."""
+    """Return the row of an expert's hidden size, which defaults to ffn_hidden_size in a document."""
 
     def read(t: Translation) -> None:
         t["transformer.moe_ffn_hidden_size"] = t[name]
@@ -64,7 +64,7 @@ def _expert_width(t: Translation) -> int:
 
 
 def every_layer_has_experts(default: int) -> tuple[Row, ...]:
-    """All layers have experts, and ``intermediate_size`` is their width."""
+    """Return the rows of models with experts in all layers; ``intermediate_size`` is their hidden size."""
 
     def read(t: Translation) -> None:
         t["transformer.ffn_hidden_size"] = t["transformer.moe_ffn_hidden_size"] = t["intermediate_size"]
@@ -80,7 +80,7 @@ def every_layer_has_experts(default: int) -> tuple[Row, ...]:
 
 
 def which_layers(t: Translation) -> list[int]:
-    """For each layer of a document, 1 if it has experts."""
+    """Return 1 for each layer of a document with experts, 0 for the others."""
     layers: int = t["transformer.num_layers"]
     frequency: int | Sequence[int] = t["transformer.moe_layer_freq"]
     if isinstance(frequency, int):
@@ -91,7 +91,7 @@ def which_layers(t: Translation) -> list[int]:
 
 
 def frequency(has_experts: Sequence[bool]) -> int | list[int]:
-    """How a document says which layers have experts."""
+    """Return ``moe_layer_freq``: 1 if all layers have experts, else a list of 0 and 1."""
     return 1 if all(has_experts) else [int(one) for one in has_experts]
 
 
@@ -120,7 +120,7 @@ SPARSE_LAYERS = Row(
 
 
 def first_layers_dense(default: int) -> Row:
-    """The first layers have no experts."""
+    """Return the row of the number of first layers without experts."""
 
     def read(t: Translation) -> None:
         layers, dense = t["num_hidden_layers"], t["first_k_dense_replace"] or 0
@@ -142,7 +142,7 @@ def first_layers_dense(default: int) -> Row:
 
 
 def shared_expert(default: int) -> Row:
-    """One expert for all tokens, behind a gate."""
+    """Return the row of one gated shared expert."""
 
     def read(t: Translation) -> None:
         t["transformer.moe_shared_expert_intermediate_size"] = t["shared_expert_intermediate_size"]
@@ -167,7 +167,7 @@ def shared_expert(default: int) -> Row:
 
 
 def shared_experts(default: int) -> Row:
-    """Experts for all tokens, as one that is as wide as all of them."""
+    """Return the row of ungated shared experts, which Megatron-Core fuses into one."""
 
     def read(t: Translation) -> None:
         t["transformer.moe_shared_expert_intermediate_size"] = t["n_shared_experts"] * t["moe_intermediate_size"]

@@ -1,4 +1,4 @@
-"""What every language model has beside its layers: where it comes from, tokens, type, output layer."""
+"""Rows of every language model beside its layers: origin, special tokens, dtype, output layer."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ ORIGIN = Row({"_name_or_path": Name(TEXT)}, ("hf_model_id",), _read_origin, _wri
 
 
 def language_model(*, tied: bool | None, std: float = 0.02) -> tuple[Row, ...]:
-    """What every language model has, beside its sizes.
+    """Return the rows of every language model, except sizes.
 
     Args:
-        tied: What transformers takes for ``tie_word_embeddings`` where it is left out; None where it never ties.
-        std: Likewise for ``initializer_range``.
+        tied: The default of ``tie_word_embeddings`` in transformers; None if it never ties.
+        std: The default of ``initializer_range`` in transformers.
     """
     never = "transformers never ties the output layer of {model_type} to the embedding"
     ties: tuple[Row, ...] = (

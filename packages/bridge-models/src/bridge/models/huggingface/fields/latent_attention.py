@@ -1,4 +1,4 @@
-"""Multi-latent attention, whose keys and values are made of one latent for all heads."""
+"""Multi-latent attention: keys and values of all heads are projected from one latent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _read_yarn(t: Translation, scaling: Scaling) -> None:
     t["transformer.original_max_position_embeddings"] = scaling.original(None)
     t["transformer.beta_fast"] = float(scaling.get("beta_fast") or 32)
     t["transformer.beta_slow"] = float(scaling.get("beta_slow") or 1)
-    # without mscale_all_dim, transformers takes 1 for mscale
+    # without mscale_all_dim, transformers uses 1 for mscale
     t["transformer.mscale"] = float(mscale if mscale and all_dim else 1)
     t["transformer.mscale_all_dim"] = float(all_dim or 0)
 
@@ -105,7 +105,7 @@ _POSITIONS = Row(
 
 
 def _as_many_keys(default: int | None) -> Row:
-    """``num_key_value_heads`` says nothing new: each head has keys and values of its own."""
+    """Return the row of ``num_key_value_heads``, which must equal ``num_attention_heads``."""
 
     def read(t: Translation) -> None:
         heads, groups = t["num_attention_heads"], t["num_key_value_heads"]
@@ -122,10 +122,10 @@ def _as_many_keys(default: int | None) -> Row:
 
 
 def latent_attention(key_value_heads: int | None) -> tuple[Row, ...]:
-    """Multi-latent attention, with its positions and norms.
+    """Return the rows of multi-latent attention, with its positions and norms.
 
     Args:
-        key_value_heads: What transformers takes for ``num_key_value_heads`` where it is left out.
+        key_value_heads: The default of ``num_key_value_heads`` in transformers.
     """
     return (
         Row(

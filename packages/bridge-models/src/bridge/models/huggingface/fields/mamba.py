@@ -17,7 +17,7 @@ def _read_limit(t: Translation) -> None:
 
 
 def mamba_layers(*, convolution: str, biases: tuple[str, ...], function: str) -> tuple[Row, ...]:
-    """What Megatron-Core's Mamba layers are fixed to."""
+    """Return the rows of fields that Megatron-Core's Mamba layers fix to one value."""
     return (
         always("transformer.is_hybrid_model", True, "{model_type} has Mamba layers"),
         *rms_norm_of("layer_norm_epsilon", 1e-5, "norms in Megatron-Core's Mamba layers"),
@@ -36,8 +36,8 @@ def mamba_layers(*, convolution: str, biases: tuple[str, ...], function: str) ->
 
 IGNORED_OF_MAMBA = frozenset(
     (
-        "chunk_size",  # how a scan is computed, not what
-        "rescale_prenorm_residual",  # of the first weights
+        "chunk_size",  # affects how a scan is computed, not its result
+        "rescale_prenorm_residual",  # affects initial weights only
         "time_step_rank",
         "use_mamba_kernels",
     )

@@ -1,4 +1,4 @@
-"""Norms: their kind, and what keeps them from dividing by zero."""
+"""Norms: their kind and epsilon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bridge.models.huggingface.translation import NUMBER, Translation
 
 
 def rms_norm(name: str, eps: float) -> tuple[Row, ...]:
-    """Norms by root mean square."""
+    """Return the rows of RMSNorm."""
     return (
         always("transformer.normalization", "RMSNorm", "{model_type} uses RMSNorm"),
         same(name, "transformer.layernorm_epsilon", NUMBER, eps),
@@ -15,12 +15,12 @@ def rms_norm(name: str, eps: float) -> tuple[Row, ...]:
 
 
 def rms_norm_of(name: str, eps: float, norms: str) -> tuple[Row, ...]:
-    """Norms by root mean square beside others whose epsilon is fixed; Megatron-Core has one for all norms.
+    """Return the rows of RMSNorm where other norms have a fixed epsilon; Megatron-Core has one for all norms.
 
     Args:
         name: The field of config.json with the epsilon.
-        eps: What the others have.
-        norms: Which ones these are.
+        eps: The epsilon of the other norms.
+        norms: What messages call the other norms.
     """
 
     def read(t: Translation) -> None:

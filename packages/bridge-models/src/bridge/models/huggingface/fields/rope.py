@@ -1,7 +1,7 @@
-"""Rotary positions: the frequencies, and how they are stretched for sequences longer than those of pre-training.
+"""Rotary positions: frequencies, and their scaling for sequences longer than in pre-training.
 
-Version 4 of transformers has ``rope_theta`` and ``rope_scaling`` for them, version 5 ``rope_parameters``, and reads the
-former too; so those are written.
+Version 4 of transformers has ``rope_theta`` and ``rope_scaling``. Version 5 has ``rope_parameters`` and also reads the
+old fields, so the old ones are written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bridge.models.huggingface.translation import (
 )
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What megatron-core 0.19.2 computes with, wherever frequencies are scaled as those of Llama 3.1."""
+"""The constants that megatron-core 0.19.2 hard-codes for Llama 3 scaling."""
 
 _BEYOND = {
     "dynamic": "its frequencies depend on the length of each sequence",
@@ -38,7 +38,7 @@ _BEYOND = {
 
 
 class Scaling:
-    """The mapping that says how frequencies are scaled, as it is read."""
+    """Reads ``rope_scaling`` or ``rope_parameters``, and tracks the keys that were read."""
 
     def __init__(self, t: Translation, name: str, values: Mapping[str, Any]) -> None:
         self.t = t
@@ -51,10 +51,10 @@ class Scaling:
             raise self.refuse(self.key, f"expected a string, got {got(self.kind)}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The number at ``key``; ``default`` where it is left out or null.
+        """Return the number at ``key``, or ``default`` if it is missing or null.
 
         Raises:
-            RefusedError: It is no number.
+            RefusedError: The value is not a number.
         """
         self.known.add(key)
         value = self.values.get(key)
@@ -65,10 +65,10 @@ class Scaling:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Whether ``key`` is true; ``default`` where it is left out or null.
+        """Return whether ``key`` is true, or ``default`` if it is missing or null.
 
         Raises:
-            RefusedError: It is neither true nor false.
+            RefusedError: The value is not a boolean.
         """
         self.known.add(key)
         value = self.values.get(key)
@@ -79,10 +79,10 @@ class Scaling:
         return value
 
     def factor(self) -> float:
-        """By how much sequences are longer.
+        """Return the factor by which sequences are longer than in pre-training.
 
         Raises:
-            RefusedError: It is not said, or less than 1.
+            RefusedError: It is missing, or less than 1.
         """
         factor: float = self.get("factor", 0)
         if factor < 1:
@@ -90,18 +90,18 @@ class Scaling:
         return factor
 
     def original(self, given: int | None) -> int:
-        """The length of sequences in pre-training: that beside the mapping, in the mapping, or the longest there is."""
+        """Return the sequence length of pre-training: ``given``, else from the mapping, else the longest supported."""
         inside = self.get("original_max_position_embeddings", self.t["max_position_embeddings"])
         if given is None and type(inside) is not int:
             raise self.refuse("original_max_position_embeddings", f"expected an integer, got {describe_value(inside)}")
         return inside if given is None else given
 
     def refuse(self, key: str, message: str) -> RefusedError:
-        """Refuse what is at ``key``."""
+        """Refuse the value at ``key``."""
         return self.t.refuse(self.name, message, key)
 
     def refuse_unknown(self) -> None:
-        """Refuse the keys that nothing asked for."""
+        """Refuse the keys that were not read."""
         for key, value in self.values.items():
             if key not in self.known and value is not None:
                 free = [known for known in self.known if known not in self.values]
@@ -116,14 +116,14 @@ def rotary(
     kinds: tuple[str, ...] = ("linear", "llama3", "yarn"),
     default: Mapping[str, Any] | None = None,
 ) -> Row:
-    """Rotary positions of GPTs.
+    """Return the row of rotary positions of GPTs.
 
     Args:
-        theta: What transformers takes for ``rope_theta`` where it is left out.
-        partial: Whether the architecture may rotate some channels of a head only.
-        original: What it takes for ``original_max_position_embeddings``, if it has that field beside the mapping.
-        kinds: How it may scale frequencies.
-        default: What it takes for the mapping where it is left out.
+        theta: The default of ``rope_theta`` in transformers.
+        partial: Whether the architecture supports rotating only some channels of a head.
+        original: The default of the top-level ``original_max_position_embeddings``; None if there is no such field.
+        kinds: The supported kinds of frequency scaling.
+        default: The default of the scaling mapping.
     """
     readers: Mapping[str, Callable[[Translation, Scaling], None]] = {
         "linear": _read_linear,
@@ -175,7 +175,7 @@ def rotary(
 
 
 def rope_names(theta: float) -> dict[str, Name]:
-    """The fields of config.json, of either version."""
+    """Return the fields of config.json, of versions 4 and 5."""
     return {
         "rope_theta": Name(NUMBER, theta),
         "rope_scaling": Name(MAPPING),
@@ -185,7 +185,7 @@ def rope_names(theta: float) -> dict[str, Name]:
 
 
 def given_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Scaling:
-    """The mapping of either version; of version 4 where there are both, as transformers has it."""
+    """Return the scaling mapping; version 4's has precedence if both are set, as in transformers."""
     for name in ("rope_scaling", "rope_parameters"):
         values = t[name]
         if values or (values is not None and name == "rope_parameters"):
@@ -196,10 +196,10 @@ def given_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> S
 def read_scaling(
     t: Translation, scaling: Scaling, readers: Mapping[str, Callable[[Translation, Scaling], None]]
 ) -> None:
-    """Read how frequencies are scaled; "default" is not at all.
+    """Read how frequencies are scaled; "default" means no scaling.
 
     Raises:
-        RefusedError: There is no such way.
+        RefusedError: The kind of scaling is not supported.
     """
     kind = scaling.kind
     if kind in _BEYOND or (kind in ("linear", "llama3", "yarn") and kind not in readers):
@@ -257,7 +257,7 @@ def _read_yarn(t: Translation, scaling: Scaling) -> None:
 
 
 def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None, mscale_all_dim: float | None) -> None:
-    """Refuse a factor of sines and cosines that is not the one which follows from the others."""
+    """Refuse an ``attention_factor`` that differs from the one computed from the other fields."""
     given = scaling.get("attention_factor")
     if mscale and mscale_all_dim:
         follows = concentration(factor, mscale) / concentration(factor, mscale_all_dim)
@@ -268,7 +268,7 @@ def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None
 
 
 def concentration(factor: float, mscale: float) -> float:
-    """What YaRN multiplies sines and cosines by: 0.1 mscale ln(factor) + 1 (https://arxiv.org/abs/2309.00071)."""
+    """Return YaRN's factor on sines and cosines: 0.1 mscale ln(factor) + 1 (https://arxiv.org/abs/2309.00071)."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
 

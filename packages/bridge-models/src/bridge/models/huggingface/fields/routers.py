@@ -1,7 +1,7 @@
-"""Routers: which experts a token goes to, with which weights, and how training balances them.
+"""Routers: expert selection, weights and load balancing.
 
-A router of transformers takes the softmax of all experts' scores and then the best ones; whether it normalises their
-weights makes the difference: it is the softmax of the best ones' scores (``moe_router_pre_softmax`` off), or not (on).
+A router of transformers takes the softmax over all experts, then the top-k. If it normalises these weights, the result
+equals a softmax over the top-k scores (``moe_router_pre_softmax`` off); otherwise ``moe_router_pre_softmax`` is on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from bridge.models.huggingface.translation import COUNT, FLAG, NUMBER, TEXT, Nam
 
 
 def softmax_router(*, normalises: bool | None) -> Row:
-    """A router that takes the softmax of scores.
+    """Return the row of a router with softmax scores.
 
     Args:
-        normalises: What transformers takes for ``norm_topk_prob`` where it is left out; None if the architecture has no
-            such field and normalises.
+        normalises: The default of ``norm_topk_prob`` in transformers; None if there is no such field, and the router
+            always normalises.
     """
 
     def read(t: Translation) -> None:
@@ -43,13 +43,13 @@ _GROUPS = ("transformer.moe_router_num_groups", "transformer.moe_router_group_to
 
 
 def sigmoid_router(groups: int, chosen_groups: int) -> tuple[Row, ...]:
-    """A router of sigmoids, which normalises, and chooses groups by their best two experts.
+    """Return the rows of a router with normalised sigmoid scores that ranks groups by their best two experts.
 
-    Megatron-Core goes by the best top-k / chosen groups.
+    Megatron-Core ranks groups by their best top-k / ``topk_group`` experts.
 
     Args:
-        groups: What transformers takes for ``n_group`` where it is left out.
-        chosen_groups: Likewise for ``topk_group``.
+        groups: The default of ``n_group`` in transformers.
+        chosen_groups: The default of ``topk_group`` in transformers.
     """
 
     def read(t: Translation) -> None:
@@ -126,7 +126,7 @@ GREEDY_ROUTER = Row(
 
 
 def scale_of_weights(default: float) -> Row:
-    """What the weights of experts are multiplied by."""
+    """Return the row of the factor on expert weights."""
 
     def read(t: Translation) -> None:
         if (scale := t["routed_scaling_factor"]) != 1:
@@ -140,13 +140,13 @@ def scale_of_weights(default: float) -> Row:
 
 
 def balance(name: str, default: float | None, kind: str, *, note: str = "") -> Row:
-    """The weight of the loss that balances experts in training.
+    """Return the row of the coefficient of the load-balancing loss.
 
     Args:
         name: The field.
-        default: What transformers takes where it is left out; None for no such loss.
+        default: Its default in transformers; None for no such loss.
         kind: The value of ``moe_router_load_balancing_type``.
-        note: What is to be said of it.
+        note: A note for the user when it is read.
     """
 
     def read(t: Translation) -> None:

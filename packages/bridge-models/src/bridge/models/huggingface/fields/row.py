@@ -1,4 +1,4 @@
-"""A row of a table, and the kinds of rows that all others are made of."""
+"""A row of a table, and the basic kinds of rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridge.models.huggingface.translation import INTEGER, Name, Translate, Tran
 
 @dataclass(frozen=True)
 class Row:
-    """Some fields of config.json, some of the document, and how to come from the ones to the others."""
+    """Some fields of config.json, some of the document, and a function for each direction."""
 
     names: Mapping[str, Name]
     fields: tuple[str, ...]
@@ -25,7 +25,7 @@ class Row:
 
 
 def same(name: str, path: str, kind: str, default: Any = None, *, null: bool = False) -> Row:
-    """A field that both sides have; null is as good as left out."""
+    """Return the row of a field that both sides have; null means the same as a missing field."""
 
     def read(t: Translation) -> None:
         if (value := t[name]) is not None:
@@ -39,12 +39,12 @@ def same(name: str, path: str, kind: str, default: Any = None, *, null: bool = F
 
 
 def always(path: str, value: Any, why: str) -> Row:
-    """A field of the document with one value, which config.json has no field for.
+    """Return the row of a document field with a fixed value, for which config.json has no field.
 
     Args:
         path: The field.
-        value: What it is.
-        why: What is wrong with other values; ``{model_type}`` stands for the architecture.
+        value: Its only value.
+        why: Why other values are refused; ``{model_type}`` stands for the architecture.
     """
 
     def read(t: Translation) -> None:
@@ -58,15 +58,15 @@ def always(path: str, value: Any, why: str) -> Row:
 
 
 def only(name: str, value: Any, kind: str, why: str, *, default: Any = ..., also: tuple[Any, ...] = ()) -> Row:
-    """A field of config.json with one value, which the document has no field for.
+    """Return the row of a config.json field with a fixed value, for which the document has no field.
 
     Args:
         name: The field.
-        value: What it is written as, if that is not its default.
+        value: Its only value, written if it is not the default.
         kind: Its kind.
-        why: What is wrong with other values; ``{model_type}`` stands for the architecture.
-        default: What transformers takes where it is left out, if that is not ``value``.
-        also: Other values that mean the same.
+        why: Why other values are refused; ``{model_type}`` stands for the architecture.
+        default: Its default in transformers, if that is not ``value``.
+        also: Other accepted values with the same meaning.
     """
     default = value if default is ... else default
 
@@ -83,13 +83,13 @@ def only(name: str, value: Any, kind: str, why: str, *, default: Any = ..., also
 
 
 def setting(path: str, value: Any, *, of_training: str = "") -> Row:
-    """A field of the document that does not change what the model computes, and what to set it to.
+    """Return the row of a document field that does not change what the model computes.
 
     Args:
         path: The field.
-        value: What to set it to.
-        of_training: What is not said of another value when it is written, if that matters to training;
-            ``{model_type}`` stands for the architecture.
+        value: The value to set when reading.
+        of_training: Why another value is left out when writing, if that matters to training; ``{model_type}`` stands
+            for the architecture.
     """
 
     def read(t: Translation) -> None:
@@ -103,7 +103,7 @@ def setting(path: str, value: Any, *, of_training: str = "") -> Row:
 
 
 def derived(name: str, value: Callable[[Translation], Any], meaning: str) -> Row:
-    """A field of config.json that follows from others; transformers saves some of those."""
+    """Return the row of a config.json field computed from others, which transformers may save too."""
 
     def read(t: Translation) -> None:
         if name in t and t[name] != value(t):

@@ -1,4 +1,4 @@
-"""Sizes of the model: tokens, layers, widths, heads."""
+"""Sizes of the model: vocabulary, layers, hidden sizes, heads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from bridge.models.huggingface.translation import COUNT, LAYERS, Name, Translati
 
 
 def sizes(**defaults: int | None) -> tuple[Row, ...]:
-    """The sizes that have the same names everywhere.
+    """Return the rows of sizes that have the same names in most architectures.
 
     Args:
-        defaults: What transformers takes for each where it is left out.
+        defaults: The default of each in transformers.
     """
     fields = {
         "vocab_size": "vocab_size",
@@ -29,7 +29,7 @@ def sizes(**defaults: int | None) -> tuple[Row, ...]:
 
 
 def feed_forward(name: str, path: str, kind: str, default: int | None, *, times: int = 4) -> Row:
-    """The width of feed-forward layers; where a document leaves it out, it is four times the hidden size."""
+    """Return the row of ffn_hidden_size, which defaults to ``times`` the hidden size in a document."""
 
     def read(t: Translation) -> None:
         if (width := t[name]) is not None:

@@ -1,4 +1,4 @@
-"""Sliding windows: how many tokens back a token sees, and in which layers."""
+"""Sliding windows: their sizes, and the layers that have them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FIELDS = ("transformer.window_size", "transformer.window_attn_skip_freq")
 
 
 def window_everywhere(default: int | None) -> Row:
-    """``sliding_window`` in all layers, null for none.
+    """Return the row of ``sliding_window`` in all layers; null means no window.
 
     Args:
-        default: What transformers takes where it is left out.
+        default: The default of ``sliding_window`` in transformers.
     """
 
     def read(t: Translation) -> None:
@@ -38,12 +38,12 @@ def window_everywhere(default: int | None) -> Row:
 
 
 def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row:
-    """``sliding_window`` where ``use_sliding_window`` is on: in layers by ``layer_types``, or in all.
+    """Return the row of ``sliding_window`` if ``use_sliding_window`` is on, in all layers or by ``layer_types``.
 
     Args:
-        everywhere: In all layers, and there is no ``layer_types``.
-        in_turns: Without ``layer_types``, every other layer before the one at ``max_window_layers`` slides; else all
-            from there on.
+        everywhere: All layers have windows, and there is no ``layer_types``.
+        in_turns: Without ``layer_types``, every other layer before ``max_window_layers`` has a window, instead of all
+            layers from there on.
     """
 
     def usual(t: Translation, index: int) -> bool:
@@ -87,11 +87,11 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
 
 
 def alternating_windows(default: int, slides: Callable[[int], bool]) -> Row:
-    """``sliding_window`` in layers by ``layer_types``.
+    """Return the row of ``sliding_window`` with layers chosen by ``layer_types``.
 
     Args:
-        default: What transformers takes for ``sliding_window`` where it is left out.
-        slides: Which layers, from 0, slide where ``layer_types`` is left out.
+        default: The default of ``sliding_window`` in transformers.
+        slides: Whether the layer with this index, from 0, has a window if ``layer_types`` is missing.
     """
 
     def read(t: Translation) -> None:
@@ -124,7 +124,7 @@ def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bo
 
 
 def _window(tokens: int) -> list[int]:
-    """Megatron-Core counts the tokens before a token, transformers that token too."""
+    """Return ``window_size``: Megatron-Core does not count the current token, transformers does."""
     return [tokens - 1, 0]
 
 
@@ -137,7 +137,7 @@ def _set(t: Translation, window: int, slides: list[bool]) -> None:
 
 
 def _frequency(slides: list[bool]) -> int | list[int]:
-    """Every how many layers one does not slide, if that is all there is to say; else 1 or 0 for each."""
+    """Return N if exactly every N-th layer has no window; else 1 or 0 for each layer."""
     every = slides.index(False) + 1
     if every > 1 and slides == [bool((index + 1) % every) for index in range(len(slides))]:
         return every
@@ -145,7 +145,7 @@ def _frequency(slides: list[bool]) -> int | list[int]:
 
 
 def _slides(t: Translation) -> list[bool]:
-    """For each layer of a document, whether it has the window, if there is one."""
+    """Return for each layer of a document whether it has a window, given that window_size is set."""
     layers: int = t["transformer.num_layers"]
     frequency: Any = t["transformer.window_attn_skip_freq"]
     if frequency is None:
