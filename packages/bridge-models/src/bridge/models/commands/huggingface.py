@@ -29,11 +29,11 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
     from bridge.config.documents.document import Document
     from bridge.models import huggingface
 
-    _check_free(output, force=force)
+    _check_output(output, force=force)
     given = huggingface.load_config_json(source)
     with given.placing_problems():
         converted = huggingface.from_hf(given.data, model_id=model_id)
-    _tell(given.source, converted.notes)
+    _print_notes(given.source, converted.notes)
     document = Document(converted.data)
     if output is not None:
         before = set(output.parent.glob("*.schema.json"))
@@ -67,11 +67,11 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
         output = output / "config.json" if output.is_dir() else output
         if output.suffix != ".json":
             raise ConfigError(f"{output}: expected a .json file, or a folder for config.json")
-        _check_free(output, force=force)
+        _check_output(output, force=force)
     document = Document.load(file, overrides)
     with document.placing_problems():
         converted = huggingface.to_hf(document.data)
-    _tell(file, converted.notes)
+    _print_notes(file, converted.notes)
     written = Document(converted.data)
     if output is not None:
         written.save(output)
@@ -79,11 +79,11 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
         click.echo(written.to_json())
 
 
-def _check_free(output: Path | None, *, force: bool) -> None:
+def _check_output(output: Path | None, *, force: bool) -> None:
     if output is not None and output.exists() and not force:
         raise ConfigError(f"{output}: file exists: give --force to overwrite it, or another name")
 
 
-def _tell(source: str, notes: list[str]) -> None:
+def _print_notes(source: str, notes: list[str]) -> None:
     for note in notes:
         click.echo(f"{source}: note: {note}", err=True)

@@ -14,7 +14,7 @@ from bridge.config.documents.presets import presets as installed_presets
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and descriptions.")
 def presets(*, as_json: bool) -> None:
     """List the presets: documents of known models, which can be named wherever a command takes a FILE."""
-    described = {name: _description(file) for name, file in installed_presets().items()}
+    described = {name: _read_description(file) for name, file in installed_presets().items()}
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return
@@ -27,7 +27,7 @@ def presets(*, as_json: bool) -> None:
     Console().print(table, markup=False)
 
 
-def _description(preset: Traversable) -> str:
+def _read_description(preset: Traversable) -> str:
     """Return the comment in a preset's first line; empty if there is none."""
     first, _, _ = preset.read_text(encoding="utf-8").partition("\n")
     return first.removeprefix("#").strip() if first.startswith("#") else ""

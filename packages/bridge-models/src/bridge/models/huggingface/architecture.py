@@ -19,7 +19,7 @@ class Architecture:
     """The mapping of one ``model_type`` of transformers."""
 
     model_type: str
-    causal: str
+    model_class: str
     """The class of transformers with the output layer, as in ``architectures``."""
 
     target: str

@@ -31,7 +31,7 @@ def load_config_json(source: str) -> Document:
             [Problem("$", f"file not found: give a config.json, or a folder with one{nearest_source(name)}", name)]
         )
     text = read_file(name)
-    parsed = parse_json(_without_infinity(text), name)
+    parsed = parse_json(_replace_infinity(text), name)
     if not isinstance(parsed.data, dict):
         raise DocumentError([Problem("$", f"expected a JSON object at the top level, got {got(parsed.data)}", name)])
     return Document.from_text(parsed, name)
@@ -41,9 +41,9 @@ def load_config_json(source: str) -> Document:
 _TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?Infinity\b', re.DOTALL)
 
 
-def _without_infinity(text: str) -> str:
-    def replaced(match: re.Match[str]) -> str:
+def _replace_infinity(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
         found = match[0]
         return found if found.startswith('"') else f'{{"__float__": "{found}"}}'
 
-    return _TEXT_OR_INFINITY.sub(replaced, text)
+    return _TEXT_OR_INFINITY.sub(replace, text)

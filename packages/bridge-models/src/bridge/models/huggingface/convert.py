@@ -14,7 +14,13 @@ from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.document_fields import make_document, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.huggingface.ignored import IGNORED, QUANTIZATION, refuse_unknown
-from bridge.models.huggingface.matching import MODEL_TYPE, architecture_of, closest, declared_architecture, error_at
+from bridge.models.huggingface.matching import (
+    MODEL_TYPE,
+    find_architecture,
+    find_closest,
+    find_declared_architecture,
+    make_error,
+)
 from bridge.models.huggingface.translation import MAX_LAYERS, Translation, run_steps
 
 
@@ -37,8 +43,8 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
         DocumentError: The architecture is unknown, or a document cannot express it exactly: all problems, with the
             paths of their fields in config.json.
     """
-    architecture = architecture_of(given)
-    fields = _unaliased(given, architecture)
+    architecture = find_architecture(given)
+    fields = _resolve_aliases(given, architecture)
     if model_id is not None:
         fields["_name_or_path"] = model_id
     t = Translation(architecture.model_type, fields, architecture.names)
@@ -50,15 +56,15 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
         else:
             refuse_unknown(t, name, architecture.names)
     _note_heads(t)
-    _raise_any(t)
-    data = make_document(t.made, architecture)
+    _raise_problems(t)
+    data = make_document(t.output, architecture)
     _check(data, fields, architecture)
-    if data.get("seq_length", 0) > _LONG:
+    if data.get("seq_length", 0) > _LONG_SEQUENCE:
         t.note(
             f"seq_length is {data['seq_length']:,}, the maximum of the model: training and plans use sequences of this "
             "length unless you set it"
         )
-    written_as, written = closest(read_fields(data), _of_class(architecture.target))
+    written_as, written = find_closest(read_fields(data), _find_by_class(architecture.target))
     if written_as is not architecture or written.problems:
         data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
         data["transformer"] = data.pop("transformer")  # keep the longest field last
@@ -78,10 +84,10 @@ def _note_heads(t: Translation) -> None:
 
 
 _OTHER_TASK = re.compile(r"(?:For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel\w*)|(RewardModel))$")
-_LONG = 16_384
+_LONG_SEQUENCE = 16_384
 
 
-def _unaliased(given: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _resolve_aliases(given: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the fields under their usual names.
 
     Raises:
@@ -107,10 +113,10 @@ def _check(data: dict[str, Any], given: Mapping[str, Any], architecture: Archite
     try:
         Document(data).check()
     except DocumentError as error:
-        raise DocumentError([_of_config_json(problem, given, architecture) for problem in error.problems]) from error
+        raise DocumentError([_map_problem(problem, given, architecture) for problem in error.problems]) from error
 
 
-def _of_config_json(problem: Problem, given: Mapping[str, Any], architecture: Architecture) -> Problem:
+def _map_problem(problem: Problem, given: Mapping[str, Any], architecture: Architecture) -> Problem:
     if problem.path.startswith(inside := "$.generation_config."):
         return Problem(problem.path.replace(inside, "$."), problem.message)
     path = problem.path.removeprefix("$.")
@@ -120,7 +126,7 @@ def _of_config_json(problem: Problem, given: Mapping[str, Any], architecture: Ar
     return Problem(f"$.{sources[0]}", f"{path}: {problem.message}")
 
 
-def _raise_any(t: Translation) -> None:
+def _raise_problems(t: Translation) -> None:
     if t.problems:
         raise DocumentError(list(dict.fromkeys(t.problems)))
 
@@ -137,21 +143,21 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
     """
     fields = read_fields(data)
     _check_sizes(fields)
-    chosen = declared_architecture(fields)
-    candidates = _of_class(fields["_target_"]) if chosen is None else [chosen]
+    chosen = find_declared_architecture(fields)
+    candidates = _find_by_class(fields["_target_"]) if chosen is None else [chosen]
     if not candidates:
-        raise error_at("$._target_", f"transformers has no architecture for {fields['_target_']}")
+        raise make_error("$._target_", f"transformers has no architecture for {fields['_target_']}")
     of_class = [one for one in candidates if fields["transformer._target_"] in one.transformers]
-    architecture, t = closest(fields, of_class or candidates)
+    architecture, t = find_closest(fields, of_class or candidates)
     if t.problems and chosen is None:
         which = f"no architecture can express this model; the closest is {architecture.model_type}"
         raise DocumentError([Problem("$", which), *dict.fromkeys(t.problems)])
-    _raise_any(t)
-    heading = {"model_type": architecture.model_type, "architectures": [architecture.causal]}
-    return Converted(heading | t.made, t.notes)
+    _raise_problems(t)
+    heading = {"model_type": architecture.model_type, "architectures": [architecture.model_class]}
+    return Converted(heading | t.output, t.notes)
 
 
-def _of_class(target: str) -> list[Architecture]:
+def _find_by_class(target: str) -> list[Architecture]:
     """Return the architectures whose documents have this config class."""
     return [one for one in ARCHITECTURES.values() if one.target == target]
 

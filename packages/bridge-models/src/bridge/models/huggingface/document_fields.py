@@ -145,7 +145,7 @@ def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     return whole | {f"transformer.{name}": value for name, value in transformer.items()}
 
 
-def not_default(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
+def find_non_defaults(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
     """Yield the paths whose values differ from their defaults."""
     target = shipped(str(fields["_target_"]))
     transformer = shipped(str(fields["transformer._target_"]))

@@ -122,14 +122,14 @@ QUANTIZATION = "quantization_config"
 
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
     """Refuse a field that no row handles; if it does not affect the model, only note that it is left out."""
-    if why := _says_nothing(t, name):
-        t.note(f"{format_path((name,))} is left out: {why}")
+    if why := _explain_no_effect(t, name):
+        t.note(f"{shown((name,))} is left out: {why}")
     else:
         free = [other for other in known if other not in t.given]  # do not suggest a field that is already set
         t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
 
 
-def _says_nothing(t: Translation, name: str) -> str | None:
+def _explain_no_effect(t: Translation, name: str) -> str | None:
     """Return why an unknown field does not affect the model; None if it may."""
     value = t.given[name]
     if any(fnmatchcase(name, pattern) for pattern in MARKERS):

@@ -8,7 +8,7 @@ from typing import Any
 from bridge.config.errors import DocumentError, Problem, did_you_mean, quote_name
 from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
-from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, not_default
+from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, find_non_defaults
 from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.huggingface.families.unsupported import UNSUPPORTED
 from bridge.models.huggingface.translation import Translation, run_steps
@@ -17,32 +17,32 @@ MODEL_TYPE = "hf_model_type"
 """Key of ``extra_checkpoint_metadata`` with the ``model_type`` of a document, if its fields do not imply it."""
 
 
-def architecture_of(given: Mapping[str, Any]) -> Architecture:
+def find_architecture(given: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a config.json.
 
     Raises:
         DocumentError: ``model_type`` is missing or not supported.
     """
     model_type = given.get("model_type")
-    if (inside := _text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
-        raise error_at(
+    if (inside := _find_text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
+        raise make_error(
             "$.text_config",
             f"the language model, {inside}, is in this field: save the field as a config.json of its own",
         )
     if not isinstance(model_type, str):
         missing = "missing: expected the config.json of a transformers model"
-        raise error_at("$.model_type", missing if model_type is None else f"expected a string, got {got(model_type)}")
+        raise make_error("$.model_type", missing if model_type is None else f"expected a string, got {got(model_type)}")
     if model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
     found = ARCHITECTURES.get(model_type)
     if found is None:
         near = did_you_mean(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
-        raise error_at("$.model_type", f"unknown architecture {quoted(model_type)}{near}; supported are {known}")
+        raise make_error("$.model_type", f"unknown architecture {quoted(model_type)}{near}; supported are {known}")
     return found
 
 
-def _text_model(given: Mapping[str, Any]) -> str | None:
+def _find_text_model(given: Mapping[str, Any]) -> str | None:
     """Return the ``model_type`` of the language model inside a multimodal config.json; None if there is none."""
     inside = given.get("text_config")
     model_type = inside.get("model_type") if isinstance(inside, dict) else None
@@ -56,7 +56,7 @@ def _explain_unsupported(model_type: str, given: Mapping[str, Any]) -> list[Prob
     return problems + [Problem(f"$.{name}", why) for name, why in fields.items() if given.get(name) is not None]
 
 
-def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
+def find_declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
     """Return the architecture that a document names in its metadata; None if it names none.
 
     Raises:
@@ -69,9 +69,9 @@ def declared_architecture(fields: Mapping[str, Any]) -> Architecture | None:
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if found is None:
-        raise error_at(path, f"unknown architecture {got(model_type)}; supported are {', '.join(ARCHITECTURES)}")
+        raise make_error(path, f"unknown architecture {got(model_type)}; supported are {', '.join(ARCHITECTURES)}")
     if found.target != fields["_target_"]:
-        raise error_at(path, f"{model_type} needs the _target_ {found.target}, got {fields['_target_']}")
+        raise make_error(path, f"{model_type} needs the _target_ {found.target}, got {fields['_target_']}")
     return found
 
 
@@ -82,12 +82,12 @@ def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:
         t.refuse("transformer._target_", f"{architecture.model_type} needs {' or '.join(architecture.transformers)}")
         return t
     run_steps(t, (row.write for row in architecture.rows))
-    for path in sorted(not_default(fields, AFFECTS_COMPUTATION - architecture.fields)):
+    for path in sorted(find_non_defaults(fields, AFFECTS_COMPUTATION - architecture.fields)):
         t.refuse(path, f"config.json of {architecture.model_type} has no field for it")
     return t
 
 
-def closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) -> tuple[Architecture, Translation]:
+def find_closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) -> tuple[Architecture, Translation]:
     """Return the architecture that expresses a document with the fewest problems, and its config.json.
 
     Ties go to architectures that do not yield to another, then to the fewest rows, then to the first name.
@@ -99,6 +99,6 @@ def closest(fields: Mapping[str, Any], architectures: Iterable[Architecture]) ->
     return min(fitting, key=lambda pair: (bool(names & set(pair[0].yields_to)), len(pair[0].rows), pair[0].model_type))
 
 
-def error_at(path: str, message: str) -> DocumentError:
+def make_error(path: str, message: str) -> DocumentError:
     """Return an error with one problem."""
     return DocumentError([Problem(path, message)])

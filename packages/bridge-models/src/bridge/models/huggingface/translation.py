@@ -70,7 +70,7 @@ class Translation:
         self.names = names
         """Kinds and defaults of the input fields; empty for a document, which has been checked already."""
 
-        self.made: dict[str, Any] = {}
+        self.output: dict[str, Any] = {}
         """The output fields."""
 
         self.problems: list[Problem] = []
@@ -99,7 +99,7 @@ class Translation:
         return value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.made[name] = value
+        self.output[name] = value
 
     def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
         """Record a problem of a field, or of a value inside it; return an error that the row may raise."""
@@ -110,7 +110,7 @@ class Translation:
         """Return a reason with ``{model_type}`` filled in."""
         return why.format(model_type=self.model_type)
 
-    def refuse_other(self, name: str, why: str, value: Any) -> RefusedError:
+    def refuse_value(self, name: str, why: str, value: Any) -> RefusedError:
         """Refuse a value where only one is possible."""
         return self.refuse(name, f"{self.explain(why)}: must be {format_value(value)}")
 
@@ -131,7 +131,7 @@ def format_value(value: Any) -> str:
     return value if isinstance(value, str) else describe_value(value)
 
 
-def unknown_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
+def refuse_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
     """Refuse a value that is not one of the known ones."""
     message = f"unknown value {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}"
     return t.refuse(name, message, *inside)

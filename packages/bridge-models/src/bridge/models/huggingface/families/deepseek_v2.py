@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.decoder import latent_decoder
-from bridge.models.huggingface.fields.experts import expert_width, experts, first_layers_dense, shared_experts
+from bridge.models.huggingface.fields.experts import dense_first_layers, expert_width, experts, shared_experts
 from bridge.models.huggingface.fields.latent_attention import latent_attention
-from bridge.models.huggingface.fields.routers import GREEDY_ROUTER, balance, scale_of_weights
+from bridge.models.huggingface.fields.routers import GREEDY_ROUTER, load_balancing, weight_scale
 from bridge.models.huggingface.fields.row import always, only
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import GPT, LATENT_TRANSFORMER
@@ -14,7 +14,7 @@ from bridge.models.huggingface.translation import FLAG, TEXT
 
 DEEPSEEK_V2 = Architecture(
     model_type="deepseek_v2",
-    causal="DeepseekV2ForCausalLM",
+    model_class="DeepseekV2ForCausalLM",
     target=GPT,
     transformers=(LATENT_TRANSFORMER,),
     rows=latent_decoder(
@@ -31,7 +31,7 @@ DEEPSEEK_V2 = Architecture(
             *experts("n_routed_experts", 64, None),
             expert_width("moe_intermediate_size", 1407),
             shared_experts(2),
-            first_layers_dense(0),
+            dense_first_layers(0),
             always("transformer.moe_router_pre_softmax", True, "{model_type} does not normalise router weights"),
             only(
                 "norm_topk_prob",
@@ -42,8 +42,8 @@ DEEPSEEK_V2 = Architecture(
             ),
             only("scoring_func", "softmax", TEXT, "routers of {model_type} use softmax scores"),
             GREEDY_ROUTER,
-            scale_of_weights(1.0),
-            balance("aux_loss_alpha", None, "seq_aux_loss"),
+            weight_scale(1.0),
+            load_balancing("aux_loss_alpha", None, "seq_aux_loss"),
             only("seq_aux", True, FLAG, "the load-balancing loss is computed per sequence"),
             only("mlp_bias", False, FLAG, "{model_type} has no biases in linear layers"),
         ),

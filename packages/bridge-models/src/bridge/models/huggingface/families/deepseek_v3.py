@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.decoder import latent_decoder
-from bridge.models.huggingface.fields.experts import expert_width, experts, first_layers_dense, shared_experts
+from bridge.models.huggingface.fields.experts import dense_first_layers, expert_width, experts, shared_experts
 from bridge.models.huggingface.fields.latent_attention import latent_attention
-from bridge.models.huggingface.fields.routers import balance, scale_of_weights, sigmoid_router
+from bridge.models.huggingface.fields.routers import load_balancing, sigmoid_router, weight_scale
 from bridge.models.huggingface.fields.row import Row, only
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import GPT, LATENT_TRANSFORMER
@@ -30,7 +30,7 @@ _PREDICTIONS = Row(
 )
 DEEPSEEK_V3 = Architecture(
     model_type="deepseek_v3",
-    causal="DeepseekV3ForCausalLM",
+    model_class="DeepseekV3ForCausalLM",
     target=GPT,
     transformers=(LATENT_TRANSFORMER,),
     rows=latent_decoder(
@@ -50,12 +50,12 @@ DEEPSEEK_V3 = Architecture(
             *experts("n_routed_experts", 256, 8),
             expert_width("moe_intermediate_size", 2048),
             shared_experts(1),
-            first_layers_dense(3),
+            dense_first_layers(3),
             *sigmoid_router(8, 4),
             only("scoring_func", "sigmoid", TEXT, "routers of {model_type} use sigmoid scores"),
             only("topk_method", "noaux_tc", TEXT, "{model_type} selects experts with a router bias"),
-            scale_of_weights(2.5),
-            balance("aux_loss_alpha", None, "seq_aux_loss"),
+            weight_scale(2.5),
+            load_balancing("aux_loss_alpha", None, "seq_aux_loss"),
             only("seq_aux", True, FLAG, "the load-balancing loss is computed per sequence"),
             _PREDICTIONS,
         ),

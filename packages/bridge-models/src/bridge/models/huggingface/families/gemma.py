@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bridge.models.huggingface.architecture import Architecture
-from bridge.models.huggingface.fields.activation import read_function, written_function
+from bridge.models.huggingface.fields.activation import get_function_name, read_function
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.biases import NO_ATTENTION_BIAS, NO_BIASES
 from bridge.models.huggingface.fields.decoder import decoder
@@ -75,7 +75,7 @@ def _read_gelu(t: Translation) -> None:
 
 
 def _write_gelu(t: Translation) -> None:
-    function = written_function(t, "gelu_pytorch_tanh")
+    function = get_function_name(t, "gelu_pytorch_tanh")
     if function == "gelu":
         raise t.refuse("transformer.activation_func", f"{t.model_type} reads gelu as the tanh approximation")
     t["hidden_act"] = function
@@ -89,7 +89,7 @@ _GELU = Row(
 )
 GEMMA = Architecture(
     model_type="gemma",
-    causal="GemmaForCausalLM",
+    model_class="GemmaForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

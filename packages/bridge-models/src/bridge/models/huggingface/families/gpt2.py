@@ -15,7 +15,7 @@ from bridge.models.huggingface.translation import COUNT, FLAG, LAYERS, NUMBER
 
 GPT2 = Architecture(
     model_type="gpt2",
-    causal="GPT2LMHeadModel",
+    model_class="GPT2LMHeadModel",
     target=GPT,
     rows=(
         same("vocab_size", "vocab_size", COUNT, 50257),

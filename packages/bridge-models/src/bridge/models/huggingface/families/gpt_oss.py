@@ -6,7 +6,7 @@ from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.biases import ALL_BIASES
 from bridge.models.huggingface.fields.decoder import decoder
-from bridge.models.huggingface.fields.experts import every_layer_has_experts, experts
+from bridge.models.huggingface.fields.experts import experts, experts_everywhere
 from bridge.models.huggingface.fields.norms import rms_norm
 from bridge.models.huggingface.fields.rope import rotary
 from bridge.models.huggingface.fields.routers import AUX_LOSS, softmax_router
@@ -27,7 +27,7 @@ _YARN = {
 
 GPT_OSS = Architecture(
     model_type="gpt_oss",
-    causal="GptOssForCausalLM",
+    model_class="GptOssForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(
@@ -39,7 +39,7 @@ GPT_OSS = Architecture(
                 hidden_size=2880,
                 num_attention_heads=64,
             ),
-            *every_layer_has_experts(2880),
+            *experts_everywhere(2880),
         ),
         attention=(*heads(8, 64), alternating_windows(128, lambda index: index % 2 == 0)),
         positions=(

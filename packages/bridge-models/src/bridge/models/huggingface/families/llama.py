@@ -10,7 +10,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 LLAMA = Architecture(
     model_type="llama",
-    causal="LlamaForCausalLM",
+    model_class="LlamaForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

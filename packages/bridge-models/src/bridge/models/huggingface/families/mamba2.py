@@ -5,7 +5,7 @@ from __future__ import annotations
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.dropout import NO_HIDDEN_DROPOUT
 from bridge.models.huggingface.fields.language_model import language_model
-from bridge.models.huggingface.fields.mamba import IGNORED_OF_MAMBA, mamba_layers
+from bridge.models.huggingface.fields.mamba import IGNORED_BY_MAMBA, mamba_layers
 from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import MAMBA
@@ -17,9 +17,8 @@ def _read_heads(t: Translation) -> None:
     if heads * t["head_dim"] != t["expand"] * t["hidden_size"]:
         t.refuse("num_heads", "num_heads * head_dim must equal expand * hidden_size")
     t["transformer.mamba_num_heads"] = heads
-    t["transformer.num_attention_heads"] = (
-        heads  # unused, but Megatron-Core needs a number that tensor parallelism divides
-    )
+    # unused, but Megatron-Core needs a number that tensor parallelism divides
+    t["transformer.num_attention_heads"] = heads
 
 
 def _write_heads(t: Translation) -> None:
@@ -37,7 +36,7 @@ def _read_channels(t: Translation) -> None:
     t["transformer.mamba_head_dim"] = t["head_dim"]
 
 
-def _write_pattern_of_mamba(t: Translation) -> None:
+def _write_pattern(t: Translation) -> None:
     pattern = t["hybrid_layer_pattern"]
     if pattern is not None and set(pattern) - set("M|"):
         t.refuse("hybrid_layer_pattern", f"{t.model_type} has only Mamba layers: must be M for each layer")
@@ -45,11 +44,11 @@ def _write_pattern_of_mamba(t: Translation) -> None:
 
 MAMBA2 = Architecture(
     model_type="mamba2",
-    causal="Mamba2ForCausalLM",
+    model_class="Mamba2ForCausalLM",
     target=MAMBA,
     rows=(
         *sizes(vocab_size=32768, num_hidden_layers=64, hidden_size=4096),
-        Row({}, ("hybrid_layer_pattern",), lambda t: None, _write_pattern_of_mamba),
+        Row({}, ("hybrid_layer_pattern",), lambda t: None, _write_pattern),
         always("position_embedding_type", "none", "{model_type} has no position embeddings"),
         Row(
             {"num_heads": Name(COUNT, 128), "head_dim": Name(COUNT, 64), "expand": Name(COUNT, 2)},
@@ -67,5 +66,5 @@ MAMBA2 = Architecture(
         *language_model(tied=False, std=0.1),
     ),
     # transformers normalises after the gate whatever norm_before_gate is, and derives intermediate_size
-    ignored=IGNORED_OF_MAMBA | {"norm_before_gate", "intermediate_size", "time_step_init_scheme", "time_step_scale"},
+    ignored=IGNORED_BY_MAMBA | {"norm_before_gate", "intermediate_size", "time_step_init_scheme", "time_step_scale"},
 )

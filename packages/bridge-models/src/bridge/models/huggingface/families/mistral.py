@@ -11,7 +11,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 MISTRAL = Architecture(
     model_type="mistral",
-    causal="MistralForCausalLM",
+    model_class="MistralForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.decoder import decoder
-from bridge.models.huggingface.fields.experts import every_layer_has_experts, experts
+from bridge.models.huggingface.fields.experts import experts, experts_everywhere
 from bridge.models.huggingface.fields.norms import rms_norm
 from bridge.models.huggingface.fields.rope import rotary
 from bridge.models.huggingface.fields.routers import AUX_LOSS, softmax_router
@@ -17,7 +17,7 @@ from bridge.models.huggingface.translation import NUMBER
 
 MIXTRAL = Architecture(
     model_type="mixtral",
-    causal="MixtralForCausalLM",
+    model_class="MixtralForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(
@@ -29,7 +29,7 @@ MIXTRAL = Architecture(
                 hidden_size=4096,
                 num_attention_heads=32,
             ),
-            *every_layer_has_experts(14336),
+            *experts_everywhere(14336),
         ),
         attention=(*heads(8), window_everywhere(None)),
         positions=(rotary(1e6),),

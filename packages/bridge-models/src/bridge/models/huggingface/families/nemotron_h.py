@@ -10,10 +10,10 @@ from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.activation import activation
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.dropout import attention_dropout
-from bridge.models.huggingface.fields.experts import HOW_EXPERTS_RUN
+from bridge.models.huggingface.fields.experts import EXPERT_SETTINGS
 from bridge.models.huggingface.fields.language_model import language_model
-from bridge.models.huggingface.fields.mamba import IGNORED_OF_MAMBA, mamba_layers
-from bridge.models.huggingface.fields.routers import scale_of_weights, sigmoid_router
+from bridge.models.huggingface.fields.mamba import IGNORED_BY_MAMBA, mamba_layers
+from bridge.models.huggingface.fields.routers import sigmoid_router, weight_scale
 from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import MAMBA
@@ -66,11 +66,11 @@ _EXPERTS: Mapping[str, tuple[str, str, int | None]] = {
 }
 
 
-def _where_there_are_experts(row: Row) -> Row:
+def _if_experts(row: Row) -> Row:
     """Return a row that applies only if some layers have experts."""
 
     def read(t: Translation) -> None:
-        if "E" in t.made.get("hybrid_layer_pattern", ""):
+        if "E" in t.output.get("hybrid_layer_pattern", ""):
             row.read(t)
 
     def write(t: Translation) -> None:
@@ -80,7 +80,7 @@ def _where_there_are_experts(row: Row) -> Row:
     return Row(row.names, row.fields, read, write)
 
 
-def _same_of_experts(name: str, path: str, kind: str, default: Any) -> Row:
+def _expert_field(name: str, path: str, kind: str, default: Any) -> Row:
     plain = same(name, path, kind, default)
 
     def write(t: Translation) -> None:
@@ -93,7 +93,7 @@ def _same_of_experts(name: str, path: str, kind: str, default: Any) -> Row:
 
 NEMOTRON_H = Architecture(
     model_type="nemotron_h",
-    causal="NemotronHForCausalLM",
+    model_class="NemotronHForCausalLM",
     target=MAMBA,
     rows=(
         _PATTERN,
@@ -118,12 +118,12 @@ NEMOTRON_H = Architecture(
         ),
         activation("mlp_hidden_act", "relu2"),
         *(
-            _where_there_are_experts(row)
+            _if_experts(row)
             for row in (
-                *(_same_of_experts(name, *known) for name, known in _EXPERTS.items()),
-                *HOW_EXPERTS_RUN,
+                *(_expert_field(name, *known) for name, known in _EXPERTS.items()),
+                *EXPERT_SETTINGS,
                 *sigmoid_router(1, 1),
-                scale_of_weights(1.0),
+                weight_scale(1.0),
                 only("n_shared_experts", 1, COUNT, "{model_type} has one shared expert"),
             )
         ),
@@ -153,7 +153,7 @@ NEMOTRON_H = Architecture(
         "rms_norm_eps": "layer_norm_epsilon",
     },
     # the heads determine the size of Mamba layers; there are no rotary positions, whatever their fields say
-    ignored=IGNORED_OF_MAMBA
+    ignored=IGNORED_BY_MAMBA
     | {
         "expand",
         "mamba_ssm_cache_dtype",

@@ -14,7 +14,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 PHI3 = Architecture(
     model_type="phi3",
-    causal="Phi3ForCausalLM",
+    model_class="Phi3ForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

@@ -12,7 +12,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 QWEN2 = Architecture(
     model_type="qwen2",
-    causal="Qwen2ForCausalLM",
+    model_class="Qwen2ForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

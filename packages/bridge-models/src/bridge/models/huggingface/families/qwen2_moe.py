@@ -26,7 +26,7 @@ def _write_qkv_bias(t: Translation) -> None:
 _QKV_BIAS = Row({"qkv_bias": Name(FLAG, True)}, ("transformer.add_qkv_bias",), _read_qkv_bias, _write_qkv_bias)
 QWEN2_MOE = Architecture(
     model_type="qwen2_moe",
-    causal="Qwen2MoeForCausalLM",
+    model_class="Qwen2MoeForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(
@@ -38,7 +38,7 @@ QWEN2_MOE = Architecture(
             intermediate_size=5632,
             num_attention_heads=16,
         ),
-        attention=(*heads(16), window_by_switch(in_turns=True)),
+        attention=(*heads(16), window_by_switch(alternating=True)),
         biases=(NO_BIASES, _QKV_BIAS),
         experts=(
             *experts("num_experts", 60, 4),

@@ -12,7 +12,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 QWEN3 = Architecture(
     model_type="qwen3",
-    causal="Qwen3ForCausalLM",
+    model_class="Qwen3ForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

@@ -14,7 +14,7 @@ from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
-    causal="Qwen3MoeForCausalLM",
+    model_class="Qwen3MoeForCausalLM",
     target=GPT,
     transformers=ANY_TRANSFORMER,
     rows=decoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bridge.models.huggingface.architecture import Architecture
-from bridge.models.huggingface.fields.activation import read_function, written_function
+from bridge.models.huggingface.fields.activation import get_function_name, read_function
 from bridge.models.huggingface.fields.biases import NO_BIASES
 from bridge.models.huggingface.fields.language_model import DTYPE, ORIGIN, SPECIAL_TOKENS
 from bridge.models.huggingface.fields.norms import rms_norm
@@ -37,7 +37,7 @@ _LAYERS = Row(
 )
 
 
-def _stacks_alike(path: str, of_decoder: str) -> Row:
+def _shared_size(path: str, of_decoder: str) -> Row:
     """Return the row of an encoder size that a document has separately, but config.json shares with the decoder."""
 
     def write(t: Translation) -> None:
@@ -87,7 +87,7 @@ def _read_feed_forward(t: Translation) -> None:
 
 
 def _write_feed_forward(t: Translation) -> None:
-    gated, function = t["transformer.gated_linear_unit"], written_function(t, "gelu_new")
+    gated, function = t["transformer.gated_linear_unit"], get_function_name(t, "gelu_new")
     if gated and function == "gelu":
         raise t.refuse("transformer.activation_func", f"gated GELU of {t.model_type} is the tanh approximation")
     if gated and function == "gelu_new":
@@ -158,7 +158,7 @@ def _read_channels(t: Translation) -> None:
 
 T5 = Architecture(
     model_type="t5",
-    causal="T5ForConditionalGeneration",
+    model_class="T5ForConditionalGeneration",
     target=T5_CONFIG,
     rows=(
         same("vocab_size", "vocab_size", COUNT, 32128),
@@ -171,9 +171,9 @@ T5 = Architecture(
         feed_forward("d_ff", "transformer.ffn_hidden_size", COUNT, 2048),
         same("num_heads", "transformer.num_attention_heads", COUNT, 8),
         Row({"d_kv": Name(COUNT, 64)}, ("transformer.kv_channels",), _read_channels, _write_channels),
-        _stacks_alike("encoder_ffn_hidden_size", "transformer.ffn_hidden_size"),
-        _stacks_alike("encoder_num_attention_heads", "transformer.num_attention_heads"),
-        _stacks_alike("encoder_kv_channels", "transformer.kv_channels"),
+        _shared_size("encoder_ffn_hidden_size", "transformer.ffn_hidden_size"),
+        _shared_size("encoder_num_attention_heads", "transformer.num_attention_heads"),
+        _shared_size("encoder_kv_channels", "transformer.kv_channels"),
         Row({}, ("transformer.softmax_scale",), _read_scores, _write_scores),
         *rms_norm("layer_norm_epsilon", 1e-6),
         NO_BIASES,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bridge.models.huggingface.fields.row import Row, always
-from bridge.models.huggingface.translation import TEXT, Name, Translation, unknown_choice
+from bridge.models.huggingface.translation import TEXT, Name, Translation, refuse_choice
 
 _GELU = "torch.nn.functional.gelu"
 _TANH_GELU: Mapping[str, Any] = {"_target_": _GELU, "_partial_": True, "approximate": "tanh"}
@@ -32,7 +32,7 @@ def activation(name: str, default: str) -> Row:
         read_function(t, name, t[name])
 
     def write(t: Translation) -> None:
-        t[name] = written_function(t, default)
+        t[name] = get_function_name(t, default)
 
     return Row({name: Name(TEXT, default)}, ("transformer.activation_func",), read, write)
 
@@ -44,11 +44,11 @@ def read_function(t: Translation, name: str, function: str) -> None:
         RefusedError: The name is unknown.
     """
     if function not in _ACTIVATIONS:
-        raise unknown_choice(t, name, function, _ACTIVATIONS)
+        raise refuse_choice(t, name, function, _ACTIVATIONS)
     t["transformer.activation_func"] = _ACTIVATIONS[function]
 
 
-def written_function(t: Translation, usual: str) -> str:
+def get_function_name(t: Translation, usual: str) -> str:
     """Return the name in config.json of the document's activation function: ``usual`` if it is one of its names.
 
     Raises:

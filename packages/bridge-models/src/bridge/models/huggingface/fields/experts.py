@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bridge.models.huggingface.fields.row import Row, always, setting
 from bridge.models.huggingface.translation import COUNT, INTEGER, INTEGERS, Name, Translation
 
-HOW_EXPERTS_RUN = (
+EXPERT_SETTINGS = (
     setting("transformer.moe_router_dtype", "fp32"),
     setting("transformer.moe_token_dispatcher_type", "alltoall"),
     setting("transformer.moe_grouped_gemm", True),
@@ -42,7 +42,7 @@ def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...
     return (
         Row({name: Name(COUNT, number)}, ("transformer.num_moe_experts",), read, write),
         Row({"num_experts_per_tok": Name(COUNT, chosen)}, ("transformer.moe_router_topk",), read_chosen, write_chosen),
-        *HOW_EXPERTS_RUN,
+        *EXPERT_SETTINGS,
     )
 
 
@@ -53,24 +53,24 @@ def expert_width(name: str, default: int) -> Row:
         t["transformer.moe_ffn_hidden_size"] = t[name]
 
     def write(t: Translation) -> None:
-        t[name] = _expert_width(t)
+        t[name] = _get_expert_width(t)
 
     return Row({name: Name(COUNT, default)}, ("transformer.moe_ffn_hidden_size",), read, write)
 
 
-def _expert_width(t: Translation) -> int:
+def _get_expert_width(t: Translation) -> int:
     width: int | None = t["transformer.moe_ffn_hidden_size"] or t["transformer.ffn_hidden_size"]
     return width or 4 * int(t["transformer.hidden_size"])
 
 
-def every_layer_has_experts(default: int) -> tuple[Row, ...]:
+def experts_everywhere(default: int) -> tuple[Row, ...]:
     """Return the rows of models with experts in all layers; ``intermediate_size`` is their hidden size."""
 
     def read(t: Translation) -> None:
         t["transformer.ffn_hidden_size"] = t["transformer.moe_ffn_hidden_size"] = t["intermediate_size"]
 
     def write(t: Translation) -> None:
-        t["intermediate_size"] = _expert_width(t)
+        t["intermediate_size"] = _get_expert_width(t)
 
     fields = ("transformer.ffn_hidden_size", "transformer.moe_ffn_hidden_size")
     return (
@@ -79,7 +79,7 @@ def every_layer_has_experts(default: int) -> tuple[Row, ...]:
     )
 
 
-def which_layers(t: Translation) -> list[int]:
+def list_expert_layers(t: Translation) -> list[int]:
     """Return 1 for each layer of a document with experts, 0 for the others."""
     layers: int = t["transformer.num_layers"]
     frequency: int | Sequence[int] = t["transformer.moe_layer_freq"]
@@ -90,7 +90,7 @@ def which_layers(t: Translation) -> list[int]:
     return list(frequency)
 
 
-def frequency(has_experts: Sequence[bool]) -> int | list[int]:
+def encode_layers(has_experts: Sequence[bool]) -> int | list[int]:
     """Return ``moe_layer_freq``: 1 if all layers have experts, else a list of 0 and 1."""
     return 1 if all(has_experts) else [int(one) for one in has_experts]
 
@@ -100,11 +100,11 @@ def _read_sparse_layers(t: Translation) -> None:
     has_experts = [(index + 1) % every == 0 and index not in dense for index in range(t["num_hidden_layers"])]
     if not any(has_experts):
         raise t.refuse("decoder_sparse_step", "leaves no layer with experts: Megatron-Core needs at least one")
-    t["transformer.moe_layer_freq"] = frequency(has_experts)
+    t["transformer.moe_layer_freq"] = encode_layers(has_experts)
 
 
 def _write_sparse_layers(t: Translation) -> None:
-    has_experts = which_layers(t)
+    has_experts = list_expert_layers(t)
     sparse = [index + 1 for index, one in enumerate(has_experts) if one]
     every = next(step for step in range(min(sparse, default=1), 0, -1) if not any(at % step for at in sparse))
     t["decoder_sparse_step"] = every
@@ -119,17 +119,17 @@ SPARSE_LAYERS = Row(
 )
 
 
-def first_layers_dense(default: int) -> Row:
+def dense_first_layers(default: int) -> Row:
     """Return the row of the number of first layers without experts."""
 
     def read(t: Translation) -> None:
         layers, dense = t["num_hidden_layers"], t["first_k_dense_replace"] or 0
         if dense >= layers:
             raise t.refuse("first_k_dense_replace", "leaves no layer with experts: Megatron-Core needs at least one")
-        t["transformer.moe_layer_freq"] = frequency([index >= dense for index in range(layers)])
+        t["transformer.moe_layer_freq"] = encode_layers([index >= dense for index in range(layers)])
 
     def write(t: Translation) -> None:
-        has_experts = which_layers(t)
+        has_experts = list_expert_layers(t)
         if has_experts != sorted(has_experts):
             raise t.refuse(
                 "transformer.moe_layer_freq", f"{t.model_type} can only have layers without experts before all others"

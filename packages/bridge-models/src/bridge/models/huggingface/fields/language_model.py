@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.targets import GENERATION
-from bridge.models.huggingface.translation import ANYTHING, FLAG, NUMBER, TEXT, Name, Translation, unknown_choice
+from bridge.models.huggingface.translation import ANYTHING, FLAG, NUMBER, TEXT, Name, Translation, refuse_choice
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id")
 _DTYPES = {"float32": "torch.float32", "bfloat16": "torch.bfloat16", "float16": "torch.float16"}
@@ -17,7 +17,7 @@ def _read_dtype(t: Translation) -> None:
         return
     dtype = t[name].removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise unknown_choice(t, name, dtype, _DTYPES)
+        raise refuse_choice(t, name, dtype, _DTYPES)
     if half := _HALF.get(_DTYPES[dtype]):
         t[half] = True
     t["transformer.params_dtype"] = _DTYPES[dtype]

@@ -8,7 +8,7 @@ from bridge.models.huggingface.fields.norms import rms_norm_of
 from bridge.models.huggingface.fields.rope import (
     Scaling,
     check_attention_factor,
-    given_scaling,
+    find_scaling,
     read_scaling,
     rope_names,
 )
@@ -27,7 +27,7 @@ def _write_queries(t: Translation) -> None:
 
 
 def _read_positions(t: Translation) -> None:
-    scaling = given_scaling(t)
+    scaling = find_scaling(t)
     t["position_embedding_type"] = "rope"
     t["transformer.rotary_base"] = float(scaling.get("rope_theta", t["rope_theta"]))
     if scaling.get("partial_rotary_factor", t["partial_rotary_factor"]) not in (None, 1):
@@ -104,7 +104,7 @@ _POSITIONS = Row(
 )
 
 
-def _as_many_keys(default: int | None) -> Row:
+def _key_value_heads(default: int | None) -> Row:
     """Return the row of ``num_key_value_heads``, which must equal ``num_attention_heads``."""
 
     def read(t: Translation) -> None:
@@ -140,7 +140,7 @@ def latent_attention(key_value_heads: int | None) -> tuple[Row, ...]:
         same("qk_nope_head_dim", "transformer.qk_head_dim", COUNT, 128),
         same("qk_rope_head_dim", "transformer.qk_pos_emb_head_dim", COUNT, 64),
         same("v_head_dim", "transformer.v_head_dim", COUNT, 128),
-        _as_many_keys(key_value_heads),
+        _key_value_heads(key_value_heads),
         derived("head_dim", lambda t: t["qk_rope_head_dim"], "qk_rope_head_dim"),
         derived(
             "qk_head_dim",

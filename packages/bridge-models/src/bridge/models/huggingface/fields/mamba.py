@@ -34,7 +34,7 @@ def mamba_layers(*, convolution: str, biases: tuple[str, ...], function: str) ->
     )
 
 
-IGNORED_OF_MAMBA = frozenset(
+IGNORED_BY_MAMBA = frozenset(
     (
         "chunk_size",  # affects how a scan is computed, not its result
         "rescale_prenorm_residual",  # affects initial weights only

@@ -22,13 +22,13 @@ from bridge.models.huggingface.translation import (
     RefusedError,
     Translation,
     is_number,
-    unknown_choice,
+    refuse_choice,
 )
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants that megatron-core 0.19.2 hard-codes for Llama 3 scaling."""
 
-_BEYOND = {
+_UNSUPPORTED = {
     "dynamic": "its frequencies depend on the length of each sequence",
     "longrope": "it has a separate factor for each frequency",
     "su": "it has a separate factor for each frequency",
@@ -132,7 +132,7 @@ def rotary(
     }
 
     def read(t: Translation) -> None:
-        scaling = given_scaling(t, default)
+        scaling = find_scaling(t, default)
         t["position_embedding_type"] = "rope"
         base = scaling.get("rope_theta", t["rope_theta"])
         if base != int(base):
@@ -150,7 +150,7 @@ def rotary(
             if not partial:
                 raise t.refuse("rotary_percent", f"{t.model_type} rotates all channels of a head: must be 1.0")
             t["partial_rotary_factor"] = t["rotary_percent"]
-        if (scaling := _written_scaling(t)) is not None:
+        if (scaling := _write_scaling(t)) is not None:
             if scaling["rope_type"] not in kinds:
                 raise t.refuse(
                     "position_embedding_type", f"{t.model_type} does not support {scaling['rope_type']} scaling"
@@ -184,7 +184,7 @@ def rope_names(theta: float) -> dict[str, Name]:
     }
 
 
-def given_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Scaling:
+def find_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Scaling:
     """Return the scaling mapping; version 4's has precedence if both are set, as in transformers."""
     for name in ("rope_scaling", "rope_parameters"):
         values = t[name]
@@ -202,11 +202,11 @@ def read_scaling(
         RefusedError: The kind of scaling is not supported.
     """
     kind = scaling.kind
-    if kind in _BEYOND or (kind in ("linear", "llama3", "yarn") and kind not in readers):
-        reason = f": {_BEYOND[kind]}" if kind in _BEYOND else f" for {t.model_type}"
+    if kind in _UNSUPPORTED or (kind in ("linear", "llama3", "yarn") and kind not in readers):
+        reason = f": {_UNSUPPORTED[kind]}" if kind in _UNSUPPORTED else f" for {t.model_type}"
         raise scaling.refuse(scaling.key, f"Megatron-Core does not support {kind} scaling{reason}")
     if kind != "default" and kind not in readers:
-        raise unknown_choice(t, scaling.name, kind, ("default", *readers), scaling.key)
+        raise refuse_choice(t, scaling.name, kind, ("default", *readers), scaling.key)
     if kind != "default":
         readers[kind](t, scaling)
     scaling.refuse_unknown()
@@ -260,19 +260,19 @@ def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None
     """Refuse an ``attention_factor`` that differs from the one computed from the other fields."""
     given = scaling.get("attention_factor")
     if mscale and mscale_all_dim:
-        follows = concentration(factor, mscale) / concentration(factor, mscale_all_dim)
+        follows = compute_concentration(factor, mscale) / compute_concentration(factor, mscale_all_dim)
     else:
-        follows = concentration(factor, 1)
+        follows = compute_concentration(factor, 1)
     if given is not None and not math.isclose(given, follows, rel_tol=1e-6):
         scaling.refuse("attention_factor", f"Megatron-Core computes it from the other fields: must be {follows}")
 
 
-def concentration(factor: float, mscale: float) -> float:
+def compute_concentration(factor: float, mscale: float) -> float:
     """Return YaRN's factor on sines and cosines: 0.1 mscale ln(factor) + 1 (https://arxiv.org/abs/2309.00071)."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _written_scaling(t: Translation) -> dict[str, Any] | None:
+def _write_scaling(t: Translation) -> dict[str, Any] | None:
     ways = {
         "rope_scaling": bool(t["rope_scaling"]),
         "seq_len_interpolation_factor": t["seq_len_interpolation_factor"] is not None,
@@ -289,10 +289,10 @@ def _written_scaling(t: Translation) -> dict[str, Any] | None:
         return {"rope_type": "llama3", "factor": t["rope_scaling_factor"]} | LLAMA3
     if ways["seq_len_interpolation_factor"]:
         return {"rope_type": "linear", "factor": t["seq_len_interpolation_factor"]}
-    return _written_yarn(t) if ways["position_embedding_type"] else None
+    return _write_yarn(t) if ways["position_embedding_type"] else None
 
 
-def _written_yarn(t: Translation) -> dict[str, Any]:
+def _write_yarn(t: Translation) -> dict[str, Any]:
     if t["transformer._target_"] != YARN_TRANSFORMER:
         raise t.refuse("transformer._target_", f"the position_embedding_type yarn needs {YARN_TRANSFORMER}")
     scaling = {

@@ -125,7 +125,7 @@ GREEDY_ROUTER = Row(
 )
 
 
-def scale_of_weights(default: float) -> Row:
+def weight_scale(default: float) -> Row:
     """Return the row of the factor on expert weights."""
 
     def read(t: Translation) -> None:
@@ -139,7 +139,7 @@ def scale_of_weights(default: float) -> Row:
     return Row({"routed_scaling_factor": Name(NUMBER, default)}, fields, read, write)
 
 
-def balance(name: str, default: float | None, kind: str, *, note: str = "") -> Row:
+def load_balancing(name: str, default: float | None, kind: str, *, note: str = "") -> Row:
     """Return the row of the coefficient of the load-balancing loss.
 
     Args:
@@ -168,7 +168,7 @@ def balance(name: str, default: float | None, kind: str, *, note: str = "") -> R
     return Row({name: Name(NUMBER, default)}, fields, read, write)
 
 
-AUX_LOSS = balance(
+AUX_LOSS = load_balancing(
     "router_aux_loss_coef",
     0.001,
     "aux_loss",

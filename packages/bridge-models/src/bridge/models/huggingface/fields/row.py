@@ -52,7 +52,7 @@ def always(path: str, value: Any, why: str) -> Row:
 
     def write(t: Translation) -> None:
         if t[path] != value:
-            t.refuse_other(path, why, value)
+            t.refuse_value(path, why, value)
 
     return Row({}, (path,), read, write)
 
@@ -73,7 +73,7 @@ def only(name: str, value: Any, kind: str, why: str, *, default: Any = ..., also
     def read(t: Translation) -> None:
         found = t[name]
         if found != value and found not in also:
-            t.refuse_other(name, why, value)
+            t.refuse_value(name, why, value)
 
     def write(t: Translation) -> None:
         if value != default:

@@ -24,11 +24,11 @@ def window_everywhere(default: int | None) -> Row:
 
     def read(t: Translation) -> None:
         if (window := t["sliding_window"]) is not None:
-            t["transformer.window_size"] = _window(window)
+            t["transformer.window_size"] = _to_window_size(window)
 
     def write(t: Translation) -> None:
-        window = _written(t)
-        if window is not None and not all(_slides(t)):
+        window = _write_window(t)
+        if window is not None and not all(_list_sliding_layers(t)):
             raise t.refuse(
                 "transformer.window_attn_skip_freq", f"{t.model_type} has windows in all layers: must be null"
             )
@@ -37,18 +37,18 @@ def window_everywhere(default: int | None) -> Row:
     return Row({"sliding_window": Name(COUNT, default, null=True)}, _FIELDS, read, write)
 
 
-def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row:
+def window_by_switch(*, everywhere: bool = False, alternating: bool = False) -> Row:
     """Return the row of ``sliding_window`` if ``use_sliding_window`` is on, in all layers or by ``layer_types``.
 
     Args:
         everywhere: All layers have windows, and there is no ``layer_types``.
-        in_turns: Without ``layer_types``, every other layer before ``max_window_layers`` has a window, instead of all
+        alternating: Without ``layer_types``, every other layer before ``max_window_layers`` has a window, not all
             layers from there on.
     """
 
     def usual(t: Translation, index: int) -> bool:
         limit: int = t["max_window_layers"]
-        return index % 2 == 0 and index < limit if in_turns else index >= limit
+        return index % 2 == 0 and index < limit if alternating else index >= limit
 
     def read(t: Translation) -> None:
         layers, window = t["num_hidden_layers"], t["sliding_window"]
@@ -61,13 +61,13 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
         if window < 1:
             raise t.refuse("sliding_window", f"expected an integer >= 1, got {window}")
         if everywhere:
-            t["transformer.window_size"] = _window(window)
+            t["transformer.window_size"] = _to_window_size(window)
             return
-        _set(t, window, _types(t, lambda index: usual(t, index), layers))
+        _set_windows(t, window, _read_types(t, lambda index: usual(t, index), layers))
 
     def write(t: Translation) -> None:
-        window = _written(t)
-        slides = _slides(t)
+        window = _write_window(t)
+        slides = _list_sliding_layers(t)
         if window is None or not any(slides):
             t["use_sliding_window"] = False
             return
@@ -77,8 +77,8 @@ def window_by_switch(*, everywhere: bool = False, in_turns: bool = False) -> Row
             if not all(slides):
                 t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has windows in all layers: must be null")
             return
-        t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not in_turns else len(slides)
-        t["layer_types"] = _as_types(slides)
+        t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not alternating else len(slides)
+        t["layer_types"] = _write_types(slides)
 
     names = {"use_sliding_window": Name(FLAG, False), "sliding_window": Name(INTEGER, 4096, null=True)}
     if not everywhere:
@@ -96,22 +96,24 @@ def alternating_windows(default: int, slides: Callable[[int], bool]) -> Row:
 
     def read(t: Translation) -> None:
         window = t["sliding_window"]
-        types = _types(t, slides, t["num_hidden_layers"])
+        types = _read_types(t, slides, t["num_hidden_layers"])
         if window is None:
             if any(types):
                 t.refuse("sliding_window", "missing: some layers have sliding attention")
             return
-        _set(t, window, types)
+        _set_windows(t, window, types)
 
     def write(t: Translation) -> None:
-        window = _written(t)
+        window = _write_window(t)
         t["sliding_window"] = window
-        t["layer_types"] = _as_types(_slides(t) if window is not None else [False] * t["transformer.num_layers"])
+        t["layer_types"] = _write_types(
+            _list_sliding_layers(t) if window is not None else [False] * t["transformer.num_layers"]
+        )
 
     return Row({"sliding_window": Name(COUNT, default, null=True), "layer_types": Name(TEXTS)}, _FIELDS, read, write)
 
 
-def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bool]:
+def _read_types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bool]:
     types = t["layer_types"]
     if types is None:
         return [usual(index) for index in range(layers)]
@@ -123,20 +125,20 @@ def _types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bo
     return [kind == SLIDING for kind in types]
 
 
-def _window(tokens: int) -> list[int]:
+def _to_window_size(tokens: int) -> list[int]:
     """Return ``window_size``: Megatron-Core does not count the current token, transformers does."""
     return [tokens - 1, 0]
 
 
-def _set(t: Translation, window: int, slides: list[bool]) -> None:
+def _set_windows(t: Translation, window: int, slides: list[bool]) -> None:
     if not any(slides):
         return
-    t["transformer.window_size"] = _window(window)
+    t["transformer.window_size"] = _to_window_size(window)
     if not all(slides):
-        t["transformer.window_attn_skip_freq"] = _frequency(slides)
+        t["transformer.window_attn_skip_freq"] = _encode_layers(slides)
 
 
-def _frequency(slides: list[bool]) -> int | list[int]:
+def _encode_layers(slides: list[bool]) -> int | list[int]:
     """Return N if exactly every N-th layer has no window; else 1 or 0 for each layer."""
     every = slides.index(False) + 1
     if every > 1 and slides == [bool((index + 1) % every) for index in range(len(slides))]:
@@ -144,7 +146,7 @@ def _frequency(slides: list[bool]) -> int | list[int]:
     return [int(one) for one in slides]
 
 
-def _slides(t: Translation) -> list[bool]:
+def _list_sliding_layers(t: Translation) -> list[bool]:
     """Return for each layer of a document whether it has a window, given that window_size is set."""
     layers: int = t["transformer.num_layers"]
     frequency: Any = t["transformer.window_attn_skip_freq"]
@@ -157,11 +159,11 @@ def _slides(t: Translation) -> list[bool]:
     return [bool(one) for one in frequency]
 
 
-def _as_types(slides: list[bool]) -> list[str]:
+def _write_types(slides: list[bool]) -> list[str]:
     return [SLIDING if one else FULL for one in slides]
 
 
-def _written(t: Translation) -> int | None:
+def _write_window(t: Translation) -> int | None:
     size: Any = t["transformer.window_size"]
     if size is None or size[0] < 0:
         return None
