@@ -1,6 +1,6 @@
-"""Weights of transformers' classes under the names of Megatron's; they differ in how they put them together.
+"""Convert weights of transformers' classes to Megatron-Core's names and layouts.
 
-Megatron fuses queries, keys and values, a group of heads after the other, and gate and up projections.
+Megatron-Core fuses queries, keys and values, interleaved by query group, and gate and up projections.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 
 Weights = dict[str, torch.Tensor]
 Carry = Callable[[Any, Weights], Weights]
-"""Ours from those of transformers, and its config."""
+"""Converts weights, given the config of transformers."""
 
 
-def under(weights: Weights, prefix: str) -> Weights:
+def strip_prefix(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def prefixed(prefix: str, weights: Weights) -> Weights:
+def add_prefix(prefix: str, weights: Weights) -> Weights:
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
-def renamed(weights: Weights, names: dict[str, str]) -> Weights:
-    """Each module's weight, and its bias if it has one, under another name."""
+def rename(weights: Weights, names: dict[str, str]) -> Weights:
+    """Return each module's weight, and its bias if it has one, under another name."""
     kinds = ("weight", "bias")
     return {
         f"{new}.{kind}": weights[f"{old}.{kind}"]
@@ -35,8 +35,8 @@ def renamed(weights: Weights, names: dict[str, str]) -> Weights:
     }
 
 
-def fused(weights: Weights, parts: list[str], name: str, *, groups: int = 1) -> Weights:
-    """Modules' weights and biases as one, of ``groups`` blocks that hold a share of each part."""
+def fuse(weights: Weights, parts: list[str], name: str, *, groups: int = 1) -> Weights:
+    """Return modules' weights and biases fused into one, in ``groups`` blocks with a share of each part."""
     return {
         f"{name}.{kind}": torch.cat(
             [weights[f"{part}.{kind}"].unflatten(0, (groups, -1)) for part in parts], dim=1
@@ -52,8 +52,8 @@ def split(weights: Weights, name: str, sizes: dict[str, int]) -> Weights:
 
 
 def llama(config: Any, weights: Weights) -> Weights:
-    """Llama and all that name their weights as it does."""
-    found = renamed(
+    """Convert Llama, and all architectures with its weight names."""
+    found = rename(
         weights,
         {
             "model.embed_tokens": "embedding.word_embeddings",
@@ -61,15 +61,15 @@ def llama(config: Any, weights: Weights) -> Weights:
         },
     )
     if not config.tie_word_embeddings:
-        found |= renamed(weights, {"lm_head": "output_layer"})
+        found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.num_hidden_layers):
-        theirs = under(weights, f"model.layers.{layer}.")
+        theirs = strip_prefix(weights, f"model.layers.{layer}.")
         ours = (
-            renamed(theirs, {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"})
-            | prefixed("self_attention.", attention(config, under(theirs, "self_attn.")))
-            | prefixed("mlp.", mlp(under(theirs, "mlp.")))
+            rename(theirs, {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"})
+            | add_prefix("self_attention.", attention(config, strip_prefix(theirs, "self_attn.")))
+            | add_prefix("mlp.", mlp(strip_prefix(theirs, "mlp.")))
         )
-        found |= prefixed(f"decoder.layers.{layer}.", ours)
+        found |= add_prefix(f"decoder.layers.{layer}.", ours)
     return found
 
 
@@ -85,15 +85,15 @@ def attention(config: Any, weights: Weights) -> Weights:
             "v_proj": channels * groups,
         }
         weights = weights | split(weights, "qkv_proj", sizes)
-    found = fused(weights, ["q_proj", "k_proj", "v_proj"], "linear_qkv", groups=groups)
-    found |= renamed(weights, {"o_proj": "linear_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"})
+    found = fuse(weights, ["q_proj", "k_proj", "v_proj"], "linear_qkv", groups=groups)
+    found |= rename(weights, {"o_proj": "linear_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"})
     if "sinks" in weights:
         found["core_attention.softmax_offset"] = weights["sinks"]
     return found
 
 
 def latent_attention(weights: Weights) -> Weights:
-    return renamed(
+    return rename(
         weights,
         {
             "q_proj": "linear_q_proj",
@@ -109,29 +109,29 @@ def latent_attention(weights: Weights) -> Weights:
 
 
 def mlp(weights: Weights) -> Weights:
-    """A gated MLP, or experts with what stands beside them."""
+    """Convert an MLP, or experts with their router and shared experts."""
     if not any(name.startswith("experts.") for name in weights):
         if "gate_proj.weight" in weights:
-            found = fused(weights, ["gate_proj", "up_proj"], "linear_fc1")
+            found = fuse(weights, ["gate_proj", "up_proj"], "linear_fc1")
         else:
-            found = renamed(weights, {"gate_up_proj": "linear_fc1", "up_proj": "linear_fc1"})
-        return found | renamed(weights, {"down_proj": "linear_fc2"})
-    found = renamed(weights, {"gate": "router", "router": "router"})
+            found = rename(weights, {"gate_up_proj": "linear_fc1", "up_proj": "linear_fc1"})
+        return found | rename(weights, {"down_proj": "linear_fc2"})
+    found = rename(weights, {"gate": "router", "router": "router"})
     if "gate.e_score_correction_bias" in weights:
         found["router.expert_bias"] = weights["gate.e_score_correction_bias"]
-    found |= prefixed("experts.", experts(under(weights, "experts.")))
+    found |= add_prefix("experts.", experts(strip_prefix(weights, "experts.")))
     for name in ("shared_expert", "shared_experts"):
-        if shared := under(weights, f"{name}."):
-            found |= prefixed("shared_experts.", mlp(shared))
+        if shared := strip_prefix(weights, f"{name}."):
+            found |= add_prefix("shared_experts.", mlp(shared))
     if "shared_expert_gate.weight" in weights:
         found["shared_experts.gate_weight"] = weights["shared_expert_gate.weight"]
     return found
 
 
 def experts(weights: Weights) -> Weights:
-    """Each expert's matrices, which stand in one tensor."""
+    """Split the tensors of all experts into matrices of each."""
     names = {"gate_up_proj": "linear_fc1.weight", "up_proj": "linear_fc1.weight", "down_proj": "linear_fc2.weight"}
-    if "gate_up_proj_bias" in weights:  # GPT-OSS: inputs before outputs, and a row of the gate, one of up, and so on
+    if "gate_up_proj_bias" in weights:  # GPT-OSS: stored as inputs x outputs, with alternating rows of gate and up
         names |= {"gate_up_proj_bias": "linear_fc1.bias", "down_proj_bias": "linear_fc2.bias"}
         weights = {name: tensor.transpose(-1, -2) if tensor.dim() == 3 else tensor for name, tensor in weights.items()}
         for name in ("gate_up_proj", "gate_up_proj_bias"):
@@ -145,7 +145,7 @@ def experts(weights: Weights) -> Weights:
 
 
 def gpt2(config: Any, weights: Weights) -> Weights:
-    found = renamed(
+    found = rename(
         weights,
         {
             "transformer.wte": "embedding.word_embeddings",
@@ -154,16 +154,16 @@ def gpt2(config: Any, weights: Weights) -> Weights:
         },
     )
     if not config.tie_word_embeddings:
-        found |= renamed(weights, {"lm_head": "output_layer"})
+        found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.n_layer):
-        theirs = {  # inputs stand before outputs
+        theirs = {  # stored as inputs x outputs
             name: tensor.T if tensor.dim() == 2 else tensor
-            for name, tensor in under(weights, f"transformer.h.{layer}.").items()
+            for name, tensor in strip_prefix(weights, f"transformer.h.{layer}.").items()
         }
         for kind in ("weight", "bias"):
             for part, tensor in zip("qkv", theirs[f"attn.c_attn.{kind}"].chunk(3), strict=True):
                 theirs[f"{part}.{kind}"] = tensor
-        ours = fused(theirs, ["q", "k", "v"], "self_attention.linear_qkv", groups=config.n_head) | renamed(
+        ours = fuse(theirs, ["q", "k", "v"], "self_attention.linear_qkv", groups=config.n_head) | rename(
             theirs,
             {
                 "ln_1": "input_layernorm",
@@ -173,37 +173,37 @@ def gpt2(config: Any, weights: Weights) -> Weights:
                 "mlp.c_proj": "mlp.linear_fc2",
             },
         )
-        found |= prefixed(f"decoder.layers.{layer}.", ours)
+        found |= add_prefix(f"decoder.layers.{layer}.", ours)
     return found
 
 
 def mamba(config: Any, weights: Weights) -> Weights:
-    """Mamba2 and Nemotron-H, whose layers have one part each."""
+    """Convert Mamba-2 and Nemotron-H, whose layers have one sublayer each."""
     weights = {name.replace("backbone.", "model."): tensor for name, tensor in weights.items()}
-    found = renamed(weights, {"model.embeddings": "embedding.word_embeddings", "model.norm_f": "decoder.final_norm"})
+    found = rename(weights, {"model.embeddings": "embedding.word_embeddings", "model.norm_f": "decoder.final_norm"})
     if not config.tie_word_embeddings:
-        found |= renamed(weights, {"lm_head": "output_layer"})
+        found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.num_hidden_layers):
-        theirs = under(weights, f"model.layers.{layer}.")
-        mixer = under(theirs, "mixer.")
+        theirs = strip_prefix(weights, f"model.layers.{layer}.")
+        mixer = strip_prefix(theirs, "mixer.")
         if "in_proj.weight" in mixer:
             named = {name.replace("conv1d.", "conv1d_"): tensor for name, tensor in mixer.items()}
-            ours = prefixed("mixer.", named) | renamed(theirs, {"norm": "norm"})
+            ours = add_prefix("mixer.", named) | rename(theirs, {"norm": "norm"})
         elif "q_proj.weight" in mixer:
-            ours = prefixed("self_attention.", attention(config, mixer)) | renamed(theirs, {"norm": "input_layernorm"})
+            ours = add_prefix("self_attention.", attention(config, mixer)) | rename(theirs, {"norm": "input_layernorm"})
         else:
-            ours = prefixed("mlp.", mlp(mixer)) | renamed(theirs, {"norm": "pre_mlp_layernorm"})
-        found |= prefixed(f"decoder.layers.{layer}.", ours)
+            ours = add_prefix("mlp.", mlp(mixer)) | rename(theirs, {"norm": "pre_mlp_layernorm"})
+        found |= add_prefix(f"decoder.layers.{layer}.", ours)
     return found
 
 
 def t5(config: Any, weights: Weights) -> Weights:
-    found = renamed(weights, {"shared": "embedding.word_embeddings"})
+    found = rename(weights, {"shared": "embedding.word_embeddings"})
     if not config.scale_decoder_outputs:  # transformers 5 ties the output layer all the same
-        found |= renamed(weights, {"lm_head": "lm_head.output_layer"}) | renamed(weights, {"lm_head": "output_layer"})
+        found |= rename(weights, {"lm_head": "lm_head.output_layer"}) | rename(weights, {"lm_head": "output_layer"})
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        theirs = under(weights, f"{stack}.")
-        found |= renamed(
+        theirs = strip_prefix(weights, f"{stack}.")
+        found |= rename(
             weights,
             {
                 f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias": f"{stack}_relative_pos_emb."
@@ -212,9 +212,9 @@ def t5(config: Any, weights: Weights) -> Weights:
             },
         )
         for layer in range(layers):
-            ours = t5_layer(config, under(theirs, f"block.{layer}."))
-            found |= prefixed(f"{stack}.layers.{layer}.", ours)
-    if config.scale_decoder_outputs:  # a factor on the last norm's output, which Megatron's T5 has not
+            ours = t5_layer(config, strip_prefix(theirs, f"block.{layer}."))
+            found |= add_prefix(f"{stack}.layers.{layer}.", ours)
+    if config.scale_decoder_outputs:  # a factor on the last norm's output, which Megatron-Core's T5 lacks
         found["decoder.final_layernorm.weight"] = found["decoder.final_layernorm.weight"] / math.sqrt(config.d_model)
     return found
 
@@ -222,12 +222,12 @@ def t5(config: Any, weights: Weights) -> Weights:
 def t5_layer(config: Any, weights: Weights) -> Weights:
     crosses = any("EncDecAttention" in name for name in weights)
     attends, crossing, feeds = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{2 if crosses else 1}"
-    fed = renamed(
-        under(weights, f"{feeds}.DenseReluDense."),
+    fed = rename(
+        strip_prefix(weights, f"{feeds}.DenseReluDense."),
         {"wi": "up_proj", "wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"},
     )
     found = (
-        renamed(
+        rename(
             weights,
             {
                 "layer.0.layer_norm": "input_layernorm",
@@ -235,20 +235,18 @@ def t5_layer(config: Any, weights: Weights) -> Weights:
                 f"{feeds}.layer_norm": "pre_mlp_layernorm",
             },
         )
-        | fused(weights, [f"{attends}.{part}" for part in "qkv"], "self_attention.linear_qkv", groups=config.num_heads)
-        | prefixed("mlp.", mlp(fed))
+        | fuse(weights, [f"{attends}.{part}" for part in "qkv"], "self_attention.linear_qkv", groups=config.num_heads)
+        | add_prefix("mlp.", mlp(fed))
     )
     if crosses:
-        found |= renamed(
+        found |= rename(
             weights,
             {
                 "layer.1.layer_norm": "pre_cross_attn_layernorm",
                 f"{crossing}.q": "cross_attention.linear_q",
                 f"{crossing}.o": "cross_attention.linear_proj",
             },
-        ) | fused(
-            weights, [f"{crossing}.{part}" for part in "kv"], "cross_attention.linear_kv", groups=config.num_heads
-        )
+        ) | fuse(weights, [f"{crossing}.{part}" for part in "kv"], "cross_attention.linear_kv", groups=config.num_heads)
     return found
 
 

@@ -20,18 +20,18 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_
 
 @pytest.fixture
 def bridge(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command; returns its exit code, and what it said on stdout and stderr."""
+    """Return a function that runs a command and returns its exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as leaving:
             main([str(argument) for argument in arguments])
-        told = capsys.readouterr()
-        return int(leaving.value.code or 0), told.out, told.err
+        captured = capsys.readouterr()
+        return int(leaving.value.code or 0), captured.out, captured.err
 
     return run
 
 
-def written(folder: Path, config: object) -> Path:
+def write_config(folder: Path, config: object) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(config, indent=1))
     return file
@@ -40,7 +40,7 @@ def written(folder: Path, config: object) -> Path:
 def test_from_a_file_or_folder_to_yaml_json_or_a_file(
     bridge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
+    file = write_config(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
     code, yaml, notes = bridge("from-hf", file)
     assert (code, notes) == (
         0,
@@ -66,14 +66,14 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(
     assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
 
 
-def test_a_file_is_overwritten_on_demand_and_a_schema_is_told_of(bridge: Run, tmp_path: Path) -> None:
-    file, made = written(tmp_path, LLAMA), tmp_path / "made.yaml"
-    _, _, told = bridge("from-hf", file, "-o", made)
-    assert told.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: JSON Schema of made.yaml, for editors")
+def test_a_file_is_overwritten_only_with_force_and_a_schema_is_reported(bridge: Run, tmp_path: Path) -> None:
+    file, made = write_config(tmp_path, LLAMA), tmp_path / "made.yaml"
+    _, _, stderr = bridge("from-hf", file, "-o", made)
+    assert stderr.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: JSON Schema of made.yaml, for editors")
     made.write_text("mine\n")
-    code, _, told = bridge("from-hf", file, "-o", made)
+    code, _, stderr = bridge("from-hf", file, "-o", made)
     assert (code, made.read_text()) == (1, "mine\n")
-    assert "give --force to overwrite it" in told
+    assert "give --force to overwrite it" in stderr
     assert bridge("from-hf", file, "-o", made, "--force") == (0, "", "")
     assert Document.load(made).data["vocab_size"] == 32000
 
@@ -85,7 +85,7 @@ def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"model_type": "llama",', "config.json:1:24: $: "),
         ('{"model_type": "' + 10**5 * '\\\\"', "config.json:1:"),
@@ -98,32 +98,32 @@ def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
         ('{"model_type": "llama", "num_hiden_layers": 2}', "did you mean 'num_hidden_layers'?"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(bridge: Run, tmp_path: Path, content: str, said: str) -> None:
+def test_errors_have_a_position(bridge: Run, tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(content)
-    code, out, told = bridge("from-hf", file)
+    code, out, stderr = bridge("from-hf", file)
     assert (code, out) == (1, "")
-    assert said in told
+    assert message in stderr
 
 
 def test_a_config_json_is_a_json_file(bridge: Run, tmp_path: Path) -> None:
-    code, out, told = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
+    code, out, stderr = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
     assert (code, out) == (1, "")
-    assert told.endswith("config.yaml: expected a .json file, or a folder for config.json\n")
+    assert stderr.endswith("config.yaml: expected a .json file, or a folder for config.json\n")
 
 
 def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:
-    code, _, told = bridge("from-hf", tmp_path)
+    code, _, stderr = bridge("from-hf", tmp_path)
     assert code == 1
-    assert told == f"{tmp_path / 'config.json'}: $: file not found: give a config.json, or a folder with one\n"
-    code, out, told = bridge("to-hf", "mla-tiny")
+    assert stderr == f"{tmp_path / 'config.json'}: $: file not found: give a config.json, or a folder with one\n"
+    code, out, stderr = bridge("to-hf", "mla-tiny")
     assert (code, out) == (1, "")
-    assert "no architecture can express this model; the closest is deepseek_v2" in told
-    assert "$.transformer.num_moe_experts" in told
+    assert "no architecture can express this model; the closest is deepseek_v2" in stderr
+    assert "$.transformer.num_moe_experts" in stderr
 
 
 def test_neither_command_needs_torch_megatron_or_transformers(tmp_path: Path) -> None:
-    file = written(tmp_path, LLAMA)
+    file = write_config(tmp_path, LLAMA)
     document = tmp_path / "a.yaml"
     code = (
         "import sys; from bridge.config.cli.entry import bridge\n"

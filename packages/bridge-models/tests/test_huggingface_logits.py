@@ -1,6 +1,6 @@
-"""What `bridge from-hf` makes of a small model of each family computes what transformers' own class computes.
+"""Models from `bridge from-hf` compute the logits of transformers, for small models of each family.
 
-The weights are random, those of norms and biases too, and are carried over by name.
+All weights are random, including norms and biases, and are copied by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _on_cpu(pg_collection: ProcessGroupCollection) -> Iterator[None]:
 
 
 def theirs(config: dict[str, Any]) -> Any:
-    """The model of transformers, whose every parameter matters."""
+    """Return the model of transformers with random values in every parameter."""
     generator = torch.Generator().manual_seed(5)
     read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     kind = AutoModelForSeq2SeqLM if read.is_encoder_decoder else AutoModelForCausalLM
@@ -49,7 +49,7 @@ def theirs(config: dict[str, Any]) -> Any:
 
 
 def ours(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
-    """The model that Bridge builds from the same config.json."""
+    """Return the model that Bridge builds from the same config.json."""
     read: Any = ModelConfig.from_dict(from_hf(config).data)
     read.transformer.use_cpu_initialization = True
     read.finalize()
@@ -58,7 +58,7 @@ def ours(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
 
 
 def load(model: Any, weights: Weights) -> None:
-    """Give a model weights that transformers has; the bias that only Megatron's T5 has stays zero."""
+    """Load weights of transformers; the bias that only Megatron-Core's T5 has stays zero."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     own = [name for name in missing if not name.endswith(("_extra_state", "output_layer.bias"))]
     assert (own, unexpected) == ([], [])

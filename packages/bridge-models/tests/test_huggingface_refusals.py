@@ -1,4 +1,4 @@
-"""What neither side can say is refused by its name; what says nothing of the model is left out with a note."""
+"""Fields that the other side cannot express are errors; fields without effect are left out with a note."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
     ],
 )
-def test_what_a_document_cannot_say_is_refused_by_name(model_type: str, fields: Config, paths: list[str]) -> None:
+def test_fields_that_a_document_cannot_express_are_refused_by_name(
+    model_type: str, fields: Config, paths: list[str]
+) -> None:
     with pytest.raises(DocumentError) as error:
         from_hf({"model_type": model_type} | fields)
     assert sorted(problem.path for problem in error.value.problems) == [f"$.{path}" for path in paths]
@@ -116,7 +118,7 @@ def test_what_a_document_cannot_say_is_refused_by_name(model_type: str, fields: 
         ("t5-base", "transformer.attention_dropout=0.0", "attention_dropout"),
     ],
 )
-def test_what_config_json_cannot_say_is_refused_by_path(preset: str, override: str, path: str) -> None:
+def test_fields_that_config_json_cannot_express_are_refused_by_path(preset: str, override: str, path: str) -> None:
     document = Document.load(preset, ["transformer.bf16=false", override])
     with pytest.raises(DocumentError) as error:
         to_hf(document.data)
@@ -140,7 +142,7 @@ def test_what_config_json_cannot_say_is_refused_by_path(preset: str, override: s
         ("layer_types", ["full_attention", "full_attention"]),
     ],
 )
-def test_a_statement_that_says_nothing_of_the_model_is_left_out_with_a_note(name: str, value: Any) -> None:
+def test_a_field_without_effect_is_left_out_with_a_note(name: str, value: Any) -> None:
     given = {"model_type": "mixtral", "num_hidden_layers": 2}
     plain, found = from_hf(given), from_hf(given | {name: value})
     assert found.data == plain.data
@@ -148,7 +150,7 @@ def test_a_statement_that_says_nothing_of_the_model_is_left_out_with_a_note(name
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
-def test_what_is_so_of_an_architecture_may_be_said(model_type: str) -> None:
+def test_a_fixed_property_of_an_architecture_may_be_stated(model_type: str) -> None:
     assert from_hf({"model_type": model_type, "use_qk_norm": True}).data == from_hf({"model_type": model_type}).data
     with pytest.raises(DocumentError, match=f"use_qk_norm: {model_type} normalises queries and keys"):
         from_hf({"model_type": model_type, "use_qk_norm": False})
@@ -162,12 +164,12 @@ def test_a_dtype_as_torch_writes_it() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("shared_expert_intermediate_size", 8), ("pretraining_tp", 2), ("rope_interleaved", True)]
 )
-def test_a_statement_that_may_say_something_is_refused(name: str, value: Any) -> None:
+def test_an_unknown_field_that_may_have_an_effect_is_refused(name: str, value: Any) -> None:
     with pytest.raises(DocumentError, match=f"{name}: unknown to Bridge"):
         from_hf({"model_type": "mixtral", name: value})
 
 
-def test_the_head_of_a_classifier_and_long_sequences_are_told_of() -> None:
+def test_classifier_heads_and_long_sequences_are_noted() -> None:
     given = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3}
     (note,) = from_hf(given).notes
     assert "has a SequenceClassification head with 3 labels instead of the output layer" in note
@@ -183,7 +185,7 @@ def test_the_head_of_a_classifier_and_long_sequences_are_told_of() -> None:
         ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8}, "$.num_experts_per_tok"),
     ],
 )
-def test_a_model_that_cannot_run_is_refused_at_the_field_that_says_so(given: dict[str, Any], path: str) -> None:
+def test_a_model_that_cannot_run_is_refused_at_its_field(given: dict[str, Any], path: str) -> None:
     with pytest.raises(DocumentError) as error:
         from_hf(
             {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2, **given}
@@ -191,14 +193,14 @@ def test_a_model_that_cannot_run_is_refused_at_the_field_that_says_so(given: dic
     assert [problem.path for problem in error.value.problems] == [path]
 
 
-def test_a_language_model_inside_another_is_told_of() -> None:
+def test_a_language_model_inside_a_multimodal_config_is_refused() -> None:
     with pytest.raises(
         DocumentError, match=r"\$\.text_config: the language model, llama, is in this field: save the field"
     ):
         from_hf({"model_type": "llava", "text_config": LLAMA, "vision_config": {}})
 
 
-def test_a_hint_is_no_way_into_a_second_refusal() -> None:
+def test_hints_do_not_suggest_fields_that_would_be_refused() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.878}
     with pytest.raises(DocumentError, match="attn_factor: Megatron-Core has no such factor") as refused:
         from_hf({"model_type": "qwen3", "rope_scaling": yarn})

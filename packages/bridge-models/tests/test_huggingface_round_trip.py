@@ -44,8 +44,8 @@ def test_published_files_come_back(name: str) -> None:
     } | missing_tokens(published)
 
 
-def spelled(config: Config, version: int, *, old_type: bool) -> Config:
-    """The same in the spelling of a version of transformers."""
+def spell(config: Config, version: int, *, old_type: bool) -> Config:
+    """Return the config as a version of transformers spells it."""
     config = json.loads(json.dumps(config))
     scaling = config.pop("rope_scaling", None)
     if version == 4:
@@ -76,27 +76,27 @@ def test_every_architecture_is_drawn() -> None:
 def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
     config = data.draw(FAMILIES[model_type], label="config")
     version, old_type = data.draw(one_in(4, 5), label="version"), data.draw(FLAGS, label="old type")
-    config = spelled(config, version, old_type=old_type)
+    config = spell(config, version, old_type=old_type)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reader, "_wrong_fields", lambda *_: [])  # most of what is drawn could not run
-        document, came_back = _there_and_back(config)
-        assert len(_first_choices(document)) == 1
+        patch.setattr(Reader, "_wrong_fields", lambda *_: [])  # most drawn configs could not run
+        document, came_back = _convert_both_ways(config)
+        assert len(_list_first_choices(document)) == 1
         assert to_hf(from_hf(came_back).data).data == came_back
         assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
-    told, told_back = meaning(config), meaning(came_back)
+    expected, actual = meaning(config), meaning(came_back)
     if model_type == "nemotron_h" and "E" not in document["hybrid_layer_pattern"]:
-        told, told_back = without_experts(told), without_experts(told_back)
-    assert told_back == told
+        expected, actual = without_experts(expected), without_experts(actual)
+    assert actual == expected
     assert came_back["model_type"] == model_type
 
 
-def _there_and_back(config: Config) -> tuple[Config, Config]:
+def _convert_both_ways(config: Config) -> tuple[Config, Config]:
     document = from_hf(config).data
     return document, to_hf(document).data
 
 
-def _first_choices(document: Config) -> list[str]:
-    """The architectures that can say a document, but for those that yield to another of them."""
+def _list_first_choices(document: Config) -> list[str]:
+    """Return the architectures that can express a document and do not yield to another such one."""
     fields = read_fields(document)
     of_class = [one for one in ARCHITECTURES.values() if one.target == document["_target_"]]
     fitting = {one.model_type: one for one in of_class if not write(fields, one).problems}
@@ -154,7 +154,7 @@ def test_whatever_a_document_says_is_refused_or_written(data: st.DataObject) -> 
 
 
 def test_a_configuration_that_was_made_is_written_too() -> None:
-    """It says what its document leaves to be derived: channels, groups, scales, initialisers."""
+    """A finalized config states what its document leaves to be derived: channels, groups, scales, initialisers."""
     for name in ("gemma-2b", "Qwen1.5-MoE-A2.7B", "gpt-oss-20b", "Llama-3.2-1B", "t5-base"):
         (file,) = (file for stem, file in PUBLISHED.items() if stem.endswith(name))
         document = from_hf(load_config_json(str(file)).data).data

@@ -1,4 +1,4 @@
-"""What tables say of the classes of transformers and of Megatron-Core is so."""
+"""The tables agree with the classes of transformers and of Megatron-Core."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bridge.models.huggingface.families import ARCHITECTURES
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_what_is_left_out_is_what_transformers_takes(model_type: str) -> None:
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
     cls = CONFIG_MAPPING[model_type]
     theirs = {field.name: field.default for field in dataclasses.fields(cls)} | {"rope_theta": cls.default_theta}
     ours = ARCHITECTURES[model_type].names
@@ -45,9 +45,9 @@ SMALLEST: dict[str, Config] = {
 }
 
 
-def test_nothing_that_shapes_a_model_is_passed_over() -> None:
-    """Each field of a transformer is mapped, refused, or one of these, which do not change what a model is."""
-    of_how_it_runs = re.compile(
+def test_every_field_that_affects_computation_is_handled() -> None:
+    """Each field of a transformer is mapped, refused, or listed here as not affecting the model."""
+    runtime_only = re.compile(
         "|".join(
             (
                 "(tensor|pipeline|virtual_pipeline|context|expert|expert_tensor|sequence)_.*(parallel|weight).*",
@@ -78,15 +78,15 @@ def test_nothing_that_shapes_a_model_is_passed_over() -> None:
     )
     names = {field.name for cls in (TransformerConfig, MLATransformerConfig) for field in dataclasses.fields(cls)}
     shaping = {path.removeprefix("transformer.") for path in AFFECTS_COMPUTATION}
-    assert not {name for name in names - shaping if not of_how_it_runs.fullmatch(name)}
+    assert not {name for name in names - shaping if not runtime_only.fullmatch(name)}
     tables = [shipped(one.target) for one in ARCHITECTURES.values()]
     top = {name for table in tables if table for name in table.fields}
     assert shaping <= names | top
 
 
-def test_yarn_has_what_megatron_reads_and_does_not_declare() -> None:
+def test_yarn_config_declares_the_fields_that_megatron_only_reads() -> None:
     read = set(re.findall(r'"(yarn_\w+)"', inspect.getsource(gpt_model)))
     ours = {field.name for field in dataclasses.fields(YarnTransformerConfig)}
     theirs = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert read
-    assert read == ours - theirs, "megatron-core declares them now: take YarnTransformerConfig away"
+    assert read == ours - theirs, "megatron-core declares them now: remove YarnTransformerConfig"
