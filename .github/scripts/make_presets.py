@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Write the presets of published models: what from-hf makes of their config.json, and what is changed for training.
+"""Write the presets of published models: the output of from-hf for their config.json, with changes for training.
 
-make_presets.py            from packages/bridge-models/tests/huggingface
-make_presets.py --check    fails if that would change a preset
+Reads packages/bridge-models/tests/huggingface. A test fails if a preset differs from what this script writes.
 """
 
 import json
@@ -27,20 +26,20 @@ class Preset:
     model_id: str
     description: str
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields, by dotted path, that training needs otherwise; None takes one out."""
+    """Fields to change for training, by dotted path; None removes one."""
 
     comments: dict[str, str] = field(default_factory=dict)
-    """What stands behind a field, by its name."""
+    """Comments after fields, by field name."""
 
     @property
     def published(self) -> Path:
-        """The published config.json."""
+        """The path of the published config.json."""
         return PUBLISHED / f"{self.model_id.replace('/', '--')}.json"
 
 
 def pre_training(length: int, published: int, **changes: Any) -> dict[str, Any]:
-    """A shorter sequence than the published model reaches, and other changes, to fields of the transformer."""
-    comment = f"of pre-training; the published model reaches {published}"
+    """Return a sequence length shorter than the published maximum, and other changes to fields of the transformer."""
+    comment = f"pre-training length; the published model supports {published}"
     inner = {f"transformer.{name}": value for name, value in changes.items()}
     return {"changes": {"seq_length": length} | inner, "comments": {"seq_length": comment}}
 
@@ -51,14 +50,14 @@ LLAMA = "grouped-query attention, SwiGLU, RMSNorm, scaled rotary positions, bf16
 MODELS = {
     "deepseek-v2-lite": Preset(
         "deepseek-ai/DeepSeek-V2-Lite",
-        "DeepSeek-V2-Lite: 16B parameters, multi-latent attention, 64 experts, 6 for a token and two for all, bf16",
-        # Megatron's layers of Transformer Engine are those of another model, and refused.
+        "DeepSeek-V2-Lite: 16B parameters, multi-latent attention, 64 experts, 6 per token, 2 shared, bf16",
+        # Transformer Engine layers would compute a different model, so Bridge refuses them.
         **pre_training(4096, 163840, transformer_impl="local"),
     ),
     "deepseek-v3": Preset(
         "deepseek-ai/DeepSeek-V3",
-        "DeepSeek-V3: 671B parameters, multi-latent attention, 256 experts, 8 for a token and one for all, bf16",
-        # As in section 4.2 of the paper; without the layer that predicts a second token, of 11.6B parameters.
+        "DeepSeek-V3: 671B parameters, multi-latent attention, 256 experts, 8 per token, 1 shared, bf16",
+        # As in section 4.2 of the paper; without the multi-token prediction layer of 11.6B parameters.
         **pre_training(
             4096,
             163840,
@@ -84,13 +83,13 @@ MODELS = {
     ),
     "gpt-oss-20b": Preset(
         "openai/gpt-oss-20b",
-        "gpt-oss 20B: 32 experts, 4 for a token, windows in every other layer, attention sinks, YaRN, bf16",
-        **pre_training(4096, 131072, **BF16),  # published with experts of 4 bits
+        "gpt-oss 20B: 32 experts, 4 per token, windows in every other layer, attention sinks, YaRN, bf16",
+        **pre_training(4096, 131072, **BF16),  # published with 4-bit experts
     ),
     "gpt-oss-120b": Preset(
         "openai/gpt-oss-120b",
-        "gpt-oss 120B: 128 experts, 4 for a token, windows in every other layer, attention sinks, YaRN, bf16",
-        **pre_training(4096, 131072, **BF16),  # published with experts of 4 bits
+        "gpt-oss 120B: 128 experts, 4 per token, windows in every other layer, attention sinks, YaRN, bf16",
+        **pre_training(4096, 131072, **BF16),  # published with 4-bit experts
     ),
     "llama-2-7b": Preset(
         "meta-llama/Llama-2-7b-hf",
@@ -108,9 +107,9 @@ MODELS = {
     ),
     "mamba2-2.7b": Preset(
         "state-spaces/mamba2-2.7b",
-        "Mamba-2 2.7B: 64 Mamba layers alone, RMSNorm, tied embeddings",
+        "Mamba-2 2.7B: 64 Mamba layers, RMSNorm, tied embeddings",
         changes={"seq_length": 2048, "transformer.init_method_std": 0.02},
-        comments={"seq_length": "of pre-training; the published model has no longest one"},
+        comments={"seq_length": "pre-training length; the published model has no maximum"},
     ),
     "mamba-codestral-7b": Preset(
         "mistralai/Mamba-Codestral-7B-v0.1",
@@ -121,15 +120,13 @@ MODELS = {
         "mistralai/Mistral-7B-v0.3",
         "Mistral 7B v0.3: grouped-query attention, SwiGLU, RMSNorm, rotary positions, bf16",
     ),
-    "mixtral-8x7b": Preset(
-        "mistralai/Mixtral-8x7B-v0.1", "Mixtral 8x7B: 47B parameters, 8 experts, 2 for a token, bf16"
-    ),
+    "mixtral-8x7b": Preset("mistralai/Mixtral-8x7B-v0.1", "Mixtral 8x7B: 47B parameters, 8 experts, 2 per token, bf16"),
     "mixtral-8x22b": Preset(
-        "mistralai/Mixtral-8x22B-v0.1", "Mixtral 8x22B: 141B parameters, 8 experts, 2 for a token, bf16"
+        "mistralai/Mixtral-8x22B-v0.1", "Mixtral 8x22B: 141B parameters, 8 experts, 2 per token, bf16"
     ),
     "nemotron-3-nano-30b-a3b": Preset(
         "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
-        "Nemotron 3 Nano: 23 Mamba layers, 23 of 128 experts, 6 for a token and one for all, 6 of attention, bf16",
+        "Nemotron 3 Nano: 23 Mamba layers, 23 of 128 experts (6 per token, 1 shared), 6 of attention, bf16",
         **pre_training(8192, 262144),
     ),
     "nemotron-h-8b": Preset(
@@ -145,10 +142,10 @@ MODELS = {
     ),
     "qwen1.5-moe-a2.7b": Preset(
         "Qwen/Qwen1.5-MoE-A2.7B",
-        "Qwen1.5-MoE: 14B parameters, 60 experts, 4 for a token, and one with a gate for all, bf16",
+        "Qwen1.5-MoE: 14B parameters, 60 experts, 4 per token, 1 gated shared expert, bf16",
     ),
     "qwen2.5-0.5b": Preset(
-        "Qwen/Qwen2.5-0.5B", "Qwen2.5 0.5B: biases of queries, keys and values, tied embeddings, bf16"
+        "Qwen/Qwen2.5-0.5B", "Qwen2.5 0.5B: biases in query, key and value projections, tied embeddings, bf16"
     ),
     "qwen2.5-7b": Preset(
         "Qwen/Qwen2.5-7B",
@@ -170,12 +167,12 @@ MODELS = {
     ),
     "qwen3-30b-a3b": Preset(
         "Qwen/Qwen3-30B-A3B",
-        "Qwen3 30B-A3B: 128 experts, 8 for a token, normalised queries and keys, bf16",
+        "Qwen3 30B-A3B: 128 experts, 8 per token, normalised queries and keys, bf16",
         **pre_training(32768, 40960),
     ),
     "qwen3-235b-a22b": Preset(
         "Qwen/Qwen3-235B-A22B",
-        "Qwen3 235B-A22B: 128 experts, 8 for a token, normalised queries and keys, bf16",
+        "Qwen3 235B-A22B: 128 experts, 8 per token, normalised queries and keys, bf16",
         **pre_training(32768, 40960),
     ),
     "t5-base": Preset(
@@ -186,16 +183,16 @@ MODELS = {
         "T5 11B: 128 heads of 128 channels and wide feed-forward layers over a hidden size of 1024, tied embeddings",
     ),
     "t5-v1.1-xl": Preset(
-        "google/t5-v1_1-xl", "T5 1.1 XL: 2.8B parameters, encoder and decoder, gated GELU, an output layer of its own"
+        "google/t5-v1_1-xl", "T5 1.1 XL: 2.8B parameters, encoder and decoder, gated GELU, untied output layer"
     ),
 }
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes lists in one line, and no anchors."""
+    """Writes lists on one line, and no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Equal values are written out each time."""
+        """Write equal values out each time."""
         return True
 
 
@@ -205,11 +202,11 @@ Dumper.add_representer(
 
 
 def text(preset: Preset) -> str:
-    """A preset as a file."""
+    """Return the text of a preset file."""
     data = from_hf(json.loads(preset.published.read_text()), model_id=preset.model_id).data
     for path, value in preset.changes.items():
         change(data, path, value)
-    data["transformer"] = data.pop("transformer")  # the long one stays the last
+    data["transformer"] = data.pop("transformer")  # keep the longest field last
     lines = yaml.dump(data, Dumper=Dumper, sort_keys=False, width=1000, allow_unicode=True).splitlines()
     for name, comment in preset.comments.items():
         lines = [f"{line}  # {comment}" if re.match(rf"\s*{name}:", line) else line for line in lines]
@@ -217,7 +214,7 @@ def text(preset: Preset) -> str:
 
 
 def change(data: dict[str, Any], path: str, value: Any) -> None:
-    """Set a field, or take it out."""
+    """Set a field, or remove it."""
     *outer, name = path.split(".")
     for part in outer:
         data = data[part]
