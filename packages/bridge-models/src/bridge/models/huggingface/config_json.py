@@ -33,7 +33,9 @@ def load_config_json(source: str) -> Document:
     text = read_file(name)
     parsed = parse_json(_replace_infinity(text), name)
     if not isinstance(parsed.data, dict):
-        raise DocumentError([Problem("$", f"expected a JSON object at the top level, got {got(parsed.data)}", name)])
+        raise DocumentError(
+            [Problem("$", f"expected a JSON object at the top level, got {describe_value(parsed.data)}", name)]
+        )
     return Document.from_text(parsed, name)
 
 

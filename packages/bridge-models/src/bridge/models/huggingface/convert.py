@@ -76,7 +76,9 @@ def _note_heads(t: Translation) -> None:
     classes = t.given.get("architectures")
     for name in classes if isinstance(classes, list) else ():
         if isinstance(name, str) and (task := _OTHER_TASK.search(name)):
-            labels = f" with {got(t.given['num_labels'])} labels" if t.given.get("num_labels") is not None else ""
+            labels = (
+                f" with {describe_value(t.given['num_labels'])} labels" if t.given.get("num_labels") is not None else ""
+            )
             t.note(
                 f"$.architectures: {name} has a {task[1] or task[2]} head{labels} instead of the output layer: "
                 "the head is left out, and the document describes the language model"
@@ -175,6 +177,6 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
         size, maximum = fields.get(path), most.get(path)
         if size is not None and not 1 <= size <= (maximum or size):
             limits = "at least 1" if maximum is None else f"from 1 to {maximum:,}"
-            problems.append(Problem(f"$.{path}", f"must be {limits}, got {got(size)}"))
+            problems.append(Problem(f"$.{path}", f"must be {limits}, got {describe_value(size)}"))
     if problems:
         raise DocumentError(problems)

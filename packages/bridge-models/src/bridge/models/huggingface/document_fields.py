@@ -137,7 +137,7 @@ def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[s
 
 def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a document by dotted path, with defaults; generation settings are kept as they are."""
-    whole = canonical(data, defaults=True)
+    whole = canonicalize(data, defaults=True)
     transformer = whole.pop("transformer")
     generation = canonicalize(data).get("generation_config")
     is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION

@@ -123,10 +123,10 @@ QUANTIZATION = "quantization_config"
 def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
     """Refuse a field that no row handles; if it does not affect the model, only note that it is left out."""
     if why := _explain_no_effect(t, name):
-        t.note(f"{shown((name,))} is left out: {why}")
+        t.note(f"{format_path((name,))} is left out: {why}")
     else:
         free = [other for other in known if other not in t.given]  # do not suggest a field that is already set
-        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{nearest(name, free)}")
+        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{did_you_mean(name, free)}")
 
 
 def _explain_no_effect(t: Translation, name: str) -> str | None:
@@ -139,7 +139,7 @@ def _explain_no_effect(t: Translation, name: str) -> str | None:
     if value in ("", [], {}):
         return "it is empty, and unknown to Bridge"
     if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
-        return f"{got(value)} has no effect"
+        return f"{describe_value(value)} has no effect"
     if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):
         return f"all layers of {t.model_type} use full attention"
     return None

@@ -31,14 +31,16 @@ def find_architecture(given: Mapping[str, Any]) -> Architecture:
         )
     if not isinstance(model_type, str):
         missing = "missing: expected the config.json of a transformers model"
-        raise make_error("$.model_type", missing if model_type is None else f"expected a string, got {got(model_type)}")
+        raise make_error(
+            "$.model_type", missing if model_type is None else f"expected a string, got {describe_value(model_type)}"
+        )
     if model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
     found = ARCHITECTURES.get(model_type)
     if found is None:
         near = did_you_mean(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
-        raise make_error("$.model_type", f"unknown architecture {quoted(model_type)}{near}; supported are {known}")
+        raise make_error("$.model_type", f"unknown architecture {quote_name(model_type)}{near}; supported are {known}")
     return found
 
 
@@ -69,7 +71,9 @@ def find_declared_architecture(fields: Mapping[str, Any]) -> Architecture | None
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if found is None:
-        raise make_error(path, f"unknown architecture {got(model_type)}; supported are {', '.join(ARCHITECTURES)}")
+        raise make_error(
+            path, f"unknown architecture {describe_value(model_type)}; supported are {', '.join(ARCHITECTURES)}"
+        )
     if found.target != fields["_target_"]:
         raise make_error(path, f"{model_type} needs the _target_ {found.target}, got {fields['_target_']}")
     return found

@@ -103,7 +103,7 @@ class Translation:
 
     def refuse(self, name: str, message: str, *inside: str | int) -> RefusedError:
         """Record a problem of a field, or of a value inside it; return an error that the row may raise."""
-        self.problems.append(Problem(shown((*self.path(name), *inside)), message))
+        self.problems.append(Problem(format_path((*self.path(name), *inside)), message))
         return RefusedError()
 
     def explain(self, why: str) -> str:
@@ -133,7 +133,7 @@ def format_value(value: Any) -> str:
 
 def refuse_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:
     """Refuse a value that is not one of the known ones."""
-    message = f"unknown value {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}"
+    message = f"unknown value {quote_name(value)}{did_you_mean(value, known)}; expected one of {', '.join(known)}"
     return t.refuse(name, message, *inside)
 
 

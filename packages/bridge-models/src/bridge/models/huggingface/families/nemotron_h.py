@@ -36,7 +36,7 @@ def _read_pattern(t: Translation) -> None:
         raise t.refuse("layers_block_type", "missing: set it or hybrid_override_pattern")
     elif unknown := set(pattern) - set(_KINDS):
         known = ", ".join(f"{symbol} {kind}" for symbol, kind in _KINDS.items())
-        raise t.refuse("hybrid_override_pattern", f"unknown layer {got(min(unknown))}; expected {known}")
+        raise t.refuse("hybrid_override_pattern", f"unknown layer {describe_value(min(unknown))}; expected {known}")
     if t["num_hidden_layers"] not in (None, len(pattern)):
         t.refuse("num_hidden_layers", f"must be {len(pattern)}, the number of layers in the pattern")
     t["hybrid_layer_pattern"] = pattern

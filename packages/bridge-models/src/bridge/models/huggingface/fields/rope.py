@@ -48,7 +48,7 @@ class Scaling:
         self.key = "rope_type" if "rope_type" in values else "type"
         self.kind = values.get(self.key, "default")
         if not isinstance(self.kind, str):
-            raise self.refuse(self.key, f"expected a string, got {got(self.kind)}")
+            raise self.refuse(self.key, f"expected a string, got {describe_value(self.kind)}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the number at ``key``, or ``default`` if it is missing or null.
@@ -86,7 +86,7 @@ class Scaling:
         """
         factor: float = self.get("factor", 0)
         if factor < 1:
-            raise self.refuse("factor", f"expected a number >= 1, got {got(self.values.get('factor'))}")
+            raise self.refuse("factor", f"expected a number >= 1, got {describe_value(self.values.get('factor'))}")
         return factor
 
     def original(self, given: int | None) -> int:
@@ -105,7 +105,7 @@ class Scaling:
         for key, value in self.values.items():
             if key not in self.known and value is not None:
                 free = [known for known in self.known if known not in self.values]
-                self.refuse(key, f"unknown to Bridge for rope_type {self.kind}{nearest(key, free)}")
+                self.refuse(key, f"unknown to Bridge for rope_type {self.kind}{did_you_mean(key, free)}")
 
 
 def rotary(
@@ -136,7 +136,7 @@ def rotary(
         t["position_embedding_type"] = "rope"
         base = scaling.get("rope_theta", t["rope_theta"])
         if base != int(base):
-            t.refuse("rope_theta", f"Megatron-Core needs a whole number, got {got(base)}")
+            t.refuse("rope_theta", f"Megatron-Core needs a whole number, got {describe_value(base)}")
         t["rotary_base"] = int(base)
         _read_share(t, scaling, partial=partial)
         read_scaling(t, scaling, {kind: readers[kind] for kind in kinds})

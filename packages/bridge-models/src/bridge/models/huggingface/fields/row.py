@@ -107,6 +107,6 @@ def derived(name: str, value: Callable[[Translation], Any], meaning: str) -> Row
 
     def read(t: Translation) -> None:
         if name in t and t[name] != value(t):
-            t.refuse(name, f"must be {meaning}, {got(value(t))}")
+            t.refuse(name, f"must be {meaning}, {describe_value(value(t))}")
 
     return Row({name: Name(INTEGER)}, (), read, lambda t: None)
