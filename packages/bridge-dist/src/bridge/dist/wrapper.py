@@ -9,10 +9,10 @@ from typing import Any
 class Wrapper(StrEnum):
     """What a stage is wrapped with for data parallelism."""
 
-    NONE = "none"
     DDP = "ddp"
     MEGATRON_FSDP = "megatron-fsdp"
     TORCH_FSDP2 = "torch-fsdp2"
+    NONE = "none"
 
 
 def usual_ddp_options(

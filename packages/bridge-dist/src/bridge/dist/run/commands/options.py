@@ -10,13 +10,14 @@ import click
 
 from bridge.config import ModelConfig
 from bridge.dist.run.devices import Device
+from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from bridge.dist.train.step import TrainOptions
 
 CommandT = TypeVar("CommandT", bound=Callable[..., object])
 
-WRAPPERS = ("ddp", "megatron-fsdp", "torch-fsdp2", "none")
+WRAPPERS = tuple(wrapper.value for wrapper in Wrapper)
 SIZE = click.IntRange(min=1)
 _LONGEST_DEFAULT_SAMPLE = 128
 
