@@ -80,7 +80,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
     from torch.distributed.tensor import DTensor
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.optimizer import set_up_optimizer
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -126,7 +126,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
         )
 
     def optimized(stages: list[Any]) -> list[torch.Tensor]:
-        with optimizer_of(stages) as optimizer:
+        with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             return [local(p) for part in parts for group in part.param_groups for p in group["params"]]
 
@@ -186,7 +186,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.optimizer import set_up_optimizer
     from bridge.dist.train.step import run_microbatches, zero_gradients
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
         )
         seen = Seen(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
         shape = (LONGER.microbatches(layout), LONGER.micro_batch_size, LONGER.seq_length + 1)
-        with optimizer_of(stages) as optimizer:
+        with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             updated = [local(p) for part in parts for group in part.param_groups for p in group["params"]]
             for step in range(2):

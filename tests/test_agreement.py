@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from bridge.dist.checks.agreement import facts, versions
+from bridge.dist.checks.agreement import collect_facts, collect_versions
 
 SOON = timedelta(seconds=2)
 
@@ -192,10 +192,10 @@ def test_facts_are_the_same_in_every_process_and_tell_all_apart() -> None:
     from bridge.config import Document
 
     config = Document.load("tiny").config()
-    assert facts(config=config) == facts(config=Document.load("tiny").config())
+    assert collect_facts(config=config) == collect_facts(config=Document.load("tiny").config())
     config.transformer.init_method_std = 0.5
-    assert facts(config=config)["config.transformer.init_method_std"] == "0.5"
+    assert collect_facts(config=config)["config.transformer.init_method_std"] == "0.5"
 
 
 def test_versions_name_what_decides_on_a_build() -> None:
-    assert {"bridge-config", "bridge-dist", "megatron-core", "python", "torch"} <= versions().keys()
+    assert {"bridge-config", "bridge-dist", "megatron-core", "python", "torch"} <= collect_versions().keys()

@@ -195,9 +195,9 @@ def over_tensor_parallel_ranks(hook: str) -> str | list[float]:
 
 def test_hooks_of_others_are_told_from_bridges_own() -> None:
     from bridge.builders import compose_hooks
-    from bridge.dist.engine.copies import foreign_hooks
+    from bridge.dist.engine.copies import list_user_hooks
 
-    names = foreign_hooks([compose_hooks([freeze_both, compose_hooks([])]), freeze_by_name])
+    names = list_user_hooks([compose_hooks([freeze_both, compose_hooks([])]), freeze_by_name])
     assert names == [f"{__name__}.freeze_both", f"{__name__}.freeze_by_name"]
 
 

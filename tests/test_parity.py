@@ -125,7 +125,7 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
-    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.optimizer import set_up_optimizer
     from bridge.dist.train.step import TrainOptions
     from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
@@ -142,7 +142,7 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
         if torch.distributed.get_rank() == 1:
             (gradient.to_local() if sharded else gradient).fill_(torch.inf)
         parameter.grad = gradient
-    with optimizer_of(run.stages) as optimizer:
+    with set_up_optimizer(run.stages) as optimizer:
         updated, _, _ = optimizer.step()
     return run.steps[-1].loss, updated
 

@@ -124,11 +124,11 @@ def test_connections_to_a_gpu(name: str) -> None:
 
 
 def test_where_the_number_of_connections_is_not_set_a_warning_says_so() -> None:
-    warning = machine.warning(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
+    warning = machine.describe_slowdown(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
     assert warning is not None
     assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set")
     for environment in (connections(1), on_gpu((10, 0)), Environment()):
-        assert machine.warning(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
+        assert machine.describe_slowdown(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
 
 
 def groups_that_were_made() -> tuple[list[str], list[str]]:

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import vocab_size
-from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.optimizer import set_up_optimizer
 from bridge.dist.train.step import zero_gradients
 from bridge.dist.train.text import Text
 
@@ -48,7 +48,7 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
         text = Text.read(options.text, vocab_size=vocab)
         warm_up = _WARM_UP if capture else options.steps
         schedule = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=warm_up)
-        with optimizer_of(stages) as optimizer:
+        with set_up_optimizer(stages) as optimizer:
             for index in range(options.steps):
                 batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
                 microbatches = batch.split(options.micro_batch_size)

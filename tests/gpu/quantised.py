@@ -13,7 +13,7 @@ from gpu.training import few_steps, make_job, only_rank
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import ModelConfig
-from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.stages import unwrap
 from bridge.dist.job import BuildJob
 from bridge.dist.run.execute import build_and_train
 from bridge.dist.wrapper import Wrapper
@@ -30,7 +30,7 @@ def rebuild_and_train(model: str) -> dict[str, Any]:
         )
         with only_rank(job) as rank:
             (stage,) = build_and_train(job, *rank).stages
-            found = _logits(unwrapped(stage), rank.config)
+            found = _logits(unwrap(stage), rank.config)
         job = BuildJob(
             document=job.document, wrapper=Wrapper.DDP, modelopt_checkpoint=checkpoint, training=few_steps(2)
         )

@@ -42,7 +42,7 @@ def attributes_of_built_models() -> set[str]:
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
-    from bridge.dist.train.optimizer import optimizer_of
+    from bridge.dist.train.optimizer import set_up_optimizer
     from bridge.dist.train.step import TrainOptions
     from bridge.dist.train.text import default_text
     from bridge.dist.wrapper import Wrapper
@@ -57,7 +57,7 @@ def attributes_of_built_models() -> set[str]:
         layout = job.check(config, 1)
         groups = create_process_groups(layout)
         stages = build_and_train(job, config, layout, groups).stages
-        with optimizer_of(stages) as optimizer:
+        with set_up_optimizer(stages) as optimizer:
             objects = [groups, optimizer, *stages[0].modules(), *stages[0].parameters()]
             found |= {name for name in MEGATRON_ATTRIBUTES for one in objects if hasattr(one, name)}
         destroy_process_groups()

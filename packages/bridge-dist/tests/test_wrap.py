@@ -31,7 +31,7 @@ from wrapped_gpt import (
 )
 
 from bridge.dist import BuildOptions, Layout, create_process_groups, prepare_stages
-from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.stages import unwrap
 from bridge.dist.engine.wrap import data_parallel
 from bridge.dist.errors import PreflightError
 
@@ -209,13 +209,13 @@ def wrap_plain_model() -> int:
 
 
 def test_megatron_still_unwraps_one_of_the_two_wrappers_of_megatron_fsdp() -> None:
-    """When this fails, `bridge.dist.engine.stages.unwrapped` is no longer needed."""
+    """When this fails, `bridge.dist.engine.stages.unwrap` is no longer needed."""
     adapter, wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel), MegatronFSDP.__new__(MegatronFSDP)
     for module in (adapter, wrapper):
         torch.nn.Module.__init__(module)
     adapter.module, wrapper.module = wrapper, torch.nn.Identity()
     assert unwrap_model(adapter) is wrapper
-    assert unwrapped(adapter) is wrapper.module
+    assert unwrap(adapter) is wrapper.module
 
 
 def test_megatron_fsdp_of_a_model_without_megatron_layers() -> None:

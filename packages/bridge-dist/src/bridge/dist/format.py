@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def gib(size: int) -> str:
+def format_gib(size: int) -> str:
     """Write bytes as GiB with three decimals."""
     return f"{size / 2**30:,.3f}"
 
 
-def layer_ranges(layers: Sequence[int]) -> str:
+def format_layer_ranges(layers: Sequence[int]) -> str:
     """Write sorted layer indices as ranges: ``0-3, 8-11``; ``none`` for a stage without layers."""
     ranges: list[list[int]] = []
     for layer in layers:

@@ -110,7 +110,7 @@ class Layout:
         return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
-def says_how_to_split(config: TransformerConfig) -> bool:
+def has_custom_split(config: TransformerConfig) -> bool:
     """Whether a configuration gives the layers of pipeline stages itself, so that they need not divide evenly."""
     return bool(
         config.pipeline_model_parallel_layout is not None

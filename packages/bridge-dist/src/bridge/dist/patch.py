@@ -18,16 +18,16 @@ class Replacement(NamedTuple):
 
 
 @contextlib.contextmanager
-def replaced(*replacements: Replacement) -> Iterator[None]:
+def replace_attributes(*replacements: Replacement) -> Iterator[None]:
     """Give names another meaning until the context is left; what an owner only inherited is inherited again."""
     with contextlib.ExitStack() as undo:
         for owner, name, value in replacements:
-            undo.callback(_put_back, owner, name, vars(owner).get(name, _MISSING))
+            undo.callback(_restore, owner, name, vars(owner).get(name, _MISSING))
             setattr(owner, name, value)
         yield
 
 
-def _put_back(owner: object, name: str, before: object) -> None:
+def _restore(owner: object, name: str, before: object) -> None:
     if before is _MISSING:
         delattr(owner, name)
     else:

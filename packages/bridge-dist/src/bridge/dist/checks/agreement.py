@@ -56,16 +56,16 @@ class _Problems(TypedDict):
     silent: list[int]
 
 
-def facts(**subjects: object) -> Facts:
+def collect_facts(**subjects: object) -> Facts:
     """Take plain facts from what a rank is about to use: configurations, options, sizes.
 
     A ``ModelConfig`` counts as its document; what that leaves out (a hook that has no name) is compared by its place
     alone. Of other objects without a plain form, only the class is compared.
     """
-    return {path: json.dumps(value, sort_keys=True) for path, value in _leaves(_plain(subjects))}
+    return {path: json.dumps(value, sort_keys=True) for path, value in _flatten(_to_plain(subjects))}
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what is built; those installed only."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -186,11 +186,11 @@ def _ask(
     store.set(f"{at}/fingerprint", _fingerprint(mine))
     deadline = time.monotonic() + timeout.total_seconds()
     for other in ranks[1:]:
-        answer = _awaited(store, f"{at}/answer/{other}", deadline)
+        answer = _wait_for_key(store, f"{at}/answer/{other}", deadline)
         if answer is None:
             problems["silent"].append(other)
         elif answer:
-            problems = _merged(problems, json.loads(answer))
+            problems = _merge(problems, json.loads(answer))
         if problems["values"] or problems["silent"]:
             deadline = min(deadline, time.monotonic() + _GRACE.total_seconds())
     store.set(f"{at}/verdict", json.dumps(problems))
@@ -199,7 +199,7 @@ def _ask(
         deadline = time.monotonic() + _GRACE.total_seconds()
         for other in ranks[1:]:
             if other not in problems["silent"]:
-                _awaited(store, f"{at}/read/{other}", deadline)
+                _wait_for_key(store, f"{at}/read/{other}", deadline)
     if not problems["silent"]:  # all of them are past the turn before
         for name in ("facts", "fingerprint", "verdict", *(f"answer/{other}" for other in ranks[1:])):
             store.delete_key(f"{group}/{turn - 1}/{name}")
@@ -217,24 +217,24 @@ def _answer(
     timeout: timedelta,
 ) -> _Problems:
     deadline = time.monotonic() + timeout.total_seconds()
-    fingerprint = _awaited(store, f"{at}/fingerprint", deadline)
+    fingerprint = _wait_for_key(store, f"{at}/fingerprint", deadline)
     if fingerprint is None:
-        return _merged(problems, _Problems(values={}, silent=[first]))
+        return _merge(problems, _Problems(values={}, silent=[first]))
     if fingerprint.decode() != _fingerprint(mine):
         theirs = json.loads(store.get(f"{at}/facts"))
-        problems = _merged(problems, _Problems(values=_differences(mine, rank, theirs, first), silent=[]))
+        problems = _merge(problems, _Problems(values=_compare(mine, rank, theirs, first), silent=[]))
     known = problems["values"] or problems["silent"]
     store.set(f"{at}/answer/{rank}", json.dumps(problems) if known else "")
-    verdict = _awaited(store, f"{at}/verdict", deadline + 2 * _GRACE.total_seconds())
+    verdict = _wait_for_key(store, f"{at}/verdict", deadline + 2 * _GRACE.total_seconds())
     if verdict is None:
-        return _merged(problems, _Problems(values={}, silent=[first]))
-    problems = _merged(problems, json.loads(verdict))
+        return _merge(problems, _Problems(values={}, silent=[first]))
+    problems = _merge(problems, json.loads(verdict))
     if problems["values"] or problems["silent"]:
         store.set(f"{at}/read/{rank}", "")
     return problems
 
 
-def _awaited(store: Store, key: str, deadline: float) -> bytes | None:
+def _wait_for_key(store: Store, key: str, deadline: float) -> bytes | None:
     """The value of a key when it is there; None if it does not come in time."""
     try:
         store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
@@ -246,7 +246,7 @@ def _awaited(store: Store, key: str, deadline: float) -> bytes | None:
     return value
 
 
-def _differences(mine: Facts, rank: int, theirs: Facts, other: int) -> dict[str, dict[str, str]]:
+def _compare(mine: Facts, rank: int, theirs: Facts, other: int) -> dict[str, dict[str, str]]:
     return {
         path: {str(other): theirs.get(path, "absent"), str(rank): mine.get(path, "absent")}
         for path in dict.fromkeys((*theirs, *mine))
@@ -254,32 +254,32 @@ def _differences(mine: Facts, rank: int, theirs: Facts, other: int) -> dict[str,
     }
 
 
-def _merged(one: _Problems, other: _Problems) -> _Problems:
+def _merge(one: _Problems, other: _Problems) -> _Problems:
     values = {path: one["values"].get(path, {}) | ranks for path, ranks in other["values"].items()}
     return _Problems(values=one["values"] | values, silent=sorted({*one["silent"], *other["silent"]}))
 
 
 def _raise_if_any(problems: _Problems, timeout: timedelta) -> None:
-    lines = [f"{path} is {_by_rank(ranks)}" for path, ranks in problems["values"].items()]
+    lines = [f"{path} is {_format_by_rank(ranks)}" for path, ranks in problems["values"].items()]
     if len(lines) > _MOST_FIELDS:
         lines[_MOST_FIELDS:] = [f"and {len(lines) - _MOST_FIELDS} more"]
     if problems["silent"]:
         waited = f"{timeout.total_seconds():g} s, or {_GRACE.total_seconds():g} s after the first thing was found wrong"
-        lines.append(f"{_ranks(problems['silent'])} did not answer within {waited}")
+        lines.append(f"{_format_ranks(problems['silent'])} did not answer within {waited}")
     if lines:
         raise AgreementError("the ranks do not agree on what to build:\n  " + "\n  ".join(lines))
 
 
-def _by_rank(ranks: dict[str, str]) -> str:
+def _format_by_rank(ranks: dict[str, str]) -> str:
     """``4 on rank 0, 8 on ranks 1, 3``."""
     by_value: dict[str, list[int]] = {}
     for rank, value in sorted(ranks.items(), key=lambda item: int(item[0])):
         shown = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
         by_value.setdefault(shown, []).append(int(rank))
-    return ", ".join(f"{value} on {_ranks(holders)}" for value, holders in by_value.items())
+    return ", ".join(f"{value} on {_format_ranks(holders)}" for value, holders in by_value.items())
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _format_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
@@ -287,15 +287,15 @@ def _fingerprint(mine: Facts) -> str:
     return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from _flatten(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
 
 
-def _plain(value: object) -> Any:
+def _to_plain(value: object) -> Any:
     """JSON types only, the same in every process that uses the same."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -305,16 +305,16 @@ def _plain(value: object) -> Any:
             document = value.as_dict()
         if omitted := document.get("_omitted_"):  # the reasons name objects of this process
             document["_omitted_"] = sorted(entry["path"] for entry in omitted)
-        return _plain(document)
+        return _to_plain(document)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, torch.dtype | timedelta):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bridge.config import ModelConfig
     from bridge.config.read.decode import Checked
 
-RULES_OF_A_BUILDER = "bridge.rules"
+RULES_GROUP = "bridge.rules"
 """The entry-point group of the rules of families of models: the name of a builder, and a tuple of rules.
 
 The module that holds them imports no torch, so that documents of the family are checked in a blink.
@@ -61,7 +61,7 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
     try:
         document.migrate()
         apply_layout(document, {axis: size for axis, size in layout.items() if axis != "dp"})
-        _check(document.check(), Wrapper(wrapper), dp=layout.get("dp", 1), rules=rules_of)
+        _check(document.check(), Wrapper(wrapper), dp=layout.get("dp", 1), rules=find_rules)
     except DocumentError as error:
         return error.problems
     except PreflightError as error:
@@ -102,7 +102,7 @@ def refuse_before_imports(
             world_size=world_size,
             dp=dp,
             distributed_optimizer=distributed_optimizer,
-            rules=_declared_rules,
+            rules=_load_declared_rules,
         )
 
 
@@ -123,7 +123,7 @@ def _check(
     dp: int | None = None,
     distributed_optimizer: bool = False,
 ) -> None:
-    model, transformer = _views(checked)
+    model, transformer = _make_views(checked)
     if transformer is None:  # its builder keeps it elsewhere: nothing is known without building
         return
     # A view has the attributes of what it stands for.
@@ -137,7 +137,7 @@ def _check(
     check(setup, (*MODEL_RULES, *rules(checked.builder)))
 
 
-def _views(checked: Checked) -> tuple[View, View | None]:
+def _make_views(checked: Checked) -> tuple[View, View | None]:
     """The whole configuration, and its TransformerConfig."""
     made, data = checked.made, checked.present.data
     if TRANSFORMER in made.target.bases:
@@ -150,25 +150,25 @@ def _views(checked: Checked) -> tuple[View, View | None]:
     return View({**data, "transformer": transformer}, made.target, transformer), transformer
 
 
-def rules_of(builder: str | None) -> tuple[Rule, ...]:
+def find_rules(builder: str | None) -> tuple[Rule, ...]:
     """Return the rules of a builder's family, by the builder's dotted name.
 
     They are those that an installed distribution declares. Where none does, the builder itself is imported, which
     takes seconds.
     """
-    if builder is None or builder in _points():
-        return _declared_rules(builder)
+    if builder is None or builder in _rule_entry_points():
+        return _load_declared_rules(builder)
     return tuple(getattr(import_builder(builder), "rules", ()))
 
 
-def _declared_rules(builder: str | None) -> tuple[Rule, ...]:
-    point = _points().get(builder or "")
+def _load_declared_rules(builder: str | None) -> tuple[Rule, ...]:
+    point = _rule_entry_points().get(builder or "")
     return () if point is None else tuple(point.load())
 
 
 @cache
-def _points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=RULES_OF_A_BUILDER)}
+def _rule_entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=RULES_GROUP)}
 
 
 @dataclass(frozen=True, kw_only=True)

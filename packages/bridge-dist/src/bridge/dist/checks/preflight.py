@@ -137,7 +137,7 @@ def rule(
 ) -> Callable[[Problems], Rule]:
     """Make a rule of a function: its name with dashes is the rule's, its docstring says why."""
 
-    def made(problems: Problems) -> Rule:
+    def make_rule(problems: Problems) -> Rule:
         return Rule(
             name=problems.__name__.replace("_", "-"),
             why=cleandoc(problems.__doc__ or ""),
@@ -147,7 +147,7 @@ def rule(
             is_first=is_first,
         )
 
-    return made
+    return make_rule
 
 
 def check(setup: Setup, rules: Sequence[Rule]) -> None:

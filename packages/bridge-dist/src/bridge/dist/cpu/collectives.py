@@ -11,20 +11,20 @@ from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.patch import Replacement
 
 
-def _finished(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _wait_for(collective: Callable[..., Any]) -> Callable[..., Any]:
     """A collective that has ended when it returns, asynchronous or not.
 
     A stream frees memory after the collectives that use it; on the CPU it is gone at once. Megatron-FSDP (megatron-core
     0.19.2) frees what it gathers ahead, and gloo's thread would write into it.
     """
 
-    def finished(*args: Any, **kwargs: Any) -> Any:
+    def wait_for_work(*args: Any, **kwargs: Any) -> Any:
         work = collective(*args, **kwargs)
         if type(work) is torch.distributed.Work:
             work.wait()
         return work
 
-    return finished
+    return wait_for_work
 
 
 def _all_gather(
@@ -32,7 +32,7 @@ def _all_gather(
 ) -> Any:
     """Gather parts of different sizes too, as expert-tensor parallelism does; gloo takes only equal ones."""
     if len({each.shape for each in parts}) == 1:
-        return _finished(torch.distributed.all_gather)(parts, part, group, **kwargs)
+        return _wait_for(torch.distributed.all_gather)(parts, part, group, **kwargs)
     parts[torch.distributed.get_rank(group)].copy_(part)
     for rank, each in enumerate(parts):
         torch.distributed.broadcast(each, group=group, group_src=rank)
@@ -48,7 +48,7 @@ def _reduce_scatter(
 ) -> Any:
     """The same in the other direction."""
     if len({each.shape for each in parts}) == 1:
-        return _finished(torch.distributed.reduce_scatter)(output, parts, op, group, **kwargs)
+        return _wait_for(torch.distributed.reduce_scatter)(output, parts, op, group, **kwargs)
     whole = torch.cat(parts)
     torch.distributed.all_reduce(whole, op, group=group)
     output.copy_(whole.split([len(each) for each in parts])[torch.distributed.get_rank(group)])
@@ -56,7 +56,7 @@ def _reduce_scatter(
 
 
 @contextlib.contextmanager
-def not_coalesced(*_: object, **__: object) -> Iterator[_CoalescingManager]:
+def skip_coalescing(*_: object, **__: object) -> Iterator[_CoalescingManager]:
     """In place of torch's manager, which sends several tensors at once: here each goes by itself, and has arrived.
 
     gloo packs what is sent at once into one tensor of the first one's type (seen in torch 2.15), so that parameters of
@@ -97,16 +97,16 @@ _FUNCTIONS = [
 ]
 
 COLLECTIVES: Mapping[object, Callable[..., Any]] = {
-    **{collective: _finished(collective) for collective in _FUNCTIONS},
+    **{collective: _wait_for(collective) for collective in _FUNCTIONS},
     torch.distributed.all_gather: _all_gather,
     torch.distributed.reduce_scatter: _reduce_scatter,
 }
 """What is called in place of each collective."""
 
 
-def methods_of_groups() -> Iterator[Replacement]:
+def replace_group_methods() -> Iterator[Replacement]:
     """What collectives call, for torch 2.6, where they do not ask function modes: `COLLECTIVES` would be ignored."""
     if TORCH < TESTED_THROUGHOUT:
         group = torch.distributed.ProcessGroup
         for name in _GROUP_METHODS:
-            yield Replacement(group, name, _finished(getattr(group, name)))
+            yield Replacement(group, name, _wait_for(getattr(group, name)))

@@ -11,11 +11,11 @@ CPU = torch.device("cpu")
 META = torch.device("meta")
 
 in_place: torch.device = CPU
-"""What `cuda:0` is at present: the CPU, or within `placed_on` another device."""
+"""What `cuda:0` is at present: the CPU, or within `place_on` another device."""
 
 
 @contextlib.contextmanager
-def placed_on(device: torch.device) -> Iterator[None]:
+def place_on(device: torch.device) -> Iterator[None]:
     """Have `cuda:0` be another device than the CPU until the context is left."""
     global in_place
     in_place = device
@@ -94,7 +94,7 @@ class _NoContext(contextlib.nullcontext[None]):
         super().__init__()
 
 
-def always(value: object) -> Callable[..., Any]:
+def make_constant(value: object) -> Callable[..., Any]:
     """Return a function that returns the value, whatever it is called with."""
 
     def function(*_: object, **__: object) -> object:
@@ -107,23 +107,23 @@ STREAM = _Stream()
 TORCH_CUDA: Mapping[str, object] = {
     # The generator of the device is the CPU's, so megatron-core's random state tracker works as it is.
     "_initialized": True,
-    "_is_in_bad_fork": always(False),
+    "_is_in_bad_fork": make_constant(False),
     "default_generators": (torch.default_generator,),
     # An integer: megatron-core formats it into `cuda:{...}`.
-    "current_device": always(0),
-    "device_count": always(1),
+    "current_device": make_constant(0),
+    "device_count": make_constant(1),
     "device": _NoContext,
-    "set_device": always(None),
-    "get_device_capability": always((0, 0)),
+    "set_device": make_constant(None),
+    "get_device_capability": make_constant((0, 0)),
     "Stream": _Stream,
     "ExternalStream": _Stream,
     "Event": _Event,
     "stream": _NoContext,
-    "set_stream": always(None),
-    "current_stream": always(STREAM),
-    "default_stream": always(STREAM),
-    "synchronize": always(None),
-    "is_current_stream_capturing": always(False),
-    "empty_cache": always(None),
-    "reset_peak_memory_stats": always(None),
+    "set_stream": make_constant(None),
+    "current_stream": make_constant(STREAM),
+    "default_stream": make_constant(STREAM),
+    "synchronize": make_constant(None),
+    "is_current_stream_capturing": make_constant(False),
+    "empty_cache": make_constant(None),
+    "reset_peak_memory_stats": make_constant(None),
 }

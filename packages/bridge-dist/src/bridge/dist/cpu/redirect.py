@@ -73,7 +73,7 @@ def _cuda(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return tensor.to(pretend.in_place)
 
 
-def _same(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _return_tensor(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return tensor
 
 
@@ -82,12 +82,12 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
     torch.Tensor.cuda: _cuda,
-    torch.Tensor.pin_memory: _same,
+    torch.Tensor.pin_memory: _return_tensor,
     **COLLECTIVES,
 }
 
 
-def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _redirect_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
         kwargs = {**kwargs, "device": pretend.in_place}
     if kwargs.get("pin_memory"):  # pinning asks for a CUDA driver
@@ -104,10 +104,10 @@ class CudaIsCpu(TorchFunctionMode):
         redirected = _REDIRECTED.get(func, func)
         if not kwargs:
             return redirected(*args)
-        return redirected(*args, **_on_cpu(kwargs))
+        return redirected(*args, **_redirect_kwargs(kwargs))
 
 
-def redirected_backward() -> Callable[..., Any]:
+def make_redirected_backward() -> Callable[..., Any]:
     """The backward engine with the redirection on.
 
     torch switches a function mode off while one of its functions runs, and `Tensor.backward` is one: without this the
@@ -129,7 +129,7 @@ def redirected_backward() -> Callable[..., Any]:
     return backward
 
 
-def redirected_mesh() -> Callable[..., None]:
+def make_redirected_mesh_init() -> Callable[..., None]:
     """Return `DeviceMesh.__init__` that makes a mesh of CPUs where one of CUDA devices is asked for."""
     original = DeviceMesh.__init__
 

@@ -15,12 +15,12 @@ import torch.cuda.random
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from bridge.dist.cpu.collectives import methods_of_groups, not_coalesced
-from bridge.dist.cpu.device import META, STREAM, TORCH_CUDA, always, placed_on
-from bridge.dist.cpu.redirect import CudaIsCpu, MetaByDefault, redirected_backward, redirected_mesh
+from bridge.dist.cpu.collectives import replace_group_methods, skip_coalescing
+from bridge.dist.cpu.device import META, STREAM, TORCH_CUDA, make_constant, place_on
+from bridge.dist.cpu.redirect import CudaIsCpu, MetaByDefault, make_redirected_backward, make_redirected_mesh_init
 from bridge.dist.errors import CpuRuntimeError
 from bridge.dist.internals import MEGATRON_MESSAGE
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 from bridge.dist.process import gpu_libraries
 from bridge.dist.process.imports import is_compiler_left_out
 
@@ -59,12 +59,12 @@ def install() -> None:
             "install the CPU runtime before megatron-core is imported"
         )
     with contextlib.ExitStack() as undo:
-        undo.enter_context(replaced(*_replacements()))
-        undo.enter_context(_without_generator_warning())
+        undo.enter_context(replace_attributes(*_list_replacements()))
+        undo.enter_context(_silence_generator_warning())
         if not is_compiler_left_out():
             # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.enter_context(_entered(CudaIsCpu()))
+        undo.enter_context(_enter_mode(CudaIsCpu()))
         _installation = _Installation(undo.pop_all(), threading.get_ident())
 
 
@@ -109,11 +109,11 @@ def on_meta() -> Iterator[None]:
     Raises:
         CpuRuntimeError: as `install`.
     """
-    with cpu_runtime(), MetaByDefault(), placed_on(META):
+    with cpu_runtime(), MetaByDefault(), place_on(META):
         yield
 
 
-def _replacements() -> list[Replacement]:
+def _list_replacements() -> list[Replacement]:
     """Every name that is replaced, and by what."""
     # Imported before anything is replaced, and here: importing this module must stay cheap.
     moe = [
@@ -123,27 +123,27 @@ def _replacements() -> list[Replacement]:
         importlib.import_module(f"megatron.core.distributed.{name}param_and_grad_buffer")
         for name in ("", "fsdp.src.megatron_fsdp.")
     ]
-    backward = redirected_backward()
+    backward = make_redirected_backward()
     return [
         *(Replacement(torch.cuda, name, value) for name, value in TORCH_CUDA.items()),
         *(Replacement(torch.cuda.random, name, TORCH_CUDA[name]) for name in ("current_device", "device_count")),
         # torch 2.11 asks here, at the end of a backward pass under FSDP2, and 2.15 in torch.cuda.
-        Replacement(torch.accelerator, "current_stream", always(STREAM)),
-        *(Replacement(torch.cuda.nvtx, name, always(0)) for name in ("range_push", "range_pop")),
+        Replacement(torch.accelerator, "current_stream", make_constant(STREAM)),
+        *(Replacement(torch.cuda.nvtx, name, make_constant(0)) for name in ("range_push", "range_pop")),
         # The source of every figure about memory: without figures all are zero.
         Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),
         # Not in `redirect._REDIRECTED`: torch refuses a stream that is not its own before it asks the mode.
-        Replacement(torch.Tensor, "record_stream", always(None)),
-        Replacement(DeviceMesh, "__init__", redirected_mesh()),
+        Replacement(torch.Tensor, "record_stream", make_constant(None)),
+        Replacement(DeviceMesh, "__init__", make_redirected_mesh_init()),
         *(Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
-        *(Replacement(module, "_coalescing_manager", not_coalesced) for module in (torch.distributed, *buffers)),
+        *(Replacement(module, "_coalescing_manager", skip_coalescing) for module in (torch.distributed, *buffers)),
         *(Replacement(module, "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu) for module in moe),
-        *methods_of_groups(),
+        *replace_group_methods(),
     ]
 
 
 @contextlib.contextmanager
-def _without_generator_warning() -> Iterator[None]:
+def _silence_generator_warning() -> Iterator[None]:
     """Without megatron-core's warning that drawing on the GPU moved the CPU's generator: here they are one."""
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
     logger.addFilter(_is_not_generator_warning)
@@ -158,7 +158,7 @@ def _is_not_generator_warning(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _entered(mode: TorchFunctionMode) -> Iterator[None]:
+def _enter_mode(mode: TorchFunctionMode) -> Iterator[None]:
     """The mode on torch's stack; taken out from wherever it stands by then, as torch keeps its own modes there."""
     mode.__enter__()
     try:

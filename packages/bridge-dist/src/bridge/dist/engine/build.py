@@ -14,12 +14,12 @@ from megatron.core.utils import log_single_rank
 
 from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
-from bridge.dist.checks.agreement import agree_in_groups, facts, is_alone, versions
+from bridge.dist.checks.agreement import agree_in_groups, collect_facts, collect_versions, is_alone
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
-from bridge.dist.checks.rules.machine import warning
+from bridge.dist.checks.rules.machine import describe_slowdown
 from bridge.dist.checks.stages import check_optimizer_instances, check_torch
-from bridge.dist.engine.copies import check_copies, foreign_hooks, is_tied
+from bridge.dist.engine.copies import check_copies, is_tied, list_user_hooks
 from bridge.dist.engine.environment import inspect_process
 from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
 from bridge.dist.engine.meta import initialise_stages
@@ -56,7 +56,9 @@ def build_distributed(
         HookError: See ``compose_hooks``.
     """
     if not is_alone():
-        agree_in_groups(facts(config=model or config, options=options, versions=versions()), pg_collection)
+        agree_in_groups(
+            collect_facts(config=model or config, options=options, versions=collect_versions()), pg_collection
+        )
     layout = layout_of_groups(config, pg_collection)
     setup = Setup(
         transformer=config,
@@ -68,7 +70,7 @@ def build_distributed(
         environment=inspect_process(),
     )
     check(setup, (*RULES, *rules))
-    if slower := warning(setup):
+    if slower := describe_slowdown(setup):
         log_single_rank(logger, logging.WARNING, slower)
     check_torch(options)
     check_optimizer_instances(pg_collection, options)
@@ -82,7 +84,7 @@ def build_distributed(
         )
     tied = is_tied(built)
     stages = compose_hooks([pre_wrap_hook])(list(built))
-    if model is not None and (hooks := foreign_hooks(model.pre_wrap_hooks)):
+    if model is not None and (hooks := list_user_hooks(model.pre_wrap_hooks)):
         check_copies(stages, pg_collection, tied=tied, hooks=hooks)
     return compose_hooks([post_wrap_hook])(prepare_stages(stages, config, pg_collection, options))
 

@@ -68,7 +68,7 @@ def is_tied(stages: Sequence[MegatronModule]) -> bool:
     return any(model.share_embeddings_and_output_weights for model in _language_models(stages))
 
 
-def foreign_hooks(hooks: Iterable[Hook]) -> list[str]:
+def list_user_hooks(hooks: Iterable[Hook]) -> list[str]:
     """Name those of some hooks that are not Bridge's own, which treat copies alike."""
     each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # some are composed
     return [hook_name(hook) for hook in each if not getattr(hook, "__module__", "").startswith("bridge.")]
@@ -88,10 +88,10 @@ def check_copies(
     Raises:
         CopyError: On every rank, naming the parameters.
     """
-    problems = list(_lost_ties(stages, tied=tied))
+    problems = list(_find_lost_ties(stages, tied=tied))
     if not is_alone():
-        problems += _differing_embeddings(_gathered(_embeddings(stages, tied=tied), pg_collection.pp))
-        problems += _differing_parameters(stages, pg_collection)
+        problems += _compare_embeddings(_gather(_list_embeddings(stages, tied=tied), pg_collection.pp))
+        problems += _compare_parameters(stages, pg_collection)
     _raise_if_any(problems, pg_collection, f"after the pre-wrap hooks ({', '.join(hooks)})")
 
 
@@ -109,18 +109,18 @@ def check_gradients(stages: Sequence[MegatronModule], pg_collection: ProcessGrou
         for named in named_parameters(stage, pg_collection)
         if not _is_split(named.parameter)
         and tensor_group(named.parameter, pg_collection) is pg_collection.tp
-        and (gradient := _gradient(named.parameter)) is not None
+        and (gradient := _get_gradient(named.parameter)) is not None
     }
-    apart = _differing_gradients(gradients, pg_collection.tp)
+    apart = _compare_gradients(gradients, pg_collection.tp)
     problems = [*apart[-_MOST_GRADIENTS:], _MARK_A_SHARD, _SYNCHRONISE] if apart else []
     where = "in their gradients, so that tensor-parallel ranks would train them apart"
     _raise_if_any(problems, pg_collection, f"{where}; the last ones, after which nothing differs, are")
 
 
-def _differing_gradients(gradients: dict[str, torch.Tensor], group: ProcessGroup) -> list[str]:
+def _compare_gradients(gradients: dict[str, torch.Tensor], group: ProcessGroup) -> list[str]:
     """Compare this rank's gradients with those of the first of its group."""
     shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
-    everyone = _gathered([shapes], group)
+    everyone = _gather([shapes], group)
     rank = torch.distributed.get_rank()
     problems = [
         f"{name}: no gradient of the same shape on all tensor-parallel ranks"
@@ -142,7 +142,7 @@ def _differing_gradients(gradients: dict[str, torch.Tensor], group: ProcessGroup
     return problems
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+def _get_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     gradient: Any = getattr(parameter, "main_grad", None)
     if gradient is None:
         gradient = parameter.grad
@@ -154,7 +154,7 @@ def _language_models(stages: Iterable[torch.nn.Module]) -> Iterator[LanguageModu
         yield from (module for module in stage.modules() if isinstance(module, LanguageModule))
 
 
-def _lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]:
+def _find_lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]:
     """Describe what hooks did to the tie itself, on this rank."""
     for model in _language_models(stages):
         if model.share_embeddings_and_output_weights != tied:
@@ -162,14 +162,14 @@ def _lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]
                 f"share_embeddings_and_output_weights was {tied} and is {not tied}: "
                 "stages were built for what it was; set it in the configuration, not in a hook"
             )
-        embedding, output = _weight(model, _EMBEDDING), _weight(model, _OUTPUT)
+        embedding, output = _get_weight(model, _EMBEDDING), _get_weight(model, _OUTPUT)
         if tied and model.pre_process and model.post_process and output is not None and output is not embedding:
             yield (
                 f"{_OUTPUT}.weight is new, and nothing uses it: the output layer takes the weight of {_EMBEDDING}; "
                 "set share_embeddings_and_output_weights to False in the configuration for one of its own"
             )
         path = _copy_of_embedding(model, tied=tied)
-        copy = None if path is None else _weight(model, path)
+        copy = None if path is None else _get_weight(model, path)
         if copy is not None and _marks(model) - vars(copy).keys():
             yield (
                 f"{path}.weight is another parameter than the one that was built, without its marks: "
@@ -194,21 +194,21 @@ def _marks(model: LanguageModule) -> set[str]:
     return {"shared_embedding"} if model.pre_process else {"shared_embedding", "shared"}
 
 
-def _embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
+def _list_embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
     """Return the copies on this rank of an embedding that stages share."""
     copies = []
     for model in _language_models(stages):
         path = _copy_of_embedding(model, tied=tied)
         if path is not None:
-            weight = _weight(model, path)
+            weight = _get_weight(model, path)
             # From the meta device, the copy gets its values later.
             values = not model.config.init_model_with_meta_device
-            state = None if weight is None else _state(weight, values=values)
+            state = None if weight is None else _make_state(weight, values=values)
             copies.append(_Copy(f"{path}.weight", torch.distributed.get_rank(), state))
     return copies
 
 
-def _differing_embeddings(copies: Sequence[_Copy]) -> Iterator[str]:
+def _compare_embeddings(copies: Sequence[_Copy]) -> Iterator[str]:
     if len({copy.state for copy in copies}) <= 1:
         return
     found = {f"{copy.name} (rank {copy.rank})": copy.state for copy in copies}
@@ -218,7 +218,7 @@ def _differing_embeddings(copies: Sequence[_Copy]) -> Iterator[str]:
     )
 
 
-def _differing_parameters(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[str]:
+def _compare_parameters(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[str]:
     """Describe what differs between the tensor-parallel ranks of this one, and how to mark it."""
     groups = [pg_collection.tp]
     if getattr(pg_collection, "expt_tp", None) is not None:
@@ -228,11 +228,11 @@ def _differing_parameters(stages: Sequence[MegatronModule], pg_collection: Proce
         for named in named_parameters(stage, pg_collection):
             group = groups.index(tensor_group(named.parameter, pg_collection))
             values = not (_is_split(named.parameter) or named.parameter.is_meta)
-            mine[group][named.placement.full_name] = _state(named.parameter, values=values)
+            mine[group][named.placement.full_name] = _make_state(named.parameter, values=values)
     differing = {
         name: states
         for group, states_of in zip(groups, mine, strict=True)
-        for name, states in _by_name(states_of, group).items()
+        for name, states in _gather_by_name(states_of, group).items()
         if len(set(states.values())) > 1
     }
     for name, states in list(differing.items())[:_MOST_PROBLEMS]:
@@ -245,10 +245,10 @@ def _differing_parameters(stages: Sequence[MegatronModule], pg_collection: Proce
         yield "A hook must do the same on every tensor-parallel rank"
 
 
-def _by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, dict[str, _State | None]]:
+def _gather_by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, dict[str, _State | None]]:
     """Gather states over a group: by the parameter's name, and then by rank."""
     ranks = torch.distributed.get_process_group_ranks(group)
-    everyone = dict(zip(ranks, _gathered([mine], group), strict=True))
+    everyone = dict(zip(ranks, _gather([mine], group), strict=True))
     names = dict.fromkeys(name for states in everyone.values() for name in states)
     return {name: {f"rank {rank}": states.get(name) for rank, states in everyone.items()} for name in names}
 
@@ -264,7 +264,7 @@ def _describe(states: Mapping[str, _State | None]) -> str:
     return f"{field} is " + ", ".join(f"{getattr(state, field)} on {place}" for place, state in there.items())
 
 
-def _weight(model: torch.nn.Module, path: str) -> torch.nn.Parameter | None:
+def _get_weight(model: torch.nn.Module, path: str) -> torch.nn.Parameter | None:
     layer: Any = model
     for name in path.split("."):
         layer = getattr(layer, name, None)
@@ -276,7 +276,7 @@ def _is_split(parameter: torch.nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def _state(parameter: torch.nn.Parameter, *, values: bool) -> _State:
+def _make_state(parameter: torch.nn.Parameter, *, values: bool) -> _State:
     return _State(
         shape=tuple(parameter.shape),
         dtype=str(parameter.dtype),
@@ -292,7 +292,7 @@ def _fingerprint(parameter: torch.nn.Parameter) -> str:
     return hashlib.blake2b(data.cpu().reshape(-1).view(torch.uint8).numpy(), digest_size=8).hexdigest()
 
 
-def _gathered(mine: list[ItemT], group: ProcessGroup) -> list[ItemT]:
+def _gather(mine: list[ItemT], group: ProcessGroup) -> list[ItemT]:
     """Collect the items of all ranks of a group, in their order."""
     if group.size() == 1:
         return mine
@@ -306,7 +306,7 @@ def _raise_if_any(problems: Sequence[str], pg_collection: ProcessGroupCollection
     known = list(dict.fromkeys(problems))
     if not is_alone():
         for group in (pg_collection.tp, pg_collection.dp_cp, pg_collection.pp):
-            known = list(dict.fromkeys(_gathered(known, group)))
+            known = list(dict.fromkeys(_gather(known, group)))
     if known:
         shown = textwrap.indent("\n".join(known), "  ")
         raise CopyError(f"parameters that are copies of each other differ {where}:\n{shown}")

@@ -12,7 +12,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from bridge.dist.checks.agreement import LONGEST_WAIT, agree_in_world, facts
+from bridge.dist.checks.agreement import LONGEST_WAIT, agree_in_world, collect_facts
 from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
@@ -72,7 +72,9 @@ def create_process_groups(
         LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
             optimizer instances.
     """
-    agree_in_world(facts(layout=layout, optimizer_instances=optimizer_instances, embedding_ranks=embedding_ranks))
+    agree_in_world(
+        collect_facts(layout=layout, optimizer_instances=optimizer_instances, embedding_ranks=embedding_ranks)
+    )
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
         raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")

@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def materialize(module: ModuleT, device: torch.device, *, recurse: bool = True) 
             if parameter is None:
                 continue
             if parameter not in placed:
-                placed[parameter] = _like(parameter, _place(parameter.data, device))
+                placed[parameter] = _copy_parameter(parameter, _place(parameter.data, device))
             owner._parameters[name] = placed[parameter]
         for name, buffer in owner._buffers.items():
             if buffer is not None:
@@ -58,7 +58,7 @@ def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
-def _like(parameter: torch.Tensor, data: torch.Tensor) -> torch.nn.Parameter:
+def _copy_parameter(parameter: torch.Tensor, data: torch.Tensor) -> torch.nn.Parameter:
     """A parameter of other data; Megatron keeps what it knows of one, such as how it is split, in attributes."""
     made = torch.nn.Parameter(data, parameter.requires_grad)
     vars(made).update(vars(parameter))
@@ -69,16 +69,16 @@ def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGr
     """Give whole stages that were built on the meta device memory on this rank's device, and weights."""
     missing: list[str] = []
     for stage in stages:
-        pending = _pending(stage)
+        pending = _find_pending(stage)
         materialize(stage, torch.device("cuda"))
         for module in pending:
             missing += module.initialise()
         _share_tied_embedding(stage, pg_collection)
-    _warn(missing)
+    _warn_uninitialised(missing)
 
 
 @contextlib.contextmanager
-def initialised_by_wrapper(stage: MegatronModule, share: Share | None) -> Iterator[None]:
+def initialise_while_wrapping(stage: MegatronModule, share: Share | None) -> Iterator[None]:
     """While Megatron-FSDP wraps a stage on the meta device: it empties module after module and resets each.
 
     megatron-core 0.19.2 loses the attributes of parameters on the way, and fails for a module that cannot reset itself.
@@ -88,7 +88,7 @@ def initialised_by_wrapper(stage: MegatronModule, share: Share | None) -> Iterat
         share: Called with each initialised parameter, before it is sharded.
     """
     missing: list[str] = []
-    pending = _pending(stage)
+    pending = _find_pending(stage)
 
     def reset(module: _Pending) -> None:
         missing.extend(module.initialise())
@@ -99,9 +99,9 @@ def initialised_by_wrapper(stage: MegatronModule, share: Share | None) -> Iterat
             module.allocate()
             reset(module)
     resets = [Replacement(one.module, "reset_parameters", partial(reset, one)) for one in pending if not one.kept]
-    with replaced(*resets):
+    with replace_attributes(*resets):
         yield
-    _warn(missing)
+    _warn_uninitialised(missing)
 
 
 def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
@@ -112,7 +112,7 @@ def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
         share: Called with each whole parameter, before this rank's shard is cut out of it.
     """
     missing: list[str] = []
-    for module in _pending(stage):
+    for module in _find_pending(stage):
         owner = module.module
         sharded = {name: module.own(name) for name in module.tensors if name in owner._parameters}
         module.allocate()
@@ -123,8 +123,8 @@ def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
             whole = module.own(name).data
             # No source rank: each rank cuts its shard out of its own whole tensor.
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            owner._parameters[name] = _like(parameter, shard)
-    _warn(missing)
+            owner._parameters[name] = _copy_parameter(parameter, shard)
+    _warn_uninitialised(missing)
 
 
 class _Tensor(NamedTuple):
@@ -154,7 +154,7 @@ class _Pending(NamedTuple):
             meta = self.own(name)
             whole = torch.empty(meta.shape, dtype=meta.dtype, device=torch.device("cuda"))
             if isinstance(meta, torch.nn.Parameter):
-                self.module._parameters[name] = _like(meta, whole)
+                self.module._parameters[name] = _copy_parameter(meta, whole)
             else:
                 self.module._buffers[name] = whole
 
@@ -202,7 +202,7 @@ class _Pending(NamedTuple):
         return bool(tensor.isnan().any()) if tensor.is_floating_point() else reset is None
 
 
-def _pending(stage: torch.nn.Module) -> list[_Pending]:
+def _find_pending(stage: torch.nn.Module) -> list[_Pending]:
     """List the modules that hold meta tensors, in the order in which modules are made."""
     config = get_model_config(stage)
     embeddings = {
@@ -242,7 +242,7 @@ def _has_tied_embedding(model: LanguageModule) -> bool:
     return bool(model.share_embeddings_and_output_weights or getattr(model, "mtp_process", False))
 
 
-def _warn(missing: Sequence[str]) -> None:
+def _warn_uninitialised(missing: Sequence[str]) -> None:
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         logger.warning(

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch.distributed import ProcessGroup
 
-from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.stages import unwrap
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """The full-model name of the word embedding."""
@@ -85,7 +85,7 @@ class NamedParameter(NamedTuple):
 
 def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
     """Yield the parameters of a built (not yet sharded by FSDP) stage with their full-model names."""
-    model: torch.nn.Module = unwrapped(stage)
+    model: torch.nn.Module = unwrap(stage)
     modules = dict(model.named_modules())
     renamed = _full_module_names(modules, pg_collection)
     tied = getattr(model, "share_embeddings_and_output_weights", False)
@@ -127,7 +127,7 @@ def tensor_group(parameter: torch.Tensor, pg_collection: ProcessGroupCollection)
 def layer_indices(stage: MegatronModule) -> list[int]:
     """Return the layers that a stage holds, counted from zero over the whole model, those of an encoder first."""
     stacks: dict[str, list[int]] = {}
-    for name, module in unwrapped(stage).named_modules():
+    for name, module in unwrap(stage).named_modules():
         stack = re.fullmatch(r"(\w+)\.layers\.\d+", name)
         if stack and stack[1] != "mtp" and hasattr(module, "layer_number"):
             before = sum(len(others) for other, others in stacks.items() if other != stack[1])

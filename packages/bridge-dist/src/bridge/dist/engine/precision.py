@@ -12,7 +12,7 @@ from bridge.dist.errors import BuilderContractError
 
 logger = logging.getLogger(__name__)
 
-_MAINTAIN = "_maintain_float32_expert_bias"
+_KEEP_BIAS_FP32 = "_maintain_float32_expert_bias"
 
 
 def wrap_mixed_precision(
@@ -35,7 +35,7 @@ def wrap_mixed_precision(
     """
     if wrapper is None or not (config.fp16 or config.bf16):
         return stages
-    routers = [module for stage in stages for module in stage.modules() if hasattr(module, _MAINTAIN)]
+    routers = [module for stage in stages for module in stage.modules() if hasattr(module, _KEEP_BIAS_FP32)]
     exact = [
         (router, name, buffer.clone())
         for router in routers
@@ -48,9 +48,9 @@ def wrap_mixed_precision(
         for parameter in stage.parameters()
         if getattr(parameter, "keep_fp32", False)
     ]
-    wrapped = [_wrapped(stage, config, wrapper) for stage in stages]
+    wrapped = [_wrap_stage(stage, config, wrapper) for stage in stages]
     for router in routers:
-        getattr(router, _MAINTAIN)()
+        getattr(router, _KEEP_BIAS_FP32)()
     for router, name, value in exact:
         buffer = router.get_buffer(name)
         if buffer.dtype is torch.float32:
@@ -63,7 +63,7 @@ def wrap_mixed_precision(
     return wrapped
 
 
-def _wrapped(stage: MegatronModule, config: TransformerConfig, wrapper: MixedPrecisionWrapper) -> MegatronModule:
+def _wrap_stage(stage: MegatronModule, config: TransformerConfig, wrapper: MixedPrecisionWrapper) -> MegatronModule:
     made: object = wrapper(config, stage)
     if not isinstance(made, MegatronModule):
         raise BuilderContractError(

@@ -67,7 +67,7 @@ def build_stages(
     return stages
 
 
-def unwrapped(stage: MegatronModule) -> MegatronModule:
+def unwrap(stage: MegatronModule) -> MegatronModule:
     """Return the model of a stage, without its wrappers.
 
     ``unwrap_model`` of megatron-core 0.19.2 stops at the inner one of Megatron-FSDP's two wrappers.

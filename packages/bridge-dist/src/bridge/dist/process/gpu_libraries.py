@@ -39,7 +39,7 @@ def hide_without_gpu() -> list[str]:
     return [name for name in _NAMES if sys.modules.get(name) is not None]
 
 
-def why_missing(*names: str) -> str:
+def explain_missing(*names: str) -> str:
     """Say why libraries that are needed together cannot be used, to follow their names."""
     are, both = ("is", "") if len(names) == 1 else ("are", "both ")
     return f"{are} installed but no GPU is visible" if _hidden.issuperset(names) else f"{are} not {both}installed"

@@ -65,8 +65,8 @@ def _leave_out_compiler() -> None:
     import torch  # takes a second, and the command line imports this module before it knows whether it needs torch
 
     if _DYNAMO not in sys.modules:
-        torch.compile = _as_written  # type: ignore[assignment]
-        torch.compiler.disable = _as_written  # type: ignore[assignment]
+        torch.compile = _return_unchanged  # type: ignore[assignment]
+        torch.compiler.disable = _return_unchanged  # type: ignore[assignment]
         torch._dynamo = _UnloadedDynamo.make()
 
 
@@ -107,8 +107,8 @@ class _UnloadedDynamo(ModuleType):
         return getattr(self, name)
 
 
-def _as_written(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
-    return _as_written if function is None else function
+def _return_unchanged(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
+    return _return_unchanged if function is None else function
 
 
 def _do_nothing(*_: object, **__: object) -> None:
@@ -116,7 +116,7 @@ def _do_nothing(*_: object, **__: object) -> None:
 
 
 _NAMES_TO_KEEP_OUT = {
-    "disable": _as_written,
+    "disable": _return_unchanged,
     "disable_nested_graph_breaks": contextlib.nullcontext,
     "graph_break": _do_nothing,
     "trace_rules": SimpleNamespace(clear_lru_cache=_do_nothing),

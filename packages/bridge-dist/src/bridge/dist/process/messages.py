@@ -10,21 +10,21 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-_said: set[str] = set()
+_reported: set[str] = set()
 
 
 def start_run() -> None:
     """From here on print each message of the log once, where nobody has set up logging otherwise."""
-    _said.clear()
+    _reported.clear()
     if logging.lastResort is not None:
         logging.lastResort.addFilter(_is_new)
 
 
 def relay(message: str) -> None:
     """Log a message of another process, unless it was said before."""
-    if message not in _said:
+    if message not in _reported:
         logger.warning("%s", message)
-        _said.add(message)
+        _reported.add(message)
 
 
 def send_messages(send: Callable[[str], object]) -> None:
@@ -34,8 +34,8 @@ def send_messages(send: Callable[[str], object]) -> None:
 
 def _is_new(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    is_new = message not in _said
-    _said.add(message)
+    is_new = message not in _reported
+    _reported.add(message)
     return is_new
 
 

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
 from bridge.config import ModelConfig
-from bridge.dist.checks.agreement import versions
+from bridge.dist.checks.agreement import collect_versions
 from bridge.dist.engine.placement import Placement, layer_indices
 from bridge.dist.engine.stages import layers_of
 from bridge.dist.job import BuildJob, vocab_size
@@ -57,7 +57,7 @@ def collect_report(
         model_flops=None if training is None else model_flops(shapes, transformer, training),
         document=job.document,
         overrides=list(job.overrides),
-        versions=versions(),
+        versions=collect_versions(),
     )
 
 

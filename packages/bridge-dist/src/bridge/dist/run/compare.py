@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bridge.config import Document
 from bridge.dist.documents import switch_off_dropout
-from bridge.dist.format import gib
+from bridge.dist.format import format_gib
 from bridge.dist.plan.results import NOT_COVERED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
@@ -43,15 +43,15 @@ _JOB = (
 )
 _NUMBERS = (
     _Measure("parameters", "parameters", "parameters", "{:,}".format),
-    _Measure("weights", "weights, GiB", "bytes", gib),
-    _Measure("gradients", "gradients, GiB", "bytes", gib),
-    _Measure("master", "master, GiB", "bytes", gib),
-    _Measure("state", "state, GiB", "bytes", gib),
-    _Measure("activations", "activations, GiB", "bytes", gib),
-    _Measure("unsharded", "unsharded, GiB", "bytes", gib),
-    _Measure("peak", "total or allocated, GiB", "bytes", gib),
-    _Measure("reserved", "reserved, GiB", "bytes", gib),
-    _Measure("resident", "resident, GiB", "bytes", gib),
+    _Measure("weights", "weights, GiB", "bytes", format_gib),
+    _Measure("gradients", "gradients, GiB", "bytes", format_gib),
+    _Measure("master", "master, GiB", "bytes", format_gib),
+    _Measure("state", "state, GiB", "bytes", format_gib),
+    _Measure("activations", "activations, GiB", "bytes", format_gib),
+    _Measure("unsharded", "unsharded, GiB", "bytes", format_gib),
+    _Measure("peak", "total or allocated, GiB", "bytes", format_gib),
+    _Measure("reserved", "reserved, GiB", "bytes", format_gib),
+    _Measure("resident", "resident, GiB", "bytes", format_gib),
     _Measure("step_seconds", "step, s", "seconds", "{:.3f}".format),
     _Measure("tokens_per_second_per_gpu", "tokens/s per GPU", "tokens per second", "{:,.0f}".format),
     _Measure("model_flops_utilization", "model-FLOPs utilisation", "share", "{:.1%}".format),

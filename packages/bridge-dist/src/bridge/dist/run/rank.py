@@ -11,7 +11,7 @@ import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.config import ModelConfig
-from bridge.dist.checks.agreement import facts, versions
+from bridge.dist.checks.agreement import collect_facts, collect_versions
 from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout
@@ -39,7 +39,7 @@ def joined(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCol
     They are left after a success only, see ``world``. The job was checked (``BuildJob.check``) by the process that
     started the ranks, or by each rank that a launcher started; the build checks once more what depends on the process.
     """
-    with contextlib.redirect_stdout(sys.stderr), world(facts(job=job, versions=versions())):
+    with contextlib.redirect_stdout(sys.stderr), world(collect_facts(job=job, versions=collect_versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.finalize(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))

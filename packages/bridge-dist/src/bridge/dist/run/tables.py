@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bridge.dist.format import gib, layer_ranges
+from bridge.dist.format import format_gib, format_layer_ranges
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +51,7 @@ def _ranks_table(report: BuildReport) -> RenderableType:
             table.add_row(
                 *place,
                 str(chunk.vp_stage),
-                layer_ranges(chunk.layers),
+                format_layer_ranges(chunk.layers),
                 f"{chunk.parameters:,}",
                 " > ".join(chunk.wrappers),
             )
@@ -68,7 +68,7 @@ def _memory_table(report: BuildReport) -> RenderableType:
     for name in ("rank", *kinds):
         table.add_column(name, justify="right")
     for rank, peak in zip(report.ranks, peaks, strict=True):
-        table.add_row(str(rank.rank), *(gib(peak[kind]) for kind in kinds))
+        table.add_row(str(rank.rank), *(format_gib(peak[kind]) for kind in kinds))
     return table
 
 

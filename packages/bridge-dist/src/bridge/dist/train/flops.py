@@ -59,7 +59,7 @@ def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConf
     """
     matrices = {name: shape for name, shape in parameters.items() if len(shape) > 1}
     tied = not any(map(_OUTPUT.fullmatch, matrices))
-    products = sum(prod(shape) * _uses(name, config, tied=tied) for name, shape in matrices.items())
+    products = sum(prod(shape) * _count_uses(name, config, tied=tied) for name, shape in matrices.items())
     for name, shape in matrices.items():
         if _AFTER_ATTENTION.fullmatch(name):
             products += batch.seq_length * shape[1] * (1 + _query_to_value_width(config))
@@ -68,7 +68,7 @@ def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConf
     return round(3 * 2 * products * batch.global_batch_size * batch.seq_length)
 
 
-def _uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
+def _count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
     """How often a token is multiplied with a matrix, on average."""
     if (_EMBEDDING.fullmatch(name) and not tied) or _LOOKED_UP.fullmatch(name):
         return 0

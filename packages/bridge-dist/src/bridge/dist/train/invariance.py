@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.dist.documents import DROPOUT_RATES
-from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.stages import unwrap
 
 
 def switch_off_dropout(config: TransformerConfig) -> list[str]:
@@ -30,7 +30,7 @@ def mask_vocabulary_padding(stages: Sequence[MegatronModule], *, vocab_size: int
     How many rows pad the vocabulary depends on the tensor-parallel size, and a padded row takes part in the softmax.
     """
     for stage in stages:
-        layer = getattr(unwrapped(stage), "output_layer", None)
+        layer = getattr(unwrap(stage), "output_layer", None)
         if layer is not None:
             layer.register_forward_hook(partial(_mask_padding, vocab_size=vocab_size))
 

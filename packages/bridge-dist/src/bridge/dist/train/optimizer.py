@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 LEARNING_RATE = 1e-4
 # Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
@@ -21,7 +21,7 @@ _FP16_LOSS_SCALE = 2.0**16
 
 
 @contextlib.contextmanager
-def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
+def set_up_optimizer(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
     """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
 
     Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
@@ -55,5 +55,5 @@ def optimizer_of(stages: list[MegatronModule], *, use_gloo_process_groups: bool 
     if ddp_config.overlap_grad_reduce:
         no_sync = [stage.no_sync for stage in stages]
         functions["no_sync_func"] = no_sync if len(stages) > 1 else no_sync[0]
-    with replaced(*(Replacement(config, name, function) for name, function in functions.items())):
+    with replace_attributes(*(Replacement(config, name, function) for name, function in functions.items())):
         yield optimizer

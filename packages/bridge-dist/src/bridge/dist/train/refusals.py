@@ -10,7 +10,7 @@ from bridge.config import ModelConfig
 from bridge.dist.errors import TrainingError
 from bridge.dist.wrapper import Wrapper
 
-_LEFT_TO_OTHERS: Mapping[str, tuple[Callable[[TransformerConfig], object], str]] = {
+_UNSUPPORTED: Mapping[str, tuple[Callable[[TransformerConfig], object], str]] = {
     "overlap_moe_expert_parallel_comm": (
         lambda c: c.overlap_moe_expert_parallel_comm,
         "set it, and delay_wgrad_compute, to false: it takes steps that return plans of a schedule",
@@ -33,9 +33,9 @@ _LEFT_TO_OTHERS: Mapping[str, tuple[Callable[[TransformerConfig], object], str]]
 """What megatron-core 0.19.2 leaves to the training loop, and the one here does not do."""
 
 
-def left_to_others(config: TransformerConfig) -> Iterator[tuple[str, str]]:
+def find_unsupported_fields(config: TransformerConfig) -> Iterator[tuple[str, str]]:
     """Name the fields of a configuration that ``train`` would pass over, or fail for, each with what to set."""
-    for name, (asked, advice) in _LEFT_TO_OTHERS.items():
+    for name, (asked, advice) in _UNSUPPORTED.items():
         if asked(config):
             yield name, advice
 
@@ -58,6 +58,6 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
             transformer.init_model_with_meta_device
         ),
     }
-    refused |= {f"{field}: {advice}": True for field, advice in left_to_others(transformer)}
+    refused |= {f"{field}: {advice}": True for field, advice in find_unsupported_fields(transformer)}
     if broken := [reason for reason, applies in refused.items() if applies]:
         raise TrainingError("\n".join(f"cannot train with {reason}" for reason in broken))

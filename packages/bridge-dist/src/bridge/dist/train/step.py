@@ -18,7 +18,7 @@ from bridge.dist.engine.copies import check_gradients
 from bridge.dist.engine.forward import ForwardStep, next_token_step
 from bridge.dist.layout import Layout
 from bridge.dist.train.batch import Batch
-from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.optimizer import set_up_optimizer
 from bridge.dist.train.text import Text
 
 
@@ -60,7 +60,7 @@ def train(
     """
     group_size = get_model_config(stages[0]).microbatch_group_size_per_vp_stage
     microbatches = options.microbatches(layout, group_size=group_size)
-    with optimizer_of(stages) as optimizer:
+    with set_up_optimizer(stages) as optimizer:
         for index in range(options.steps):
             start = _time_when_done()
             batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
@@ -100,7 +100,7 @@ def run_microbatches(
 ) -> list[dict[str, torch.Tensor]]:
     """Run forward and backward passes by Megatron's schedule, and reduce the gradients.
 
-    Every rank of the layout must do so, within ``optimizer_of``.
+    Every rank of the layout must do so, within ``set_up_optimizer``.
 
     Args:
         stages: Those of this rank.

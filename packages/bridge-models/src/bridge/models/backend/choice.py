@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
-from bridge.dist.process.gpu_libraries import why_missing
+from bridge.dist.process.gpu_libraries import explain_missing
 from bridge.models.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def uses_transformer_engine(transformer: TransformerConfig) -> bool:
     if transformer.transformer_impl != "transformer_engine":
         return False
     if not HAVE_TE:
-        report_fallback(f"Transformer Engine {why_missing('transformer_engine')}: building layers in PyTorch")
+        report_fallback(f"Transformer Engine {explain_missing('transformer_engine')}: building layers in PyTorch")
     return bool(HAVE_TE)
 
 
@@ -51,7 +51,7 @@ def require_transformer_engine(what: str) -> None:
     """
     if not HAVE_TE:
         raise UnsupportedError(
-            f"{what} needs Transformer Engine, which {why_missing('transformer_engine')}: "
+            f"{what} needs Transformer Engine, which {explain_missing('transformer_engine')}: "
             "install it where there is a GPU, or leave it out"
         )
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch.nn.functional import silu, softplus
 
-from bridge.dist.process.gpu_libraries import why_missing
+from bridge.dist.process.gpu_libraries import explain_missing
 from bridge.models.backend.choice import report_fallback
 from bridge.models.backend.scan import GatedRMSNorm, causal_conv1d, selective_scan
 from bridge.models.backend.specs import SpecT, replace_modules
@@ -50,7 +50,7 @@ def with_mixers(spec: SpecT) -> SpecT:
             return part
         if has_mamba_kernels():
             return WrappableMambaMixer
-        missing = why_missing("mamba_ssm", "causal_conv1d")
+        missing = explain_missing("mamba_ssm", "causal_conv1d")
         report_fallback(f"mamba-ssm and causal-conv1d {missing}: computing Mamba layers in PyTorch")
         return TorchMambaMixer
 

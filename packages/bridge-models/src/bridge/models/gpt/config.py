@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.dist.layout import says_how_to_split
+from bridge.dist.layout import has_custom_split
 from bridge.models.common.config import LanguageModelConfig
 from bridge.models.common.stages import virtual_stages
 from bridge.models.common.yarn import check_yarn
@@ -73,7 +73,7 @@ def _check_positions(config: GPTModelConfig) -> None:
 
 
 def _check_pipeline_split(transformer: TransformerConfig) -> None:
-    if says_how_to_split(transformer):
+    if has_custom_split(transformer):
         return
     pp = transformer.pipeline_model_parallel_size
     vp = virtual_stages(transformer)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 from bridge.models.errors import CheckpointError
 from bridge.models.modelopt.attention import known_attention
 from bridge.models.modelopt.checkpoint import file_of_rank, is_sharded, read_file
@@ -100,7 +100,7 @@ def _listed_tensors() -> AbstractContextManager[None]:
                 vars(stored.properties).pop("strides", None)
         return list_tensors(self, folder, metadata)
 
-    return replaced(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", without_strides))
+    return replace_attributes(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", without_strides))
 
 
 def _from_file(stage: MegatronModule, file: Path) -> MegatronModule:

@@ -25,7 +25,7 @@ def connections_of_split_layers(setup: Setup) -> Iterator[str]:
         )
 
 
-def warning(setup: Setup) -> str | None:
+def describe_slowdown(setup: Setup) -> str | None:
     """Return what costs a setup that passes some of its speed."""
     if _takes_one_connection(setup) and _CONNECTIONS not in setup.environment.variables:
         return (

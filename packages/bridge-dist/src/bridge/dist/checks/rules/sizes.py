@@ -8,7 +8,7 @@ from typing import Any
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.arithmetic import check_live
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
-from bridge.dist.layout import CONFIG_FIELDS, says_how_to_split
+from bridge.dist.layout import CONFIG_FIELDS, has_custom_split
 
 
 @rule(seen=MEGATRON, is_first=True)
@@ -85,18 +85,18 @@ def experts_divide(setup: Setup) -> Iterator[str]:
 def layers_divide(setup: Setup) -> Iterator[str]:
     """Stages are equal unless the configuration says how to split."""
     pattern: str | None = getattr(setup.model, "hybrid_layer_pattern", None)
-    if says_how_to_split(setup.transformer) or "|" in (pattern or ""):
+    if has_custom_split(setup.transformer) or "|" in (pattern or ""):
         return
     pp, vp = setup.layout.pp, setup.layout.vp if setup.has_virtual_pipeline else 1
     layers, stages = setup.transformer.num_layers, pp * vp
     if layers % stages:
         yield (
             f"num_layers = {layers} does not divide into pp x vp = {pp} x {vp} = {stages} equal stages: change pp or "
-            f"vp, {_ways_to_count(layers, stages)}or say how to split in pipeline_model_parallel_layout"
+            f"vp, {_suggest_counting(layers, stages)}or say how to split in pipeline_model_parallel_layout"
         )
 
 
-def _ways_to_count(layers: int, stages: int) -> str:
+def _suggest_counting(layers: int, stages: int) -> str:
     """What can count as a layer of its own, so that layers divide."""
     if (layers + 2) % stages == 0:
         return "set account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split to True, "

@@ -36,7 +36,7 @@ def wrap_data_parallel(
         PreflightError: The wrapper cannot train these stages.
     """
     check_stages(stages, options)
-    options = replace(options, ddp_config=_resolved_ddp_config(stages, pg_collection, options))
+    options = replace(options, ddp_config=_resolve_ddp_config(stages, pg_collection, options))
     if options.has_layer_wise_layout:
         tag_params_for_buffer_routing(stages)
     share = partial(_broadcast, pg_collection=pg_collection) if options.data_parallel_random_init else None
@@ -58,7 +58,7 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _resolved_ddp_config(
+def _resolve_ddp_config(
     stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, options: BuildOptions
 ) -> DistributedDataParallelConfig:
     """Return a copy of the options' configuration with what depends on the stages and on the wrapper filled in."""

@@ -33,7 +33,7 @@ def wrap_megatron_fsdp(
 ) -> FullyShardedDataParallel:
     """Wrap a stage with Megatron-FSDP; ``share`` is called with what is initialised meanwhile."""
     assert options.ddp_config is not None
-    with meta.initialised_by_wrapper(stage, share):
+    with meta.initialise_while_wrapping(stage, share):
         wrapped = FullyShardedDataParallel(
             config=get_model_config(stage),
             ddp_config=options.ddp_config,

@@ -49,13 +49,13 @@ def wrap_torch_fsdp2(
     wrapped.config = config
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            module.register_forward_hook(_without_base, prepend=True)
+            module.register_forward_hook(_make_viewless, prepend=True)
     remember_meshes(parameter.device_mesh for parameter in stage.parameters() if isinstance(parameter, DTensor))
     meta.initialise_shards(stage, share)
     return wrapped
 
 
-def _without_base(module: torch.nn.Module, args: object, output: Any) -> Any:
+def _make_viewless(module: torch.nn.Module, args: object, output: Any) -> Any:
     """Return what a module returns as a tensor that is no view of another, without a copy.
 
     FSDP2 gathers a module's weights for the backward pass when the gradient of its output comes. It loses sight of a

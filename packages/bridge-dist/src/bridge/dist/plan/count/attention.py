@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 
 def _attention(
@@ -40,7 +40,7 @@ def fused_attention() -> AbstractContextManager[None]:
 
     In recomputed passes too: torch switches function modes off in the backward pass.
     """
-    return replaced(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attention))
+    return replace_attributes(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attention))
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

@@ -11,8 +11,8 @@ from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer impo
 from megatron.core.transformer import MegatronModule
 from torch.distributed.tensor import DTensor
 
-from bridge.dist.engine.stages import unwrapped
-from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.engine.stages import unwrap
+from bridge.dist.train.optimizer import set_up_optimizer
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,12 +52,12 @@ def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     """Yield what holds the weights and buffers of stages."""
     for stage in stages:
         yield from weights(stage)
-        yield from (local(buffer) for buffer in unwrapped(stage).buffers())
+        yield from (local(buffer) for buffer in unwrap(stage).buffers())
 
 
 def saved_buffers(stage: MegatronModule) -> int:
     """Return how many elements the buffers of a stage have that checkpoints hold."""
-    model = unwrapped(stage)
+    model = unwrap(stage)
     saved = model.state_dict()
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
 
@@ -87,7 +87,7 @@ def gradient_bytes(stages: Sequence[MegatronModule]) -> int:
 def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     """Return the bytes of Megatron's optimizer: copies of weights in full precision, and Adam's two means."""
     held = {tensor.untyped_storage()._cdata for tensor in held_tensors(stages)}
-    with optimizer_of(list(stages), use_gloo_process_groups=False) as optimizer:
+    with set_up_optimizer(list(stages), use_gloo_process_groups=False) as optimizer:
         updated = [
             local(parameter)
             for one in getattr(optimizer, "chained_optimizers", [optimizer])

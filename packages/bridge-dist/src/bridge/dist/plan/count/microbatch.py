@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.config import ModelConfig
 from bridge.dist.engine.builder import DistributedModelBuilder
-from bridge.dist.engine.stages import unwrapped
+from bridge.dist.engine.stages import unwrap
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.attention import ATTENTION_FLOPS, fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, group_names, named_groups, tensor_bytes
@@ -93,7 +93,7 @@ def _hidden_states(rank: RankStages) -> torch.Size:
 
 def _remembered(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
     sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
-    chunk = (_signature(unwrapped(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
+    chunk = (_signature(unwrap(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
     work = memo.get(within) or memo.get(anywhere)
@@ -116,7 +116,7 @@ def _signature(model: torch.nn.Module) -> Any:
 
 def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) -> Work:
     """Run one microbatch through a chunk, forward and backward; its input, if it takes one, has a shape."""
-    model: Any = unwrapped(stage)
+    model: Any = unwrap(stage)
     received = passed_on = None
     kept, sent = KeptMemory(stage), Collectives(group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)

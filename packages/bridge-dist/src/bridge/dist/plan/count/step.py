@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel, finalize_model_grads
 from megatron.core.transformer import MegatronModule
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 from bridge.dist.plan.count.attention import fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, StepCalls, group_names
 from bridge.dist.plan.count.memory import bytes_of, gradient_bytes, sharded_gradients
@@ -17,7 +17,7 @@ from bridge.dist.plan.count.microbatch import Memo, Passed, RankStages, Work, ru
 from bridge.dist.plan.count.schedule import passes
 from bridge.dist.plan.count.unsharded import UnshardedMemory
 from bridge.dist.plan.virtual_rank.peers import shapes_told
-from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.optimizer import set_up_optimizer
 from bridge.dist.train.step import run_microbatches, zero_gradients
 
 
@@ -52,7 +52,7 @@ def run_sharded(rank: RankStages, passed: Passed) -> MeasuredStep:
     wanted = rank.batch.microbatches(rank.layout, group_size=_group_size(rank))
     with (
         UnshardedMemory(rank.stages, [rank.groups.dp_cp, rank.groups.expt_dp]) as memory,
-        optimizer_of(rank.stages, use_gloo_process_groups=False) as optimizer,
+        set_up_optimizer(rank.stages, use_gloo_process_groups=False) as optimizer,
     ):
         _start_gathering(rank.stages)  # as the step before has done
         works = run_chunks(rank, {}, passed)  # nothing is known: what is gathered depends on the chunks before
@@ -94,7 +94,7 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
     shape = (microbatches, rank.batch.micro_batch_size, rank.batch.seq_length + 1)
     samples = torch.empty(shape, dtype=torch.long)
     sent = Collectives(group_names(rank.groups))
-    with sent, fused_attention(), replaced(_shapes_of_a_step(rank, microbatches, works)):
+    with sent, fused_attention(), replace_attributes(_shapes_of_a_step(rank, microbatches, works)):
         zero_gradients(rank.stages)
         optimizer.zero_grad()
         run_microbatches(rank.stages, rank.groups, rank.layout, samples, forward_step=rank.builder.forward_step)

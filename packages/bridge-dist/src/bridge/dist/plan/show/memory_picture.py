@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil, log10
 from xml.etree.ElementTree import Element
 
-from bridge.dist.format import gib
+from bridge.dist.format import format_gib
 from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
 from bridge.dist.plan.show.words import kinds_of
@@ -49,7 +49,7 @@ def _memory_picture(plan: Plan) -> Element:
         anchor = "end " if x > (left + right) / 2 else ""  # there is room on this side
         parts += [
             node("line", x1=x, x2=x, y1=18, y2=bottom, class_="limit"),
-            node("text", f"{gib(plan.gpu_memory)} GiB of a GPU", x=x, y=13, class_=f"{anchor}limit-label"),
+            node("text", f"{format_gib(plan.gpu_memory)} GiB of a GPU", x=x, y=13, class_=f"{anchor}limit-label"),
         ]
     return make_picture("memory", 900, bottom + 24, parts)
 
@@ -59,22 +59,23 @@ def _memory_row(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element
     x: float = _BARS[0]
     for kind, colour in zip(kinds_of(plan), _KIND_COLOURS, strict=False):
         width = kind.of(stage) * scale
-        tooltip = node("title", f"stage {stage.pp}: {kind.name} {gib(kind.of(stage))} GiB")
+        tooltip = node("title", f"stage {stage.pp}: {kind.name} {format_gib(kind.of(stage))} GiB")
         row.append(
             node("rect", tooltip, x=x, y=y, width=width, height=ROW - GAP, fill=colour, class_=f"kind {kind.name}")
         )
         x += width
     too_much = plan.gpu_memory is not None and stage.total_bytes > plan.gpu_memory
-    row.append(node("text", gib(stage.total_bytes), x=895, y=y + 16, class_="end over" if too_much else "end"))
+    row.append(node("text", format_gib(stage.total_bytes), x=895, y=y + 16, class_="end over" if too_much else "end"))
     return row
 
 
 def _memory_description(plan: Plan) -> str:
     least = min(stage.total_bytes for stage in plan.stages)
-    limit = "" if plan.gpu_memory is None else f" A line marks the {gib(plan.gpu_memory)} GiB of a GPU."
+    limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB of a GPU."
     return (
         f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in kinds_of(plan))}: "
-        f"from {gib(least)} to {gib(plan.worst.total_bytes)} GiB.{limit} The numbers are in the table of stages."
+        f"from {format_gib(least)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
+        "The numbers are in the table of stages."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from bridge.dist.format import layer_ranges
+from bridge.dist.format import format_layer_ranges
 from bridge.dist.plan.forecast.timeline import Timeline
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.elements import make_table, node
@@ -50,7 +50,7 @@ def _chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
         {
             "stage": stage.pp,
             "chunk": chunk.vp_stage,
-            "layers": layer_ranges(chunk.layers),
+            "layers": format_layer_ranges(chunk.layers),
             "parameters": chunk.parameters,
             "activations": chunk.activation_bytes,
             "forward FLOPs": chunk.forward_flops,

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bridge.dist.format import gib, layer_ranges
+from bridge.dist.format import format_gib, format_layer_ranges
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.ranking import Found
 from bridge.dist.plan.forecast.timeline import timeline_of
@@ -67,7 +67,7 @@ def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
             _numbers(stages),
             str(sum(len(chunk.layers) for chunk in stage.chunks)),
             f"{stage.parameters:,}",
-            Text(gib(stage.total_bytes) + "!" * too_much, style="bold red" if too_much else ""),
+            Text(format_gib(stage.total_bytes) + "!" * too_much, style="bold red" if too_much else ""),
             _Bar(plan, stage),
         )
     return table
@@ -88,7 +88,7 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
             stage.activation_bytes,
             *([stage.unsharded_bytes] if unsharded else []),
         ]
-        table.add_row(_numbers(stages), *map(gib, sizes), teraflops(stage.flops))
+        table.add_row(_numbers(stages), *map(format_gib, sizes), teraflops(stage.flops))
     return table
 
 
@@ -105,12 +105,12 @@ def _traffic_table(plan: Plan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
         names = (escape(traffic.group), f"{traffic.ranks:,}", escape(traffic.operation))
-        table.add_row(*names, f"{traffic.calls:,}", gib(traffic.bytes), str(stage.pp))
+        table.add_row(*names, f"{traffic.calls:,}", format_gib(traffic.bytes), str(stage.pp))
     return table
 
 
 def _numbers(stages: list[StagePlan]) -> str:
-    return layer_ranges([stage.pp for stage in stages])
+    return format_layer_ranges([stage.pp for stage in stages])
 
 
 def _legend(plan: Plan) -> Text:
@@ -118,7 +118,7 @@ def _legend(plan: Plan) -> Text:
     for kind, colour in zip(kinds_of(plan), _COLOURS, strict=False):
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
-        legend.append(f"| {gib(plan.gpu_memory)} GiB of a GPU")
+        legend.append(f"| {format_gib(plan.gpu_memory)} GiB of a GPU")
     return legend
 
 
@@ -161,7 +161,7 @@ def search_tables(found: Found, machine: Machine) -> list[RenderableType]:
         column.justify = "right"
     for one in found.candidates[:_SHOWN]:
         parts = [f"{one.parts.get(kind, 0.0):.3f}" for kind in kinds]
-        table.add_row(one.name, gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
+        table.add_row(one.name, format_gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
     said = [
         f"{found.tried} layouts: {found.refused} refused, {found.too_large} too large, "
         f"{len(found.candidates)} fit, {min(_SHOWN, len(found.candidates))} shown",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bridge.dist.format import gib
+from bridge.dist.format import format_gib
 from bridge.dist.layout import Layout
 from bridge.dist.plan.forecast.timeline import Timeline
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan
@@ -75,12 +75,15 @@ def teraflops(flops: int) -> str:
 
 def _verdict(plan: Plan) -> str:
     worst = plan.worst
-    held = f"stage {worst.pp} (rank {worst.rank:,} and those beside it) holds most: {gib(worst.total_bytes)}"
+    held = f"stage {worst.pp} (rank {worst.rank:,} and those beside it) holds most: {format_gib(worst.total_bytes)}"
     if plan.gpu_memory is None:
         return f"{held} GiB"
-    held += f" of {gib(plan.gpu_memory)} GiB"
+    held += f" of {format_gib(plan.gpu_memory)} GiB"
     left = plan.gpu_memory - worst.total_bytes
     if left >= 0:
-        return f"{held}: fits, {gib(left)} GiB are left for what is not covered"
+        return f"{held}: fits, {format_gib(left)} GiB are left for what is not covered"
     over = sum(stage.total_bytes > plan.gpu_memory for stage in plan.stages)
-    return f"{held}: does not fit, {gib(-left)} GiB too much; in all {over} of {len(plan.stages)} stage(s) do not fit"
+    return (
+        f"{held}: does not fit, {format_gib(-left)} GiB too much; "
+        f"in all {over} of {len(plan.stages)} stage(s) do not fit"
+    )

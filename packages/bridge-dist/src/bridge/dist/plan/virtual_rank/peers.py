@@ -10,7 +10,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch.distributed import ProcessGroup
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 
 def all_ranks_answer_alike() -> AbstractContextManager[None]:
@@ -22,7 +22,7 @@ def all_ranks_answer_alike() -> AbstractContextManager[None]:
     def answer(answers: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
         answers[:] = [mine] * len(answers)
 
-    return replaced(Replacement(torch.distributed, "all_gather_object", answer))
+    return replace_attributes(Replacement(torch.distributed, "all_gather_object", answer))
 
 
 def shapes_told(inputs: Iterator[torch.Size], gradients: Iterator[torch.Size]) -> Replacement:

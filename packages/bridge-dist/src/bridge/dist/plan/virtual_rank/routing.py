@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 
 @contextlib.contextmanager
 def equal_shares() -> Iterator[None]:
     """While a model with experts runs on the meta device, where where tokens go is not known."""
-    with replaced(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)):
+    with replace_attributes(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)):
         yield
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from bridge.dist.engine import meta
 from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 _META = torch.device("meta")
 
@@ -29,7 +29,7 @@ def sharding_on_meta() -> Iterator[None]:
 
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
     """
-    with replaced(*_replacements()):
+    with replace_attributes(*_replacements()):
         try:
             yield
         finally:
@@ -48,7 +48,7 @@ def _replacements() -> list[Replacement]:
     members = cache(lambda parent: frozenset(parent.modules()))
     return [
         # There are no values to initialise.
-        Replacement(meta, "initialised_by_wrapper", lambda *_: contextlib.nullcontext()),
+        Replacement(meta, "initialise_while_wrapping", lambda *_: contextlib.nullcontext()),
         Replacement(meta, "initialise_shards", _nothing),
         # Megatron-FSDP reads back the numbers of ranks that it arranges.
         _around(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
@@ -56,7 +56,7 @@ def _replacements() -> list[Replacement]:
         _around(
             ParamAndGradBuffer,
             "_init_each_parameter_group_buffers",
-            lambda: replaced(Replacement(torch.Tensor, "is_meta", False)),
+            lambda: replace_attributes(Replacement(torch.Tensor, "is_meta", False)),
         ),
         # What its ranks tell each other, of which nothing arrives: states of random generators, and for checkpoints
         # where each rank's part of a parameter begins.
@@ -117,5 +117,5 @@ def _of_listed(wrapper: MegatronFSDP, register: Callable[..., None], root: torch
     def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter | None]:
         return iter(parameters if recurse else root._parameters.values())
 
-    with replaced(Replacement(root, "parameters", listed)):
+    with replace_attributes(Replacement(root, "parameters", listed)):
         register(wrapper, root)

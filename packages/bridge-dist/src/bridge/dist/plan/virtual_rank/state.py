@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 
 _ATTENTION_VARIANT = "megatron.core.transformer.experimental_attention_variant.dsa"
 
@@ -55,7 +55,7 @@ def separate_state() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for name, first in STATE.items():
             owner, _, attribute = name.rpartition(".")
-            undo.enter_context(replaced(Replacement(pkgutil.resolve_name(owner), attribute, first())))
+            undo.enter_context(replace_attributes(Replacement(pkgutil.resolve_name(owner), attribute, first())))
         for restored in (_groups, _environment, _random_states, _error_hook):
             undo.enter_context(restored())
         try:
