@@ -81,6 +81,6 @@ def test_a_library_that_was_imported_before_is_told(tmp_path: Path) -> None:
     done = run_with("", tmp_path, TOO_LATE)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "transformer_engine cannot compute on the CPU, and Megatron computes with what is imported: "
-        "install the CPU runtime before megatron-core is imported\n"
+        "transformer_engine cannot compute on the CPU, but is already imported and Megatron would use it: "
+        "install the CPU runtime before importing megatron-core\n"
     )

@@ -1,4 +1,4 @@
-"""Writing a layout into a document. Importing this module imports no torch."""
+"""Write a layout into a document. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from bridge.config import Document
 from bridge.dist.layout import CONFIG_FIELDS
 
-# What a document says of one layout only.
-_OF_ONE_LAYOUT = (
+# Fields whose values belong to one layout: another layout must not inherit them.
+_LAYOUT_FIELDS = (
     *CONFIG_FIELDS.values(),
     "sequence_parallel",
     "pipeline_dtype",
@@ -28,9 +28,9 @@ DROPOUT_RATES = ("hidden_dropout", "attention_dropout")
 
 
 def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
-    """Write the sizes of a layout into a document, and what Megatron needs said beside them unless it is said already.
+    """Write the sizes of a layout into a document, and the fields that Megatron requires with them if they are unset.
 
-    They go where the document keeps its TransformerConfig: into the part ``transformer`` if it has one.
+    They are written where the document keeps its TransformerConfig: under ``transformer`` if there is such a field.
     """
     prefix, holder = _transformer(document)
     given = holder.get
@@ -41,7 +41,7 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
         sent = "torch.float32" if given("fp32_residual_connection") else half or given("params_dtype")
         document.set(f"{prefix}pipeline_dtype", sent or "torch.float32")
     if sizes.get("tp", 1) > 1 and given("num_moe_experts") and given("sequence_parallel") is None:
-        document.set(f"{prefix}sequence_parallel", True)  # experts do not train without it
+        document.set(f"{prefix}sequence_parallel", True)  # Megatron requires it for training experts
     if sizes.get("vp", 1) > 1 and given("batch_p2p_comm") is None and given("overlap_p2p_comm") is None:
         # Interleaved stages on two pipeline ranks need these (see the pre-flight rules); on more they are faster.
         document.set(f"{prefix}batch_p2p_comm", False)
@@ -49,9 +49,9 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
 
 
 def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_parallel: bool) -> None:
-    """Give a document another layout in place of its own: sizes that are not named are one."""
+    """Replace the layout of a document. Sizes that are not given become 1."""
     prefix, holder = _transformer(document)
-    for name in _OF_ONE_LAYOUT:
+    for name in _LAYOUT_FIELDS:
         if name in holder:
             document.remove(prefix + name)
     document.set(f"{prefix}sequence_parallel", sequence_parallel)

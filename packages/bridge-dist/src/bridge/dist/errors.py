@@ -1,4 +1,4 @@
-"""The errors of bridge-dist, mistakes of the caller, of the configuration or of the start. Each says what to change."""
+"""Errors caused by the caller, the configuration or the launch. Each message says what to change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class OptionsError(DistError, ValueError):
 
 
 class LayoutError(DistError, ValueError):
-    """A layout does not fit the number of processes, or is not a layout."""
+    """A layout is invalid or does not fit the number of processes."""
 
 
 class PreflightError(DistError, ValueError):
-    """A configuration cannot be built, or would silently train wrong, under a layout. Lists every problem found."""
+    """A configuration cannot be built under a layout, or would train incorrectly. Lists every problem found."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
@@ -29,28 +29,28 @@ class PreflightError(DistError, ValueError):
 
 
 class AgreementError(DistError, RuntimeError):
-    """Ranks are about to build different things, or one of them is missing. Names the ranks and the fields."""
+    """Ranks would build different models, or a rank is missing. Names the ranks and the fields."""
 
 
 class CopyError(DistError, ValueError):
-    """Ranks hold, or would train, different things in place of copies of a parameter. Names it, and what to do."""
+    """The copies of a parameter on several ranks differ, or would after training. Names the parameter and a fix."""
 
 
 class BuilderContractError(DistError, TypeError):
-    """A builder or a model configuration lacks what the engine needs of it."""
+    """A builder or a model configuration lacks something that the engine requires."""
 
 
 class CpuRuntimeError(DistError, RuntimeError):
-    """The CPU runtime cannot be installed, or removed, here."""
+    """The CPU runtime cannot be installed or removed in this process."""
 
 
 class TrainingError(DistError, ValueError):
-    """A training run cannot be set up as asked for."""
+    """A training run cannot be set up with these options."""
 
 
 class LaunchError(DistError, RuntimeError):
-    """Local ranks could not be started, or one of them failed. Says which, and why."""
+    """Local ranks could not be started, or one of them failed. Names the rank and the reason."""
 
 
 class PlanError(DistError, ValueError):
-    """A job cannot be planned: says what, and what to set."""
+    """A job cannot be planned. Names the reason and what to set."""

@@ -1,4 +1,4 @@
-"""Writing numbers for people: bytes, and ranges of layers. Importing this module imports nothing heavy."""
+"""Format bytes and layer ranges for display. Importing this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def format_gib(size: int) -> str:
-    """Write bytes as GiB with three decimals."""
+    """Format bytes as GiB with three decimals."""
     return f"{size / 2**30:,.3f}"
 
 
 def format_layer_ranges(layers: Sequence[int]) -> str:
-    """Write sorted layer indices as ranges: ``0-3, 8-11``; ``none`` for a stage without layers."""
+    """Format sorted layer indices as ranges: ``0-3, 8-11``; ``none`` for a stage without layers."""
     ranges: list[list[int]] = []
     for layer in layers:
         if ranges and layer == ranges[-1][1] + 1:

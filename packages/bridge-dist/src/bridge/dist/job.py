@@ -1,4 +1,4 @@
-"""What `bridge build` builds, as plain data that every rank gets, and checked before the ranks meet."""
+"""The job of `bridge build`: plain data that is sent to every rank and checked before the ranks meet."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from bridge.dist.wrapper import Wrapper, usual_ddp_options
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
-    """One build, as plain data that every rank gets.
+    """One build, as plain data that is sent to every rank.
 
-    ``overrides`` are those that ``document`` holds already; they are reported.
+    ``document`` already contains the ``overrides``; they are kept for the report.
     """
 
     document: dict[str, Any]
@@ -45,7 +45,7 @@ class BuildJob:
         """Make the builder that a configuration names.
 
         Raises:
-            BuilderContractError: This engine cannot drive it.
+            BuilderContractError: It is not a ``DistributedModelBuilder``.
         """
         return make_builder(config, modelopt_checkpoint=self.modelopt_checkpoint)
 
@@ -53,9 +53,9 @@ class BuildJob:
         """Check everything that can be checked before the ranks meet, and return the layout.
 
         Raises:
-            BuilderContractError: This engine cannot drive the builder that the configuration names.
+            BuilderContractError: The configuration's builder is not a ``DistributedModelBuilder``.
             LayoutError: The layout does not fit ``world_size`` ranks.
-            PreflightError: A known conflict of configuration, layout and wrapper.
+            PreflightError: Configuration, layout and wrapper conflict in a known way.
             TrainingError: The batch sizes do not fit the layout, or the text the model.
             BridgeError: Whatever the configuration's own ``finalize`` raises.
         """
@@ -75,10 +75,10 @@ class BuildJob:
         return layout
 
     def finalize(self, config: ModelConfig, world_size: int) -> Layout:
-        """Finish a configuration for the device of this process, and return its layout, without the other checks.
+        """Finalize a configuration for the device of this process and return its layout, without the other checks.
 
         Raises:
-            BuilderContractError: This engine cannot drive the builder that the configuration names.
+            BuilderContractError: The configuration's builder is not a ``DistributedModelBuilder``.
             LayoutError: The layout does not fit ``world_size`` ranks.
             BridgeError: Whatever the configuration's own ``finalize`` raises.
         """
@@ -95,7 +95,7 @@ class BuildJob:
         return embedding_ranks(self.builder(config).transformer_config, tied=tied)
 
     def options(self, config: TransformerConfig) -> BuildOptions:
-        """Return the options of the build: the wrapper's usual ones."""
+        """Return the default build options of the wrapper."""
         if self.wrapper is Wrapper.NONE:
             return BuildOptions(wrap_with_ddp=False)
         ddp = usual_ddp_options(
@@ -118,11 +118,11 @@ def make_builder(
     """Make the builder that a configuration names.
 
     Args:
-        config: What it builds.
-        modelopt_checkpoint: What it restores a ModelOpt state and weights from, if anything.
+        config: The model configuration.
+        modelopt_checkpoint: A checkpoint to restore a ModelOpt state and weights from.
 
     Raises:
-        BuilderContractError: This engine cannot drive it, or it restores nothing.
+        BuilderContractError: It is not a ``DistributedModelBuilder``, or it cannot restore a ModelOpt state.
     """
     builder_cls = config.get_builder_cls()
     given = {} if modelopt_checkpoint is None else {"modelopt_checkpoint": modelopt_checkpoint}
@@ -140,7 +140,7 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     """Read the text to train on as tokens of the model.
 
     Raises:
-        TrainingError: It cannot be read, or the configuration has no vocabulary, or one that is too small.
+        TrainingError: The text cannot be read, or the configuration has no vocabulary or too small a one.
     """
     vocab = vocab_size(config)
     if vocab is None:
@@ -152,6 +152,6 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
 
 
 def vocab_size(config: ModelConfig) -> int | None:
-    """Return the number of tokens that a configuration declares, not padded; None if it has none."""
+    """Return the unpadded vocabulary size of a configuration; None if it has none."""
     size: int | None = getattr(config, "vocab_size", None)
     return size

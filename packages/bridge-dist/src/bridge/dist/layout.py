@@ -1,4 +1,4 @@
-"""A cluster layout: how many ranks share each kind of parallelism. Importing this module imports no torch."""
+"""Layouts: how many ranks share each kind of parallelism. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CONFIG_FIELDS = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
-"""What each size of a layout is called in Megatron's TransformerConfig; dp is what is left of the world."""
+"""The field of Megatron's TransformerConfig for each size of a layout; dp follows from the world size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The sizes of tensor, pipeline, virtual pipeline, context, expert, expert-tensor and data parallelism.
 
-    A world holds ``tp * cp * dp * pp`` ranks. For expert layers the same ranks are ``etp * ep`` times their own data
-    parallelism times ``pp``; ``etp`` is ``tp`` unless it is given.
+    A world has ``tp * cp * dp * pp`` ranks. Expert layers divide the same ranks into ``etp * ep * expert_dp * pp``;
+    ``etp`` defaults to ``tp``.
 
     Raises:
         LayoutError: A size is not positive, or the expert sizes do not divide the ranks of a pipeline stage.
@@ -47,7 +47,7 @@ class Layout:
         assert self.etp is not None
         for name, size in asdict(self).items():
             if size < 1:
-                raise LayoutError(f"{name}={size}: a parallel size is at least 1")
+                raise LayoutError(f"{name} must be at least 1, got {size}")
         stage, expert = self.tp * self.cp * self.dp, self.etp * self.ep
         if stage % expert:
             raise LayoutError(
@@ -61,11 +61,11 @@ class Layout:
 
         Args:
             config: Gives every size but dp.
-            world_size: Number of ranks; None for as many as the layout takes, with dp = 1 unless it is given.
-            dp: The data-parallel size that is expected, if one is.
+            world_size: Number of ranks; None for as many as the layout needs, with dp = 1 unless it is given.
+            dp: The expected data-parallel size, if any.
 
         Raises:
-            LayoutError: ``world_size`` is not a multiple of tp x pp x cp, or leaves another dp than the expected one.
+            LayoutError: ``world_size`` is not a multiple of tp x pp x cp, or gives another dp than the expected one.
         """
         tp, pp, cp = (getattr(config, CONFIG_FIELDS[name]) for name in ("tp", "pp", "cp"))
         model = tp * pp * cp
@@ -103,7 +103,7 @@ class Layout:
         return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
     def __str__(self) -> str:
-        """The sizes above one, such as ``tp2 pp2``; ``one rank`` when there are none; etp where it is not tp."""
+        """Format the sizes above 1, such as ``tp2 pp2``; ``one rank`` if there are none. etp only if not tp."""
         sizes = asdict(self)
         if self.etp == self.tp:
             del sizes["etp"]
@@ -111,7 +111,7 @@ class Layout:
 
 
 def has_custom_split(config: TransformerConfig) -> bool:
-    """Whether a configuration gives the layers of pipeline stages itself, so that they need not divide evenly."""
+    """Return whether a configuration assigns layers to pipeline stages itself, so that they need not divide evenly."""
     return bool(
         config.pipeline_model_parallel_layout is not None
         or config.num_layers_in_first_pipeline_stage is not None
@@ -122,7 +122,7 @@ def has_custom_split(config: TransformerConfig) -> bool:
 
 
 def prediction_rank(config: TransformerConfig) -> int | None:
-    """Return the pipeline rank whose stage predicts further tokens, where a layout places that; None elsewhere."""
+    """Return the pipeline rank of multi-token prediction if the pipeline layout places it; None otherwise."""
     layout: Any = config.pipeline_model_parallel_layout
     pp = config.pipeline_model_parallel_size
     if hasattr(layout, "layout"):  # Megatron's own class, by rank and virtual stage
@@ -133,12 +133,13 @@ def prediction_rank(config: TransformerConfig) -> int | None:
 
 
 def embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] | None:
-    """Return the pipeline ranks that hold the word embedding or a copy; None for the first and the last.
+    """Return the pipeline ranks that hold the word embedding or a copy; None for the default, the first and the last.
 
-    The last rank holds a copy if the output layer is tied to it, and so does the rank that predicts further tokens.
+    The last rank holds a copy if the output layer is tied to the embedding. The rank of multi-token prediction holds
+    one too.
 
     Args:
-        config: Says which rank that is.
+        config: The configuration of the pipeline.
         tied: Whether the output layer uses the embedding's weight.
     """
     predicting = prediction_rank(config)

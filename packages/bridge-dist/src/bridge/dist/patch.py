@@ -1,4 +1,4 @@
-"""Giving names of torch and megatron-core another meaning for a while: the one way in which this package does so."""
+"""Temporary replacement of attributes of torch and megatron-core. All patches of this package go through it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MISSING = object()
 
 
 class Replacement(NamedTuple):
-    """A name of a class, module or object, and what it shall mean."""
+    """An attribute of a class, module or object, and its temporary value."""
 
     owner: object
     name: str
@@ -19,7 +19,7 @@ class Replacement(NamedTuple):
 
 @contextlib.contextmanager
 def replace_attributes(*replacements: Replacement) -> Iterator[None]:
-    """Give names another meaning until the context is left; what an owner only inherited is inherited again."""
+    """Replace attributes until the context is left. An attribute that was inherited is inherited again."""
     with contextlib.ExitStack() as undo:
         for owner, name, value in replacements:
             undo.callback(_restore, owner, name, vars(owner).get(name, _MISSING))

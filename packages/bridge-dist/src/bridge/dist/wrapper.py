@@ -1,4 +1,4 @@
-"""The data-parallel wrappers by name, and what `bridge build` sets for each. Importing this module imports no torch."""
+"""The data-parallel wrappers and their default options. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Wrapper(StrEnum):
-    """What a stage is wrapped with for data parallelism."""
+    """The data-parallel wrapper of a stage, in the order of `--help`."""
 
     DDP = "ddp"
     MEGATRON_FSDP = "megatron-fsdp"
@@ -18,19 +18,19 @@ class Wrapper(StrEnum):
 def usual_ddp_options(
     wrapper: Wrapper, *, bf16: bool, fp16: bool, distributed_optimizer: bool, on_gpu: bool
 ) -> dict[str, Any]:
-    """Return the fields of DistributedDataParallelConfig that a wrapper usually gets.
+    """Return the fields of DistributedDataParallelConfig that `bridge build` sets for a wrapper.
 
     Args:
         wrapper: Any but ``none``.
         bf16: Whether the model computes in bf16.
         fp16: Whether it computes in fp16.
         distributed_optimizer: Whether to shard the optimizer's state; Megatron-FSDP always does.
-        on_gpu: Whether NCCL communicates.
+        on_gpu: Whether the backend is NCCL.
     """
     fsdp = wrapper is Wrapper.MEGATRON_FSDP
     return {
         "grad_reduce_in_fp32": bf16 or fp16,
-        "check_for_nan_in_grad": not fp16,  # there an overflow is the loss scaler's to find
+        "check_for_nan_in_grad": not fp16,  # with fp16 the loss scaler handles overflows
         "use_distributed_optimizer": fsdp or distributed_optimizer,
         "use_megatron_fsdp": fsdp,
         "data_parallel_sharding_strategy": "optim_grads_params" if fsdp else "no_shard",

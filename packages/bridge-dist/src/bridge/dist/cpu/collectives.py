@@ -1,4 +1,4 @@
-"""Collectives of gloo in place of NCCL's: each has ended when it returns, and takes what only NCCL takes."""
+"""gloo collectives with the interface of NCCL: they finish before they return, and accept unequal parts."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +12,10 @@ from bridge.dist.patch import Replacement
 
 
 def _wait_for(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective that has ended when it returns, asynchronous or not.
+    """Return a collective that finishes before it returns, asynchronous or not.
 
-    A stream frees memory after the collectives that use it; on the CPU it is gone at once. Megatron-FSDP (megatron-core
-    0.19.2) frees what it gathers ahead, and gloo's thread would write into it.
+    On a GPU, streams keep memory alive until the collectives that use it are done; on the CPU it is freed at once.
+    Megatron-FSDP (megatron-core 0.19.2) frees prefetched buffers while gloo's thread still writes to them.
     """
 
     def wait_for_work(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def _wait_for(collective: Callable[..., Any]) -> Callable[..., Any]:
 def _all_gather(
     parts: list[torch.Tensor], part: torch.Tensor, group: torch.distributed.ProcessGroup | None = None, **kwargs: Any
 ) -> Any:
-    """Gather parts of different sizes too, as expert-tensor parallelism does; gloo takes only equal ones."""
+    """All-gather with unequal parts, which gloo lacks and expert-tensor parallelism uses."""
     if len({each.shape for each in parts}) == 1:
         return _wait_for(torch.distributed.all_gather)(parts, part, group, **kwargs)
     parts[torch.distributed.get_rank(group)].copy_(part)
@@ -46,7 +46,7 @@ def _reduce_scatter(
     group: torch.distributed.ProcessGroup | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The same in the other direction."""
+    """Reduce-scatter with unequal parts, which gloo lacks."""
     if len({each.shape for each in parts}) == 1:
         return _wait_for(torch.distributed.reduce_scatter)(output, parts, op, group, **kwargs)
     whole = torch.cat(parts)
@@ -57,10 +57,10 @@ def _reduce_scatter(
 
 @contextlib.contextmanager
 def skip_coalescing(*_: object, **__: object) -> Iterator[_CoalescingManager]:
-    """In place of torch's manager, which sends several tensors at once: here each goes by itself, and has arrived.
+    """Replace torch's coalescing manager: each collective runs by itself and finishes at once.
 
-    gloo packs what is sent at once into one tensor of the first one's type (seen in torch 2.15), so that parameters of
-    different precision come back wrong.
+    gloo packs coalesced tensors into one tensor of the first one's dtype (seen in torch 2.15), which corrupts
+    parameters of another precision.
     """
     yield _CoalescingManager()
 
@@ -77,7 +77,7 @@ _GROUP_METHODS = (
     "reduce_scatter",
 )
 
-# By name: those that end in `_single` are what their older spellings call in newer versions of torch.
+# Looked up by name: newer versions of torch add functions ending in `_single`, which the older ones call.
 _FUNCTIONS = [
     getattr(torch.distributed, name)
     for name in (
@@ -101,11 +101,11 @@ COLLECTIVES: Mapping[object, Callable[..., Any]] = {
     torch.distributed.all_gather: _all_gather,
     torch.distributed.reduce_scatter: _reduce_scatter,
 }
-"""What is called in place of each collective."""
+"""The replacement of each collective."""
 
 
 def replace_group_methods() -> Iterator[Replacement]:
-    """What collectives call, for torch 2.6, where they do not ask function modes: `COLLECTIVES` would be ignored."""
+    """Yield replacements for the methods that collectives call in torch 2.6, which bypasses function modes there."""
     if TORCH < TESTED_THROUGHOUT:
         group = torch.distributed.ProcessGroup
         for name in _GROUP_METHODS:

@@ -1,4 +1,4 @@
-"""The pretend device `cuda:0`: where it is at present, its streams and events, and what `torch.cuda` says of it."""
+"""The emulated device `cuda:0`: its current backing device, its streams and events, and its `torch.cuda` functions."""
 
 import contextlib
 import time
@@ -11,12 +11,12 @@ CPU = torch.device("cpu")
 META = torch.device("meta")
 
 in_place: torch.device = CPU
-"""What `cuda:0` is at present: the CPU, or within `place_on` another device."""
+"""The device that currently backs `cuda:0`: the CPU, or within `place_on` another one."""
 
 
 @contextlib.contextmanager
 def place_on(device: torch.device) -> Iterator[None]:
-    """Have `cuda:0` be another device than the CPU until the context is left."""
+    """Back `cuda:0` by another device than the CPU until the context is left."""
     global in_place
     in_place = device
     try:
@@ -26,7 +26,7 @@ def place_on(device: torch.device) -> Iterator[None]:
 
 
 class _Stream:
-    """A stream on which everything has already happened."""
+    """A stream whose work is always complete."""
 
     device = torch.device("cpu")
     device_index = 0
@@ -66,7 +66,7 @@ class _Stream:
 
 
 class _Event:
-    """A moment in program order; `elapsed_time` is wall-clock milliseconds."""
+    """A point in program order; `elapsed_time` is wall-clock milliseconds."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self._recorded_at = time.perf_counter()
@@ -88,14 +88,14 @@ class _Event:
 
 
 class _NoContext(contextlib.nullcontext[None]):
-    """`torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
+    """No-op `torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
 
 
 def make_constant(value: object) -> Callable[..., Any]:
-    """Return a function that returns the value, whatever it is called with."""
+    """Return a function that ignores its arguments and returns the value."""
 
     def function(*_: object, **__: object) -> object:
         return value
@@ -105,7 +105,7 @@ def make_constant(value: object) -> Callable[..., Any]:
 
 STREAM = _Stream()
 TORCH_CUDA: Mapping[str, object] = {
-    # The generator of the device is the CPU's, so megatron-core's random state tracker works as it is.
+    # The CPU's generator, so that megatron-core's random state tracker works unchanged.
     "_initialized": True,
     "_is_in_bad_fork": make_constant(False),
     "default_generators": (torch.default_generator,),

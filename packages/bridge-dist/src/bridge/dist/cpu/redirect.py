@@ -1,4 +1,4 @@
-"""The redirection: a torch function that names the CUDA device computes on the one in its place."""
+"""Redirection of torch functions from the CUDA device to its backing device."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from bridge.dist.errors import CpuRuntimeError
 
 
 class MetaByDefault(DeviceContext):
-    """`with torch.device("meta")`, but for literal data; what is asked for on CUDA is redirected below."""
+    """Like `with torch.device("meta")`, except for literal data. CUDA requests are redirected below."""
 
     def __init__(self) -> None:
         super().__init__(pretend.META)
@@ -31,7 +31,7 @@ class MetaByDefault(DeviceContext):
 
 
 class _TypeName(str):
-    """`Tensor.type()` of a CPU tensor, equal to its CUDA spelling too: megatron-core's optimizers compare with that."""
+    """The result of `Tensor.type()`; also equals its CUDA name, which megatron-core's optimizers compare with."""
 
     def __eq__(self, other: object) -> bool:
         here = f"torch.{pretend.in_place.type}.".replace("torch.cpu.", "torch.")
@@ -44,7 +44,7 @@ class _TypeName(str):
 
 
 def _is_cuda(device: object) -> bool:
-    """Whether this names a CUDA device, as a device, text or index."""
+    """Return whether this is a CUDA device, given as a device, a string or an index."""
     if isinstance(device, str):
         return device == "cuda" or device.startswith("cuda:")
     if isinstance(device, torch.device):
@@ -90,13 +90,13 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
 def _redirect_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
         kwargs = {**kwargs, "device": pretend.in_place}
-    if kwargs.get("pin_memory"):  # pinning asks for a CUDA driver
+    if kwargs.get("pin_memory"):  # pinning needs a CUDA driver
         kwargs = {**kwargs, "pin_memory": False}
     return kwargs
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """Sends every torch function that names the CUDA device to the CPU."""
+    """Redirects torch functions that use the CUDA device to its backing device."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,17 +108,17 @@ class CudaIsCpu(TorchFunctionMode):
 
 
 def make_redirected_backward() -> Callable[..., Any]:
-    """The backward engine with the redirection on.
+    """Return the backward engine with the redirection enabled.
 
-    torch switches a function mode off while one of its functions runs, and `Tensor.backward` is one: without this the
-    backward of an `autograd.Function` (megatron-core's sequence and expert parallel mappings) would see no redirection.
+    torch disables a function mode while one of its functions runs, and `Tensor.backward` is one. Without this the
+    backward of an `autograd.Function` (megatron-core's sequence and expert parallel mappings) would not be redirected.
     """
     try:
         engine = torch.autograd.graph._engine_run_backward
     except AttributeError:
         raise CpuRuntimeError(
             f"torch {torch.__version__} has no torch.autograd.graph._engine_run_backward, which the CPU runtime wraps "
-            "to redirect the backward pass: use a version of torch that this bridge-dist was tested with"
+            "to redirect the backward pass: install a torch version that bridge-dist supports"
         ) from None
 
     @functools.wraps(engine)
@@ -130,7 +130,7 @@ def make_redirected_backward() -> Callable[..., Any]:
 
 
 def make_redirected_mesh_init() -> Callable[..., None]:
-    """Return `DeviceMesh.__init__` that makes a mesh of CPUs where one of CUDA devices is asked for."""
+    """Return a `DeviceMesh.__init__` that makes a CPU mesh when a CUDA mesh is requested."""
     original = DeviceMesh.__init__
 
     @functools.wraps(original)

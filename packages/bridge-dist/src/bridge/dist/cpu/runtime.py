@@ -1,4 +1,4 @@
-"""Installing the CPU runtime and removing it: every name that is replaced, and by what."""
+"""Install and uninstall the CPU runtime: the list of replaced attributes and their replacements."""
 
 import contextlib
 import importlib
@@ -34,45 +34,45 @@ _installation: _Installation | None = None
 
 
 def is_installed() -> bool:
-    """Whether `cuda:0` is the CPU at present."""
+    """Return whether the CPU runtime is installed."""
     return _installation is not None
 
 
 def install() -> None:
-    """Make `cuda:0` the CPU until `uninstall`; does nothing where that is so already.
+    """Emulate `cuda:0` on the CPU until `uninstall`. Do nothing if the runtime is already installed.
 
     Raises:
-        CpuRuntimeError: there is a real GPU, or a library was imported that needs one, or this version of torch lacks
-            a name that is replaced.
+        CpuRuntimeError: A real GPU is visible, a library that needs one was imported, or this version of torch lacks
+            a name that has to be replaced.
     """
     global _installation
     if is_installed():
         return
     if torch.cuda.is_available():
         raise CpuRuntimeError(
-            "the CPU runtime does not hide a real GPU: leave it out to compute on that, "
+            "the CPU runtime cannot be installed while a GPU is visible: remove cpu_runtime() to compute on the GPU, "
             "or start the process with CUDA_VISIBLE_DEVICES='' to compute on the CPU"
         )
     if bound := gpu_libraries.hide_without_gpu():
         raise CpuRuntimeError(
-            f"{', '.join(bound)} cannot compute on the CPU, and Megatron computes with what is imported: "
-            "install the CPU runtime before megatron-core is imported"
+            f"{', '.join(bound)} cannot compute on the CPU, but is already imported and Megatron would use it: "
+            "install the CPU runtime before importing megatron-core"
         )
     with contextlib.ExitStack() as undo:
         undo.enter_context(replace_attributes(*_list_replacements()))
         undo.enter_context(_silence_generator_warning())
         if not is_compiler_left_out():
-            # Compiled functions run as they are written: the compiler would ask the pretend device for its properties.
+            # Run compiled functions eagerly: the compiler would query the properties of the emulated device.
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_enter_mode(CudaIsCpu()))
         _installation = _Installation(undo.pop_all(), threading.get_ident())
 
 
 def uninstall() -> None:
-    """Put every name back; does nothing where the runtime is not installed.
+    """Restore every replaced attribute. Do nothing if the runtime is not installed.
 
     Raises:
-        CpuRuntimeError: another thread installed it; only that one can remove it.
+        CpuRuntimeError: Another thread installed it; only that one can uninstall it.
     """
     global _installation
     if _installation is None:
@@ -85,10 +85,10 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def cpu_runtime() -> Iterator[None]:
-    """`install`, and on leaving `uninstall`; inside another installation it changes nothing.
+    """Install the CPU runtime until the context is left. Do nothing if it is already installed.
 
     Raises:
-        CpuRuntimeError: as `install`.
+        CpuRuntimeError: See `install`.
     """
     if is_installed():
         yield
@@ -102,20 +102,20 @@ def cpu_runtime() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside the CPU runtime: tensors asked for on CUDA, or nowhere, have a shape and no memory; values read are real.
+    """Back `cuda:0` by the meta device inside the CPU runtime, and make meta tensors by default.
 
-    What is made of literal data (`torch.tensor`) stays on the CPU, where Megatron reads it back.
+    Tensors of literal data (`torch.tensor`) stay on the CPU, because Megatron reads them back.
 
     Raises:
-        CpuRuntimeError: as `install`.
+        CpuRuntimeError: See `install`.
     """
     with cpu_runtime(), MetaByDefault(), place_on(META):
         yield
 
 
 def _list_replacements() -> list[Replacement]:
-    """Every name that is replaced, and by what."""
-    # Imported before anything is replaced, and here: importing this module must stay cheap.
+    """List every replaced attribute with its replacement."""
+    # Imported here to keep importing this module cheap, and before anything is replaced.
     moe = [
         importlib.import_module(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
     ]
@@ -127,12 +127,12 @@ def _list_replacements() -> list[Replacement]:
     return [
         *(Replacement(torch.cuda, name, value) for name, value in TORCH_CUDA.items()),
         *(Replacement(torch.cuda.random, name, TORCH_CUDA[name]) for name in ("current_device", "device_count")),
-        # torch 2.11 asks here, at the end of a backward pass under FSDP2, and 2.15 in torch.cuda.
+        # Called at the end of a backward pass under FSDP2 by torch 2.11; torch 2.15 calls torch.cuda instead.
         Replacement(torch.accelerator, "current_stream", make_constant(STREAM)),
         *(Replacement(torch.cuda.nvtx, name, make_constant(0)) for name in ("range_push", "range_pop")),
-        # The source of every figure about memory: without figures all are zero.
+        # The source of all memory statistics: an empty dictionary makes them zero.
         Replacement(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *_, **__: {}),
-        # Not in `redirect._REDIRECTED`: torch refuses a stream that is not its own before it asks the mode.
+        # Not in `redirect._REDIRECTED`: torch rejects a foreign stream before it calls the mode.
         Replacement(torch.Tensor, "record_stream", make_constant(None)),
         Replacement(DeviceMesh, "__init__", make_redirected_mesh_init()),
         *(Replacement(module, "_engine_run_backward", backward) for module in (torch.autograd.graph, torch.autograd)),
@@ -144,7 +144,7 @@ def _list_replacements() -> list[Replacement]:
 
 @contextlib.contextmanager
 def _silence_generator_warning() -> Iterator[None]:
-    """Without megatron-core's warning that drawing on the GPU moved the CPU's generator: here they are one."""
+    """Silence megatron-core's warning that drawing on the GPU advanced the CPU generator: here they are the same."""
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
     logger.addFilter(_is_not_generator_warning)
     try:
@@ -159,7 +159,7 @@ def _is_not_generator_warning(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _enter_mode(mode: TorchFunctionMode) -> Iterator[None]:
-    """The mode on torch's stack; taken out from wherever it stands by then, as torch keeps its own modes there."""
+    """Enter a mode and remove it on exit from any position: torch may have pushed modes of its own above it."""
     mode.__enter__()
     try:
         yield
@@ -172,5 +172,5 @@ def _enter_mode(mode: TorchFunctionMode) -> Iterator[None]:
 
 
 def _maybe_move_tensor_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """megatron-core 0.19.2 converts to numpy only what it moved; a tensor that is on the CPU already stays a tensor."""
+    """Convert CPU tensors to numpy too; megatron-core 0.19.2 converts only tensors that it moved from the GPU."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

@@ -1,4 +1,4 @@
-"""What a process of ours imports and logs: megatron-core without noise, libraries of GPU kernels, messages told once.
+"""Process setup: quiet imports of megatron-core, hiding of GPU libraries, deduplicated log messages.
 
-Imports nothing else of this package, and no torch until it is asked to.
+Imports nothing else of this package, and torch only inside functions.
 """

@@ -1,8 +1,8 @@
-"""Libraries of CUDA kernels, which count as missing where no GPU is visible.
+"""Libraries of CUDA kernels, which are hidden where no GPU is visible.
 
-megatron-core 0.19.2 takes their layers, optimizers and kernels wherever they can be imported, and all of these fail
-without a GPU. The import itself may fail: where there is no driver, Transformer Engine with NCCL EP raises an OSError
-(its issue 3381), and Megatron expects none but an ImportError. Importing this module imports no torch.
+megatron-core 0.19.2 uses their layers, optimizers and kernels if it can import them, and all of these fail without a
+GPU. The import itself may fail: without a driver, Transformer Engine with NCCL EP raises an OSError (its issue 3381),
+and Megatron handles only ImportError. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _hidden: set[str] = set()
 
 
 def hide_without_gpu() -> list[str]:
-    """Make `import` find none of the libraries if no GPU is visible; return those that were imported before."""
-    import torch  # here: the command line imports this module, and starts without torch
+    """Hide the libraries from `import` if no GPU is visible; return those that were already imported."""
+    import torch  # inside: the command line imports this module and starts without torch
 
     if torch.cuda.is_available():
         return []
     for name in _NAMES:
         if name not in sys.modules and importlib.util.find_spec(name) is not None:
-            sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is no such module
+            sys.modules[name] = None  # type: ignore[assignment]  # makes Python raise ModuleNotFoundError
             _hidden.add(name)
     return [name for name in _NAMES if sys.modules.get(name) is not None]
 
 
 def explain_missing(*names: str) -> str:
-    """Say why libraries that are needed together cannot be used, to follow their names."""
+    """Explain why libraries that are needed together cannot be used; the text follows their names."""
     are, both = ("is", "") if len(names) == 1 else ("are", "both ")
     return f"{are} installed but no GPU is visible" if _hidden.issuperset(names) else f"{are} not {both}installed"

@@ -1,6 +1,6 @@
-"""Importing megatron-core in the processes of the command line: without noise and, on a CPU, without torch's compiler.
+"""Import megatron-core quietly and, on a CPU, without torch's compiler.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,37 +23,36 @@ _DYNAMO = "torch._dynamo"
 
 
 def import_megatron(*, with_compiler: bool) -> None:
-    """Import megatron-core, and keep what it says about missing CUDA libraries off the terminal.
+    """Import megatron-core without its warnings about missing CUDA libraries.
 
-    Those that are there count as missing where no GPU is visible.
+    Where no GPU is visible, installed CUDA libraries are hidden from it.
 
     Args:
         with_compiler: False for a process that computes on the CPU only, where the CPU runtime compiles nothing:
-            ``torch.compile`` then returns functions as they are for the rest of the process. megatron-core 0.19.2
-            decorates functions with it as it is imported, which imports torch's compiler and doubles the time of the
-            import.
+            ``torch.compile`` then returns functions unchanged for the rest of the process. megatron-core 0.19.2 uses
+            it as a decorator at import time, which imports torch's compiler and doubles the import time.
     """
     _silence_imports()
     collects = gc.isenabled()
-    gc.disable()  # there is nothing to free, and looking for it takes a sixth of the time
+    gc.disable()  # imports leave nothing to free, and collecting takes a sixth of the time
     try:
         if not with_compiler:
             _leave_out_compiler()
         hide_without_gpu()
         importlib.import_module("megatron.core")
-        atexit.register(gc.unfreeze)  # what is frozen as Python ends counts as leaked
-        gc.freeze()  # modules stay: later collections need not look at them, nor copy their pages in forked ranks
+        atexit.register(gc.unfreeze)  # objects still frozen at exit are reported as leaks
+        gc.freeze()  # modules stay: later collections skip them, and forked ranks do not copy their pages
     finally:
         if collects:
             gc.enable()
 
 
 def _silence_imports() -> None:
-    """Also silences what ModelOpt says of itself, and torch while it reads a checkpoint."""
+    """Silence the warnings of megatron-core, of ModelOpt, and of torch reading a checkpoint."""
     warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch\.distributed\.checkpoint)\.")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of files that are compiled for the first time
-    # megatron-core 0.19.2's distributed optimizer, where it sets gradients to zero, asks shards that are no leaves for
-    # theirs: it alone sets them. Under the CPU runtime the warning names the runtime's file.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # raised when Python first compiles a file
+    # The distributed optimizer of megatron-core 0.19.2 reads .grad of shards that are not leaves when it zeroes
+    # gradients. That is harmless: only the optimizer sets them. Under the CPU runtime the warning names its file.
     warnings.filterwarnings(
         "ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"bridge\.dist\.cpu\.redirect$"
     )
@@ -62,7 +61,7 @@ def _silence_imports() -> None:
 
 
 def _leave_out_compiler() -> None:
-    import torch  # takes a second, and the command line imports this module before it knows whether it needs torch
+    import torch  # takes a second, and the command line imports this module without needing torch
 
     if _DYNAMO not in sys.modules:
         torch.compile = _return_unchanged  # type: ignore[assignment]
@@ -71,15 +70,15 @@ def _leave_out_compiler() -> None:
 
 
 def is_compiler_left_out() -> bool:
-    """Whether megatron-core was imported without the compiler, and nothing has loaded the compiler since."""
+    """Return whether megatron-core was imported without the compiler and nothing has loaded it since."""
     return isinstance(sys.modules.get(_DYNAMO), _UnloadedDynamo)
 
 
 class _UnloadedDynamo(ModuleType):
-    """``torch._dynamo`` without its contents, which are loaded when something asks for more than is here.
+    """A lazy ``torch._dynamo``: it has the few names below and loads the module when another one is read.
 
     torch (2.6 to 2.15) imports the compiler in many places (an optimizer's step, DTensor, device meshes, activation
-    checkpoints, dispatch modes) only to keep it out of a function. Here are the names that those places use.
+    checkpoints, dispatch modes) only to exclude a function from compilation. Those places use these names.
     """
 
     @classmethod
@@ -88,10 +87,10 @@ class _UnloadedDynamo(ModuleType):
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[_DYNAMO] = module
-        importlib.import_module(f"{_DYNAMO}.config")  # many read it, and it imports nothing of the rest
+        importlib.import_module(f"{_DYNAMO}.config")  # widely read, and cheap: it does not import the rest
         module.__class__ = cls
         vars(module).update(_NAMES_TO_KEEP_OUT)
-        del module.__path__  # looked up for other submodules: they come with the rest
+        del module.__path__  # without it, importing another submodule loads the whole module
         assert isinstance(module, cls)
         return module
 

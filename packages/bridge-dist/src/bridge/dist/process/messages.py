@@ -1,6 +1,6 @@
-"""What the processes of a command log: each message once in a run, however many of them have it.
+"""Log messages of a command's processes: each message is printed once per run, however many processes log it.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ _reported: set[str] = set()
 
 
 def start_run() -> None:
-    """From here on print each message of the log once, where nobody has set up logging otherwise."""
+    """Print each log message once from now on, unless the application has configured logging."""
     _reported.clear()
     if logging.lastResort is not None:
         logging.lastResort.addFilter(_is_new)
 
 
 def relay(message: str) -> None:
-    """Log a message of another process, unless it was said before."""
+    """Log a message of another process unless it was already reported."""
     if message not in _reported:
         logger.warning("%s", message)
         _reported.add(message)
 
 
 def send_messages(send: Callable[[str], object]) -> None:
-    """Send what this process would print of its log to another one, which relays it."""
+    """Send the log messages of this process to another one, which relays them."""
     logging.lastResort = _Sender(send)
 
 
@@ -47,5 +47,5 @@ class _Sender(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._send(self.format(record))
-        except OSError:  # nobody listens any more
+        except OSError:  # the other process has ended
             self.handleError(record)
