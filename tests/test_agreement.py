@@ -154,7 +154,7 @@ def store_of_its_own(port: int) -> tuple[str, bool]:
         del store
         return message, True
     lost = message_of(lambda: agree({}, store=store, rank=rank, world_size=2))
-    return message, "the store through which ranks meet was lost" in lost
+    return message, "lost the connection to the store of the job" in lost
 
 
 def test_rank_0_serves_the_store_until_all_know_and_its_loss_is_named() -> None:

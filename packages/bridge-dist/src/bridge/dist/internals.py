@@ -45,8 +45,8 @@ PRIVATE_NAMES_OF_PLANS = {
 """Purpose of each private name that only plans use, in torch 2.11 to 2.15."""
 
 MEGATRON_NAMES = {
-    "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func": "engine.wrap.ddp: restored before each build",
-    "megatron.core.models.common.language_module.language_module.LanguageModule._is_in_embd_group": "engine.meta: tied embeddings",
+    "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func": "engine.wrap.ddp: restored",
+    "megatron.core.models.common.language_module.language_module.LanguageModule._is_in_embd_group": "engine.meta",
     "megatron.core.models.common.embeddings.RotaryEmbedding.forward.cache_clear": "engine.groups",
     "megatron.core.models.common.embeddings.YarnRotaryEmbedding.forward.cache_clear": "engine.groups",
     "megatron.core.parallel_state._set_global_memory_buffer": "plan.virtual_rank.groups: sets up the buffer",

@@ -1,5 +1,5 @@
-"""What is checked around a build: documents, setups against pre-flight rules, that ranks agree, and built stages.
+"""Checks around a build: documents, pre-flight rules, agreement between ranks, and built stages.
 
-It imports the layout, documents, the wrappers' names, internals and errors. But for ``agreement`` and ``stages``, which
-are for processes that build, importing it imports no torch.
+May import ``layout``, ``documents``, ``wrapper``, ``internals`` and ``errors``. Only
+``agreement`` and ``stages``, which run in processes that build, import torch.
 """

@@ -1,8 +1,8 @@
-"""Ranks compare what each is about to do, through the store, before a collective would hang on the difference.
+"""Compare the inputs of all ranks through the store before a collective would hang on a difference.
 
-The first of the ranks publishes a fingerprint of its facts and the facts themselves; each other one answers, with what
-differs if anything does; the first one publishes what all of them found. Messages are of constant size where ranks
-agree, waits are bounded, and what is wrong is told to every rank.
+The first rank publishes its facts and their fingerprint. Every other rank answers with its differences, if any. The
+first rank then publishes all differences. Messages have constant size if ranks agree, waits are bounded, and every rank
+learns of every problem.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from bridge.config import ModelConfig
 from bridge.dist.errors import AgreementError
 
-# Longer than ranks drift apart while one of them loads data, short enough that a hanging run does not burn a night.
+# Longer than ranks drift apart while one of them loads data, and short enough to fail a hung run early.
 LONGEST_WAIT = timedelta(minutes=10)
-# Once something is known to be wrong, nobody waits long for the ranks that are still to come.
+# After the first problem, ranks that have not answered yet get only this long.
 _GRACE = timedelta(seconds=5)
 _PACKAGES = (
     "bridge-config",
@@ -46,27 +46,27 @@ _MOST_FIELDS = 20
 _LONGEST_VALUE = 60
 
 Facts = Mapping[str, str]
-"""Each value, as JSON, by the path of its field."""
+"""Values as JSON, by the path of their field."""
 
 
 class _Problems(TypedDict):
-    """What is known to be wrong: by field, what it is on which rank; and the ranks that did not answer."""
+    """Differing values by field and rank, and the ranks that did not answer."""
 
     values: dict[str, dict[str, str]]
     silent: list[int]
 
 
 def collect_facts(**subjects: object) -> Facts:
-    """Take plain facts from what a rank is about to use: configurations, options, sizes.
+    """Collect the values to compare from configurations, options and sizes.
 
-    A ``ModelConfig`` counts as its document; what that leaves out (a hook that has no name) is compared by its place
-    alone. Of other objects without a plain form, only the class is compared.
+    A ``ModelConfig`` is compared by its document. Values that the document omits, such as a hook without a name, are
+    compared by their path only. Other objects without a plain form are compared by their class.
     """
     return {path: json.dumps(value, sort_keys=True) for path, value in _flatten(_to_plain(subjects))}
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what is built; those installed only."""
+    """Return the versions of Python and of the installed packages that affect a build."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -91,8 +91,8 @@ def agree_in_world(mine: Facts, *, timeout: timedelta = LONGEST_WAIT) -> None:
 def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeout: timedelta = LONGEST_WAIT) -> None:
     """Compare facts between all ranks that build one model, which need not be the whole world.
 
-    They are compared along one kind of parallelism after the other, and what is wrong travels along, so that after the
-    last one every rank knows.
+    Facts are compared along one kind of parallelism after the other. Problems are passed on, so that every rank knows
+    them after the last one.
 
     Raises:
         AgreementError: On every rank, when they differ or a rank does not answer in time.
@@ -101,7 +101,7 @@ def agree_in_groups(mine: Facts, pg_collection: ProcessGroupCollection, *, timeo
         return
     problems = _Problems(values={}, silent=[])
     for turn, group in enumerate((pg_collection.tp, pg_collection.dp_cp, pg_collection.pp)):
-        # A rank that waited in vain comes late to the next group, where nobody may take it for the missing one.
+        # A rank that waited in vain enters the next group late and must not be reported as the missing one.
         patience = timeout + turn * 3 * _GRACE
         ranks = torch.distributed.get_process_group_ranks(group)
         problems = _exchange(
@@ -120,10 +120,10 @@ def agree(mine: Facts, *, store: Store, rank: int, world_size: int, timeout: tim
     """Compare facts between all ranks that share a store; every one of them calls this.
 
     Args:
-        mine: What this rank is about to use.
-        store: The store.
+        mine: The facts of this rank.
+        store: The shared store.
         rank: This rank.
-        world_size: Number of ranks. Those that see another number meet all the same.
+        world_size: Number of ranks. Ranks that were given another number still meet.
         timeout: How long to wait for the others.
 
     Raises:
@@ -136,7 +136,7 @@ def agree(mine: Facts, *, store: Store, rank: int, world_size: int, timeout: tim
 
 
 def is_alone() -> bool:
-    """Whether there is nobody to ask; the other ranks of a fake world do not exist."""
+    """Return whether there are no other ranks to compare with; those of a fake world do not exist."""
     distributed = torch.distributed
     return not distributed.is_initialized() or distributed.get_world_size() == 1 or distributed.get_backend() == "fake"
 
@@ -151,23 +151,23 @@ def _exchange(
     ranks: Sequence[int],
     timeout: timedelta,
 ) -> _Problems:
-    """Tell the other ranks what is known to be wrong, and return what they all know.
+    """Exchange problems with the other ranks and return those of all.
 
     Raises:
-        AgreementError: The store is gone.
+        AgreementError: The connection to the store was lost.
     """
     if len(ranks) == 1:
         return problems
     try:
         group = f"bridge/agreement/{name}"
-        # Ranks call in the same order: the numbers of their calls agree where they do.
+        # Ranks call this in the same order, so the number of the call identifies the exchange.
         turn = store.add(f"{group}/turns/{rank}", 1)
         if rank == ranks[0]:
             return _ask(mine, problems, store=store, group=group, turn=turn, ranks=ranks, timeout=timeout)
         return _answer(mine, problems, store=store, at=f"{group}/{turn}", rank=rank, first=ranks[0], timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         raise AgreementError(
-            "the store through which ranks meet was lost: rank 0, or the launcher, has ended; see what it said"
+            "lost the connection to the store of the job: rank 0 or the launcher has ended; see its output"
         ) from error
 
 
@@ -195,12 +195,12 @@ def _ask(
             deadline = min(deadline, time.monotonic() + _GRACE.total_seconds())
     store.set(f"{at}/verdict", json.dumps(problems))
     if problems["values"] or problems["silent"]:
-        # This rank may serve the store, and is about to end.
+        # This rank may host the store and is about to fail: let the others read the verdict first.
         deadline = time.monotonic() + _GRACE.total_seconds()
         for other in ranks[1:]:
             if other not in problems["silent"]:
                 _wait_for_key(store, f"{at}/read/{other}", deadline)
-    if not problems["silent"]:  # all of them are past the turn before
+    if not problems["silent"]:  # every rank has finished the previous turn: delete its keys
         for name in ("facts", "fingerprint", "verdict", *(f"answer/{other}" for other in ranks[1:])):
             store.delete_key(f"{group}/{turn - 1}/{name}")
     return problems
@@ -235,12 +235,12 @@ def _answer(
 
 
 def _wait_for_key(store: Store, key: str, deadline: float) -> bytes | None:
-    """The value of a key when it is there; None if it does not come in time."""
+    """Wait for a key and return its value; None on timeout."""
     try:
         store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
     except torch.distributed.DistNetworkError:
         raise
-    except RuntimeError:  # stores of other kinds have no error of their own for it
+    except RuntimeError:  # other stores have no specific timeout error
         return None
     value: bytes = store.get(key)
     return value
@@ -264,7 +264,7 @@ def _raise_if_any(problems: _Problems, timeout: timedelta) -> None:
     if len(lines) > _MOST_FIELDS:
         lines[_MOST_FIELDS:] = [f"and {len(lines) - _MOST_FIELDS} more"]
     if problems["silent"]:
-        waited = f"{timeout.total_seconds():g} s, or {_GRACE.total_seconds():g} s after the first thing was found wrong"
+        waited = f"{timeout.total_seconds():g} s, or {_GRACE.total_seconds():g} s after the first problem"
         lines.append(f"{_format_ranks(problems['silent'])} did not answer within {waited}")
     if lines:
         raise AgreementError("the ranks do not agree on what to build:\n  " + "\n  ".join(lines))
@@ -296,14 +296,14 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _to_plain(value: object) -> Any:
-    """JSON types only, the same in every process that uses the same."""
+    """Convert a value to JSON types, equal in every process that uses an equal value."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, ModelConfig):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what has no written form: said where the document is written
+            warnings.simplefilter("ignore")  # about omitted values: reported where the document is written
             document = value.as_dict()
-        if omitted := document.get("_omitted_"):  # the reasons name objects of this process
+        if omitted := document.get("_omitted_"):  # the reasons contain addresses of this process
             document["_omitted_"] = sorted(entry["path"] for entry in omitted)
         return _to_plain(document)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Checking a document against a layout, without a rank and without torch: what `bridge validate --layout` does."""
+"""Check a document against a layout without ranks and without torch, as `bridge validate --layout` does."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from bridge.config.read.decode import Checked
 
 RULES_GROUP = "bridge.rules"
-"""The entry-point group of the rules of families of models: the name of a builder, and a tuple of rules.
+"""The entry-point group of model families' rules: maps the name of a builder to a tuple of rules.
 
-The module that holds them imports no torch, so that documents of the family are checked in a blink.
+The module of the rules should not import torch, so that documents of the family are checked in a fraction of a second.
 """
 
 
 def check_document(document: Document, layout: Mapping[str, int], *, wrapper: str = "ddp") -> list[Problem]:
-    """Return what is known to fail, or to train wrong, when a document's model is built under a layout.
+    """Return the known problems of building a document's model under a layout.
 
-    What depends on the machine, and what only the constructors of megatron-core refuse, is found by the build.
+    The build itself also finds problems that depend on the machine or that only megatron-core's constructors check.
 
     Args:
         document: Describes the model; it is not changed.
-        layout: Sizes by axis: tp, pp, vp, cp, ep, etp, dp. They are written into the document as `bridge build` does.
-            A size that is not named is the document's; dp is 1.
+        layout: Sizes by axis: tp, pp, vp, cp, ep, etp, dp. They override those of the document, as in `bridge build`.
+            dp defaults to 1.
         wrapper: The data-parallel wrapper, with the options that `bridge build` gives it: ddp, megatron-fsdp,
             torch-fsdp2 or none.
 
@@ -54,7 +54,7 @@ def check_document(document: Document, layout: Mapping[str, int], *, wrapper: st
     """
     known = (*CONFIG_FIELDS, "dp")
     if unknown := [axis for axis in layout if axis not in known]:
-        raise LayoutError(f"unknown in a layout: {', '.join(unknown)}; its axes are {', '.join(known)}")
+        raise LayoutError(f"unknown layout axes: {', '.join(unknown)}; choose from {', '.join(known)}")
     if wrapper not in list(Wrapper):
         raise OptionsError(f"unknown wrapper {wrapper!r}: choose one of {', '.join(Wrapper)}")
     document = deepcopy(document)
@@ -79,21 +79,21 @@ def refuse_before_imports(
     dp: int | None = None,
     distributed_optimizer: bool = False,
 ) -> None:
-    """Refuse what arithmetic refuses, before anything heavy is imported; the build checks again, and more.
+    """Run the checks that need no heavy import, to fail early; the build repeats them and runs the rest.
 
-    Documents that name what other distributions declare are passed over: to read them, these would be imported.
+    Documents with targets of other distributions are skipped, because reading them would import those distributions.
 
     Args:
-        document: In the present form, with its layout.
+        document: In its current version, with its layout.
         wrapper: The data-parallel wrapper.
-        world_size: Number of ranks; None for as many as the layout takes.
-        dp: The data-parallel size that is expected, if one is.
+        world_size: Number of ranks; None for as many as the layout needs.
+        dp: The expected data-parallel size, if any.
         distributed_optimizer: Whether the optimizer's state is sharded.
 
     Raises:
-        DocumentError: The document says what no model has, or what contradicts itself.
+        DocumentError: The document has invalid or contradictory values.
         LayoutError: The layout does not fit the ranks.
-        PreflightError: What is known to fail.
+        PreflightError: The configuration is known to fail under the layout or with the wrapper.
     """
     if _names_only_what_is_shipped(document.data):
         _check(
@@ -124,7 +124,7 @@ def _check(
     distributed_optimizer: bool = False,
 ) -> None:
     model, transformer = _make_views(checked)
-    if transformer is None:  # its builder keeps it elsewhere: nothing is known without building
+    if transformer is None:  # its builder keeps it elsewhere, so only a build can check it
         return
     # A view has the attributes of what it stands for.
     config = cast("TransformerConfig", transformer)
@@ -138,7 +138,7 @@ def _check(
 
 
 def _make_views(checked: Checked) -> tuple[View, View | None]:
-    """The whole configuration, and its TransformerConfig."""
+    """Return views of the whole configuration and of its TransformerConfig, if there is one."""
     made, data = checked.made, checked.present.data
     if TRANSFORMER in made.target.bases:
         view = View(data, made.target)
@@ -151,10 +151,9 @@ def _make_views(checked: Checked) -> tuple[View, View | None]:
 
 
 def find_rules(builder: str | None) -> tuple[Rule, ...]:
-    """Return the rules of a builder's family, by the builder's dotted name.
+    """Return the rules of a model family by the dotted name of its builder.
 
-    They are those that an installed distribution declares. Where none does, the builder itself is imported, which
-    takes seconds.
+    Rules that an installed distribution declares are preferred; otherwise the builder is imported, which takes seconds.
     """
     if builder is None or builder in _rule_entry_points():
         return _load_declared_rules(builder)
@@ -173,7 +172,7 @@ def _rule_entry_points() -> dict[str, EntryPoint]:
 
 @dataclass(frozen=True, kw_only=True)
 class _UsualOptions:
-    """The options that `bridge build` chooses, as rules read them."""
+    """The default options of `bridge build`, as far as rules read them."""
 
     wrapper: Wrapper
     ddp_config: DistributedDataParallelConfig | None
@@ -195,7 +194,7 @@ class _UsualOptions:
 
 
 class _Defaults:
-    """A DistributedDataParallelConfig as far as it is given: what is not is off, or one."""
+    """A stand-in for DistributedDataParallelConfig without torch: fields that are not given are False, or 1."""
 
     num_distributed_optimizer_instances = 1
     outer_dp_sharding_strategy = "no_shard"

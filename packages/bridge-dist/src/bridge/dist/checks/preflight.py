@@ -1,7 +1,7 @@
-"""Refusing what is known to fail late, to hang or to train silently wrong, before anything is built.
+"""Pre-flight checks: refuse setups that are known to fail late, to hang or to train incorrectly, before the build.
 
-A rule looks at a configuration, a layout and the build options, and says what conflicts and what to set. Importing
-this module imports no torch: rules read a live configuration and the view of a document alike.
+A rule reads a configuration, a layout and the build options, and reports conflicts and what to set. Importing this
+module does not import torch: rules read a live configuration and the view of a document in the same way.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 MEGATRON = "megatron-core 0.19.2"
-"""The version that the rules about Megatron were seen in."""
+"""The version in which the behaviour behind Megatron's rules was observed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """The machine and the process that a model is built in; by default there is no GPU, and nothing was set."""
+    """The machine and the process of a build; the defaults mean no GPU and nothing set."""
 
     compute_capability: tuple[int, int] | None = None
-    """That of the GPU, (9, 0) for Hopper; None without a GPU."""
+    """The compute capability of the GPU, (9, 0) for Hopper; None without a GPU."""
 
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables."""
@@ -46,7 +46,7 @@ class Environment:
 
 
 class Options(Protocol):
-    """How stages are wrapped, as far as rules ask: see ``bridge.dist.BuildOptions``."""
+    """The build options that rules read: see ``bridge.dist.BuildOptions``."""
 
     @property
     def wrapper(self) -> Wrapper: ...
@@ -63,26 +63,26 @@ class Options(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a rule looks at: a model, how it is split, how its stages are wrapped, and where that is done.
+    """The input of a rule: model configuration, layout, build options and environment.
 
-    The configurations are live ones, or views of a document with the same attributes. There dtypes are the texts
-    ``torch.bfloat16``, which are compared by ``str``.
+    The configurations are live objects, or views of a document with the same attributes. In a view dtypes are strings
+    such as ``torch.bfloat16``: compare them by ``str``.
     """
 
     transformer: TransformerConfig
     layout: Layout
     options: Options
     model: ModelConfig | None = None
-    """The whole configuration of the model, where there is one."""
+    """The whole configuration of the model, if there is one."""
     groups: ProcessGroupCollection | None = None
-    """The process groups; None where they are still to be made, by ``create_process_groups``."""
+    """The process groups; None before ``create_process_groups`` has made them."""
     embedding_ranks: list[int] | None = None
-    """The pipeline ranks in the embedding group; None where groups are still to be made."""
+    """The pipeline ranks in the embedding group; None before the groups are made."""
     environment: Environment = field(default_factory=Environment)
 
     @property
     def ddp(self) -> DistributedDataParallelConfig:
-        """The configuration of the wrapper. Without a wrapper there is none, and no rule asks for it."""
+        """The configuration of the wrapper. Without a wrapper there is none: check ``is_wrapped`` first."""
         assert self.options.ddp_config is not None
         return self.options.ddp_config
 
@@ -116,11 +116,11 @@ Problems = Callable[[Setup], Iterator[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One thing that is known not to work.
+    """A combination that is known not to work.
 
-    ``name`` is short and stays, ``why`` says what happens without the rule, ``seen`` in which version (None: it follows
-    by arithmetic), and ``problems`` yields what conflicts in a setup, and what to set. ``not_shown`` says why no test
-    shows what the rule prevents, if none does.
+    ``name`` is short and stable. ``why`` says what happens without the rule, ``seen`` in which version (None: it
+    follows by arithmetic). ``problems`` yields the conflicts of a setup, each with what to set. ``not_shown`` says why
+    no test demonstrates the failure, if none does.
     """
 
     name: str
@@ -129,13 +129,13 @@ class Rule:
     seen: str | None = None
     not_shown: str | None = None
     is_first: bool = False
-    """Whether other rules rely on this one: they are not asked if it finds a problem."""
+    """Whether the rules after this one rely on it: they are skipped if it finds a problem."""
 
 
 def rule(
     *, seen: str | None = None, not_shown: str | None = None, is_first: bool = False
 ) -> Callable[[Problems], Rule]:
-    """Make a rule of a function: its name with dashes is the rule's, its docstring says why."""
+    """Turn a function into a rule, named like the function with dashes; its docstring is the rule's ``why``."""
 
     def make_rule(problems: Problems) -> Rule:
         return Rule(

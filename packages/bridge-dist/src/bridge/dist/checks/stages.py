@@ -1,6 +1,6 @@
-"""Checks of what a wrapper meets besides the configuration: the stages themselves, the process groups, torch's version.
+"""Checks that need built stages, process groups or the installed version of torch.
 
-What the configuration alone shows is refused earlier, by the pre-flight rules.
+Pre-flight rules check the configuration earlier.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_torch(options: Options) -> None:
     """Check that the installed torch is not too old for the wrapper.
 
     Raises:
-        PreflightError: It is.
+        PreflightError: It is too old.
     """
     if options.wrapper is Wrapper.TORCH_FSDP2 and TORCH < TESTED_THROUGHOUT:
         needs = f"needs torch 2.11 or later, not {torch.__version__}"
@@ -32,10 +32,10 @@ def check_torch(options: Options) -> None:
 
 
 def check_optimizer_instances(pg_collection: ProcessGroupCollection, options: Options) -> None:
-    """Check that the process groups were made for as many instances of the distributed optimizer as are asked for.
+    """Check that the process groups match the number of instances of the distributed optimizer.
 
     Raises:
-        PreflightError: They were not.
+        PreflightError: They do not.
     """
     within = getattr(pg_collection, "intra_dp_cp", None)
     if options.ddp_config is None or not options.ddp_config.use_distributed_optimizer or within is None:
@@ -46,16 +46,16 @@ def check_optimizer_instances(pg_collection: ProcessGroupCollection, options: Op
         raise PreflightError(
             [
                 f"num_distributed_optimizer_instances is {wanted}, the process groups were made for {there}: "
-                "make both the same"
+                "use the same number in both places"
             ]
         )
 
 
 def check_stages(stages: Sequence[MegatronModule], options: Options) -> None:
-    """Check built stages for what is known to fail with their wrapper.
+    """Check that the wrapper can train the built stages.
 
     Raises:
-        PreflightError: Something is.
+        PreflightError: The stages are known to fail with this wrapper.
     """
     assert options.ddp_config is not None
     modules = [module for stage in stages for module in stage.modules()]
