@@ -55,13 +55,13 @@ def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    etp = layout.etp or layout.tp
+    assert layout.etp is not None
     return {
         "tp": layout.tp,
         "cp": layout.cp,
         "dp": layout.dp,
         "pp": layout.pp,
-        "etp": etp,
+        "etp": layout.etp,
         "ep": layout.ep,
-        "edp": layout.tp * layout.cp * layout.dp // (etp * layout.ep),
+        "edp": layout.expert_dp,
     }
