@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
-from bridge.dist.plan.show.terminal import tables
+from bridge.dist.plan.show.terminal import render_plan
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "activations")
@@ -90,7 +90,7 @@ def render_on_terminal(plan: Plan, *, width: int = 80, colour: bool = False) -> 
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
     )
-    for part in tables(plan):
+    for part in render_plan(plan):
         console.print(part)
     file = console.file
     assert isinstance(file, io.StringIO)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 from bridge.dist.plan.results import Plan
-from bridge.dist.plan.show.page import page
+from bridge.dist.plan.show.page import render_page
 
 
 @dataclass
@@ -61,8 +61,8 @@ class StrictParser(HTMLParser):
         self._open[-1].children.append(data)
 
 
-def parse_page(plan: Plan, title: str = "a model") -> Element:
-    return StrictParser(page(plan, title)).root
+def parsed(plan: Plan, title: str = "a model") -> Element:
+    return StrictParser(render_page(plan, title)).root
 
 
 def rows(table: Element) -> list[dict[str, str]]:

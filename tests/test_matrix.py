@@ -19,9 +19,9 @@ import pytest
 from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig
-from bridge.dist.run.parity import Trained
+from bridge.dist.run.parity import TrainingResult
 from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
-from bridge.dist.run.verify import Row, Tolerance, Verdict, judged
+from bridge.dist.run.verify import Row, Tolerance, Verdict, judge
 from bridge.dist.wrapper import Wrapper
 
 MODELS = {
@@ -76,7 +76,7 @@ class Cell(NamedTuple):
 
     @property
     def layout(self) -> str:
-        return self.split.name(self.world_size)
+        return self.split.format_name(self.world_size)
 
 
 def cells(model: str, precision: str, world_size: int, splits: Sequence[Split]) -> list[Cell]:
@@ -97,7 +97,7 @@ def job_of(cell: Cell) -> Any:
     from bridge.dist.train.step import TrainOptions
     from bridge.dist.train.text import default_text
 
-    document = cell.split.document(loaded(cell.model, cell.precision))
+    document = cell.split.apply_to(loaded(cell.model, cell.precision))
     return BuildJob(
         document=document.data,
         wrapper=cell.wrapping.wrapper,
@@ -123,16 +123,16 @@ def refusal(cell: Cell) -> str | None:
     return None
 
 
-def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
+def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
     """On each rank: train one cell after the other, and compare with the weights in a file, or write them."""
     import torch
 
     from bridge.dist import create_process_groups, destroy_process_groups
     from bridge.dist.run.collect import wrapper_names
     from bridge.dist.run.execute import build_and_train
-    from bridge.dist.run.parity import compare, save_weights
+    from bridge.dist.run.parity import compare_weights, save_weights
 
-    def trained(cell: Cell) -> Trained:
+    def trained(cell: Cell) -> TrainingResult:
         job = job_of(cell)
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
@@ -143,7 +143,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
             assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, MODELS[cell.model]]
         if not weights.exists():
             save_weights(run, weights)
-        return compare(run, weights)
+        return compare_weights(run, weights)
 
     found = []
     for cell in cells:
@@ -160,7 +160,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[Trained]:
 class Reference(NamedTuple):
     """What one process gave, and where its final weights are."""
 
-    trained: Trained
+    trained: TrainingResult
     weights: Path
 
 
@@ -197,7 +197,7 @@ def test_every_cell_is_refused_or_trains_as_one_process(
         for cell, *by_rank in zip(run, *found, strict=True):
             for trained in by_rank:
                 row = Row(layout=cell.layout, wrapper=str(cell.wrapping), verdict=Verdict.EQUAL)
-                if (verdict := judged(row, trained, expected, limits)).is_mismatch:
+                if (verdict := judge(row, trained, expected, limits)).is_mismatch:
                     wrong.append(str(verdict))
     assert not wrong, "\n".join(wrong)
 
@@ -244,7 +244,7 @@ def rendered() -> str:
                     shown([Cell(model, precision, world_size, split, wrapping) for precision in PRECISIONS])
                     for wrapping in WRAPPINGS
                 ]
-                lines.append(f"| {split.name(world_size)} | {' | '.join(verdicts)} |")
+                lines.append(f"| {split.format_name(world_size)} | {' | '.join(verdicts)} |")
         tables.append("\n".join(lines))
     reasons = "\n".join(f"{number}. {' '.join(reason.split())}" for number, reason in enumerate(notes, start=1))
     return INTRODUCTION + "\n\n".join(tables) + "\n\n## Why refused\n\n" + reasons + "\n"

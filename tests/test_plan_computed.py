@@ -8,7 +8,7 @@ from planned_jobs import RECOMPUTED, plan_preset
 from bridge.config import Document
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.rank import measure
+from bridge.dist.plan.count.rank import measure_rank
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.flops import model_flops
 from bridge.dist.wrapper import Wrapper
@@ -43,7 +43,7 @@ def flops_of(document: Document) -> tuple[int, int]:
     batch = Batch(seq_length=128, global_batch_size=1)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP)
     config = document.config()
-    rank = measure(job, Layout(), batch, rank=0, memo={})
+    rank = measure_rank(job, Layout(), batch, rank=0, memo={})
     shapes = {placement.full_name: placement.logical_shape(vocab_size(config)) for placement, _ in rank.placements}
     by_shapes = model_flops(shapes, make_builder(config).transformer_config, batch)
     return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)

@@ -8,7 +8,7 @@ from planned_jobs import HALF, RECOMPUTED
 from ranks import run_ranks
 
 from bridge.config import ModelConfig
-from bridge.dist.plan.count.rank import measure
+from bridge.dist.plan.count.rank import measure_rank
 from bridge.dist.wrapper import Wrapper
 
 CASES = {
@@ -59,7 +59,7 @@ def test_the_plan_of_every_rank_is_what_it_holds(name: str, real: list[dict[str,
     job = case.job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
     for rank in range(WORLD):
-        planned = measure(job, layout, BATCH, rank=rank, memo={})
+        planned = measure_rank(job, layout, BATCH, rank=rank, memo={})
         assert (
             Held(
                 parameters=take_notes(),
@@ -103,8 +103,8 @@ def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
     job = SHARDED[name].job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
     for rank in (0, WORLD - 1):  # of each kind of parallelism the first and the last
-        planned = measure(job, layout, LONGER, rank=rank, memo={})
-        calls = planned.traffic.of(LONGER.microbatches(layout))
+        planned = measure_rank(job, layout, LONGER, rank=rank, memo={})
+        calls = planned.traffic.count(LONGER.microbatches(layout))
         assert (
             HeldSharded(
                 parameters=take_notes(),

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from environments import run_command
 
-from bridge.dist.run.parity import Trained
+from bridge.dist.run.parity import TrainingResult
 from bridge.dist.run.splits import cases
-from bridge.dist.run.verify import Row, Tolerance, Verdict, judged, relative_difference
+from bridge.dist.run.verify import Row, Tolerance, Verdict, judge, relative_difference
 
 BRIDGE = Path(sys.executable).with_name("bridge")
 EXTENSION = Path(__file__).parent / "typing" / "extension"
@@ -59,7 +59,7 @@ def test_every_layout_of_a_sound_model_is_equal_or_refused() -> None:
     assert code == 0, errors
     rows = json.loads(out)
     assert [(row["layout"], row["wrapper"]) for row in rows] == [
-        (split.name(2), str(wrapping)) for split, wrapping in cases(2)
+        (split.format_name(2), str(wrapping)) for split, wrapping in cases(2)
     ]
     verdicts = [row["verdict"] for row in rows]
     assert set(verdicts) == {"equal", "refused"}
@@ -107,8 +107,8 @@ ROW = Row(layout="tp2", wrapper="ddp", verdict=Verdict.EQUAL)
 LIMITS = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
 
 
-def trained(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.0) -> Trained:
-    return Trained(losses=[3.0, loss], grad_norms=[1.0, grad_norm], weight_difference=weight, parameter="w")
+def trained(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.0) -> TrainingResult:
+    return TrainingResult(losses=[3.0, loss], grad_norms=[1.0, grad_norm], weight_difference=weight, parameter="w")
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def trained(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.
         trained(weight=math.nan),
     ],
 )
-def test_any_difference_beyond_rounding_is_a_mismatch(found: Trained) -> None:
-    assert judged(ROW, found, trained(), LIMITS).is_mismatch
+def test_any_difference_beyond_rounding_is_a_mismatch(found: TrainingResult) -> None:
+    assert judge(ROW, found, trained(), LIMITS).is_mismatch
 
 
 def test_rounding_is_no_mismatch() -> None:
-    row = judged(ROW, trained(loss=2.00001, grad_norm=1.00005, weight=1e-4), trained(), LIMITS)
+    row = judge(ROW, trained(loss=2.00001, grad_norm=1.00005, weight=1e-4), trained(), LIMITS)
     assert row.verdict is Verdict.EQUAL
     assert row.loss_difference == pytest.approx(5e-6)
 

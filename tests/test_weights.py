@@ -22,7 +22,7 @@ from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.stages import build_stages
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import make_builder
-from bridge.dist.plan.virtual_rank.groups import as_rank
+from bridge.dist.plan.virtual_rank.groups import act_as_rank
 from bridge.models import presets
 
 PRESETS = sorted(file.stem for file in Path(presets.__path__[0]).glob("*.yaml"))
@@ -115,7 +115,7 @@ def built(
     apply_layout(document, sizes)
     builder = make_builder(document.config())
     layout = Layout.of(builder.transformer_config, math.prod(sizes.values()))
-    with as_rank(layout, rank) as groups:
+    with act_as_rank(layout, rank) as groups:
         model_parallel_cuda_manual_seed(torch.initial_seed(), force_reset_rng=True)
         (stage,) = build_stages(builder.build_model, groups, vp_size=None)
         yield stage, groups

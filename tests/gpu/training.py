@@ -19,8 +19,8 @@ from bridge.config import Document, ModelConfig
 from bridge.dist import Layout, destroy_process_groups
 from bridge.dist.job import BuildJob
 from bridge.dist.run.devices import forbid_tf32
-from bridge.dist.run.execute import Run, build_and_train
-from bridge.dist.run.rank import joined
+from bridge.dist.run.execute import BuiltRank, build_and_train
+from bridge.dist.run.rank import join_job
 from bridge.dist.train.step import TrainOptions, train
 from bridge.dist.train.text import Text
 from bridge.dist.wrapper import Wrapper
@@ -69,7 +69,7 @@ def only_rank(job: BuildJob) -> Iterator[Joined]:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        with joined(job) as (config, layout, groups):
+        with join_job(job) as (config, layout, groups):
             yield Joined(config, layout, groups)
     finally:
         if torch.distributed.is_initialized():
@@ -96,7 +96,7 @@ def train_model(
         return _curves(build_and_train(job, *rank))
 
 
-def _curves(run: Run) -> dict[str, list[float | None]]:
+def _curves(run: BuiltRank) -> dict[str, list[float | None]]:
     return {"losses": [step.loss for step in run.steps], "grad_norms": [step.grad_norm for step in run.steps]}
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bridge.config import DocumentError
 from bridge.config.cli.entry import main
-from bridge.dist.run.compare import Comparison, compare, tables
+from bridge.dist.run.compare import Comparison, compare, render_comparison
 
 GIB = 2**30
 LAYOUT = {"tp": 2, "pp": 2, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
@@ -72,7 +72,7 @@ def compared(**files: dict[str, Any]) -> Comparison:
 
 def words(comparison: Comparison) -> str:
     console = Console(file=io.StringIO(), width=80)
-    for part in tables(comparison):
+    for part in render_comparison(comparison):
         console.print(part)
     file = console.file
     assert isinstance(file, io.StringIO)

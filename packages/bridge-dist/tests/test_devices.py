@@ -105,12 +105,12 @@ def test_two_ranks_that_take_one_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -
     """A launcher shows them the same one; the comparison of what ranks are about to do finds the difference."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
     store = torch.distributed.HashStore()
-    assert [world._claim(0, rank(number), store) for number in (1, 0, 2)] == [
+    assert [world._claim_gpu(0, rank(number), store) for number in (1, 0, 2)] == [
         "its own",
         "that of rank 1",
         "that of rank 1",
     ]
-    assert world._claim(0, rank(1), store) == "its own"
+    assert world._claim_gpu(0, rank(1), store) == "its own"
 
 
 def test_full_precision_stays_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,16 +24,17 @@ def verdicts(
     causes: dict[int, Exception], monkeypatch: pytest.MonkeyPatch, *, told_to_end: tuple[int, ...] = ()
 ) -> set[str]:
     """What each of the ranks that are left learns."""
-    monkeypatch.setattr(failures, "_LISTEN_S", 0.5)
+    monkeypatch.setattr(failures, "_COLLECT_FAILURES_S", 0.5)
     store = torch.distributed.HashStore()
     for rank in range(4):
-        store.set(f"names/{rank}", failures._name(place(rank)))
+        store.set(f"names/{rank}", failures._make_name(place(rank)))
     monkeypatch.setattr(failures, "open_store", lambda *_, **__: store)
     for rank in told_to_end:
-        failures._say_told_to_end(place(rank))
+        failures._report_termination(place(rank))
     with ThreadPoolExecutor() as threads:
         told = [
-            threads.submit(failures._tell, place(rank), store, failures._cause(error)) for rank, error in causes.items()
+            threads.submit(failures._report_failure, place(rank), store, failures._find_cause(error))
+            for rank, error in causes.items()
         ]
         return {each.result() for each in told}
 
@@ -65,7 +66,7 @@ def test_a_rank_that_failed_for_a_reason_of_its_own_is_named_with_it(monkeypatch
     ],
 )
 def test_whose_fault_an_error_is(error: Exception, cause: str | None) -> None:
-    assert failures._cause(error) == cause
+    assert failures._find_cause(error) == cause
 
 
 def test_a_node_is_missed_if_it_is_lost_right_after_it_came() -> None:
@@ -76,5 +77,5 @@ def test_a_node_is_missed_if_it_is_lost_right_after_it_came() -> None:
     there = RankEnvironment(
         rank=1, world_size=2, address="localhost", port=port, node=1, nodes=2, local_rank=0, has_agent=True
     )
-    with failures.watching_nodes(there):
+    with failures.watch_nodes(there):
         assert torch.distributed.PrefixStore("bridge/0", server).add("beats/1", 0) == 1

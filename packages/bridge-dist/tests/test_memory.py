@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bridge.dist.run.memory import peak_memory
+from bridge.dist.run.memory import read_peak_memory
 
 MIB = 2**20
 CHILD = """\
 import resource
-from bridge.dist.run.memory import peak_memory
-print(peak_memory().resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+from bridge.dist.run.memory import read_peak_memory
+print(read_peak_memory().resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
@@ -26,7 +26,7 @@ def test_the_peak_outlives_what_was_held() -> None:
     held = bytearray(300 * MIB)
     with_it = resident_now()
     del held
-    peak = peak_memory()
+    peak = read_peak_memory()
     assert peak.allocated is None
     assert peak.reserved is None
     assert peak.resident is not None

@@ -8,7 +8,7 @@ import pytest
 from megatron.core import parallel_state
 
 from bridge.dist.layout import Layout
-from bridge.dist.plan.virtual_rank.groups import as_rank
+from bridge.dist.plan.virtual_rank.groups import act_as_rank
 from bridge.dist.plan.virtual_rank.rank_order import extents, ranks_along
 
 LAYOUTS = [
@@ -34,7 +34,7 @@ def test_groups_are_those_that_megatron_makes(layout: Layout) -> None:
         expected = state()
         destroy_process_groups()
         torch.distributed.destroy_process_group()
-        with as_rank(layout, rank):
+        with act_as_rank(layout, rank):
             assert state() == expected
 
 

@@ -9,7 +9,7 @@ from example_plans import DEEP, GIB, KINDS, LARGE, SMALL, make_plan, make_stage,
 from parsed_page import Element, StrictParser, parse_page, rows
 
 from bridge.dist.plan.results import NOT_COVERED, Plan, Traffic
-from bridge.dist.plan.show.page import page
+from bridge.dist.plan.show.page import render_page
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from bridge.dist.plan.show.page import page
     ids=["fits", "does not fit", "no limit"],
 )
 def test_the_verdict_is_on_the_terminal_and_on_the_page(plan: Plan, verdict: str) -> None:
-    assert verdict in words(render_on_terminal(plan))
-    assert verdict in html.unescape(page(plan, "a model"))
+    assert verdict in words(shown_on_terminal(plan))
+    assert verdict in html.unescape(render_page(plan, "a model"))
 
 
 def test_what_a_wrapper_makes_whole_is_a_kind_of_its_own() -> None:
@@ -84,7 +84,7 @@ def _short(drawn: Element) -> str:
 
 
 def test_of_a_long_schedule_the_beginning_is_drawn_and_the_page_says_so() -> None:
-    text = page(DEEP, "a model")
+    text = render_page(DEEP, "a model")
     assert len(text) < 1_000_000
     section = StrictParser(text).root.one("section", id="schedule")
     passes = section.all("g", class_="pass")
@@ -132,7 +132,7 @@ def test_the_page_has_every_number_exactly() -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_can_be_read_aloud() -> None:
-    text = page(LARGE, "a model")
+    text = render_page(LARGE, "a model")
     assert not re.search(r"https?:|\bsrc=|\bhref=|@import|url\((?!#)", text)
     found = StrictParser(text).root
     assert found.one("html").attributes["lang"] == "en"

@@ -12,7 +12,7 @@ import pytest
 from example_plans import GIB, LARGE, sizes
 
 from bridge.dist.plan.results import Plan
-from bridge.dist.plan.show.page import page
+from bridge.dist.plan.show.page import render_page
 
 _BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser", "chrome")
 _BROWSER = next((path for path in map(shutil.which, _BROWSERS) if path), None)
@@ -51,7 +51,7 @@ def _opened(plan: Plan, folder: Path, *, dark: bool) -> dict[str, Any]:
     """What a browser makes of the page of a plan."""
     assert _BROWSER is not None
     file = folder / "plan.html"
-    text = page(plan, "a <b> model")
+    text = render_page(plan, "a <b> model")
     file.write_text(text.replace("<head>", f"<head>{_WATCH}").replace("</body>", f"{_PROBE}</body>"), encoding="utf-8")
     command = [_BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400", "--dump-dom"]
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.schedule import Pass, passes
+from bridge.dist.plan.count.schedule import Pass, list_passes
 from bridge.dist.plan.forecast.timeline import Timeline, simulate
 
 
 def _schedule(pp: int, vp: int, microbatches: int, group_size: int | None = None) -> list[list[Pass]]:
     layout = Layout(pp=pp, vp=vp)
-    return [passes(layout, rank, microbatches, group_size=group_size) for rank in range(pp)]
+    return [list_passes(layout, rank, microbatches, group_size=group_size) for rank in range(pp)]
 
 
 def _equal(pp: int, vp: int, microbatches: int, backward: float) -> Timeline:

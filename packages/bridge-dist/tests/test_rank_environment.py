@@ -44,13 +44,13 @@ def test_torchrun() -> None:
     assert (place.node, place.nodes, place.local_rank, place.local_world_size) == (1, 2, 1, 2)
     assert place.has_agent
     assert place.attempt == "5"
-    assert read(place.variables()) == place
+    assert read(place.as_variables()) == place
 
 
 def test_variables_set_by_hand() -> None:
     place = read(TORCHRUN)
     assert (place.node, place.local_rank, place.local_world_size, place.has_agent) == (None, None, None, False)
-    assert read(place.variables()) == place
+    assert read(place.as_variables()) == place
 
 
 def test_srun() -> None:

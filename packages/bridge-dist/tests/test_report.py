@@ -10,9 +10,9 @@ from rich.console import Console
 
 from bridge.dist.run import progress
 from bridge.dist.run.memory import PeakMemory
-from bridge.dist.run.progress import with_progress
+from bridge.dist.run.progress import show_progress
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
-from bridge.dist.run.tables import tables
+from bridge.dist.run.tables import render_report
 from bridge.dist.train.flops import peak_flops
 
 GIB = 2**30
@@ -70,7 +70,7 @@ def test_the_rates_follow_from_the_time_of_a_step() -> None:
 
 def test_the_tables_fit_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    for part in tables(ON_GPUS):
+    for part in render_report(ON_GPUS):
         console.print(part)
     file = console.file
     assert isinstance(file, io.StringIO)
@@ -115,7 +115,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
 
     def passed() -> list[str]:
         return list(
-            with_progress(names, 3, describe=lambda done, item: f"after {item} comes {[*names, 'no more'][done]}")
+            show_progress(names, 3, describe=lambda done, item: f"after {item} comes {[*names, 'no more'][done]}")
         )
 
     assert passed() == names

@@ -14,9 +14,9 @@ from bridge.dist.errors import PlanError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 from bridge.dist.job import BuildJob, make_builder, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.microbatch import Memo, Passed
-from bridge.dist.plan.count.rank import Rank, measure
-from bridge.dist.plan.count.schedule import passes, peak
+from bridge.dist.plan.count.microbatch import Memo, PassedShapes
+from bridge.dist.plan.count.rank import Rank, measure_rank
+from bridge.dist.plan.count.schedule import list_passes, peak_kept
 from bridge.dist.plan.request import PlanRequest
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
@@ -103,13 +103,14 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, options.world_size)
     batch, transformer = options.batch, make_builder(config).transformer_config
-    _check(transformer)
+    _check_supported(transformer)
     batch.check_sequence(transformer)
     group_size = transformer.microbatch_group_size_per_vp_stage
     microbatches = batch.microbatches(layout, group_size=group_size)
-    passed: Passed = {}
+    passed: PassedShapes = {}
     ranks = [
-        measure(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed) for pp in range(layout.pp)
+        measure_rank(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed)
+        for pp in range(layout.pp)
     ]
     return Plan(
         world_size=layout.world_size,
@@ -122,17 +123,18 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         global_batch_size=batch.global_batch_size,
         microbatches=microbatches,
         microbatch_group_size=group_size,
-        parameters=_logical_parameters(ranks, layout, vocab_size(config)),
+        parameters=_count_parameters(ranks, layout, vocab_size(config)),
         buffers=sum(rank.buffers for rank in ranks),
         gpu_memory=options.gpu_memory,
         stages=[
-            _stage(pp, rank, layout, microbatches=microbatches, group_size=group_size) for pp, rank in enumerate(ranks)
+            _make_stage(pp, rank, layout, microbatches=microbatches, group_size=group_size)
+            for pp, rank in enumerate(ranks)
         ],
         seconds=time.perf_counter() - start,
     )
 
 
-def _check(transformer: TransformerConfig) -> None:
+def _check_supported(transformer: TransformerConfig) -> None:
     if TORCH < TESTED_THROUGHOUT:
         raise PlanError(f"plans need torch 2.11 or later, not {torch.__version__}: update torch")
     if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
@@ -142,7 +144,7 @@ def _check(transformer: TransformerConfig) -> None:
         )
 
 
-def _logical_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
+def _count_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
     """Every parameter once; experts of the other expert-parallel ranks are as many as those of the first."""
     found = {
         placement.full_name: placement.logical_shape(vocab).numel() * (layout.ep if of_expert else 1)
@@ -152,9 +154,9 @@ def _logical_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None
     return sum(found.values())
 
 
-def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
-    order = passes(layout, pp, microbatches, group_size=group_size)
-    activations = peak(order, [chunk.work.kept for chunk in rank.chunks])
+def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
+    order = list_passes(layout, pp, microbatches, group_size=group_size)
+    activations = peak_kept(order, [chunk.work.kept for chunk in rank.chunks])
     return StagePlan(
         pp=pp,
         rank=rank.rank,
@@ -180,13 +182,13 @@ def _stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size
             )
             for index, chunk in enumerate(rank.chunks)
         ],
-        traffic=_traffic(rank, layout, microbatches),
+        traffic=_make_traffic(rank, layout, microbatches),
     )
 
 
-def _traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
+def _make_traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
     """A step's collectives, and what goes to the pipeline ranks before and after."""
-    calls = rank.traffic.of(microbatches)
+    calls = rank.traffic.count(microbatches)
     messages = (message for chunk in rank.chunks for message in (chunk.work.received, chunk.work.passed_on))
     sent = [message.bytes for message in messages if message]
     if sent:

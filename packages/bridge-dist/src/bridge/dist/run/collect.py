@@ -18,21 +18,21 @@ from bridge.dist.engine.placement import Placement, layer_indices
 from bridge.dist.engine.stages import layers_of
 from bridge.dist.job import BuildJob, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.run.execute import Run
-from bridge.dist.run.memory import PeakMemory, peak_memory
+from bridge.dist.run.execute import BuiltRank
+from bridge.dist.run.memory import PeakMemory, read_peak_memory
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.train.flops import model_flops, peak_flops
 from bridge.dist.train.step import Step
 
 
 def collect_report(
-    job: BuildJob, config: ModelConfig, run: Run, layout: Layout, groups: ProcessGroupCollection
+    job: BuildJob, config: ModelConfig, run: BuiltRank, layout: Layout, groups: ProcessGroupCollection
 ) -> BuildReport:
     """Collect what every rank built, held at most, and took for a step. Collective."""
-    memory = peak_memory()
-    chunks = [_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
+    memory = read_peak_memory()
+    chunks = [_make_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
-    everyone = _gather(_Outcome(_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
+    everyone = _gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
     whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
     shapes = {name: placement.logical_shape(vocab_size(config)) for name, placement in whole.items()}
     transformer, training = job.builder(config).transformer_config, job.training
@@ -61,7 +61,7 @@ def collect_report(
     )
 
 
-def _chunk_report(index: int, stage: MegatronModule, placements: list[Placement]) -> ChunkReport:
+def _make_chunk_report(index: int, stage: MegatronModule, placements: list[Placement]) -> ChunkReport:
     return ChunkReport(
         vp_stage=index,
         layers=layer_indices(stage),
@@ -78,7 +78,7 @@ def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
         yield from wrapper_names(inner)
 
 
-def _rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport], memory: PeakMemory) -> RankReport:
+def _make_rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport], memory: PeakMemory) -> RankReport:
     return RankReport(
         rank=torch.distributed.get_rank(),
         tp=groups.tp.rank(),

@@ -16,7 +16,7 @@ from bridge.dist.format import format_gib
 from bridge.dist.plan.results import NOT_COVERED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
-from bridge.dist.run.report_file import Part, read_part
+from bridge.dist.run.report_file import Part, read_report
 
 Value = str | int | float | None
 
@@ -58,7 +58,7 @@ _NUMBERS = (
 )
 _SAME_JOB = ("ranks", "layout", "wrapper", "layers", "batch", "micro_batch_size", "parameters")
 """What must be equal for differences to be those of two measurements of one job."""
-_KINDS_OF_A_STAGE = {
+_STAGE_KEYS = {
     "weights": "weight_bytes",
     "gradients": "gradient_bytes",
     "master": "master_bytes",
@@ -112,16 +112,16 @@ def compare(files: Sequence[str]) -> Comparison:
         DocumentError: A file cannot be read, or is neither a report nor a plan; or there is a plan alone.
         BridgeError: The job of a report cannot be planned.
     """
-    names, parts = list(files), [read_part(file) for file in files]
+    names, parts = list(files), [read_report(file) for file in files]
     if len(parts) == 1:
         names.append("its plan")
-        parts.append(_planned(parts[0]))
-    values = [_values_of(part) for part in parts]
-    rows = [_row(measure, [one.get(measure.name) for one in values]) for measure in (*_JOB, *_NUMBERS)]
-    return Comparison(files=names, rows=rows, notes=list(_notes(names, parts, rows)))
+        parts.append(_plan_same_job(parts[0]))
+    values = [_read_values(part) for part in parts]
+    rows = [_make_row(measure, [one.get(measure.name) for one in values]) for measure in (*_JOB, *_NUMBERS)]
+    return Comparison(files=names, rows=rows, notes=list(_list_notes(names, parts, rows)))
 
 
-def tables(comparison: Comparison) -> list[RenderableType]:
+def render_comparison(comparison: Comparison) -> list[RenderableType]:
     """Render a comparison for a terminal of 80 columns: a column a file, a row a measure that any of them tells."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
@@ -132,103 +132,108 @@ def tables(comparison: Comparison) -> list[RenderableType]:
         if any(value is not None for value in row.values):
             measure = measures[row.name]
             cells = zip(row.values, row.differences, strict=True)
-            table.add_row(measure.label, *(_cell(measure, value, difference) for value, difference in cells))
+            table.add_row(measure.label, *(_format_cell(measure, value, difference) for value, difference in cells))
     return [table, *("", *map(escape, comparison.notes))]
 
 
-def _cell(measure: _Measure, value: Value, difference: float | None) -> str:
+def _format_cell(measure: _Measure, value: Value, difference: float | None) -> str:
     if value is None:
         return "-"
     written = escape(measure.write(value))
     return written if difference is None else f"{written} {difference:+.1f} %"
 
 
-def _row(measure: _Measure, values: list[Value]) -> Row:
+def _make_row(measure: _Measure, values: list[Value]) -> Row:
     first = values[0]
-    differences = [None if measure.unit is None else _difference(first, value) for value in values[1:]]
+    differences = [None if measure.unit is None else _difference_percent(first, value) for value in values[1:]]
     return Row(name=measure.name, unit=measure.unit, values=values, differences=[None, *differences])
 
 
-def _difference(first: Value, value: Value) -> float | None:
+def _difference_percent(first: Value, value: Value) -> float | None:
     """By how much per cent a number is above the first; None where one is missing, or the first is zero."""
     if not isinstance(first, int | float) or not isinstance(value, int | float) or first == 0:
         return None
     return 100 * (value - first) / first
 
 
-def _notes(names: Sequence[str], parts: Sequence[Part], rows: Sequence[Row]) -> Iterator[str]:
+def _list_notes(names: Sequence[str], parts: Sequence[Part], rows: Sequence[Row]) -> Iterator[str]:
     differing = [row.name for row in rows if row.name in _SAME_JOB and len(set(row.values) - {None}) > 1]
     if differing:
         yield f"not the same job: they differ in {', '.join(differing)}"
-    kinds = [part.take("kind", str) for part in parts]
+    kinds = [part.require("kind", str) for part in parts]
     builds = [(name, part) for name, kind, part in zip(names, kinds, parts, strict=True) if kind == "build"]
-    if any(part.take("device", str) == "cpu" for _, part in builds):
+    if any(part.require("device", str) == "cpu" for _, part in builds):
         yield (
             "resident memory contains the interpreter and the libraries: it cannot be compared with a plan, nor with "
             "what a GPU has allocated"
         )
     for name, part in builds:
-        if part.find("seq_length", int) is None:
+        if part.get("seq_length", int) is None:
             yield f"{name} trained no step: its memory is that of the build alone"
     if len(set(kinds)) > 1:
         yield f"not in the total of a plan: {'; '.join(NOT_COVERED)}"
 
 
-def _values_of(part: Part) -> dict[str, Value]:
-    layout = {axis: size for axis, size in part.take("layout", dict).items() if size != 1}
+def _read_values(part: Part) -> dict[str, Value]:
+    layout = {axis: size for axis, size in part.require("layout", dict).items() if size != 1}
     if layout.get("etp") == layout.get("tp"):
         layout.pop("etp", None)
-    sharded = ", distributed optimizer" if part.take("distributed_optimizer", bool) else ""
-    kind = part.take("kind", str)
+    sharded = ", distributed optimizer" if part.require("distributed_optimizer", bool) else ""
+    kind = part.require("kind", str)
     values: dict[str, Value] = {
         "kind": kind,
-        "ranks": part.take("world_size", int),
+        "ranks": part.require("world_size", int),
         "layout": " ".join(f"{axis}{size}" for axis, size in layout.items()) or "one rank",
-        "wrapper": part.take("wrap", str) + sharded,
-        "layers": part.take("layers", str),
-        "batch": _batch(part),
-        "micro_batch_size": part.find("micro_batch_size", int),
-        "parameters": part.take("parameters", int),
-        **{name: part.find(name, float) for name in ("step_seconds", "tokens_per_second_per_gpu")},
-        "model_flops_utilization": part.find("model_flops_utilization", float),
+        "wrapper": part.require("wrap", str) + sharded,
+        "layers": part.require("layers", str),
+        "batch": _format_batch(part),
+        "micro_batch_size": part.get("micro_batch_size", int),
+        "parameters": part.require("parameters", int),
+        **{name: part.get(name, float) for name in ("step_seconds", "tokens_per_second_per_gpu")},
+        "model_flops_utilization": part.get("model_flops_utilization", float),
     }
-    return values | (_built(part) if kind == "build" else _of_fullest_stage(part))
+    return values | (_read_build(part) if kind == "build" else _read_fullest_stage(part))
 
 
-def _batch(part: Part) -> str | None:
-    samples, tokens = part.find("global_batch_size", int), part.find("seq_length", int)
+def _format_batch(part: Part) -> str | None:
+    samples, tokens = part.get("global_batch_size", int), part.get("seq_length", int)
     return None if samples is None or tokens is None else f"{samples:,} x {tokens:,}"
 
 
-def _of_fullest_stage(plan: Part) -> dict[str, Value]:
-    fullest = max(plan.each("stages"), key=lambda stage: stage.take("total_bytes", int))
-    kinds = {name: fullest.take(key, int) for name, key in _KINDS_OF_A_STAGE.items()}
-    return {"stage": fullest.take("pp", int), **kinds}
+def _read_fullest_stage(plan: Part) -> dict[str, Value]:
+    fullest = max(plan.require_mappings("stages"), key=lambda stage: stage.require("total_bytes", int))
+    kinds = {name: fullest.require(key, int) for name, key in _STAGE_KEYS.items()}
+    return {"stage": fullest.require("pp", int), **kinds}
 
 
-def _built(report: Part) -> dict[str, Value]:
+def _read_build(report: Part) -> dict[str, Value]:
     """The device of a build, and the memory of its fullest rank."""
-    peaks = [(rank.take("pp", int), rank.inside("peak_memory_bytes")) for rank in report.each("ranks")]
+    peaks = [
+        (rank.require("pp", int), rank.require_mapping("peak_memory_bytes"))
+        for rank in report.require_mappings("ranks")
+    ]
     sizes = [
-        {"stage": stage, **{kind: peak.find(kind, int) for kind in ("allocated", "reserved", "resident")}}
+        {"stage": stage, **{kind: peak.get(kind, int) for kind in ("allocated", "reserved", "resident")}}
         for stage, peak in peaks
     ]
     fullest = max(sizes, key=lambda size: size["allocated"] or size["resident"] or 0)
     fullest["peak"] = fullest.pop("allocated")
-    return {"device": report.find("device_name", str) or report.take("device", str), **fullest}
+    return {"device": report.get("device_name", str) or report.require("device", str), **fullest}
 
 
-def _planned(report: Part) -> Part:
+def _plan_same_job(report: Part) -> Part:
     """Make the plan of the job that a report is of, as it was trained: without dropout.
 
     Raises:
         DocumentError: It is no report, or of a build that trained nothing.
         BridgeError: The job cannot be planned.
     """
-    if report.take("kind", str) != "build":
-        raise report.problem("kind", "a plan alone has nothing to be compared with: name a build report beside it")
-    if _batch(report) is None:
-        raise report.problem("seq_length", "the build trained nothing, so a plan of it has no batch: add --steps to it")
+    if report.require("kind", str) != "build":
+        raise report.make_error("kind", "a plan alone has nothing to be compared with: name a build report beside it")
+    if _format_batch(report) is None:
+        raise report.make_error(
+            "seq_length", "the build trained nothing, so a plan of it has no batch: add --steps to it"
+        )
     hide_gpus()  # a plan takes none
     import_megatron(with_compiler=False)
     # Torch and Megatron, which comparing files does without.
@@ -237,20 +242,20 @@ def _planned(report: Part) -> Part:
     from bridge.dist.train.batch import Batch
     from bridge.dist.wrapper import Wrapper
 
-    document = Document(report.take("document", dict), report.source)
+    document = Document(report.require("document", dict), report.source)
     switch_off_dropout(document)
     make_builder(document.config()).check_restore()
-    wrapper = report.take("wrap", str)
+    wrapper = report.require("wrap", str)
     if wrapper not in list(Wrapper):
-        raise report.problem("wrap", f"expected one of {', '.join(Wrapper)}, got {wrapper!r}")
+        raise report.make_error("wrap", f"expected one of {', '.join(Wrapper)}, got {wrapper!r}")
     options = PlanOptions(
         batch=Batch(
-            seq_length=report.take("seq_length", int),
-            micro_batch_size=report.take("micro_batch_size", int),
-            global_batch_size=report.take("global_batch_size", int),
+            seq_length=report.require("seq_length", int),
+            micro_batch_size=report.require("micro_batch_size", int),
+            global_batch_size=report.require("global_batch_size", int),
         ),
-        world_size=report.take("world_size", int),
+        world_size=report.require("world_size", int),
         wrapper=Wrapper(wrapper),
-        distributed_optimizer=report.take("distributed_optimizer", bool),
+        distributed_optimizer=report.require("distributed_optimizer", bool),
     )
     return Part(data=plan(document, options).to_json(), source=f"the plan of {report.source}")

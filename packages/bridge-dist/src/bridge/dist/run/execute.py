@@ -21,16 +21,16 @@ from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import BuildJob, read_text, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.run.memory import reset_peak_memory
-from bridge.dist.run.progress import with_progress
+from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
 from bridge.dist.train.step import Step, train
 
 _SEED = 1234
-_SEEDS_OF_A_STAGE = 100
+_SEED_STRIDE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class BuiltRank:
     """What a job made on this rank: wrapped stages, where each one's parameters stand in the whole model, steps."""
 
     stages: list[MegatronModule]
@@ -44,12 +44,12 @@ def build_and_train(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    shows_steps: bool = False,
-) -> Run:
+    show_steps: bool = False,
+) -> BuiltRank:
     """Build the stages of this rank, wrap them, and train them if the job says so.
 
     Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
-    With ``shows_steps`` rank 0 shows the loss of each step on standard error.
+    With ``show_steps`` rank 0 shows the loss of each step on standard error.
     """
     reset_peak_memory()
     builder = job.builder(config)
@@ -62,17 +62,17 @@ def build_and_train(
         draw_weights(stages, groups, vocab_size=vocab_size(config))
         return stages
 
-    def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+    def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
         # FSDP shards parameters when it wraps; they are whole only now.
         placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
     # The model's own hooks count as one list, whose last hook may return None. The drawn weights come before them, so
     # that a hook may still change them.
-    hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), note]
+    hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), record_placements]
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
-            _say(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
+            _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
         if job.modelopt_checkpoint is None:
             hooks.insert(0, draw)
     config.pre_wrap_hooks = hooks
@@ -89,10 +89,10 @@ def build_and_train(
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
         taken = train(stages, groups, layout, text=text, options=job.training, forward_step=builder.forward_step)
-        if leader and shows_steps:
-            taken = with_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
+        if leader and show_steps:
+            taken = show_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
         steps = list(taken)
-    return Run(stages=stages, placements=placements, steps=steps)
+    return BuiltRank(stages=stages, placements=placements, steps=steps)
 
 
 def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:
@@ -100,7 +100,7 @@ def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection
 
     Source: ``_set_random_seed`` of megatron.training 0.19.2.
     """
-    seed += _SEEDS_OF_A_STAGE * groups.pp.rank()
+    seed += _SEED_STRIDE * groups.pp.rank()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -112,5 +112,5 @@ def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection
     )
 
 
-def _say(message: str) -> None:
+def _print_stderr(message: str) -> None:
     print(message, file=sys.stderr)  # noqa: T201

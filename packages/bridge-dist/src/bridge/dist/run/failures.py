@@ -26,37 +26,37 @@ from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.store import open_store
 
 # How long ranks that lose their connections wait for the others to say what became of them.
-_LISTEN_S = 5.0
-_ANSWERS_WITHIN = timedelta(seconds=5)
-_OTHERS_START_WITHIN = timedelta(minutes=10)
-_BEAT_S = 2.0
+_COLLECT_FAILURES_S = 5.0
+_STORE_TIMEOUT = timedelta(seconds=5)
+_START_TIMEOUT = timedelta(minutes=10)
+_HEARTBEAT_INTERVAL_S = 2.0
 # Far longer than a healthy node is silent (the thread that beats needs Python for a moment), and short enough that a
 # job ends within a minute.
-_SILENCE_S = 30.0
-_SAYING_TAKES_S = 3.0
+_HEARTBEAT_TIMEOUT_S = 30.0
+_PRINT_TIMEOUT_S = 3.0
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @contextlib.contextmanager
-def explained(place: RankEnvironment) -> Iterator[None]:
+def explain_lost_ranks(place: RankEnvironment) -> Iterator[None]:
     """Turn the loss of a connection into an error that names the rank that went first.
 
     Raises:
         LaunchError: Names the rank that was lost or failed.
     """
-    if place.world_size == 1 or _is_of_pool(place):
+    if place.world_size == 1 or _is_pool_rank(place):
         yield
         return
     try:
-        open_store(place, timeout=_ANSWERS_WITHIN).set(f"names/{place.rank}", _name(place))
+        open_store(place, timeout=_STORE_TIMEOUT).set(f"names/{place.rank}", _make_name(place))
         yield
     except SystemExit:
-        _say_told_to_end(place)
+        _report_termination(place)
         raise
     except Exception as error:
-        cause = _cause(error)
+        cause = _find_cause(error)
         try:
-            verdict = _tell(place, open_store(place, timeout=_ANSWERS_WITHIN), cause)
+            verdict = _report_failure(place, open_store(place, timeout=_STORE_TIMEOUT), cause)
         except (RuntimeError, LaunchError):
             verdict = _describe_lost_store(place)
         if cause is None:
@@ -64,7 +64,7 @@ def explained(place: RankEnvironment) -> Iterator[None]:
         raise
 
 
-def say_once(message: str, place: RankEnvironment) -> bool:
+def is_first_to_print(message: str, place: RankEnvironment) -> bool:
     """Return whether this rank is the one to print an error that each rank may have found.
 
     Each prints it where the ranks cannot find out, and where nothing brings their output together.
@@ -72,10 +72,10 @@ def say_once(message: str, place: RankEnvironment) -> bool:
     if not ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
         return True
     try:
-        store = open_store(place, timeout=_ANSWERS_WITHIN)
+        store = open_store(place, timeout=_STORE_TIMEOUT)
         key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
         count = store.add(key, 1)
-        deadline = time.monotonic() + _SAYING_TAKES_S
+        deadline = time.monotonic() + _PRINT_TIMEOUT_S
         while place.rank == 0 and not place.has_agent and store.add(key, 0) < place.world_size:
             if time.monotonic() > deadline:
                 break
@@ -93,17 +93,17 @@ def record_for_launcher(error: BaseException) -> None:
         handler.record_exception(error)
 
 
-def end_with_launcher() -> None:
+def die_with_launcher() -> None:
     """Let the kernel kill this process when torchrun's agent, which started it, ends; nobody would end it otherwise."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _is_of_pool(place: RankEnvironment) -> bool:
+def _is_pool_rank(place: RankEnvironment) -> bool:
     return place.nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and place.has_agent
 
 
-def _cause(error: Exception) -> str | None:
+def _find_cause(error: Exception) -> str | None:
     """What this rank failed for; None if it only lost its connection to others."""
     if isinstance(error, DistError):
         return str(error)
@@ -113,15 +113,15 @@ def _cause(error: Exception) -> str | None:
     return f"{type(error).__name__}: {text}"
 
 
-def _tell(place: RankEnvironment, store: Store, cause: str | None) -> str:
+def _report_failure(place: RankEnvironment, store: Store, cause: str | None) -> str:
     """Tell the other ranks what this one failed for, and return what is known of the first that failed."""
     store.set(f"ended/{place.rank}", cause or "")
     if cause is not None:
-        return store.compare_set("verdict", "", f"{_name(place)} failed first: {cause}").decode()
+        return store.compare_set("verdict", "", f"{_make_name(place)} failed first: {cause}").decode()
     if store.compare_set("listener", "", str(place.rank)).decode() != str(place.rank):
-        store.wait(["verdict"], timedelta(seconds=2 * _LISTEN_S))
+        store.wait(["verdict"], timedelta(seconds=2 * _COLLECT_FAILURES_S))
         return store.get("verdict").decode()
-    deadline = time.monotonic() + _LISTEN_S
+    deadline = time.monotonic() + _COLLECT_FAILURES_S
     while time.monotonic() < deadline and not store.check(["verdict"]):
         time.sleep(0.1)
     silent = [rank for rank in range(place.world_size) if not store.check([f"ended/{rank}"])]
@@ -130,15 +130,15 @@ def _tell(place: RankEnvironment, store: Store, cause: str | None) -> str:
 
 
 def _describe_lost(ranks: Sequence[int], store: Store) -> str:
-    names = [_name_of(rank, store) for rank in ranks[:4]] + (["and more"] if len(ranks) > 4 else [])
+    names = [_find_name(rank, store) for rank in ranks[:4]] + (["and more"] if len(ranks) > 4 else [])
     return f"lost {', '.join(names)}: killed, or on a machine that is gone"
 
 
-def _name(place: RankEnvironment) -> str:
+def _make_name(place: RankEnvironment) -> str:
     return f"rank {place.rank}" + ("" if place.node is None else f" on node {place.node} ({os.uname().nodename})")
 
 
-def _name_of(rank: int, store: Store) -> str:
+def _find_name(rank: int, store: Store) -> str:
     return store.get(f"names/{rank}").decode() if store.check([f"names/{rank}"]) else f"rank {rank}"
 
 
@@ -148,7 +148,7 @@ def _describe_lost_store(place: RankEnvironment) -> str:
 
 
 @contextlib.contextmanager
-def watching_nodes(place: RankEnvironment) -> Iterator[None]:
+def watch_nodes(place: RankEnvironment) -> Iterator[None]:
     """Let the other nodes know that this one lives, and end this process when one of them does not.
 
     One rank of a node does so. Rank 0 looks after the nodes; the others learn from it. A node that never came is not
@@ -158,11 +158,11 @@ def watching_nodes(place: RankEnvironment) -> Iterator[None]:
         yield
         return
     # A connection of its own: a thread that waits in one keeps others out of it.
-    store = open_store(place, timeout=_OTHERS_START_WITHIN)
-    store.set(f"names/{place.rank}", _name(place))
+    store = open_store(place, timeout=_START_TIMEOUT)
+    store.set(f"names/{place.rank}", _make_name(place))
     store.add(f"beats/{place.node}", 1)  # now: a node that is lost before its first beat would not be missed
     done = threading.Event()
-    threading.Thread(target=_beat, args=(place, store, done), daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(place, store, done), daemon=True).start()
     try:
         yield
     finally:
@@ -172,7 +172,7 @@ def watching_nodes(place: RankEnvironment) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_by_signals(place: RankEnvironment) -> Iterator[None]:
+def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
     """End this process at once on SIGTERM and Ctrl-C, even in a collective, where Python calls no handler.
 
     The other ranks are told, so that they do not take it for the one that went first.
@@ -180,7 +180,7 @@ def ended_by_signals(place: RankEnvironment) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer)  # Python writes the number of each signal there
-    threading.Thread(target=_end_for_signal, args=(reader, place), daemon=True).start()
+    threading.Thread(target=_exit_on_signal, args=(reader, place), daemon=True).start()
     try:
         yield
     finally:
@@ -188,49 +188,53 @@ def ended_by_signals(place: RankEnvironment) -> Iterator[None]:
         os.close(writer)
 
 
-def _end_for_signal(reader: int, place: RankEnvironment) -> None:
+def _exit_on_signal(reader: int, place: RankEnvironment) -> None:
     while number := os.read(reader, 1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
-            _say_told_to_end(place)
+            _report_termination(place)
             os._exit(128 + number[0])
     os.close(reader)
 
 
-def _say_told_to_end(place: RankEnvironment) -> None:
+def _report_termination(place: RankEnvironment) -> None:
     with contextlib.suppress(RuntimeError, LaunchError):
-        open_store(place, timeout=_ANSWERS_WITHIN).set(f"ended/{place.rank}", "it was told to end")
+        open_store(place, timeout=_STORE_TIMEOUT).set(f"ended/{place.rank}", "it was told to end")
 
 
-def _beat(place: RankEnvironment, store: Store, done: threading.Event) -> None:
+def _send_heartbeats(place: RankEnvironment, store: Store, done: threading.Event) -> None:
     seen: dict[int, tuple[int, float]] = {}
-    while not done.wait(_BEAT_S):
+    while not done.wait(_HEARTBEAT_INTERVAL_S):
         try:
             store.add(f"beats/{place.node}", 1)
-            if place.rank == 0 and (silent := _silent_node(place, store, seen)) is not None:
-                there = [rank for rank in range(place.world_size) if f" on node {silent} " in _name_of(rank, store)]
-                verdict = _describe_lost(there, store) if there else f"lost node {silent}, silent for {_SILENCE_S:g} s"
+            if place.rank == 0 and (silent := _find_silent_node(place, store, seen)) is not None:
+                there = [rank for rank in range(place.world_size) if f" on node {silent} " in _find_name(rank, store)]
+                verdict = (
+                    _describe_lost(there, store)
+                    if there
+                    else f"lost node {silent}, silent for {_HEARTBEAT_TIMEOUT_S:g} s"
+                )
                 store.compare_set("verdict", "", verdict)
                 store.set("silence", "")
             if store.check(["silence"]):
-                _end(store.get("verdict").decode())
+                _exit_process(store.get("verdict").decode())
         except RuntimeError:
             if not done.is_set():
-                _end(_describe_lost_store(place))
+                _exit_process(_describe_lost_store(place))
 
 
-def _silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
+def _find_silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
     """Return a node that has begun to beat, and ceased."""
     now = time.monotonic()
     for node in range(place.nodes or 1):
         beats = store.add(f"beats/{node}", 0)
         if node not in seen or seen[node][0] != beats:
             seen[node] = (beats, now)
-        elif beats and now - seen[node][1] > _SILENCE_S and not store.check([f"left/{node}"]):
+        elif beats and now - seen[node][1] > _HEARTBEAT_TIMEOUT_S and not store.check([f"left/{node}"]):
             return node
     return None
 
 
-def _end(message: str) -> None:
+def _exit_process(message: str) -> None:
     """End the process whatever its main thread waits for, a collective that never ends perhaps."""
     record_for_launcher(LaunchError(message))
     sys.stderr.write(message + "\n")

@@ -28,17 +28,17 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory() -> PeakMemory:
+def read_peak_memory() -> PeakMemory:
     """Return the peak memory of this process."""
     on_gpu = torch.cuda.is_available()
     return PeakMemory(
         allocated=torch.cuda.max_memory_allocated() if on_gpu else None,
         reserved=torch.cuda.max_memory_reserved() if on_gpu else None,
-        resident=_peak_resident(),
+        resident=_read_peak_resident(),
     )
 
 
-def _peak_resident() -> int | None:
+def _read_peak_resident() -> int | None:
     """Read VmHWM, which begins anew with a program and, in a fork, at what the parent holds at that time.
 
     ``getrusage`` would not do: its ``ru_maxrss`` is inherited through exec, so that a small program started by a large

@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from bridge.dist.engine.placement import Placement
 from bridge.dist.job import BuildJob
 from bridge.dist.run.devices import forbid_tf32
-from bridge.dist.run.execute import Run, build_and_train
-from bridge.dist.run.rank import joined
+from bridge.dist.run.execute import BuiltRank, build_and_train
+from bridge.dist.run.rank import join_job
 from bridge.dist.train.optimizer import LEARNING_RATE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainingResult:
     """What a training run gave: losses and gradient norms of its steps, and how far its final weights are from others.
 
     ``weight_difference`` is that of ``parameter``, the largest: the root mean square of the difference over the
@@ -35,38 +35,41 @@ class Trained:
     parameter: str
 
 
-def train_reference(job: BuildJob, weights: Path) -> Trained:
+def train_reference(job: BuildJob, weights: Path) -> TrainingResult:
     """Train as the only rank and write the final weights to a file."""
     forbid_tf32()
-    with joined(job) as (config, layout, groups):
+    with join_job(job) as (config, layout, groups):
         run = build_and_train(job, config, layout, groups)
         save_weights(run, weights)
-        return compare(run, weights)
+        return compare_weights(run, weights)
 
 
-def train_and_compare(job: BuildJob, weights: Path) -> Trained:
+def train_and_compare(job: BuildJob, weights: Path) -> TrainingResult:
     """Train as one of several ranks and compare the final weights with those of a file. Collective."""
     forbid_tf32()
-    with joined(job) as (config, layout, groups):
-        return compare(build_and_train(job, config, layout, groups), weights)
+    with join_job(job) as (config, layout, groups):
+        return compare_weights(build_and_train(job, config, layout, groups), weights)
 
 
-def save_weights(run: Run, file: Path) -> None:
+def save_weights(run: BuiltRank, file: Path) -> None:
     """Write the weights of a single rank by their names in the whole model."""
     torch.save({placement.full_name: weight for placement, weight in _final_weights(run)}, file)
 
 
-def compare(run: Run, weights: Path) -> Trained:
+def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
     """Compare what each rank holds of the final weights with those that ``save_weights`` wrote. Collective."""
     reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     mine = [
-        (_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)), placement.full_name)
+        (
+            _weight_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)),
+            placement.full_name,
+        )
         for placement, weight in _final_weights(run)
     ]
     largest: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(largest, max(mine))
     difference, parameter = max(largest)
-    return Trained(
+    return TrainingResult(
         losses=[step.loss for step in run.steps],
         grad_norms=[step.grad_norm for step in run.steps],
         weight_difference=difference,
@@ -74,21 +77,21 @@ def compare(run: Run, weights: Path) -> Trained:
     )
 
 
-def _final_weights(run: Run) -> Iterator[tuple[Placement, torch.Tensor]]:
+def _final_weights(run: BuiltRank) -> Iterator[tuple[Placement, torch.Tensor]]:
     for stage, placements in zip(run.stages, run.placements, strict=True):
         # A state dict, and not parameters: Megatron-FSDP keeps in them what the last forward pass used.
-        state = {_bare(name): value for name, value in stage.state_dict().items()}
+        state = {_strip_wrappers(name): value for name, value in stage.state_dict().items()}
         for placement in placements:
             yield placement, state[placement.name].detach()
 
 
-def _bare(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
 
 
-def _difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
+def _weight_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
     local, expected = weight, placement.cut(placement.pad(reference))
     if isinstance(weight, DTensor):
         if weight.shape != placement.shape:  # Megatron-FSDP counts the shards of tensor parallelism in

@@ -39,8 +39,8 @@ StartMethod = Literal["forkserver", "spawn"]
 _PRELOAD = "bridge.dist.run.preload"
 _ADDRESS = "localhost"
 # A rank that was killed is seen a moment after its peers say that they lost the connection to it.
-_KILLED_IS_SEEN_WITHIN_S = 1.0
-_ENDS_WITHIN_S = 5.0
+_KILL_DETECTION_S = 1.0
+_EXIT_TIMEOUT_S = 5.0
 
 
 def start_fork_server(ranks: int, *modules: str) -> None:
@@ -108,7 +108,7 @@ class RankPool:
         self._jobs += 1
         try:
             for rank, worker in enumerate(self._ranks[:ranks]):
-                task = _Task(function, args, self._variables(rank, ranks))
+                task = _Task(function, args, self._rank_variables(rank, ranks))
                 with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
                     worker.connection.send(task)
             return _collect(self._ranks[:ranks], deadline)
@@ -144,7 +144,7 @@ class RankPool:
         for worker in ranks:
             worker.end()
 
-    def _variables(self, rank: int, world_size: int) -> dict[str, str]:
+    def _rank_variables(self, rank: int, world_size: int) -> dict[str, str]:
         if self._store is None:
             from torch._C._distributed_c10d import TCPStore  # takes a second: not before ranks were started
 
@@ -161,7 +161,7 @@ class RankPool:
             has_agent=True,
             attempt=str(self._jobs),
         )
-        return place.variables()
+        return place.as_variables()
 
 
 class _Task(NamedTuple):
@@ -227,12 +227,12 @@ def _collect(ranks: Sequence[_Rank], deadline: float | None) -> list[Any]:
                 continue
             if isinstance(result, _Failure):
                 _raise_if_killed(pending.values(), ranks)
-                raise _launch_error(rank, result) from result.error
+                raise _make_launch_error(rank, result) from result.error
             results[rank] = result
     return [results[rank] for rank in range(len(ranks))]
 
 
-def _launch_error(rank: int, failure: _Failure) -> LaunchError:
+def _make_launch_error(rank: int, failure: _Failure) -> LaunchError:
     error = LaunchError(f"rank {rank}: {failure.message}")
     error.add_note(failure.details)
     return error
@@ -241,13 +241,13 @@ def _launch_error(rank: int, failure: _Failure) -> LaunchError:
 def _raise_if_killed(pending: Iterable[int], ranks: Sequence[_Rank]) -> None:
     """Raise the error of a rank that was killed, which the others fail for when they lose their connection to it."""
     sentinels = {ranks[rank].process.sentinel: rank for rank in pending}
-    for ended in connection.wait(list(sentinels), _KILLED_IS_SEEN_WITHIN_S):
+    for ended in connection.wait(list(sentinels), _KILL_DETECTION_S):
         rank = sentinels[ended]  # type: ignore[index]
         raise LaunchError(_describe_end(rank, ranks[rank].process))
 
 
 def _describe_end(rank: int, process: BaseProcess) -> str:
-    process.join(_ENDS_WITHIN_S)
+    process.join(_EXIT_TIMEOUT_S)
     code = process.exitcode
     if code is not None and code < 0:
         return f"rank {rank} was killed: {signal.Signals(-code).name}, signal {-code}"
@@ -278,7 +278,7 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
             gc.collect()  # models hold the threads of their process groups, which wake a hundred times a second
             send(result)
         except BaseException as error:  # an exit of the function is a failure too
-            send(_failure_of(error))
+            send(_make_failure(error))
             # It keeps its connections until it is killed: peers must not fail before it for having lost them.
             signal.pause()
 
@@ -290,7 +290,7 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _failure_of(error: BaseException) -> _Failure:
+def _make_failure(error: BaseException) -> _Failure:
     details = "".join(traceback.format_exception(error))
     message = f"{type(error).__name__}: {error}" if isinstance(error, BridgeError) else describe(error)
     try:

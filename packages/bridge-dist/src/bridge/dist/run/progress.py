@@ -11,7 +11,7 @@ ItemT = TypeVar("ItemT")
 _LINE_EVERY_S = 10.0
 
 
-def with_progress(
+def show_progress(
     items: Iterable[ItemT], total: int, *, describe: Callable[[int, ItemT], str], first: str = ""
 ) -> Iterator[ItemT]:
     """Pass items through, and show on standard error how far they are: a bar on a terminal, else a line now and then.

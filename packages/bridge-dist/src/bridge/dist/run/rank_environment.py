@@ -92,7 +92,7 @@ class RankEnvironment:
             local_world_size=_tasks_on_node(environment, node),
         )
 
-    def variables(self) -> dict[str, str]:
+    def as_variables(self) -> dict[str, str]:
         """Return the variables of torchrun that say the same, as other code reads them."""
         values: dict[str, object] = {
             "RANK": self.rank,

@@ -22,18 +22,18 @@ class Part:
     source: str
     path: str = "$"
 
-    def take(self, key: str, kind: type[ValueT]) -> ValueT:
+    def require(self, key: str, kind: type[ValueT]) -> ValueT:
         """Return a value.
 
         Raises:
             DocumentError: It is missing, or of another kind.
         """
-        value = self.find(key, kind)
+        value = self.get(key, kind)
         if value is None:
-            raise self.problem(key, "is missing: write the file again with this version of bridge")
+            raise self.make_error(key, "is missing: write the file again with this version of bridge")
         return value
 
-    def find(self, key: str, kind: type[ValueT]) -> ValueT | None:
+    def get(self, key: str, kind: type[ValueT]) -> ValueT | None:
         """Return a value, or None if there is none.
 
         Raises:
@@ -44,30 +44,30 @@ class Part:
             value = float(value)
         if value is None or type(value) is kind:
             return value
-        raise self.problem(key, f"expected {_CALLED[kind]}, got {describe_value(value)}")
+        raise self.make_error(key, f"expected {_TYPE_NAMES[kind]}, got {got(value)}")
 
-    def inside(self, key: str) -> Part:
+    def require_mapping(self, key: str) -> Part:
         """Return a mapping within."""
-        return Part(data=self.take(key, dict), source=self.source, path=f"{self.path}.{key}")
+        return Part(data=self.require(key, dict), source=self.source, path=f"{self.path}.{key}")
 
-    def each(self, key: str) -> list[Part]:
+    def require_mappings(self, key: str) -> list[Part]:
         """Return the mappings of a list that is not empty."""
-        items = self.take(key, list)
+        items = self.require(key, list)
         if not items:
-            raise self.problem(key, "is empty: write the file again with this version of bridge")
+            raise self.make_error(key, "is empty: write the file again with this version of bridge")
         for index, item in enumerate(items):
             if not isinstance(item, dict):
-                raise self.problem(f"{key}[{index}]", f"expected a mapping, got {describe_value(item)}")
+                raise self.make_error(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
         return [
             Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
         ]
 
-    def problem(self, key: str, message: str) -> DocumentError:
+    def make_error(self, key: str, message: str) -> DocumentError:
         """Say what is wrong with a value."""
         return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
 
 
-_CALLED: Mapping[type, str] = {
+_TYPE_NAMES: Mapping[type, str] = {
     str: "a text",
     int: "an integer",
     float: "a number",
@@ -77,7 +77,7 @@ _CALLED: Mapping[type, str] = {
 }
 
 
-def read_part(file: str) -> Part:
+def read_report(file: str) -> Part:
     """Read a build report or a plan.
 
     Raises:
@@ -93,6 +93,6 @@ def read_part(file: str) -> Part:
     if not isinstance(data, dict) or "kind" not in data:
         raise DocumentError([Problem("$", f"has no kind, so it is neither a build report nor a plan: {wanted}", file)])
     part = Part(data=data, source=file)
-    if (kind := part.take("kind", str)) not in ("build", "plan"):
-        raise part.problem("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
+    if (kind := part.require("kind", str)) not in ("build", "plan"):
+        raise part.make_error("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
     return part

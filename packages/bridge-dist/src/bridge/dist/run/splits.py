@@ -39,19 +39,19 @@ class Split:
     sizes: tuple[tuple[str, int], ...] = ()
     sequence_parallel: bool = False
 
-    def and_also(self, other: Split) -> Split:
+    def combine(self, other: Split) -> Split:
         """Return the product of two ways to split."""
         return Split(
             sizes=self.sizes + other.sizes, sequence_parallel=self.sequence_parallel or other.sequence_parallel
         )
 
-    def document(self, document: Document) -> Document:
+    def apply_to(self, document: Document) -> Document:
         """Return a copy of a document with this layout in place of its own."""
         copy = deepcopy(document)
         replace_layout(copy, dict(self.sizes), sequence_parallel=self.sequence_parallel)
         return copy
 
-    def name(self, world_size: int) -> str:
+    def format_name(self, world_size: int) -> str:
         """Return the split in words, such as ``tp2 sp pp2 dp1``."""
         parts = [f"{name}{size}" for name, size in self.sizes]
         if self.sequence_parallel:
@@ -88,7 +88,7 @@ def product_splits(world_size: int) -> list[Split]:
         return []
     _, tp, tp_sp, pp, pp_vp, cp, ep = single_splits(world_size)
     pairs = [(tp, pp), (tp_sp, pp), (tp_sp, pp_vp), (tp_sp, cp), (tp_sp, ep), (cp, pp), (cp, ep), (pp, ep)]
-    return [one.and_also(other) for one, other in pairs]
+    return [one.combine(other) for one, other in pairs]
 
 
 def _smallest_factor(number: int) -> int:

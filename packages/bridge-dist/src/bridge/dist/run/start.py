@@ -29,7 +29,7 @@ def prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> Star
     """
     start_run()
     if place is not None:
-        os.environ.update(place.variables())  # as libraries look for them, under srun too
+        os.environ.update(place.as_variables())  # as libraries look for them, under srun too
     local_ranks = ranks if place is None else place.local_world_size
     device = choose_device(asked, local_ranks=local_ranks)
     if device is Device.CUDA:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bridge.dist.run.verify import Row
 
 
-def tables(report: BuildReport) -> list[RenderableType]:
+def render_report(report: BuildReport) -> list[RenderableType]:
     """Render a report for a terminal: ranks and stages, memory, then steps if there were any, then the totals."""
     parts: list[RenderableType] = [_ranks_table(report), _memory_table(report)]
     if report.losses:
@@ -83,7 +83,7 @@ def _steps_table(report: BuildReport) -> RenderableType:
     return table
 
 
-def verification_tables(rows: Sequence[Row]) -> list[RenderableType]:
+def render_verification(rows: Sequence[Row]) -> list[RenderableType]:
     """Render what `bridge verify` found: one line a layout and wrapper, then why some were refused or failed."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape

@@ -17,7 +17,7 @@ from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.documents import switch_off_dropout
 from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
-from bridge.dist.run.parity import Trained, train_and_compare, train_reference
+from bridge.dist.run.parity import TrainingResult, train_and_compare, train_reference
 from bridge.dist.run.pool import RankPool, StartMethod
 from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, cases
 from bridge.dist.train.step import TrainOptions
@@ -88,14 +88,14 @@ def verify(
     switch_off_dropout(document)
     with TemporaryDirectory() as folder, RankPool(start_method=start_method) as pool:
         weights = Path(folder) / "weights.pt"
-        alone = _job(document, Split(), WRAPPINGS[0], training)
-        allowed = tolerance(_checked_transformer(alone, world_size=1))
+        alone = _make_job(document, Split(), WRAPPINGS[0], training)
+        allowed = tolerance(_check_job(alone, world_size=1))
         expected = pool.run(train_reference, alone, weights, ranks=1)[0]
         for split, wrapping in cases(world_size):
-            row = Row(layout=split.name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
+            row = Row(layout=split.format_name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
             try:
-                job = _job(document, split, wrapping, training)
-                _checked_transformer(job, world_size=world_size)
+                job = _make_job(document, split, wrapping, training)
+                _check_job(job, world_size=world_size)
             except BridgeError as error:
                 yield replace(row, verdict=Verdict.REFUSED, reason=str(error))
                 continue
@@ -104,10 +104,10 @@ def verify(
             except LaunchError as error:
                 yield replace(row, verdict=Verdict.FAILED, reason=str(error))
                 continue
-            yield judged(row, trained, expected, allowed)
+            yield judge(row, trained, expected, allowed)
 
 
-def judged(row: Row, trained: Trained, expected: Trained, allowed: Tolerance) -> Row:
+def judge(row: Row, trained: TrainingResult, expected: TrainingResult, allowed: Tolerance) -> Row:
     """Fill in how far a run is from the expected one, and whether that is within tolerance."""
     differences = Tolerance(
         loss=relative_difference(trained.losses, expected.losses),
@@ -140,16 +140,16 @@ def _relative_difference(value: float | None, expected: float | None) -> float:
     return abs(value - expected) / abs(expected)
 
 
-def _job(document: Document, split: Split, wrapping: Wrapping, training: TrainOptions) -> BuildJob:
+def _make_job(document: Document, split: Split, wrapping: Wrapping, training: TrainOptions) -> BuildJob:
     return BuildJob(
-        document=split.document(document).data,
+        document=split.apply_to(document).data,
         wrapper=wrapping.wrapper,
         distributed_optimizer=wrapping.distributed_optimizer,
         training=training,
     )
 
 
-def _checked_transformer(job: BuildJob, *, world_size: int) -> TransformerConfig:
+def _check_job(job: BuildJob, *, world_size: int) -> TransformerConfig:
     """Return the Megatron configuration of a job that was found fit for ``world_size`` ranks.
 
     Raises:

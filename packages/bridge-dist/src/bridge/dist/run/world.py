@@ -16,7 +16,7 @@ from bridge.dist import cpu
 from bridge.dist.checks.agreement import LONGEST_WAIT, Facts, agree
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.devices import choose_gpu
-from bridge.dist.run.failures import explained
+from bridge.dist.run.failures import explain_lost_ranks
 from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.store import open_store
 
@@ -24,7 +24,7 @@ _OWN_GPU = "its own"
 
 
 @contextlib.contextmanager
-def world(mine: Facts) -> Iterator[None]:
+def join_world(mine: Facts) -> Iterator[None]:
     """Join the ranks that the environment describes (see ``RankEnvironment``), if they are about to do the same.
 
     On this rank's GPU with NCCL or, where there is none, on the CPU with gloo. They are left after a success only: who
@@ -45,19 +45,19 @@ def world(mine: Facts) -> Iterator[None]:
     store = open_store(place, timeout=LONGEST_WAIT)
     on_gpu = torch.cuda.is_available()
     gpu = choose_gpu(place, gpus=torch.cuda.device_count()) if on_gpu else None
-    about = {
+    facts = {
         **mine,
         "world size": str(place.world_size),
         "device": "cuda" if on_gpu else "cpu",
-        "GPU": _OWN_GPU if gpu is None else _claim(gpu, place, store),
+        "GPU": _OWN_GPU if gpu is None else _claim_gpu(gpu, place, store),
     }
-    with explained(place):
-        agree(about, store=store, rank=place.rank, world_size=place.world_size)
+    with explain_lost_ranks(place):
+        agree(facts, store=store, rank=place.rank, world_size=place.world_size)
         with contextlib.ExitStack() as stack:
             if gpu is None:
                 stack.enter_context(cpu.cpu_runtime())
             else:
-                _take(gpu)
+                _use_gpu(gpu)
             # No `device_id`: NCCL would connect all groups, some twenty, before the first of them is used.
             torch.distributed.init_process_group(
                 "gloo" if gpu is None else "nccl",
@@ -70,14 +70,14 @@ def world(mine: Facts) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def _claim(gpu: int, place: RankEnvironment, store: Store) -> str:
+def _claim_gpu(gpu: int, place: RankEnvironment, store: Store) -> str:
     """Note that this rank takes a GPU; say whose it is if another one took it before."""
     name = f"{socket.gethostname()}/{torch.cuda.get_device_properties(gpu).uuid}"
     holder = store.compare_set(f"gpus/{name}", "", str(place.rank)).decode()
     return _OWN_GPU if holder == str(place.rank) else f"that of rank {holder}"
 
 
-def _take(gpu: int) -> None:
+def _use_gpu(gpu: int) -> None:
     """Compute on a GPU, where an earlier job of this process may have left memory."""
     torch.cuda.set_device(gpu)
     gc.collect()

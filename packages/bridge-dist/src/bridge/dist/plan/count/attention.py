@@ -10,7 +10,7 @@ import torch
 from bridge.dist.patch import Replacement, replace_attributes
 
 
-def _attention(
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -35,12 +35,12 @@ def _attention(
     return kernel(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
 
-def fused_attention() -> AbstractContextManager[None]:
-    """Attend by `_attention` within a context.
+def use_fused_attention() -> AbstractContextManager[None]:
+    """Attend by `_attend` within a context.
 
     In recomputed passes too: torch switches function modes off in the backward pass.
     """
-    return replace_attributes(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attention))
+    return replaced(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attend))
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

@@ -22,7 +22,7 @@ class Calls(NamedTuple):
     size: Sent
 
     @classmethod
-    def none(cls) -> Self:
+    def empty(cls) -> Self:
         """Nothing sent."""
         return cls(Counter(), Counter())
 
@@ -34,7 +34,7 @@ class Calls(NamedTuple):
 
     def __sub__(self, other: Calls) -> Calls:
         """Return the calls without others."""
-        calls = Calls.none()
+        calls = Calls.empty()
         calls.add(self)
         calls.add(other, -1)
         return calls
@@ -49,9 +49,9 @@ class StepCalls:
     round_size: int = 1
     more: Calls
 
-    def of(self, microbatches: int) -> Calls:
+    def count(self, microbatches: int) -> Calls:
         """Return the collectives of a step of so many microbatches, whole rounds more than the first."""
-        calls = Calls.none()
+        calls = Calls.empty()
         calls.add(self.first)
         calls.add(self.more, (microbatches - self.microbatches) // self.round_size)
         return calls
@@ -73,7 +73,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = Calls.none()
+        self.calls = Calls.empty()
         self._names = names
 
     def __torch_dispatch__(

@@ -15,54 +15,54 @@ from bridge.dist.engine.stages import unwrap
 from bridge.dist.train.optimizer import set_up_optimizer
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor that is split over ranks."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _groups_of(stage: FullyShardedDataParallel) -> list[ParameterGroup]:
+def _parameter_groups(stage: FullyShardedDataParallel) -> list[ParameterGroup]:
     buffer: Any = stage.param_and_grad_buffer
     groups: list[ParameterGroup] = buffer.parameter_groups
     return groups
 
 
-def weights(stage: MegatronModule) -> Iterator[torch.Tensor]:
+def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
     """Yield what holds the weights of a stage between steps."""
     if isinstance(stage, FullyShardedDataParallel):
         # Its parameters may be those of the optimizer, in full precision, which Megatron-FSDP makes itself.
-        for group in _groups_of(stage):
+        for group in _parameter_groups(stage):
             if group.model_weight_buffer is not None:
                 yield group.model_weight_buffer.data
     else:
-        yield from map(local, stage.parameters())
+        yield from map(local_part, stage.parameters())
 
 
 def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
     """Yield what holds the gradients of a stage that an FSDP wraps, at the end of a step."""
     if isinstance(stage, FullyShardedDataParallel):
-        for group in _groups_of(stage):
+        for group in _parameter_groups(stage):
             if group.main_grad_buffer is not None:
                 yield group.main_grad_buffer.data
     for parameter in stage.parameters():
         if parameter.grad is not None:
-            yield local(parameter.grad)
+            yield local_part(parameter.grad)
 
 
 def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     """Yield what holds the weights and buffers of stages."""
     for stage in stages:
-        yield from weights(stage)
-        yield from (local(buffer) for buffer in unwrap(stage).buffers())
+        yield from weight_tensors(stage)
+        yield from (local_part(buffer) for buffer in unwrapped(stage).buffers())
 
 
-def saved_buffers(stage: MegatronModule) -> int:
+def count_saved_buffer_elements(stage: MegatronModule) -> int:
     """Return how many elements the buffers of a stage have that checkpoints hold."""
     model = unwrap(stage)
     saved = model.state_dict()
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
 
 
-def bytes_of(tensors: Iterator[torch.Tensor]) -> int:
+def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
     """Return the bytes of the memory behind tensors, each piece once: a view holds all of what it is a view of."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
@@ -77,10 +77,12 @@ def gradient_buckets(stage: MegatronModule) -> list[Any]:
 
 def gradient_bytes(stages: Sequence[MegatronModule]) -> int:
     """Return the bytes of the gradients of stages whose weights are not sharded."""
-    buffered = bytes_of(bucket.grad_data for stage in stages for bucket in gradient_buckets(stage))
+    buffered = storage_bytes(bucket.grad_data for stage in stages for bucket in gradient_buckets(stage))
     if buffered:
         return buffered
-    parameters = [local(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
+    parameters = [
+        local_part(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad
+    ]
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
@@ -89,16 +91,16 @@ def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     held = {tensor.untyped_storage()._cdata for tensor in held_tensors(stages)}
     with set_up_optimizer(list(stages), use_gloo_process_groups=False) as optimizer:
         updated = [
-            local(parameter)
+            local_part(parameter)
             for one in getattr(optimizer, "chained_optimizers", [optimizer])
             for group in one.param_groups
             for parameter in group["params"]
         ]
     copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in held)
-    return bytes_of(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
+    return storage_bytes(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
 
 
-class KeptMemory(torch.autograd.graph.saved_tensors_hooks):
+class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
     """Counts the memory that autograd keeps, beyond parameters, buffers and gradients; each piece once."""
 
     def __init__(self, stage: MegatronModule) -> None:
@@ -113,6 +115,6 @@ class KeptMemory(torch.autograd.graph.saved_tensors_hooks):
 
     def total(self) -> int:
         """Return the bytes kept so far; whole weights that a wrapper has not freed yet are parameters."""
-        others = (*held_tensors([self._stage]), *(local(parameter) for parameter in self._stage.parameters()))
+        others = (*held_tensors([self._stage]), *(local_part(parameter) for parameter in self._stage.parameters()))
         cdata = {tensor.untyped_storage()._cdata for tensor in others}
         return sum(piece.nbytes() for piece in self._pieces.values() if piece._cdata not in cdata)

@@ -15,9 +15,9 @@ from bridge.config import ModelConfig
 from bridge.dist.engine.builder import DistributedModelBuilder
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.attention import ATTENTION_FLOPS, fused_attention
+from bridge.dist.plan.count.attention import ATTENTION_FLOPS, use_fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, group_names, named_groups, tensor_bytes
-from bridge.dist.plan.count.memory import KeptMemory
+from bridge.dist.plan.count.memory import SavedMemory
 from bridge.dist.train.batch import Batch
 
 
@@ -28,12 +28,12 @@ class Message(NamedTuple):
     bytes: int
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Self:
+    def describe(cls, tensor: torch.Tensor) -> Self:
         """Return that of a tensor."""
         return cls(tensor.shape, tensor_bytes(tensor))
 
 
-Passed = dict[int, torch.Size]
+PassedShapes = dict[int, torch.Size]
 """The shape of what a stage passes on, by its place in the whole pipeline, as far as it was measured."""
 
 
@@ -70,19 +70,19 @@ class RankStages(NamedTuple):
     batch: Batch
 
 
-def run_chunks(rank: RankStages, memo: Memo, passed: Passed) -> list[Work]:
+def run_chunks(rank: RankStages, memo: Memo, passed: PassedShapes) -> list[Work]:
     """Run a microbatch through each chunk not known from ``memo``, with what the stage before passes on."""
     works = []
     for index, stage in enumerate(rank.stages):
         place = index * rank.layout.pp + rank.groups.pp.rank()
-        work = _remembered(rank, stage, passed.get(place - 1) or _hidden_states(rank), memo)
+        work = _measure_chunk(rank, stage, passed.get(place - 1) or _hidden_states_shape(rank), memo)
         if work.passed_on:
             passed[place] = work.passed_on.shape
         works.append(work)
     return works
 
 
-def _hidden_states(rank: RankStages) -> torch.Size:
+def _hidden_states_shape(rank: RankStages) -> torch.Size:
     """The shape of what a stage of a decoder passes on, of this rank's part of the sequence."""
     config = rank.builder.transformer_config
     length = rank.batch.seq_length // rank.groups.cp.size()
@@ -91,9 +91,9 @@ def _hidden_states(rank: RankStages) -> torch.Size:
     return torch.Size((length, rank.batch.micro_batch_size, config.hidden_size))
 
 
-def _remembered(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
+def _measure_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
     sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
-    chunk = (_signature(unwrap(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
+    chunk = (_chunk_signature(unwrapped(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
     work = memo.get(within) or memo.get(anywhere)
@@ -105,7 +105,7 @@ def _remembered(rank: RankStages, stage: MegatronModule, arriving: torch.Size, m
     return work
 
 
-def _signature(model: torch.nn.Module) -> Any:
+def _chunk_signature(model: torch.nn.Module) -> Any:
     """What two chunks have in common that take the same: their modules, but for the layers' numbers."""
     shapes = tuple(
         (re.sub(r"\.\d+\.", ".", name), parameter.shape, parameter.dtype)
@@ -118,13 +118,13 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) ->
     """Run one microbatch through a chunk, forward and backward; its input, if it takes one, has a shape."""
     model: Any = unwrap(stage)
     received = passed_on = None
-    kept, sent = KeptMemory(stage), Collectives(group_names(rank.groups))
+    kept, sent = SavedMemory(stage), Collectives(group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
-    with kept, flops, sent, fused_attention():
+    with kept, flops, sent, use_fused_attention():
         if not getattr(model, "pre_process", True):
             dtype = rank.builder.transformer_config.pipeline_dtype
             from_before = torch.empty(arriving, dtype=dtype, requires_grad=True)
-            received = Message.of(from_before)
+            received = Message.describe(from_before)
             model.set_input_tensor(from_before)
         tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
         output = rank.builder.forward_step(stage, tokens, rank.groups)
@@ -132,7 +132,7 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) ->
         if getattr(model, "post_process", True):
             output.float().mean().backward()
         else:
-            passed_on = Message.of(output)
+            passed_on = Message.describe(output)
             output.backward(torch.empty_like(output))
     return Work(
         kept=bytes_kept,

@@ -18,19 +18,19 @@ from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.collectives import StepCalls
 from bridge.dist.plan.count.memory import (
-    bytes_of,
+    count_saved_buffer_elements,
     gradient_buckets,
     held_tensors,
-    local,
+    local_part,
     optimizer_bytes,
-    saved_buffers,
+    storage_bytes,
 )
-from bridge.dist.plan.count.microbatch import Memo, Passed, RankStages, Work
+from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work
 from bridge.dist.plan.count.step import run_replicated, run_sharded
-from bridge.dist.plan.virtual_rank.groups import as_rank
-from bridge.dist.plan.virtual_rank.peers import all_ranks_answer_alike
-from bridge.dist.plan.virtual_rank.routing import equal_shares
-from bridge.dist.plan.virtual_rank.sharding import sharding_on_meta
+from bridge.dist.plan.virtual_rank.groups import act_as_rank
+from bridge.dist.plan.virtual_rank.peers import answer_for_all_ranks
+from bridge.dist.plan.virtual_rank.routing import assume_equal_shares
+from bridge.dist.plan.virtual_rank.sharding import allow_sharding_on_meta
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
 
@@ -66,8 +66,8 @@ class Rank:
     """Whose layers they are."""
 
 
-def measure(
-    job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo, passed: Passed | None = None
+def measure_rank(
+    job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo, passed: PassedShapes | None = None
 ) -> Rank:
     """Build, wrap and run the stages of a rank.
 
@@ -86,10 +86,10 @@ def measure(
     """
     passed = {} if passed is None else passed
     is_fsdp = job.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
-    sharding = sharding_on_meta() if is_fsdp else contextlib.nullcontext()
+    sharding = allow_sharding_on_meta() if is_fsdp else contextlib.nullcontext()
     embedding_ranks = job.embedding_ranks(ModelConfig.from_dict(job.document))
-    as_this_rank = as_rank(layout, rank, embedding_ranks=embedding_ranks)
-    with on_meta(), equal_shares(), as_this_rank as groups, sharding, all_ranks_answer_alike():
+    as_this_rank = act_as_rank(layout, rank, embedding_ranks=embedding_ranks)
+    with on_meta(), assume_equal_shares(), as_this_rank as groups, sharding, answer_for_all_ranks():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
@@ -97,7 +97,7 @@ def measure(
         builder.transformer_config.perform_initialization = False  # there are no values to draw
         placements: list[tuple[Placement, bool]] = []
 
-        def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+        def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
             placements.extend(
                 (named.placement, not getattr(named.parameter, "allreduce", True))
                 for stage in stages
@@ -105,7 +105,10 @@ def measure(
             )
             return stages
 
-        config.pre_wrap_hooks = [compose_hooks(config.pre_wrap_hooks), note]  # the last of the model's may return None
+        config.pre_wrap_hooks = [
+            compose_hooks(config.pre_wrap_hooks),
+            record_placements,
+        ]  # the last of the model's may return None
         options = job.options(builder.transformer_config)
         ddp_config = options.ddp_config
         if ddp_config is not None:  # there are no values to check
@@ -118,12 +121,12 @@ def measure(
             wrap_with_ddp=options.wrap_with_ddp,
         )
         rank_stages = RankStages(stages, builder, groups, layout, batch)
-        parameters = [sum(local(parameter).numel() for parameter in stage.parameters()) for stage in stages]
+        parameters = [sum(local_part(parameter).numel() for parameter in stage.parameters()) for stage in stages]
         master, state = optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
         step = run_sharded(rank_stages, passed) if options.shards_weights else run_replicated(rank_stages, memo, passed)
         return Rank(
             rank=rank,
-            weights=bytes_of(held_tensors(stages)),
+            weights=storage_bytes(held_tensors(stages)),
             gradients=step.gradients,
             master=master,
             state=state,
@@ -133,7 +136,7 @@ def measure(
                 for stage, count, work in zip(stages, parameters, step.works, strict=True)
             ],
             placements=placements,
-            buffers=sum(saved_buffers(stage) for stage in stages),
+            buffers=sum(count_saved_buffer_elements(stage) for stage in stages),
             unsharded=step.unsharded,
             traffic=step.traffic,
             layers=layers_of(stages),

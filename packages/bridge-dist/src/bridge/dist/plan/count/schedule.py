@@ -36,7 +36,7 @@ class _Communicator(NamedTuple):
     virtual_pipeline_model_parallel_size: int | None
 
 
-def passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: int | None = None) -> list[Pass]:
+def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: int | None = None) -> list[Pass]:
     """Return the passes of a pipeline rank in their order, by Megatron's own tables.
 
     Args:
@@ -67,7 +67,7 @@ def passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: int |
     return order + backward[steady:]
 
 
-def peak(order: Sequence[Pass], kept: Sequence[int]) -> int:
+def peak_kept(order: Sequence[Pass], kept: Sequence[int]) -> int:
     """Return the most that is kept at once, where a chunk keeps ``kept[chunk]`` from forward to backward pass."""
     now = highest = 0
     for one in order:

@@ -9,15 +9,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel, finalize_model_grads
 from megatron.core.transformer import MegatronModule
 
-from bridge.dist.patch import Replacement, replace_attributes
-from bridge.dist.plan.count.attention import fused_attention
+from bridge.dist.patch import Replacement, replaced
+from bridge.dist.plan.count.attention import use_fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, StepCalls, group_names
-from bridge.dist.plan.count.memory import bytes_of, gradient_bytes, sharded_gradients
-from bridge.dist.plan.count.microbatch import Memo, Passed, RankStages, Work, run_chunks
-from bridge.dist.plan.count.schedule import passes
+from bridge.dist.plan.count.memory import gradient_bytes, sharded_gradients, storage_bytes
+from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work, run_chunks
+from bridge.dist.plan.count.schedule import list_passes
 from bridge.dist.plan.count.unsharded import UnshardedMemory
-from bridge.dist.plan.virtual_rank.peers import shapes_told
-from bridge.dist.train.optimizer import set_up_optimizer
+from bridge.dist.plan.virtual_rank.peers import supply_shapes
+from bridge.dist.train.optimizer import optimizer_of
 from bridge.dist.train.step import run_microbatches, zero_gradients
 
 
@@ -30,10 +30,10 @@ class MeasuredStep(NamedTuple):
     unsharded: int
 
 
-def run_replicated(rank: RankStages, memo: Memo, passed: Passed) -> MeasuredStep:
+def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> MeasuredStep:
     """Run a microbatch through each chunk of which it is not known what it takes, and the end of a step."""
     works = run_chunks(rank, memo, passed)
-    ending, more = Collectives(group_names(rank.groups)), Calls.none()
+    ending, more = Collectives(group_names(rank.groups)), Calls.empty()
     for work in works:
         more.add(work.calls)
     if isinstance(rank.stages[0], DistributedDataParallel):
@@ -46,9 +46,9 @@ def run_replicated(rank: RankStages, memo: Memo, passed: Passed) -> MeasuredStep
     return MeasuredStep(works, traffic, gradient_bytes(rank.stages), 0)
 
 
-def run_sharded(rank: RankStages, passed: Passed) -> MeasuredStep:
+def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
     """Run whole steps: what is gathered when depends on what was before."""
-    fewest, round_size = _fewest_microbatches(rank)
+    fewest, round_size = _warm_up_microbatches(rank)
     wanted = rank.batch.microbatches(rank.layout, group_size=_group_size(rank))
     with (
         UnshardedMemory(rank.stages, [rank.groups.dp_cp, rank.groups.expt_dp]) as memory,
@@ -61,14 +61,14 @@ def run_sharded(rank: RankStages, passed: Passed) -> MeasuredStep:
             first.add(work.calls)
         if rank.layout.pp > 1:  # by the order of a pipeline's passes
             first = _run_step(rank, min(wanted, fewest), optimizer, works)
-        more = Calls.none()
+        more = Calls.empty()
         if wanted > fewest:
             more = _run_step(rank, fewest + round_size, optimizer, works) - first
     traffic = StepCalls(microbatches=min(wanted, fewest), first=first, round_size=round_size, more=more)
     return MeasuredStep(works, traffic, gradients, memory.peak)
 
 
-def _fewest_microbatches(rank: RankStages) -> tuple[int, int]:
+def _warm_up_microbatches(rank: RankStages) -> tuple[int, int]:
     """Of a step after which each round more takes the same: the pipeline is full; and the size of a round."""
     pp, vp, group = rank.layout.pp, rank.layout.vp, _group_size(rank)
     return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * group, group)
@@ -84,7 +84,7 @@ def _end_step(rank: RankStages) -> tuple[int, Calls]:
     sent = Collectives(group_names(rank.groups))
     with sent:
         finalize_model_grads(list(rank.stages))
-        gradients = bytes_of(gradient for stage in rank.stages for gradient in sharded_gradients(stage))
+        gradients = storage_bytes(gradient for stage in rank.stages for gradient in sharded_gradients(stage))
         _start_gathering(rank.stages)
     return gradients, sent.calls
 
@@ -94,7 +94,7 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
     shape = (microbatches, rank.batch.micro_batch_size, rank.batch.seq_length + 1)
     samples = torch.empty(shape, dtype=torch.long)
     sent = Collectives(group_names(rank.groups))
-    with sent, fused_attention(), replace_attributes(_shapes_of_a_step(rank, microbatches, works)):
+    with sent, use_fused_attention(), replaced(_supply_step_shapes(rank, microbatches, works)):
         zero_gradients(rank.stages)
         optimizer.zero_grad()
         run_microbatches(rank.stages, rank.groups, rank.layout, samples, forward_step=rank.builder.forward_step)
@@ -102,14 +102,14 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
     return sent.calls
 
 
-def _shapes_of_a_step(rank: RankStages, microbatches: int, works: Sequence[Work]) -> Replacement:
+def _supply_step_shapes(rank: RankStages, microbatches: int, works: Sequence[Work]) -> Replacement:
     """What the ranks beside this one would tell it of shapes, by the order of its passes."""
     group_size = rank.builder.transformer_config.microbatch_group_size_per_vp_stage
-    order = passes(rank.layout, rank.groups.pp.rank(), microbatches, group_size=group_size)
+    order = list_passes(rank.layout, rank.groups.pp.rank(), microbatches, group_size=group_size)
     received = (works[one.chunk].received for one in order if one.forward)
     passed_on = (works[one.chunk].passed_on for one in order if not one.forward)
     inputs, gradients = ((message.shape for message in side if message) for side in (received, passed_on))
-    return shapes_told(inputs, gradients)
+    return supply_shapes(inputs, gradients)
 
 
 def _start_gathering(stages: Sequence[MegatronModule]) -> None:

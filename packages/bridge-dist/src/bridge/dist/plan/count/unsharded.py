@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.dist.plan.count.collectives import is_group
-from bridge.dist.plan.count.memory import sharded_gradients, weights
+from bridge.dist.plan.count.memory import sharded_gradients, weight_tensors
 
 
 class UnshardedMemory(TorchDispatchMode):
@@ -27,7 +27,7 @@ class UnshardedMemory(TorchDispatchMode):
         self.peak = 0
         self._modules = [module for stage in stages for module in stage.modules() if module._parameters]
         self._groups = {str(group.group_name) for group in groups}
-        held = [tensor for stage in stages for tensor in (*weights(stage), *sharded_gradients(stage))]
+        held = [tensor for stage in stages for tensor in (*weight_tensors(stage), *sharded_gradients(stage))]
         self._held = {tensor.untyped_storage()._cdata for tensor in held}
         self._buffers: dict[int, StorageWeakRef] = {}
 
@@ -35,13 +35,13 @@ class UnshardedMemory(TorchDispatchMode):
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "fsdp" and "record" not in func._schema.name:  # which records what becomes a gradient
-            self._see(list(_tensors((args, *(kwargs or {}).values()))))
-        elif func.namespace == "c10d" and any(_is_of(argument, self._groups) for argument in args):
+            self._record_buffers(list(_tensors((args, *(kwargs or {}).values()))))
+        elif func.namespace == "c10d" and any(_is_in_groups(argument, self._groups) for argument in args):
             # The smaller tensor is a part of it, or what is held.
-            self._see([max(_tensors(args), key=lambda tensor: tensor.numel())])
+            self._record_buffers([max(_tensors(args), key=lambda tensor: tensor.numel())])
         return func(*args, **kwargs or {})
 
-    def _see(self, buffers: list[torch.Tensor]) -> None:
+    def _record_buffers(self, buffers: list[torch.Tensor]) -> None:
         for buffer in buffers:
             reference = StorageWeakRef(buffer.untyped_storage())
             self._buffers[reference.cdata] = reference
@@ -52,12 +52,12 @@ class UnshardedMemory(TorchDispatchMode):
                 del self._buffers[cdata]
             else:
                 there[storage._cdata] = storage.nbytes()
-        for tensor in self._whole():
+        for tensor in self._unsharded_tensors():
             piece = tensor.untyped_storage()
             there[piece._cdata] = piece.nbytes()
         self.peak = max(self.peak, sum(size for cdata, size in there.items() if cdata not in self._held))
 
-    def _whole(self) -> Iterator[torch.Tensor]:
+    def _unsharded_tensors(self) -> Iterator[torch.Tensor]:
         for module in self._modules:
             for parameter in module._parameters.values():
                 if parameter is not None and not isinstance(parameter, DTensor):
@@ -73,5 +73,5 @@ def _tensors(argument: object) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _is_of(argument: Any, groups: set[str]) -> bool:
+def _is_in_groups(argument: Any, groups: set[str]) -> bool:
     return is_group(argument) and ProcessGroup.unbox(argument).group_name in groups

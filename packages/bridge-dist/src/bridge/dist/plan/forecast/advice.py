@@ -44,20 +44,20 @@ def _changes(document: Document, options: PlanOptions, planned: Plan) -> Iterato
     }
     yield (
         " ".join(f"{prefix}{name}={value}" for name, value in settings.items()),
-        _with(document, {f"{prefix}{name}": value for name, value in settings.items()}),
+        _with_settings(document, {f"{prefix}{name}": value for name, value in settings.items()}),
         options,
     )
     if planned.layout["tp"] > 1:
         yield (
             f"{prefix}sequence_parallel=true",
-            _with(document, {f"{prefix}sequence_parallel": True}),
+            _with_settings(document, {f"{prefix}sequence_parallel": True}),
             options,
         )
     if options.batch.micro_batch_size > 1:
         yield "--micro-batch-size 1", document, replace(options, batch=replace(options.batch, micro_batch_size=1))
 
 
-def _with(document: Document, values: dict[str, object]) -> Document:
+def _with_settings(document: Document, values: dict[str, object]) -> Document:
     changed = deepcopy(document)
     for path, value in values.items():
         changed.set(path, value)

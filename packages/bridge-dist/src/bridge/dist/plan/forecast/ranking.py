@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """What a search found: the layouts that fit, fastest first; how many were tried, refused and too large."""
 
     candidates: list[Candidate]

@@ -18,7 +18,7 @@ from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.plan.count.microbatch import Memo
 from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.forecast.ranking import Candidate, Found, estimate_step
+from bridge.dist.plan.forecast.ranking import Candidate, SearchResult, estimate_step
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.wrapper import Wrapper
@@ -27,7 +27,9 @@ _LARGEST_VP = 8
 _TOO_LARGE = "too large"
 
 
-def layouts(gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool) -> Iterator[dict[str, int]]:
+def list_layouts(
+    gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool
+) -> Iterator[dict[str, int]]:
     """Yield the sizes of layouts of some GPUs, those that ``fixed`` names as they are; pre-flight refuses more."""
     etp = {"etp": fixed["etp"]} if "etp" in fixed else {}
 
@@ -56,7 +58,7 @@ def search(
     fixed: Mapping[str, int],
     processes: int | None = None,
     watch: Callable[[Iterator[Candidate | str], int], Iterator[Candidate | str]] = lambda outcomes, total: outcomes,
-) -> Found:
+) -> SearchResult:
     """Plan every layout of ``options.world_size`` GPUs and rank those that fit by the time of a step.
 
     Tensor parallelism is taken with sequence parallelism. The estimate: a pass of a chunk takes its FLOPs over those
@@ -81,7 +83,7 @@ def search(
         )
     transformer = make_builder(document.config()).transformer_config
     by_chunks: dict[tuple[int, ...], list[dict[str, int]]] = defaultdict(list)
-    for sizes in layouts(
+    for sizes in list_layouts(
         options.world_size, fixed, num_layers=transformer.num_layers, has_experts=bool(transformer.num_moe_experts)
     ):
         by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
@@ -89,8 +91,8 @@ def search(
     groups = sorted(by_chunks.values(), key=len, reverse=True)
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
         try:
-            futures = [pool.submit(_tried, document, options, machine, sizes) for sizes in groups]
-            outcomes = list(watch(_outcomes(futures), sum(map(len, groups))))
+            futures = [pool.submit(_plan_layouts, document, options, machine, sizes) for sizes in groups]
+            outcomes = list(watch(_collect_outcomes(futures), sum(map(len, groups))))
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()  # the pool would wait for the layouts that they plan
@@ -106,7 +108,7 @@ def search(
             f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {refused} are refused and "
             f"{too_large} too large" + "".join(f"\n{line}" for line in advice)
         )
-    return Found(
+    return SearchResult(
         candidates=sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.name)),
         tried=len(outcomes),
         refused=refused,
@@ -124,14 +126,14 @@ _messages: list[str] = []
 """What this worker has logged since it last told."""
 
 
-class _Tried(NamedTuple):
+class _Outcomes(NamedTuple):
     """What became of some layouts, and what was logged meanwhile."""
 
     outcomes: list[Candidate | str]
     messages: list[str]
 
 
-def _outcomes(futures: Sequence[Future[_Tried]]) -> Iterator[Candidate | str]:
+def _collect_outcomes(futures: Sequence[Future[_Outcomes]]) -> Iterator[Candidate | str]:
     for future in as_completed(futures):
         tried = future.result()
         for message in tried.messages:
@@ -139,7 +141,9 @@ def _outcomes(futures: Sequence[Future[_Tried]]) -> Iterator[Candidate | str]:
         yield from tried.outcomes
 
 
-def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]) -> _Tried:
+def _plan_layouts(
+    document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]
+) -> _Outcomes:
     """Plan layouts one after the other: a candidate of each, or why it is none."""
     _messages.clear()
     memo: Memo = {}
@@ -156,4 +160,4 @@ def _tried(document: Document, options: PlanOptions, machine: Machine, sizes: Se
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
             raise PlanError(f"{name}: {describe(error)}") from error
         outcomes.append(_TOO_LARGE if made.fits is False else estimate_step(made, machine))
-    return _Tried(outcomes, list(_messages))
+    return _Outcomes(outcomes, list(_messages))

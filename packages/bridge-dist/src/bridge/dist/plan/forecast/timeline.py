@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.schedule import Pass, passes
+from bridge.dist.plan.count.schedule import Pass, list_passes
 from bridge.dist.plan.results import Plan
 
 
@@ -51,7 +51,10 @@ def timeline_of(plan: Plan) -> Timeline:
     """Return the step of a plan, in FLOPs of a rank: a pass takes as long as its FLOPs are many."""
     layout = Layout(**plan.layout)
     return simulate(
-        [passes(layout, stage.pp, plan.microbatches, group_size=plan.microbatch_group_size) for stage in plan.stages],
+        [
+            list_passes(layout, stage.pp, plan.microbatches, group_size=plan.microbatch_group_size)
+            for stage in plan.stages
+        ],
         forward=[[chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
         backward=[[chunk.flops - chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
     )
@@ -84,10 +87,10 @@ def simulate(
             while len(done) < len(order):
                 one = order[len(done)]
                 stage = one.chunk * len(orders) + rank
-                needed = list(_needed(one, stage, virtual_stages))
-                if any(need not in ends for need in needed):
+                prerequisites = list(_prerequisites(one, stage, virtual_stages))
+                if any(need not in ends for need in prerequisites):
                     break
-                start = max([done[-1].end if done else 0.0, *(ends[need] for need in needed)])
+                start = max([done[-1].end if done else 0.0, *(ends[need] for need in prerequisites)])
                 end = start + (forward if one.forward else backward)[rank][one.chunk]
                 ends[one.forward, stage, one.microbatch] = end
                 done.append(TimedPass(one, start, end))
@@ -96,7 +99,7 @@ def simulate(
     return Timeline(timed)
 
 
-def _needed(one: Pass, stage: int, virtual_stages: int) -> Iterator[tuple[bool, int, int]]:
+def _prerequisites(one: Pass, stage: int, virtual_stages: int) -> Iterator[tuple[bool, int, int]]:
     if one.forward:
         if stage > 0:
             yield True, stage - 1, one.microbatch

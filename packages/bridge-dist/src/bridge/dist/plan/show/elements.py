@@ -56,7 +56,9 @@ def make_table(
     """Make a table that can be folded away and copied; nothing without rows."""
     if not rows:
         return
-    lines = [node("tr", *(_cell(value, of_row=index == 0) for index, value in enumerate(row.values()))) for row in rows]
+    lines = [
+        node("tr", *(_make_cell(value, of_row=index == 0) for index, value in enumerate(row.values()))) for row in rows
+    ]
     table = node(
         "table",
         node("thead", node("tr", *(node("th", column, scope="col") for column in rows[0]))),
@@ -72,7 +74,7 @@ def make_table(
     yield details
 
 
-def _cell(value: str | int, *, of_row: bool) -> Element:
+def _make_cell(value: str | int, *, of_row: bool) -> Element:
     if of_row:
         return node("th", str(value), scope="row")
     if isinstance(value, str):

@@ -9,33 +9,33 @@ from xml.etree.ElementTree import Element
 from bridge.dist.format import format_gib
 from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
-from bridge.dist.plan.show.words import kinds_of
+from bridge.dist.plan.show.words import used_kinds
 
 _KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # told apart by colour-blind people too
 _BARS = (70, 800)
 """From where to where the bars of memory go, in a picture 900 wide."""
 
 
-def memory_section(plan: Plan) -> Element:
+def make_memory_section(plan: Plan) -> Element:
     """Draw the memory of a rank of each stage."""
-    legend = [(kind.name, colour) for kind, colour in zip(kinds_of(plan), _KIND_COLOURS, strict=False)]
+    legend = [(kind.name, colour) for kind, colour in zip(used_kinds(plan), _KIND_COLOURS, strict=False)]
     return node(
         "section",
         node("h2", "Memory of a rank by pipeline stage"),
         make_legend(legend),
-        node("div", _memory_picture(plan), class_="scroll fit"),
+        node("div", _draw_memory(plan), class_="scroll fit"),
         id="memory",
     )
 
 
-def _memory_picture(plan: Plan) -> Element:
+def _draw_memory(plan: Plan) -> Element:
     left, right = _BARS
     longest = max(plan.worst.total_bytes, plan.gpu_memory or 1)
     scale = (right - left) / longest
     bottom = 24 + len(plan.stages) * ROW
     parts = [
         node("title", "Memory of a rank by pipeline stage", id="memory-title"),
-        node("desc", _memory_description(plan), id="memory-desc"),
+        node("desc", _describe_memory(plan), id="memory-desc"),
     ]
     for tick in _ticks(longest / 2**30):
         x = left + tick * 2**30 * scale
@@ -43,7 +43,7 @@ def _memory_picture(plan: Plan) -> Element:
             node("line", x1=x, x2=x, y1=20, y2=bottom, class_="grid"),
             node("text", f"{tick:g}" + " GiB" * (tick == 0), x=x, y=bottom + 16, class_="middle"),
         ]
-    parts += [_memory_row(plan, stage, 24 + row * ROW, scale) for row, stage in enumerate(plan.stages)]
+    parts += [_draw_stage(plan, stage, 24 + row * ROW, scale) for row, stage in enumerate(plan.stages)]
     if plan.gpu_memory is not None:
         x = left + plan.gpu_memory * scale
         anchor = "end " if x > (left + right) / 2 else ""  # there is room on this side
@@ -54,10 +54,10 @@ def _memory_picture(plan: Plan) -> Element:
     return make_picture("memory", 900, bottom + 24, parts)
 
 
-def _memory_row(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element:
+def _draw_stage(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element:
     row = node("g", node("text", f"stage {stage.pp}", x=_BARS[0] - 8, y=y + 16, class_="end"), class_="stage")
     x: float = _BARS[0]
-    for kind, colour in zip(kinds_of(plan), _KIND_COLOURS, strict=False):
+    for kind, colour in zip(used_kinds(plan), _KIND_COLOURS, strict=False):
         width = kind.of(stage) * scale
         tooltip = node("title", f"stage {stage.pp}: {kind.name} {format_gib(kind.of(stage))} GiB")
         row.append(
@@ -69,13 +69,12 @@ def _memory_row(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element
     return row
 
 
-def _memory_description(plan: Plan) -> str:
+def _describe_memory(plan: Plan) -> str:
     least = min(stage.total_bytes for stage in plan.stages)
     limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB of a GPU."
     return (
-        f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in kinds_of(plan))}: "
-        f"from {format_gib(least)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
-        "The numbers are in the table of stages."
+        f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in used_kinds(plan))}: "
+        f"from {gib(least)} to {gib(plan.worst.total_bytes)} GiB.{limit} The numbers are in the table of stages."
     )
 
 

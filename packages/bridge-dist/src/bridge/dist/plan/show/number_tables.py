@@ -10,7 +10,7 @@ from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.elements import make_table, node
 
 
-def numbers_section(plan: Plan, timeline: Timeline) -> Element:
+def make_numbers_section(plan: Plan, timeline: Timeline) -> Element:
     """Make the tables of stages, chunks, what is sent, and the layout."""
     return node(
         "section",

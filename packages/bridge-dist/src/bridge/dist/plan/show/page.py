@@ -7,14 +7,14 @@ from xml.etree.ElementTree import tostring
 from bridge.dist.plan.forecast.timeline import timeline_of
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.elements import node
-from bridge.dist.plan.show.memory_picture import memory_section
-from bridge.dist.plan.show.number_tables import numbers_section
+from bridge.dist.plan.show.memory_picture import make_memory_section
+from bridge.dist.plan.show.number_tables import make_numbers_section
 from bridge.dist.plan.show.page_style import SCRIPT, STYLE
-from bridge.dist.plan.show.schedule_picture import schedule_section
-from bridge.dist.plan.show.words import statements
+from bridge.dist.plan.show.schedule_picture import make_schedule_section
+from bridge.dist.plan.show.words import describe_plan
 
 
-def page(plan: Plan, title: str) -> str:
+def render_page(plan: Plan, title: str) -> str:
     """Return a plan as an HTML page, under a title such as the name of its file."""
     timeline = timeline_of(plan)
     head = node(
@@ -31,7 +31,7 @@ def page(plan: Plan, title: str) -> str:
     )
     words = [
         part
-        for subject, statement in statements(plan, timeline).items()
+        for subject, statement in describe_plan(plan, timeline).items()
         for part in (node("dt", subject), node("dd", statement))
     ]
     body = node(
@@ -40,9 +40,9 @@ def page(plan: Plan, title: str) -> str:
             "main",
             node("h1", f"Plan of {title}"),
             node("dl", *words),
-            memory_section(plan),
-            schedule_section(plan, timeline),
-            numbers_section(plan, timeline),
+            make_memory_section(plan),
+            make_schedule_section(plan, timeline),
+            make_numbers_section(plan, timeline),
         ),
         node("script", SCRIPT),
     )

@@ -16,10 +16,10 @@ _MEAN_PASS, _NARROWEST = 27, 750
 """How wide a pass is on average, and the whole schedule at least."""
 
 
-def schedule_section(plan: Plan, timeline: Timeline) -> Element:
+def make_schedule_section(plan: Plan, timeline: Timeline) -> Element:
     """Draw the passes of a step, as many as a browser can take."""
     chunks = max(len(stage.chunks) for stage in plan.stages)
-    until = _drawn_until(timeline)
+    until = _last_drawn_time(timeline)
     drawn = [[one for one in rank if one.start < until] for rank in timeline.ranks]
     missing = sum(map(len, timeline.ranks)) - sum(map(len, drawn))
     if missing:
@@ -40,8 +40,8 @@ def schedule_section(plan: Plan, timeline: Timeline) -> Element:
         make_legend(legend),
         node(
             "div",
-            _stage_names(timeline),
-            _schedule_picture(drawn, until, chunks, scope),
+            _draw_stage_names(timeline),
+            _draw_schedule(drawn, until, chunks, scope),
             class_="scroll pipeline",
             tabindex="0",
             role="region",
@@ -51,12 +51,12 @@ def schedule_section(plan: Plan, timeline: Timeline) -> Element:
     )
 
 
-def _drawn_until(timeline: Timeline) -> float:
+def _last_drawn_time(timeline: Timeline) -> float:
     starts = sorted(one.start for rank in timeline.ranks for one in rank)
     return timeline.length if len(starts) <= _MOST_PASSES else starts[_MOST_PASSES]
 
 
-def _stage_names(timeline: Timeline) -> Element:
+def _draw_stage_names(timeline: Timeline) -> Element:
     names = [
         node("text", f"stage {rank}, {bubble:.1%} idle", x=0, y=rank * ROW + 15)
         for rank, bubble in enumerate(timeline.bubbles)
@@ -64,7 +64,7 @@ def _stage_names(timeline: Timeline) -> Element:
     return node("svg", *names, width=130, height=len(names) * ROW, class_="names", aria_hidden="true")
 
 
-def _schedule_picture(ranks: Sequence[Sequence[TimedPass]], until: float, chunks: int, scope: str) -> Element:
+def _draw_schedule(ranks: Sequence[Sequence[TimedPass]], until: float, chunks: int, scope: str) -> Element:
     lengths = [one.end - one.start for rank in ranks for one in rank]
     scale = max(_MEAN_PASS * len(lengths) / sum(lengths), _NARROWEST / until) if until else 1.0
     width = until * scale
@@ -87,14 +87,14 @@ def _schedule_picture(ranks: Sequence[Sequence[TimedPass]], until: float, chunks
     for rank, timed in enumerate(ranks):
         y, height = rank * ROW, ROW - GAP
         parts.append(node("rect", x=0, y=y, width=width, height=height, class_="bubble"))
-        parts += [_pass(one, y, scale, min(one.end, until) * scale, chunks) for one in timed]
+        parts += [_draw_pass(one, y, scale, min(one.end, until) * scale, chunks) for one in timed]
     picture = make_picture("schedule", width, len(ranks) * ROW, parts)
     picture.set("width", f"{width:.7g}")
     picture.set("height", str(len(ranks) * ROW))
     return picture
 
 
-def _pass(one: TimedPass, y: float, scale: float, end: float, chunks: int) -> Element:
+def _draw_pass(one: TimedPass, y: float, scale: float, end: float, chunks: int) -> Element:
     what, start = one.what, one.start * scale
     name, colour = ("forward", _FORWARD) if what.forward else ("backward", _BACKWARD)
     of_chunk = f", chunk {what.chunk}" if chunks > 1 else ""

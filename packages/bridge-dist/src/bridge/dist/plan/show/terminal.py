@@ -12,29 +12,29 @@ from rich.text import Text
 
 from bridge.dist.format import format_gib, format_layer_ranges
 from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.forecast.ranking import Found
+from bridge.dist.plan.forecast.ranking import SearchResult
 from bridge.dist.plan.forecast.timeline import timeline_of
 from bridge.dist.plan.results import Plan, StagePlan, Traffic
-from bridge.dist.plan.show.words import KINDS, kinds_of, statements, teraflops
+from bridge.dist.plan.show.words import KINDS, describe_plan, format_teraflops, used_kinds
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
 _SHORTEST_BAR, _LONGEST_BAR = 10, 60
 
 
-def tables(plan: Plan) -> list[RenderableType]:
+def render_plan(plan: Plan) -> list[RenderableType]:
     """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, sends, and all in words."""
-    groups = list(_alike(plan))
+    groups = list(_group_alike_stages(plan))
     parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(plan, groups), ""]
     if any(stage.traffic for stage in plan.stages):
         parts += [_traffic_table(plan), ""]
     words = Table.grid(padding=(0, 2))
     words.add_column(style="bold", no_wrap=True)
-    for subject, statement in statements(plan, timeline_of(plan)).items():
+    for subject, statement in describe_plan(plan, timeline_of(plan)).items():
         words.add_row(subject, escape(statement))
     return [*parts, words, f"planned in {plan.seconds:.1f} s"]
 
 
-def _alike(plan: Plan) -> Iterator[list[StagePlan]]:
+def _group_alike_stages(plan: Plan) -> Iterator[list[StagePlan]]:
     """Stages whose ranks hold and compute the same, together; those that hold most first."""
     found: dict[tuple[int, ...], list[StagePlan]] = {}
     for stage in plan.stages:
@@ -50,7 +50,7 @@ def _alike(plan: Plan) -> Iterator[list[StagePlan]]:
     yield from sorted(found.values(), key=lambda stages: -stages[0].total_bytes)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _make_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name, justify="right", no_wrap=name != "stage")
@@ -58,13 +58,13 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
-    table = _table("memory of a rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
+    table = _make_table("memory of a rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
     table.add_column("", ratio=1)
     for stages in groups:
         stage = stages[0]
         too_much = plan.gpu_memory is not None and stage.total_bytes > plan.gpu_memory
         table.add_row(
-            _numbers(stages),
+            _format_stages(stages),
             str(sum(len(chunk.layers) for chunk in stage.chunks)),
             f"{stage.parameters:,}",
             Text(format_gib(stage.total_bytes) + "!" * too_much, style="bold red" if too_much else ""),
@@ -74,8 +74,8 @@ def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
 
 
 def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
-    table = _table("GiB of a rank by kind, and its computation in a step", "stage", "weights", "gradients")
-    unsharded = ["unsharded"] if len(kinds_of(plan)) == len(KINDS) else []
+    table = _make_table("GiB of a rank by kind, and its computation in a step", "stage", "weights", "gradients")
+    unsharded = ["unsharded"] if len(used_kinds(plan)) == len(KINDS) else []
     for name in ("master", "state", "activations", *unsharded, "TFLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for stages in groups:
@@ -88,7 +88,7 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
             stage.activation_bytes,
             *([stage.unsharded_bytes] if unsharded else []),
         ]
-        table.add_row(_numbers(stages), *map(format_gib, sizes), teraflops(stage.flops))
+        table.add_row(_format_stages(stages), *map(gib, sizes), format_teraflops(stage.flops))
     return table
 
 
@@ -100,7 +100,7 @@ def _traffic_table(plan: Plan) -> Table:
             key = (traffic.group, traffic.ranks, traffic.operation)
             if key not in most or traffic.bytes > most[key][0].bytes:
                 most[key] = (traffic, stage)
-    table = _table("most sent by a rank in a step", "group", "ranks", "operation")
+    table = _make_table("most sent by a rank in a step", "group", "ranks", "operation")
     for name in ("calls", "GiB", "stage"):
         table.add_column(name, justify="right", no_wrap=True)
     for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
@@ -109,13 +109,13 @@ def _traffic_table(plan: Plan) -> Table:
     return table
 
 
-def _numbers(stages: list[StagePlan]) -> str:
-    return format_layer_ranges([stage.pp for stage in stages])
+def _format_stages(stages: list[StagePlan]) -> str:
+    return layer_ranges([stage.pp for stage in stages])
 
 
 def _legend(plan: Plan) -> Text:
     legend = Text()
-    for kind, colour in zip(kinds_of(plan), _COLOURS, strict=False):
+    for kind, colour in zip(used_kinds(plan), _COLOURS, strict=False):
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
         legend.append(f"| {format_gib(plan.gpu_memory)} GiB of a GPU")
@@ -150,21 +150,21 @@ class _Bar:
         yield bar
 
 
-_SHOWN = 10
+_MAX_ROWS = 10
 
 
-def search_tables(found: Found, machine: Machine) -> list[RenderableType]:
+def render_search(found: SearchResult, machine: Machine) -> list[RenderableType]:
     """Show the fastest layouts of a search, why the first is ahead, and what the times are estimated with."""
-    kinds = list(dict.fromkeys(kind for one in found.candidates[:_SHOWN] for kind in one.parts))
+    kinds = list(dict.fromkeys(kind for one in found.candidates[:_MAX_ROWS] for kind in one.parts))
     table = Table("layout", "GiB", "step, s", *kinds, title="fastest layouts, estimated seconds of a step by kind")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in found.candidates[:_SHOWN]:
+    for one in found.candidates[:_MAX_ROWS]:
         parts = [f"{one.parts.get(kind, 0.0):.3f}" for kind in kinds]
         table.add_row(one.name, format_gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
     said = [
         f"{found.tried} layouts: {found.refused} refused, {found.too_large} too large, "
-        f"{len(found.candidates)} fit, {min(_SHOWN, len(found.candidates))} shown",
+        f"{len(found.candidates)} fit, {min(_MAX_ROWS, len(found.candidates))} shown",
         *filter(None, [found.explain_ranking()]),
         f"estimated with {machine.flops / 1e12:,.0f} TFLOPs a second of which {machine.efficiency:.0%} are reached, "
         f"{machine.node_bandwidth / 1e9:,.0f} GB/s between {machine.gpus_per_node} GPUs of a node and "

@@ -32,12 +32,12 @@ KINDS = (
 """The kinds of memory, in the order in which they are stacked."""
 
 
-def kinds_of(plan: Plan) -> list[Kind]:
+def used_kinds(plan: Plan) -> list[Kind]:
     """Return the kinds of memory that a plan shows: without what a wrapper makes whole, if it makes nothing whole."""
     return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
 
 
-def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
+def describe_plan(plan: Plan, timeline: Timeline) -> dict[str, str]:
     """Say in words what holds of the whole job, by subject, and what its numbers are worth."""
     optimizer = ", with the distributed optimizer" if plan.distributed_optimizer else ""
     found = {
@@ -47,9 +47,9 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
             f"{plan.micro_batch_size:,} at a time: {plan.microbatches:,} microbatch(es)"
         ),
         "parameters": f"{plan.parameters:,}" + (f", and {plan.buffers:,} in buffers" if plan.buffers else ""),
-        "memory": _verdict(plan),
+        "memory": _describe_memory(plan),
         "computation": (
-            f"{teraflops(max(stage.flops for stage in plan.stages))} TFLOPs a step on the busiest rank, "
+            f"{format_teraflops(max(stage.flops for stage in plan.stages))} TFLOPs a step on the busiest rank, "
             f"{plan.imbalance:.3f} times the mean of the stages"
         ),
     }
@@ -59,7 +59,7 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
             f"proportion to their FLOPs, and sending none"
         )
     found["measured"] = f"activations and FLOPs on the layers of {plan.layers}; all else counted in the real model"
-    if len(kinds_of(plan)) == len(KINDS):
+    if len(used_kinds(plan)) == len(KINDS):
         found["unsharded"] = (
             "whole weights and gradients, and what is gathered and reduced, at their peak: added to that of the "
             "activations, which may be at another moment, so that the total is at most that"
@@ -67,13 +67,13 @@ def statements(plan: Plan, timeline: Timeline) -> dict[str, str]:
     return found | {"not covered": "; ".join(NOT_COVERED)}
 
 
-def teraflops(flops: int) -> str:
+def format_teraflops(flops: int) -> str:
     """Write FLOPs as TFLOPs with three decimals, or digits where they are few."""
     tera = flops / 1e12
     return f"{tera:,.3f}" if tera >= 1 else f"{tera:.3g}"
 
 
-def _verdict(plan: Plan) -> str:
+def _describe_memory(plan: Plan) -> str:
     worst = plan.worst
     held = f"stage {worst.pp} (rank {worst.rank:,} and those beside it) holds most: {format_gib(worst.total_bytes)}"
     if plan.gpu_memory is None:

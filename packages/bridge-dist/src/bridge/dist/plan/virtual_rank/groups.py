@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bridge.dist.engine.groups import embedding_members
 from bridge.dist.layout import Layout
 from bridge.dist.plan.virtual_rank.rank_order import ranks_along
-from bridge.dist.plan.virtual_rank.state import separate_state
+from bridge.dist.plan.virtual_rank.state import isolate_state
 
 
 class _GroupSlot(NamedTuple):
@@ -61,7 +61,7 @@ _GROUPS = (
 
 
 @contextlib.contextmanager
-def as_rank(
+def act_as_rank(
     layout: Layout, rank: int, *, embedding_ranks: Sequence[int] | None = None
 ) -> Iterator[ProcessGroupCollection]:
     """Be a rank of a job of this layout: Megatron's state and the default group say so until the context is left.
@@ -69,10 +69,10 @@ def as_rank(
     ``embedding_ranks`` are those of ``create_process_groups``. No process group may exist outside. All else that
     Megatron keeps outside of models is that of a new process.
     """
-    with separate_state():
+    with isolate_state():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
-            vars(parallel_state).update(_state(layout, rank, embedding_ranks))
+            vars(parallel_state).update(_group_variables(layout, rank, embedding_ranks))
             parallel_state._set_global_memory_buffer()
             groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
             yield groups
@@ -80,14 +80,14 @@ def as_rank(
             torch.distributed.destroy_process_group()
 
 
-def _state(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> dict[str, Any]:
+def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> dict[str, Any]:
     """Megatron's global variables about groups."""
     state: dict[str, Any] = {}
     made: dict[tuple[str, ...], ProcessGroup] = {}
     for axes, group, ranks_of_group in _GROUPS:
         ranks = ranks_along(layout, rank, axes)
         if axes not in made:
-            made[axes] = _fake_group(ranks, rank, name="-".join(axes))
+            made[axes] = _make_fake_group(ranks, rank, name="-".join(axes))
         state[group] = made[axes]
         if ranks_of_group is not None:
             state[ranks_of_group] = ranks
@@ -96,7 +96,7 @@ def _state(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> 
         ("_EMBEDDING", embedding_members(embedding_ranks)(pipeline)),
         ("_POSITION_EMBEDDING", parallel_state.default_position_embedding_ranks(pipeline)),
     ):
-        state[f"{kind}_GROUP"] = _fake_group(members, rank, name=kind) if rank in members else None
+        state[f"{kind}_GROUP"] = _make_fake_group(members, rank, name=kind) if rank in members else None
         state[f"{kind}_GLOBAL_RANKS"] = members if rank in members else None
     virtual = layout.vp if layout.vp > 1 and layout.pp > 1 else None
     state["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = None if virtual is None else 0
@@ -104,7 +104,7 @@ def _state(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> 
     return state
 
 
-def _fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
+def _make_fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
     store = FakeStore()
     at = ranks.index(rank)
     group = ProcessGroup(store, at, len(ranks))

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from bridge.dist.patch import Replacement, replace_attributes
 
 
-def all_ranks_answer_alike() -> AbstractContextManager[None]:
+def answer_for_all_ranks() -> AbstractContextManager[None]:
     """While Megatron's optimizer asks every rank of the world for its kinds of parameters: they say what this one does.
 
     With ten thousand ranks that would take most of the time of a plan.
@@ -25,15 +25,15 @@ def all_ranks_answer_alike() -> AbstractContextManager[None]:
     return replace_attributes(Replacement(torch.distributed, "all_gather_object", answer))
 
 
-def shapes_told(inputs: Iterator[torch.Size], gradients: Iterator[torch.Size]) -> Replacement:
+def supply_shapes(inputs: Iterator[torch.Size], gradients: Iterator[torch.Size]) -> Replacement:
     """Replace what ranks of a pipeline tell each other of shapes, given those that arrive, in their order.
 
     Megatron asks for ``variable_seq_lengths``, and for predictions of several tokens on a stage of their own.
     """
 
-    def told(
+    def supply(
         _: object, send_next: object, send_prev: object, recv_prev: bool, recv_next: bool
     ) -> tuple[torch.Size | None, torch.Size | None]:
         return next(inputs) if recv_prev else None, next(gradients) if recv_next else None
 
-    return Replacement(P2PCommunicator, "_communicate_shapes", told)
+    return Replacement(P2PCommunicator, "_communicate_shapes", supply)

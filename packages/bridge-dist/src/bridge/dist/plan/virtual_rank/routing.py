@@ -14,13 +14,13 @@ from bridge.dist.patch import Replacement, replace_attributes
 
 
 @contextlib.contextmanager
-def equal_shares() -> Iterator[None]:
+def assume_equal_shares() -> Iterator[None]:
     """While a model with experts runs on the meta device, where where tokens go is not known."""
-    with replace_attributes(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _shared_out)):
+    with replaced(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess_with_equal_shares)):
         yield
 
 
-def _shared_out(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+def _preprocess_with_equal_shares(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
     """In place of ``preprocess`` of megatron-core 0.19.2: sizes of what is exchanged, each a tensor of real numbers."""
     tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
     ranks, per_rank = dispatcher.ep_size, dispatcher.num_local_experts

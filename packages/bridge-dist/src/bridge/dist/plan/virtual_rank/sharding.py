@@ -24,7 +24,7 @@ _META = torch.device("meta")
 
 
 @contextlib.contextmanager
-def sharding_on_meta() -> Iterator[None]:
+def allow_sharding_on_meta() -> Iterator[None]:
     """While Megatron-FSDP and torch FSDP2 wrap and run stages on the meta device, among groups that send nothing.
 
     Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
@@ -51,9 +51,9 @@ def _replacements() -> list[Replacement]:
         Replacement(meta, "initialise_while_wrapping", lambda *_: contextlib.nullcontext()),
         Replacement(meta, "initialise_shards", _nothing),
         # Megatron-FSDP reads back the numbers of ranks that it arranges.
-        _around(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
+        _wrap_method(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
         # It insists on parameters that are off the meta device once they have their buffers.
-        _around(
+        _wrap_method(
             ParamAndGradBuffer,
             "_init_each_parameter_group_buffers",
             lambda: replace_attributes(Replacement(torch.Tensor, "is_meta", False)),
@@ -62,21 +62,25 @@ def _replacements() -> list[Replacement]:
         # where each rank's part of a parameter begins.
         Replacement(FullyShardedDataParallel, "sync_rng_states_across_tp_group", _nothing),
         Replacement(
-            param_and_grad_buffer, "make_fsdp_dtensor", partial(_unchecked, param_and_grad_buffer.make_fsdp_dtensor)
+            param_and_grad_buffer,
+            "make_fsdp_dtensor",
+            partial(_call_unchecked, param_and_grad_buffer.make_fsdp_dtensor),
         ),
         # It looks through every module for each; of many layers that takes most of the time of a plan.
         *(
             Replacement(module, "is_submodule", lambda child, parent: child is not parent and child in members(parent))
             for module in (megatron_fsdp, param_and_grad_buffer)
         ),
-        Replacement(MegatronFSDP, "_register_fsdp_hooks", partialmethod(_of_listed, MegatronFSDP._register_fsdp_hooks)),
+        Replacement(
+            MegatronFSDP, "_register_fsdp_hooks", partialmethod(_register_from_list, MegatronFSDP._register_fsdp_hooks)
+        ),
         # FSDP2 takes a device for its buffers from the mesh, and the streams of that device from a module of its name.
         Replacement(_fully_shard, "_get_device_from_mesh", lambda mesh: _META),
         Replacement(torch, "meta", torch.cuda),
         # It refuses to run on the meta device.
         Replacement(FSDPParamGroup, "_validate_no_meta_params", _nothing),
         # There DTensor cuts, for as many ranks as there are, but does not send.
-        Replacement(finalize_model_grads, "_reshard_if_dtensor", _scattered),
+        Replacement(finalize_model_grads, "_reshard_if_dtensor", _scatter),
     ]
 
 
@@ -84,7 +88,7 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _scattered(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _scatter(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Give each rank its part of a gradient, from the first."""
     if not isinstance(like, DTensor):
         return like
@@ -94,23 +98,23 @@ def _scattered(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def _around(owner: type, name: str, context: Callable[[], AbstractContextManager[object]]) -> Replacement:
+def _wrap_method(owner: type, name: str, context: Callable[[], AbstractContextManager[object]]) -> Replacement:
     """A method within a context."""
     original = vars(owner)[name]
 
-    def called(*args: Any) -> Any:
+    def wrapped(*args: Any) -> Any:
         with context():
             return original(*args)
 
-    return Replacement(owner, name, called)
+    return Replacement(owner, name, wrapped)
 
 
-def _unchecked(make: Callable[..., DTensor], *args: Any, **kwargs: Any) -> DTensor:
+def _call_unchecked(make: Callable[..., DTensor], *args: Any, **kwargs: Any) -> DTensor:
     checks = ("run_check", "update_uneven_dtensor_chunk_meta", "force_sync_tp_duplicated_param")
     return make(*args, **kwargs | dict.fromkeys(checks, False))
 
 
-def _of_listed(wrapper: MegatronFSDP, register: Callable[..., None], root: torch.nn.Module) -> None:
+def _register_from_list(wrapper: MegatronFSDP, register: Callable[..., None], root: torch.nn.Module) -> None:
     """Register hooks of a module whose parameters are listed once."""
     parameters = list(root.parameters())
 

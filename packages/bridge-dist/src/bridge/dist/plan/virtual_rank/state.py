@@ -50,13 +50,13 @@ Of those that building, wrapping and running stages on the CPU change. A test te
 
 
 @contextlib.contextmanager
-def separate_state() -> Iterator[None]:
+def isolate_state() -> Iterator[None]:
     """Build and run stages as in a new process; what was there before is there again when the context is left."""
     with contextlib.ExitStack() as undo:
         for name, first in STATE.items():
             owner, _, attribute = name.rpartition(".")
-            undo.enter_context(replace_attributes(Replacement(pkgutil.resolve_name(owner), attribute, first())))
-        for restored in (_groups, _environment, _random_states, _error_hook):
+            undo.enter_context(replaced(Replacement(pkgutil.resolve_name(owner), attribute, first())))
+        for restored in (_restore_groups, _restore_environment, _restore_random_states, _restore_error_hook):
             undo.enter_context(restored())
         try:
             yield
@@ -67,7 +67,7 @@ def separate_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _groups() -> Iterator[None]:
+def _restore_groups() -> Iterator[None]:
     before = dict(vars(parallel_state))
     try:
         yield
@@ -78,7 +78,7 @@ def _groups() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def _restore_environment() -> Iterator[None]:
     """Environment variables: Megatron chooses Transformer Engine's attention by them, and refuses another choice."""
     before = dict(os.environ)
     try:
@@ -90,7 +90,7 @@ def _environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def _restore_random_states() -> Iterator[None]:
     """Generators: torch numbers what is sent on the meta device by Python's (2.15), and Megatron seeds torch's."""
     python, generator = random.getstate(), torch.default_generator.get_state()
     try:
@@ -101,7 +101,7 @@ def _random_states() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _error_hook() -> Iterator[None]:
+def _restore_error_hook() -> Iterator[None]:
     """What shows an error that nothing catches: torch puts the rank before each line of it, for every rank anew."""
     before = sys.excepthook
     try:

@@ -76,7 +76,7 @@ def build(
     place = RankEnvironment.read(os.environ) if nproc is None else None
     if file == STANDARD_INPUT and place is not None:
         raise click.UsageError("the ranks of a launcher cannot all read standard input: name a file")
-    with _reporting_errors(place):
+    with _report_errors(place):
         document = Document.load(file, overrides)
         notes = document.migrate()  # a layout is written into the present form
         if place is None or place.rank == 0:
@@ -113,32 +113,32 @@ def build(
         job.builder(config).check_restore()
         report = run_rank(job) if place else launch(run_rank, job, ranks=ranks, start_method=start_method)
     if place is None or place.rank == 0:
-        _show(report, as_json=as_json)
+        _print_report(report, as_json=as_json)
 
 
 @contextlib.contextmanager
-def _reporting_errors(place: RankEnvironment | None) -> Iterator[None]:
+def _report_errors(place: RankEnvironment | None) -> Iterator[None]:
     """Among the ranks of a launcher: print an error that each of them finds once, and leave it for torchrun to find."""
     if place is None:
         yield
         return
     from bridge.dist.run import failures  # and torch, which `bridge -h` does without
 
-    failures.end_with_launcher()
+    failures.die_with_launcher()
     try:
-        with failures.ended_by_signals(place), failures.watching_nodes(place):
+        with failures.exit_on_signals(place), failures.watch_nodes(place):
             yield
     except Exception as error:
         failures.record_for_launcher(error)
-        if failures.say_once(str(error) if isinstance(error, BridgeError) else describe(error), place):
+        if failures.is_first_to_print(str(error) if isinstance(error, BridgeError) else describe(error), place):
             raise
         raise click.exceptions.Exit(1) from None
 
 
-def _show(report: BuildReport, *, as_json: bool) -> None:
+def _print_report(report: BuildReport, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
-    from bridge.dist.run.tables import tables
+    from bridge.dist.run.tables import render_report
 
-    print_parts(tables(report))
+    print_parts(render_report(report))

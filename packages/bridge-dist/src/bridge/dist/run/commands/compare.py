@@ -28,4 +28,4 @@ def compare(files: tuple[str, ...], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:
-        print_parts(comparing.tables(found))
+        print_parts(comparing.render_comparison(found))

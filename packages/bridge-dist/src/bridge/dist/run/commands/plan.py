@@ -122,7 +122,7 @@ def _machine_options(command: CommandT) -> CommandT:
     return command
 
 
-def _collect(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+def _from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
     """Make a dataclass of the options that its fields are named after."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
@@ -151,7 +151,7 @@ def plan(
     """
     start_run()
     hide_gpus()  # a plan takes none
-    request = _collect(PlanRequest, options)
+    request = _from_options(PlanRequest, options)
     if search:
         if request.gpus is None:
             raise click.UsageError("--search needs --gpus, how many there are")
@@ -161,7 +161,7 @@ def plan(
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
     if search:
-        _search_layouts(document, request, _collect(Machine, options), as_json=as_json)
+        _search_layouts(document, request, _from_options(Machine, options), as_json=as_json)
     else:
         _plan_layout(document, request, html, as_json=as_json)
 
@@ -183,16 +183,16 @@ def _plan_layout(document: Document, request: PlanRequest, html: Path | None, *,
     options = plan_options(document, request)
     found = plan(document, options)
     if html is not None:
-        from bridge.dist.plan.show.page import page
+        from bridge.dist.plan.show.page import render_page
 
         title = Path(document.source).name.removesuffix(".yaml")
-        html.write_text(page(found, title=title), encoding="utf-8")
+        html.write_text(render_page(found, title=title), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        from bridge.dist.plan.show.terminal import tables
+        from bridge.dist.plan.show.terminal import render_plan
 
-        print_parts(tables(found))
+        print_parts(render_plan(found))
     if found.fits is False:
         for advice in advise(document, options, found):
             click.echo(f"with {advice.change} the worst rank holds {advice.total_bytes / 2**30:,.3f} GiB", err=True)
@@ -206,13 +206,13 @@ def _search_layouts(document: Document, request: PlanRequest, machine: Machine, 
     import_megatron(with_compiler=False)
     from bridge.dist.plan.forecast.search import search
     from bridge.dist.plan.plan import plan_options
-    from bridge.dist.plan.show.terminal import search_tables
-    from bridge.dist.run.progress import with_progress
+    from bridge.dist.plan.show.terminal import render_search
+    from bridge.dist.run.progress import show_progress
 
     options = plan_options(document, request)
-    watch = partial(with_progress, first="planning", describe=lambda *_: "layouts planned")
+    watch = partial(show_progress, first="planning", describe=lambda *_: "layouts planned")
     found = search(document, options, machine, fixed=request.sizes, watch=watch)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        print_parts(search_tables(found, machine))
+        print_parts(render_search(found, machine))

@@ -50,16 +50,16 @@ def verify(
         click.echo(f"{file}: note: {note}", err=True)
 
     from bridge.dist.run import verify as verification
-    from bridge.dist.run.progress import with_progress
+    from bridge.dist.run.progress import show_progress
     from bridge.dist.run.splits import cases
-    from bridge.dist.run.tables import verification_tables
+    from bridge.dist.run.tables import render_verification
 
     config = document.config()
     training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
     found = verification.verify(document, training, world_size=nproc, start_method=start_method)
-    at_work = [f"{split.name(nproc)} with {wrapping}" for split, wrapping in cases(nproc)]
+    at_work = [f"{split.format_name(nproc)} with {wrapping}" for split, wrapping in cases(nproc)]
     rows = list(
-        with_progress(
+        show_progress(
             found,
             len(at_work),
             first="one process",
@@ -69,6 +69,6 @@ def verify(
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        print_parts(verification_tables(rows))
+        print_parts(render_verification(rows))
     if any(row.is_mismatch for row in rows):
         raise click.exceptions.Exit(1)
