@@ -107,7 +107,7 @@ def test_a_report_is_held_against_the_plan_of_what_it_says(one_rank: dict[str, A
 
 WRONG_REPORTS = {
     "small": "does not divide into microbatches of 3",
-    "untrained": "untrained.json: $.seq_length: the build trained nothing",
+    "untrained": "untrained.json: $.seq_length: the build trained no step",
     "edited": "edited.json: $._target_: ",
 }
 

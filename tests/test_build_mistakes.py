@@ -100,7 +100,7 @@ def test_bad_input_is_a_clear_error(name: str, bad_input_results: dict[str, tupl
 def test_gpus_that_are_not_there() -> None:
     code, _, err = run_command("build", "tiny", "--nproc", "2", "--device", "cuda")
     assert code == 1
-    assert "--device cuda needs a GPU for each rank: 2 rank(s), 0 GPU(s) visible here" in err
+    assert "--device cuda needs one GPU per rank: 2 rank(s), 0 visible GPU(s)" in err
 
 
 def test_a_wrong_option_is_a_usage_error() -> None:
@@ -114,7 +114,7 @@ def test_ranks_of_a_launcher_do_not_share_standard_input() -> None:
     place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     done = run_process(BRIDGE, "build", "-", environment=place, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
-    assert "cannot all read standard input: name a file" in done.stderr
+    assert "cannot share standard input: pass a file name" in done.stderr
 
 
 def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:

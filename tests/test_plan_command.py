@@ -33,15 +33,17 @@ def test_the_command_where_a_rank_does_not_fit() -> None:
     shown = bridge_plan("tiny", "--tp", "2", "--gpu-memory", "3MiB")
     assert shown.returncode == 1
     assert "does not fit" in " ".join(shown.stdout.split())
-    assert "with --distributed-optimizer the worst rank holds" not in shown.stderr  # one data-parallel rank shares none
-    assert "with transformer.sequence_parallel=true the worst rank holds" in shown.stderr
+    assert (
+        "with --distributed-optimizer the largest rank needs" not in shown.stderr
+    )  # one data-parallel rank shares none
+    assert "with transformer.sequence_parallel=true the largest rank needs" in shown.stderr
 
 
 def test_the_command_refuses_nonsense() -> None:
     assert bridge_plan("tiny", "--tp", "0").returncode == 2
     assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
     assert "--search needs --gpus" in bridge_plan("tiny", "--search").stderr
-    assert "--search takes neither" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
+    assert "--search does not accept --dp" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
     refused = bridge_plan("tiny", "--tp", "3")
     assert refused.returncode == 1
     assert "num_attention_heads = 4 is not a multiple of tp = 3" in refused.stderr

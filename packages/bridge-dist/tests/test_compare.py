@@ -92,7 +92,7 @@ def test_a_run_is_held_against_its_plan() -> None:
     assert rows["parameters"] == ([1_000_000, 1_000_000], [None, 0.0])
     assert rows["layout"][0] == ["tp2 pp2", "tp2 pp2"]
     assert len(found.notes) == 1
-    assert found.notes[0].startswith("not in the total of a plan: fragmentation of the allocator")
+    assert found.notes[0].startswith("not included in a plan's total: fragmentation of the allocator")
     assert found.as_dict()["kind"] == "comparison"
 
 
@@ -105,11 +105,9 @@ def test_every_later_file_is_compared_with_the_first() -> None:
     assert rows["model_flops_utilization"] == [None, pytest.approx(25.0), 0.0]
     assert rows["peak"] == [None, 0.0, None]
     assert found.notes[0] == "not the same job: they differ in layout"
-    assert found.notes[1].startswith(
-        "resident memory contains the interpreter and the libraries: it cannot be compared"
-    )
+    assert found.notes[1].startswith("resident memory includes the interpreter and libraries: it cannot be compared")
     untrained = compared(run=ON_GPUS, untrained=ON_GPUS | {"seq_length": None})
-    assert untrained.notes == ["untrained.json trained no step: its memory is that of the build alone"]
+    assert untrained.notes == ["untrained.json trained no step: its memory covers the build only"]
 
 
 @pytest.mark.usefixtures("folder")
@@ -133,9 +131,9 @@ WRONG = {
         "list.json: $: has no kind, so it is neither a build report nor a plan: write one with bridge build",
     ),
     "document": ('{"_target_": "a.b"}', "document.json: $: has no kind"),
-    "kind": ('{"kind": 3}', "kind.json: $.kind: expected a text, got 3"),
-    "search": ('{"kind": "search"}', "search.json: $.kind: a search cannot be compared, only a build report or a plan"),
-    "empty": ('{"kind": "build"}', "empty.json: $.layout: is missing: write the file again with this version"),
+    "kind": ('{"kind": 3}', "kind.json: $.kind: expected a string, got 3"),
+    "search": ('{"kind": "search"}', "search.json: $.kind: expected a build report or a plan, got 'search'"),
+    "empty": ('{"kind": "build"}', "empty.json: $.layout: is missing: create the file again with this version"),
     "size": (PLAN | {"world_size": "4"}, "size.json: $.world_size: expected an integer, got '4'"),
     "flag": (PLAN | {"world_size": True}, "flag.json: $.world_size: expected an integer, got true"),
     "no stages": (PLAN | {"stages": []}, "no stages.json: $.stages: is empty"),
@@ -163,7 +161,7 @@ def test_what_is_neither_a_report_nor_a_plan(name: str, folder: Path, capsys: py
 
 @pytest.mark.usefixtures("folder")
 def test_a_plan_alone_is_compared_with_nothing() -> None:
-    with pytest.raises(DocumentError, match=r"plan\.json: \$\.kind: a plan alone has nothing to be compared with"):
+    with pytest.raises(DocumentError, match=r"plan\.json: \$\.kind: a single plan cannot be compared"):
         compared(plan=PLAN)
 
 

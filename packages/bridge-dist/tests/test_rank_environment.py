@@ -74,14 +74,17 @@ def test_steps_and_jobs_that_share_a_node_get_ports_of_their_own_outside_the_eph
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not: start the ranks with torchrun or srun"),
-        (TORCHRUN | {"MASTER_PORT": ""}, "RANK and WORLD_SIZE are set, MASTER_PORT not"),
-        (TORCHRUN | {"RANK": "zero"}, "RANK is 'zero': the launcher sets it to a whole number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "are set without MASTER_ADDR and MASTER_PORT: start the ranks with torchrun or srun",
+        ),
+        (TORCHRUN | {"MASTER_PORT": ""}, "RANK and WORLD_SIZE are set without MASTER_PORT:"),
+        (TORCHRUN | {"RANK": "zero"}, "RANK is 'zero': expected an integer"),
         (TORCHRUN | {"RANK": "9" * 5000}, "RANK is '9999"),
         (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
         (TORCHRUN | {"RANK": "4"}, "RANK is 4, WORLD_SIZE is 4"),
         (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
-        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: a port is 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: a port must be between 1 and 65535"),
         (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         ({name: value for name, value in SLURM.items() if name != "SLURM_PROCID"}, "SLURM_PROCID is not set"),
         (SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),

@@ -79,8 +79,8 @@ def test_the_tables_fit_80_columns() -> None:
     rows = [line.replace("│", " ").split() for line in shown.splitlines()]
     assert ["1", "21.000", "22.000", "3.000"] in rows
     for said in (
-        "time of a step: 0.500 s",
-        "tokens per second: 65,536, of a rank 32,768",
+        "step time: 0.500 s",
+        "tokens per second: 65,536 (32,768 per rank)",
         "model-FLOPs utilisation: 50.0%",
         "skipped: overflow",
     ):

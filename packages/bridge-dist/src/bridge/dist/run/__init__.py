@@ -1,4 +1,4 @@
-"""Running jobs and commands: ranks and how they meet, devices, reports, comparisons of training runs, and the commands.
+"""Running of jobs: ranks and their rendezvous, devices, reports, comparison of training runs, and the commands.
 
-May import everything else of this package, which imports nothing of this; nothing imports `commands`.
+May import everything else in this package, which imports nothing from here; nothing imports `commands`.
 """

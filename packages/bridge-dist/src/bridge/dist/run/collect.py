@@ -1,4 +1,4 @@
-"""Collecting what every rank built, held at most, and took for a step, into one report."""
+"""Collection of every rank's stages, peak memory and step times into one report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bridge.dist.train.step import Step
 def collect_report(
     job: BuildJob, config: ModelConfig, run: BuiltRank, layout: Layout, groups: ProcessGroupCollection
 ) -> BuildReport:
-    """Collect what every rank built, held at most, and took for a step. Collective."""
+    """Collect every rank's stages, peak memory and step times. Collective."""
     memory = read_peak_memory()
     chunks = [_make_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
@@ -71,7 +71,7 @@ def _make_chunk_report(index: int, stage: MegatronModule, placements: list[Place
 
 
 def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
-    """Name the wrappers of a stage and the model they hold, outermost first."""
+    """Yield the class names of a stage's wrappers, outermost first, and of the model inside."""
     yield type(module).__name__
     inner = getattr(module, "module", None)
     if isinstance(inner, torch.nn.Module):
@@ -92,7 +92,7 @@ def _make_rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport],
 
 
 class _Outcome(NamedTuple):
-    """What the others need to know of a rank: its report, where its parameters stand, the mean time of its steps."""
+    """A rank's contribution to the report: its own report, placements of its parameters, mean step time."""
 
     report: RankReport
     placements: list[Placement]
@@ -106,5 +106,5 @@ def _gather(mine: _Outcome) -> list[_Outcome]:
 
 
 def _mean_seconds(steps: Sequence[Step]) -> float | None:
-    """Mean time of the steps but the first, which warms up; None if there is no other."""
+    """Return the mean step time without the first step, which warms up; None if there is no other."""
     return mean(step.seconds for step in steps[1:]) if len(steps) > 1 else None

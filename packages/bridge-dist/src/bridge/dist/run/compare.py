@@ -1,4 +1,4 @@
-"""Build reports and plans side by side. Importing this module imports no torch; only making a plan does."""
+"""Comparison of build reports and plans. Importing this module imports no torch; only making a plan does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Value = str | int | float | None
 
 
 class _Measure(NamedTuple):
-    """A row: its name in JSON and in the table, the unit of its numbers, and how they are written."""
+    """A row: its name in JSON and in the table, the unit of its numbers, and their format."""
 
     name: str
     label: str
@@ -57,7 +57,7 @@ _NUMBERS = (
     _Measure("model_flops_utilization", "model-FLOPs utilisation", "share", "{:.1%}".format),
 )
 _SAME_JOB = ("ranks", "layout", "wrapper", "layers", "batch", "micro_batch_size", "parameters")
-"""What must be equal for differences to be those of two measurements of one job."""
+"""Measures that must be equal if the files describe the same job."""
 _STAGE_KEYS = {
     "weights": "weight_bytes",
     "gradients": "gradient_bytes",
@@ -71,7 +71,7 @@ _STAGE_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A measure of every file, None where one does not tell; and by how much per cent each is above the first."""
+    """A measure of every file (None if it is missing), and the differences from the first in per cent."""
 
     name: str
     unit: str | None
@@ -90,9 +90,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What files say, measure by measure, and what cannot be compared.
+    """The measures of several files, and notes on what cannot be compared.
 
-    Memory is that of the rank that holds most: ``peak`` is the total of a plan, and what a run had allocated.
+    Memory is that of the largest rank: ``peak`` is the total of a plan, and the allocated peak of a run.
     """
 
     files: list[str]
@@ -106,10 +106,10 @@ class Comparison:
 
 
 def compare(files: Sequence[str]) -> Comparison:
-    """Compare build reports and plans; a report alone with the plan of the same job, which is made.
+    """Compare build reports and plans; a single report is compared with a new plan of the same job.
 
     Raises:
-        DocumentError: A file cannot be read, or is neither a report nor a plan; or there is a plan alone.
+        DocumentError: A file cannot be read, or is neither a report nor a plan; or the only file is a plan.
         BridgeError: The job of a report cannot be planned.
     """
     names, parts = list(files), [read_report(file) for file in files]
@@ -122,7 +122,7 @@ def compare(files: Sequence[str]) -> Comparison:
 
 
 def render_comparison(comparison: Comparison) -> list[RenderableType]:
-    """Render a comparison for a terminal of 80 columns: a column a file, a row a measure that any of them tells."""
+    """Render a comparison for a terminal of 80 columns: a column per file, a row per measure that any of them has."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for file in comparison.files:
@@ -150,7 +150,7 @@ def _make_row(measure: _Measure, values: list[Value]) -> Row:
 
 
 def _difference_percent(first: Value, value: Value) -> float | None:
-    """By how much per cent a number is above the first; None where one is missing, or the first is zero."""
+    """Return the difference from the first in per cent; None if a number is missing or the first is zero."""
     if not isinstance(first, int | float) or not isinstance(value, int | float) or first == 0:
         return None
     return 100 * (value - first) / first
@@ -164,14 +164,14 @@ def _list_notes(names: Sequence[str], parts: Sequence[Part], rows: Sequence[Row]
     builds = [(name, part) for name, kind, part in zip(names, kinds, parts, strict=True) if kind == "build"]
     if any(part.require("device", str) == "cpu" for _, part in builds):
         yield (
-            "resident memory contains the interpreter and the libraries: it cannot be compared with a plan, nor with "
-            "what a GPU has allocated"
+            "resident memory includes the interpreter and libraries: it cannot be compared with a plan or with "
+            "allocated GPU memory"
         )
     for name, part in builds:
         if part.get("seq_length", int) is None:
-            yield f"{name} trained no step: its memory is that of the build alone"
+            yield f"{name} trained no step: its memory covers the build only"
     if len(set(kinds)) > 1:
-        yield f"not in the total of a plan: {'; '.join(NOT_COVERED)}"
+        yield f"not included in a plan's total: {'; '.join(NOT_COVERED)}"
 
 
 def _read_values(part: Part) -> dict[str, Value]:
@@ -207,7 +207,7 @@ def _read_fullest_stage(plan: Part) -> dict[str, Value]:
 
 
 def _read_build(report: Part) -> dict[str, Value]:
-    """The device of a build, and the memory of its fullest rank."""
+    """Return the device of a build, and the memory of its largest rank."""
     peaks = [
         (rank.require("pp", int), rank.require_mapping("peak_memory_bytes"))
         for rank in report.require_mappings("ranks")
@@ -222,21 +222,21 @@ def _read_build(report: Part) -> dict[str, Value]:
 
 
 def _plan_same_job(report: Part) -> Part:
-    """Make the plan of the job that a report is of, as it was trained: without dropout.
+    """Plan the job of a report as it was trained: without dropout.
 
     Raises:
-        DocumentError: It is no report, or of a build that trained nothing.
+        DocumentError: It is not a build report, or the build trained no step.
         BridgeError: The job cannot be planned.
     """
     if report.require("kind", str) != "build":
-        raise report.make_error("kind", "a plan alone has nothing to be compared with: name a build report beside it")
+        raise report.make_error("kind", "a single plan cannot be compared: pass a build report as well")
     if _format_batch(report) is None:
         raise report.make_error(
-            "seq_length", "the build trained nothing, so a plan of it has no batch: add --steps to it"
+            "seq_length", "the build trained no step, so its batch is unknown: run bridge build with --steps"
         )
-    hide_gpus()  # a plan takes none
+    hide_gpus()  # planning uses no GPU
     import_megatron(with_compiler=False)
-    # Torch and Megatron, which comparing files does without.
+    # These import torch and Megatron, which comparing files does not need.
     from bridge.dist.job import make_builder
     from bridge.dist.plan.plan import PlanOptions, plan
     from bridge.dist.train.batch import Batch

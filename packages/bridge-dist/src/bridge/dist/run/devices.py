@@ -1,4 +1,4 @@
-"""Which device each rank computes on: a GPU of its own, or the CPU.
+"""Choice of the device of each rank: its own GPU, or the CPU.
 
 Importing this module imports no torch.
 """
@@ -14,12 +14,12 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.run.rank_environment import RankEnvironment
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-# What the drivers of NVIDIA (also under WSL) and AMD create.
+# Device files created by the drivers of NVIDIA (/dev/dxg under WSL) and AMD.
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 class Device(StrEnum):
-    """What ranks compute on; ``auto`` is a GPU for each rank of this machine if there are enough, else the CPU."""
+    """Device of the ranks; ``auto`` is one GPU per rank if this machine has enough GPUs, else the CPU."""
 
     AUTO = "auto"
     CUDA = "cuda"
@@ -27,21 +27,21 @@ class Device(StrEnum):
 
 
 def may_have_gpus() -> bool:
-    """Whether it takes torch to tell if there is a GPU: False without a driver, or where all GPUs are hidden."""
+    """Whether there may be a GPU: False without a driver, or if all GPUs are hidden."""
     return os.environ.get(_VISIBLE) not in ("", "-1") and any(Path(file).exists() for file in _DRIVER_FILES)
 
 
 def count_gpus() -> int:
-    """Return how many GPUs this process sees; CUDA stays uninitialised."""
+    """Return the number of visible GPUs, without initialising CUDA."""
     if not may_have_gpus():
         return 0
-    import torch  # takes a second, and most machines without a GPU are told without it
+    import torch  # takes 1 s; skipped on most machines without a GPU
 
     return torch.cuda.device_count()
 
 
 def hide_gpus() -> None:
-    """Compute on the CPU, in this process and those that it starts. Call it before CUDA is initialised."""
+    """Hide all GPUs from this process and its children. Call this before CUDA is initialised."""
     os.environ[_VISIBLE] = ""
 
 
@@ -49,12 +49,12 @@ def choose_device(asked: Device, *, local_ranks: int | None, environment: Mappin
     """Return CUDA or CPU for the ranks of this machine.
 
     Args:
-        asked: What the user asks for.
-        local_ranks: Their number; None where the launcher does not tell.
-        environment: Says which GPUs this process sees.
+        asked: The device that the user chose.
+        local_ranks: Number of ranks on this machine; None if the launcher does not set it.
+        environment: Environment variables, read for the visible GPUs.
 
     Raises:
-        LaunchError: CUDA is asked for, and there is not a GPU for each rank.
+        LaunchError: CUDA was chosen, and there are fewer GPUs than ranks.
     """
     if asked is Device.CPU:
         return Device.CPU
@@ -63,17 +63,17 @@ def choose_device(asked: Device, *, local_ranks: int | None, environment: Mappin
         return Device.CUDA
     if asked is Device.CUDA:
         raise LaunchError(
-            f"--device cuda needs a GPU for each rank: {local_ranks or 1} rank(s), {gpus} GPU(s) visible here; "
+            f"--device cuda needs one GPU per rank: {local_ranks or 1} rank(s), {gpus} visible GPU(s); "
             "start fewer ranks, or choose --device cpu"
         )
     return Device.CPU
 
 
 def choose_gpu(place: RankEnvironment, *, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Return the index, among the GPUs that this process sees, of the one that this rank computes on.
+    """Return the index of this rank's GPU among the visible GPUs.
 
     Raises:
-        LaunchError: There is none for it, or the launcher does not tell which.
+        LaunchError: There is no GPU for this rank, or LOCAL_RANK is not set.
     """
     if place.world_size == 1 or _has_own_gpu(gpus, environment):
         return 0
@@ -91,9 +91,9 @@ def choose_gpu(place: RankEnvironment, *, gpus: int, environment: Mapping[str, s
 
 
 def forbid_tf32() -> None:
-    """Compute matrix products in full fp32 on the GPU: TF32 keeps 10 bits, a difference of 1e-3.
+    """Compute matrix products in full fp32 on the GPU: TF32 keeps 10 bits, which costs relative errors of 1e-3.
 
-    The variable, which reaches Transformer Engine too, counts in a process that has not used cuBLAS yet.
+    The variable also reaches Transformer Engine, but takes effect only before the first use of cuBLAS.
     """
     import torch  # takes a second: see above
 
@@ -103,5 +103,5 @@ def forbid_tf32() -> None:
 
 
 def _has_own_gpu(gpus: int, environment: Mapping[str, str]) -> bool:
-    """Whether the launcher shows each rank its own GPU alone, as srun does with --gpus-per-task."""
+    """Whether the launcher makes only one GPU visible to each rank, as srun does with --gpus-per-task."""
     return gpus == 1 and _VISIBLE in environment

@@ -1,4 +1,4 @@
-"""Building a job on this rank, and training it for a few steps."""
+"""Build and training of a job on this rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SEED_STRIDE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltRank:
-    """What a job made on this rank: wrapped stages, where each one's parameters stand in the whole model, steps."""
+    """A job on this rank: wrapped stages, the placements of their parameters in the whole model, and training steps."""
 
     stages: list[MegatronModule]
     placements: list[list[Placement]]
@@ -46,10 +46,10 @@ def build_and_train(
     *,
     show_steps: bool = False,
 ) -> BuiltRank:
-    """Build the stages of this rank, wrap them, and train them if the job says so.
+    """Build and wrap the stages of this rank, and train them if the job asks for it.
 
-    Collective. ``config`` is this process's own: it gets hooks, and its dropout rates are set to zero for training.
-    With ``show_steps`` rank 0 shows the loss of each step on standard error.
+    Collective. Modifies ``config``: adds hooks and, for training, sets dropout to zero. With ``show_steps`` rank 0
+    prints the loss of each step to standard error.
     """
     reset_peak_memory()
     builder = job.builder(config)
@@ -63,16 +63,16 @@ def build_and_train(
         return stages
 
     def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
-        # FSDP shards parameters when it wraps; they are whole only now.
+        # Before wrapping: FSDP shards parameters when it wraps.
         placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
-    # The model's own hooks count as one list, whose last hook may return None. The drawn weights come before them, so
-    # that a hook may still change them.
+    # compose_hooks: the last of the model's own hooks may return None. Weights are drawn first, so that hooks
+    # can change them.
     hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), record_placements]
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
-            _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout, losses would depend on the layout")
+            _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
         if job.modelopt_checkpoint is None:
             hooks.insert(0, draw)
     config.pre_wrap_hooks = hooks
@@ -96,7 +96,7 @@ def build_and_train(
 
 
 def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:
-    """Seed Python, numpy, torch and Megatron's random states as Megatron-LM does: each pipeline stage its own way.
+    """Seed Python, numpy, torch and Megatron's random states as megatron.training does, differently per pipeline rank.
 
     Source: ``_set_random_seed`` of megatron.training 0.19.2.
     """

@@ -1,6 +1,6 @@
-"""What the ranks of a launcher tell each other when one of them fails, so that the first cause is named, once.
+"""Failure reports between ranks under torchrun or srun: the first failure is named, and printed once.
 
-They talk through the store they met at. Nothing here is needed for ranks that Bridge starts itself: their pool sees
+Ranks exchange them through the rendezvous store. Ranks that Bridge starts itself do not need this: their pool watches
 them.
 """
 
@@ -25,13 +25,13 @@ from bridge.dist.errors import DistError, LaunchError
 from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.store import open_store
 
-# How long ranks that lose their connections wait for the others to say what became of them.
+# How long a rank that lost its connection waits for the other ranks' reports.
 _COLLECT_FAILURES_S = 5.0
 _STORE_TIMEOUT = timedelta(seconds=5)
 _START_TIMEOUT = timedelta(minutes=10)
 _HEARTBEAT_INTERVAL_S = 2.0
-# Far longer than a healthy node is silent (the thread that beats needs Python for a moment), and short enough that a
-# job ends within a minute.
+# Much longer than a healthy node stays silent (the heartbeat thread needs the GIL), and short enough to end a job
+# within a minute.
 _HEARTBEAT_TIMEOUT_S = 30.0
 _PRINT_TIMEOUT_S = 3.0
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 @contextlib.contextmanager
 def explain_lost_ranks(place: RankEnvironment) -> Iterator[None]:
-    """Turn the loss of a connection into an error that names the rank that went first.
+    """Turn a lost connection into an error that names the rank that failed first.
 
     Raises:
         LaunchError: Names the rank that was lost or failed.
@@ -65,9 +65,9 @@ def explain_lost_ranks(place: RankEnvironment) -> Iterator[None]:
 
 
 def is_first_to_print(message: str, place: RankEnvironment) -> bool:
-    """Return whether this rank is the one to print an error that each rank may have found.
+    """Return whether this rank should print an error that every rank may have found.
 
-    Each prints it where the ranks cannot find out, and where nothing brings their output together.
+    Every rank prints it where the store is unreachable, and where no launcher collects their output.
     """
     if not ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
         return True
@@ -79,14 +79,14 @@ def is_first_to_print(message: str, place: RankEnvironment) -> bool:
         while place.rank == 0 and not place.has_agent and store.add(key, 0) < place.world_size:
             if time.monotonic() > deadline:
                 break
-            time.sleep(0.1)  # it serves the store, which the others need for this
+            time.sleep(0.1)  # rank 0 serves the store, which the other ranks still need
     except (RuntimeError, LaunchError):
         return True
     return count == 1
 
 
 def record_for_launcher(error: BaseException) -> None:
-    """Write the error where torchrun looks for it, if it started this process."""
+    """Write the error to torchrun's error file, if torchrun started this process."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         handler = get_error_handler()
         handler.initialize()
@@ -94,7 +94,7 @@ def record_for_launcher(error: BaseException) -> None:
 
 
 def die_with_launcher() -> None:
-    """Let the kernel kill this process when torchrun's agent, which started it, ends; nobody would end it otherwise."""
+    """Let the kernel kill this process when torchrun's agent ends; nothing else would."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -104,7 +104,7 @@ def _is_pool_rank(place: RankEnvironment) -> bool:
 
 
 def _find_cause(error: Exception) -> str | None:
-    """What this rank failed for; None if it only lost its connection to others."""
+    """Return why this rank failed; None if it only lost its connection to others."""
     if isinstance(error, DistError):
         return str(error)
     text = str(error)
@@ -114,7 +114,7 @@ def _find_cause(error: Exception) -> str | None:
 
 
 def _report_failure(place: RankEnvironment, store: Store, cause: str | None) -> str:
-    """Tell the other ranks what this one failed for, and return what is known of the first that failed."""
+    """Report this rank's failure to the others, and return the description of the first failure."""
     store.set(f"ended/{place.rank}", cause or "")
     if cause is not None:
         return store.compare_set("verdict", "", f"{_make_name(place)} failed first: {cause}").decode()
@@ -131,7 +131,7 @@ def _report_failure(place: RankEnvironment, store: Store, cause: str | None) -> 
 
 def _describe_lost(ranks: Sequence[int], store: Store) -> str:
     names = [_find_name(rank, store) for rank in ranks[:4]] + (["and more"] if len(ranks) > 4 else [])
-    return f"lost {', '.join(names)}: killed, or on a machine that is gone"
+    return f"lost {', '.join(names)}: killed, or its machine is down"
 
 
 def _make_name(place: RankEnvironment) -> str:
@@ -144,23 +144,23 @@ def _find_name(rank: int, store: Store) -> str:
 
 def _describe_lost_store(place: RankEnvironment) -> str:
     server = "the launcher of node 0" if place.has_agent else "rank 0"
-    return f"the store at {place.address}:{place.port} was lost: {server}, which serves it, has ended"
+    return f"lost the store at {place.address}:{place.port}: {server}, which serves it, has ended"
 
 
 @contextlib.contextmanager
 def watch_nodes(place: RankEnvironment) -> Iterator[None]:
-    """Let the other nodes know that this one lives, and end this process when one of them does not.
+    """Send heartbeats for this node, and end this process when another node stops sending them.
 
-    One rank of a node does so. Rank 0 looks after the nodes; the others learn from it. A node that never came is not
-    missed here, but where ranks compare what they are about to do.
+    One rank per node does so. Rank 0 watches the nodes and informs the others. A node that never started is reported
+    by the agreement check instead.
     """
     if place.node is None or (place.nodes or 1) == 1 or place.local_rank != 0:
         yield
         return
-    # A connection of its own: a thread that waits in one keeps others out of it.
+    # A separate connection: a thread that waits on a store blocks other threads that use it.
     store = open_store(place, timeout=_START_TIMEOUT)
     store.set(f"names/{place.rank}", _make_name(place))
-    store.add(f"beats/{place.node}", 1)  # now: a node that is lost before its first beat would not be missed
+    store.add(f"beats/{place.node}", 1)  # at once: a node lost before its first heartbeat would go unnoticed
     done = threading.Event()
     threading.Thread(target=_send_heartbeats, args=(place, store, done), daemon=True).start()
     try:
@@ -173,13 +173,13 @@ def watch_nodes(place: RankEnvironment) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
-    """End this process at once on SIGTERM and Ctrl-C, even in a collective, where Python calls no handler.
+    """End this process at once on SIGTERM and Ctrl-C, even in a collective, where Python runs no signal handler.
 
-    The other ranks are told, so that they do not take it for the one that went first.
+    The termination is reported, so that the other ranks do not take this rank for the first that failed.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer)  # Python writes the number of each signal there
+    before = signal.set_wakeup_fd(writer)  # Python writes each signal's number to this pipe
     threading.Thread(target=_exit_on_signal, args=(reader, place), daemon=True).start()
     try:
         yield
@@ -198,7 +198,7 @@ def _exit_on_signal(reader: int, place: RankEnvironment) -> None:
 
 def _report_termination(place: RankEnvironment) -> None:
     with contextlib.suppress(RuntimeError, LaunchError):
-        open_store(place, timeout=_STORE_TIMEOUT).set(f"ended/{place.rank}", "it was told to end")
+        open_store(place, timeout=_STORE_TIMEOUT).set(f"ended/{place.rank}", "terminated by a signal")
 
 
 def _send_heartbeats(place: RankEnvironment, store: Store, done: threading.Event) -> None:
@@ -223,7 +223,7 @@ def _send_heartbeats(place: RankEnvironment, store: Store, done: threading.Event
 
 
 def _find_silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
-    """Return a node that has begun to beat, and ceased."""
+    """Return a node whose heartbeats have stopped."""
     now = time.monotonic()
     for node in range(place.nodes or 1):
         beats = store.add(f"beats/{node}", 0)
@@ -235,7 +235,7 @@ def _find_silent_node(place: RankEnvironment, store: Store, seen: dict[int, tupl
 
 
 def _exit_process(message: str) -> None:
-    """End the process whatever its main thread waits for, a collective that never ends perhaps."""
+    """End the process, even if its main thread hangs in a collective."""
     record_for_launcher(LaunchError(message))
     sys.stderr.write(message + "\n")
     sys.stderr.flush()

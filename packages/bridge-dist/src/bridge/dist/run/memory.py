@@ -1,4 +1,4 @@
-"""The peak memory of this process: on its GPU, and resident on the host."""
+"""Peak memory of this process, on its GPU and on the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class PeakMemory:
-    """Most bytes at once.
+    """Peak memory in bytes.
 
-    ``allocated`` and ``reserved`` are those of torch's allocator on the GPU, None on the CPU. ``resident`` is the peak
-    resident set of the process, with the interpreter and the libraries; None where the system does not tell.
+    ``allocated`` and ``reserved`` are those of torch's GPU allocator, None on the CPU. ``resident`` is the peak
+    resident set of the process, with the interpreter and libraries; None if the system does not report it.
     """
 
     allocated: int | None
@@ -23,7 +23,7 @@ class PeakMemory:
 
 
 def reset_peak_memory() -> None:
-    """Count the peak on the GPU from now on. The resident set's peak is that of the process's whole life."""
+    """Restart the count of the GPU peak. The resident peak always covers the whole life of the process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -39,10 +39,10 @@ def read_peak_memory() -> PeakMemory:
 
 
 def _read_peak_resident() -> int | None:
-    """Read VmHWM, which begins anew with a program and, in a fork, at what the parent holds at that time.
+    """Read VmHWM, which restarts at exec and, in a fork, at the parent's current size.
 
-    ``getrusage`` would not do: its ``ru_maxrss`` is inherited through exec, so that a small program started by a large
-    one shows the peak of the large one (seen on Linux 6.18).
+    Not ``ru_maxrss`` of ``getrusage``: it survives exec, so that a small program started by a large one reports the
+    large one's peak (seen on Linux 6.18).
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How far the training of several ranks is from that of one process: losses, gradient norms and final weights."""
+"""Differences between training on several ranks and on one process: losses, gradient norms and final weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from bridge.dist.train.optimizer import LEARNING_RATE
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a training run gave: losses and gradient norms of its steps, and how far its final weights are from others.
+    """Losses and gradient norms of a training run, and the difference of its final weights from the expected ones.
 
-    ``weight_difference`` is that of ``parameter``, the largest: the root mean square of the difference over the
-    parameter's elements, in units of what Adam moves an element in these steps and of what rounding does to it.
+    ``weight_difference`` is the largest over parameters, and belongs to ``parameter``: the root mean square of the
+    difference over its elements, relative to the distance Adam moves an element in these steps plus rounding.
     """
 
     losses: list[float]
@@ -36,7 +36,7 @@ class TrainingResult:
 
 
 def train_reference(job: BuildJob, weights: Path) -> TrainingResult:
-    """Train as the only rank and write the final weights to a file."""
+    """Train on one rank and write the final weights to a file."""
     forbid_tf32()
     with join_job(job) as (config, layout, groups):
         run = build_and_train(job, config, layout, groups)
@@ -52,12 +52,12 @@ def train_and_compare(job: BuildJob, weights: Path) -> TrainingResult:
 
 
 def save_weights(run: BuiltRank, file: Path) -> None:
-    """Write the weights of a single rank by their names in the whole model."""
+    """Write the weights of a single rank under their names in the whole model."""
     torch.save({placement.full_name: weight for placement, weight in _final_weights(run)}, file)
 
 
 def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
-    """Compare what each rank holds of the final weights with those that ``save_weights`` wrote. Collective."""
+    """Compare each rank's part of the final weights with the file of ``save_weights``. Collective."""
     reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     mine = [
         (
@@ -79,7 +79,7 @@ def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
 
 def _final_weights(run: BuiltRank) -> Iterator[tuple[Placement, torch.Tensor]]:
     for stage, placements in zip(run.stages, run.placements, strict=True):
-        # A state dict, and not parameters: Megatron-FSDP keeps in them what the last forward pass used.
+        # Not parameters(): with Megatron-FSDP they hold the weights of the last forward pass, before the last update.
         state = {_strip_wrappers(name): value for name, value in stage.state_dict().items()}
         for placement in placements:
             yield placement, state[placement.name].detach()
@@ -94,7 +94,7 @@ def _strip_wrappers(name: str) -> str:
 def _weight_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
     local, expected = weight, placement.cut(placement.pad(reference))
     if isinstance(weight, DTensor):
-        if weight.shape != placement.shape:  # Megatron-FSDP counts the shards of tensor parallelism in
+        if weight.shape != placement.shape:  # Megatron-FSDP's DTensor spans the tensor-parallel shards
             parts = [replace(placement, shard=shard).cut(placement.pad(reference)) for shard in range(placement.shards)]
             expected = torch.cat(parts, dim=placement.dim)
         chunk = gather_and_compute_chunk_metadata(weight)
@@ -102,12 +102,12 @@ def _weight_difference(weight: torch.Tensor, reference: torch.Tensor, placement:
         expected = expected[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))]
     if not local.numel():
         return 0.0
-    # Megatron-FSDP shows the optimizer's copies in full precision; torch FSDP2 keeps none there.
+    # Megatron-FSDP's state dict holds the fp32 master weights; torch FSDP2's holds the model weights.
     coarser = max(local.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     difference = local.cpu().to(coarser).double() - expected.to(coarser).double()
     rounding = torch.finfo(coarser).eps * _root_mean_square(reference.double())
     relative = _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
-    return math.inf if math.isnan(relative) else relative  # a maximum would pass over what is not a number
+    return math.inf if math.isnan(relative) else relative  # max() could ignore NaN
 
 
 def _root_mean_square(tensor: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Local ranks that stay up from one job to the next.
+"""Pool of local rank processes that are reused from job to job.
 
 Importing this module imports no torch.
 """
@@ -38,13 +38,13 @@ StartMethod = Literal["forkserver", "spawn"]
 
 _PRELOAD = "bridge.dist.run.preload"
 _ADDRESS = "localhost"
-# A rank that was killed is seen a moment after its peers say that they lost the connection to it.
+# Peers report a lost connection slightly before the killed rank itself is seen to have ended.
 _KILL_DETECTION_S = 1.0
 _EXIT_TIMEOUT_S = 5.0
 
 
 def start_fork_server(ranks: int, *modules: str) -> None:
-    """Begin to import torch, Megatron and more for ranks on the CPU, while this process goes on to check its input."""
+    """Start importing torch, Megatron and ``modules`` for ranks on the CPU while this process checks its input."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD, *modules])
     forkserver.ensure_running()
@@ -56,22 +56,22 @@ def launch(
     """Call a top-level function on each of ``ranks`` local ranks and return what it returned on rank 0.
 
     Raises:
-        LaunchError: Names the rank that failed first, and why; its cause is what the function raised.
+        LaunchError: Names the rank that failed first and why; ``__cause__`` is the exception of the function.
     """
     with RankPool(start_method=start_method) as pool:
         return pool.run(function, *args, ranks=ranks)[0]
 
 
 class RankPool:
-    """Processes of this machine that run one job after another, as the ranks of a world.
+    """Processes on this machine that run one job after another as the ranks of a world.
 
-    They are started when a job first needs them. When one of them fails, all are ended, and the next job gets new ones.
-    None of them outlives the process that made the pool.
+    They start when a job first needs them. When one fails, all are killed, and the next job gets new ones. None
+    outlives the process that created the pool.
 
     Args:
-        start_method: ``forkserver`` forks ranks from a process that has imported everything. CUDA cannot be used in a
-            forked process if the one that it was forked from has asked CUDA for its devices, as importing megatron-core
-            does: ``spawn``, which imports anew in each rank, is for ranks on GPUs.
+        start_method: ``forkserver`` forks ranks from a process that has imported everything. ``spawn`` imports again in
+            each rank; ranks on GPUs need it, because CUDA is unusable in a forked process whose parent has queried
+            CUDA devices, as importing megatron-core does.
     """
 
     def __init__(self, *, start_method: StartMethod = "forkserver") -> None:
@@ -89,19 +89,19 @@ class RankPool:
     def run(
         self, function: Callable[..., ResultT], *args: object, ranks: int, timeout: float | None = None
     ) -> list[ResultT]:
-        """Call a top-level function on the first ``ranks`` ranks and return what it returned, by rank.
+        """Call a top-level function on the first ``ranks`` ranks and return its results by rank.
 
-        Each has the variables of torchrun in its environment, so that they can join a world.
+        Each rank has torchrun's environment variables, so that it can join a world.
 
         Args:
-            function: Is sent by name; arguments and results are pickled.
+            function: Function to call, sent by name; arguments and results are pickled.
             args: Its arguments.
-            ranks: How many ranks call it.
-            timeout: How long they may take, in seconds; None for as long as they live.
+            ranks: Number of ranks.
+            timeout: Limit in seconds; None for no limit.
 
         Raises:
-            LaunchError: Names the rank that failed first, and why, or those that take too long; its cause is what the
-                function raised.
+            LaunchError: Names the rank that failed first and why, or the ranks that timed out; ``__cause__`` is the
+                exception of the function.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self._start(ranks)
@@ -109,7 +109,7 @@ class RankPool:
         try:
             for rank, worker in enumerate(self._ranks[:ranks]):
                 task = _Task(function, args, self._rank_variables(rank, ranks))
-                with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
+                with contextlib.suppress(BrokenPipeError):  # the rank has ended: _collect reports it
                     worker.connection.send(task)
             return _collect(self._ranks[:ranks], deadline)
         except BaseException:
@@ -117,18 +117,18 @@ class RankPool:
             raise
 
     def close(self) -> None:
-        """End the ranks."""
+        """Kill the ranks."""
         atexit.unregister(self.close)
         self._end_ranks()
         self._store = None
 
     def _start(self, ranks: int) -> None:
-        # A rank that waits for a job sends nothing: what can be read is the end of its connection.
+        # An idle rank sends nothing, so a readable connection means that the rank has ended.
         if any(worker.connection.poll() for worker in self._ranks):
             self._end_ranks()
         context = multiprocessing.get_context(self._start_method)
         if not self._ranks:
-            # Python waits for processes that are not daemons; daemons could start none, as writing a checkpoint does.
+            # Python waits for them at exit. Daemons could not start processes, as writing a checkpoint does.
             atexit.register(self.close)
         while len(self._ranks) < ranks:
             here, there = context.Pipe()
@@ -146,7 +146,7 @@ class RankPool:
 
     def _rank_variables(self, rank: int, world_size: int) -> dict[str, str]:
         if self._store is None:
-            from torch._C._distributed_c10d import TCPStore  # takes a second: not before ranks were started
+            from torch._C._distributed_c10d import TCPStore  # takes 1 s: import it while ranks start
 
             self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
         place = RankEnvironment(
@@ -165,7 +165,7 @@ class RankPool:
 
 
 class _Task(NamedTuple):
-    """What a rank is to call, and the variables of its environment."""
+    """A function call for a rank, and its environment variables."""
 
     function: Callable[..., Any]
     args: tuple[object, ...]
@@ -177,7 +177,7 @@ class _Rank(NamedTuple):
     connection: Connection
 
     def end(self) -> None:
-        """Kill the rank and whatever it started: it leads a process group of its own."""
+        """Kill the rank and its children: it leads its own process group."""
         if self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -187,14 +187,14 @@ class _Rank(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """What a rank logs while it works."""
+    """A log message of a running rank."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a rank's function raised; ``error`` is None if that cannot be sent to another process."""
+    """Exception of a rank's function; ``error`` is None if it cannot be pickled."""
 
     message: str
     details: str
@@ -239,7 +239,7 @@ def _make_launch_error(rank: int, failure: _Failure) -> LaunchError:
 
 
 def _raise_if_killed(pending: Iterable[int], ranks: Sequence[_Rank]) -> None:
-    """Raise the error of a rank that was killed, which the others fail for when they lose their connection to it."""
+    """Raise if one of the pending ranks was killed: the others failed because they lost their connection to it."""
     sentinels = {ranks[rank].process.sentinel: rank for rank in pending}
     for ended in connection.wait(list(sentinels), _KILL_DETECTION_S):
         rank = sentinels[ended]  # type: ignore[index]
@@ -255,7 +255,7 @@ def _describe_end(rank: int, process: BaseProcess) -> str:
 
 
 def _serve(tasks: Connection, start_method: StartMethod) -> None:
-    """Run the tasks that come, one after the other, as a rank."""
+    """Run incoming tasks one after the other, as a rank."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sending = threading.Lock()
@@ -275,11 +275,11 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
             task: _Task = pickle.loads(message)
             os.environ.update(task.variables)
             result = task.function(*task.args)
-            gc.collect()  # models hold the threads of their process groups, which wake a hundred times a second
+            gc.collect()  # models keep process groups alive, whose threads wake a hundred times a second
             send(result)
-        except BaseException as error:  # an exit of the function is a failure too
+        except BaseException as error:  # SystemExit of the function is a failure too
             send(_make_failure(error))
-            # It keeps its connections until it is killed: peers must not fail before it for having lost them.
+            # Keep connections open until killed: otherwise peers would report a lost connection before this error.
             signal.pause()
 
 
@@ -295,6 +295,6 @@ def _make_failure(error: BaseException) -> _Failure:
     message = f"{type(error).__name__}: {error}" if isinstance(error, BridgeError) else describe(error)
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception's own constructor may raise anything when it is called with `args`
+    except Exception:  # unpickling calls the exception's constructor, which may raise anything
         return _Failure(message, details, None)
     return _Failure(message, details, error)

@@ -1,4 +1,4 @@
-"""Progress on the terminal."""
+"""Progress display on the terminal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LINE_EVERY_S = 10.0
 def show_progress(
     items: Iterable[ItemT], total: int, *, describe: Callable[[int, ItemT], str], first: str = ""
 ) -> Iterator[ItemT]:
-    """Pass items through, and show on standard error how far they are: a bar on a terminal, else a line now and then.
+    """Yield items and show progress on standard error: a bar on a terminal, else a line every few seconds.
 
     Args:
-        items: What is being made, one after the other.
-        total: How many there will be.
-        describe: What to show beside the number once there are so many, of which this is the last.
-        first: What to show before there is any.
+        items: Items, yielded as they are made.
+        total: Expected number of items.
+        describe: Returns the text to show, from the number of items so far and the last item.
+        first: Text to show before the first item.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -29,11 +29,11 @@ def show_progress(
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(escape(first), total=total)
-        told = time.monotonic()
+        last_printed = time.monotonic()
         for done, item in enumerate(items, start=1):
-            said = describe(done, item)
-            progress.update(task, completed=done, description=escape(said))
-            if not console.is_terminal and time.monotonic() - told >= _LINE_EVERY_S:
-                console.print(f"{done} of {total}: {said}", soft_wrap=True, markup=False, highlight=False)
-                told = time.monotonic()
+            message = describe(done, item)
+            progress.update(task, completed=done, description=escape(message))
+            if not console.is_terminal and time.monotonic() - last_printed >= _LINE_EVERY_S:
+                console.print(f"{done} of {total}: {message}", soft_wrap=True, markup=False, highlight=False)
+                last_printed = time.monotonic()
             yield item

@@ -1,4 +1,4 @@
-"""What `bridge build` does on each rank: join the world, build, train, report."""
+"""A rank of `bridge build`: join the world, build, train, report."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from bridge.dist.run.world import join_world
 
 
 def run_rank(job: BuildJob) -> BuildReport:
-    """Run a job as one rank of the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+    """Run a job as one rank of the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR and others).
 
-    Collective: every rank gets the same job, which was checked, and returns the same report. Rank 0 shows progress on
-    standard error, where also goes what Megatron prints.
+    Collective: every rank gets the same checked job and returns the same report. Progress (on rank 0) and Megatron's
+    output go to standard error.
     """
     with join_job(job) as (config, layout, groups):
         run = build_and_train(job, config, layout, groups, show_steps=True)
@@ -34,10 +34,11 @@ def run_rank(job: BuildJob) -> BuildReport:
 
 @contextlib.contextmanager
 def join_job(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupCollection]]:
-    """Join the world that the environment describes with a job's configuration and process groups.
+    """Join the world that the environment describes, and yield the job's configuration, layout and process groups.
 
-    They are left after a success only, see ``world``. The job was checked (``BuildJob.check``) by the process that
-    started the ranks, or by each rank that a launcher started; the build checks once more what depends on the process.
+    The groups are destroyed only on success, see ``join_world``. The job was checked (``BuildJob.check``) by the
+    process that started the ranks, or by each rank under a launcher; the build repeats the checks that depend on the
+    process.
     """
     with contextlib.redirect_stdout(sys.stderr), join_world(facts(job=job, versions=versions())):
         config = ModelConfig.from_dict(job.document)

@@ -1,4 +1,4 @@
-"""What a launcher tells each rank through the environment: torchrun, srun, or the ranks that Bridge itself starts.
+"""A rank's place in the job, read from the environment of torchrun, srun or Bridge's own rank pool.
 
 Importing this module imports no torch.
 """
@@ -13,19 +13,19 @@ from typing import Self
 
 from bridge.dist.errors import LaunchError
 
-# Below the ports that Linux hands out by itself (32768 and up), where another program may hold any of them.
+# Below Linux's ephemeral ports (32768 and up), any of which another program may hold.
 _FIRST_SLURM_PORT = 20_000
 _SLURM_PORTS = 32_768 - _FIRST_SLURM_PORT
-_STEPS_OF_A_JOB = 31  # a prime that does not divide the number of ports: neighbouring jobs and steps differ
+_STEPS_OF_A_JOB = 31  # a prime that does not divide _SLURM_PORTS: neighbouring jobs and steps get different ports
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
-    """This process's place among the ranks of a job, and where they meet.
+    """This process's rank, its node, and the rendezvous address of the job.
 
-    ``node`` is the number of its machine among ``nodes``; ``local_rank`` and ``local_world_size`` count the ranks
-    there. They are None where the launcher does not tell. ``has_agent`` says that the launcher serves the store at the
-    meeting point, so that rank 0 does not; ``attempt`` tells apart jobs that share it.
+    ``node`` is the index of this machine among ``nodes``; ``local_rank`` and ``local_world_size`` count the ranks
+    on it. They are None if the launcher does not set them. With ``has_agent`` the launcher serves the store, instead of
+    rank 0. ``attempt`` separates jobs that share a store.
     """
 
     rank: int
@@ -41,16 +41,18 @@ class RankEnvironment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise LaunchError(f"RANK is {self.rank}, WORLD_SIZE is {self.world_size}: a rank is less than the size")
+            raise LaunchError(
+                f"RANK is {self.rank}, WORLD_SIZE is {self.world_size}: RANK must be less than WORLD_SIZE"
+            )
         if not 0 < self.port < 65_536:
-            raise LaunchError(f"MASTER_PORT is {self.port}: a port is 1 to 65535")
+            raise LaunchError(f"MASTER_PORT is {self.port}: a port must be between 1 and 65535")
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Self | None:
-        """Return the place of this process; None if it is not one of several that torchrun or srun started.
+        """Return the rank environment; None if neither torchrun nor srun (with several tasks) started this process.
 
         Raises:
-            LaunchError: A variable is missing or no number, or the nodes of the Slurm step cannot be listed.
+            LaunchError: A variable is missing or not an integer, or the nodes of the Slurm step cannot be listed.
         """
         if "RANK" in environment and "WORLD_SIZE" in environment:
             return cls._of_torchrun(environment)
@@ -62,8 +64,8 @@ class RankEnvironment:
     def _of_torchrun(cls, environment: Mapping[str, str]) -> Self:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise LaunchError(
-                f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not: start the ranks with torchrun or srun, or "
-                "set both to where rank 0 runs and a free port there"
+                f"RANK and WORLD_SIZE are set without {' and '.join(missing)}: start the ranks with torchrun or srun, "
+                "or set both to the host of rank 0 and a free port on it"
             )
         return cls(
             rank=_integer(environment, "RANK"),
@@ -93,7 +95,7 @@ class RankEnvironment:
         )
 
     def as_variables(self) -> dict[str, str]:
-        """Return the variables of torchrun that say the same, as other code reads them."""
+        """Return the same values as torchrun's environment variables."""
         values: dict[str, object] = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -115,7 +117,7 @@ def _integer(environment: Mapping[str, str], name: str, *, default: int | None =
         return default
     if text is None or re.fullmatch(r"\d{1,18}", text) is None:
         shown = "not set" if text is None else f"{text[:40]!r}"
-        raise LaunchError(f"{name} is {shown}: the launcher sets it to a whole number")
+        raise LaunchError(f"{name} is {shown}: expected an integer, as set by the launcher")
     return int(text)
 
 
@@ -124,14 +126,14 @@ def _optional_integer(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """Return a port for the step: jobs that share a node, and steps of one job, must not meet."""
+    """Return a port that differs between jobs on one node and between steps of one job."""
     job = _integer(environment, "SLURM_JOB_ID")
     step = _integer(environment, "SLURM_STEP_ID")
     return _FIRST_SLURM_PORT + (job * _STEPS_OF_A_JOB + step) % _SLURM_PORTS
 
 
 def _tasks_on_node(environment: Mapping[str, str], node: int | None) -> int | None:
-    """Return how many ranks run on this node, from Slurm's short form: ``4(x2),1`` is 4, 4, 1."""
+    """Return how many ranks run on this node, from Slurm's compressed list: ``4(x2),1`` means 4, 4, 1."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
     if tasks is None or node is None:
         return _optional_integer(environment, "SLURM_NTASKS_PER_NODE")

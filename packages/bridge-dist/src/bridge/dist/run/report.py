@@ -1,4 +1,4 @@
-"""What a build made, per rank and stage, as plain data. Importing this module imports no torch."""
+"""The report of a build, per rank and stage. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkReport:
-    """One wrapped stage: its layers (indices in the whole model), its own parameters, its wrappers, outermost first."""
+    """One wrapped stage: its layers (indices in the whole model), parameter count, and wrappers, outermost first."""
 
     vp_stage: int
     layers: list[int]
@@ -35,14 +35,13 @@ class RankReport:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """The whole of a build, and what made it.
+    """A build: its job, its ranks, its training steps.
 
-    ``layers`` says whose layers were built. ``parameters`` are the model's, ``padded_parameters`` count vocabulary
-    padding too. The sizes of a batch are None if nothing was trained. ``step_seconds`` is the mean over the steps but
-    the first, which warms up, on the slowest rank; None if there was no other. ``model_flops`` are those that the model
-    needs for a step (``bridge.dist.train.flops``), ``device_peak_flops`` those that a rank's device does in a second
-    at most, in dense bf16; None for devices that are not known, and in full precision. ``document`` is as the ranks
-    got it: ``overrides`` and layout are written into it.
+    ``layers`` names the library of the layers. ``parameters`` excludes vocabulary padding, ``padded_parameters``
+    includes it. Batch sizes are None if nothing was trained. ``step_seconds`` is the mean on the slowest rank without
+    the first step, which warms up; None if there was no other step. ``model_flops`` are the FLOPs that the model needs
+    for a step (``bridge.dist.train.flops``). ``device_peak_flops`` is the dense bf16 peak per second of a rank's
+    device; None for unknown devices and in full precision. ``document`` includes ``overrides`` and the layout.
     """
 
     world_size: int
@@ -69,14 +68,14 @@ class BuildReport:
 
     @property
     def tokens_per_second_per_gpu(self) -> float | None:
-        """Tokens of a step, by its time and the number of ranks; None if no step was timed."""
+        """Tokens per second and rank; None if no step was timed."""
         if self.step_seconds is None or self.global_batch_size is None or self.seq_length is None:
             return None
         return self.global_batch_size * self.seq_length / self.step_seconds / self.world_size
 
     @property
     def model_flops_utilization(self) -> float | None:
-        """FLOPs that the model needs, by those that the devices could have done; None if one of them is unknown."""
+        """FLOPs of the model over the peak FLOPs of the devices in that time; None if one of them is unknown."""
         if self.step_seconds is None or self.model_flops is None or self.device_peak_flops is None:
             return None
         return self.model_flops / (self.step_seconds * self.world_size * self.device_peak_flops)

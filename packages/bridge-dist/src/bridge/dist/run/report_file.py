@@ -1,4 +1,4 @@
-"""Reading the file of a build report or of a plan, value by value, with the place of what is wrong."""
+"""Reading of build reports and plans, with errors that name the path of a wrong value."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ ValueT = TypeVar("ValueT", str, bool, int, float, dict[str, Any], list[Any])
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A mapping of a file, and where it stands there."""
+    """A mapping in a file, and its path."""
 
     data: Mapping[str, Any]
     source: str
     path: str = "$"
 
     def require(self, key: str, kind: type[ValueT]) -> ValueT:
-        """Return a value.
+        """Return a required value.
 
         Raises:
-            DocumentError: It is missing, or of another kind.
+            DocumentError: It is missing or has another type.
         """
         value = self.get(key, kind)
         if value is None:
-            raise self.make_error(key, "is missing: write the file again with this version of bridge")
+            raise self.make_error(key, "is missing: create the file again with this version of Bridge")
         return value
 
     def get(self, key: str, kind: type[ValueT]) -> ValueT | None:
-        """Return a value, or None if there is none.
+        """Return a value, or None if it is missing.
 
         Raises:
-            DocumentError: It is of another kind.
+            DocumentError: It has another type.
         """
         value = self.data.get(key)
         if kind is float and type(value) is int:
@@ -47,14 +47,14 @@ class Part:
         raise self.make_error(key, f"expected {_TYPE_NAMES[kind]}, got {got(value)}")
 
     def require_mapping(self, key: str) -> Part:
-        """Return a mapping within."""
+        """Return a nested mapping."""
         return Part(data=self.require(key, dict), source=self.source, path=f"{self.path}.{key}")
 
     def require_mappings(self, key: str) -> list[Part]:
-        """Return the mappings of a list that is not empty."""
+        """Return the mappings of a list, which must not be empty."""
         items = self.require(key, list)
         if not items:
-            raise self.make_error(key, "is empty: write the file again with this version of bridge")
+            raise self.make_error(key, "is empty: create the file again with this version of Bridge")
         for index, item in enumerate(items):
             if not isinstance(item, dict):
                 raise self.make_error(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
@@ -63,12 +63,12 @@ class Part:
         ]
 
     def make_error(self, key: str, message: str) -> DocumentError:
-        """Say what is wrong with a value."""
+        """Return an error about a value."""
         return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
 
 
 _TYPE_NAMES: Mapping[type, str] = {
-    str: "a text",
+    str: "a string",
     int: "an integer",
     float: "a number",
     bool: "true or false",
@@ -81,7 +81,7 @@ def read_report(file: str) -> Part:
     """Read a build report or a plan.
 
     Raises:
-        DocumentError: It cannot be read, or is neither.
+        DocumentError: The file cannot be read, or is neither.
     """
     wanted = "write one with bridge build --json, or bridge plan --json"
     try:
@@ -94,5 +94,5 @@ def read_report(file: str) -> Part:
         raise DocumentError([Problem("$", f"has no kind, so it is neither a build report nor a plan: {wanted}", file)])
     part = Part(data=data, source=file)
     if (kind := part.require("kind", str)) not in ("build", "plan"):
-        raise part.make_error("kind", f"a {kind} cannot be compared, only a build report or a plan: {wanted}")
+        raise part.make_error("kind", f"expected a build report or a plan, got {kind!r}: {wanted}")
     return part

@@ -1,4 +1,4 @@
-"""The layouts and wrappers whose training is compared with that of one process."""
+"""The layouts and wrappers that `bridge verify` compares with one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.dist.wrapper import Wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapping:
-    """A data-parallel wrapper, and whether its optimizer's state is sharded."""
+    """A data-parallel wrapper, and whether it shards the optimizer state."""
 
     wrapper: Wrapper
     distributed_optimizer: bool = False
@@ -34,25 +34,25 @@ _SHARDED_OPTIMIZER = WRAPPINGS[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A way to split a model: sizes of a layout by name, those not named are one; data parallelism takes the rest."""
+    """Parallel sizes by axis; other axes have size 1, and data parallelism takes the remaining ranks."""
 
     sizes: tuple[tuple[str, int], ...] = ()
     sequence_parallel: bool = False
 
     def combine(self, other: Split) -> Split:
-        """Return the product of two ways to split."""
+        """Return the split along the axes of both."""
         return Split(
             sizes=self.sizes + other.sizes, sequence_parallel=self.sequence_parallel or other.sequence_parallel
         )
 
     def apply_to(self, document: Document) -> Document:
-        """Return a copy of a document with this layout in place of its own."""
+        """Return a copy of a document with this layout instead of its own."""
         copy = deepcopy(document)
         replace_layout(copy, dict(self.sizes), sequence_parallel=self.sequence_parallel)
         return copy
 
     def format_name(self, world_size: int) -> str:
-        """Return the split in words, such as ``tp2 sp pp2 dp1``."""
+        """Return a short name, such as ``tp2 sp pp2 dp1``."""
         parts = [f"{name}{size}" for name, size in self.sizes]
         if self.sequence_parallel:
             parts.insert(1, "sp")
@@ -65,7 +65,7 @@ class Split:
 def single_splits(world_size: int) -> list[Split]:
     """Return the splits along one axis: data, tensor, tensor and sequence, pipeline, virtual pipeline, context, expert.
 
-    The size is the smallest prime factor of the world; data parallelism takes the ranks that are left.
+    The size is the smallest prime factor of the world size; data parallelism takes the remaining ranks.
     """
     if world_size == 1:
         return [Split()]
@@ -83,7 +83,7 @@ def single_splits(world_size: int) -> list[Split]:
 
 
 def product_splits(world_size: int) -> list[Split]:
-    """Return products of two splits along different axes, of the same size each, if the world divides so."""
+    """Return pairs of splits along different axes, both of the same size, if the world size allows it."""
     if world_size == 1 or world_size % _smallest_factor(world_size) ** 2:
         return []
     _, tp, tp_sp, pp, pp_vp, cp, ep = single_splits(world_size)

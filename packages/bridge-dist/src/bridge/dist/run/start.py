@@ -1,4 +1,4 @@
-"""The start of a command that computes: the device, in this process and those that it starts, and megatron-core."""
+"""Start of a command that computes: choice of the device, and the import of megatron-core."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from bridge.dist.run.rank_environment import RankEnvironment
 
 
 def prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> StartMethod:
-    """Choose the device, in this process and those it starts, and import megatron-core for it.
+    """Choose the device for this process and its children, and import megatron-core for it.
 
     Args:
-        asked: What the user asks for.
-        place: This process's among the ranks of a launcher; None if it starts them itself.
-        ranks: How many it starts.
+        asked: The device that the user chose.
+        place: This process's rank environment under a launcher; None if it starts the ranks itself.
+        ranks: Number of ranks to start.
 
     Returns:
-        How ranks are started that compute on the device.
+        The start method of ranks on that device.
 
     Raises:
-        LaunchError: There is no GPU for each rank of this machine, and the user asks for it.
+        LaunchError: The user chose CUDA, and this machine has fewer GPUs than ranks.
     """
     start_run()
     if place is not None:
-        os.environ.update(place.as_variables())  # as libraries look for them, under srun too
+        os.environ.update(place.as_variables())  # libraries read torchrun's variables, which srun does not set
     local_ranks = ranks if place is None else place.local_world_size
     device = choose_device(asked, local_ranks=local_ranks)
     if device is Device.CUDA:
-        import_megatron(with_compiler=place is not None)  # the process that starts ranks computes nothing
+        import_megatron(with_compiler=place is not None)  # a process that only starts ranks needs no compiler
         return "spawn"
     if asked is Device.AUTO and (gpus := count_gpus()) and (place is None or place.rank == 0):
         click.echo(f"{local_ranks} ranks, {gpus} GPU(s): computing on the CPU", err=True)

@@ -1,4 +1,4 @@
-"""The store through which ranks find each other."""
+"""The rendezvous store of a job's ranks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from bridge.dist.run.rank_environment import RankEnvironment
 
 
 def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
-    """Connect to the store that rank 0 serves, or the launcher's agent.
+    """Connect to the store, which rank 0 or the launcher's agent serves.
 
-    It does not wait for a number of ranks, which is what they may disagree on.
+    Does not wait for other ranks: they may disagree on the world size.
 
     Raises:
-        LaunchError: There is none at the address of the environment, or rank 0 cannot serve it there.
+        LaunchError: No store answers at the address, or rank 0 cannot serve one there.
     """
     where = f"MASTER_ADDR={place.address}, MASTER_PORT={place.port}"
     serves = place.rank == 0 and not place.has_agent
     try:
-        # torch would look for an unknown host for as long as it waits for one that is not up yet.
+        # torch retries an unknown host until the timeout, as it does for a host that is not up yet.
         socket.getaddrinfo(place.address, place.port)
         store = TCPStore(
             place.address,
@@ -34,7 +34,7 @@ def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
         )
     except OSError as error:
         raise LaunchError(f"{where}: no such host or port: {error}") from error
-    except RuntimeError as error:  # torch 2.6 has no class of its own for a port that is taken
+    except RuntimeError as error:  # torch 2.6 has no exception class for a port in use
         if serves:
             raise LaunchError(
                 f"{where}: rank 0 cannot listen there, choose a free port: {_first_line(error)}"

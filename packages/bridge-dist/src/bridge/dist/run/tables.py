@@ -1,4 +1,4 @@
-"""Tables for the terminal: a build report, and what `bridge verify` found."""
+"""Terminal tables of build reports and of `bridge verify`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render_report(report: BuildReport) -> list[RenderableType]:
-    """Render a report for a terminal: ranks and stages, memory, then steps if there were any, then the totals."""
+    """Render a report for a terminal: ranks and stages, memory, training steps, and totals."""
     parts: list[RenderableType] = [_ranks_table(report), _memory_table(report)]
     if report.losses:
         parts.append(_steps_table(report))
@@ -25,10 +25,10 @@ def render_report(report: BuildReport) -> list[RenderableType]:
         total += f" ({report.padded_parameters:,} with the padded vocabulary)"
     parts.append(total)
     if report.step_seconds is not None:
-        parts.append(f"time of a step: {report.step_seconds:.3f} s, the mean of all but the first, which warms up")
+        parts.append(f"step time: {report.step_seconds:.3f} s (mean without the first step, which warms up)")
     if report.tokens_per_second_per_gpu is not None:
         whole = report.tokens_per_second_per_gpu * report.world_size
-        parts.append(f"tokens per second: {whole:,.0f}, of a rank {report.tokens_per_second_per_gpu:,.0f}")
+        parts.append(f"tokens per second: {whole:,.0f} ({report.tokens_per_second_per_gpu:,.0f} per rank)")
     if report.model_flops_utilization is not None:
         parts.append(f"model-FLOPs utilisation: {report.model_flops_utilization:.1%}")
     return parts
@@ -39,7 +39,7 @@ def _ranks_table(report: BuildReport) -> RenderableType:
 
     sizes = " ".join(f"{name}={size}" for name, size in report.layout.items())
     table = Table(title=f"{report.world_size} rank(s): {sizes}, wrapped with {report.wrap}", title_justify="left")
-    # Coordinates along axes of one rank say nothing.
+    # A coordinate along an axis of size 1 is always 0.
     axes = [axis for axis in ("tp", "pp", "dp", "cp", "ep") if report.layout[axis] > 1]
     for name in ("rank", *axes, "stage", "layers", "parameters"):
         table.add_column(name, justify="right")
@@ -59,7 +59,7 @@ def _ranks_table(report: BuildReport) -> RenderableType:
 
 
 def _memory_table(report: BuildReport) -> RenderableType:
-    """The kinds of memory that this device has."""
+    """Return the table of peak memory, with the kinds that this device reports."""
     from rich.table import Table
 
     peaks = [asdict(rank.peak_memory_bytes) for rank in report.ranks]
@@ -84,7 +84,7 @@ def _steps_table(report: BuildReport) -> RenderableType:
 
 
 def render_verification(rows: Sequence[Row]) -> list[RenderableType]:
-    """Render what `bridge verify` found: one line a layout and wrapper, then why some were refused or failed."""
+    """Render the results of `bridge verify`: a row per layout and wrapper, then reasons of refusals and failures."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table

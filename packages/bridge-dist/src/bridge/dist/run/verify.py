@@ -1,4 +1,4 @@
-"""Training the same few steps under several layouts and wrappers, and comparing each with one process."""
+"""Comparison of training under several layouts and wrappers with training on one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bridge.dist.train.step import TrainOptions
 
 
 class Verdict(StrEnum):
-    """What became of a layout."""
+    """The outcome of one layout."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
@@ -34,9 +34,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layout and wrapper beside one process: largest relative differences over all steps, ranks and parameters.
+    """One layout and wrapper compared with one process: largest relative differences over steps, ranks and parameters.
 
-    ``parameter`` is the one whose weights differ most; ``reason`` says why a layout was refused, or how it failed.
+    ``parameter`` is the one that differs most; ``reason`` says why the layout was refused or failed.
     """
 
     layout: str
@@ -50,12 +50,12 @@ class Row:
 
     @property
     def is_mismatch(self) -> bool:
-        """Whether the layout trained otherwise than one process, or not at all."""
+        """Whether the training differs from that of one process, or failed."""
         return self.verdict in (Verdict.DIFFERENT, Verdict.FAILED)
 
 
 class Tolerance(NamedTuple):
-    """How large relative differences may be for rounding alone, of losses, gradient norms and weights."""
+    """Largest relative differences that rounding explains, for losses, gradient norms and weights."""
 
     loss: float
     grad_norm: float
@@ -63,12 +63,12 @@ class Tolerance(NamedTuple):
 
 
 _FULL_PRECISION = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
-# At 16 bits every operation rounds to 8 (bfloat16) or 11 bits, and sums over ranks are rounded in another order.
+# Every 16-bit operation rounds to 8 (bfloat16) or 11 bits, and sums over ranks round in another order.
 _HALF_PRECISION = Tolerance(loss=1e-3, grad_norm=1e-2, weight=0.1)
 
 
 def tolerance(config: TransformerConfig) -> Tolerance:
-    """Return what a configuration's precision allows."""
+    """Return the tolerance for a configuration's precision."""
     return _HALF_PRECISION if config.bf16 or config.fp16 else _FULL_PRECISION
 
 
@@ -77,12 +77,12 @@ def verify(
 ) -> Iterator[Row]:
     """Train a document's model on one process, then under each layout on ``world_size`` local processes, and compare.
 
-    Every kind of parallelism alone is tried with every wrapper, and products of two with DDP and its distributed
-    optimizer. Dropout is switched off, and the layout of the document itself is left aside. The processes stay up from
-    one layout to the next; one that fails costs its layout alone.
+    Each kind of parallelism is tried with each wrapper, and pairs of them with DDP and the distributed optimizer.
+    Dropout is switched off, and the document's own layout is ignored. The processes are reused from layout to layout;
+    a failure affects only its own layout.
 
     Raises:
-        BridgeError: The document, or its training on one process, is at fault.
+        BridgeError: The document is invalid, or its training on one process failed.
     """
     document = deepcopy(document)
     switch_off_dropout(document)
@@ -108,13 +108,13 @@ def verify(
 
 
 def judge(row: Row, trained: TrainingResult, expected: TrainingResult, allowed: Tolerance) -> Row:
-    """Fill in how far a run is from the expected one, and whether that is within tolerance."""
+    """Fill in the differences of a run from the expected one, and whether they are within tolerance."""
     differences = Tolerance(
         loss=relative_difference(trained.losses, expected.losses),
         grad_norm=relative_difference(trained.grad_norms, expected.grad_norms),
         weight=trained.weight_difference,
     )
-    # Written so that a difference that is not a number is no match.
+    # `<=` is False for NaN, which therefore counts as different.
     equal = all(difference <= limit for difference, limit in zip(differences, allowed, strict=True))
     return replace(
         row,
@@ -134,7 +134,7 @@ def relative_difference(values: Sequence[float | None], expected: Sequence[float
 def _relative_difference(value: float | None, expected: float | None) -> float:
     if value == expected:
         return 0.0
-    # What is not a number is no match: a maximum would pass over it.
+    # NaN counts as different; max() could ignore it.
     if value is None or not expected or math.isnan(value) or math.isnan(expected):
         return math.inf
     return abs(value - expected) / abs(expected)
@@ -150,10 +150,10 @@ def _make_job(document: Document, split: Split, wrapping: Wrapping, training: Tr
 
 
 def _check_job(job: BuildJob, *, world_size: int) -> TransformerConfig:
-    """Return the Megatron configuration of a job that was found fit for ``world_size`` ranks.
+    """Check a job for ``world_size`` ranks and return its Megatron configuration.
 
     Raises:
-        BridgeError: It is not.
+        BridgeError: The job is not possible.
     """
     config = ModelConfig.from_dict(job.document)
     job.check(config, world_size)

@@ -1,4 +1,4 @@
-"""Joining the ranks that the environment describes, and leaving them."""
+"""Joining and leaving the world of ranks that the environment describes."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ _OWN_GPU = "its own"
 
 @contextlib.contextmanager
 def join_world(mine: Facts) -> Iterator[None]:
-    """Join the ranks that the environment describes (see ``RankEnvironment``), if they are about to do the same.
+    """Join the world that the environment describes (see ``RankEnvironment``), if all ranks agree on the job.
 
-    On this rank's GPU with NCCL or, where there is none, on the CPU with gloo. They are left after a success only: who
-    fails ends its process, and reports its error before its peers lose the connection.
+    Uses NCCL on this rank's GPU or, without GPUs, gloo on the CPU. The process group is destroyed only on success: a
+    failing rank reports its error before its process ends and its peers lose the connection.
 
     Args:
-        mine: What this rank is about to do; see ``bridge.dist.checks.agreement``.
+        mine: Facts about this rank's job that all ranks must share; see ``bridge.dist.checks.agreement``.
 
     Raises:
-        AgreementError: On every rank, when one is about to do something else, sees a world of another size, or does not
-            come.
-        LaunchError: The environment describes no rank, the ranks cannot meet, two of them take one GPU, or one was
-            lost on the way.
+        AgreementError: On every rank, if one differs in a fact or in the world size, or does not join.
+        LaunchError: The environment describes no rank, the ranks cannot connect, two of them use one GPU, or one
+            was lost.
     """
     place = RankEnvironment.read(os.environ)
     if place is None:
-        raise LaunchError("this process is no rank: start it with torchrun or srun, or set RANK and WORLD_SIZE")
+        raise LaunchError("RANK and WORLD_SIZE are not set: start this process with torchrun or srun, or set them")
     store = open_store(place, timeout=LONGEST_WAIT)
     on_gpu = torch.cuda.is_available()
     gpu = choose_gpu(place, gpus=torch.cuda.device_count()) if on_gpu else None
@@ -58,7 +57,7 @@ def join_world(mine: Facts) -> Iterator[None]:
                 stack.enter_context(cpu.cpu_runtime())
             else:
                 _use_gpu(gpu)
-            # No `device_id`: NCCL would connect all groups, some twenty, before the first of them is used.
+            # Without `device_id`: with it NCCL would connect all groups, about twenty, before their first use.
             torch.distributed.init_process_group(
                 "gloo" if gpu is None else "nccl",
                 store=store,
@@ -71,14 +70,14 @@ def join_world(mine: Facts) -> Iterator[None]:
 
 
 def _claim_gpu(gpu: int, place: RankEnvironment, store: Store) -> str:
-    """Note that this rank takes a GPU; say whose it is if another one took it before."""
+    """Register this rank as the user of a GPU; return which rank uses it already, if any."""
     name = f"{socket.gethostname()}/{torch.cuda.get_device_properties(gpu).uuid}"
     holder = store.compare_set(f"gpus/{name}", "", str(place.rank)).decode()
     return _OWN_GPU if holder == str(place.rank) else f"that of rank {holder}"
 
 
 def _use_gpu(gpu: int) -> None:
-    """Compute on a GPU, where an earlier job of this process may have left memory."""
+    """Select a GPU, and free what an earlier job of this process left in its memory."""
     torch.cuda.set_device(gpu)
     gc.collect()
     torch.cuda.empty_cache()

@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@click.option("--nproc", type=SIZE, help="Start this many ranks here. Without it: the ranks of torchrun or srun, or 1.")
+@click.option("--nproc", type=SIZE, help="Ranks to start here. Without it: those of torchrun or srun, else 1.")
 @click.option("--tp", type=SIZE, help="Tensor-parallel size.")
 @click.option("--pp", type=SIZE, help="Pipeline-parallel size.")
 @click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank.")
 @click.option("--cp", type=SIZE, help="Context-parallel size.")
 @click.option("--ep", type=SIZE, help="Expert-parallel size.")
-@click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default that of --tp.")
-@click.option("--dp", type=SIZE, help="Data-parallel size to insist on; it follows from the others.")
-@click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state.")
+@click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default the value of --tp.")
+@click.option("--dp", type=SIZE, help="Expected data-parallel size; an error if the other sizes give another.")
+@click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer state.")
 @click.option("--wrap", type=click.Choice(WRAPPERS), default="ddp", show_default=True, help="Data-parallel wrapper.")
 @click.option("--steps", type=SIZE, help="Train this many steps.")
 @click.option(
     "--load",
     type=click.Path(path_type=Path),
-    help="With restore_modelopt_state: the checkpoint to restore the ModelOpt state and the weights from.",
+    help="With restore_modelopt_state: checkpoint that holds the ModelOpt state and the weights.",
 )
 @device_option
 @training_options
@@ -68,17 +68,17 @@ def build(
     as_json: bool,
     **sizes: int | None,
 ) -> None:
-    """Build FILE, a document, a preset or - for standard input, as distributed stages, and train them for a few steps.
+    """Build FILE (a document, a preset or - for standard input) as distributed stages; with --steps train them.
 
-    The weights of a training run are drawn by parameter name and its global batch is the same under every layout, so
-    that losses and gradient norms do not depend on the layout. With --load they are the checkpoint's.
+    Initial weights depend on the parameter's name only, and the global batch is the same under every layout: losses and
+    gradient norms do not depend on the layout. With --load the weights come from the checkpoint.
     """
     place = RankEnvironment.read(os.environ) if nproc is None else None
     if file == STANDARD_INPUT and place is not None:
-        raise click.UsageError("the ranks of a launcher cannot all read standard input: name a file")
+        raise click.UsageError("ranks started by torchrun or srun cannot share standard input: pass a file name")
     with _report_errors(place):
         document = Document.load(file, overrides)
-        notes = document.migrate()  # a layout is written into the present form
+        notes = document.migrate()  # before the layout is written in the current form
         if place is None or place.rank == 0:
             for note in notes:
                 click.echo(f"{file}: note: {note}", err=True)
@@ -118,11 +118,11 @@ def build(
 
 @contextlib.contextmanager
 def _report_errors(place: RankEnvironment | None) -> Iterator[None]:
-    """Among the ranks of a launcher: print an error that each of them finds once, and leave it for torchrun to find."""
+    """Under a launcher: print an error that every rank finds only once, and record it for torchrun."""
     if place is None:
         yield
         return
-    from bridge.dist.run import failures  # and torch, which `bridge -h` does without
+    from bridge.dist.run import failures  # imports torch, which `bridge -h` must not wait for
 
     failures.die_with_launcher()
     try:

@@ -14,15 +14,15 @@ from bridge.dist.run.commands.output import print_parts
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare(files: tuple[str, ...], *, as_json: bool) -> None:
-    """Print build reports and plans side by side, and by how much each differs from the first.
+    """Print build reports and plans side by side, with their differences from the first.
 
-    FILE is what `bridge build --json` or `bridge plan --json` printed. A build report alone is compared with the plan
-    of the same job, which is made. Memory is that of the rank that holds most.
+    FILE is the output of `bridge build --json` or `bridge plan --json`. A single build report is compared with a plan
+    of the same job, which this command makes. Memory is that of the rank with the highest peak.
     """
     if len(files) == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan takes none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # planning uses no GPU
 
-    from bridge.dist.run import compare as comparing  # rich, which other commands do without
+    from bridge.dist.run import compare as comparing  # imports rich, which `bridge -h` must not wait for
 
     found = comparing.compare(files)
     if as_json:

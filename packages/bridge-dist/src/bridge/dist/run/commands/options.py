@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ device_option = click.option(
     type=click.Choice([device.value for device in Device]),
     default=Device.AUTO.value,
     show_default=True,
-    help="What ranks compute on; auto: a GPU for each rank of a machine where there are enough, else the CPU.",
+    help="Device of the ranks. auto: one GPU per rank if the machine has enough GPUs, else the CPU.",
 )
 
 
 def training_options(command: CommandT) -> CommandT:
-    """Give a command the options that say what to train on."""
+    """Add the options for training data and batch sizes to a command."""
     for option in (
         click.option(
             "--seq-length",
             type=SIZE,
-            help=f"Tokens per sample; by default the model's, {_LONGEST_DEFAULT_SAMPLE} at most.",
+            help=f"Tokens per sample; by default the model's seq_length, at most {_LONGEST_DEFAULT_SAMPLE}.",
         ),
         click.option("--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass."),
         click.option(
-            "--global-batch-size", type=SIZE, default=8, show_default=True, help="Samples per step, of all ranks."
+            "--global-batch-size", type=SIZE, default=8, show_default=True, help="Samples per step over all ranks."
         ),
         click.option(
-            "--text", type=click.Path(path_type=Path), help="Text to train on, as bytes; by default a licence."
+            "--text",
+            type=click.Path(path_type=Path),
+            help="Text file to train on, read as bytes; by default a built-in sample text.",
         ),
     ):
         command = option(command)
@@ -58,9 +60,9 @@ def train_options(
     global_batch_size: int,
     micro_batch_size: int,
 ) -> TrainOptions:
-    """Make what a command trains on of its options, by default the model's length of samples and a licence."""
+    """Return the training options of a command; the sample length and the text have defaults."""
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text  # and torch, which `bridge -h` does without
+    from bridge.dist.train.text import default_text  # imports torch, which `bridge -h` must not wait for
 
     longest = min(getattr(config, "seq_length", _LONGEST_DEFAULT_SAMPLE), _LONGEST_DEFAULT_SAMPLE)
     return TrainOptions(

@@ -35,21 +35,21 @@ _ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
 
 class _Bytes(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has no type for it
-    """An amount of memory: a number and a unit, such as 80GiB."""
+    """A memory size: a number and a unit, such as 80GiB."""
 
     name = "size"
     _UNITS: ClassVar = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read the amount as bytes."""
+        """Convert the text to bytes."""
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", str(value))
         if found is None or found[2] not in self._UNITS or float(found[1]) == 0:
-            self.fail(f"{value!r} is no amount of memory: write 80GiB, or a number with {', '.join(self._UNITS)}")
+            self.fail(f"{value!r} is not a memory size: write one such as 80GiB; units are {', '.join(self._UNITS)}")
         return int(float(found[1]) * self._UNITS[found[2]])
 
 
 def _plan_options(command: CommandT) -> CommandT:
-    """Give a command the options that the fields of a ``PlanRequest`` are named after."""
+    """Add an option for each field of ``PlanRequest`` to a command."""
     for option in reversed(
         (
             click.option("--tp", type=SIZE, help="Tensor-parallel size."),
@@ -57,9 +57,9 @@ def _plan_options(command: CommandT) -> CommandT:
             click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank."),
             click.option("--cp", type=SIZE, help="Context-parallel size."),
             click.option("--ep", type=SIZE, help="Expert-parallel size."),
-            click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default that of --tp."),
-            click.option("--dp", type=SIZE, help="Data-parallel size; by default what --gpus leaves, or 1."),
-            click.option("--gpus", type=SIZE, help="Ranks in all; by default tp x pp x cp x dp."),
+            click.option("--etp", type=SIZE, help="Expert-tensor-parallel size; by default the value of --tp."),
+            click.option("--dp", type=SIZE, help="Data-parallel size; by default as --gpus implies, else 1."),
+            click.option("--gpus", type=SIZE, help="Total number of ranks; by default tp x pp x cp x dp."),
             click.option(
                 "--wrap",
                 "wrapper",
@@ -69,19 +69,19 @@ def _plan_options(command: CommandT) -> CommandT:
                 callback=lambda ctx, param, value: Wrapper(value),
                 help="Data-parallel wrapper.",
             ),
-            click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer's state."),
+            click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer state."),
             click.option(
                 "--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass."
             ),
             click.option(
                 "--global-batch-size",
                 type=SIZE,
-                help="Samples per step, of all ranks; by default one microbatch a rank, in a pipeline two for each "
+                help="Samples per step over all ranks; by default one microbatch per rank, with a pipeline two per "
                 "stage.",
             ),
-            click.option("--seq-length", type=SIZE, help="Tokens per sample; by default the model's."),
+            click.option("--seq-length", type=SIZE, help="Tokens per sample; by default the model's seq_length."),
             click.option(
-                "--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB: exit code 1 if a rank holds more."
+                "--gpu-memory", type=_Bytes(), help="Memory of a GPU, such as 80GiB; exit code 1 if a rank needs more."
             ),
         )
     ):
@@ -90,7 +90,7 @@ def _plan_options(command: CommandT) -> CommandT:
 
 
 def _machine_options(command: CommandT) -> CommandT:
-    """Give a command the options that the fields of a ``Machine`` are named after; those have units without prefix."""
+    """Add an option for each field of ``Machine``. Options are in TFLOPs and GB/s, fields in FLOPs and B/s."""
 
     def speed(flag: str, field: str, *, unit: float, default: float, meaning: str) -> Callable[[CommandT], CommandT]:
         return click.option(
@@ -105,17 +105,25 @@ def _machine_options(command: CommandT) -> CommandT:
 
     for option in reversed(
         (
-            speed("--gpu-tflops", "flops", unit=1e12, default=989.0, meaning="of a GPU, dense."),
+            speed("--gpu-tflops", "flops", unit=1e12, default=989.0, meaning="dense TFLOPs per second of a GPU."),
             click.option(
                 "--efficiency",
                 type=click.FloatRange(0, 1, min_open=True),
                 default=0.5,
                 show_default=True,
-                help="For --search: the share of them that is reached.",
+                help="For --search: achieved share of the peak TFLOPs.",
             ),
-            click.option("--gpus-per-node", type=SIZE, default=8, show_default=True, help="For --search."),
-            speed("--node-bandwidth", "node_bandwidth", unit=1e9, default=450.0, meaning="GB/s a GPU."),
-            speed("--network-bandwidth", "network_bandwidth", unit=1e9, default=50.0, meaning="GB/s a GPU."),
+            click.option(
+                "--gpus-per-node", type=SIZE, default=8, show_default=True, help="For --search: GPUs per node."
+            ),
+            speed("--node-bandwidth", "node_bandwidth", unit=1e9, default=450.0, meaning="GB/s per GPU in a node."),
+            speed(
+                "--network-bandwidth",
+                "network_bandwidth",
+                unit=1e9,
+                default=50.0,
+                meaning="GB/s per GPU between nodes.",
+            ),
         )
     ):
         command = option(command)
@@ -123,7 +131,7 @@ def _machine_options(command: CommandT) -> CommandT:
 
 
 def _from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
-    """Make a dataclass of the options that its fields are named after."""
+    """Return a dataclass filled from the options of the same names."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 
@@ -131,9 +139,11 @@ def _from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @_plan_options
-@click.option("--search", is_flag=True, help="Rank the layouts of --gpus that fit; sizes that are given stay.")
+@click.option("--search", is_flag=True, help="Rank all layouts of --gpus that fit; sizes given as options are kept.")
 @_machine_options
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures there.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with diagrams to this file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     file: str,
@@ -144,19 +154,19 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan a job of any size, without a GPU: what every rank of FILE's model holds, computes and sends.
+    """Plan a job of any size without GPUs: memory, FLOPs and communication of every rank of FILE's model.
 
-    The real stages of each pipeline rank are built, wrapped and run where tensors have shapes and no memory, and
-    everything is counted: weights, gradients, optimizer, activations at the peak of the schedule, FLOPs, messages.
+    The real stages of each pipeline rank are built, wrapped and run on the meta device, where tensors have no memory.
+    Counted are weights, gradients, optimizer state, activations at the peak of the schedule, FLOPs and messages.
     """
     start_run()
-    hide_gpus()  # a plan takes none
+    hide_gpus()  # planning uses no GPU
     request = _from_options(PlanRequest, options)
     if search:
         if request.gpus is None:
-            raise click.UsageError("--search needs --gpus, how many there are")
+            raise click.UsageError("--search needs --gpus: add the number of GPUs")
         if request.dp is not None or html is not None:
-            raise click.UsageError("--search takes neither --dp, which follows from the other sizes, nor --html")
+            raise click.UsageError("--search does not accept --dp, which follows from the other sizes, or --html")
     document = Document.load(file, overrides)
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
@@ -167,7 +177,7 @@ def plan(
 
 
 def _plan_layout(document: Document, request: PlanRequest, html: Path | None, *, as_json: bool) -> None:
-    """Plan the layout of a document, with the sizes that are given, and show the plan."""
+    """Plan the layout of a document, changed by the requested sizes, and print the plan."""
     apply_layout(document, request.sizes)
     refuse_before_imports(
         document,
@@ -195,12 +205,12 @@ def _plan_layout(document: Document, request: PlanRequest, html: Path | None, *,
         print_parts(render_plan(found))
     if found.fits is False:
         for advice in advise(document, options, found):
-            click.echo(f"with {advice.change} the worst rank holds {advice.total_bytes / 2**30:,.3f} GiB", err=True)
+            click.echo(f"with {advice.change} the largest rank needs {advice.total_bytes / 2**30:,.3f} GiB", err=True)
         raise click.exceptions.Exit(1)
 
 
 def _search_layouts(document: Document, request: PlanRequest, machine: Machine, *, as_json: bool) -> None:
-    """Search the layouts of the GPUs that are given, and show those that are fastest."""
+    """Search the layouts of the requested GPUs and print the fastest."""
     replace_layout(document, {}, sequence_parallel=False)
     start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search")
     import_megatron(with_compiler=False)

@@ -18,10 +18,8 @@ from bridge.dist.run.start import prepare
 @click.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@click.option(
-    "--nproc", type=SIZE, default=4, show_default=True, help="Ranks to split the model over, on this machine."
-)
-@click.option("--steps", type=SIZE, default=5, show_default=True, help="Steps to train.")
+@click.option("--nproc", type=SIZE, default=4, show_default=True, help="Ranks to start on this machine.")
+@click.option("--steps", type=SIZE, default=5, show_default=True, help="Training steps.")
 @device_option
 @training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
@@ -38,11 +36,11 @@ def verify(
     seq_length: int | None,
     as_json: bool,
 ) -> None:
-    """Train the model of FILE for the same few steps on one process and under many layouts, and compare.
+    """Train FILE's model on one process and under many layouts, and compare the results.
 
-    Each kind of parallelism is tried with each data-parallel wrapper, and in products. Losses, gradient norms and final
-    weights must agree but for rounding; exit code 1 if any layout trains otherwise, or fails. Dropout is switched off,
-    and the layout of FILE is left aside.
+    Each kind of parallelism is tried with each data-parallel wrapper, and in pairs. Losses, gradient norms and final
+    weights must agree up to rounding. Exit code 1 if a layout differs or fails. Dropout is switched off, and the
+    layout in FILE is ignored.
     """
     start_method = prepare(Device(device), None, ranks=nproc)
     document = Document.load(file, overrides)
