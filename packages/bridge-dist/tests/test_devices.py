@@ -53,10 +53,10 @@ def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -
 
 def test_cuda_insists(gpus: pytest.MonkeyPatch) -> None:
     assert choose_device(Device.CUDA, local_ranks=2) is Device.CUDA
-    with pytest.raises(LaunchError, match=r"3 rank\(s\), 2 GPU\(s\) visible here; start fewer ranks, or choose"):
+    with pytest.raises(LaunchError, match=r"3 rank\(s\), 2 visible GPU\(s\); start fewer ranks, or choose"):
         choose_device(Device.CUDA, local_ranks=3)
     gpus.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(LaunchError, match=r"1 rank\(s\), 0 GPU\(s\) visible here"):
+    with pytest.raises(LaunchError, match=r"1 rank\(s\), 0 visible GPU\(s\)"):
         choose_device(Device.CUDA, local_ranks=1)
 
 
