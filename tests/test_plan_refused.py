@@ -30,7 +30,7 @@ def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], wor
 
 def test_what_cannot_be_planned_is_refused() -> None:
     options = PlanOptions(batch=Batch(seq_length=32), world_size=4, wrapper=Wrapper.TORCH_FSDP2)
-    with pytest.raises(PlanError, match="not torch-fsdp2, whose gathering"):
+    with pytest.raises(PlanError, match="got torch-fsdp2, whose gathering"):
         search(Document.load("tiny"), options, Machine(), fixed={})
     with pytest.raises(PlanError, match="set it to alltoall"):
         plan_preset("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)

@@ -48,7 +48,7 @@ def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
     assert found.to_json()["kind"] == "search"
     why = found.explain_ranking()
     assert why is not None
-    assert why.startswith(f"{found.candidates[0].name} is ahead of {found.candidates[1].name}")
+    assert why.startswith(f"{found.candidates[0].name} is faster than {found.candidates[1].name}: ")
     with pytest.raises(PlanError, match=r"no layout of 4 GPUs fits"):
         search(document, replace(options, gpu_memory=1000), Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
     odd = replace(options, batch=Batch(seq_length=64, global_batch_size=3))

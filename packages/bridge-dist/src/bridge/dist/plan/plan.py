@@ -1,4 +1,4 @@
-"""An exact plan of a job of any size, made on one processor: its real stages are built, and counted."""
+"""An exact plan of a job of any size, made on one CPU: the real stages are built and counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bridge.dist.wrapper import Wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a plan is made for beside the model: its batch, its wrapper, the memory of a GPU in bytes."""
+    """Inputs of a plan other than the model; ``gpu_memory`` is in bytes."""
 
     batch: Batch
     world_size: int
@@ -40,8 +40,8 @@ def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layou
 
     Args:
         document: Model and layout.
-        gpus: How many; None for as many as the layout takes with ``dp``.
-        dp: Data-parallel size; None for what ``gpus`` leaves, or 1.
+        gpus: Number of GPUs; None for as many as the layout needs with ``dp``.
+        dp: Data-parallel size; None to derive it from ``gpus``, else 1.
 
     Raises:
         LayoutError: The layout does not fit.
@@ -53,21 +53,20 @@ def sequence_length(document: Document) -> int:
     """Return the length of a model's sequences, in tokens.
 
     Raises:
-        PlanError: The model does not say how long they are.
+        PlanError: The model has no ``seq_length``.
     """
     config = document.config()
     length: int | None = getattr(config, "seq_length", None)
     if length is None:
-        raise PlanError(f"{type(config).__name__} has no seq_length: give the length of a sample, --seq-length")
+        raise PlanError(f"{type(config).__name__} has no seq_length: pass the sample length with --seq-length")
     return length
 
 
 def plan_options(document: Document, request: PlanRequest) -> PlanOptions:
-    """Return the options of a document's plan; by default one microbatch a rank, in a pipeline two for each stage.
+    """Return the options of a document's plan; by default one microbatch per rank, or two per pipeline stage.
 
     Raises:
-        BridgeError: The layout does not fit, the model restores a state that it has not got, or it does not say how
-            long its sequences are.
+        BridgeError: The layout does not fit, a ModelOpt state is missing, or the model has no ``seq_length``.
     """
     layout = job_layout(document, gpus=request.gpus, dp=request.dp)
     make_builder(document.config()).check_restore()
@@ -90,11 +89,11 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
 
     Args:
         document: Model and layout.
-        options: Everything else.
-        memo: What chunks took in earlier plans of the same model, to be looked up and added to.
+        options: Batch, wrapper and GPUs.
+        memo: Cache of chunk measurements from earlier plans of the same model; updated.
 
     Raises:
-        PlanError: How experts get their tokens cannot be planned, or the installed torch is too old.
+        PlanError: The token dispatcher cannot be planned, or the installed torch is too old.
         BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
     """
     start = time.perf_counter()
@@ -136,16 +135,16 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
 
 def _check_supported(transformer: TransformerConfig) -> None:
     if TORCH < TESTED_THROUGHOUT:
-        raise PlanError(f"plans need torch 2.11 or later, not {torch.__version__}: update torch")
+        raise PlanError(f"plans need torch 2.11 or later, got {torch.__version__}: upgrade torch")
     if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
         raise PlanError(
-            f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} needs tokens to know its sizes: "
-            "set it to alltoall"
+            f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} cannot be planned: "
+            "its sizes depend on tokens; set it to alltoall"
         )
 
 
 def _count_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
-    """Every parameter once; experts of the other expert-parallel ranks are as many as those of the first."""
+    """Count every parameter once; each expert-parallel rank holds equally many experts."""
     found = {
         placement.full_name: placement.logical_shape(vocab).numel() * (layout.ep if of_expert else 1)
         for rank in ranks
@@ -187,7 +186,7 @@ def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group
 
 
 def _make_traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
-    """A step's collectives, and what goes to the pipeline ranks before and after."""
+    """Return a step's collectives, and the messages to the neighbouring pipeline ranks."""
     calls = rank.traffic.count(microbatches)
     messages = (message for chunk in rank.chunks for message in (chunk.work.received, chunk.work.passed_on))
     sent = [message.bytes for message in messages if message]

@@ -1,4 +1,4 @@
-"""What `bridge plan` is asked for. Importing this module imports no torch."""
+"""The request of `bridge plan`. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from bridge.dist.wrapper import Wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """A job as far as the command line gives it; None where the model, its layout or the other values decide.
+    """Values from the command line; None if the model, its layout or the other values decide.
 
-    ``plan_options`` of ``bridge.dist.plan.plan`` decides. ``gpu_memory`` is in bytes.
+    ``plan_options`` in ``bridge.dist.plan.plan`` fills in the rest. ``gpu_memory`` is in bytes.
     """
 
     tp: int | None = None
@@ -31,6 +31,6 @@ class PlanRequest:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the layout that are given, by axis, but dp, which is none of a configuration's."""
+        """The requested layout sizes by axis, without dp, which a configuration does not hold."""
         sizes = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
         return {axis: size for axis, size in sizes.items() if size is not None}

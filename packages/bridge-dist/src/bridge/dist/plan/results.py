@@ -1,4 +1,4 @@
-"""What a plan says of a job: of each pipeline stage what one of its ranks holds, computes and sends in a step."""
+"""The results of a plan: memory, computation and communication of one rank of each pipeline stage, for one step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ NOT_COVERED = (
     "storage in 8- or 4-bit floats, CUDA graphs",
     "experts with more than their equal share of the tokens",
 )
-"""What a GPU holds beyond the plan."""
+"""GPU memory that a plan does not cover."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkPlan:
-    """One virtual pipeline stage: its layers, counted from zero over the whole model, and what a microbatch takes.
+    """One virtual pipeline stage on a rank: its layers (indices in the whole model) and the cost of a microbatch.
 
-    ``activation_bytes`` is what is kept from the forward to the backward pass; ``flops`` counts both, with what is
-    computed again, ``forward_flops`` the first alone. Of a rank, as everything here.
+    ``activation_bytes`` are kept from the forward to the backward pass. ``flops`` counts both passes, including
+    recomputation; ``forward_flops`` the forward pass.
     """
 
     vp_stage: int
@@ -31,9 +31,9 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a rank hands to one kind of collective in one kind of group in a step: how often, and bytes in all.
+    """Calls of one operation in one kind of group by a rank in a step, and their total bytes.
 
-    The bytes are those of the larger side: the whole of what is gathered, reduced or exchanged.
+    The bytes are those of the larger side: the full gathered, reduced or exchanged tensor.
     """
 
     group: str
@@ -45,12 +45,12 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What a rank of a pipeline stage holds and does: the ranks beside it (tensor, data, expert parallel) alike.
+    """Memory and work of one rank of a pipeline stage; the other ranks of the stage are the same.
 
-    ``activation_bytes`` is the peak over Megatron's schedule, ``buckets`` the elements of each bucket of gradients,
-    padding included, ``flops`` those of a step. ``unsharded_bytes`` is the most that a wrapper which shards
-    weights makes whole at a time: weights, gradients, what is gathered and reduced. The sum with the peak of
-    activations, which may be at another moment, bounds what a rank holds.
+    ``activation_bytes`` is the peak over Megatron's schedule. ``buckets`` holds the elements of each gradient bucket,
+    including padding. ``flops`` are those of a step. ``unsharded_bytes`` is the peak of unsharded weights, gradients
+    and communication buffers under a wrapper that shards weights. ``total_bytes`` is an upper bound, because this
+    peak and that of activations may not coincide.
     """
 
     pp: int
@@ -72,12 +72,12 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job: its layout by axis, its batch, and its pipeline stages.
+    """The plan of a job: its layout by axis, its batch, and its pipeline stages.
 
-    ``parameters`` counts every parameter of the model once, without the padding of the vocabulary; ``buffers`` what
-    else a checkpoint holds, such as biases of routers. ``layers`` says on whose layers activations were measured.
+    ``parameters`` counts every parameter of the model once, without vocabulary padding; ``buffers`` counts the buffers
+    that a checkpoint holds, such as router biases. ``layers`` names the library of the measured layers.
     ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``. ``gpu_memory`` is in bytes, None
-    where none was given.
+    if unknown.
     """
 
     world_size: int
@@ -98,12 +98,12 @@ class Plan:
 
     @property
     def worst(self) -> StagePlan:
-        """The stage whose ranks hold most."""
+        """The stage whose ranks need the most memory."""
         return max(self.stages, key=lambda stage: stage.total_bytes)
 
     @property
     def fits(self) -> bool | None:
-        """Whether every rank's total fits the memory of a GPU; None where none was given."""
+        """Whether every rank fits the memory of a GPU; None if that is unknown."""
         return None if self.gpu_memory is None else self.worst.total_bytes <= self.gpu_memory
 
     @property
@@ -113,6 +113,6 @@ class Plan:
         return max(flops) * len(flops) / sum(flops)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain data, with what follows from it."""
+        """Return the plan and its derived values as plain data."""
         derived = {"fits": self.fits, "imbalance": self.imbalance, "worst": self.worst.pp}
         return {"kind": "plan"} | asdict(self) | derived

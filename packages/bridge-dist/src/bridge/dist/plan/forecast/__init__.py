@@ -1,4 +1,4 @@
-"""What follows from plans: when each pass runs, how long a step takes on a machine, which layouts and changes are best.
+"""Forecasts from plans: pipeline timeline, step time on a machine, search for layouts, and advice.
 
 It may import ``virtual_rank``, ``count``, ``plan`` and ``results``.
 """

@@ -1,4 +1,4 @@
-"""What would make a job that does not fit the memory of its GPUs fit: each change is planned, not guessed."""
+"""Advice for a job that does not fit the memory of its GPUs; the effect of each change is planned."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bridge.dist.wrapper import Wrapper
 
 
 class Advice(NamedTuple):
-    """A change, in words, and what the worst rank would hold in all then, in bytes."""
+    """A change in words, and the resulting memory of the largest rank in bytes."""
 
     change: str
     total_bytes: int
 
 
 def advise(document: Document, options: PlanOptions, planned: Plan) -> list[Advice]:
-    """Return the changes that make the worst rank hold less, that which helps most first."""
+    """Return the changes that reduce the memory of the largest rank, most effective first."""
     found = []
     for change, changed, other in _changes(document, options, planned):
         try:

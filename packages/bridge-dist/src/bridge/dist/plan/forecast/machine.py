@@ -1,4 +1,4 @@
-"""How fast the GPUs of a machine compute and talk: what a step's time is estimated with."""
+"""Speeds of a machine's GPUs and network, for estimates of step time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bridge.dist.plan.virtual_rank.rank_order import extents, rank_of
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a step's time is estimated with: a GPU's FLOPs a second and the share of them that is reached, GPUs that
-    share a node, and bytes a second to a GPU from others of its node and from other nodes.
+    """Speeds of a machine: peak FLOPs per second of a GPU, achieved share, GPUs per node, and bytes per second to
+    a GPU within a node and between nodes.
 
-    The defaults are those of a node of eight H100: 989 TFLOPs of dense bf16, NVLink, and 400 Gb/s a GPU.
+    The defaults are those of nodes with eight H100: 989 TFLOPs of dense bf16, NVLink, and 400 Gb/s per GPU.
     """
 
     flops: float = 989e12
@@ -25,7 +25,7 @@ class Machine:
     network_bandwidth: float = 50e9
 
     def seconds(self, stage: StagePlan, layout: Layout) -> dict[str, float]:
-        """Return how long a stage's own work takes in a step, by kind, none of it at the same time as another."""
+        """Return the seconds of a stage's own work in a step by kind, without overlap."""
         found = {"computation": stage.flops / (self.flops * self.efficiency)}
         for sent in stage.traffic:
             kind = f"{sent.group} traffic"
@@ -33,9 +33,9 @@ class Machine:
         return found
 
     def bandwidth(self, group: str, layout: Layout, *, pp: int) -> float:
-        """Return that within a node if each group of a kind in a pipeline stage has all its ranks in one node.
+        """Return the bandwidth of a kind of group: within a node only if no group of the stage spans nodes.
 
-        Ranks are placed in Megatron's order, and those of the slowest group keep the others waiting.
+        Ranks are placed in Megatron's order; the slowest group determines the time.
         """
         nodes = ((low // self.gpus_per_node, high // self.gpus_per_node) for low, high in _extents(group, layout, pp))
         return self.node_bandwidth if all(low == high for low, high in nodes) else self.network_bandwidth
@@ -52,18 +52,18 @@ _AXES = {
     "tp_ep": ("etp", "ep"),
     "expt_dp": ("edp",),
 }
-"""Along what the groups within a pipeline stage are, by the names that a plan gives them."""
+"""The axes of each kind of group within a pipeline stage."""
 
 
 def _extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
-    """Yield the lowest and the highest rank of each group of a kind that a stage has ranks in."""
+    """Yield the lowest and highest rank of each group of a kind with ranks in a stage."""
     if group in _AXES:
         yield from extents(layout, _AXES[group], pp=pp)
         return
     if group not in ("pp", "embd"):
         yield 0, layout.world_size - 1
         return
-    # A rank sends to those of the stages beside its own; embeddings are on the first and the last.
+    # A rank sends to the neighbouring stages; embeddings are on the first and last stage.
     first, last = (max(pp - 1, 0), min(pp + 1, layout.pp - 1)) if group == "pp" else (0, layout.pp - 1)
     ranks_of_stage = rank_of(layout, pp=1)
     yield from ((first * ranks_of_stage + rank, last * ranks_of_stage + rank) for rank in range(ranks_of_stage))

@@ -1,4 +1,4 @@
-"""The layouts that a search found: what a step of each takes, and why the first is ahead."""
+"""Results of a layout search: estimated step times, and why the first is fastest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.dist.plan.results import Plan
 
 
 class Candidate(NamedTuple):
-    """A layout that fits: its plan, what a step is estimated to take, and of what that is made, in seconds."""
+    """A layout that fits: its plan, and the estimated seconds of a step, in total and by part."""
 
     plan: Plan
     seconds: float
@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a search found: the layouts that fit, fastest first; how many were tried, refused and too large."""
+    """Results of a search: the layouts that fit, fastest first, and how many were tried, refused and too large."""
 
     candidates: list[Candidate]
     tried: int
@@ -34,22 +34,22 @@ class SearchResult:
     too_large: int
 
     def explain_ranking(self) -> str | None:
-        """Say why the first is ahead of the second; None if there are not two."""
+        """Explain why the first is faster than the second; None if there are fewer than two."""
         if len(self.candidates) < 2:
             return None
         first, second = self.candidates[:2]
         gains = {
             part: second.parts.get(part, 0.0) - first.parts.get(part, 0.0) for part in {**first.parts, **second.parts}
         }
-        said = [
+        differences = [
             f"{abs(gain):.3f} s {'less' if gain > 0 else 'more'} of {part}"
             for part, gain in sorted(gains.items(), key=lambda item: -abs(item[1]))
             if abs(gain) > 0.01 * first.seconds
         ]
-        return f"{first.name} is ahead of {second.name} by " + (", ".join(said) or "less than a hundredth")
+        return f"{first.name} is faster than {second.name}: " + (", ".join(differences) or "by less than 1 %")
 
     def to_json(self) -> dict[str, object]:
-        """Return what was found as plain data."""
+        """Return the results as plain data."""
         return {
             "kind": "search",
             "tried": self.tried,
@@ -69,7 +69,7 @@ class SearchResult:
 
 
 def estimate_step(made: Plan, machine: Machine) -> Candidate:
-    """Estimate what a step of a plan takes."""
+    """Estimate the time of a step of a plan."""
     layout = Layout(**made.layout)
     by_stage = [machine.seconds(stage, layout) for stage in made.stages]
     busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))

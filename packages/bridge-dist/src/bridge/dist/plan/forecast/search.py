@@ -1,4 +1,4 @@
-"""The layouts of some number of GPUs, planned and ranked by an estimate of what a step takes."""
+"""Search over the layouts of a number of GPUs, ranked by estimated step time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOO_LARGE = "too large"
 def list_layouts(
     gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool
 ) -> Iterator[dict[str, int]]:
-    """Yield the sizes of layouts of some GPUs, those that ``fixed`` names as they are; pre-flight refuses more."""
+    """Yield the sizes of candidate layouts, keeping those in ``fixed``; pre-flight refuses some of them later."""
     etp = {"etp": fixed["etp"]} if "etp" in fixed else {}
 
     def sizes(axis: str, largest: int) -> list[int]:
@@ -59,34 +59,34 @@ def search(
     processes: int | None = None,
     watch: Callable[[Iterator[Candidate | str], int], Iterator[Candidate | str]] = lambda outcomes, total: outcomes,
 ) -> SearchResult:
-    """Plan every layout of ``options.world_size`` GPUs and rank those that fit by the time of a step.
+    """Plan every layout of ``options.world_size`` GPUs and rank those that fit by step time.
 
-    Tensor parallelism is taken with sequence parallelism. The estimate: a pass of a chunk takes its FLOPs over those
-    that are reached and the bytes it sends over the bandwidth of the group; the pipeline runs by Megatron's schedule;
-    then gradients are reduced. Nothing overlaps.
+    Tensor parallelism implies sequence parallelism. The estimated time of a pass is its FLOPs over the achieved speed
+    plus its bytes over the group's bandwidth. The pipeline runs by Megatron's schedule, then gradients are reduced.
+    Computation and communication do not overlap.
 
     Args:
-        document: The model; its own layout is left aside.
+        document: The model; its own layout is ignored.
         options: The batch, the number of GPUs, the wrapper and the memory of a GPU.
         machine: Speeds to estimate with.
-        fixed: Sizes that are given, by axis.
-        processes: How many plan at a time; by default as many as there are processors.
-        watch: Passes on what becomes of each layout, of that many, as soon as it is known.
+        fixed: Sizes to keep, by axis.
+        processes: Number of worker processes; by default the number of CPUs.
+        watch: Wraps the iterator of outcomes, given their total number, to show progress.
 
     Raises:
         PlanError: No layout fits, or the wrapper shards weights.
     """
     if options.wrapper not in (Wrapper.DDP, Wrapper.NONE):
         raise PlanError(
-            f"a search tries layouts with ddp or no wrapper, not {options.wrapper}, whose gathering its estimate does "
-            "not follow: leave --wrap out, or plan one layout at a time"
+            f"--search supports the wrappers ddp and none, got {options.wrapper}, whose gathering the estimate does "
+            "not cover: omit --wrap, or plan single layouts"
         )
     transformer = make_builder(document.config()).transformer_config
     by_chunks: dict[tuple[int, ...], list[dict[str, int]]] = defaultdict(list)
     for sizes in list_layouts(
         options.world_size, fixed, num_layers=transformer.num_layers, has_experts=bool(transformer.num_moe_experts)
     ):
-        by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # which share what they measure
+        by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # these share measurements
     context = multiprocessing.get_context("forkserver")
     groups = sorted(by_chunks.values(), key=len, reverse=True)
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
@@ -95,14 +95,14 @@ def search(
             outcomes = list(watch(_collect_outcomes(futures), sum(map(len, groups))))
         except BaseException:
             for worker in multiprocessing.active_children():
-                worker.kill()  # the pool would wait for the layouts that they plan
+                worker.kill()  # the pool would wait for them to finish
             raise
     candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
     reasons = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
     too_large = reasons.pop(_TOO_LARGE, 0)
     refused = reasons.total()
     if not candidates:
-        advice = ["take more GPUs, recompute activations, or a smaller micro batch"] if too_large else []
+        advice = ["use more GPUs, activation recomputation or a smaller micro-batch"] if too_large else []
         advice += [f"{count} are refused because {reason}" for reason, count in reasons.most_common(3)]
         raise PlanError(
             f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {refused} are refused and "
@@ -117,17 +117,17 @@ def search(
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, and messages to the process that started this one."""
+    """Ignore Ctrl-C, which the parent process handles, and collect log messages for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     send_messages(_messages.append)
 
 
 _messages: list[str] = []
-"""What this worker has logged since it last told."""
+"""Messages logged since the last call of _plan_layouts."""
 
 
 class _Outcomes(NamedTuple):
-    """What became of some layouts, and what was logged meanwhile."""
+    """Outcomes of layouts, and the messages logged meanwhile."""
 
     outcomes: list[Candidate | str]
     messages: list[str]
@@ -144,7 +144,7 @@ def _collect_outcomes(futures: Sequence[Future[_Outcomes]]) -> Iterator[Candidat
 def _plan_layouts(
     document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]
 ) -> _Outcomes:
-    """Plan layouts one after the other: a candidate of each, or why it is none."""
+    """Plan layouts; return a candidate for each, or the reason why there is none."""
     _messages.clear()
     memo: Memo = {}
     outcomes: list[Candidate | str] = []
@@ -156,7 +156,7 @@ def _plan_layouts(
         except BridgeError as error:
             outcomes.append(str(error))
             continue
-        except Exception as error:  # of the model; from another process only its text arrives
+        except Exception as error:  # the model's own exception may not be picklable
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
             raise PlanError(f"{name}: {describe(error)}") from error
         outcomes.append(_TOO_LARGE if made.fits is False else estimate_step(made, machine))

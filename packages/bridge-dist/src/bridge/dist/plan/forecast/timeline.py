@@ -1,6 +1,6 @@
-"""When each pass of a pipeline runs: the passes of a rank in their order, each once what it needs is there.
+"""Timeline of a pipeline: each rank runs its passes in order, each as soon as its inputs are ready.
 
-An estimate: a pass takes what it is said to, on every rank alike, and what ranks send each other takes no time.
+This is an estimate: passes take the given time, and communication takes none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bridge.dist.plan.results import Plan
 
 
 class TimedPass(NamedTuple):
-    """A pass, from when to when, in the unit of its cost."""
+    """A pass with its start and end, in the unit of its cost."""
 
     what: Pass
     start: float
@@ -25,13 +25,13 @@ class TimedPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step: the passes of each pipeline rank, in order. It starts at 0."""
+    """A step, starting at 0: the timed passes of each pipeline rank, in order."""
 
     ranks: list[list[TimedPass]]
 
     @property
     def length(self) -> float:
-        """When the last pass ends."""
+        """The end of the last pass."""
         return max((rank[-1].end for rank in self.ranks if rank), default=0.0)
 
     @property
@@ -48,7 +48,7 @@ class Timeline:
 
 
 def timeline_of(plan: Plan) -> Timeline:
-    """Return the step of a plan, in FLOPs of a rank: a pass takes as long as its FLOPs are many."""
+    """Return the timeline of a plan's step; the time of a pass is its number of FLOPs."""
     layout = Layout(**plan.layout)
     return simulate(
         [
@@ -63,18 +63,18 @@ def timeline_of(plan: Plan) -> Timeline:
 def simulate(
     orders: Sequence[Sequence[Pass]], *, forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]
 ) -> Timeline:
-    """Run the passes of every pipeline rank in its order, each as soon as its rank is free and its input is there.
+    """Time the passes of every pipeline rank in order, each as soon as its rank is free and its input is ready.
 
-    The forward pass of a chunk needs that of the rank before it, on the first rank that of the chunk before it on the
-    last rank; the backward pass needs that of the chunk that comes after it, and its own forward pass.
+    A forward pass needs the forward pass of the previous virtual stage. A backward pass needs the backward pass of the
+    next virtual stage, and its own forward pass.
 
     Args:
         orders: The passes of each rank.
-        forward: What a forward pass costs, by rank and chunk, in any unit of time.
-        backward: What a backward pass costs, likewise.
+        forward: Time of a forward pass by rank and chunk, in any unit.
+        backward: Time of a backward pass, likewise.
 
     Raises:
-        LayoutError: The orders wait for each other in a circle, or for a pass that is in none.
+        LayoutError: The orders deadlock, or need a pass that none of them contains.
     """
     timed: list[list[TimedPass]] = [[] for _ in orders]
     ends: dict[tuple[bool, int, int], float] = {}  # by direction, virtual stage and microbatch
@@ -117,4 +117,4 @@ def _check_all_ran(orders: Sequence[Sequence[Pass]], timed: Sequence[Sequence[Ti
         for one in order[len(done) : len(done) + 1]
     ]
     if stuck:
-        raise LayoutError(f"the pipeline's schedule never ends: its ranks wait for each other: {'; '.join(stuck)}")
+        raise LayoutError(f"the pipeline schedule deadlocks; waiting: {'; '.join(stuck)}")
