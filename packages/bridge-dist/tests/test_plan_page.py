@@ -22,7 +22,7 @@ from bridge.dist.plan.show.page import render_page
     ids=["fits", "does not fit", "no limit"],
 )
 def test_the_verdict_is_on_the_terminal_and_on_the_page(plan: Plan, verdict: str) -> None:
-    assert verdict in words(shown_on_terminal(plan))
+    assert verdict in words(render_on_terminal(plan))
     assert verdict in html.unescape(render_page(plan, "a model"))
 
 

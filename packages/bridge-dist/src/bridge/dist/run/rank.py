@@ -40,7 +40,7 @@ def join_job(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupC
     process that started the ranks, or by each rank under a launcher; the build repeats the checks that depend on the
     process.
     """
-    with contextlib.redirect_stdout(sys.stderr), join_world(facts(job=job, versions=versions())):
+    with contextlib.redirect_stdout(sys.stderr), join_world(collect_facts(job=job, versions=collect_versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.finalize(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))

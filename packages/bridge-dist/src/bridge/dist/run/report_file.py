@@ -44,7 +44,7 @@ class Part:
             value = float(value)
         if value is None or type(value) is kind:
             return value
-        raise self.make_error(key, f"expected {_TYPE_NAMES[kind]}, got {got(value)}")
+        raise self.make_error(key, f"expected {_TYPE_NAMES[kind]}, got {describe_value(value)}")
 
     def require_mapping(self, key: str) -> Part:
         """Return a nested mapping."""
@@ -57,7 +57,7 @@ class Part:
             raise self.make_error(key, "is empty: create the file again with this version of Bridge")
         for index, item in enumerate(items):
             if not isinstance(item, dict):
-                raise self.make_error(f"{key}[{index}]", f"expected a mapping, got {got(item)}")
+                raise self.make_error(f"{key}[{index}]", f"expected a mapping, got {describe_value(item)}")
         return [
             Part(data=item, source=self.source, path=f"{self.path}.{key}[{index}]") for index, item in enumerate(items)
         ]

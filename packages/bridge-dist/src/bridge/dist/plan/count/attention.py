@@ -40,7 +40,7 @@ def use_fused_attention() -> AbstractContextManager[None]:
 
     In recomputed passes too: torch switches function modes off in the backward pass.
     """
-    return replaced(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attend))
+    return replace_attributes(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attend))
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

@@ -52,7 +52,7 @@ def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     """Yield what holds the weights and buffers of stages."""
     for stage in stages:
         yield from weight_tensors(stage)
-        yield from (local_part(buffer) for buffer in unwrapped(stage).buffers())
+        yield from (local_part(buffer) for buffer in unwrap(stage).buffers())
 
 
 def count_saved_buffer_elements(stage: MegatronModule) -> int:

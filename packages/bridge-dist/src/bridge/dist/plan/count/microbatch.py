@@ -93,7 +93,7 @@ def _hidden_states_shape(rank: RankStages) -> torch.Size:
 
 def _measure_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
     sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
-    chunk = (_chunk_signature(unwrapped(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
+    chunk = (_chunk_signature(unwrap(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
     work = memo.get(within) or memo.get(anywhere)

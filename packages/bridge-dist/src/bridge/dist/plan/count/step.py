@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel, finalize_model_grads
 from megatron.core.transformer import MegatronModule
 
-from bridge.dist.patch import Replacement, replaced
+from bridge.dist.patch import Replacement, replace_attributes
 from bridge.dist.plan.count.attention import use_fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, StepCalls, group_names
 from bridge.dist.plan.count.memory import gradient_bytes, sharded_gradients, storage_bytes
@@ -17,7 +17,7 @@ from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Wo
 from bridge.dist.plan.count.schedule import list_passes
 from bridge.dist.plan.count.unsharded import UnshardedMemory
 from bridge.dist.plan.virtual_rank.peers import supply_shapes
-from bridge.dist.train.optimizer import optimizer_of
+from bridge.dist.train.optimizer import set_up_optimizer
 from bridge.dist.train.step import run_microbatches, zero_gradients
 
 
@@ -94,7 +94,7 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
     shape = (microbatches, rank.batch.micro_batch_size, rank.batch.seq_length + 1)
     samples = torch.empty(shape, dtype=torch.long)
     sent = Collectives(group_names(rank.groups))
-    with sent, use_fused_attention(), replaced(_supply_step_shapes(rank, microbatches, works)):
+    with sent, use_fused_attention(), replace_attributes(_supply_step_shapes(rank, microbatches, works)):
         zero_gradients(rank.stages)
         optimizer.zero_grad()
         run_microbatches(rank.stages, rank.groups, rank.layout, samples, forward_step=rank.builder.forward_step)

@@ -74,7 +74,8 @@ def _describe_memory(plan: Plan) -> str:
     limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB of a GPU."
     return (
         f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in used_kinds(plan))}: "
-        f"from {gib(least)} to {gib(plan.worst.total_bytes)} GiB.{limit} The numbers are in the table of stages."
+        f"from {format_gib(least)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
+        "The numbers are in the table of stages."
     )
 
 

@@ -88,7 +88,7 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
             stage.activation_bytes,
             *([stage.unsharded_bytes] if unsharded else []),
         ]
-        table.add_row(_format_stages(stages), *map(gib, sizes), format_teraflops(stage.flops))
+        table.add_row(_format_stages(stages), *map(format_gib, sizes), format_teraflops(stage.flops))
     return table
 
 
@@ -110,7 +110,7 @@ def _traffic_table(plan: Plan) -> Table:
 
 
 def _format_stages(stages: list[StagePlan]) -> str:
-    return layer_ranges([stage.pp for stage in stages])
+    return format_layer_ranges([stage.pp for stage in stages])
 
 
 def _legend(plan: Plan) -> Text:

@@ -16,7 +16,7 @@ from bridge.dist.patch import Replacement, replace_attributes
 @contextlib.contextmanager
 def assume_equal_shares() -> Iterator[None]:
     """While a model with experts runs on the meta device, where where tokens go is not known."""
-    with replaced(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess_with_equal_shares)):
+    with replace_attributes(Replacement(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess_with_equal_shares)):
         yield
 
 

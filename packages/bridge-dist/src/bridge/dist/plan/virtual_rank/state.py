@@ -55,7 +55,7 @@ def isolate_state() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for name, first in STATE.items():
             owner, _, attribute = name.rpartition(".")
-            undo.enter_context(replaced(Replacement(pkgutil.resolve_name(owner), attribute, first())))
+            undo.enter_context(replace_attributes(Replacement(pkgutil.resolve_name(owner), attribute, first())))
         for restored in (_restore_groups, _restore_environment, _restore_random_states, _restore_error_hook):
             undo.enter_context(restored())
         try:
