@@ -190,4 +190,4 @@ def test_a_layout_reaches_the_model_of_a_reference_document(tmp_path: Path) -> N
     code, out, err = run_command("build", tmp_path / "run_config.yaml", "--nproc", "2", "--tp", "2", "--json")
     assert code == 0, err
     assert json.loads(out)["layout"]["tp"] == 2
-    assert "run_config.yaml: note: left out, Bridge reads the model alone: train" in err
+    assert "run_config.yaml: note: left out, Bridge reads only the model: train" in err

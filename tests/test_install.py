@@ -145,7 +145,7 @@ def test_five_errors_are_five_lines_without_torch(light: Environment, documents:
 def test_a_layout_takes_bridge_dist(light: Environment, documents: Path) -> None:
     done = light.run("bridge", "validate", "tiny.yaml", "--layout", "tp=2", cwd=documents)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--layout takes bridge-dist, which is not installed: install it" in done.stderr
+    assert "--layout requires bridge-dist, which is not installed: pip install bridge-dist" in done.stderr
 
 
 def test_what_is_not_installed_is_said(light: Environment, documents: Path) -> None:

@@ -79,11 +79,11 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         ["tiny: $: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
     ),
     "reading comes first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
-    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown layout axes: xp; choose from tp, pp, vp"]),
-    "no size": (["tiny", "--layout", "tp=two"], 2, ["'tp=two' is not of the form tp=2,pp=2"]),
+    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown in a layout: xp; its axes are tp, pp, vp"]),
+    "no size": (["tiny", "--layout", "tp=two"], 2, ["sizes from 1 to 999,999,999), got 'tp=two'"]),
     "twice": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
     "no such wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
-    "a wrapper alone": (["tiny", "--wrap", "ddp"], 2, ["--wrap is for --layout"]),
+    "a wrapper alone": (["tiny", "--wrap", "ddp"], 2, ["--wrap requires --layout"]),
     "as data": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
 }
 

@@ -75,7 +75,7 @@ def test_the_names_of_a_hybrid_model(name: str, builder: str) -> None:
         "hybrid_layer_pattern": "M*",
         "vocab_size": 64,
     }
-    assert result.notes == ["left out, off, and unknown to Bridge: hybrid_mlp_ratio"]
+    assert result.notes == ["left out, disabled and unknown to Bridge: hybrid_mlp_ratio"]
     assert not result.problems
 
 
@@ -87,7 +87,7 @@ def test_old_names_of_a_hybrid_model() -> None:
     assert dict(result.moves)[("hybrid_layer_pattern",)] == ("hybrid_override_pattern",)
     same = adopted(hybrid(hybrid_override_pattern="M*"))
     assert same.data["hybrid_layer_pattern"] == "M*"
-    assert same.notes == ["left out, an old name that says nothing new: hybrid_override_pattern"]
+    assert same.notes == ["left out, an old name of a field that is also given: hybrid_override_pattern"]
     both = adopted(hybrid(hybrid_override_pattern="M-"))
     assert [path for path, _ in both.problems] == [("hybrid_override_pattern",)]
     ratio = adopted(hybrid(hybrid_attention_ratio=0.5))
@@ -114,14 +114,14 @@ def test_the_defaults_of_a_hybrid_provider_are_written_out() -> None:
     assert result.data["transformer"]["bf16"] is True
     assert result.data["transformer"]["normalization"] == "RMSNorm"
     assert result.data["transformer"]["num_layers"] == 3
-    assert "$.bf16: True written out, the default of a HybridModelProvider" in result.notes
-    assert "transformer.num_layers: 3 written out, as hybrid_layer_pattern has them" in result.notes
+    assert "$.bf16: set to True, the default of HybridModelProvider" in result.notes
+    assert "transformer.num_layers: set to 3, the number of layers in hybrid_layer_pattern" in result.notes
 
 
 def test_other_defaults_of_a_named_provider_are_told() -> None:
     name = "megatron.bridge.models.nemotronh.nemotron_h_provider.NemotronHModelProvider8B"
     *_, told, _ = adopted({"_target_": name, "hidden_size": 4096, "activation_func": "relu2"}).notes
-    assert told.startswith("Bridge's defaults are taken, which may not be those of NemotronHModelProvider8B: ")
+    assert told.startswith("Bridge's defaults are used, which may differ from those of NemotronHModelProvider8B: ")
     assert ", ffn_hidden_size," in told
     assert ", hidden_size," not in told
     assert " and 2" in told  # and some two hundred more
@@ -134,24 +134,24 @@ def test_the_pattern_of_multi_token_prediction_is_joined() -> None:
     assert result.data["hybrid_layer_pattern"] == "M*/*E/*E"
     assert not result.problems
     assert result.notes == [
-        "hybrid_layer_pattern is now 'M*/*E/*E', with mtp_hybrid_override_pattern in it",
-        "left out, off, and unknown to Bridge: keep_mtp_spec_in_bf16",
+        "hybrid_layer_pattern: set to 'M*/*E/*E', which includes mtp_hybrid_override_pattern",
+        "left out, disabled and unknown to Bridge: keep_mtp_spec_in_bf16",
     ]
     unified = adopted(hybrid(hybrid_layer_pattern="M*/*E", mtp_hybrid_override_pattern="*E"))
     assert unified.data["hybrid_layer_pattern"] == "M*/*E"
-    assert unified.notes == ["left out, without a part in the model: mtp_hybrid_override_pattern"]
+    assert unified.notes == ["left out, no effect on the model: mtp_hybrid_override_pattern"]
 
 
 def test_layers_of_multi_token_prediction_are_left_out_only_if_they_are_the_default() -> None:
     name = "megatron.bridge.models.mamba.mamba_provider.get_default_mamba_stack_spec"
     usual = adopted(hybrid(mtp_mamba_stack_spec={"_target_": name, "_call_": False}))
-    assert usual.notes == ["left out, the default, which Bridge chooses by itself: mtp_mamba_stack_spec"]
+    assert usual.notes == ["left out, the same as the default: mtp_mamba_stack_spec"]
     other = adopted(hybrid(mtp_mamba_stack_spec={"_target_": "my.spec", "_call_": False}))
     assert [path for path, _ in other.problems] == [("mtp_mamba_stack_spec",)]
 
 
 def test_layers_of_no_pattern_are_told() -> None:
-    assert "the document has no hybrid_layer_pattern: Mamba layers alone are assumed" in (
+    assert "the document has no hybrid_layer_pattern: only Mamba layers are assumed" in (
         adopted(hybrid(hybrid_layer_pattern=None)).notes
     )
 
@@ -192,8 +192,8 @@ def test_a_t5_provider() -> None:
     assert not result.problems
     assert result.notes == [
         "$.transformer_layer_spec: left to the default, with transformer_impl transformer_engine",
-        "left out, off, and unknown to Bridge: encoder_pipeline_model_parallel_size",
-        "left out, without a part in the model: seq_length, seq_length_dec",
+        "left out, disabled and unknown to Bridge: encoder_pipeline_model_parallel_size",
+        "left out, no effect on the model: seq_length, seq_length_dec",
     ]
     other = adopted(
         {"_target_": T5_PROVIDER, **T5_KNOWN, **sizes, "encoder_pipeline_model_parallel_size": 2, "typo": 1}

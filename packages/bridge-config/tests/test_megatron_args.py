@@ -95,7 +95,7 @@ def test_what_is_no_pattern_of_layers(text: str) -> None:
 
 def test_weights_that_are_not_drawn_are_told_of() -> None:
     assert any(
-        "perform_initialization: false is taken over" in note
+        "perform_initialization: kept as false" in note
         for note in adopted(arguments(perform_initialization=False)).notes
     )
     assert not any("perform_initialization" in note for note in adopted(arguments(perform_initialization=True)).notes)
@@ -149,20 +149,20 @@ def test_what_is_left_out_is_told_by_name() -> None:
     result = adopted(arguments(lr=0.1, save="/tmp/x", consumed_train_samples=5, DDP_impl="local", seq_length=16))
     note, left_out = result.notes
     assert note == (
-        "$.seq_length: 16 left out, it is that of the training run: the model's $.seq_length is max_position_embeddings"
+        "$.seq_length: 16 left out, it is that of the training run: $.seq_length is max_position_embeddings"
     )
     told, _, usual = left_out.rpartition(", ")
-    assert told.startswith("left out, without a part in the model: ")
+    assert told.startswith("left out, no effect on the model: ")
     assert {"lr", "save", "consumed_train_samples", "DDP_impl"} <= set(told.partition(": ")[2].split(", "))
     assert "micro_batch_size" not in told
-    assert usual.endswith(" more as by default")
+    assert usual.endswith(" more with default values")
     assert int(usual.split()[0]) > 400
 
 
 def test_unknown_arguments_are_told_if_off_and_refused_if_not() -> None:
     result = adopted(arguments(my_flag=False, my_size=3, my_path=None))
-    assert result.problems == [(("my_size",), "unknown to Bridge: remove it if the model is the same without it")]
-    assert "left out, off, and unknown to Bridge: my_flag, my_path" in result.notes
+    assert result.problems == [(("my_size",), "unknown to Bridge: remove it if it does not affect the model")]
+    assert "left out, disabled and unknown to Bridge: my_flag, my_path" in result.notes
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_switches_that_contradict_each_other_are_refused() -> None:
 
 def test_two_activation_functions_are_refused() -> None:
     assert problems(swiglu=True, squared_relu=True) == {
-        "squared_relu": "swiglu is another activation function: only one can be on"
+        "squared_relu": "conflicts with swiglu: set only one activation function"
     }
 
 
@@ -276,7 +276,7 @@ def test_positions() -> None:
     assert yarn["transformer"]["yarn_rotary_scaling_factor"] == 32.0
     assert (yarn["transformer"]["yarn_beta_fast"], yarn["transformer"]["yarn_beta_slow"]) == (16.0, 1.0)
     note = adopted(arguments(use_rope_scaling=True, rope_scaling_factor=32.0)).notes[0]
-    assert note.startswith("$.rope_scaling_factor: 32.0 left out, Megatron-LM scales by 8.0 whatever it is")
+    assert note.startswith("$.rope_scaling_factor: 32.0 left out, Megatron-LM ignores it and scales by 8.0")
 
 
 def test_latent_attention_has_such_a_transformer() -> None:
@@ -298,9 +298,9 @@ def test_a_vocabulary_that_is_not_padded_yet() -> None:
     data = model(padded_vocab_size=None, vocab_size=100, make_vocab_size_divisible_by=64)
     assert (data["vocab_size"], data["should_pad_vocab"], data["make_vocab_size_divisible_by"]) == (100, True, 64)
     both = adopted(arguments(padded_vocab_size=128, vocab_size=100))
-    assert "$.vocab_size: 100 left out, the model's $.vocab_size is padded_vocab_size" in both.notes
+    assert "$.vocab_size: 100 left out, $.vocab_size is padded_vocab_size" in both.notes
     without = adopted(arguments(padded_vocab_size=None, vocab_size=None))
-    assert "the arguments have no vocabulary: set vocab_size" in without.notes
+    assert "the arguments have no vocabulary size: set vocab_size" in without.notes
     assert "vocab_size" not in without.data
 
 

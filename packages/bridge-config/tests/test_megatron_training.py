@@ -113,12 +113,12 @@ def test_the_names_of_a_gpt(name: str) -> None:
         # Its code scales the embedding: no field says so.
         (
             "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider2B",
-            f"does not know what GemmaModelProvider2B adds: if it adds nothing but values to one of these, write its "
+            "does not know what GemmaModelProvider2B adds: if it only changes defaults of one of these, write that "
             f"name here: {PROVIDER!r}, {HYBRID_PROVIDER!r}, {T5_PROVIDER!r}",
         ),
         (
             "megatron.bridge.models.other.model_config.OtherModelConfig",
-            f"write its name here: {REFERENCE!r}, {HYBRID!r}",
+            f"write that name here: {REFERENCE!r}, {HYBRID!r}",
         ),
         ("megatron.training.config.container.PretrainConfigContainer", "does not know what"),
     ],
@@ -158,7 +158,7 @@ def test_the_defaults_of_a_provider_are_written_out_where_ours_differ() -> None:
     result = adopted({"_target_": PROVIDER, "num_layers": 2})
     assert result.data["share_embeddings_and_output_weights"] is True
     assert result.data["transformer"]["attention_softmax_in_fp32"] is False
-    assert "$.share_embeddings_and_output_weights: True written out, the default of a GPTModelProvider" in result.notes
+    assert "$.share_embeddings_and_output_weights: set to True, the default of GPTModelProvider" in result.notes
 
 
 def test_a_latent_attention_provider_has_such_a_transformer() -> None:
@@ -265,14 +265,14 @@ def test_what_a_training_loop_set_is_left_out() -> None:
 def test_unknown_fields_are_told_if_off_and_refused_if_not() -> None:
     result = adopted(nested({"old_flag": False, "old_list": [], "old_size": 4}, logit_dtype=None, zero=0))
     assert result.notes == [
-        "left out, off, and unknown to Bridge: transformer.old_flag, transformer.old_list, logit_dtype"
+        "left out, disabled and unknown to Bridge: transformer.old_flag, transformer.old_list, logit_dtype"
     ]
     assert [path for path, _ in result.problems] == [("transformer", "old_size"), ("zero",)]
 
 
 def test_fields_without_a_part_in_the_model_are_left_out() -> None:
     result = adopted(flat(max_position_embeddings=4096))
-    assert result.notes == ["left out, without a part in the model: max_position_embeddings"]
+    assert result.notes == ["left out, no effect on the model: max_position_embeddings"]
 
 
 def test_llama_31_as_older_providers_scaled_it() -> None:
@@ -289,7 +289,7 @@ def test_an_activation_function_that_was_not_written_is_told() -> None:
     data = nested({"gated_linear_unit": True})
     del data["transformer"]["activation_func"], data["transformer_layer_spec"]
     activation, layers = adopted(data).notes
-    assert "no activation function" in activation
+    assert "no activation_func" in activation
     assert "this transformer is gated: GELU is assumed; set transformer.activation_func" in activation
     assert "the default layers are assumed" in layers
 
@@ -393,4 +393,4 @@ def test_yarn_in_a_provider_has_such_a_transformer() -> None:
     assert result.data["transformer"]["yarn_beta_fast"] == 32.0
     off = adopted(flat(yarn_beta_fast=None))
     assert off.data["transformer"]["_target_"] == f"{CORE}.TransformerConfig"
-    assert off.notes == ["left out, off, and unknown to Bridge: yarn_beta_fast"]
+    assert off.notes == ["left out, disabled and unknown to Bridge: yarn_beta_fast"]

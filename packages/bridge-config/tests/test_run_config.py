@@ -40,14 +40,14 @@ def test_a_run_config_is_its_model(container: str | None) -> None:
     head = {"_target_": container} if container else {}
     result = adopted({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
     assert result.data == adopted(nested()).data
-    assert result.notes == ["left out, Bridge reads the model alone: ddp, train"]
+    assert result.notes == ["left out, Bridge reads only the model: ddp, train"]
     assert dict(result.moves)[()] == ("model",)
     assert [path for path, _ in result.problems] == [("model", "typo")]
 
 
 @pytest.mark.parametrize("name", ["my.Config", "bridge.models.t5.T5ModelConfig"])
 def test_only_models_that_the_reference_has_are_written_for_it(name: str) -> None:
-    with pytest.raises(DocumentError, match=r"only a bridge\.models\.gpt.* or bridge\.models\.mamba.* can be written"):
+    with pytest.raises(DocumentError, match=r"only bridge\.models\.gpt.* or bridge\.models\.mamba.* can be written"):
         to_run_config({"_target_": name})
 
 
@@ -63,11 +63,11 @@ def test_what_the_reference_cannot_say_is_told() -> None:
     }
     result = to_run_config(data)
     assert result.notes == [
-        "left out, of Bridge alone: the builder my.Builder",
-        "left out, the reference has no form for it: hf_model_id",
-        "left out, the reference has no form for it: pre_wrap_hooks",
+        "left out, specific to Bridge: the builder my.Builder",
+        "left out, megatron.training has no field for it: hf_model_id",
+        "left out, megatron.training has no field for it: pre_wrap_hooks",
         "left out, as in the document: $.transformer.init_method",
-        "a list to the reference, not a tuple: transformer.window_size",
+        "read by megatron.training as a list, not a tuple: transformer.window_size",
     ]
     assert result.data == {
         "_target_": REFERENCE,
@@ -117,8 +117,8 @@ def test_what_a_hybrid_model_of_the_reference_has_not_is_told() -> None:
     result = to_run_config(data)
     assert result.data["transformer"] == {"_target_": f"{CORE}.TransformerConfig", "num_layers": 1}
     assert result.notes == [
-        "left out, the reference has no form for it: scatter_embedding_sequence_parallel",
-        "left out, the reference has no form for it: transformer.yarn_beta_fast",
+        "left out, megatron.training has no field for it: scatter_embedding_sequence_parallel",
+        "left out, megatron.training has no field for it: transformer.yarn_beta_fast",
     ]
 
 
@@ -235,7 +235,7 @@ def test_the_reference_reads_what_we_write(reference: Any, given: dict[str, Any]
 
     theirs = reference.GPTModelConfig(transformer=transformer(**given), **TOP)
     section = to_run_config(ModelConfig.from_dict(provider(theirs)).as_dict())
-    assert section.notes == ["a list to the reference, not a tuple: transformer.window_size"]
+    assert section.notes == ["read by megatron.training as a list, not a tuple: transformer.window_size"]
     read = yaml.safe_load(yaml.safe_dump(section.data))
     assert read == section.data
 

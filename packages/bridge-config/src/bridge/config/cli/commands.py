@@ -45,7 +45,7 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     sizes = {axis: int(size) for axis, _, size in pairs if _SIZE.fullmatch(size)}
     if len(sizes) < len(pairs):
         raise click.BadParameter(
-            f"{quote_name(text)} is not of the form tp=2,pp=2, with each axis once and sizes from 1 to 999,999,999"
+            f"expected sizes such as tp=2,pp=2 (each axis once, sizes from 1 to 999,999,999), got {quoted(text)}"
         )
     return sizes
 
@@ -53,8 +53,8 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.command(
     help=f"""Check documents: every problem with its file, line, column and path.
 
-    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. No constructor is run: what only Megatron's
-    refuses is found when the model is built.
+    {_FILE} PATH=VALUE overrides a value in each of them, ~PATH removes one. No constructors run: problems that only
+    Megatron's constructors detect are reported when the model is built.
     """
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")
@@ -62,8 +62,8 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     "--layout",
     callback=_sizes,
     metavar="AXIS=SIZE,...",
-    help="Also check the model split so over ranks, as in tp=2,pp=2,dp=4. Axes: tp, pp, vp, cp, ep, etp, dp; those "
-    "left out are as in FILE, dp is 1. Takes bridge-dist.",
+    help="Also check the document against this layout, such as tp=2,pp=2,dp=4. Axes: tp, pp, vp, cp, ep, etp, dp; "
+    "axes left out are taken from FILE, dp defaults to 1. Requires bridge-dist.",
 )
 @click.option("--wrap", help="With --layout: ddp (the default), megatron-fsdp, torch-fsdp2 or none.")
 @_as_json
@@ -74,7 +74,7 @@ def validate(
     """Check documents."""
     sources, overrides = _split(files)
     if wrap and layout is None:
-        raise click.UsageError("--wrap is for --layout: give both")
+        raise click.UsageError("--wrap requires --layout")
     checks = [] if layout is None else _layout_checks(layout, wrap)
     verdicts = {source: _verdict(source, overrides, checks) for source in sources}
     for source, (problems, notes) in verdicts.items():
@@ -108,17 +108,19 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command(
-    help=f"""Print what differs between two documents, field by field.
+    help=f"""Print the differences between two documents, field by field.
 
-    A field that is left out counts as given with its default. Lines begin with ~ for a changed value, + and - for one
-    that only the second or the first has, > for one that a version of the form moved or renamed.
+    A field that is left out counts as set to its default. Lines begin with ~ for a changed value, with + or - for a
+    value that only the second or the first document has, and with > for a field that a schema version moved or renamed.
 
-    {_FILE} Exit code 0, whether they differ or not, unless --exit-code is given.
+    {_FILE} The exit code is 0 whether or not they differ, unless --exit-code is given.
     """
 )
 @click.argument("first", metavar="FILE")
 @click.argument("second", metavar="FILE")
-@click.option("--as-written", is_flag=True, help="Tell fields that are left out from fields given their default.")
+@click.option(
+    "--as-written", is_flag=True, help="Distinguish fields that are left out from fields set to their default."
+)
 @click.option("--exit-code", is_flag=True, help="Exit with code 1 if they differ.")
 @_as_json
 @click.pass_context
@@ -139,10 +141,10 @@ def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_cod
 
 
 @click.command(
-    help=f"""Print the fingerprint of what a document says.
+    help=f"""Print the fingerprint of a document's contents.
 
-    It is the same for YAML and JSON, any order of keys, any spelling of names, and on every machine; a field given its
-    default counts as one left out.
+    It does not depend on the format (YAML or JSON), the order of keys, the spelling of names, or the machine. A field
+    set to its default counts as left out.
 
     {_FILE} {_OVERRIDES}
     """
@@ -169,16 +171,16 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the schema to this file.")
 @_as_json
 def schema(target: str | None, output: Path | None, as_json: bool) -> None:
-    """Print the JSON Schema of the documents of TARGET, for editors.
+    """Print the JSON Schema for documents of TARGET, for use in editors.
 
-    TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file says
-    which schema is its own in the line "# yaml-language-server: $schema=FILE".
+    TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file
+    names its schema in the line "# yaml-language-server: $schema=FILE".
     """
     from bridge.config.schema.jsonschema import json_schema, schema_targets
 
     if target is None:
         if output is not None:
-            raise click.UsageError("name the TARGET to write the schema of")
+            raise click.UsageError("--output requires TARGET")
         known = schema_targets()
         if as_json:
             _print_json(known)
@@ -193,30 +195,36 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     try:
         output.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 @click.command(
-    help=f"""Print a document in the present form, and say what was done.
+    help=f"""Convert a document to the current format, print it, and report the changes.
 
-    It may be of an older version, or of the reference: what its as_dict gives, or the run_config.yaml of a checkpoint.
-    Or it may be the arguments that Megatron-LM keeps in its checkpoints, exported as JSON.
+    The document may have an older schema version. It may also come from megatron.training or Megatron Bridge (the
+    output of as_dict, or the run_config.yaml of a checkpoint), or hold the arguments from a Megatron-LM checkpoint,
+    exported as JSON.
 
     {_FILE}
     """
 )
 @click.argument("file")
 @click.option(
-    "--write", is_flag=True, help="Change FILE itself; comments stay, but for those on lines of values that move or go."
+    "--write", is_flag=True, help="Change FILE in place. Comments stay, except on the lines of moved or removed values."
 )
-@click.option("--to", "to_form", type=click.Choice(["run-config"]), help="Print it as the reference reads it.")
+@click.option(
+    "--to",
+    "to_form",
+    type=click.Choice(["run-config"]),
+    help="Print it as a run_config.yaml, which megatron.training and Megatron Bridge read.",
+)
 @_as_json
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     """Print a document in the present form."""
     from bridge.config.documents.document import Document
 
     if write and to_form:
-        raise click.UsageError("--write changes the file to the present form, which --to is not: use one of them")
+        raise click.UsageError("--write and --to exclude each other: use one of them")
     document = Document.load(file)
     with _omissions() as omissions:
         document.check()  # first: as `validate`, it tells all problems, and migrating only those that it meets
@@ -240,18 +248,18 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
     if not sources:
-        raise click.UsageError("name at least one FILE")
+        raise click.UsageError("at least one FILE is required")
     _check_sources(sources)
     for source in sources[1:]:
         if not is_source(source) and (meant := meant_as_override(source)):
-            raise click.UsageError(f"{source!r} is no file and no preset: to override a value, write {meant}")
+            raise click.UsageError(f"{source!r} is neither a file nor a preset: to override a value, write {meant}")
     return sources, overrides
 
 
 def _check_sources(sources: list[str]) -> None:
     """Refuse standard input twice: it is read to its end once."""
     if sources.count("-") > 1:
-        raise click.UsageError("- is standard input, which can be read once: name a file")
+        raise click.UsageError("standard input (-) can be read only once: name a file")
 
 
 def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
@@ -271,7 +279,7 @@ def _layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
     """The installed checks of documents against a layout."""
     points = entry_points(group=LAYOUT_CHECKS)
     if not points:
-        raise click.UsageError("--layout takes bridge-dist, which is not installed: install it")
+        raise click.UsageError("--layout requires bridge-dist, which is not installed: pip install bridge-dist")
     wrapper = {"wrapper": wrap} if wrap else {}
 
     def check(document: Document, function: Callable[..., list[Problem]]) -> list[Problem]:

@@ -66,7 +66,7 @@ class _Commands(click.Group):
 
 def _traceback_option() -> click.Option:
     """The option of every command that `main` looks for."""
-    return click.Option([_TRACEBACK], is_flag=True, expose_value=False, help="Print the whole traceback of an error.")
+    return click.Option([_TRACEBACK], is_flag=True, expose_value=False, help="Print the full traceback on errors.")
 
 
 def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif isinstance(error, BridgeError):
             click.echo(str(error), err=True)
         else:
-            click.echo(f"{describe(error)}\n({_TRACEBACK} prints all of it)", err=True)
+            click.echo(f"{describe(error)}\n({_TRACEBACK} prints the full traceback)", err=True)
         sys.exit(1)
 
 

@@ -78,6 +78,6 @@ def _nested(path: Path, value: Any, above: str) -> Any:
     """`value` inside the mappings that are on `path`, below `above`."""
     for key in reversed(path):
         if not isinstance(key, str):
-            raise ConfigError(f"{above} is no list, or not in the document: give the whole list there")
+            raise ConfigError(f"{above} is not a list, or not in the document: set the whole list")
         value = {key: value}
     return value

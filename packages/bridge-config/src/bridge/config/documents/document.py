@@ -107,7 +107,7 @@ class Document:
             DocumentError: lists those that are malformed or do not apply; then none is applied.
         """
         if isinstance(overrides, str):
-            raise ConfigError(f"expected a list of overrides, got one text: write [{overrides!r}]")
+            raise ConfigError(f"expected a list of overrides, got a string: write [{overrides!r}]")
         try:
             data = copy_data(self.data)
         except RecursionError:
@@ -229,7 +229,7 @@ class Document:
 
     def _check_top(self) -> None:
         if not isinstance(self.data, dict):
-            raise ConfigError(f"a document is a mapping at the top, not {describe_value(self.data)}")
+            raise ConfigError(f"expected a mapping at the top of the document, got {got(self.data)}")
 
     def save(self, path: str | FilePath | None = None) -> None:
         """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.
@@ -246,7 +246,7 @@ class Document:
         file = self._own_file() if path is None else FilePath(path)
         check_name(str(file))
         if file.suffix not in SUFFIXES:
-            raise ConfigError(f"{file}: a document is a .yaml, .yml or .json file, not {file.suffix!r}")
+            raise ConfigError(f"{file}: expected a .yaml, .yml or .json file, got {file.suffix!r}")
         is_json, is_own = file.suffix == ".json", str(file) == self.source and self._yaml_text() is not None
         text = self.to_json() + "\n" if is_json else self.to_yaml()
         if not (is_json or is_own):
@@ -260,13 +260,15 @@ class Document:
     def _own_file(self) -> FilePath:
         """The file that the document was loaded from."""
         if not self.source:
-            raise ConfigError("this document came from no file: say where to save it")
+            raise ConfigError("this document was not loaded from a file: give a path to save it to")
         if self.source == STANDARD_INPUT:
-            raise ConfigError("this document came from standard input: say where to save it")
+            raise ConfigError("this document was read from standard input: give a path to save it to")
         if is_preset(self.source):
-            raise ConfigError(f"{self.source!r} is a preset, which stays as it is: say where to save the document")
+            raise ConfigError(
+                f"{self.source!r} is a preset, which cannot be changed: give a path to save the document to"
+            )
         if self._is_adopted:
-            raise ConfigError(f"{self.source}: the reference wrote more than the model here: save to a new file")
+            raise ConfigError(f"{self.source}: the file holds more than the model: save to a new file")
         return FilePath(self.source)
 
     def _override(self, text: str) -> None:
@@ -296,7 +298,7 @@ class Document:
     def _steps(self, path: str) -> Path:
         steps = parse_path(path)
         if not steps:
-            raise ConfigError(f"{path!r} names the whole document: name a place in it")
+            raise ConfigError(f"{path!r} is the whole document: give a path inside it")
         return steps
 
 

@@ -31,7 +31,7 @@ def preset(name: str) -> Traversable | None:
     """
     found = _shipped().get(name, [])
     if len(found) > 1:
-        raise ConfigError(f"two presets are called {name!r}: {found[0]} and {found[1]}")
+        raise ConfigError(f"two presets have the name {name!r}: {found[0]} and {found[1]}")
     return found[0] if found else None
 
 

@@ -86,7 +86,7 @@ def check_name(source: str) -> None:
     except UnicodeEncodeError:
         is_name = False
     if not is_name:
-        raise source_error(ascii(source), "no file can have this name")
+        raise source_error(ascii(source), "not a valid file name")
 
 
 def source_error(source: str, message: str) -> DocumentError:
@@ -98,10 +98,10 @@ def _read_preset(name: str) -> str:
     if (found := preset(name)) is not None:
         return _decoded(found.read_bytes(), name)
     if os.path.exists(name):
-        raise source_error(name, "a document is a .yaml, .yml or .json file: give this one such a name")
+        raise source_error(name, "expected a .yaml, .yml or .json file: rename it")
     known = presets()
     near = nearest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
-    raise source_error(name, f"no such file, nor a preset of this name{near}")
+    raise source_error(name, f"no such file or preset{near}")
 
 
 def _decoded(raw: bytes, source: str) -> str:
@@ -110,4 +110,4 @@ def _decoded(raw: bytes, source: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise source_error(source, f"is not UTF-8 text (byte {error.start})") from error
+        raise source_error(source, f"not valid UTF-8 (byte {error.start})") from error

@@ -81,17 +81,17 @@ TOGETHER = frozenset(
 )
 # Arguments that change the model in a way that no document of ours says.
 REFUSED = {
-    "kitchen_config_file": "Bridge has no form for layers of Kitchen",
-    "kitchen_recipe_number": "Bridge has no form for layers of Kitchen",
-    "te_precision_config_file": "the file is not read: give what is in it as transformer.quant_recipe",
-    "yaml_cfg": "the model is described in that file, in a form that Bridge does not read",
-    "retro_add_retriever": "Bridge has no configuration for a RETRO model",
-    "hybrid_attention_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
-    "hybrid_mlp_ratio": "the ratio went: write the layers out in hybrid_layer_pattern",
-    "pipeline_model_parallel_split_rank": "megatron-core has no pipeline with an encoder in it any more",
-    "encoder_tensor_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
-    "encoder_pipeline_model_parallel_size": "megatron-core has no ranks of an encoder's own any more",
-    "vision_pretraining": "Bridge has no configuration for a vision model",
+    "kitchen_config_file": "Bridge does not support Kitchen layers",
+    "kitchen_recipe_number": "Bridge does not support Kitchen layers",
+    "te_precision_config_file": "Bridge does not read this file: put its contents into transformer.quant_recipe",
+    "yaml_cfg": "the model is described in that file, in a format that Bridge does not read",
+    "retro_add_retriever": "Bridge does not support RETRO models",
+    "hybrid_attention_ratio": "ratios are no longer supported: list the layers in hybrid_layer_pattern",
+    "hybrid_mlp_ratio": "ratios are no longer supported: list the layers in hybrid_layer_pattern",
+    "pipeline_model_parallel_split_rank": "megatron-core no longer splits the pipeline between encoder and decoder",
+    "encoder_tensor_model_parallel_size": "megatron-core no longer has separate ranks for the encoder",
+    "encoder_pipeline_model_parallel_size": "megatron-core no longer has separate ranks for the encoder",
+    "vision_pretraining": "Bridge does not support vision models",
 }
 # How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
 RUN = re.compile(

@@ -96,9 +96,9 @@ class Adoption:
         if str(key).startswith("_"):
             self.leave_out("private or computed", path)
         elif is_off(value):
-            self.leave_out("off, and unknown to Bridge", path)
+            self.leave_out("disabled and unknown to Bridge", path)
         else:
-            self.problem(path, "unknown to Bridge: remove it if the model is the same without it")
+            self.problem(path, "unknown to Bridge: remove it if it does not affect the model")
 
     def renamed(self, name: Any) -> Any:
         """Our name for a thing of theirs; whatever else is given, as it is."""

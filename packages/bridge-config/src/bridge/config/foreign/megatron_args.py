@@ -98,7 +98,7 @@ class _ArgumentsAdoption(Adoption):
         run = self._sort()
         self._take_together()
         if run:
-            self.note(f"left out, without a part in the model: {', '.join(run)}")
+            self.note(f"left out, no effect on the model: {', '.join(run)}")
 
     def _is_yarn(self) -> bool:
         return self._args.get("position_embedding_type") == "yarn" and not self._args.get("multi_latent_attention")
@@ -113,7 +113,7 @@ class _ArgumentsAdoption(Adoption):
                     self.problem(path, REFUSED[name])
             elif name in NEGATED:
                 if name == "disable_bias_linear" and value and self._args.get("add_bias_linear"):
-                    self.problem(path, "add_bias_linear says the contrary: remove one of them")
+                    self.problem(path, "contradicts add_bias_linear: remove one of them")
                 elif value is not None:
                     self._set(NEGATED[name], not value)
             elif name in RENAMED:
@@ -134,7 +134,7 @@ class _ArgumentsAdoption(Adoption):
                 run.append(str(name))
             else:
                 self.unknown(name, value, path)
-        return [*run, f"{usual} more as by default"] if usual else run
+        return [*run, f"{usual} more with default values"] if usual else run
 
     def _put(self, name: str, value: Any, given: str) -> None:
         """A field of the transformer."""
@@ -146,7 +146,7 @@ class _ArgumentsAdoption(Adoption):
             value = pattern
         if name == "perform_initialization" and value is False:
             self.note(
-                f"{format_path(path)}: false is taken over, so weights are not drawn: load a checkpoint, or set "
+                f"{shown(path)}: kept as false, so weights are not initialized: load a checkpoint, or set "
                 "$.transformer.perform_initialization to true"
             )
         if value is None and not {"null", "bool"} & _kinds(field.type):
@@ -220,7 +220,7 @@ class _ArgumentsAdoption(Adoption):
             self._put("bias_activation_fusion", args[fused], fused)
         chosen = [name for name in ACTIVATIONS if args.get(name)]
         for name in chosen[1:]:
-            self.problem((*self.at, name), f"{chosen[0]} is another activation function: only one can be on")
+            self.problem((*self.at, name), f"conflicts with {chosen[0]}: set only one activation function")
         function, is_gated = ACTIVATIONS[chosen[0]] if chosen else ("torch.nn.functional.gelu", False)
         self._set("activation_func", function)
         self._set("gated_linear_unit", is_gated)
@@ -238,7 +238,7 @@ class _ArgumentsAdoption(Adoption):
         if (kind := args.get("rope_type")) is not None and "rope_type" in self._inner.fields:
             self._put("rope_type", kind, "rope_type")
         elif kind not in (None, "rope"):
-            self.problem((*self.at, "rope_type"), "only multi-latent attention has other positions than rope here")
+            self.problem((*self.at, "rope_type"), "only multi-latent attention supports a type other than 'rope'")
         kinds = args.get("cp_comm_type")
         if kinds is not None:
             self._put(
@@ -257,7 +257,7 @@ class _ArgumentsAdoption(Adoption):
         given = "position_embedding_type"
         kind = "rope" if args.get("use_rotary_position_embeddings") else args.get(given) or "learned_absolute"
         if args.get("add_position_embedding") is False and kind == "learned_absolute":
-            self.problem((*self.at, "add_position_embedding"), f"set {given} to what the model has instead")
+            self.problem((*self.at, "add_position_embedding"), f"set {given} to the one that the model uses")
         self._put_top(given, kind, given)
         if self._is_yarn():
             for name, (field, default) in YARN_FIELDS.items():
@@ -265,13 +265,13 @@ class _ArgumentsAdoption(Adoption):
                 self._put(field, default if value is None else value, name)
         if (factor := args.get("rope_scaling_factor")) not in (None, _SCALING) and args.get("use_rope_scaling"):
             self.note(
-                f"{format_path((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM scales by "
-                f"{_SCALING} whatever it is: set $.rope_scaling_factor if the model was made with another"
+                f"{shown((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM ignores it and "
+                f"scales by {_SCALING}: set $.rope_scaling_factor if the model was trained with another factor"
             )
         if (length := args.get("seq_length")) not in (None, args["max_position_embeddings"]):
             self.note(
-                f"{format_path((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: the "
-                "model's $.seq_length is max_position_embeddings"
+                f"{shown((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: "
+                "$.seq_length is max_position_embeddings"
             )
 
     def _take_vocabulary(self) -> None:
@@ -282,13 +282,13 @@ class _ArgumentsAdoption(Adoption):
             self._put_top("vocab_size", padded, "padded_vocab_size")
             self._set_top("should_pad_vocab", False)
             if size not in (None, padded):
-                at = format_path((*self.at, "vocab_size"))
-                self.note(f"{at}: {size} left out, the model's $.vocab_size is padded_vocab_size")
+                at = shown((*self.at, "vocab_size"))
+                self.note(f"{at}: {size} left out, $.vocab_size is padded_vocab_size")
         elif size is not None:
             self._put_top("vocab_size", size, "vocab_size")
             self._set_top("should_pad_vocab", True)
         else:
-            self.note("the arguments have no vocabulary: set vocab_size")
+            self.note("the arguments have no vocabulary size: set vocab_size")
         if args.get("make_vocab_size_divisible_by") is not None:
             name = "make_vocab_size_divisible_by"
             self._put_top(name, args[name], name)
@@ -297,16 +297,14 @@ class _ArgumentsAdoption(Adoption):
         args = self._args
         spec, path = args.get("spec"), (*self.at, "spec")
         if spec in USUAL_SPECS:
-            self.note(f"{format_path(path)}: left to the default, which chooses these layers")
+            self.note(f"{shown(path)}: left to the default, which selects the same layers")
         elif spec == ["local"]:
             self.transformer["transformer_impl"] = "local"
         elif not is_off(spec):
-            self.problem(
-                path, "layers of a module of their own: remove it, and give them as the layers of the document"
-            )
+            self.problem(path, "custom layer spec: remove it, and set the layer spec of the document instead")
         layers = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
         if not is_off(args.get(layers[0])) and is_off(args.get(layers[1])):
-            self.problem((*self.at, layers[0]), f"reading a document opens no file: give what is in it as {layers[1]}")
+            self.problem((*self.at, layers[0]), f"Bridge does not read this file: put its contents into {layers[1]}")
 
     def _take_stages(self) -> None:
         """The virtual pipeline, for arguments that Megatron-LM has not worked out yet."""
@@ -318,7 +316,7 @@ class _ArgumentsAdoption(Adoption):
         if (layers := args.get("num_layers_per_virtual_pipeline_stage")) is not None:
             self.problem(
                 (*self.at, "num_layers_per_virtual_pipeline_stage"),
-                f"give virtual_pipeline_model_parallel_size, the number of stages of {layers} layers on each rank",
+                f"set virtual_pipeline_model_parallel_size instead: the stages of {layers} layers on each rank",
             )
 
 

@@ -88,9 +88,7 @@ def _family(name: str, path: Path) -> tuple[Family, bool]:
             return family, False
         if module in family.provider_modules and "Provider" in cls:
             return family, True
-    message = (
-        f"Bridge does not know what {cls} adds: if it adds nothing but values to one of these, write its name here"
-    )
+    message = f"Bridge does not know what {cls} adds: if it only changes defaults of one of these, write that name here"
     known = [family.provider for family in FAMILIES]
     if "Provider" not in cls:
         known = [family.configs[0] for family in FAMILIES if family.configs]
@@ -105,7 +103,7 @@ class _ReferenceAdoption(Adoption):
         super().__init__(family.ours, at, {**_NAMES, **family.names})
         self._family, self._is_provider = family, is_provider
         if sections:
-            self.note(f"left out, Bridge reads the model alone: {', '.join(sections)}")
+            self.note(f"left out, Bridge reads only the model: {', '.join(sections)}")
         self._take(data)
 
     def _take(self, data: dict[str, Any]) -> None:
@@ -155,9 +153,9 @@ class _ReferenceAdoption(Adoption):
             if key == given and key in self._family.idle:
                 self._unknown(key, value, path)
             elif is_old_name and (value is None or data.get(key) == value):
-                self.leave_out("an old name that says nothing new", path)
+                self.leave_out("an old name of a field that is also given", path)
             elif is_old_name and data.get(key) is not None:
-                self.problem(path, f"this is the old name of {key}, which has another value: give only that")
+                self.problem(path, f"this is the old name of {key}, which has a different value: keep only {key}")
             elif key in owned and key in self.transformer:
                 self._given_twice(key, value, declared=key in own, path=path)
             elif key in owned and transformer is not None:
@@ -182,14 +180,14 @@ class _ReferenceAdoption(Adoption):
                 f"transformer.{key} is {abbreviate(self.transformer[key])}"
             )
         else:
-            self.problem(path, f"transformer.{key} has another value: give it there only")
+            self.problem(path, f"transformer.{key} has a different value: keep only that one")
 
     def _unknown(self, key: str, value: Any, path: Path) -> None:
         if key in self._family.idle or (key in self._family.zeros and value == 0):
             if value:
-                self.leave_out("without a part in the model", path)
+                self.leave_out("no effect on the model", path)
             else:
-                self.leave_out("off, and unknown to Bridge", path)
+                self.leave_out("disabled and unknown to Bridge", path)
         else:
             self.unknown(key, value, path)
 
@@ -204,20 +202,20 @@ class _ReferenceAdoption(Adoption):
         whole = with_predictions(pattern, predictions, depths)
         if whole != pattern:
             self.top["hybrid_layer_pattern"] = whole
-            self.note(f"hybrid_layer_pattern is now {whole!r}, with mtp_hybrid_override_pattern in it")
+            self.note(f"hybrid_layer_pattern: set to {whole!r}, which includes mtp_hybrid_override_pattern")
         elif predictions:
-            self.leave_out("without a part in the model", (*self.at, "mtp_hybrid_override_pattern"))
+            self.leave_out("no effect on the model", (*self.at, "mtp_hybrid_override_pattern"))
         spec = data.get("mtp_mamba_stack_spec")
         if isinstance(spec, dict) and self.renamed(spec.get("_target_")) == LAYERS[MAMBA]:
-            self.leave_out("the default, which Bridge chooses by itself", (*self.at, "mtp_mamba_stack_spec"))
+            self.leave_out("the same as the default", (*self.at, "mtp_mamba_stack_spec"))
         elif spec is not None:
             self.unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
         if not (layers := layers_in(whole)):
             # HybridModel of megatron-core 0.19.2 has no layers then; those of earlier versions had these.
-            self.note("the document has no hybrid_layer_pattern: Mamba layers alone are assumed")
+            self.note("the document has no hybrid_layer_pattern: only Mamba layers are assumed")
         elif self.transformer.get("num_layers") is None:
             self.transformer["num_layers"] = layers
-            self.note(f"transformer.num_layers: {layers} written out, as hybrid_layer_pattern has them")
+            self.note(f"transformer.num_layers: set to {layers}, the number of layers in hybrid_layer_pattern")
 
     def _take_provider(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
         """What only providers have."""
@@ -228,7 +226,7 @@ class _ReferenceAdoption(Adoption):
             own = model is not None and key in model.fields
             if key not in (self.top if own else self.transformer):
                 (self.top if own else self.transformer)[key] = value
-                self.note(f"{format_path((*self.at, key))}: {value!r} written out, the default of a {plain}")
+                self.note(f"{shown((*self.at, key))}: set to {value!r}, the default of {plain}")
         known = (*(model.init_names if model else ()), *(transformer.init_names if transformer else ()))
         missing = sorted({*known} - {*self.top, *self.transformer, *data})
         if missing and data["_target_"] != self._family.provider:
@@ -236,8 +234,8 @@ class _ReferenceAdoption(Adoption):
             named = [name for name in _DECISIVE if name in missing]
             more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
             self.note(
-                f"Bridge's defaults are taken, which may not be those of {cls}: {', '.join(named)}{more}; "
-                "give those that differ"
+                f"Bridge's defaults are used, which may differ from those of {cls}: {', '.join(named)}{more}; "
+                "set those that differ"
             )
 
     def _take_rope(self, data: dict[str, Any]) -> None:
@@ -248,7 +246,9 @@ class _ReferenceAdoption(Adoption):
             self.problem((*self.at, other[0]), f"Bridge can scale rotary frequencies only with {known}")
         self.top |= {"rope_scaling": True, "rope_scaling_factor": factor}
         self.moved(("rope_scaling_factor",), (*self.at, "scale_factor"))
-        self.note(f"{format_path((*self.at, 'scale_factor'))}: now $.rope_scaling_factor, with $.rope_scaling true")
+        self.note(
+            f"{shown((*self.at, 'scale_factor'))}: renamed to $.rope_scaling_factor, and $.rope_scaling set to true"
+        )
 
     def _take_layers(self, data: dict[str, Any]) -> None:
         """Layers that the default choice comes to by itself."""
@@ -257,8 +257,10 @@ class _ReferenceAdoption(Adoption):
         path = (*self.at, self._family.layers)
         if self._is_provider and name in _CHOSEN_LAYERS and self.transformer.get(_CHOSEN_LAYERS[name]) is not None:
             self.top["transformer_layer_spec"] = None
-            chooses = f"chooses these for a transformer with {_CHOSEN_LAYERS[name]}"
-            self.note(f"{format_path(path)}: left to the default, which {chooses}")
+            field = _CHOSEN_LAYERS[name]
+            self.note(
+                f"{shown(path)}: left to the default, which selects the same layers for a transformer with {field}"
+            )
         elif self._family is T5_FAMILY and name in (_T5_LAYERS % "local", _T5_LAYERS % "transformer_engine"):
             self.transformer["transformer_impl"] = "local" if "local" in name else "transformer_engine"
             self.note(
@@ -267,7 +269,7 @@ class _ReferenceAdoption(Adoption):
             )
         elif self._family is T5_FAMILY and spec is not None:
             self.problem(
-                path, "Bridge has layers of the encoder and of the decoder apart: remove it if they are usual ones"
+                path, "Bridge has separate specs for encoder and decoder layers: remove it if it is the default"
             )
 
     def _tell_lost_functions(self) -> None:
@@ -275,12 +277,12 @@ class _ReferenceAdoption(Adoption):
         if self.transformer and "activation_func" not in self.transformer:
             gated = ", and this transformer is gated" if self.transformer.get("gated_linear_unit") else ""
             self.note(
-                f"the document has no activation function, which the reference does not write{gated}: GELU is assumed; "
-                "set transformer.activation_func if it was another (silu for SwiGLU)"
+                f"the document has no activation_func, which megatron.training does not write{gated}: GELU is assumed; "
+                "set transformer.activation_func if the model uses another function (silu for SwiGLU)"
             )
         if self._family is not T5_FAMILY and self._family.layers not in self.top:
             self.note(
-                f"the document has no {self._family.layers}, and the reference does not write one that is not null: "
+                f"the document has no {self._family.layers}, which megatron.training writes only if it is null: "
                 "the default layers are assumed"
             )
 

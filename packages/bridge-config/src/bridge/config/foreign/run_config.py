@@ -83,25 +83,25 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
     model = shipped(family.ours) if family else None
     if family is None or model is None:
         known = " or ".join(one.ours for one in FAMILIES if one.configs)
-        raise DocumentError([Problem("$._target_", f"only a {known} can be written for the reference")])
+        raise DocumentError([Problem("$._target_", f"only {known} can be written for megatron.training")])
     builder = data.get("_builder_", family.builder)
     notes = []
     if builder != family.builder:
-        notes.append(f"left out, of Bridge alone: the builder {builder}")
+        notes.append(f"left out, specific to Bridge: the builder {builder}")
     section: dict[str, Any] = {"_target_": family.configs[0], "_builder_": family.their_builder}
     ours_alone = _OURS_ALONE | family.ours_alone
     for key, value in data.items():
         if key in ours_alone:
             if value != ours_alone[key]:
-                notes.append(f"left out, the reference has no form for it: {key}")
+                notes.append(f"left out, megatron.training has no field for it: {key}")
         elif (field := model.fields.get(key)) is not None and field.init:
             section[key] = _their_form(value, field.type)
     if family is HYBRID_FAMILY:
         notes += _with_pattern(section)
     notes += _without_extensions(section)
     notes += [f"left out, as in the document: {entry['path']}" for entry in data.get("_omitted_", ())]
-    notes += [f"a list to the reference, not a tuple: {name}" for name in _tuples(data, model)]
-    return Migration(section, notes=notes)
+    notes += [f"read by megatron.training as a list, not a tuple: {name}" for name in _tuples(data, model)]
+    return Migrated(section, notes=notes)
 
 
 def _with_pattern(section: dict[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def _with_pattern(section: dict[str, Any]) -> list[str]:
         size = max(1, len(main) // (ranks * virtual))
         main = "|".join(main[at : at + size] for at in range(0, len(main), size))
     section["hybrid_layer_pattern"] = main + slash + predictions
-    return [] if section["hybrid_layer_pattern"] == given else [f"hybrid_layer_pattern written out: {main}"]
+    return [] if section["hybrid_layer_pattern"] == given else [f"hybrid_layer_pattern: set to {main}"]
 
 
 def _without_extensions(section: dict[str, Any]) -> list[str]:
@@ -129,7 +129,7 @@ def _without_extensions(section: dict[str, Any]) -> list[str]:
     lost = [key for key in transformer if key != "_target_" and key not in theirs.fields]
     section["transformer"] = {key: value for key, value in transformer.items() if key not in lost}
     section["transformer"]["_target_"] = theirs.name
-    return [f"left out, the reference has no form for it: transformer.{key}" for key in lost]
+    return [f"left out, megatron.training has no field for it: transformer.{key}" for key in lost]
 
 
 def _their_form(value: Any, type_: Type) -> Any:

@@ -15,11 +15,11 @@ DUPLICATE = "duplicate key"
 def find_key_flaw(key: Any, siblings: Container[str], *, is_plain: bool) -> str:
     """Why `key`, written without quotes if `is_plain`, cannot stand beside `siblings`; empty if it can."""
     if not isinstance(key, str):
-        return "keys must be text: quote this one"
+        return "keys must be strings: quote this one"
     if len(key) > MAX_KEY:
-        return f"a key longer than {MAX_KEY} characters"
+        return f"key longer than {MAX_KEY} characters"
     if key == "<<" and is_plain:
-        return "merge keys are not YAML 1.2: write out what << would bring"
+        return "merge keys (<<) are not part of YAML 1.2: write out the merged keys"
     return DUPLICATE if key in siblings else ""
 
 
@@ -31,5 +31,7 @@ def has_key_flaw(made: dict[str, Any], pairs: list[tuple[str, Any]]) -> bool:
 def find_written_key_flaw(key: Any) -> str:
     """Why no text can have `key`; empty if one can."""
     if type(key) is not str:
-        return f"keys must be text, and {describe_value(key)} is none"
-    return find_flaw(key) or (f"a key longer than {MAX_KEY} characters" if len(key) > MAX_KEY else "")
+        return f"keys must be strings, got {got(key)}"
+    if flaw := find_flaw(key):
+        return f"a key {flaw}"
+    return f"key longer than {MAX_KEY} characters" if len(key) > MAX_KEY else ""

@@ -39,14 +39,14 @@ def read_plain(text: str) -> Any:
         return _based(text)
     if _OCTAL.fullmatch(text):
         raise ValueError(
-            f"{text[:20]} may be an octal number, a decimal one or text: drop the zero, write 0o, or quote it"
+            f"{text[:20]} is ambiguous: drop the leading zero (decimal), write 0o (octal), or quote it (string)"
         )
     if _FLOAT.fullmatch(text):
         return _float(text)
     if infinity := _INFINITY.fullmatch(text):
         return float(infinity[1] + "inf")
     if text in (".nan", ".NaN", ".NAN"):
-        raise ValueError("not a number is not a value")
+        raise ValueError("NaN is not allowed")
     return text
 
 
@@ -67,38 +67,38 @@ def find_flaw(value: Any) -> str:
     kind = type(value)
     if kind is str:
         wrong = None if value.isascii() else _SURROGATE.search(value)
-        return f"U+{ord(wrong[0]):04X} is half of a character" if wrong else ""
+        return f"contains the unpaired surrogate U+{ord(wrong[0]):04X}" if wrong else ""
     if kind is float:
-        return "not a number is not a value" if math.isnan(value) else ""
+        return "NaN is not allowed" if math.isnan(value) else ""
     if kind is int:
-        return f"a number of more than {MAX_DIGITS:,} digits" if abs(value) >= _TOO_LARGE else ""
+        return f"integer with more than {MAX_DIGITS:,} digits" if abs(value) >= _TOO_LARGE else ""
     return "" if value is None or kind in (bool, dict, list, tuple) else f"a {kind.__qualname__} is not plain data"
 
 
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits: quote it if it is text")
+        raise ValueError(f"integer with {len(text):,} digits: quote it if it is a string")
     return int(text)
 
 
 def _based(text: str) -> int:
     number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
     if number >= _TOO_LARGE:
-        raise ValueError(f"a number of more than {MAX_DIGITS:,} decimal digits: quote it if it is text")
+        raise ValueError(f"integer with more than {MAX_DIGITS:,} decimal digits: quote it if it is a string")
     return number
 
 
 def _float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text[:20]} is too large for a number: quote it if it is text")
+        raise ValueError(f"{text[:20]} is too large for a float: quote it if it is a string")
     return number
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _check_text(text: str) -> None:
     if flaw := find_flaw(text):
-        raise ValueError(f"{flaw}: it cannot be in a text")
+        raise ValueError(flaw)

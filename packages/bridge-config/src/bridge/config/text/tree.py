@@ -41,7 +41,7 @@ class TreeBuilder:
         if meant is None:
             self.problem(f"undefined alias *{name}", node.start)
         elif any(meant is opened.node for opened in self._open):
-            self.problem(f"the alias *{name} stands inside what it is an alias of", node.start)
+            self.problem(f"the alias *{name} is inside the value that it refers to", node.start)
         else:
             node.alias = meant.alias or meant
             node.size, node.depth = meant.size, meant.depth
@@ -71,7 +71,7 @@ class TreeBuilder:
         path = (*(opened.step for opened in self._open if opened.step is not None), *below)
         self._problems.append(Problem(format_path(path), message, self._file, *self._places[index]))
         if len(self._problems) == MAX_PROBLEMS:
-            self.give_up(f"reading stops after {MAX_PROBLEMS} problems", index)
+            self.give_up(f"stopped after {MAX_PROBLEMS} problems", index)
 
     def give_up(self, message: str, index: int | None) -> NoReturn:
         """Stop for a problem of the whole document."""

@@ -24,7 +24,7 @@ def read_yaml(builder: TreeBuilder) -> None:
     """
     if wrong := _UNPRINTABLE.search(builder.text):
         code = f"U+{ord(wrong[0]):04X}"
-        builder.give_up(f"the character {code} cannot stand in YAML: escape it, in double quotes", wrong.start())
+        builder.give_up(f"the character {code} is not allowed in YAML: escape it in double quotes", wrong.start())
     try:
         _build_yaml(builder, _events(builder.text))
     except yaml.MarkedYAMLError as error:
@@ -63,7 +63,7 @@ def _build_yaml(builder: TreeBuilder, events: Iterator[Any]) -> None:
             builder.alias(Node(start, end), str(event.anchor))
         elif isinstance(event, yaml.DocumentStartEvent):
             if builder.root:
-                builder.give_up("not YAML of one document: another document begins here", start)
+                builder.give_up("expected a single YAML document, but another document begins here", start)
             if event.version and event.version != (1, 2):
                 version = ".".join(map(str, event.version))
                 builder.problem(f"documents are read as YAML 1.2, not {version}: remove this line", start)
