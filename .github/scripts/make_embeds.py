@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 FILE = Path(__file__).parents[2] / "packages/bridge-builders/src/bridge/builders/embeds.py"
 
 TEMPLATE = '''\
-"""EmbedsTransformer: a write-through configuration whose embedded TransformerConfig type checkers know."""
+"""EmbedsTransformer, which declares the fields of an embedded TransformerConfig for type checkers."""
 
 # Written by .github/scripts/make_embeds.py
 # ruff: noqa: N815
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 
 class EmbedsTransformer(WriteThrough):
-    """Mixin for a dataclass with a required field `transformer: TransformerConfig`, read and written through.
+    """Mixin for a dataclass with a required field `transformer: TransformerConfig`, whose fields it exposes.
 
-    At run time this is `WriteThrough`. To a type checker it also declares the fields of megatron-core's
-    `TransformerConfig`, so that `config.num_layers` is an int and `config.num_layer` an error; the constructor takes
-    the fields of the dataclass alone. What a subclass of `TransformerConfig` adds is known on `config.transformer`.
+    At run time this is `WriteThrough`. For type checkers it also declares the fields of megatron-core's
+    `TransformerConfig`, so that `config.num_layers` is an int and `config.num_layer` is an error. The constructor takes
+    only the fields of the dataclass. Fields that a subclass of `TransformerConfig` adds are typed only on
+    `config.transformer`.
     """
 
     if TYPE_CHECKING:

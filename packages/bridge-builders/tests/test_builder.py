@@ -53,8 +53,8 @@ class ThroughBase(ConcreteBase[MegatronModule, WideBlockConfig]):
     pass
 
 
-def test_the_signature_of_the_reference() -> None:
-    """Names, order and defaults are the contract; their source is the reference API, in megatron.training.models."""
+def test_signatures_are_those_of_megatron_training() -> None:
+    """Names, order and defaults of the parameters are the contract; they come from megatron.training.models."""
     empty = inspect.Parameter.empty
     assert _parameters(ModelBuilder.build_model) == [
         ("self", empty),
@@ -78,18 +78,18 @@ def test_the_signature_of_the_reference() -> None:
     assert ModelBuilder.__abstractmethods__ == {"build_model", "build_distributed_models"}
 
 
-def test_parameters_stand_as_in_the_installed_reference() -> None:
-    from megatron.training.models.base import ModelBuilder as Reference
+def test_parameters_have_the_order_of_the_installed_megatron_training() -> None:
+    from megatron.training.models.base import ModelBuilder as MegatronModelBuilder
 
     for method in ("build_model", "build_distributed_models"):
-        ours, theirs = getattr(ModelBuilder, method), getattr(Reference, method)
+        ours, theirs = getattr(ModelBuilder, method), getattr(MegatronModelBuilder, method)
         assert [name for name, _ in _parameters(ours)] == [name for name, _ in _parameters(theirs)]
 
 
-def test_a_builder_keeps_its_configuration_and_refuses_another_one() -> None:
+def test_a_builder_keeps_its_configuration_and_rejects_another_class() -> None:
     config = WideBlockConfig()
     assert BlockBuilder(config)._model_config is config
-    with pytest.raises(TypeError, match="BlockBuilder builds from BlockConfig, got OtherConfig"):
+    with pytest.raises(TypeError, match="BlockBuilder expects a BlockConfig, got OtherConfig"):
         BlockBuilder(OtherConfig())  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ def test_accepted_config_is_read_from_the_generic_bases(builder: type, config: t
     assert accepted_config(builder) is config
 
 
-def test_a_builder_is_known_to_documents_by_being_defined() -> None:
+def test_defining_a_builder_registers_it_for_documents() -> None:
     document = BlockConfig(width=3).as_dict() | {"_builder_": f"{__name__}.DerivedBlockBuilder"}
     config = ModelConfig.from_dict(document)
     assert config.get_builder_cls() is DerivedBlockBuilder

@@ -1,4 +1,4 @@
-"""From a configuration to a model: the builder contract and the hooks around it."""
+"""The builder interface, and hooks on the stages that a builder returns."""
 
 from bridge.config.noise import silence
 

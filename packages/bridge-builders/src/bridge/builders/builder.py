@@ -1,4 +1,4 @@
-"""The abstract builder: a configuration in, one pipeline stage or all wrapped stages of this rank out."""
+"""ModelBuilder, the abstract class that builds the pipeline stages of a model from its configuration."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ MixedPrecisionWrapper = Callable[[Any, MegatronModule], MegatronModule]
 class ModelBuilder(ABC, Generic[ModelT, BuildConfigT]):
     """Builds models of type ``ModelT`` from a configuration of type ``BuildConfigT``.
 
-    A builder is a factory: it keeps the configuration it was made with and changes nothing, so that two calls build
-    the same thing twice. A subclass is known as a builder (a document's ``_builder_`` may name it) by being defined.
+    A builder is a factory without side effects: it does not change its configuration, and two calls build the same
+    model twice. Defining a concrete subclass registers it, so that ``_builder_`` in a document can name it.
     """
 
     def __init__(self, model_config: BuildConfigT) -> None:
         accepted = accepted_config(type(self))
         if not isinstance(model_config, accepted):
             raise TypeError(
-                f"{type(self).__name__} builds from {accepted.__name__}, got {type(model_config).__name__}: "
-                f"use the builder that {type(model_config).__name__} names, get_builder_cls()"
+                f"{type(self).__name__} expects a {accepted.__name__}, got {type(model_config).__name__}: "
+                "use the builder that get_builder_cls() of this configuration returns"
             )
         self._model_config = model_config
 
@@ -55,9 +55,9 @@ class ModelBuilder(ABC, Generic[ModelT, BuildConfigT]):
 
         Args:
             pg_collection: The process groups of this rank.
-            pre_process: Whether the stage holds the embedding; None lets the stage's place in the pipeline decide.
-            post_process: Whether the stage holds the output layer; None as above.
-            vp_stage: Index of the virtual pipeline stage, None without a virtual pipeline.
+            pre_process: Whether the stage holds the embedding; None: decided by its position in the pipeline.
+            post_process: Whether the stage holds the output layer; None: decided by its position in the pipeline.
+            vp_stage: Index of the virtual pipeline stage; None without a virtual pipeline.
         """
 
     @abstractmethod
@@ -77,24 +77,25 @@ class ModelBuilder(ABC, Generic[ModelT, BuildConfigT]):
 
         Args:
             pg_collection: The process groups of this rank.
-            ddp_config: Options of the data-parallel wrapper; required when ``wrap_with_ddp``, never changed.
-            overlap_param_gather_with_optimizer_step: Put each chunk's parameters in one bucket, as that overlap needs.
+            ddp_config: Options of the data-parallel wrapper, not modified. Required if ``wrap_with_ddp`` is true.
+            overlap_param_gather_with_optimizer_step: Put all parameters of a stage into one bucket, which that overlap
+                requires.
             use_megatron_fsdp: Wrap with Megatron-FSDP instead of DDP.
             use_torch_fsdp2: Wrap with torch FSDP2 instead of DDP.
-            wrap_with_ddp: False leaves the stages without a data-parallel wrapper.
+            wrap_with_ddp: Whether to apply a data-parallel wrapper.
             data_parallel_random_init: Broadcast the weights of the first data-parallel rank to the others.
-            mixed_precision_wrapper: Applied to each stage when the configuration says fp16 or bf16; None for none.
+            mixed_precision_wrapper: Wraps each stage if the configuration sets fp16 or bf16; None: no stage is wrapped.
             model_type: Set on each stage as ``model_type``.
 
         Returns:
-            One element per virtual pipeline stage, so one element without a virtual pipeline.
+            One element per virtual pipeline stage; a single element without a virtual pipeline.
         """
 
 
 def accepted_config(builder: type) -> type[ModelConfig]:
-    """Return the class of configurations that a builder class was declared for, ModelConfig if it does not say.
+    """Return the configuration class that a builder class accepts; ModelConfig if it declares none.
 
-    It is read from the class's generic bases: ``class B(ModelBuilder[Model, Config])`` accepts ``Config``.
+    It is read from the generic bases of the class: ``class B(ModelBuilder[Model, Config])`` accepts ``Config``.
     """
     for cls in builder.__mro__:
         for base in getattr(cls, "__orig_bases__", ()):

@@ -1,4 +1,4 @@
-"""The errors of bridge-builders."""
+"""Errors of bridge-builders."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from bridge.config import BridgeError
 
 
 class BuilderError(BridgeError):
-    """Base of every error that bridge-builders raises."""
+    """Base class of all errors that bridge-builders raises."""
 
 
 class HookError(BuilderError, TypeError):
-    """A hook is not callable, or returned something that is not a list of modules."""
+    """A hook is not callable, or did not return a list of modules."""

@@ -1,4 +1,4 @@
-"""Hooks on the list of model stages, composed into one function."""
+"""Compose hooks on the list of stages into one function."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
 
 def compose_hooks(hooks: list[Hook]) -> Hook:
-    """Compose hooks into one function that runs them in list order, each on the result of the one before.
+    """Compose hooks into one function that runs them in order, each on the result of the previous one.
 
-    The hooks are taken as they are now: a later change to the list does not change the composed function. The last
-    hook may return None, as in the reference: then the list that it was given counts, and a warning names the hook.
+    The list of hooks is copied: changing it later does not affect the composed function. As in megatron.training, the
+    last hook may return None. Its input list is then returned, with a warning that names the hook.
 
     Args:
-        hooks: Functions from the stages of this rank to the stages of this rank.
+        hooks: Functions that take the list of this rank's stages and return it.
 
     Returns:
-        One function, whose attribute ``hooks`` holds them; the identity when there are none: the same list object comes
-        back.
+        The composed function, whose attribute ``hooks`` holds the hooks. Without hooks it returns its argument.
 
     Raises:
-        HookError: At once, if this is no list of functions; when run, if a hook returns anything but a list of stages,
-            or one before the last returns None. The error names the hook.
+        HookError: ``hooks`` is not a list of functions. The composed function raises it, with the name of the hook, if
+            a hook does not return a list of stages, or if a hook other than the last returns None.
     """
     given: object = hooks
     if not isinstance(given, list):
-        hint = f"write [{hook_name(given)}]" if callable(given) else f"got {given!r}"
-        raise HookError(f"hooks come in a list: {hint}")
+        instead = f"a function: write [{hook_name(given)}]" if callable(given) else repr(given)
+        raise HookError(f"hooks must be a list, got {instead}")
     chain = tuple(hooks)
     for number, hook in enumerate(chain, 1):
         if not callable(hook):
-            raise HookError(f"hook {number} is {hook!r}, which is not callable: give a function of the list of stages")
+            raise HookError(
+                f"hook {number} is {hook!r}, which is not callable: "
+                "pass a function that takes and returns the list of stages"
+            )
 
     def composed(stages: list[MegatronModule]) -> list[MegatronModule]:
         for number, hook in enumerate(chain, 1):
@@ -51,16 +53,17 @@ def _run(hook: Hook, stages: list[MegatronModule], *, number: int, total: int) -
     result: object = hook(stages)
     if isinstance(result, list) and result:
         return result
-    said = f"hook {number} of {total}, {hook_name(hook)}, returned"
+    # Warnings and errors start with the hook, so that the user can find it in a long list.
+    prefix = f"hook {number} of {total}, {hook_name(hook)}, returned"
     if result is None and number == total:
-        warn(f"{said} None: the list that it was given is kept (add `return stages` at its end)")
+        warn(f"{prefix} None: its input list is kept (add `return stages` to the end of the hook)")
         return stages
     if isinstance(result, tuple):
-        raise HookError(f"{said} a tuple: return a list, not a tuple")
-    raise HookError(f"{said} {result!r}: a hook must return the list of stages (add `return stages` at its end)")
+        raise HookError(f"{prefix} a tuple: return a list")
+    raise HookError(f"{prefix} {result!r}: a hook must return the list of stages (add `return stages` to its end)")
 
 
 def hook_name(hook: Hook) -> str:
-    """Name a hook for a message: module and qualified name where it has them, else its repr."""
+    """Return the name of a hook for messages: module and qualified name if it has them, otherwise its repr."""
     name = getattr(hook, "__qualname__", None)
     return f"{getattr(hook, '__module__', '?')}.{name}" if name else repr(hook)
