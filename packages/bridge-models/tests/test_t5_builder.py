@@ -301,7 +301,7 @@ def said_of_given_groups() -> str:
 
 def test_groups_that_are_not_the_global_ones_are_refused() -> None:
     for said in run_ranks(said_of_given_groups, 2):
-        assert "cross attention takes Megatron's global process groups" in said
+        assert "cross attention uses Megatron's global process groups" in said
 
 
 def spread_after_the_meta_device() -> dict[str, float]:

@@ -32,5 +32,5 @@ def test_the_smallest_that_every_rank_can_share(vocab: int, divisible_by: int, t
 
 @pytest.mark.parametrize(("vocab", "divisible_by", "tp"), [(0, 128, 1), (-5, 128, 1), (5, 0, 1), (5, 128, 0)])
 def test_sizes_below_one_are_refused(vocab: int, divisible_by: int, tp: int) -> None:
-    with pytest.raises(ModelConfigError, match="set it to at least 1"):
+    with pytest.raises(ModelConfigError, match="must be at least 1, got"):
         pad_vocab_size(vocab, make_vocab_size_divisible_by=divisible_by, tensor_model_parallel_size=tp)

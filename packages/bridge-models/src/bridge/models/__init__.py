@@ -1,4 +1,4 @@
-"""Models for Bridge: a configuration and a builder each, in a module of their own. Importing this imports no torch."""
+"""Model families for Bridge, each with a configuration and a builder. Importing this package does not import torch."""
 
 from bridge.config.noise import silence
 

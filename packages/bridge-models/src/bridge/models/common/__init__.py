@@ -1,4 +1,5 @@
-"""What the families share: the fields of a language model, its vocabulary, its place in a pipeline, rules, groups.
+"""Code that model families share: base configuration, vocabulary, pipeline stages, process groups, pre-flight rules.
 
-It imports bridge.models.errors and the packages below. `base`, the reference API's public path, imports nothing of it.
+It imports bridge.models.errors and the packages below. `base` has the names of Megatron Bridge's module of the same path
+and imports nothing else from bridge.models.
 """

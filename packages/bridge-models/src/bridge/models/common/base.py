@@ -1,4 +1,4 @@
-"""The public path of the reference API: the very objects of the packages below."""
+"""The names of Megatron Bridge's `models.common.base`, re-exported from bridge.config and bridge.builders."""
 
 from bridge.builders import BuildConfigT, ModelBuilder, ModelT, compose_hooks
 from bridge.config import ModelConfig, Serializable

@@ -1,4 +1,4 @@
-"""What the configurations of all language models share: the vocabulary, the loss, and how they are checked."""
+"""LanguageModelConfig, the base class of all model configurations, and its checks."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from bridge.config import ModelConfig
 from bridge.config.paths import format_path
 from bridge.config.read.rehearsal import check_plain_values
 from bridge.config.schema.arithmetic import check_live
-from bridge.config.schema.generation import get_settings, wrong_settings
-from bridge.models.common.vocab import padded_vocab_size, vocabulary_problem
+from bridge.config.schema.generation import settings_of, wrong_settings
+from bridge.models.common.vocab import find_vocabulary_problem, padded_vocab_size
 from bridge.models.errors import ModelConfigError
 
 
 @dataclass(kw_only=True)
 class LanguageModelConfig(EmbedsTransformer, ModelConfig):
-    """A language model: a ``TransformerConfig`` between an embedding of tokens and an output layer over them.
+    """A language model: a ``TransformerConfig`` between a token embedding and an output layer.
 
-    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
+    Every field of ``transformer`` can also be read and set here: ``config.hidden_size = 64`` sets
     ``config.transformer.hidden_size``.
     """
 
     transformer: TransformerConfig
-    """The transformer, and how it is split over ranks."""
+    """The transformer layers, and how they are split over ranks."""
 
     vocab_size: int | None = None
-    """Number of tokens, not padded. Must be set before a model is built."""
+    """Number of tokens, before padding. Must be set before a model is built."""
 
     make_vocab_size_divisible_by: int = 128
-    """With ``should_pad_vocab``, each tensor-parallel rank's share of the vocabulary is a multiple of this."""
+    """With ``should_pad_vocab``: pad so that each tensor-parallel rank's part is a multiple of this."""
 
     should_pad_vocab: bool = False
-    """Pad the vocabulary so that it splits over tensor-parallel ranks."""
+    """Pad the vocabulary so that it divides evenly over tensor-parallel ranks."""
 
     seq_length: int = 1024
-    """Longest sequence, in tokens; with learned positions, the number of them."""
+    """Maximum sequence length in tokens; with learned positions, also their number."""
 
     fp16_lm_cross_entropy: bool = False
     """Compute the loss in half precision."""
 
     parallel_output: bool = True
-    """Leave the logits split over tensor-parallel ranks."""
+    """Keep the logits split over tensor-parallel ranks."""
 
     share_embeddings_and_output_weights: bool = False
-    """Tie the output layer's weight to the embedding's."""
+    """Tie the weight of the output layer to that of the embedding."""
 
     rotary_percent: float = 1.0
-    """Share of each head's channels that is rotated, 0 to 1."""
+    """Fraction of each head's channels that is rotated, from 0 to 1."""
 
     seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this, to reach longer sequences."""
+    """Divide rotary positions by this factor, to support longer sequences."""
 
     def finalize(self) -> None:
-        """Let the transformer finalize itself, if it knows how to, then validate.
+        """Finalize the transformer if it has a ``finalize`` method, then validate.
 
         Raises:
             ModelConfigError: See ``validate``.
@@ -66,23 +66,23 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without process groups; nothing is changed.
+        """Check what can be checked without process groups. Changes nothing.
 
         Raises:
-            ModelConfigError: A field lacks a value, has one of the wrong type or contradicts another one.
+            ModelConfigError: A field is not set, has the wrong type or contradicts another field.
         """
-        if denied := check_plain_values(self):
-            raise ModelConfigError("; ".join(f"{format_path(path)}: {message}" for path, message in denied))
-        if found := [*check_live(self.transformer, "transformer."), *check_live(self)]:
-            raise ModelConfigError("\n".join(f"{path}: {said}" for path, said in found))
-        if (problem := vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
+        if denied := denied_values(self):
+            raise ModelConfigError("; ".join(f"{shown(path)}: {message}" for path, message in denied))
+        if problems := [*check_live(self.transformer, "transformer."), *check_live(self)]:
+            raise ModelConfigError("\n".join(f"{path}: {message}" for path, message in problems))
+        if (problem := find_vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
             raise ModelConfigError(problem)
         _check_cuda_graphs(self.transformer)
         _check_generation(self)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Number of rows of the whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+        """Number of rows of the full embedding: ``vocab_size``, padded if ``should_pad_vocab``.
 
         Raises:
             ModelConfigError: ``vocab_size`` is not set.
@@ -92,18 +92,19 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
 
 def _check_generation(config: LanguageModelConfig) -> None:
     sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
-    if found := [f"generation_config.{name}: {said}" for name, said in wrong_settings(get_settings(config), **sizes)]:
-        raise ModelConfigError("; ".join(found))
+    wrong = wrong_settings(settings_of(config), **sizes)
+    if problems := [f"generation_config.{name}: {message}" for name, message in wrong]:
+        raise ModelConfigError("; ".join(problems))
 
 
 def _check_cuda_graphs(transformer: TransformerConfig) -> None:
-    """Check that CUDA graphs have the random number generator that they need.
+    """Check that CUDA graphs have the random number generator that they require.
 
     Raises:
         ModelConfigError: They do not.
     """
     if transformer.cuda_graph_impl != "none" and not transformer.use_te_rng_tracker:
         raise ModelConfigError(
-            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} needs Transformer Engine's random number "
-            "tracker: set transformer.use_te_rng_tracker to true, or cuda_graph_impl to none"
+            f"transformer.cuda_graph_impl {transformer.cuda_graph_impl} requires Transformer Engine's random number "
+            "tracker: set transformer.use_te_rng_tracker to true, or transformer.cuda_graph_impl to none"
         )

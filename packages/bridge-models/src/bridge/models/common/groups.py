@@ -1,4 +1,4 @@
-"""Process groups that Megatron keeps for the whole process, which some of it takes whatever it is given."""
+"""Checks of Megatron's global process groups, which parts of it use whatever groups they are given."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch.distributed import get_process_group_ranks
 from bridge.models.errors import UnsupportedError
 
 
-def check_global_groups(pg_collection: ProcessGroupCollection, *, who: str) -> None:
-    """Check that the tensor-parallel ranks are those that Megatron knows of, for something that goes by these.
+def check_global_groups(pg_collection: ProcessGroupCollection, *, component: str) -> None:
+    """Check that Megatron's global tensor-parallel group has the same ranks as the given one.
 
     Args:
         pg_collection: The process groups of this rank.
-        who: What takes Megatron's, for the error.
+        component: The component that uses the global group, for the error message.
 
     Raises:
-        UnsupportedError: They are others.
+        UnsupportedError: There is no global group, or it has other ranks.
     """
-    known = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
-    if known is None or get_process_group_ranks(known) != get_process_group_ranks(pg_collection.tp):
+    global_group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if global_group is None or get_process_group_ranks(global_group) != get_process_group_ranks(pg_collection.tp):
         raise UnsupportedError(
-            f"{who} takes Megatron's global process groups, whatever it is given: create them for this layout "
-            "(bridge.dist.create_process_groups), and pass those"
+            f"{component} uses Megatron's global process groups and ignores those it is given: create them for this "
+            "layout with bridge.dist.create_process_groups, and pass its result"
         )

@@ -1,6 +1,6 @@
-"""The pre-flight rules of all language models. Importing them imports no torch.
+"""Pre-flight rules of all language models. Importing this module does not import torch.
 
-A family's own are in its `rules`; its tuple is declared for its builder in the entry-point group ``bridge.rules``.
+The rules of one family are in its `rules` module. The entry-point group ``bridge.rules`` maps a builder to its rules.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridge.dist.checks.preflight import Rule, Setup, rule
-from bridge.models.common.vocab import vocabulary_problem
+from bridge.models.common.vocab import find_vocabulary_problem
 
-VALIDATED = "the configuration's own validate refuses it too"
-"""Why a rule is not shown by building what it refuses."""
+VALIDATED = "validate() of the configuration refuses it too"
+"""Reason that no test builds what a rule refuses, for ``not_shown``."""
 
 
 @rule(not_shown=VALIDATED)
 def vocabulary_divides(setup: Setup) -> Iterator[str]:
     """Each tensor-parallel rank holds an equal part of the embedding."""
-    if (problem := vocabulary_problem(setup.model, setup.layout.tp)) is not None:
+    if (problem := find_vocabulary_problem(setup.model, setup.layout.tp)) is not None:
         yield problem
 
 

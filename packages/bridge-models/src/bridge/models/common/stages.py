@@ -1,4 +1,4 @@
-"""The place of a stage in the pipeline."""
+"""Pipeline stages: how many there are, and which hold the embedding and the output layer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from bridge.models.errors import ModelConfigError
 
 
 def virtual_stages(transformer: TransformerConfig) -> int:
-    """Return the virtual stages per rank; a pipeline of one rank is not divided, whatever the configuration says."""
+    """Return the number of virtual stages per rank; always 1 without pipeline parallelism, as in megatron.training."""
     if transformer.pipeline_model_parallel_size == 1:
         return 1
     return transformer.virtual_pipeline_model_parallel_size or 1
 
 
 def pipeline_stages(transformer: TransformerConfig) -> int:
-    """Return the stages of the whole pipeline, virtual ones counted."""
+    """Return the number of stages in the whole pipeline, including virtual stages."""
     return transformer.pipeline_model_parallel_size * virtual_stages(transformer)
 
 
-def ends(
+def first_and_last(
     transformer: TransformerConfig,
     pp_group: torch.distributed.ProcessGroup,
     *,
@@ -29,17 +29,20 @@ def ends(
     post_process: bool | None,
     vp_stage: int | None,
 ) -> tuple[bool, bool]:
-    """Return whether a stage holds the embedding, and whether the output layer; what is given stays as it is.
+    """Return whether a stage holds the embedding, and whether it holds the output layer.
+
+    Explicit values of ``pre_process`` and ``post_process`` win; None is decided by the stage's position in the pipeline.
 
     Raises:
-        ModelConfigError: ``vp_stage`` does not fit the virtual pipeline.
+        ModelConfigError: ``vp_stage`` is not a stage of the virtual pipeline.
     """
     stages = virtual_stages(transformer)
     if stages == 1 and vp_stage not in (None, 0):
         raise ModelConfigError(f"vp_stage is {vp_stage}, but there is no virtual pipeline: pass None")
     if stages > 1 and (vp_stage is None or not 0 <= vp_stage < stages):
         raise ModelConfigError(
-            f"vp_stage is {vp_stage}, but virtual_pipeline_model_parallel_size is {stages}: pass 0 to {stages - 1}"
+            f"vp_stage is {vp_stage}, but virtual_pipeline_model_parallel_size is {stages}: "
+            f"pass a number from 0 to {stages - 1}"
         )
     if pre_process is None:
         pre_process = not vp_stage and is_pp_first_stage(pp_group)

@@ -1,4 +1,4 @@
-"""The size of a vocabulary that is split over ranks."""
+"""The size of a vocabulary that is split over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from bridge.models.errors import ModelConfigError
 
 
 def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Round a vocabulary up, so that each tensor-parallel rank's share is a multiple of a number.
+    """Round a vocabulary size up, so that each tensor-parallel rank's part is a multiple of a number.
 
     Args:
         vocab_size: Number of tokens.
-        make_vocab_size_divisible_by: What each rank's share must be a multiple of.
+        make_vocab_size_divisible_by: Number of which each rank's part must be a multiple.
         tensor_model_parallel_size: Number of ranks that share the vocabulary.
 
     Returns:
-        The smallest multiple of ``make_vocab_size_divisible_by * tensor_model_parallel_size`` that is large enough.
+        The smallest multiple of ``make_vocab_size_divisible_by * tensor_model_parallel_size`` that is at least
+        ``vocab_size``.
 
     Raises:
-        ModelConfigError: An argument is not positive.
+        ModelConfigError: An argument is less than 1.
     """
     sizes = {
         "vocab_size": vocab_size,
@@ -28,20 +29,20 @@ def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor
     }
     for name, size in sizes.items():
         if size < 1:
-            raise ModelConfigError(f"{name} is {size}: set it to at least 1")
+            raise ModelConfigError(f"{name} must be at least 1, got {size}")
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
 def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:
-    """Return the number of rows of a model's whole embedding: ``vocab_size``, padded when ``should_pad_vocab``.
+    """Return the number of rows of the full embedding: ``vocab_size``, padded if ``should_pad_vocab``.
 
     Raises:
         ModelConfigError: ``vocab_size`` is not set.
     """
     size: int | None = model.vocab_size
     if size is None:
-        raise ModelConfigError("vocab_size is not set: give the number of tokens of the tokenizer")
+        raise ModelConfigError("vocab_size is not set: set it to the number of tokens of the tokenizer")
     if not model.should_pad_vocab:
         return size
     return pad_vocab_size(
@@ -51,13 +52,13 @@ def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:
     )
 
 
-def vocabulary_problem(model: Any, tp: int) -> str | None:
-    """Say what is wrong with the vocabulary of a model that ``tp`` ranks share; None if nothing is."""
+def find_vocabulary_problem(model: Any, tp: int) -> str | None:
+    """Return an error message if a model's vocabulary is not set or cannot be split over ``tp`` ranks, otherwise None."""
     if model.vocab_size is None:
-        return "vocab_size is not set: give the number of tokens of the tokenizer"
+        return "vocab_size is not set: set it to the number of tokens of the tokenizer"
     if padded_vocab_size(model, tp) % tp:
         return (
-            f"vocab_size {model.vocab_size} does not split over tensor_model_parallel_size {tp}: "
+            f"vocab_size {model.vocab_size} is not divisible by tensor_model_parallel_size {tp}: "
             "set should_pad_vocab to true"
         )
     return None

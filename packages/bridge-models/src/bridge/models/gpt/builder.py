@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_pg_rank
 
 from bridge.dist.checks.preflight import Rule
-from bridge.models.common.stages import ends
+from bridge.models.common.stages import first_and_last
 from bridge.models.gpt.config import GPTModelConfig
 from bridge.models.gpt.layers import layer_spec, mtp_block_spec
 from bridge.models.gpt.rules import GPT_RULES
@@ -51,7 +51,7 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
         """
         config = self._restorable_config(pg_collection, vp_stage)
         config.validate()
-        pre_process, post_process = ends(
+        pre_process, post_process = first_and_last(
             config.transformer,
             pg_collection.pp,
             pre_process=pre_process,

@@ -8,7 +8,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.dist.checks.preflight import Rule
-from bridge.models.common.stages import ends, pipeline_stages
+from bridge.models.common.stages import first_and_last, pipeline_stages
 from bridge.models.mamba.config import MambaModelConfig
 from bridge.models.mamba.layers import stack_spec
 from bridge.models.mamba.rules import MAMBA_RULES, pattern_of_stages
@@ -42,7 +42,7 @@ class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
         """
         config = self._restorable_config(pg_collection, vp_stage)
         config.validate()
-        pre_process, post_process = ends(
+        pre_process, post_process = first_and_last(
             config.transformer,
             pg_collection.pp,
             pre_process=pre_process,

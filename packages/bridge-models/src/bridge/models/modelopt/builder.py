@@ -94,7 +94,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         import_modelopt()
         if vp_stage is not None:
             raise UnsupportedError("ModelOpt knows no virtual pipeline: set virtual_pipeline_model_parallel_size to 1")
-        check_global_groups(pg_collection, who="ModelOpt")
+        check_global_groups(pg_collection, component="ModelOpt")
         config = copy.copy(self._model_config)
         transformer = copy.copy(self.transformer_config)
         transformer.moe_grouped_gemm = False  # ModelOpt's experts are one module each

@@ -71,7 +71,7 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
             )
         refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
         # Seen in megatron-core 0.19.2.
-        check_global_groups(pg_collection, who="T5's cross attention")
+        check_global_groups(pg_collection, component="T5's cross attention")
         return T5Model(
             config=config.transformer,
             encoder_config=config.encoder_transformer,
