@@ -45,7 +45,7 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     sizes = {axis: int(size) for axis, _, size in pairs if _SIZE.fullmatch(size)}
     if len(sizes) < len(pairs):
         raise click.BadParameter(
-            f"expected sizes such as tp=2,pp=2 (each axis once, sizes from 1 to 999,999,999), got {quoted(text)}"
+            f"expected sizes such as tp=2,pp=2 (each axis once, sizes from 1 to 999,999,999), got {quote_name(text)}"
         )
     return sizes
 

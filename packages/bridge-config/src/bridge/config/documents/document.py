@@ -229,7 +229,7 @@ class Document:
 
     def _check_top(self) -> None:
         if not isinstance(self.data, dict):
-            raise ConfigError(f"expected a mapping at the top of the document, got {got(self.data)}")
+            raise ConfigError(f"expected a mapping at the top of the document, got {describe_value(self.data)}")
 
     def save(self, path: str | FilePath | None = None) -> None:
         """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.

@@ -146,7 +146,7 @@ class _ArgumentsAdoption(Adoption):
             value = pattern
         if name == "perform_initialization" and value is False:
             self.note(
-                f"{shown(path)}: kept as false, so weights are not initialized: load a checkpoint, or set "
+                f"{format_path(path)}: kept as false, so weights are not initialized: load a checkpoint, or set "
                 "$.transformer.perform_initialization to true"
             )
         if value is None and not {"null", "bool"} & _kinds(field.type):
@@ -265,12 +265,12 @@ class _ArgumentsAdoption(Adoption):
                 self._put(field, default if value is None else value, name)
         if (factor := args.get("rope_scaling_factor")) not in (None, _SCALING) and args.get("use_rope_scaling"):
             self.note(
-                f"{shown((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM ignores it and "
+                f"{format_path((*self.at, 'rope_scaling_factor'))}: {factor} left out, Megatron-LM ignores it and "
                 f"scales by {_SCALING}: set $.rope_scaling_factor if the model was trained with another factor"
             )
         if (length := args.get("seq_length")) not in (None, args["max_position_embeddings"]):
             self.note(
-                f"{shown((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: "
+                f"{format_path((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: "
                 "$.seq_length is max_position_embeddings"
             )
 
@@ -282,7 +282,7 @@ class _ArgumentsAdoption(Adoption):
             self._put_top("vocab_size", padded, "padded_vocab_size")
             self._set_top("should_pad_vocab", False)
             if size not in (None, padded):
-                at = shown((*self.at, "vocab_size"))
+                at = format_path((*self.at, "vocab_size"))
                 self.note(f"{at}: {size} left out, $.vocab_size is padded_vocab_size")
         elif size is not None:
             self._put_top("vocab_size", size, "vocab_size")
@@ -297,7 +297,7 @@ class _ArgumentsAdoption(Adoption):
         args = self._args
         spec, path = args.get("spec"), (*self.at, "spec")
         if spec in USUAL_SPECS:
-            self.note(f"{shown(path)}: left to the default, which selects the same layers")
+            self.note(f"{format_path(path)}: left to the default, which selects the same layers")
         elif spec == ["local"]:
             self.transformer["transformer_impl"] = "local"
         elif not is_off(spec):

@@ -226,7 +226,7 @@ class _ReferenceAdoption(Adoption):
             own = model is not None and key in model.fields
             if key not in (self.top if own else self.transformer):
                 (self.top if own else self.transformer)[key] = value
-                self.note(f"{shown((*self.at, key))}: set to {value!r}, the default of {plain}")
+                self.note(f"{format_path((*self.at, key))}: set to {value!r}, the default of {plain}")
         known = (*(model.init_names if model else ()), *(transformer.init_names if transformer else ()))
         missing = sorted({*known} - {*self.top, *self.transformer, *data})
         if missing and data["_target_"] != self._family.provider:
@@ -247,7 +247,8 @@ class _ReferenceAdoption(Adoption):
         self.top |= {"rope_scaling": True, "rope_scaling_factor": factor}
         self.moved(("rope_scaling_factor",), (*self.at, "scale_factor"))
         self.note(
-            f"{shown((*self.at, 'scale_factor'))}: renamed to $.rope_scaling_factor, and $.rope_scaling set to true"
+            f"{format_path((*self.at, 'scale_factor'))}: "
+            "renamed to $.rope_scaling_factor, and $.rope_scaling set to true"
         )
 
     def _take_layers(self, data: dict[str, Any]) -> None:
@@ -259,7 +260,8 @@ class _ReferenceAdoption(Adoption):
             self.top["transformer_layer_spec"] = None
             field = _CHOSEN_LAYERS[name]
             self.note(
-                f"{shown(path)}: left to the default, which selects the same layers for a transformer with {field}"
+                f"{format_path(path)}: left to the default, "
+                f"which selects the same layers for a transformer with {field}"
             )
         elif self._family is T5_FAMILY and name in (_T5_LAYERS % "local", _T5_LAYERS % "transformer_engine"):
             self.transformer["transformer_impl"] = "local" if "local" in name else "transformer_engine"

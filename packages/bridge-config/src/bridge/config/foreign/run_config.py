@@ -101,7 +101,7 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
     notes += _without_extensions(section)
     notes += [f"left out, as in the document: {entry['path']}" for entry in data.get("_omitted_", ())]
     notes += [f"read by megatron.training as a list, not a tuple: {name}" for name in _tuples(data, model)]
-    return Migrated(section, notes=notes)
+    return Migration(section, notes=notes)
 
 
 def _with_pattern(section: dict[str, Any]) -> list[str]:

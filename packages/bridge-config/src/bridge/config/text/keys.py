@@ -31,7 +31,7 @@ def has_key_flaw(made: dict[str, Any], pairs: list[tuple[str, Any]]) -> bool:
 def find_written_key_flaw(key: Any) -> str:
     """Why no text can have `key`; empty if one can."""
     if type(key) is not str:
-        return f"keys must be strings, got {got(key)}"
+        return f"keys must be strings, got {describe_value(key)}"
     if flaw := find_flaw(key):
         return f"a key {flaw}"
     return f"key longer than {MAX_KEY} characters" if len(key) > MAX_KEY else ""

@@ -11,7 +11,7 @@ from bridge.config import ModelConfig
 from bridge.config.paths import format_path
 from bridge.config.read.rehearsal import check_plain_values
 from bridge.config.schema.arithmetic import check_live
-from bridge.config.schema.generation import settings_of, wrong_settings
+from bridge.config.schema.generation import get_settings, wrong_settings
 from bridge.models.common.vocab import find_vocabulary_problem, padded_vocab_size
 from bridge.models.errors import ModelConfigError
 
@@ -71,8 +71,8 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         Raises:
             ModelConfigError: A field is not set, has the wrong type or contradicts another field.
         """
-        if denied := denied_values(self):
-            raise ModelConfigError("; ".join(f"{shown(path)}: {message}" for path, message in denied))
+        if denied := check_plain_values(self):
+            raise ModelConfigError("; ".join(f"{format_path(path)}: {message}" for path, message in denied))
         if problems := [*check_live(self.transformer, "transformer."), *check_live(self)]:
             raise ModelConfigError("\n".join(f"{path}: {message}" for path, message in problems))
         if (problem := find_vocabulary_problem(self, self.transformer.tensor_model_parallel_size)) is not None:
@@ -92,7 +92,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
 
 def _check_generation(config: LanguageModelConfig) -> None:
     sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
-    wrong = wrong_settings(settings_of(config), **sizes)
+    wrong = wrong_settings(get_settings(config), **sizes)
     if problems := [f"generation_config.{name}: {message}" for name, message in wrong]:
         raise ModelConfigError("; ".join(problems))
 

@@ -31,7 +31,7 @@ def first_and_last(
 ) -> tuple[bool, bool]:
     """Return whether a stage holds the embedding, and whether it holds the output layer.
 
-    Explicit values of ``pre_process`` and ``post_process`` win; None is decided by the stage's position in the pipeline.
+    Explicit values of ``pre_process`` and ``post_process`` win; None follows the stage's position in the pipeline.
 
     Raises:
         ModelConfigError: ``vp_stage`` is not a stage of the virtual pipeline.

@@ -53,7 +53,7 @@ def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:
 
 
 def find_vocabulary_problem(model: Any, tp: int) -> str | None:
-    """Return an error message if a model's vocabulary is not set or cannot be split over ``tp`` ranks, otherwise None."""
+    """Return an error message if the vocabulary is not set or cannot be split over ``tp`` ranks, otherwise None."""
     if model.vocab_size is None:
         return "vocab_size is not set: set it to the number of tokens of the tokenizer"
     if padded_vocab_size(model, tp) % tp:
