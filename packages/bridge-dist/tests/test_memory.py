@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bridge.dist.run.memory import read_peak_memory
+from bridge.dist.run.peak_memory import read_peak_memory
 
 MIB = 2**20
 CHILD = """\
 import resource
-from bridge.dist.run.memory import read_peak_memory
+from bridge.dist.run.peak_memory import read_peak_memory
 print(read_peak_memory().resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from bridge.dist.run import progress
-from bridge.dist.run.memory import PeakMemory
+from bridge.dist.run.peak_memory import PeakMemory
 from bridge.dist.run.progress import show_progress
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.run.tables import render_report

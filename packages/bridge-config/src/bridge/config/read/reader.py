@@ -23,10 +23,10 @@ from bridge.config.problems import (
     prefix_path,
     to_path_step,
 )
+from bridge.config.read.cache import Plan, get_caches, make_plan
 from bridge.config.read.fit import accepts_instance, accepts_object, accepts_value, describe_kind
 from bridge.config.read.lookup import LiveLookup, Lookup
 from bridge.config.read.migrate import describe_change
-from bridge.config.read.plan import Plan, get_caches, make_plan
 from bridge.config.read.view import View
 from bridge.config.schema.annotations import (
     ANYTHING,

@@ -19,7 +19,7 @@ from bridge.dist.engine.stages import layers_of
 from bridge.dist.job import BuildJob, vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.run.execute import BuiltRank
-from bridge.dist.run.memory import PeakMemory, read_peak_memory
+from bridge.dist.run.peak_memory import PeakMemory, read_peak_memory
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.train.flops import model_flops, peak_flops
 from bridge.dist.train.step import Step

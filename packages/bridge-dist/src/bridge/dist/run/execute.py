@@ -20,7 +20,7 @@ from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import BuildJob, read_text, vocab_size
 from bridge.dist.layout import Layout
-from bridge.dist.run.memory import reset_peak_memory
+from bridge.dist.run.peak_memory import reset_peak_memory
 from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
 from bridge.dist.train.step import Step, train

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from bridge.dist.run.memory import PeakMemory
+    from bridge.dist.run.peak_memory import PeakMemory
 
 
 @dataclass(frozen=True, kw_only=True)
