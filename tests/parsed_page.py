@@ -61,7 +61,7 @@ class StrictParser(HTMLParser):
         self._open[-1].children.append(data)
 
 
-def parsed(plan: Plan, title: str = "a model") -> Element:
+def parse_page(plan: Plan, title: str = "a model") -> Element:
     return StrictParser(render_page(plan, title)).root
 
 
