@@ -160,7 +160,12 @@ def test_a_pipeline_of_one_rank_has_no_virtual_stages(pg_collection: ProcessGrou
 
 @pytest.mark.parametrize(
     ("vp", "vp_stage", "message"),
-    [(None, 1, "no virtual pipeline"), (2, None, "pass a number from 0 to 1"), (2, 2, "pass a number from 0 to 1"), (2, -1, "pass a number from 0 to 1")],
+    [
+        (None, 1, "no virtual pipeline"),
+        (2, None, "pass a number from 0 to 1"),
+        (2, 2, "pass a number from 0 to 1"),
+        (2, -1, "pass a number from 0 to 1"),
+    ],
 )
 def test_a_virtual_stage_that_there_is_not(
     pg_collection: ProcessGroupCollection, gpt: GPT, vp: int | None, vp_stage: int | None, message: str
