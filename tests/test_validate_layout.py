@@ -60,7 +60,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "every size": (
         ["tiny", "--layout", "tp=3"],
         1,
-        ["num_attention_heads = 4 is not", "ffn_hidden_size = 256 is not", "vocab_size 256 does not split"],
+        ["num_attention_heads = 4 is not", "ffn_hidden_size = 256 is not", "vocab_size 256 is not divisible"],
     ),
     "what the constructor derives": (
         ["good.yaml", "transformer.pipeline_dtype=null", "transformer.bf16=true", "--layout", "pp=2"],
@@ -79,7 +79,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         ["tiny: $: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
     ),
     "reading comes first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
-    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown in a layout: xp; its axes are tp, pp, vp"]),
+    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown layout axes: xp; choose from tp, pp, vp"]),
     "no size": (["tiny", "--layout", "tp=two"], 2, ["sizes from 1 to 999,999,999), got 'tp=two'"]),
     "twice": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
     "no such wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
