@@ -51,7 +51,7 @@ def plan_memory(name: str) -> dict[str, Any]:
     )
     kinds = ("weight", "gradient", "optimizer", "activation", "unsharded", "total")
     sizes = {f"{kind}_bytes": getattr(found.worst, f"{kind}_bytes") for kind in kinds}
-    return sizes | {"flops": found.worst.flops, "implementation": found.implementation}
+    return sizes | {"flops": found.worst.flops, "layers": found.layers}
 
 
 def measure_memory(name: str, small: bool) -> dict[str, int]:
