@@ -49,6 +49,9 @@ Of those that building, wrapping and running stages on the CPU change. A test te
 """
 
 
+_ATTENTION_CHOICE = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
 @contextlib.contextmanager
 def isolate_state() -> Iterator[None]:
     """Build and run stages as in a new process; what was there before is there again when the context is left."""
@@ -81,6 +84,8 @@ def _restore_groups() -> Iterator[None]:
 def _restore_environment() -> Iterator[None]:
     """Environment variables: Megatron chooses Transformer Engine's attention by them, and refuses another choice."""
     before = dict(os.environ)
+    for name in _ATTENTION_CHOICE:  # of a model that this process has built
+        os.environ.pop(name, None)
     try:
         yield
     finally:
