@@ -53,7 +53,7 @@ class ThroughBase(ConcreteBase[MegatronModule, WideBlockConfig]):
     pass
 
 
-def test_signatures_are_those_of_megatron_training() -> None:
+def test_signatures_match_megatron_training() -> None:
     """Names, order and defaults of the parameters are the contract; they come from megatron.training.models."""
     empty = inspect.Parameter.empty
     assert _parameters(ModelBuilder.build_model) == [
@@ -78,7 +78,7 @@ def test_signatures_are_those_of_megatron_training() -> None:
     assert ModelBuilder.__abstractmethods__ == {"build_model", "build_distributed_models"}
 
 
-def test_parameters_have_the_order_of_the_installed_megatron_training() -> None:
+def test_parameter_order_matches_the_installed_megatron_training() -> None:
     from megatron.training.models.base import ModelBuilder as MegatronModelBuilder
 
     for method in ("build_model", "build_distributed_models"):
@@ -97,7 +97,7 @@ def test_a_builder_keeps_its_configuration_and_rejects_another_class() -> None:
     ("builder", "config"),
     [(BlockBuilder, BlockConfig), (DerivedBlockBuilder, BlockConfig), (ThroughBase, WideBlockConfig)],
 )
-def test_accepted_config_is_read_from_the_generic_bases(builder: type, config: type) -> None:
+def test_config_class_is_inferred_from_the_generic_bases(builder: type, config: type) -> None:
     assert accepted_config(builder) is config
 
 

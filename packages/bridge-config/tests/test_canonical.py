@@ -96,13 +96,13 @@ def shuffled(data: Any, seed: int) -> Any:
 
 @settings(deadline=None)
 @given(wholes)
-def test_what_as_dict_writes_is_canonical(config: Whole) -> None:
+def test_as_dict_output_is_canonical(config: Whole) -> None:
     assert canonicalize(config.as_dict()) == config.as_dict()
 
 
 @settings(deadline=None)
 @given(wholes, st.integers(0, 9))
-def test_a_round_trip_and_another_order_keep_the_fingerprint(config: Whole, seed: int) -> None:
+def test_round_trip_and_key_order_keep_the_fingerprint(config: Whole, seed: int) -> None:
     document = Document.of(config)
     first = fingerprint(document.data)
     assert fingerprint(ModelConfig.from_dict(document.data).as_dict()) == first
@@ -112,7 +112,7 @@ def test_a_round_trip_and_another_order_keep_the_fingerprint(config: Whole, seed
 
 @settings(deadline=None)
 @given(wholes, wholes)
-def test_two_configs_have_one_fingerprint_if_and_only_if_nothing_differs(one: Whole, other: Whole) -> None:
+def test_fingerprints_are_equal_if_and_only_if_nothing_differs(one: Whole, other: Whole) -> None:
     same = fingerprint(one.as_dict()) == fingerprint(other.as_dict())
     assert same == (Document.of(one).diff(Document.of(other)) == [])
 
@@ -138,17 +138,17 @@ def test_defaults_are_filled_in_on_demand() -> None:
     assert filled == Whole(depth=3, part=Part(size=8)).as_dict()
 
 
-def test_a_field_given_its_default_is_as_one_left_out() -> None:
+def test_an_explicit_default_equals_an_omitted_field() -> None:
     assert fingerprint(SHORT | {"name": "x", "parts": []}) == fingerprint(SHORT)
     assert fingerprint(SHORT | {"name": "y"}) != fingerprint(SHORT)
 
 
-def test_an_older_form_has_the_fingerprint_of_its_meaning() -> None:
+def test_a_migrated_document_keeps_its_fingerprint() -> None:
     old = {"_target_": TARGET, "_version_": 1, "width": 8, "depth": "deep", "label": "n"}
     assert fingerprint(old) == fingerprint({"_target_": TARGET, "part": {"size": 8}, "depth": 9, "name": "n"})
 
 
-def test_the_fingerprint_is_that_of_canonical_json() -> None:
+def test_the_fingerprint_hashes_canonical_json() -> None:
     # Written by hand from RFC 8785: keys sorted, no spaces, 1.0 as 1.
     text = (
         '{"_builder_":"nowhere.Builder","_target_":"' + TARGET + '","depth":2,"extra_checkpoint_metadata":null,'
@@ -160,7 +160,7 @@ def test_the_fingerprint_is_that_of_canonical_json() -> None:
     assert fingerprint({"_target_": TARGET, "name": "é"}) == expected
 
 
-def test_large_integers_are_told_apart() -> None:
+def test_large_integers_are_distinguished() -> None:
     assert fingerprint(SHORT | {"depth": 2**53}) != fingerprint(SHORT | {"depth": 2**53 + 1})
 
 
@@ -179,7 +179,7 @@ def test_the_fingerprint_does_not_depend_on_the_process() -> None:
     assert len(seen) == 1
 
 
-def test_only_what_describes_a_configuration_has_a_fingerprint() -> None:
+def test_an_invalid_document_has_no_fingerprint() -> None:
     with pytest.raises(DocumentError, match=r"\$\.depth: expected an integer"):
         fingerprint(SHORT | {"depth": "x"})
 
@@ -188,7 +188,7 @@ def told(one: dict[str, Any], other: dict[str, Any], *, defaults: bool = True) -
     return [str(difference) for difference in Document(one).diff(Document(other), defaults=defaults)]
 
 
-def test_differences_are_told_field_by_field() -> None:
+def test_differences_are_reported_field_by_field() -> None:
     other = {"_target_": TARGET, "name": "other", "part": {"size": 8, "window": [1, 2]}, "parts": [{}]}
     assert told(SHORT, other) == [
         "~ name: x (default) -> other",
@@ -205,12 +205,12 @@ def test_differences_are_told_field_by_field() -> None:
     assert told(SHORT, SHORT | {"name": "x"}) == []
 
 
-def test_differences_as_written() -> None:
+def test_differences_can_ignore_defaults() -> None:
     assert told(SHORT, SHORT | {"name": "x"}, defaults=False) == ["+ name: x"]
     assert told(SHORT | {"name": "x"}, SHORT, defaults=False) == ["- name: x"]
 
 
-def test_moved_and_renamed_fields_are_told_as_such() -> None:
+def test_moved_and_renamed_fields_are_reported_as_such() -> None:
     old = {"_target_": TARGET, "_version_": 1, "width": 8, "label": "one", "depth": 3}
     new = {"_target_": TARGET, "part": {"size": 8}, "name": "two", "depth": 3}
     assert told(old, new) == ["~ name: one -> two (was label)", "> part.size: 8 (was width)"]
@@ -264,7 +264,7 @@ def test_documents_without_a_difference_have_the_same_fingerprint(one: Any, othe
         assert (first.fingerprint() == second.fingerprint()) == (not first.diff(second))
 
 
-def test_a_number_that_no_text_can_say_has_no_fingerprint() -> None:
+def test_a_number_too_large_to_write_has_no_fingerprint() -> None:
     document = described(10**5000, 1)
     with pytest.raises(ConfigError, match="this document has no fingerprint"):
         document.fingerprint()

@@ -104,7 +104,7 @@ def test_validate(site: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "small-extension: ok\nmine.yaml: ok\n", "")
 
 
-def test_validate_tells_every_problem_of_every_file(site: Path) -> None:
+def test_validate_reports_every_problem_in_every_file(site: Path) -> None:
     done = bridge(site, "validate", "wrong-extension", "small-extension", "absent.yaml")
     assert done.returncode == 1
     assert done.stdout == "small-extension: ok\n"
@@ -173,9 +173,7 @@ def test_show(site: Path) -> None:
         (["show"], 2, "Missing argument 'FILE'"),
     ],
 )
-def test_what_goes_wrong_is_a_message_and_an_exit_code(
-    site: Path, arguments: list[str], code: int, message: str
-) -> None:
+def test_errors_give_a_message_and_an_exit_code(site: Path, arguments: list[str], code: int, message: str) -> None:
     (site / "mine.yaml").write_text("_target_: extension.Model\n")
     done = bridge(site, *arguments)
     assert done.returncode == code
@@ -184,7 +182,7 @@ def test_what_goes_wrong_is_a_message_and_an_exit_code(
     assert done.stdout == ""
 
 
-def test_the_arguments_of_megatron_lm_are_a_document(site: Path) -> None:
+def test_megatron_lm_arguments_are_read_as_a_document(site: Path) -> None:
     given = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 32, "lr": 0.1}
     args = given | {"padded_vocab_size": 128, "swiglu": True, "params_dtype": "torch.bfloat16", "my_path": None}
     (site / "args.json").write_text(json.dumps(args))
@@ -200,7 +198,7 @@ def test_the_arguments_of_megatron_lm_are_a_document(site: Path) -> None:
     assert "$.my_path: unknown to Bridge" in bridge(site, "validate", "args.json").stderr
 
 
-def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> None:
+def test_migrate_does_not_overwrite_a_megatron_file(site: Path) -> None:
     text = "train: {train_iters: 5}\nmodel:\n  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider\n"
     text += "  num_layers: 2\n  hidden_size: 8\n  num_attention_heads: 2\n"
     (site / "run_config.yaml").write_text(text)
@@ -211,7 +209,7 @@ def test_migrate_does_not_write_over_what_the_reference_wrote(site: Path) -> Non
     assert bridge(site, "migrate", "run_config.yaml").returncode == 0
 
 
-def test_migrate_tells_the_problems_that_validate_tells(site: Path) -> None:
+def test_migrate_reports_the_same_problems_as_validate(site: Path) -> None:
     arguments = {
         "num_layers": 4,
         "hidden_size": "64",
@@ -228,7 +226,7 @@ def test_migrate_tells_the_problems_that_validate_tells(site: Path) -> None:
     assert found[1] == found[0]
 
 
-def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
+def test_an_ambiguous_preset_name_is_refused_and_others_work(site: Path) -> None:
     others = site / "other_presets"
     others.mkdir()
     (others / "__init__.py").touch()
@@ -244,7 +242,7 @@ def test_a_name_that_two_presets_have_is_refused_alone(site: Path) -> None:
     assert "other_presets" in done.stderr
 
 
-def test_what_a_document_leaves_out_is_a_note(site: Path) -> None:
+def test_omitted_values_give_a_note(site: Path) -> None:
     omitted = "_target_: extension.Model\n_omitted_: [{path: $.size, reason: a number of the moment}]\n"
     (site / "a.yaml").write_text(omitted)
     said = "the document was written without $.size (a number of the moment): defaults are used"
@@ -262,7 +260,7 @@ def test_what_a_document_leaves_out_is_a_note(site: Path) -> None:
     assert told == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
 
 
-def test_an_infinite_number_can_be_shown_as_json_and_says_the_same(site: Path) -> None:
+def test_infinity_is_shown_as_readable_json(site: Path) -> None:
     done = bridge(site, "show", "--json", "small-extension", "extra_checkpoint_metadata.a=.inf")
     (site / "a.json").write_text(done.stdout)
     assert bridge(site, "validate", "a.json").returncode == 0
@@ -275,7 +273,7 @@ def test_an_infinite_number_can_be_shown_as_json_and_says_the_same(site: Path) -
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["show", "validate"])
-def test_output_that_has_no_room_is_a_message_and_an_exit_code(site: Path, command: str, unbuffered: str) -> None:
+def test_a_full_disk_gives_a_message_and_an_exit_code(site: Path, command: str, unbuffered: str) -> None:
     code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -290,7 +288,7 @@ def test_output_that_has_no_room_is_a_message_and_an_exit_code(site: Path, comma
     assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
 
 
-def test_output_is_utf_8_whatever_the_environment_says(site: Path) -> None:
+def test_output_is_utf_8_in_any_locale(site: Path) -> None:
     code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "show", "small-extension", "hf_model_id=\u2192"],
@@ -303,7 +301,7 @@ def test_output_is_utf_8_whatever_the_environment_says(site: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["9" * 5000, "9" * 10, "0", "-1", "1.5", "", "٣"])
-def test_a_size_of_a_layout_is_a_whole_number_that_ranks_can_be(size: str) -> None:
+def test_invalid_layout_sizes_are_refused(size: str) -> None:
     done = CliRunner().invoke(bridge_command, ["validate", "tiny", "--layout", f"tp={size}"])
     assert (done.exit_code, "expected sizes such as tp=2,pp=2" in done.output) == (2, True)
     assert len(done.output) < 1000
@@ -312,7 +310,7 @@ def test_a_size_of_a_layout_is_a_whole_number_that_ranks_can_be(size: str) -> No
 @pytest.mark.parametrize(
     "given", ["_target_: extension.Model\nsize: 4\n", '{"_target_": "extension.Model", "size": 4}']
 )
-def test_a_document_on_standard_input(site: Path, given: str) -> None:
+def test_a_document_is_read_from_standard_input(site: Path, given: str) -> None:
     assert bridge(site, "validate", "-", given=given).stdout == "-: ok\n"
     shown = bridge(site, "show", "-", "size=5", "--json", given=given).stdout
     assert json.loads(shown) == {"_target_": "extension.Model", "size": 5}
@@ -328,7 +326,7 @@ def test_a_document_on_standard_input(site: Path, given: str) -> None:
     )
 
 
-def test_diff_tells_by_its_exit_code_if_asked_to(site: Path) -> None:
+def test_diff_exit_code_reports_differences_on_request(site: Path) -> None:
     for arguments, code in ([], 0), (["--exit-code"], 1), (["--exit-code", "--json"], 1):
         assert (
             bridge(site, "diff", "small-extension", "-", *arguments, given="_target_: extension.Model").returncode
@@ -338,7 +336,7 @@ def test_diff_tells_by_its_exit_code_if_asked_to(site: Path) -> None:
     assert (same.returncode, same.stdout) == (0, "")
 
 
-def test_the_version_is_that_of_every_package_and_imports_none(site: Path) -> None:
+def test_version_lists_every_package_without_importing_them(site: Path) -> None:
     names = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
     done = bridge(site, "--version")
     assert done.stdout.splitlines() == [f"{name} {version(name)}" for name in names]
@@ -348,14 +346,14 @@ def test_the_version_is_that_of_every_package_and_imports_none(site: Path) -> No
     assert loaded.splitlines()[-1] == "[]"
 
 
-def test_commands_of_packages_that_may_not_be_installed_are_known() -> None:
+def test_commands_of_optional_packages_are_known() -> None:
     from bridge.config.cli.entry import _HOMES
 
     declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
     assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _HOMES
 
 
-def test_a_fault_of_a_program_is_shown_with_its_place_and_whole_if_asked_to(site: Path) -> None:
+def test_an_internal_error_shows_its_location_and_on_request_the_traceback(site: Path) -> None:
     done = bridge(site, "crash")
     assert (done.returncode, done.stdout) == (1, "")
     first, *frames, last = done.stderr.splitlines()

@@ -73,7 +73,7 @@ def problems(source: Path | str, *overrides: str) -> list[str]:
     return [str(problem).removeprefix(f"{source}:") for problem in error.value.problems]
 
 
-def test_a_yaml_and_a_json_file_describe_the_same(file: Path) -> None:
+def test_yaml_and_json_files_give_equal_configs(file: Path) -> None:
     document = Document.load(file)
     assert document.source == str(file)
     assert document.config() == MODEL
@@ -82,7 +82,7 @@ def test_a_yaml_and_a_json_file_describe_the_same(file: Path) -> None:
     assert load_config(as_json) == load_config(str(file)) == MODEL
 
 
-def test_a_config_becomes_a_document_and_comes_back(tmp_path: Path) -> None:
+def test_a_config_survives_conversion_to_a_document(tmp_path: Path) -> None:
     document = Document.of(MODEL)
     assert document.config() == MODEL
     path = tmp_path / "written.yml"
@@ -113,7 +113,7 @@ def test_get_and_set_by_path(file: Path) -> None:
         (".a", "is not a path"),
     ],
 )
-def test_get_of_what_is_not_there(file: Path, path: str, message: str) -> None:
+def test_getting_a_missing_value_is_an_error(file: Path, path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Document.load(file).get(path)
 
@@ -130,7 +130,7 @@ def test_get_of_what_is_not_there(file: Path, path: str, message: str) -> None:
         ("", "is the whole document"),
     ],
 )
-def test_set_where_nothing_can_be(file: Path, path: str, message: str) -> None:
+def test_setting_an_impossible_path_is_an_error(file: Path, path: str, message: str) -> None:
     document = Document.load(file)
     with pytest.raises(ConfigError, match=message):
         document.set(path, 1)
@@ -168,13 +168,13 @@ def test_overrides_are_yaml_and_apply_in_order(file: Path) -> None:
         ("vocab_size.x=1", "there is no 'x' in it"),
     ],
 )
-def test_an_override_that_does_not_work_is_named(file: Path, override: str, message: str) -> None:
+def test_a_failed_override_is_named(file: Path, override: str, message: str) -> None:
     (found,) = problems(file, override)
     assert found.startswith(f"override {override!r}:")
     assert message in found
 
 
-def test_failed_overrides_change_nothing_and_are_told_together(file: Path) -> None:
+def test_failed_overrides_change_nothing_and_are_reported_together(file: Path) -> None:
     document = Document.load(file)
     with pytest.raises(DocumentError) as error:
         document.override(["vocab_size=9", "~a", "~b"])
@@ -194,7 +194,7 @@ def test_problems_carry_line_and_column_or_the_override(file: Path) -> None:
     ]
 
 
-def test_a_missing_field_is_told_where_its_mapping_stands(file: Path) -> None:
+def test_a_missing_field_is_reported_at_its_mapping(file: Path) -> None:
     file.write_text(YAML.replace("  size: 2", "  ratio: 1"))
     assert problems(file) == ["4:1: $.block.size: required, but missing"]
 
@@ -208,7 +208,7 @@ def test_problems_after_a_removed_item_keep_their_lines(file: Path) -> None:
     assert found == "12:4: $.blocks[0].size: expected an integer, got 'x'"
 
 
-def test_problems_behind_an_alias_are_told_where_the_anchor_has_them(file: Path) -> None:
+def test_problems_behind_an_alias_are_reported_at_the_anchor(file: Path) -> None:
     file.write_text(f"_target_: {__name__}.Model\nblock: &block\n  size: x\nblocks: [*block, *block]\n")
     assert [problem.split(":")[0] for problem in problems(file)] == ["3", "3", "3"]
 
@@ -236,7 +236,7 @@ def test_json_problems_have_positions(tmp_path: Path) -> None:
         ("a", None, "no such file or preset"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_unreadable_files_are_errors(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -244,12 +244,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: Any, mess
     assert message in found
 
 
-def test_a_name_that_cannot_be_a_file_is_told(tmp_path: Path) -> None:
+def test_a_name_too_long_for_a_file_is_an_error(tmp_path: Path) -> None:
     (found,) = problems(f"{tmp_path}/{'x' * 5000}.yaml")
     assert "cannot be read: File name too long" in found
 
 
-def test_what_is_not_a_regular_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+def test_irregular_files_are_neither_read_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "directory.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "device.yaml").symlink_to("/dev/zero")
@@ -261,14 +261,14 @@ def test_what_is_not_a_regular_file_is_neither_read_nor_replaced(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["a\0b.yaml", "a\0b", "\ud900.yaml"])
-def test_what_can_be_no_name_is_no_file(name: str) -> None:
+def test_invalid_file_names_are_refused(name: str) -> None:
     with pytest.raises(DocumentError, match="not a valid file name"):
         Document.load(name)
     with pytest.raises(ConfigError, match="not a valid file name"):
         Document({"a": 1}).save(name)
 
 
-def test_any_text_is_an_override_or_a_file() -> None:
+def test_overrides_are_distinguished_from_file_names() -> None:
     assert is_override(f"a={'x' * 5000}")
     assert is_override("a=\0")
     assert is_override('extra_checkpoint_metadata["a b"]=1')
@@ -283,7 +283,7 @@ def test_an_override_may_have_quoted_keys(file: Path) -> None:
     assert document.get("extra_checkpoint_metadata") == {"a = b": {}}
 
 
-def test_overrides_are_a_list(file: Path) -> None:
+def test_overrides_must_be_a_list(file: Path) -> None:
     with pytest.raises(ConfigError, match="expected a list of overrides, got a string"):
         Document.load(file, "vocab_size=3")
 
@@ -301,7 +301,7 @@ model:
 
 
 @pytest.mark.parametrize("head", ["", "_target_: megatron.bridge.training.config.ConfigContainer\n"])
-def test_overrides_of_a_run_config_are_of_its_model(tmp_path: Path, head: str) -> None:
+def test_overrides_of_a_run_config_apply_to_its_model(tmp_path: Path, head: str) -> None:
     file = tmp_path / "run_config.yaml"
     file.write_text(head + RUN_CONFIG)
     overrides = [
@@ -335,7 +335,7 @@ def places(document: Document) -> dict[str, str | None]:
     return {problem.path: problem.file and f"{problem.file}:{problem.line}" for problem in error.value.problems}
 
 
-def test_places_follow_the_items_of_a_list(tmp_path: Path) -> None:
+def test_positions_follow_list_items(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n- size: 3\n- size: y\n")
     document = Document.load(file, ["blocks[2].size=bad", "~blocks[0]"])
@@ -351,7 +351,7 @@ def test_places_follow_the_items_of_a_list(tmp_path: Path) -> None:
     }
 
 
-def test_a_value_that_a_program_set_has_no_line(tmp_path: Path) -> None:
+def test_a_value_set_by_the_program_has_no_line(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n")
     document = Document.load(file)
@@ -361,7 +361,7 @@ def test_a_value_that_a_program_set_has_no_line(tmp_path: Path) -> None:
     assert places(document) == {"$.blocks[0].size": f"{file}:3", "$.blocks[1].size": f"{file}:4"}
 
 
-def test_items_removed_from_an_alias_are_not_looked_for_in_its_anchor(tmp_path: Path) -> None:
+def test_items_removed_from_an_alias_are_not_searched_in_its_anchor(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\nothers: &a\n- size: 1\n- size: x\nblocks: *a\n")
     assert places(Document.load(file, ["~blocks[0]"])) == {
@@ -370,7 +370,7 @@ def test_items_removed_from_an_alias_are_not_looked_for_in_its_anchor(tmp_path: 
     }
 
 
-def test_places_outlive_a_migration(tmp_path: Path) -> None:
+def test_positions_survive_a_migration(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Newer\nold: x\n_version_: 1\nother: y\n")
     document = Document.load(file, ["other=bad"])
@@ -380,7 +380,7 @@ def test_places_outlive_a_migration(tmp_path: Path) -> None:
     assert places(document) == {"$.new": "override 'new=worse':None", "$.other": "override 'other=bad':None"}
 
 
-def test_warnings_point_to_the_line_that_asked(tmp_path: Path) -> None:
+def test_warnings_point_to_the_calling_line(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\n_omitted_:\n- path: $.blocks\n  reason: a lambda\n")
     document = Document.load(file)

@@ -254,7 +254,7 @@ def touched(written: Written, what: str, path: Path) -> Lines:
 
 @settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
 @given(edits())
-def test_an_edit_changes_the_lines_of_its_value_only(edit: tuple[Written, str, Path, Any]) -> None:
+def test_an_edit_changes_only_the_lines_of_its_value(edit: tuple[Written, str, Path, Any]) -> None:
     written, what, path, _ = edit
     document, meant = applied(*edit)
     text = document.to_yaml()
@@ -278,7 +278,7 @@ def test_an_edit_changes_the_lines_of_its_value_only(edit: tuple[Written, str, P
 
 @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(edits(anchors=True))
-def test_an_edit_among_anchors_changes_nothing_that_aliases_say(edit: tuple[Written, str, Path, Any]) -> None:
+def test_an_edit_among_anchors_keeps_the_values_of_aliases(edit: tuple[Written, str, Path, Any]) -> None:
     written, what, path, _ = edit
     document, meant = applied(*edit)
     text = document.to_yaml()
@@ -290,7 +290,7 @@ def test_an_edit_among_anchors_changes_nothing_that_aliases_say(edit: tuple[Writ
 
 @settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(documents(anchors=True), st.dictionaries(st.sampled_from(KEYS), new_data, min_size=1, max_size=4))
-def test_any_text_becomes_any_data(written: Written, data: dict[str, Any]) -> None:
+def test_any_text_can_be_edited_into_any_data(written: Written, data: dict[str, Any]) -> None:
     text = edit_text(parse_yaml(written.text), data)
     assert json.dumps(parse_yaml(text).data, sort_keys=True) == json.dumps(data, sort_keys=True)
 
@@ -378,7 +378,7 @@ def remove_at(*path: Any) -> Callable[[Any], None]:
         (set_at("j", to={"k": {"l": "x\ny"}}), ["+ j:", "+   k:", '+     l: "x\\ny"']),
     ],
 )
-def test_what_an_edit_changes(change: Callable[[Any], None], lines: list[str]) -> None:
+def test_an_edit_changes_the_expected_lines(change: Callable[[Any], None], lines: list[str]) -> None:
     assert difference(COMMENTED, change) == lines
 
 
@@ -408,18 +408,18 @@ def test_what_an_edit_changes(change: Callable[[Any], None], lines: list[str]) -
         ("a: 1e-5\nb: 0x10\n", {"a": 1e-5, "b": 17}, "a: 1e-5\nb: 17\n"),
     ],
 )
-def test_texts_of_every_shape(text: str, data: Any, expected: str) -> None:
+def test_edits_handle_texts_of_every_shape(text: str, data: Any, expected: str) -> None:
     assert edit_text(parse_yaml(text), data) == expected
 
 
-def test_of_equal_items_the_one_that_was_removed_goes() -> None:
+def test_removing_one_of_several_equal_items_keeps_the_others() -> None:
     text = "a:\n- 1  # first\n- 1  # second\n- 1  # third\n"
     document = Document.from_text(parse_yaml(text), "a.yaml")
     document.remove("a[1]")
     assert document.to_yaml() == "a:\n- 1  # first\n- 1  # third\n"
 
 
-def test_what_cannot_be_edited_in_place_is_refused_and_not_written_wrong() -> None:
+def test_an_edit_that_cannot_be_made_in_place_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be changed in place"):
         edit_text(parse_yaml("? a\n? b\n"), {"a": 1, "b": None})
 
@@ -430,7 +430,7 @@ WRITTEN = [name for name in presets() if "tiny" in name or name in ("deepseek-v3
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.skipif(not entry_points(group="bridge.presets"), reason="no presets are installed")
-def test_one_value_of_a_preset_changes_its_line_only(name: str) -> None:
+def test_changing_one_value_of_a_preset_changes_only_its_line(name: str) -> None:
     text = presets()[name].read_text(encoding="utf-8")
     for path in paths_in(parse_yaml(text).data):
         document = Document.load(name)

@@ -22,7 +22,7 @@ def test_every_field_of_the_class_is_documented_and_none_is_stale(name: str) -> 
 
 
 @pytest.mark.parametrize("name", DOCS)
-def test_a_line_is_short_enough_to_hover(name: str) -> None:
+def test_each_line_is_short_enough_for_a_tooltip(name: str) -> None:
     too_long = {field: line for field, line in DOCS[name]["fields"].items() if not 30 <= len(line) <= 160}
     assert not too_long
 

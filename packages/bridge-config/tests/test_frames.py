@@ -22,7 +22,7 @@ def described(call: Callable[..., Any]) -> list[str]:
     raise AssertionError("nothing was raised")
 
 
-def test_a_deep_fault_in_a_library_shows_who_called_it() -> None:
+def test_an_error_deep_in_a_library_shows_its_caller() -> None:
     fail = inside("torch.nn", "def call(depth=4):\n    return call(depth - 1) if depth else 1 / 0\n")
     author = inside("bigram", "\n\ndef call():\n    return fail()\n", fail=fail)
     found = described(inside("bridge.dist", "def call():\n    return author()\n", author=author))

@@ -265,7 +265,7 @@ def run(*arguments: str) -> int:
     return code
 
 
-def test_any_bytes(folder: Path) -> None:
+def test_any_bytes_as_a_file_give_a_config_or_a_declared_error(folder: Path) -> None:
     @LOOK
     @given(texts)
     def attempt(raw: bytes) -> None:
@@ -278,7 +278,7 @@ def test_any_bytes(folder: Path) -> None:
     look(attempt)
 
 
-def test_any_change_of_a_document(folder: Path) -> None:
+def test_any_mutated_document_gives_a_config_or_a_declared_error(folder: Path) -> None:
     @LOOK
     @given(mutated(FUZZED))
     def attempt(data: dict[str, Any]) -> None:
@@ -291,7 +291,7 @@ def test_any_change_of_a_document(folder: Path) -> None:
     look(attempt)
 
 
-def test_any_change_of_a_document_on_the_command_line(folder: Path) -> None:
+def test_any_mutated_document_on_the_command_line_gives_no_traceback(folder: Path) -> None:
     @LOOK
     @given(mutated(GPT), st.sampled_from(COMMANDS), st.sampled_from([(), ("--json",)]))
     def attempt(data: dict[str, Any], command: str, options: tuple[str, ...]) -> None:
@@ -302,7 +302,7 @@ def test_any_change_of_a_document_on_the_command_line(folder: Path) -> None:
     look(attempt)
 
 
-def test_any_override(folder: Path) -> None:
+def test_any_override_gives_a_document_or_a_declared_error(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps(FUZZED[1]))
     paths = (
         st.sampled_from(["inner.size", "inners[0].size", "table", "anything[0].a", "$", "", "_target_"])
@@ -323,7 +323,7 @@ def test_any_override(folder: Path) -> None:
     look(attempt)
 
 
-def test_any_path(folder: Path) -> None:
+def test_any_path_gives_a_value_or_a_declared_error(folder: Path) -> None:
     known = st.sampled_from([*FUZZED[1], "[", "]", "0", ".", "$", '"', "\\", "size"])
 
     @LOOK
@@ -338,7 +338,7 @@ def test_any_path(folder: Path) -> None:
     look(attempt)
 
 
-def test_any_argument(folder: Path) -> None:
+def test_any_argument_gives_no_traceback(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps(GPT[0]))
     # An operating system hands over no NUL.
     words = (soup | st.text(max_size=20) | st.sampled_from(["vocab_size=", "~vocab_size"])).map(
@@ -357,6 +357,6 @@ def test_any_argument(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["\udcff", "\udcff.yaml"])
-def test_an_argument_that_is_not_utf8(folder: Path, argument: str) -> None:
+def test_an_argument_that_is_not_utf8_gives_no_traceback(folder: Path, argument: str) -> None:
     (folder / "base.json").write_text(json.dumps(GPT[0]))
     assert run("validate", str(folder / "base.json"), argument) == 1

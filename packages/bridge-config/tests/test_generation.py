@@ -79,7 +79,7 @@ def written(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("transformers", ["with", "without"])
-def test_settings_are_data_until_they_are_read(transformers: str) -> None:
+def test_settings_are_kept_as_data_until_first_read(transformers: str) -> None:
     if transformers == "with":
         pytest.importorskip("transformers")
         pytest.importorskip("bridge.models")  # it declares the class
@@ -103,7 +103,7 @@ def test_settings_are_data_until_they_are_read(transformers: str) -> None:
     }
 
 
-def test_settings_become_the_real_object_once() -> None:
+def test_settings_are_converted_only_once() -> None:
     transformers = pytest.importorskip("transformers")
     config: Any = ModelConfig.from_dict(document(written(**SETTINGS)))
     before = copy.deepcopy(config), pickle.loads(pickle.dumps(config))
@@ -119,7 +119,7 @@ def test_settings_become_the_real_object_once() -> None:
 
 
 @pytest.mark.parametrize("text", ["json", "yaml"])
-def test_a_real_object_survives_as_text(text: str) -> None:
+def test_a_real_object_survives_both_text_formats(text: str) -> None:
     from bridge.config.text.parse import parse_yaml
 
     transformers = pytest.importorskip("transformers")
@@ -136,7 +136,7 @@ def test_a_real_object_survives_as_text(text: str) -> None:
     assert back.as_dict() == data
 
 
-def test_other_settings_stay_what_they_are() -> None:
+def test_none_and_plain_mappings_are_kept() -> None:
     assert Speaker.generation_config is None
     assert Speaker().generation_config is None
     config: Any = ModelConfig.from_dict(document({"max_new_tokens": 7}))
@@ -151,7 +151,7 @@ class Holder(Speaker):
     anything: Any = None
 
 
-def test_only_this_field_waits() -> None:
+def test_other_fields_are_converted_at_once() -> None:
     transformers = pytest.importorskip("transformers")
     config: Any = ModelConfig.from_dict(document(None, Holder, anything=[written(top_k=3)]))
     assert type(config.anything[0]) is transformers.GenerationConfig
@@ -162,13 +162,13 @@ class OwnField(Speaker):
     generation_config: Any = None
 
 
-def test_a_class_that_declares_the_field_anew_gets_the_object() -> None:
+def test_a_class_that_redeclares_the_field_gets_the_object() -> None:
     transformers = pytest.importorskip("transformers")
     config: Any = ModelConfig.from_dict(document(written(top_k=3), OwnField))
     assert type(vars(config)["generation_config"]) is transformers.GenerationConfig
 
 
-def test_what_transformers_refuses_is_said_when_the_object_is_made() -> None:
+def test_an_error_of_transformers_is_raised_when_the_object_is_made() -> None:
     pytest.importorskip("transformers")
     config: Any = ModelConfig.from_dict(document(written(max_new_tokens=-1)))
     with pytest.raises(ConfigError, match=r"\$\.generation_config: GenerationConfig refuses these values"):
@@ -202,7 +202,7 @@ def test_stop_tokens_and_lengths_fit_the_model(settings: dict[str, Any], numbers
         assert all(str(number) in problem.message for number in numbers)
 
 
-def test_the_last_token_and_the_whole_length_fit() -> None:
+def test_the_largest_token_and_length_are_accepted() -> None:
     settings = {"eos_token_id": [63], "max_length": 32, "pad_token_id": -1, "bos_token_id": None, "min_length": True}
     assert Document(document(written(**settings))).check()
     assert Document(document(written(eos_token_id=10**6), vocab_size=None)).check()  # not known yet
@@ -212,7 +212,7 @@ def test_the_last_token_and_the_whole_length_fit() -> None:
     assert [name for name, _ in wrong_settings(real, vocab_size=64, seq_length=None)] == ["eos_token_id"]
 
 
-def test_problems_stand_at_their_line(tmp_path: Any) -> None:
+def test_problems_are_reported_at_their_line(tmp_path: Any) -> None:
     file = tmp_path / "model.yaml"
     lines = [f"_target_: {__name__}.Speaker", "vocab_size: 8", "generation_config:", f"  _target_: {GENERATION_CONFIG}"]
     file.write_text("\n".join([*lines, "  eos_token_id: 8", ""]))

@@ -65,7 +65,7 @@ def flat_hybrid(cls: str = HYBRID_PROVIDER, **given: Any) -> dict[str, Any]:
         ("megatron.bridge.models.nemotronh.model_config.NemotronHModelConfig", HYBRID_BUILDER),
     ],
 )
-def test_the_names_of_a_hybrid_model(name: str, builder: str) -> None:
+def test_hybrid_fields_are_renamed(name: str, builder: str) -> None:
     result = adopted({"model": hybrid(name, _builder_=builder, vocab_size=64, hybrid_mlp_ratio=0.0)})
     assert result.data == {
         "_target_": "bridge.models.mamba.MambaModelConfig",
@@ -79,7 +79,7 @@ def test_the_names_of_a_hybrid_model(name: str, builder: str) -> None:
     assert not result.problems
 
 
-def test_old_names_of_a_hybrid_model() -> None:
+def test_older_hybrid_fields_are_renamed() -> None:
     data = hybrid(hybrid_override_pattern="M-", mamba_stack_spec=None)
     del data["hybrid_layer_pattern"], data["hybrid_stack_spec"]
     result = adopted(data)
@@ -94,7 +94,7 @@ def test_old_names_of_a_hybrid_model() -> None:
     assert [path for path, _ in ratio.problems] == [("hybrid_attention_ratio",)]
 
 
-def test_a_hybrid_provider_is_parted_into_model_and_transformer() -> None:
+def test_a_hybrid_provider_is_split_into_model_and_transformer() -> None:
     name = "megatron.bridge.models.hybrid.hybrid_provider.get_default_hybrid_stack_spec"
     spec = {"_target_": name, "_call_": False}
     result = adopted({"model": flat_hybrid(num_layers=2, vocab_size=64, hybrid_stack_spec=spec, mtp_num_layers=0)})
@@ -118,7 +118,7 @@ def test_the_defaults_of_a_hybrid_provider_are_written_out() -> None:
     assert "transformer.num_layers: set to 3, the number of layers in hybrid_layer_pattern" in result.notes
 
 
-def test_other_defaults_of_a_named_provider_are_told() -> None:
+def test_defaults_of_a_provider_subclass_are_noted() -> None:
     name = "megatron.bridge.models.nemotronh.nemotron_h_provider.NemotronHModelProvider8B"
     *_, told, _ = adopted({"_target_": name, "hidden_size": 4096, "activation_func": "relu2"}).notes
     assert told.startswith("Bridge's defaults are used, which may differ from those of NemotronHModelProvider8B: ")
@@ -128,7 +128,7 @@ def test_other_defaults_of_a_named_provider_are_told() -> None:
     assert len(told) < 700
 
 
-def test_the_pattern_of_multi_token_prediction_is_joined() -> None:
+def test_multi_token_prediction_is_joined_to_the_pattern() -> None:
     data = hybrid(transformer={"mtp_num_layers": 2}, mtp_hybrid_override_pattern="*E", keep_mtp_spec_in_bf16=False)
     result = adopted(data)
     assert result.data["hybrid_layer_pattern"] == "M*/*E/*E"
@@ -142,7 +142,7 @@ def test_the_pattern_of_multi_token_prediction_is_joined() -> None:
     assert unified.notes == ["left out, no effect on the model: mtp_hybrid_override_pattern"]
 
 
-def test_layers_of_multi_token_prediction_are_left_out_only_if_they_are_the_default() -> None:
+def test_multi_token_prediction_layers_are_left_out_only_if_default() -> None:
     name = "megatron.bridge.models.mamba.mamba_provider.get_default_mamba_stack_spec"
     usual = adopted(hybrid(mtp_mamba_stack_spec={"_target_": name, "_call_": False}))
     assert usual.notes == ["left out, the same as the default: mtp_mamba_stack_spec"]
@@ -150,13 +150,13 @@ def test_layers_of_multi_token_prediction_are_left_out_only_if_they_are_the_defa
     assert [path for path, _ in other.problems] == [("mtp_mamba_stack_spec",)]
 
 
-def test_layers_of_no_pattern_are_told() -> None:
+def test_a_missing_pattern_is_noted() -> None:
     assert "the document has no hybrid_layer_pattern: only Mamba layers are assumed" in (
         adopted(hybrid(hybrid_layer_pattern=None)).notes
     )
 
 
-def test_an_activation_function_in_the_metadata_is_taken() -> None:
+def test_the_activation_function_is_read_from_the_metadata() -> None:
     data = hybrid(extra_checkpoint_metadata={"megatron_bridge.activation_func": "relu2"})
     del data["transformer"]["activation_func"]
     result = adopted(data)

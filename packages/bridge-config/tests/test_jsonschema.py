@@ -65,7 +65,7 @@ def small(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", schema_targets())
-def test_each_schema_is_one_and_documents_every_field(name: str) -> None:
+def test_each_schema_is_valid_and_documents_every_field(name: str) -> None:
     schema = json_schema(name)
     Draft202012Validator.check_schema(schema)
     assert schema["description"]
@@ -73,7 +73,7 @@ def test_each_schema_is_one_and_documents_every_field(name: str) -> None:
     assert not silent
 
 
-def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_target_is_refused_with_a_suggestion() -> None:
     with pytest.raises(TargetError, match=r"did you mean 'bridge\.models\.gpt\.GPTModelConfig'"):
         json_schema("bridge.models.gpt.GPTModelConfg")
     with pytest.raises(TargetError, match="not a config"):
@@ -81,12 +81,12 @@ def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_presets_fit(preset: Path) -> None:
+def test_presets_match_their_schema(preset: Path) -> None:
     document = yaml.safe_load(preset.read_text())
     assert list(Draft202012Validator(json_schema(document["_target_"])).iter_errors(document)) == []
 
 
-def test_written_documents_of_real_configs_fit() -> None:
+def test_documents_of_real_configs_match_their_schema() -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("megatron.core")
     from megatron.core.quantization.quant_config import RecipeConfig
@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("document", RIGHT.values(), ids=RIGHT)
-def test_what_the_checker_accepts_fits(document: dict[str, Any]) -> None:
+def test_documents_that_the_checker_accepts_match(document: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what was omitted is spoken of
         assert accepted(document)
@@ -199,12 +199,12 @@ def test_what_the_checker_accepts_fits(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("path", "document"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_does_not_fit_and_the_place_is_told(path: str, document: dict[str, Any]) -> None:
+def test_invalid_documents_do_not_match_and_the_position_is_reported(path: str, document: dict[str, Any]) -> None:
     assert not accepted(document)
     assert path in problems(document)
 
 
-def test_a_name_that_only_the_program_knows_fits() -> None:
+def test_a_name_registered_by_a_program_matches() -> None:
     assert problems(small(activation_func="my_package.my_activation")) == []
 
 
@@ -304,7 +304,9 @@ JUNK = st.sampled_from([None, True, 7, 0.5, "no such thing", [], ["x"], [[1]], {
     junk=st.dictionaries(st.sampled_from([*shipped(TRANSFORMER).fields, "num_layer"]), JUNK, max_size=1),
     data=st.data(),
 )
-def test_whatever_the_checker_accepts_fits(name: str, junk: dict[str, Any], data: st.DataObject) -> None:
+def test_generated_documents_that_the_checker_accepts_match(
+    name: str, junk: dict[str, Any], data: st.DataObject
+) -> None:
     target = shipped(name)
     assert target is not None
     right = data.draw(mappings(target))

@@ -60,7 +60,7 @@ def problems(**given: Any) -> dict[str, str]:
     ],
 )
 @pytest.mark.parametrize("name", ["moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"])
-def test_a_pattern_of_layers_is_read_as_text(name: str, text: str, value: Any) -> None:
+def test_layer_patterns_are_evaluated(name: str, text: str, value: Any) -> None:
     # The values are what the parser of Megatron-LM says of each in its help.
     layers = len(value) if isinstance(value, list) else 4
     assert model(num_layers=layers, num_experts=4, **{name: text})["transformer"].get(name, 2) == value
@@ -89,11 +89,11 @@ def test_a_pattern_of_layers_is_read_as_text(name: str, text: str, value: Any) -
         "[1]" + "+[1]" * 3000,
     ],
 )
-def test_what_is_no_pattern_of_layers(text: str) -> None:
+def test_invalid_layer_patterns_are_refused(text: str) -> None:
     assert "expected an integer or a pattern" in problems(num_experts=4, moe_layer_freq=text)["moe_layer_freq"]
 
 
-def test_weights_that_are_not_drawn_are_told_of() -> None:
+def test_disabled_initialization_is_noted() -> None:
     assert any(
         "perform_initialization: kept as false" in note
         for note in adopted(arguments(perform_initialization=False)).notes
@@ -115,7 +115,7 @@ def test_weights_that_are_not_drawn_are_told_of() -> None:
         {"model_type": "gpt_neo", "num_layers": 2, "hidden_size": 64, "num_heads": 4, "max_position_embeddings": 8},
     ],
 )
-def test_other_documents_are_returned_themselves(data: Any) -> None:
+def test_other_documents_are_returned_unchanged(data: Any) -> None:
     result = adopted(data)
     assert result.data is data
     assert not result.notes + result.problems
@@ -132,7 +132,7 @@ def test_arguments_that_lack_sizes_are_refused() -> None:
     )
 
 
-def test_a_gpt() -> None:
+def test_gpt_arguments_are_converted() -> None:
     result = adopted({"args": arguments(), "iteration": 100, "checkpoint_version": 3.0})
     assert result.data["_target_"] == GPT
     assert result.data["transformer"]["_target_"] == f"{CORE}.TransformerConfig"
@@ -145,7 +145,7 @@ def test_a_gpt() -> None:
     assert not result.problems
 
 
-def test_what_is_left_out_is_told_by_name() -> None:
+def test_arguments_that_are_left_out_are_noted_by_name() -> None:
     result = adopted(arguments(lr=0.1, save="/tmp/x", consumed_train_samples=5, DDP_impl="local", seq_length=16))
     note, left_out = result.notes
     assert note == (
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_told_by_name() -> None:
     assert int(usual.split()[0]) > 400
 
 
-def test_unknown_arguments_are_told_if_off_and_refused_if_not() -> None:
+def test_unknown_arguments_are_noted_if_disabled_and_refused_otherwise() -> None:
     result = adopted(arguments(my_flag=False, my_size=3, my_path=None))
     assert result.problems == [(("my_size",), "unknown to Bridge: remove it if it does not affect the model")]
     assert "left out, disabled and unknown to Bridge: my_flag, my_path" in result.notes
@@ -182,7 +182,7 @@ def test_unknown_arguments_are_told_if_off_and_refused_if_not() -> None:
         ("rope_type", "yarn"),
     ],
 )
-def test_what_no_document_says_is_refused_by_name(name: str, value: Any) -> None:
+def test_arguments_without_a_field_are_refused_by_name(name: str, value: Any) -> None:
     assert list(problems(**{name: value})) == [name]
 
 
@@ -205,19 +205,19 @@ def test_two_activation_functions_are_refused() -> None:
         ({"squared_relu": True}, "megatron.core.activations.squared_relu", False),
     ],
 )
-def test_activation_functions(given: dict[str, Any], function: str, gated: bool) -> None:
+def test_activation_functions_are_converted(given: dict[str, Any], function: str, gated: bool) -> None:
     transformer = model(**given)["transformer"]
     assert transformer["activation_func"] == function
     assert transformer["gated_linear_unit"] is gated
 
 
-def test_a_gate_without_a_size_makes_the_layer_narrower() -> None:
+def test_gated_layers_without_a_size_are_narrower() -> None:
     assert model(swiglu=True, hidden_size=1024, ffn_hidden_size=None)["transformer"]["ffn_hidden_size"] == 2688
     assert "ffn_hidden_size" not in model(hidden_size=1024, ffn_hidden_size=None)["transformer"]
     assert model(swiglu=True, ffn_hidden_size=96)["transformer"]["ffn_hidden_size"] == 96
 
 
-def test_switches_and_other_names() -> None:
+def test_switches_and_renamed_arguments_are_converted() -> None:
     data = model(
         no_persist_layer_norm=True,
         disable_bias_linear=True,
@@ -248,12 +248,12 @@ def test_switches_and_other_names() -> None:
     assert {name: data["transformer"][name] for name in expected} == expected
 
 
-def test_groups_of_queries_count_only_if_they_are_on() -> None:
+def test_query_groups_are_ignored_unless_enabled() -> None:
     assert "num_query_groups" not in model(num_query_groups=2, group_query_attention=False)["transformer"]
     assert model(num_query_groups=2, group_query_attention=True)["transformer"]["num_query_groups"] == 2
 
 
-def test_enumerations_and_dtypes_as_python_prints_them() -> None:
+def test_enumerations_and_dtypes_are_read_as_python_prints_them() -> None:
     data = model(
         attention_backend="AttnBackend.fused",
         cuda_graph_modules=["CudaGraphModule.attn"],
@@ -267,7 +267,7 @@ def test_enumerations_and_dtypes_as_python_prints_them() -> None:
         Document(arguments(attention_backend="AttnBackend.none")).check()
 
 
-def test_positions() -> None:
+def test_position_embeddings_are_converted() -> None:
     rotary = model(use_rotary_position_embeddings=True, rotary_base=5, use_rope_scaling=True)
     assert rotary["position_embedding_type"] == "rope"
     assert (rotary["rotary_base"], rotary["rope_scaling"]) == (5, True)
@@ -279,7 +279,7 @@ def test_positions() -> None:
     assert note.startswith("$.rope_scaling_factor: 32.0 left out, Megatron-LM ignores it and scales by 8.0")
 
 
-def test_latent_attention_has_such_a_transformer() -> None:
+def test_latent_attention_gives_an_mla_transformer() -> None:
     data = model(multi_latent_attention=True, q_lora_rank=16, rope_type="rope", rotary_base=5)
     assert data["transformer"]["_target_"] == f"{CORE}.MLATransformerConfig"
     assert (data["transformer"]["q_lora_rank"], data["transformer"]["rotary_base"]) == (16, 5)
@@ -287,14 +287,14 @@ def test_latent_attention_has_such_a_transformer() -> None:
     assert model(multi_latent_attention=True, q_lora_rank=None)["transformer"]["q_lora_rank"] is None
 
 
-def test_blocks_that_differ() -> None:
+def test_heterogeneous_blocks_are_converted() -> None:
     blocks = json.dumps({"block_configs": []})
     data = model(heterogeneous_layers_config_path="b.json", heterogeneous_layers_config_encoded_json=blocks)
     assert data["transformer"]["_target_"].endswith(".HeterogeneousTransformerConfig")
     assert data["transformer"]["heterogeneous_layers_config_encoded_json"] == blocks
 
 
-def test_a_vocabulary_that_is_not_padded_yet() -> None:
+def test_an_unpadded_vocabulary_is_marked_for_padding() -> None:
     data = model(padded_vocab_size=None, vocab_size=100, make_vocab_size_divisible_by=64)
     assert (data["vocab_size"], data["should_pad_vocab"], data["make_vocab_size_divisible_by"]) == (100, True, 64)
     both = adopted(arguments(padded_vocab_size=128, vocab_size=100))
@@ -304,7 +304,7 @@ def test_a_vocabulary_that_is_not_padded_yet() -> None:
     assert "vocab_size" not in without.data
 
 
-def test_a_hybrid_model() -> None:
+def test_hybrid_arguments_are_converted() -> None:
     given = {"num_layers": None, "mamba_num_groups": 2, "hybrid_layer_pattern": "M--D", "multi_latent_attention": True}
     data = model(**given, untie_embeddings_and_output_weights=True)
     assert data["_target_"] == MAMBA
@@ -315,7 +315,7 @@ def test_a_hybrid_model() -> None:
     assert transformer["experimental_attention_variant"] == "dsa"
 
 
-def test_a_hybrid_model_of_an_earlier_version() -> None:
+def test_older_hybrid_arguments_are_converted() -> None:
     given = {"hybrid_override_pattern": "M*M*", "mtp_hybrid_override_pattern": "*", "mtp_num_layers": 2}
     given |= {"mamba_num_groups": 2}
     data = model(**given, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
@@ -330,7 +330,7 @@ def test_a_hybrid_model_of_an_earlier_version() -> None:
     "marks",
     [{"decoder_num_layers": 2}, {"decoder_seq_length": 16}, {"model_type": "ModelType.encoder_and_decoder"}],
 )
-def test_a_t5(marks: dict[str, Any]) -> None:
+def test_t5_arguments_are_converted(marks: dict[str, Any]) -> None:
     data = model(num_layers=4, encoder_num_layers=4, position_embedding_type="relative", vocab_extra_ids=100, **marks)
     assert data["_target_"] == T5
     assert data["encoder_num_layers"] == 4
@@ -338,7 +338,7 @@ def test_a_t5(marks: dict[str, Any]) -> None:
     assert data["position_embedding_type"] == "relative"
 
 
-def test_problems_stand_at_their_line_and_overrides_lead_into_the_model(tmp_path: Path) -> None:
+def test_problems_have_lines_and_overrides_apply_to_the_model(tmp_path: Path) -> None:
     file = tmp_path / "args.json"
     file.write_text(json.dumps(arguments(hidden_size="wide"), indent=1))
     with pytest.raises(DocumentError) as caught:
@@ -367,7 +367,7 @@ def test_problems_stand_at_their_line_and_overrides_lead_into_the_model(tmp_path
         ("rope_scaling=true", "rope_scaling", True),
     ],
 )
-def test_overrides_by_our_names_win(override: str, path: str, value: Any) -> None:
+def test_overrides_of_converted_names_take_precedence(override: str, path: str, value: Any) -> None:
     document = Document(arguments(disable_bias_linear=False, no_persist_layer_norm=False))
     document.override([override])
     document.migrate()
@@ -390,7 +390,7 @@ values = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(
 
 
 @given(st.dictionaries(names, values | st.dictionaries(st.text(max_size=2), values, max_size=2), max_size=8))
-def test_any_arguments_are_adopted_or_refused(changed: dict[str, Any]) -> None:
+def test_any_arguments_are_converted_or_refused(changed: dict[str, Any]) -> None:
     data = arguments(**changed)
     before = copy.deepcopy(data)
     try:

@@ -142,7 +142,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def test_all_fields_at_once_survive_both_texts(
+def test_all_fields_together_survive_both_text_formats(
     cls: Any, base: Any, values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = copy.copy(base)
@@ -228,7 +228,7 @@ def canonical_partials(config: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_class_that_refuses_its_own_state_survives(
+def test_a_class_that_rejects_its_own_state_survives(
     deprecated: dict[str, Any], turned_into: dict[str, Any], contradiction: dict[str, Any]
 ) -> None:
     transformer = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, **deprecated)
@@ -291,7 +291,7 @@ def test_a_derived_value_changed_after_construction_stays_changed() -> None:
     assert back.transformer.expert_tensor_parallel_size is None
 
 
-def test_what_a_person_writes_is_normalised_by_the_constructor() -> None:
+def test_the_constructor_normalises_documents_written_by_hand() -> None:
     data = {
         "_target_": f"{Holder.__module__}.Holder",
         "transformer": {
@@ -325,7 +325,7 @@ def test_fields_that_the_class_computes_are_written_and_recomputed() -> None:
     assert back.transformer.per_block_parameters == base.per_block_parameters
 
 
-def test_an_error_of_the_constructor_is_a_problem_at_its_path() -> None:
+def test_a_constructor_error_is_a_problem_at_its_path() -> None:
     transformer = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "tensor_model_parallel_size": 3}
     with pytest.raises(DocumentError) as error:
         Holder.from_dict({"_target_": f"{Holder.__module__}.Holder", "transformer": transformer})
@@ -333,7 +333,7 @@ def test_an_error_of_the_constructor_is_a_problem_at_its_path() -> None:
     assert "num_attention_heads (4) must be a multiple of" in str(error.value)
 
 
-def test_queries_without_compression_are_said_with_none() -> None:
+def test_q_lora_rank_may_be_none() -> None:
     """megatron-core 0.19.2 annotates `q_lora_rank` with int alone, and asks it `is None`."""
     config = GPTModelConfig(
         transformer=MLATransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, q_lora_rank=None)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def flat(cls: str = PROVIDER, **given: Any) -> dict[str, Any]:
         None,
     ],
 )
-def test_other_documents_are_returned_themselves(data: Any) -> None:
+def test_other_documents_are_returned_unchanged(data: Any) -> None:
     result = adopted(data)
     assert result.data is data
     assert not result.notes and not result.problems  # noqa: PT018
@@ -91,7 +91,7 @@ def test_other_documents_are_returned_themselves(data: Any) -> None:
         "megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig",
     ],
 )
-def test_the_names_of_a_gpt(name: str) -> None:
+def test_gpt_fields_are_renamed(name: str) -> None:
     builder = REFERENCE.replace("Config", "Builder")
     data = nested(_builder_=builder, vocab_size=64) | {"_target_": name}
     before = copy.deepcopy(data)
@@ -123,7 +123,7 @@ def test_the_names_of_a_gpt(name: str) -> None:
         ("megatron.training.config.container.PretrainConfigContainer", "does not know what"),
     ],
 )
-def test_models_that_bridge_has_not_are_refused_by_name(name: str, said: str) -> None:
+def test_unsupported_models_are_refused_by_name(name: str, said: str) -> None:
     for data, path in (
         ({"_target_": name}, "$._target_"),
         ({"model": {"_target_": name}, "ddp": {}}, "$.model._target_"),
@@ -135,7 +135,7 @@ def test_models_that_bridge_has_not_are_refused_by_name(name: str, said: str) ->
         assert said in problem.message
 
 
-def test_a_provider_is_parted_into_model_and_transformer() -> None:
+def test_a_provider_is_split_into_model_and_transformer() -> None:
     result = adopted({"model": flat(num_layers=2, vocab_size=64, bf16=True)})
     assert result.data["_target_"] == OURS
     assert result.data["vocab_size"] == 64
@@ -154,14 +154,14 @@ def test_a_provider_is_parted_into_model_and_transformer() -> None:
     assert not result.notes + result.problems
 
 
-def test_the_defaults_of_a_provider_are_written_out_where_ours_differ() -> None:
+def test_provider_defaults_that_differ_are_written_out() -> None:
     result = adopted({"_target_": PROVIDER, "num_layers": 2})
     assert result.data["share_embeddings_and_output_weights"] is True
     assert result.data["transformer"]["attention_softmax_in_fp32"] is False
     assert "$.share_embeddings_and_output_weights: set to True, the default of GPTModelProvider" in result.notes
 
 
-def test_a_latent_attention_provider_has_such_a_transformer() -> None:
+def test_a_latent_attention_provider_gives_an_mla_transformer() -> None:
     cls = "megatron.bridge.models.deepseek.deepseek_provider.DeepSeekV3ModelProvider"
     data = adopted(flat(cls, multi_latent_attention=True, q_lora_rank=8, rotary_base=50000.0)).data
     assert data["transformer"]["_target_"] == f"{CORE}.MLATransformerConfig"
@@ -170,7 +170,7 @@ def test_a_latent_attention_provider_has_such_a_transformer() -> None:
     assert "rotary_base" not in data
 
 
-def test_a_heterogeneous_provider_has_such_a_transformer() -> None:
+def test_a_heterogeneous_provider_gives_a_heterogeneous_transformer() -> None:
     data = adopted(flat(heterogeneous_layers_config_path="layers.json")).data
     assert data["transformer"]["_target_"].endswith(".HeterogeneousTransformerConfig")
 
@@ -186,7 +186,7 @@ def test_a_heterogeneous_provider_has_such_a_transformer() -> None:
         ("flash", "flash"),
     ],
 )
-def test_enumerations(written: Any, ours: Any) -> None:
+def test_enumerations_are_converted(written: Any, ours: Any) -> None:
     assert adopted(nested({"attention_backend": written})).data["transformer"]["attention_backend"] == ours
 
 
@@ -207,11 +207,11 @@ def test_enumerations(written: Any, ours: Any) -> None:
         ),
     ],
 )
-def test_activation_functions(written: Any, ours: Any) -> None:
+def test_activation_functions_are_converted(written: Any, ours: Any) -> None:
     assert adopted(nested({"activation_func": written})).data["transformer"]["activation_func"] == ours
 
 
-def test_partials_lose_only_what_says_nothing() -> None:
+def test_partials_lose_only_empty_arguments() -> None:
     written = {"_target_": "torch.nn.init.normal_", "_partial_": True, "_args_": [], "mean": 0.0, "std": 0.02}
     ours = {"_target_": "torch.nn.init.normal_", "_partial_": True, "mean": 0.0, "std": 0.02}
     assert adopted(nested({"init_method": written})).data["transformer"]["init_method"] == ours
@@ -219,7 +219,7 @@ def test_partials_lose_only_what_says_nothing() -> None:
     assert adopted(nested({"init_method": with_argument})).data["transformer"]["init_method"]["_args_"] == [0.5]
 
 
-def test_a_generation_config() -> None:
+def test_a_generation_config_is_converted() -> None:
     cls = "transformers.generation.configuration_utils.GenerationConfig"
     settings = {"_from_model_config": True, "top_k": 5, "eos_token_id": [1, 2]}
     written = {"_target_": f"{cls}.from_dict", "_call_": True, "config_dict": settings}
@@ -227,7 +227,7 @@ def test_a_generation_config() -> None:
     assert found == {"_target_": cls, "top_k": 5, "eos_token_id": [1, 2]}
 
 
-def test_numbers_and_truth_values_as_providers_write_them() -> None:
+def test_numbers_and_booleans_of_providers_are_converted() -> None:
     data = adopted(flat(rotary_base=500000.0, use_te_rng_tracker=None, hidden_dropout=0.0)).data
     assert (data["rotary_base"], type(data["rotary_base"])) == (500000, int)
     assert data["transformer"]["use_te_rng_tracker"] is False
@@ -235,14 +235,14 @@ def test_numbers_and_truth_values_as_providers_write_them() -> None:
     assert adopted(flat(rotary_base=0.5)).data["rotary_base"] == 0.5  # the reader refuses it
 
 
-def test_layer_specs_of_the_reference_are_ours() -> None:
+def test_megatron_training_layer_specs_are_converted() -> None:
     for module in ("megatron.training.models.gpt", "megatron.bridge.models.gpt_provider"):
         spec = {"_target_": f"{module}.default_layer_spec", "_call_": False}
         found = adopted(flat(transformer_layer_spec=spec)).data["transformer_layer_spec"]
         assert found == {"_target_": "bridge.models.layer_specs.default_layer_spec", "_call_": False}
 
 
-def test_layers_that_the_default_would_choose_are_left_to_it() -> None:
+def test_the_default_layer_spec_is_left_out() -> None:
     name = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
     spec = {"_target_": name, "_partial_": True, "_args_": [], "use_transformer_engine": True}
     moe = adopted(flat(transformer_layer_spec=spec, num_moe_experts=4))
@@ -252,7 +252,7 @@ def test_layers_that_the_default_would_choose_are_left_to_it() -> None:
     assert dense["transformer_layer_spec"]["_target_"] == name
 
 
-def test_what_a_training_loop_set_is_left_out() -> None:
+def test_fields_set_by_a_training_loop_are_left_out() -> None:
     timers = {"_target_": "megatron.core.timers.Timers", "_call_": True}
     result = adopted(flat(timers=timers, no_sync_func=None, _cpu_offloading_context=None))
     assert not result.data["transformer"].keys() & {"timers", "no_sync_func", "_cpu_offloading_context"}
@@ -262,7 +262,7 @@ def test_what_a_training_loop_set_is_left_out() -> None:
     ]
 
 
-def test_unknown_fields_are_told_if_off_and_refused_if_not() -> None:
+def test_unknown_fields_are_noted_if_disabled_and_refused_otherwise() -> None:
     result = adopted(nested({"old_flag": False, "old_list": [], "old_size": 4}, logit_dtype=None, zero=0))
     assert result.notes == [
         "left out, disabled and unknown to Bridge: transformer.old_flag, transformer.old_list, logit_dtype"
@@ -270,12 +270,12 @@ def test_unknown_fields_are_told_if_off_and_refused_if_not() -> None:
     assert [path for path, _ in result.problems] == [("transformer", "old_size"), ("zero",)]
 
 
-def test_fields_without_a_part_in_the_model_are_left_out() -> None:
+def test_fields_without_effect_on_the_model_are_left_out() -> None:
     result = adopted(flat(max_position_embeddings=4096))
     assert result.notes == ["left out, no effect on the model: max_position_embeddings"]
 
 
-def test_llama_31_as_older_providers_scaled_it() -> None:
+def test_llama_31_scaling_of_older_providers_is_converted() -> None:
     numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
     result = adopted(flat(LLAMA31, scale_factor=32.0, **numbers))
     assert result.data["rope_scaling"] is True
@@ -285,7 +285,7 @@ def test_llama_31_as_older_providers_scaled_it() -> None:
     assert [path for path, _ in other.problems] == [("high_freq_factor",)]
 
 
-def test_an_activation_function_that_was_not_written_is_told() -> None:
+def test_a_missing_activation_function_is_noted() -> None:
     data = nested({"gated_linear_unit": True})
     del data["transformer"]["activation_func"], data["transformer_layer_spec"]
     activation, layers = adopted(data).notes
@@ -294,7 +294,7 @@ def test_an_activation_function_that_was_not_written_is_told() -> None:
     assert "the default layers are assumed" in layers
 
 
-def test_of_two_owners_the_transformer_is_believed() -> None:
+def test_the_transformer_wins_over_a_duplicate_outer_field() -> None:
     data = nested({"_target_": f"{CORE}.MLATransformerConfig", "rotary_base": 5}, rotary_base=10000)
     result = adopted(data)
     assert result.data["transformer"]["rotary_base"] == 5
@@ -305,7 +305,7 @@ def test_of_two_owners_the_transformer_is_believed() -> None:
 
 
 @pytest.mark.parametrize("transformer", [None, 3, [1]])
-def test_a_transformer_that_is_no_mapping_is_left_to_the_reader(transformer: Any) -> None:
+def test_a_transformer_that_is_not_a_mapping_is_left_to_the_reader(transformer: Any) -> None:
     data = {"_target_": REFERENCE, "transformer": transformer, "vocab_size": 3}
     if transformer is None:
         assert adopted(data).data["transformer"] == {"_target_": f"{CORE}.TransformerConfig"}
@@ -372,7 +372,7 @@ anything = st.recursive(
 
 
 @given(anything, st.sampled_from([REFERENCE, PROVIDER, HYBRID, HYBRID_PROVIDER, T5_PROVIDER]))
-def test_any_data_is_adopted_or_refused(data: Any, name: str) -> None:
+def test_any_data_is_converted_or_refused(data: Any, name: str) -> None:
     documents = [data]
     if isinstance(data, dict):
         documents += [{**data, "_target_": name}, {"model": {**data, "_target_": name}}]
@@ -387,7 +387,7 @@ def test_any_data_is_adopted_or_refused(data: Any, name: str) -> None:
         assert not isinstance(result.data, dict) or result.data.get("_target_") not in (REFERENCE, PROVIDER, HYBRID)
 
 
-def test_yarn_in_a_provider_has_such_a_transformer() -> None:
+def test_yarn_in_a_provider_gives_a_yarn_transformer() -> None:
     result = adopted(flat(position_embedding_type="yarn", yarn_beta_fast=32.0, yarn_mscale=None))
     assert result.data["transformer"]["_target_"] == "bridge.models.transformer.YarnTransformerConfig"
     assert result.data["transformer"]["yarn_beta_fast"] == 32.0

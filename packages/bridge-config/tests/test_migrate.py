@@ -58,7 +58,7 @@ def new(version: int = 2, **fields: Any) -> dict[str, Any]:
     return {"_target_": "my.Outer", "_version_": version, **fields}
 
 
-def test_a_renamed_field_keeps_its_value_and_knows_where_it_stood() -> None:
+def test_a_renamed_field_keeps_its_value_and_position() -> None:
     data = old(width=3)
     before = copy.deepcopy(data)
     result = migrate(data, lookup(outer(Moved(2, "width", "size"))))
@@ -69,7 +69,7 @@ def test_a_renamed_field_keeps_its_value_and_knows_where_it_stood() -> None:
     assert not result.problems
 
 
-def test_a_field_moves_into_a_nested_config_that_need_not_be_there() -> None:
+def test_a_field_moves_into_a_nested_config_that_may_be_missing() -> None:
     targets = lookup(outer(Moved(2, "width", "inner.width")), config("my.Inner", {"width": INT}))
     assert migrate(old(width=3), targets).data == new(inner={"width": 3})
     assert migrate(old(width=3, inner={"x": 1}), targets).data == new(inner={"x": 1, "width": 3})
@@ -82,7 +82,7 @@ def test_a_field_moves_out_of_a_nested_config() -> None:
     assert result.moves == [(("size",), ("inner", "width"))]
 
 
-def test_steps_follow_each_other_and_the_first_place_is_remembered() -> None:
+def test_steps_run_in_order_and_keep_the_first_position() -> None:
     steps = (Moved(3, "b", "inner.c"), Moved(2, "a", "b"))  # declared in any order
     targets = lookup(outer(*steps, version=3), config("my.Inner", {}))
     first = migrate(old(a={"deep": 1}), targets)
@@ -91,25 +91,25 @@ def test_steps_follow_each_other_and_the_first_place_is_remembered() -> None:
     assert migrate(old(b=1) | {"_version_": 2}, targets).data == new(3, inner={"c": 1})
 
 
-def test_two_fields_trade_names() -> None:
+def test_two_fields_swap_names() -> None:
     result = migrate(old(a=1, b=2), lookup(outer(Moved(2, "a", "b"), Moved(2, "b", "a"))))
     assert result.data == new(a=2, b=1)
     assert sorted(result.moves) == [(("a",), ("b",)), (("b",), ("a",))]
 
 
-def test_a_name_is_freed_and_taken_in_one_version() -> None:
+def test_a_name_is_freed_and_reused_in_one_version() -> None:
     targets = lookup(outer(Moved(2, "a", "b"), Removed(2, "b", (None,), "nobody used it")))
     assert migrate(old(a=1, b=None), targets).data == new(b=1)
 
 
-def test_what_moved_twice_within_what_moved_is_found() -> None:
+def test_nested_moves_keep_the_first_position() -> None:
     steps = (Moved(2, "a", "x.b"), Moved(3, "x", "y"))
     result = migrate(old(a=1, x={"c": 2}), lookup(outer(*steps, version=3)))
     assert result.data == new(3, y={"b": 1, "c": 2})
     assert dict(result.moves) == {("y",): ("x",), ("y", "b"): ("a",)}
 
 
-def test_both_names_given_is_a_problem_of_the_old_place() -> None:
+def test_giving_both_names_is_a_problem_at_the_old_path() -> None:
     result = migrate(old(width=3, size=4), lookup(outer(Moved(2, "width", "size"))))
     [(path, message)] = result.problems
     assert path == ("width",)
@@ -118,7 +118,7 @@ def test_both_names_given_is_a_problem_of_the_old_place() -> None:
     assert not result.moves
 
 
-def test_a_move_into_what_is_no_mapping_is_a_problem() -> None:
+def test_a_move_into_a_value_that_is_not_a_mapping_is_a_problem() -> None:
     result = migrate(old(width=3, inner=[1]), lookup(outer(Moved(2, "width", "inner.width"))))
     [(path, message)] = result.problems
     assert path == ("width",)
@@ -138,12 +138,12 @@ def test_a_removed_field_is_dropped_only_if_that_loses_nothing() -> None:
     assert "True cannot be ignored: all is fast now; set slow to go back" in message
 
 
-def test_true_is_not_one() -> None:
+def test_true_and_one_are_different_values() -> None:
     assert migrate(old(fast=True), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
     assert not migrate(old(fast=1.0), lookup(outer(Removed(2, "fast", (1,), "gone")))).problems
 
 
-def test_old_values_are_translated_and_others_stay() -> None:
+def test_old_values_are_translated_and_others_are_kept() -> None:
     targets = lookup(outer(Changed(2, "size", values=(("small", 1), (True, [2])))))
     assert migrate(old(size="small"), targets).data == new(size=1)
     assert migrate(old(size=True), targets).data == new(size=[2])
@@ -153,18 +153,18 @@ def test_old_values_are_translated_and_others_stay() -> None:
     assert migrate(old(), targets).data == new()
 
 
-def test_a_silent_document_gets_the_old_default_written_out() -> None:
+def test_changed_defaults_are_written_out() -> None:
     targets = lookup(outer(Changed(2, "size", absent=7), Changed(2, "inner.x", absent=None)))
     assert migrate(old(), targets).data == new(size=7)
     assert migrate(old(size=1, inner={}), targets).data == new(size=1, inner={"x": None})
 
 
-def test_changes_of_the_written_version_and_before_are_not_made_again() -> None:
+def test_changes_up_to_the_written_version_are_not_repeated() -> None:
     targets = lookup(outer(Moved(2, "a", "b"), Changed(3, "size", absent=7), version=3))
     assert migrate(old(a=1) | {"_version_": 2}, targets).data == new(3, a=1, size=7)
 
 
-def test_nested_configs_have_versions_of_their_own() -> None:
+def test_nested_configs_have_their_own_versions() -> None:
     inner = config("my.Inner", {"x": INT}, Schema(2, (Moved(2, "y", "x"),)))
     fields = {
         "one": INNER,
@@ -192,7 +192,7 @@ def test_nested_configs_have_versions_of_their_own() -> None:
     assert (("many", 0, "x"), ("many", 0, "y")) in result.moves
 
 
-def test_a_config_moved_by_its_outer_one_is_migrated_where_it_comes_to_stand() -> None:
+def test_a_moved_config_is_migrated_at_its_new_path() -> None:
     inner = config("my.Inner", {"x": INT}, Schema(2, (Moved(2, "y", "x"),)))
     targets = lookup(outer(Moved(2, "part", "inner")), inner)
     result = migrate(old(part={"_version_": 1, "y": 5}), targets)
@@ -200,7 +200,7 @@ def test_a_config_moved_by_its_outer_one_is_migrated_where_it_comes_to_stand() -
     assert dict(result.moves) == {("inner",): ("part",), ("inner", "x"): ("part", "y")}
 
 
-def test_what_the_document_omits_is_followed() -> None:
+def test_paths_of_omissions_are_migrated() -> None:
     entries = [
         {"path": "$.width", "reason": "a lambda"},
         {"path": "$.size.hook", "reason": "a lambda"},
@@ -216,13 +216,13 @@ def test_what_the_document_omits_is_followed() -> None:
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None, [1]])
-def test_a_version_is_a_whole_number_from_one(version: Any) -> None:
+def test_a_version_must_be_a_positive_integer(version: Any) -> None:
     [(path, message)] = migrate(old() | {"_version_": version}, lookup(outer())).problems
     assert path == ("_version_",)
     assert "expected an integer >= 1" in message
 
 
-def test_a_class_that_only_an_annotation_names_is_migrated_too() -> None:
+def test_a_class_found_through_an_annotation_is_migrated() -> None:
     document: dict[str, Any] = {"_target_": f"{__name__}.Outer"}
     headings: list[dict[str, Any]] = [{}, {"_target_": f"{__name__}.Inner"}]
     for heading in headings:
@@ -252,7 +252,7 @@ def test_a_newer_version_is_refused_by_name() -> None:
         None,
     ],
 )
-def test_a_current_document_is_returned_itself(data: Any) -> None:
+def test_a_current_document_is_returned_unchanged(data: Any) -> None:
     result = migrate(data, lookup(outer(Moved(2, "width", "size")), config("my.Inner", {"x": INT})))
     assert result.data is data
     assert not result.notes
@@ -260,7 +260,7 @@ def test_a_current_document_is_returned_itself(data: Any) -> None:
     assert not result.moves
 
 
-def test_hints() -> None:
+def test_problems_suggest_current_names() -> None:
     target = outer(
         Moved(2, "a", "b"),
         Moved(3, "b", "inner.c"),
@@ -295,7 +295,7 @@ def test_hints() -> None:
         (2, Changed(2, "a")),
     ],
 )
-def test_a_schema_that_says_nothing_sensible_is_refused(version: Any, change: Any) -> None:
+def test_invalid_schemas_are_refused(version: Any, change: Any) -> None:
     with pytest.raises(ConfigError):
         Schema(version, (change,) if change else ())
 
@@ -383,7 +383,7 @@ for name in ("their.Wrong", "their.Gone"):
     assert gone.startswith("the schema of 'their.Gone', declared as 'mine:GONE', fails: ")
 
 
-def test_importing_it_is_cheap() -> None:
+def test_importing_it_loads_only_the_standard_library() -> None:
     """Nothing beyond the standard library and this package."""
     code = "import sys, bridge.config.read.migrate as m; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     loaded = set(
@@ -393,6 +393,6 @@ def test_importing_it_is_cheap() -> None:
 
 
 @pytest.mark.parametrize("entry", [{"path": None, "reason": "x"}, {"path": 3}, None, "x", []])
-def test_a_malformed_omission_is_left_to_whoever_reads_the_document(entry: object) -> None:
+def test_a_malformed_omission_is_left_to_the_reader(entry: object) -> None:
     data = {"_target_": "any.Thing", "_omitted_": [entry], "inner": {"_version_": 4}}
     assert migrate(data, lambda name: None).problems == []

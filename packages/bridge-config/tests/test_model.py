@@ -51,7 +51,7 @@ def test_defaults() -> None:
     assert not isinstance(object(), Serializable)
 
 
-def test_the_positional_order_is_that_of_the_reference() -> None:
+def test_positional_order_matches_megatron_training() -> None:
     config = Flat(True, "a/model", None, [twice], [unregistered], 7)
     assert (config.pre_wrap_hooks, config.post_wrap_hooks, config.size) == ([twice], [unregistered], 7)
     assert config.extra_checkpoint_metadata is None
@@ -70,7 +70,7 @@ def test_the_positional_order_is_that_of_the_reference() -> None:
         ([twice, "twice"], "hook 2 is 'twice', which is not callable"),
     ],
 )
-def test_hooks_that_are_no_list_are_refused_when_they_are_given(name: str, hooks: Any, message: str) -> None:
+def test_hooks_that_are_not_a_list_are_refused_by_the_constructor(name: str, hooks: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"Flat\.{name}: {message}"):
         Flat(**{name: hooks})
     config = Flat()
@@ -79,7 +79,7 @@ def test_hooks_that_are_no_list_are_refused_when_they_are_given(name: str, hooks
     assert config == Flat()
 
 
-def test_a_builder_that_no_document_could_name_is_refused_where_the_class_is_defined() -> None:
+def test_an_invalid_builder_name_is_refused_when_the_class_is_defined() -> None:
     with pytest.raises(TargetError, match=r"Field.builder is declared as a field: write `builder: ClassVar\[str\]"):
 
         class Field(ModelConfig):
@@ -97,14 +97,14 @@ def test_a_builder_that_no_document_could_name_is_refused_where_the_class_is_def
             builder = Builder  # type: ignore[assignment]
 
 
-def test_a_default_without_annotation_is_refused_where_the_class_is_defined() -> None:
+def test_a_default_without_annotation_is_refused_when_the_class_is_defined() -> None:
     with pytest.raises(TargetError, match=r"Larger.size has no annotation, so @dataclass ignores it: write `size: "):
 
         class Larger(Flat):
             size = 5
 
 
-def test_get_builder_cls_returns_the_class_that_the_path_names() -> None:
+def test_get_builder_cls_returns_the_named_class() -> None:
     @dataclass
     class Ordered(ModelConfig):
         builder: ClassVar[str] = "collections.OrderedDict"
@@ -115,7 +115,7 @@ def test_get_builder_cls_returns_the_class_that_the_path_names() -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere.Builder", "collections.Nothing", "json.loads"])
-def test_a_builder_that_is_not_there(path: str) -> None:
+def test_a_missing_builder_is_an_error(path: str) -> None:
     @dataclass
     class Broken(ModelConfig):
         builder: ClassVar[str] = path
@@ -124,12 +124,12 @@ def test_a_builder_that_is_not_there(path: str) -> None:
         Broken().get_builder_cls()
 
 
-def test_a_config_without_builder() -> None:
+def test_a_config_without_builder_is_an_error() -> None:
     with pytest.raises(TargetError, match="set its `builder` ClassVar"):
         ModelConfig().get_builder_cls()
 
 
-def test_a_class_whose_documents_would_lose_values_is_refused() -> None:
+def test_a_class_that_would_lose_values_in_documents_is_refused() -> None:
     class Undecorated(Flat):
         more: int = 3
 

@@ -74,7 +74,7 @@ def test_a_layer_spec_survives(spec: Any) -> None:
 
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_a_callable_that_makes_a_spec_survives(latent: bool) -> None:
+def test_a_callable_that_returns_a_spec_survives(latent: bool) -> None:
     transformer = (MLATransformerConfig if latent else TransformerConfig)(**TRANSFORMER)
     made_by = functools.partial(gpt_layer_specs.get_gpt_layer_local_spec, multi_latent_attention=latent)
     config = GPTModelConfig(transformer=transformer, vocab_size=64, transformer_layer_spec=made_by)
@@ -92,7 +92,7 @@ def test_generation_settings_survive() -> None:
     assert back.generation_config.to_dict() == settings.to_dict()
 
 
-def test_a_spec_of_an_unknown_module_is_declared_omitted() -> None:
+def test_a_spec_with_an_unknown_module_is_declared_omitted() -> None:
     class Unknown: ...
 
     spec = ModuleSpec(module=Unknown)

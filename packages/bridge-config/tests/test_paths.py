@@ -11,7 +11,7 @@ from bridge.config.paths import format_path, parse_path
 
 
 @pytest.mark.parametrize("path", ["a[0]b", 'a["b"]c', "a..b", ".a", "a.", "$a.b[", "[0]a", "$..a", "a.[0]"])
-def test_what_is_not_a_path(path: str) -> None:
+def test_invalid_paths_are_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="is not a path"):
         parse_path(path)
 
@@ -20,13 +20,13 @@ def test_what_is_not_a_path(path: str) -> None:
     ("text", "path"),
     [("$schema", ("$schema",)), ("$", ()), ("", ()), ("$.$x", ("$x",)), ("$[0].a", (0, "a")), ('["q"].z', ("q", "z"))],
 )
-def test_paths(text: str, path: tuple[str | int, ...]) -> None:
+def test_paths_are_parsed(text: str, path: tuple[str | int, ...]) -> None:
     assert parse_path(text) == path
     assert parse_path(format_path(path)) == path
 
 
 @given(st.lists(st.text(min_size=1) | st.integers(min_value=0), max_size=5))
-def test_any_path_is_read_as_it_is_shown(path: list[str | int]) -> None:
+def test_formatted_paths_parse_back(path: list[str | int]) -> None:
     assert parse_path(format_path(tuple(path))) == tuple(path)
 
 

@@ -72,7 +72,7 @@ def test_registered_objects_resolve_by_their_own_or_a_given_name() -> None:
         register(object(), "test_registry.value")
 
 
-def test_a_definition_that_is_run_again_replaces_the_first() -> None:
+def test_registering_a_redefinition_replaces_the_first() -> None:
     def define() -> Any:
         @register
         def same_name() -> None: ...
@@ -117,7 +117,7 @@ registered.register_builder(Builder, Config)
 """
 
 
-def test_what_is_defined_elsewhere_is_read_and_written_under_its_declared_name(
+def test_a_moved_object_keeps_its_declared_name(
     declare: Declare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "extension_module").mkdir()
@@ -155,7 +155,7 @@ def test_what_is_defined_elsewhere_is_read_and_written_under_its_declared_name(
             del sys.modules[name]
 
 
-def test_a_class_is_written_under_the_name_it_is_registered_with() -> None:
+def test_a_class_is_written_under_its_registered_name() -> None:
     @dataclass
     class Part:
         size: int = 1
@@ -169,7 +169,7 @@ def test_a_class_is_written_under_the_name_it_is_registered_with() -> None:
     assert ModelConfig.from_dict(data) == before
 
 
-def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
+def test_looking_up_an_unknown_name_imports_nothing(declare: Declare) -> None:
     declare("raise SystemExit", **{"extension_module.f": "extension_module:f"})
     assert registry.name_of(len) == "builtins.len"
     assert "extension_module" not in sys.modules
@@ -183,13 +183,13 @@ def test_looking_for_a_name_imports_nothing(declare: Declare) -> None:
         ({"gone.f": "gone:f"}, "cannot be loaded"),
     ],
 )
-def test_a_declaration_that_lies_or_is_broken(declare: Declare, names: dict[str, str], message: str) -> None:
+def test_false_or_broken_declarations_are_errors(declare: Declare, names: dict[str, str], message: str) -> None:
     declare("def f(): ...", **names)
     with pytest.raises(TargetError, match=message):
         registry.resolve(next(iter(names)))
 
 
-def test_two_distributions_that_disagree(declare: Declare) -> None:
+def test_conflicting_declarations_are_an_error(declare: Declare) -> None:
     declare("def f(): ...", alias="extension_module:f")
     declare("def f(): ...", dist="other", alias="other_module:f")
     with pytest.raises(TargetError, match="declared differently"):
@@ -197,9 +197,7 @@ def test_two_distributions_that_disagree(declare: Declare) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch.nn.functional.silu", "relu"])
-def test_a_name_of_the_table_cannot_be_declared_as_something_else(
-    name: str, declare: Declare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_built_in_name_cannot_be_declared_again(name: str, declare: Declare, monkeypatch: pytest.MonkeyPatch) -> None:
     declare("raise SystemExit", **{name: "extension_module:f"})
     document = {"_target_": f"{__name__}.Guarded", "function": name}
     for read in (ModelConfig.from_dict, check):
@@ -215,14 +213,14 @@ def test_a_name_of_the_table_cannot_be_declared_as_something_else(
 
 
 @pytest.mark.parametrize("name", ["torch.nn.functional.silu", "silu", "bridge.models.gpt.GPTModelConfig"])
-def test_a_name_of_the_table_cannot_be_registered_for_something_else(name: str) -> None:
+def test_a_built_in_name_cannot_be_registered_again(name: str) -> None:
     before = registry.is_registered(name)
     with pytest.raises(TargetError, match=f"'{name}' already stands for [a-zA-Z.]+: register"):
         register(lambda: None, name)
     assert registry.is_registered(name) == before
 
 
-def test_what_only_annotations_name_may_be_named_only_there() -> None:
+def test_a_class_known_from_an_annotation_is_accepted_only_there() -> None:
     nested = {"_target_": f"{__name__}.Nested", "size": 2}
     for read in (ModelConfig.from_dict, check):
         read({"_target_": f"{__name__}.Guarded", "nested": nested})
@@ -230,13 +228,13 @@ def test_what_only_annotations_name_may_be_named_only_there() -> None:
             read({"_target_": f"{__name__}.Guarded", "anything": nested})
 
 
-def test_an_unknown_name_says_what_to_do() -> None:
+def test_the_error_for_an_unknown_name_says_what_to_do() -> None:
     register(object(), "test_registry.something")
     with pytest.raises(TargetError, match=r"register it .* did you mean 'test_registry.something'"):
         registry.resolve("test_registry.somethin")
 
 
-def test_an_unknown_name_says_which_distribution_declares_such_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unknown_name_suggests_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     def distribution(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -371,7 +369,7 @@ def audited(document: dict[str, Any]) -> list[str]:
         {"_target_": {"_target_": "os.system"}},
     ],
 )
-def test_a_malformed_mapping_for_an_object_is_refused(value: Any) -> None:
+def test_malformed_object_mappings_are_refused(value: Any) -> None:
     registered.objects.setdefault("test_registry.value2", object())
     registered.objects.setdefault("test_registry.function2", print)
     with pytest.raises(DocumentError):
@@ -394,7 +392,7 @@ def test_an_authorised_name_in_the_wrong_place_is_refused(field: str) -> None:
         ("bridge.config.cli.entry", ["torch", "megatron", "yaml", "rfc8785"]),
     ],
 )
-def test_importing_is_light(module: str, absent: list[str]) -> None:
+def test_importing_loads_no_heavy_library(module: str, absent: list[str]) -> None:
     code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

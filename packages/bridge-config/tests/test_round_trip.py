@@ -183,7 +183,7 @@ def test_from_dict_on_the_base_returns_the_class_of_the_document() -> None:
         ({"_omitted_": {"path": "x"}, "_builder_": 1}, {"$._omitted_", "$._builder_"}),
     ],
 )
-def test_what_no_text_could_hold_is_refused_by_path_too(keys: dict[Any, Any], paths: set[str]) -> None:
+def test_values_that_cannot_be_written_are_refused_by_path(keys: dict[Any, Any], paths: set[str]) -> None:
     data = Flat().as_dict() | keys
     assert set(problems(data, Flat)) == paths
     with pytest.raises(DocumentError) as error:
@@ -191,7 +191,7 @@ def test_what_no_text_could_hold_is_refused_by_path_too(keys: dict[Any, Any], pa
     assert {problem.path for problem in error.value.problems} == paths
 
 
-def test_a_document_tells_so_many_problems_and_counts_the_rest() -> None:
+def test_reported_problems_are_limited_and_the_rest_counted() -> None:
     with pytest.raises(DocumentError) as error:
         ModelConfig.from_dict(Flat().as_dict() | {f"key{i}": 0 for i in range(250)})
     found = [(problem.path, problem.message) for problem in error.value.problems]
@@ -199,7 +199,7 @@ def test_a_document_tells_so_many_problems_and_counts_the_rest() -> None:
     assert found[-1][1] == "150 more problems"
 
 
-def test_what_is_said_of_an_omission_is_one_line_and_can_be_read() -> None:
+def test_the_reason_of_an_omission_is_one_readable_line() -> None:
     class Wordy:
         def __call__(self) -> None: ...
 
@@ -221,18 +221,18 @@ def test_from_dict_on_another_class_is_refused() -> None:
     assert found == {"$._target_": f"expected a Flatter, but '{__name__}.Flat' is the class Flat"}
 
 
-def test_missing_target_is_a_value_error() -> None:
+def test_a_missing_target_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="missing '_target_'"):
         ModelConfig.from_dict({"size": 1})
 
 
-def test_a_missing_builder_is_the_classs_own() -> None:
+def test_a_missing_builder_defaults_to_that_of_the_class() -> None:
     data = Flat().as_dict()
     del data["_builder_"]
     assert Flat.from_dict(data).builder == Flat.builder
 
 
-def test_another_builder_wins_for_the_instance() -> None:
+def test_a_builder_in_the_document_applies_to_the_instance() -> None:
     name = f"{__name__}.OtherBuilder"
     data = Sample(inner=Inner(1)).as_dict() | {"_builder_": name}
     config = Sample.from_dict(data)
@@ -250,7 +250,7 @@ def test_another_builder_wins_for_the_instance() -> None:
         (7, "expected the name of a ModelBuilder, got 7"),
     ],
 )
-def test_a_builder_that_is_not_authorised_or_does_not_fit(builder: object, message: str) -> None:
+def test_unauthorised_or_unsuitable_builders_are_refused(builder: object, message: str) -> None:
     found = problems(Sample(inner=Inner(1)).as_dict() | {"_builder_": builder})
     assert list(found) == ["$._builder_"]
     assert message in found["$._builder_"]
@@ -283,7 +283,7 @@ def test_every_kind_of_value_survives() -> None:
     assert type(back.layers[1]) is WideLayer
 
 
-def test_text_and_enum_in_one_place_stay_apart() -> None:
+def test_a_string_and_an_enum_member_stay_distinct() -> None:
     for value in ("red", Color.red, None):
         back = through_text(Sample(inner=Inner(1, color_or_name=value)))
         assert back.inner.color_or_name == value
@@ -295,7 +295,7 @@ def test_a_nested_target_may_be_left_out() -> None:
     assert ModelConfig.from_dict(data) == Sample(inner=Inner(2), layers=[Layer(1)])
 
 
-def test_live_values_are_accepted_beside_plain_ones() -> None:
+def test_live_values_are_accepted() -> None:
     data = Sample(inner=Inner(1)).as_dict()
     data["inner"] |= {"color": Color.blue, "window": (3, 4)}
     data["layers"] = [WideLayer(2)]
@@ -309,7 +309,7 @@ def test_computed_fields_are_recomputed() -> None:
     assert Sample.from_dict(data).inner.computed == 6
 
 
-def test_a_full_mapping_is_the_state_and_a_partial_one_a_description() -> None:
+def test_full_mappings_restore_state_and_partial_ones_construct() -> None:
     config = Sample(inner=Inner(3))
     config.inner.frequency = 7
     assert through_text(config).inner.frequency == 7
@@ -318,7 +318,7 @@ def test_a_full_mapping_is_the_state_and_a_partial_one_a_description() -> None:
     assert Sample.from_dict(data).inner.frequency == [7, 7, 7]
 
 
-def test_what_has_no_written_form_is_declared_and_said_twice() -> None:
+def test_unwritable_values_are_declared_and_warned_of_on_write_and_read() -> None:
     config = Sample(inner=Inner(3, anything={"a": [1, lambda: 0], "b": 2}), layer=Layer(1))
     config.inner.frequency = 7
     config.generation_config = object()
@@ -333,13 +333,13 @@ def test_what_has_no_written_form_is_declared_and_said_twice() -> None:
     assert back.inner.frequency == 7, "the omission must not make the mapping a partial one"
 
 
-def test_a_named_function_that_is_not_registered_is_written_but_not_read() -> None:
+def test_an_unregistered_function_is_written_but_not_read() -> None:
     data = Flat(post_wrap_hooks=[unregistered]).as_dict()
     assert data["post_wrap_hooks"] == [f"{__name__}.unregistered"]
     assert "register it" in problems(data, Flat)["$.post_wrap_hooks[0]"]
 
 
-def test_a_function_that_is_not_what_its_name_says_is_not_written() -> None:
+def test_a_function_with_a_false_name_is_not_written() -> None:
     def impostor() -> None: ...
 
     impostor.__module__, impostor.__qualname__ = "json", "loads"
@@ -347,7 +347,7 @@ def test_a_function_that_is_not_what_its_name_says_is_not_written() -> None:
         assert Flat(pre_wrap_hooks=[impostor]).as_dict()["_omitted_"][0]["path"] == "$.pre_wrap_hooks"  # type: ignore[list-item]
 
 
-def test_what_is_left_out_of_a_list_is_the_list() -> None:
+def test_an_unwritable_item_omits_the_whole_list() -> None:
     with pytest.warns(OmittedWarning):
         data = Flat(pre_wrap_hooks=[twice, lambda stages: stages]).as_dict()
     [entry] = data["_omitted_"]
@@ -377,12 +377,12 @@ class Sequences(ModelConfig):
         ("mapping", {1: 2, "a": "b"}),
     ],
 )
-def test_sequences_keep_their_kind(field: str, value: Any) -> None:
+def test_sequences_keep_their_type(field: str, value: Any) -> None:
     back = getattr(through_text(Sequences(**{field: value})), field)
     assert (type(back), back) == (type(value), value)
 
 
-def test_all_problems_at_once_each_with_its_path() -> None:
+def test_all_problems_are_reported_together_with_their_paths() -> None:
     data = {
         "_target_": f"{__name__}.Sample",
         "vocab_sze": 1,
@@ -424,19 +424,19 @@ def test_all_problems_at_once_each_with_its_path() -> None:
     }
 
 
-def test_the_constructors_own_error_is_a_problem_at_its_path() -> None:
+def test_an_error_in_the_constructor_is_a_problem_at_its_path() -> None:
     data = Sample(inner=Inner(1)).as_dict()
     data["inner"]["num_layers"] = -1
     assert problems(data) == {"$.inner": "Inner refuses these values: num_layers must not be negative"}
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 3])
-def test_a_document_is_a_mapping(data: Any) -> None:
+def test_a_document_must_be_a_mapping(data: Any) -> None:
     with pytest.raises(DocumentError, match="expected a mapping that describes a Sample"):
         Sample.from_dict(data)
 
 
-def test_endless_data_is_refused() -> None:
+def test_cyclic_data_is_refused() -> None:
     endless: dict[str, Any] = {}
     endless["a"] = endless
     with pytest.raises(DocumentError, match="nested too deeply"):

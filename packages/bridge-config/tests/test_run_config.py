@@ -36,7 +36,7 @@ def nested(transformer: dict[str, Any] | None = None, **top: Any) -> dict[str, A
 
 
 @pytest.mark.parametrize("container", [None, "megatron.bridge.training.config.ConfigContainer"])
-def test_a_run_config_is_its_model(container: str | None) -> None:
+def test_a_run_config_is_read_as_its_model(container: str | None) -> None:
     head = {"_target_": container} if container else {}
     result = adopted({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
     assert result.data == adopted(nested()).data
@@ -46,12 +46,12 @@ def test_a_run_config_is_its_model(container: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["my.Config", "bridge.models.t5.T5ModelConfig"])
-def test_only_models_that_the_reference_has_are_written_for_it(name: str) -> None:
+def test_only_models_of_megatron_training_can_be_written(name: str) -> None:
     with pytest.raises(DocumentError, match=r"only bridge\.models\.gpt.* or bridge\.models\.mamba.* can be written"):
         to_run_config({"_target_": name})
 
 
-def test_what_the_reference_cannot_say_is_told() -> None:
+def test_values_that_megatron_training_cannot_express_are_noted() -> None:
     data = {
         "_target_": OURS,
         "_builder_": "my.Builder",
@@ -89,7 +89,7 @@ HYBRID_BUILDER = "megatron.training.models.hybrid.HybridModelBuilder"
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "M*M*/*", "M|*|M|*/*"),
     ],
 )
-def test_a_pattern_is_written_as_the_reference_splits_it(
+def test_hybrid_patterns_are_split_as_in_megatron_training(
     layout: dict[str, int], pattern: str | None, written: str
 ) -> None:
     data = {
@@ -106,7 +106,7 @@ def test_a_pattern_is_written_as_the_reference_splits_it(
     assert bool(result.notes) == (written != pattern)
 
 
-def test_what_a_hybrid_model_of_the_reference_has_not_is_told() -> None:
+def test_hybrid_fields_that_megatron_training_lacks_are_noted() -> None:
     yarn = {"_target_": "bridge.models.transformer.YarnTransformerConfig", "num_layers": 1, "yarn_beta_fast": 16.0}
     data = {
         "_target_": "bridge.models.mamba.MambaModelConfig",
@@ -203,7 +203,7 @@ LOST = ["activation_func", "init_method", "output_layer_init_method", "embedding
 
 
 @pytest.mark.parametrize(("form", "lost"), [(live, LOST), (written, LOST), (run_config, LOST), (provider, [])])
-def test_what_the_reference_writes_is_read(reference: Any, form: Callable[[Any], Any], lost: list[str]) -> None:
+def test_run_configs_of_megatron_training_are_read(reference: Any, form: Callable[[Any], Any], lost: list[str]) -> None:
     from bridge.config import ModelConfig
 
     theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
@@ -214,7 +214,7 @@ def test_what_the_reference_writes_is_read(reference: Any, form: Callable[[Any],
     assert [name for name in shared if getattr(theirs, name) != getattr(ours, name)] == []
 
 
-def test_an_activation_function_that_bridge_learns_of_is_kept(reference: Any) -> None:
+def test_an_activation_function_in_the_run_config_is_kept(reference: Any) -> None:
     import torch
 
     from bridge.config import ModelConfig
@@ -226,7 +226,7 @@ def test_an_activation_function_that_bridge_learns_of_is_kept(reference: Any) ->
 
 
 @pytest.mark.parametrize("given", [{}, {"num_moe_experts": 4, "add_bias_linear": False}])
-def test_the_reference_reads_what_we_write(reference: Any, given: dict[str, Any]) -> None:
+def test_megatron_training_reads_written_run_configs(reference: Any, given: dict[str, Any]) -> None:
     """Through its `instantiate`, as it reads a run_config.yaml, and through its `from_dict`; equal field by field."""
     import yaml
     from megatron.training.config.instantiate_utils import instantiate
@@ -253,7 +253,7 @@ def test_the_reference_reads_what_we_write(reference: Any, given: dict[str, Any]
     assert differing(theirs.transformer, again.transformer) == []
 
 
-def test_the_values_of_enumerations_count_from_one() -> None:
+def test_enumeration_values_count_from_one() -> None:
     """What lets a member be found by its value without the class."""
     import inspect
     from enum import Enum
@@ -266,7 +266,7 @@ def test_the_values_of_enumerations_count_from_one() -> None:
             assert [member.value for member in cls] == list(range(1, len(cls) + 1))
 
 
-def test_a_run_config_returns_as_it_went(reference: Any) -> None:
+def test_a_run_config_survives_the_round_trip(reference: Any) -> None:
     from bridge.config import ModelConfig
 
     theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)

@@ -51,7 +51,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_saving_keeps_what_was_not_changed(file: Path) -> None:
+def test_saving_keeps_unchanged_text(file: Path) -> None:
     document = Document.load(file, ["block.size=4", "~blocks[1].ratio"])
     document.set("hf_model_id", "007")
     document.save()
@@ -61,7 +61,7 @@ def test_saving_keeps_what_was_not_changed(file: Path) -> None:
     assert load_config(file) == document.config()
 
 
-def test_a_saved_document_is_that_of_its_file(file: Path) -> None:
+def test_a_saved_document_belongs_to_the_new_file(file: Path) -> None:
     document = Document.load(file, ["vocab_size=x"])
     document.save(other := file.with_name("other.yml"))
     with pytest.raises(DocumentError) as error:
@@ -114,7 +114,7 @@ def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
     assert path.stat().st_mode == beside.stat().st_mode
 
 
-def test_what_cannot_be_saved_leaves_the_file_as_it_was(file: Path) -> None:
+def test_a_failed_save_keeps_the_file(file: Path) -> None:
     document = Document.load(file)
     document.set("vocab_size", "\ud800")
     with pytest.raises(ConfigError, match=r"\$.vocab_size cannot be written: contains the unpaired surrogate U\+D800"):
@@ -144,7 +144,7 @@ def test_what_cannot_be_saved_leaves_the_file_as_it_was(file: Path) -> None:
         (lambda folder: Document({"a": ["x" * 1000] * 20_000}).save(folder / "a.yaml"), "larger than 10 MiB"),
     ],
 )
-def test_saving_where_nothing_can_be(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
+def test_saving_to_an_impossible_path_is_an_error(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         save(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -156,7 +156,7 @@ def endless() -> dict[str, Any]:
     return data
 
 
-def test_a_new_yaml_file_names_its_schema_and_has_it_beside(tmp_path: Path) -> None:
+def test_a_new_yaml_file_refers_to_a_schema_beside_it(tmp_path: Path) -> None:
     name = next(iter(schema_targets()))
     document = Document({"_target_": name})
     document.save(path := tmp_path / "new.yaml")
@@ -171,7 +171,7 @@ def test_a_new_yaml_file_names_its_schema_and_has_it_beside(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["# mine\n{}", "\ufeff# mine\n{}", "# mine\r\n{}"])
-def test_a_copy_in_another_place_names_its_schema_and_has_it_beside(tmp_path: Path, kind: str) -> None:
+def test_a_copy_refers_to_a_schema_beside_it(tmp_path: Path, kind: str) -> None:
     name = next(iter(schema_targets()))
     schema = f"{name.rpartition('.')[2]}.schema.json"
     (file := tmp_path / "a.yaml").write_bytes(kind.format(f"_target_: {name}").encode())
@@ -191,7 +191,7 @@ def test_a_copy_in_another_place_names_its_schema_and_has_it_beside(tmp_path: Pa
         assert json.loads((folder / schema).read_text()) == json_schema(name)
 
 
-def test_a_schema_is_put_nowhere_but_beside(tmp_path: Path) -> None:
+def test_a_schema_is_never_written_to_another_folder(tmp_path: Path) -> None:
     name = next(iter(schema_targets()))
     (folder := tmp_path / "folder").mkdir()
     text = f"# yaml-language-server: $schema=../{name.rpartition('.')[2]}.schema.json\n_target_: {name}\n"
@@ -207,7 +207,7 @@ def test_a_class_without_a_schema_is_saved_without_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["new.yaml"]
 
 
-def test_what_the_reference_wrote_is_not_saved_over(tmp_path: Path) -> None:
+def test_files_of_megatron_training_are_not_overwritten(tmp_path: Path) -> None:
     text = """\
 model:
   _target_: megatron.training.models.gpt.GPTModelConfig

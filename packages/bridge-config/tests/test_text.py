@@ -53,7 +53,7 @@ from bridge.config.text.parse import Parsed, parse_json, parse_yaml
         ("|\n  012\n", "012\n"),
     ],
 )
-def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+def test_plain_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     found = parse_yaml(f"a: {text}").data["a"]
     assert found == value
     assert type(found) is type(value)
@@ -91,13 +91,13 @@ def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         ("\ufeffa: 012", 1, "octal"),
     ],
 )
-def test_yaml_that_is_refused(text: str, line: int, message: str) -> None:
+def test_unsupported_yaml_is_refused(text: str, line: int, message: str) -> None:
     with pytest.raises(DocumentError, match=message) as error:
         parse_yaml(text, "file.yaml")
     assert [(problem.file, problem.line) for problem in error.value.problems] == [("file.yaml", line)]
 
 
-def test_all_problems_of_a_yaml_text_are_told_at_once() -> None:
+def test_all_problems_of_a_yaml_text_are_reported_together() -> None:
     with pytest.raises(DocumentError) as error:
         parse_yaml("a: 012\nb: {c: .nan}\na: 1\n")
     assert [(problem.path, problem.line, problem.column) for problem in error.value.problems] == [
@@ -108,17 +108,17 @@ def test_all_problems_of_a_yaml_text_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": Infinity}', "{'a': 1}", '{"a": 1,}', "", "a: 1", '{"a": 012}'])
-def test_json_that_is_refused(text: str) -> None:
+def test_invalid_json_is_refused(text: str) -> None:
     with pytest.raises(DocumentError, match="JSON"):
         parse_json(text, "file.json")
 
 
-def test_duplicate_keys_in_json_are_told_with_their_place() -> None:
+def test_duplicate_json_keys_are_reported_with_their_position() -> None:
     with pytest.raises(DocumentError, match=r"file.json:2:3: \$.a.b: duplicate key"):
         parse_json('{"a": {"b": 1,\n  "b": 2}}', "file.json")
 
 
-def test_anchors_stand_for_copies() -> None:
+def test_aliases_give_copies() -> None:
     data = parse_yaml("a: &x {k: [1]}\nb: *x").data
     assert data == {"a": {"k": [1]}, "b": {"k": [1]}}
     data["a"]["k"].append(2)
@@ -208,7 +208,7 @@ def test_oversized_texts_are_refused_in_bounded_time_and_memory(text: str, yaml_
 
 
 @pytest.mark.parametrize(("text", "message"), [(BOMB, "values"), (TALL, "deep"), ("'[' * 10_000", "deep")])
-def test_without_libyaml_the_bounds_are_the_same(text: str, message: str) -> None:
+def test_bounds_are_the_same_without_libyaml(text: str, message: str) -> None:
     assert message in said_within_bounds(text, "python")[0]
 
 
@@ -221,7 +221,7 @@ def said_within_bounds(text: str, loader: str) -> tuple[str, str]:
     return of_yaml, of_json
 
 
-def test_what_is_within_bounds_is_read() -> None:
+def test_texts_within_the_bounds_are_read() -> None:
     deep = "[" * 100 + "]" * 100
     wide = json.dumps(list(range(99_999)))
     long = json.dumps({"k" * 1024: int("9" * 4300), "text": "9," * 500_000})
@@ -269,7 +269,7 @@ data = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), data, max_size=4))
-def test_any_data_survives_both_texts(value: dict[str, Any]) -> None:
+def test_any_data_survives_both_text_formats(value: dict[str, Any]) -> None:
     assert parse_yaml(dump_yaml(value)).data == value
     assert parse_json(dump_json(value)).data == value
 
@@ -284,19 +284,19 @@ def test_any_text_gives_data_or_a_document_error(text: str) -> None:
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), data, max_size=4))
-def test_what_is_written_says_the_same_to_a_reader_of_yaml_1_1(value: dict[str, Any]) -> None:
+def test_yaml_1_1_readers_read_the_same_values(value: dict[str, Any]) -> None:
     assert yaml.safe_load(dump_yaml(value)) == value
 
 
 @pytest.mark.parametrize(
     "text", ["y", "N", "yes", "off", "012", "0o17", "1e-5", "1_000", "12:30", "2024-01-01", "=", "<<"]
 )
-def test_text_that_some_reader_takes_for_something_else_is_quoted(text: str) -> None:
+def test_ambiguous_strings_are_quoted(text: str) -> None:
     assert dump_yaml({text: text}) == f"'{text}': '{text}'\n"
 
 
 @pytest.mark.parametrize("text", ["a b", "torch.float32", "http://x.y", "é", "a,b [c]"])
-def test_text_that_is_clear_is_written_plainly(text: str) -> None:
+def test_unambiguous_strings_are_not_quoted(text: str) -> None:
     assert dump_yaml({"a": text}) == f"a: {text}\n"
 
 
@@ -321,20 +321,20 @@ def test_every_scalar_is_written_on_one_line(text: str) -> None:
     ],
     ids=lambda value: str(value)[:20].encode("ascii", "replace").decode() if type(value) is not int else "int",
 )
-def test_what_cannot_be_written_is_refused(dump: Any, value: Any, message: str) -> None:
+def test_unwritable_data_is_refused(dump: Any, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dump({"a": [1, value]})
 
 
 @pytest.mark.parametrize("dump", [dump_yaml, dump_json])
-def test_data_that_holds_itself_is_refused(dump: Any) -> None:
+def test_data_that_contains_itself_is_refused(dump: Any) -> None:
     endless: list[Any] = []
     endless += [endless, endless]
     with pytest.raises(ConfigError, match="nested more than 100 deep"):
         dump({"a": endless})
 
 
-def test_what_is_written_is_just_within_bounds() -> None:
+def test_written_text_can_reach_the_bounds() -> None:
     deep: Any = {"a": [0] * 1000}
     for _ in range(98):
         deep = [deep]
@@ -346,7 +346,7 @@ def test_what_is_written_is_just_within_bounds() -> None:
             parse(f"[{json.dumps(deep)}]")
 
 
-def test_all_problems_of_a_json_text_are_told_at_once() -> None:
+def test_all_problems_of_a_json_text_are_reported_together() -> None:
     text = """{"\\ud83d\\ude00": {"a": NaN,\n\t"b": 1e999, "b": "\\ud83d"}, "c": 012}"""
     with pytest.raises(DocumentError, match=r"f:2:36: \$: not JSON"):
         parse_json(text, "f")
@@ -363,7 +363,7 @@ def test_all_problems_of_a_json_text_are_told_at_once() -> None:
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), data, max_size=4))
-def test_json_and_yaml_know_where_every_value_stands(value: dict[str, Any]) -> None:
+def test_positions_of_all_values_are_known(value: dict[str, Any]) -> None:
     texts: list[tuple[Parsed, Callable[[str], Any]]] = [
         (parse_json(dump_json(value)), json.loads),
         (parse_yaml(dump_yaml(value)), lambda key: parse_yaml(key).data),
@@ -380,14 +380,14 @@ def test_json_and_yaml_know_where_every_value_stands(value: dict[str, Any]) -> N
             assert found.text.split("\n")[line - 1][column - 1 :].startswith(written)
 
 
-def test_a_change_in_the_order_of_asking_does_not_change_places() -> None:
+def test_positions_do_not_depend_on_the_order_of_queries() -> None:
     text = "a\nb\r\nc\rd"
     places = Places(text)
     for index in (0, 8, 2, 5, 7, 0, 5):
         assert places[index] == ({0: 1, 2: 2, 5: 3, 7: 4, 8: 4}[index], 2 if index == 8 else 1)
 
 
-def test_json_stays_json() -> None:
+def test_json_text_is_written_as_json() -> None:
     written = dump_json({"a": [math.inf, -math.inf], "b": "é"})
     assert json.loads(written, parse_constant=pytest.fail) == {
         "a": [{"_target_": "builtins.float", "_args_": [text]} for text in ("inf", "-inf")],

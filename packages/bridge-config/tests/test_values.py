@@ -16,7 +16,7 @@ def problems(model: dict[str, object], **transformer: object) -> list[tuple[str,
     return sorted((problem.path, problem.message) for problem in error.value.problems)
 
 
-def test_all_values_out_of_range_are_named_at_once() -> None:
+def test_all_values_out_of_range_are_reported_together() -> None:
     assert problems({"vocab_size": 0}, num_layers=-1, hidden_dropout=1.5) == [
         ("$.transformer.hidden_dropout", "must be between 0 and 1, got 1.5"),
         ("$.transformer.num_layers", "must be at least 1, got -1"),
@@ -24,16 +24,16 @@ def test_all_values_out_of_range_are_named_at_once() -> None:
     ]
 
 
-def test_a_value_of_another_type_is_named_once() -> None:
+def test_a_value_of_the_wrong_type_is_reported_once() -> None:
     assert problems({}, num_layers=0.5) == [("$.transformer.num_layers", "expected an integer, got 0.5")]
 
 
-def test_sizes_that_are_left_out_are_asked_for() -> None:
+def test_missing_sizes_are_reported() -> None:
     with pytest.raises(DocumentError, match=r"\$\.transformer\.num_layers: required, but missing"):
         Document(GPT | {"transformer": {"hidden_size": 64, "num_attention_heads": 4}}).check()
 
 
-def test_fields_that_contradict_each_other() -> None:
+def test_contradictory_fields_are_reported() -> None:
     assert problems({"position_embedding_type": "rope"}, kv_channels=15) == [
         ("$.transformer.kv_channels", "channels are rotated in pairs, and 15 is odd: choose an even number")
     ]

@@ -217,7 +217,7 @@ def same(one: Any, other: Any) -> bool:
 
 @settings(deadline=None, max_examples=400)
 @given(st.dictionaries(st.sampled_from([name for name in FIELDS if "hooks" not in name]), values, max_size=2))
-def test_what_is_written_silently_is_read_back_equal(fields: dict[str, Any]) -> None:
+def test_values_written_without_a_warning_are_read_back_equal(fields: dict[str, Any]) -> None:
     config = Verdicts(**fields)
     said, data = said_and_document(config)
     data = json.loads(json.dumps(data))
@@ -311,7 +311,7 @@ POINT = {"_target_": f"{HOME}.Point"}
         ),
     ],
 )
-def test_verdicts(fields: dict[str, Any], found: dict[str, str]) -> None:
+def test_verdicts_are_as_expected(fields: dict[str, Any], found: dict[str, str]) -> None:
     assert dict(verdicts({"_target_": f"{HOME}.Verdicts"} | fields)) == found
 
 
@@ -344,14 +344,14 @@ def test_verdicts(fields: dict[str, Any], found: dict[str, str]) -> None:
         ("extra_checkpoint_metadata", {1: 2}, "$.extra_checkpoint_metadata._args_[0][0][0] (expected text, got 1)"),
     ],
 )
-def test_what_is_not_read_back_is_said_when_it_is_written(field: str, value: Any, message: str) -> None:
+def test_values_that_cannot_be_read_back_give_a_warning(field: str, value: Any, message: str) -> None:
     said, data = said_and_document(Verdicts(**{field: value}))
     assert message.format(home=HOME) in said
     assert bool(said) == bool(message)
     assert field in data, "it has a written form, and another process may know its names"
 
 
-def test_a_registration_ends_the_warning() -> None:
+def test_registering_a_hook_ends_the_warning() -> None:
     def hook(stages: Any) -> Any:
         return stages
 
@@ -378,7 +378,7 @@ class Seeded(ModelConfig):
         self.drawn = self.drawn or 100 * seed
 
 
-def test_an_init_var_is_declared_omitted_and_gets_no_other_fields_value() -> None:
+def test_an_init_var_is_declared_omitted() -> None:
     config = Seeded(first=10, seed=7, last=20)
     with pytest.warns(OmittedWarning, match=r"without \$\.seed \(an InitVar, which instances do not keep\)"):
         data = config.as_dict()
@@ -402,7 +402,7 @@ class OwnOrder(ModelConfig):
         self.first, self.last = first, last
 
 
-def test_a_constructor_of_another_order_gets_the_right_values() -> None:
+def test_a_constructor_with_another_field_order_gets_the_right_values() -> None:
     assert ModelConfig.from_dict(OwnOrder(first=5, last=6).as_dict()) == OwnOrder(first=5, last=6)
 
 
@@ -416,13 +416,13 @@ def test_a_constructor_of_another_order_gets_the_right_values() -> None:
         {Point(1), Point(2)},
     ],
 )
-def test_what_has_a_form_in_any_place(value: Any) -> None:
+def test_self_describing_values_are_read_back_in_any_field(value: Any) -> None:
     said, data = said_and_document(Verdicts(anything=value))
     assert said == ""
     assert same(ModelConfig.from_dict(json.loads(json.dumps(data))).anything, value)  # type: ignore[attr-defined]
 
 
-def test_a_builder_or_generation_settings_that_would_be_refused_are_said() -> None:
+def test_unreadable_builders_and_generation_settings_give_a_warning() -> None:
     config = Verdicts()
     object.__setattr__(config, "builder", f"{HOME}.OtherBuilder")
     assert said_and_document(config)[0] == ""
@@ -431,7 +431,7 @@ def test_a_builder_or_generation_settings_that_would_be_refused_are_said() -> No
     assert "$._target_ (bridge.config.model.ModelConfig is the abstract base" in said_and_document(ModelConfig())[0]
 
 
-def test_sequences_of_a_union_are_written_as_they_are() -> None:
+def test_sequences_in_a_union_keep_their_type() -> None:
     for window in ((1, 2), [1, 2], [1, 2, 3]):
         said, data = said_and_document(Verdicts(window=window))
         assert (said, same(ModelConfig.from_dict(data).window, window)) == ("", True)  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ class Outer(WriteThrough, ModelConfig):
         self.vocab_size = value
 
 
-def test_reads_and_writes_the_embedded_config() -> None:
+def test_reads_and_writes_go_to_the_embedded_config() -> None:
     config = Outer(transformer=Plain(num_layers=2), vocab_size=5)
     assert (config.num_layers, config.head_size(4)) == (2, 2)
     config.num_layers = 3
@@ -60,7 +60,7 @@ def test_properties_work() -> None:
     assert config.vocab_size == 7
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
     config = Outer(transformer=Plain())
     with pytest.raises(AttributeError, match=r"'Outer' has no field 'num_layer'; did you mean 'num_layers'\?"):
         config.num_layer = 3
@@ -71,7 +71,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     assert not hasattr(config, "nothing")
 
 
-def test_a_field_of_both_belongs_to_the_embedded_config() -> None:
+def test_a_shared_field_belongs_to_the_embedded_config() -> None:
     config = Outer(transformer=Rotary(rotary_base=2.5))
     assert config.rotary_base == 2.5
     config.rotary_base = 4
@@ -82,13 +82,13 @@ def test_a_field_of_both_belongs_to_the_embedded_config() -> None:
     assert config.as_dict()["transformer"]["rotary_base"] == 5
 
 
-def test_a_field_of_the_outer_config_alone_is_its_own() -> None:
+def test_an_outer_field_stays_on_the_outer_config() -> None:
     assert Outer(transformer=Plain()).rotary_base == 10000
     config = Outer(transformer=Plain(), rotary_base=7)
     assert config.as_dict()["rotary_base"] == 7
 
 
-def test_replacing_the_embedded_config_hands_the_field_over() -> None:
+def test_the_outer_config_keeps_a_field_that_the_new_embedded_one_lacks() -> None:
     config = Outer(transformer=Plain(), rotary_base=7)
     config.transformer = Rotary(rotary_base=2.5)
     assert config.rotary_base == 2.5
@@ -97,7 +97,7 @@ def test_replacing_the_embedded_config_hands_the_field_over() -> None:
     assert Outer(transformer=Plain()).rotary_base == 10000
 
 
-def test_an_argument_that_conflicts_is_refused() -> None:
+def test_a_conflicting_argument_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rotary_base=10000 conflicts with transformer.rotary_base=3.5"):
         Outer(transformer=Rotary(), rotary_base=10000)
     assert Outer(transformer=Rotary(rotary_base=9), rotary_base=9).rotary_base == 9
@@ -120,7 +120,7 @@ def test_copies_are_equal_and_independent(embedded: Plain, copied: Callable[[Any
     assert other != config
 
 
-def test_a_copy_can_be_given_another_embedded_config() -> None:
+def test_a_copy_can_get_another_embedded_config() -> None:
     config = Outer(transformer=Rotary(rotary_base=2.5), vocab_size=3)
     other = copy.copy(config)
     other.transformer = Rotary(rotary_base=9)
@@ -157,7 +157,7 @@ class Mixed(WriteThrough, Elsewhere):
     transformer: Plain
 
 
-def test_classes_keep_their_attributes() -> None:
+def test_class_attributes_are_kept() -> None:
     assert Outer(transformer=Rotary()).rotary_base == 3.5
     assert Outer.rotary_base == 10000
     config = Mixed(transformer=Plain(num_layers=2))
@@ -166,7 +166,7 @@ def test_classes_keep_their_attributes() -> None:
     assert (config, config.transformer.num_layers) == (Mixed(transformer=Plain(num_layers=3)), 3)
 
 
-def test_a_subclass_of_a_used_class_has_its_own_defaults() -> None:
+def test_a_subclass_has_its_own_defaults() -> None:
     Outer(transformer=Rotary())
 
     @dataclass(kw_only=True)

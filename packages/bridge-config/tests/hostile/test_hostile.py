@@ -55,7 +55,7 @@ def test_harmless_documents_are_accepted(reader: str, read: Read) -> None:
 
 @pytest.mark.parametrize("reader", ["from_dict", "validate"])
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry["name"]) for entry in CORPUS])
-def test_a_hostile_document_is_refused_and_does_nothing(entry: dict[str, Any], reader: str, read: Read) -> None:
+def test_hostile_documents_are_refused_without_side_effects(entry: dict[str, Any], reader: str, read: Read) -> None:
     told = read(reader)[entry["name"]]
     assert told["verdict"] == ("refused" if "at" in entry else "accepted"), told
     at = entry.get("at") or []
@@ -76,7 +76,7 @@ def test_the_verdict_is_the_same_with_and_without_torch(read: Read) -> None:
     assert {name: without[name]["problems"] for name in names} == {name: with_torch[name]["problems"] for name in names}
 
 
-def test_the_watch_sees_what_a_careless_reader_does(read: Read) -> None:
+def test_the_audit_hook_detects_what_a_naive_reader_does(read: Read) -> None:
     told = read("naive", "import-class", "os-system", "yaml-apply", "large-text")
     assert told["import-class"]["ran"]
     assert "bridge_trap" in told["import-class"]["modules"]
@@ -85,7 +85,7 @@ def test_the_watch_sees_what_a_careless_reader_does(read: Read) -> None:
     assert told["large-text"]["verdict"] == "died"
 
 
-def test_no_constructor_opens_a_file_that_a_document_names(tmp_path: Path) -> None:
+def test_no_constructor_opens_a_file_named_in_a_document(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     file = tmp_path / "layers.json"
     file.write_text('{"block_configs": []}')
@@ -110,7 +110,7 @@ class Hooked(ModelConfig):
     builder: ClassVar[str] = "nowhere.Builder"
 
 
-def test_a_hook_of_the_program_is_honoured_only_when_registered() -> None:
+def test_hooks_are_accepted_only_when_registered() -> None:
     called = []
 
     def hook(stages: list[Any]) -> list[Any]:
