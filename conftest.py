@@ -23,7 +23,7 @@ SLOW_NAMES = frozenset(
 SLOW_TESTS = frozenset(
     {
         "test_a_search_plans_every_layout_and_ranks_those_that_fit",  # dozens of plans
-        "test_predictions_on_a_stage_of_their_own",  # plans of several stages, for each wrapper
+        "test_multi_token_prediction_on_its_own_stage_receives_hidden_states",  # plans of several stages
         "test_llama_405b_on_16384_gpus",
         "test_deepseek_v3_on_2048_gpus",
         "test_a_checkpoint_is_loaded_again",  # torch's planner of checkpoints

@@ -52,13 +52,13 @@ def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: 
     )
 
 
-def test_ranks_that_agree_build() -> None:
+def test_ranks_that_agree_build_the_model() -> None:
     assert run_ranks(build_with, 2, {}, {}, {}) == [""] * 2
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}, {"tp": 2}])
 @pytest.mark.parametrize("odd", [0, 3])
-def test_another_configuration_is_named_on_every_rank(layout: dict[str, int], odd: int) -> None:
+def test_a_differing_field_is_named_on_every_rank(layout: dict[str, int], odd: int) -> None:
     found = run_ranks(build_with, 4, {odd: {"transformer.num_attention_heads": 2}}, layout, {})
     for message in found:
         assert "config.transformer.num_attention_heads is" in message
@@ -66,7 +66,7 @@ def test_another_configuration_is_named_on_every_rank(layout: dict[str, int], od
         assert "4 on rank" in message
 
 
-def test_all_fields_that_differ_are_named() -> None:
+def test_all_differing_fields_are_named() -> None:
     changes = {"transformer.hidden_size": 32, "seq_length": 64}
     for message in run_ranks(build_with, 2, {1: changes}, {}, {1: {"overlap_grad_reduce": True}}):
         assert "config.seq_length is 128 on rank 0, 64 on rank 1" in message
@@ -84,7 +84,7 @@ def groups_of_another_layout() -> str:
     return message_of(lambda: create_process_groups(layouts[torch.distributed.get_rank()]))
 
 
-def test_another_layout_is_named() -> None:
+def test_a_differing_layout_is_named() -> None:
     for message in run_ranks(groups_of_another_layout, 2):
         assert "layout.tp is 2 on rank 0, 1 on rank 1" in message
         assert "layout.pp is 1 on rank 0, 2 on rank 1" in message
@@ -103,7 +103,7 @@ def missing_rank(absent: int) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("absent", [0, 2])
-def test_a_rank_that_does_not_come_is_named_in_time(absent: int) -> None:
+def test_a_missing_rank_is_named_in_time(absent: int) -> None:
     found = run_ranks(missing_rank, 3, absent)
     for rank, (message, seconds) in enumerate(found):
         if rank != absent:
@@ -157,7 +157,7 @@ def store_of_its_own(port: int) -> tuple[str, bool]:
     return message, "lost the connection to the store of the job" in lost
 
 
-def test_rank_0_serves_the_store_until_all_know_and_its_loss_is_named() -> None:
+def test_rank_0_keeps_the_store_open_and_its_loss_is_named() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -184,11 +184,11 @@ def many_times(times: int) -> int:
     return int(_get_default_store().num_keys() - before)
 
 
-def test_nothing_piles_up_in_the_store() -> None:
+def test_keys_do_not_accumulate_in_the_store() -> None:
     assert max(run_ranks(many_times, 2, 50)) < 10
 
 
-def test_facts_are_the_same_in_every_process_and_tell_all_apart() -> None:
+def test_facts_are_reproducible_and_show_changes() -> None:
     from bridge.config import Document
 
     config = Document.load("tiny").config()
@@ -197,5 +197,5 @@ def test_facts_are_the_same_in_every_process_and_tell_all_apart() -> None:
     assert collect_facts(config=config)["config.transformer.init_method_std"] == "0.5"
 
 
-def test_versions_name_what_decides_on_a_build() -> None:
+def test_versions_include_every_relevant_package() -> None:
     assert {"bridge-config", "bridge-dist", "megatron-core", "python", "torch"} <= collect_versions().keys()

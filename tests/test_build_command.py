@@ -29,7 +29,7 @@ def one_rank() -> dict[str, Any]:
     return build(*PADDED, "--steps", "3")
 
 
-def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
+def test_the_report_of_one_rank_has_the_expected_numbers(one_rank: dict[str, Any]) -> None:
     # 250 tokens and 128 positions of width 64, an untied output layer, a final norm; per layer two norms, attention
     # and MLP with biases: 2 * 128 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64).
     parameters = 2 * 250 * 64 + 128 * 64 + 128 + 4 * (2 * 128 + 12_480 + 4_160 + 16_640 + 16_448)
@@ -64,7 +64,7 @@ def test_the_report_of_one_rank(one_rank: dict[str, Any]) -> None:
     assert one_rank["losses"][-1] < one_rank["losses"][0]
 
 
-def test_the_report_says_what_made_it_and_how_fast(one_rank: dict[str, Any]) -> None:
+def test_the_report_contains_its_document_and_speed(one_rank: dict[str, Any]) -> None:
     assert (one_rank["kind"], one_rank["layers"], one_rank["device"]) == ("build", "pytorch", "cpu")
     assert one_rank["overrides"] == list(PADDED[1:])
     assert one_rank["document"]["vocab_size"] == 250
@@ -76,7 +76,7 @@ def test_the_report_says_what_made_it_and_how_fast(one_rank: dict[str, Any]) -> 
     assert one_rank["model_flops_utilization"] is None
 
 
-def test_a_report_is_held_against_the_plan_of_what_it_says(one_rank: dict[str, Any], tmp_path: Path) -> None:
+def test_a_report_is_compared_with_a_plan_of_the_same_job(one_rank: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(one_rank))
     (tmp_path / "small.json").write_text(json.dumps(one_rank | {"micro_batch_size": 3}))
     (tmp_path / "untrained.json").write_text(json.dumps(one_rank | {"seq_length": None}))
@@ -112,7 +112,7 @@ WRONG_REPORTS = {
 }
 
 
-def test_four_ranks_with_virtual_stages_train_alike(one_rank: dict[str, Any]) -> None:
+def test_four_ranks_with_virtual_stages_train_the_same(one_rank: dict[str, Any]) -> None:
     report = build(*PADDED, "--steps", "3", "--nproc", "4", "--tp", "2", "--pp", "2", "--vp", "2")
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
     assert report["grad_norms"] == pytest.approx(one_rank["grad_norms"], rel=1e-5)
@@ -146,14 +146,14 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("wrap", ["megatron-fsdp", "torch-fsdp2"])
-def test_every_wrapper_trains_alike(wrap: str, one_rank: dict[str, Any]) -> None:
+def test_every_wrapper_trains_the_same(wrap: str, one_rank: dict[str, Any]) -> None:
     report = build(*PADDED, "--steps", "3", "--nproc", "2", "--wrap", wrap)
     assert report["wrap"] == wrap
     assert [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]] == [[[0, 1, 2, 3]]] * 2
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
 
 
-def test_a_table_on_the_terminal() -> None:
+def test_the_report_is_a_table_on_the_terminal() -> None:
     done = run_process(
         BRIDGE, "build", "tiny", "--nproc", "2", "--pp", "2", "--device", "cpu", environment={"COLUMNS": "120"}
     )
@@ -184,7 +184,7 @@ def test_help_imports_no_torch() -> None:
     assert "build" in done.stdout
 
 
-def test_a_layout_reaches_the_model_of_a_reference_document(tmp_path: Path) -> None:
+def test_a_layout_applies_to_the_model_in_a_run_config(tmp_path: Path) -> None:
     model = SMALL_DOCUMENT.replace("bridge.models.gpt.", "megatron.training.models.gpt.").replace("\n", "\n  ").rstrip()
     (tmp_path / "run_config.yaml").write_text(f"model:\n  {model}\ntrain: {{micro_batch_size: 1}}\n")
     code, out, err = run_command("build", tmp_path / "run_config.yaml", "--nproc", "2", "--tp", "2", "--json")

@@ -88,7 +88,7 @@ def bad_input_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_a_clear_error(name: str, bad_input_results: dict[str, tuple[int, str, str]]) -> None:
+def test_invalid_input_is_a_clear_error(name: str, bad_input_results: dict[str, tuple[int, str, str]]) -> None:
     code, out, err = bad_input_results[name]
     assert code == 1
     assert out == ""
@@ -97,7 +97,7 @@ def test_bad_input_is_a_clear_error(name: str, bad_input_results: dict[str, tupl
     assert "Traceback" not in err
 
 
-def test_gpus_that_are_not_there() -> None:
+def test_missing_gpus_are_an_error() -> None:
     code, _, err = run_command("build", "tiny", "--nproc", "2", "--device", "cuda")
     assert code == 1
     assert "--device cuda needs one GPU per rank: 2 rank(s), 0 visible GPU(s)" in err
@@ -117,7 +117,7 @@ def test_ranks_of_a_launcher_do_not_share_standard_input() -> None:
     assert "cannot share standard input: pass a file name" in done.stderr
 
 
-def test_what_a_rank_raises_is_said_once_and_ends_all(tmp_path: Path) -> None:
+def test_an_error_on_a_rank_is_reported_once_and_ends_all_ranks(tmp_path: Path) -> None:
     document = tmp_path / "persistent.yaml"
     document.write_text(SMALL_DOCUMENT.replace("transformer:\n", "transformer:\n  persist_layer_norm: true\n"))
     code, _, err = run_command("build", document, "--nproc", "2")
@@ -165,7 +165,7 @@ WRONG_CALLS = {
 }
 
 
-def test_a_program_that_asks_for_the_impossible() -> None:
+def test_invalid_calls_in_a_program_are_clear_errors() -> None:
     done = run_process(sys.executable, "-c", PROGRAM.format(calls=list(WRONG_CALLS)))
     said = [line for line in done.stderr.splitlines() if "Error: " in line]
     assert len(said) == len(WRONG_CALLS), done.stderr
@@ -175,7 +175,7 @@ def test_a_program_that_asks_for_the_impossible() -> None:
         assert expected in line
 
 
-def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
     """Whatever the ranks are doing at the time, the other one must not wait for the dead one."""
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr:

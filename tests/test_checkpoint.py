@@ -107,7 +107,7 @@ def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
     return compared
 
 
-def test_a_checkpoint_of_tp2_is_loaded_bit_by_bit_under_other_layouts(tmp_path: Path) -> None:
+def test_a_tp2_checkpoint_loads_bit_by_bit_in_other_layouts(tmp_path: Path) -> None:
     run_ranks(save, 2, tmp_path, "tiny")
     by_pipeline = run_ranks(load, 2, tmp_path, "tiny", {"pp": 2})
     by_both = run_ranks(load, 4, tmp_path, "tiny", {"tp": 2, "pp": 2})
@@ -117,13 +117,13 @@ def test_a_checkpoint_of_tp2_is_loaded_bit_by_bit_under_other_layouts(tmp_path: 
     assert not by_pipeline[0] & by_pipeline[1]
 
 
-def test_a_checkpoint_of_an_encoder_and_decoder(tmp_path: Path) -> None:
+def test_a_t5_checkpoint_loads_bit_by_bit(tmp_path: Path) -> None:
     run_ranks(save, 2, tmp_path, "t5-tiny")
     (whole,) = run_ranks(load, 1, tmp_path, "t5-tiny", {})
     assert {"encoder_relative_pos_emb.relative_attention_bias.weight", "lm_head.output_layer.bias"} < whole
 
 
-def test_a_checkpoint_of_a_hybrid(tmp_path: Path) -> None:
+def test_a_hybrid_checkpoint_loads_bit_by_bit(tmp_path: Path) -> None:
     run_ranks(save, 2, tmp_path, "hybrid-tiny")
     by_pipeline = run_ranks(load, 2, tmp_path, "hybrid-tiny", {"pp": 2})
     (whole,) = run_ranks(load, 1, tmp_path, "hybrid-tiny", {})

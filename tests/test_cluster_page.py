@@ -59,7 +59,7 @@ def report_of(*nodes: subprocess.Popen[str]) -> dict[str, object]:
     return report
 
 
-def test_torchrun_on_two_nodes(folder: Path) -> None:
+def test_the_torchrun_script_trains_on_two_nodes(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -68,7 +68,7 @@ def test_torchrun_on_two_nodes(folder: Path) -> None:
     assert report["world_size"] == 2
 
 
-def test_an_error_that_each_rank_finds_is_said_once_and_recorded(folder: Path) -> None:
+def test_an_error_on_all_ranks_is_reported_once_and_recorded(folder: Path) -> None:
     """Two ranks of one agent; the layout needs four."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -82,7 +82,7 @@ def test_an_error_that_each_rank_finds_is_said_once_and_recorded(folder: Path) -
     assert "2 ranks do not fit" in recorded.read_text()
 
 
-def test_slurm_on_two_nodes(folder: Path) -> None:
+def test_the_slurm_script_trains_on_two_nodes(folder: Path) -> None:
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
     job |= {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     report = report_of(start(folder, "job.sbatch", *JOB, **job))

@@ -193,7 +193,7 @@ def over_tensor_parallel_ranks(hook: str) -> str | list[float]:
     return train({"tp": 2}, hook, tied=False)
 
 
-def test_hooks_of_others_are_told_from_bridges_own() -> None:
+def test_user_hooks_are_listed_without_those_of_bridge() -> None:
     from bridge.builders import compose_hooks
     from bridge.dist.engine.copies import list_user_hooks
 
@@ -215,7 +215,7 @@ def test_hooks_of_others_are_told_from_bridges_own() -> None:
         ("delete", "missing on output_layer.weight (rank 1)"),
     ],
 )
-def test_a_hook_that_changes_one_copy_of_a_tied_embedding(hook: str, says: str) -> None:
+def test_a_hook_that_changes_one_copy_of_a_tied_embedding_is_refused(hook: str, says: str) -> None:
     first, last = run_ranks(tied_over_stages, 2, hook)
     assert first == last
     assert isinstance(first, str)
@@ -225,7 +225,7 @@ def test_a_hook_that_changes_one_copy_of_a_tied_embedding(hook: str, says: str) 
 
 
 @pytest.mark.parametrize("hook", ["freeze_both", "train_biases_only"])
-def test_a_hook_that_changes_both_copies_alike(hook: str) -> None:
+def test_a_hook_may_change_both_copies_of_a_tied_embedding(hook: str) -> None:
     (whole,) = run_ranks(tied_on_one_stage, 1, hook)
     for losses in run_ranks(tied_over_stages, 2, hook):
         assert losses == pytest.approx(whole, rel=1e-5)
@@ -234,7 +234,7 @@ def test_a_hook_that_changes_both_copies_alike(hook: str) -> None:
 @pytest.mark.parametrize(
     ("hook", "says"), [("untie", "is False"), ("add_weight_of_its_own", "output_layer.weight is new, and nothing uses")]
 )
-def test_a_hook_that_changes_the_tie_on_one_stage(hook: str, says: str) -> None:
+def test_a_hook_that_unties_on_one_stage_is_refused(hook: str, says: str) -> None:
     (error,) = run_ranks(tied_on_one_stage, 1, hook)
     assert isinstance(error, str)
     assert says in error
@@ -252,7 +252,7 @@ def test_a_hook_that_changes_the_tie_on_one_stage(hook: str, says: str) -> None:
         ("add_unmarked_adapters", "decoder.layers.3.mlp.linear_fc1.down.weight: the gradient on rank 1 differs"),
     ],
 )
-def test_a_hook_whose_parameters_tensor_parallel_ranks_would_train_apart(hook: str, says: str) -> None:
+def test_parameters_that_diverge_across_tensor_parallel_ranks_are_refused(hook: str, says: str) -> None:
     first, second = run_ranks(over_tensor_parallel_ranks, 2, hook)
     assert first == second
     assert isinstance(first, str)
@@ -261,7 +261,7 @@ def test_a_hook_whose_parameters_tensor_parallel_ranks_would_train_apart(hook: s
     assert (marking in first) == (hook != "freeze_on_one_rank")  # of a parameter that is marked
 
 
-def test_the_adapter_of_the_guide_trains_as_on_one_rank() -> None:
+def test_the_adapter_in_the_guide_trains_as_on_one_rank() -> None:
     (whole,) = run_ranks(on_one_rank, 1, "add_adapters")
     for losses in run_ranks(over_tensor_parallel_ranks, 2, "add_adapters"):
         assert losses == pytest.approx(whole, rel=1e-5)

@@ -44,20 +44,20 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_graphs_of_transformer_engine_get_a_stream_that_is_not_the_default_one(streams: list[object]) -> None:
+def test_transformer_engine_graphs_get_a_side_stream(streams: list[object]) -> None:
     for implementation in ("transformer_engine", "local", "none"):
         prepare_process(transformer(cuda_graph_impl=implementation))
     assert streams == ["a stream of its own", "the default stream", "the default stream"]
 
 
 @pytest.mark.usefixtures("streams")
-def test_deterministic_algorithms_are_those_of_the_latest_configuration() -> None:
+def test_deterministic_algorithms_follow_the_latest_configuration() -> None:
     for deterministic in (True, False):
         prepare_process(transformer(deterministic_mode=deterministic))
         assert torch.are_deterministic_algorithms_enabled() is deterministic
 
 
-def test_there_is_no_gpu_here_and_nothing_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     here = inspect_process()
     assert here.variables["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -88,7 +88,7 @@ LEFT_TO_OTHERS = {
 
 
 @pytest.mark.parametrize("name", LEFT_TO_OTHERS)
-def test_what_the_training_loop_does_not_do_is_refused(name: str) -> None:
+def test_features_missing_from_the_training_loop_are_refused(name: str) -> None:
     build = job()
     config: Any = ModelConfig.from_dict(build.document)
     setattr(config.transformer, name, LEFT_TO_OTHERS[name])
@@ -97,7 +97,7 @@ def test_what_the_training_loop_does_not_do_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["transformer_engine", "full_iteration"])
-def test_graphs_that_nothing_captures_are_refused_where_there_is_a_gpu(
+def test_graphs_that_are_never_captured_are_refused_on_a_gpu(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -38,13 +38,13 @@ def finished(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
         pytest.param("megatron.core.optimizer.optimizer:ChainedOptimizer.step", id="in a step"),
     ],
 )
-def test_a_rank_that_is_killed(at: str, folder: Folder) -> None:
+def test_a_killed_rank_is_named(at: str, folder: Folder) -> None:
     folder.mark_at(at, KILL)
     (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", *TRAINING))
     assert "rank 1 was killed: SIGKILL, signal 9" in written
 
 
-def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folder) -> None:
+def test_a_rank_that_raises_in_a_hook_ends_the_waiting_rank(folder: Folder) -> None:
     folder.add_hook()
     (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
     assert "rank 1: ValueError: a mistake of rank 1" in written
@@ -61,7 +61,7 @@ def test_a_rank_that_raises_in_a_hook_while_the_other_waits_for_it(folder: Folde
     ],
     ids=["document", "larger world", "smaller world"],
 )
-def test_ranks_that_somebody_else_started_and_that_differ(
+def test_ranks_of_a_launcher_that_differ_are_refused(
     lengths: tuple[int, int], sizes: tuple[int, int], difference: str, folder: Folder
 ) -> None:
     folder.mark_at("bridge.dist.checks.agreement:agree")

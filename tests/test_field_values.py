@@ -212,7 +212,7 @@ NEEDS_OTHER_LAYERS = "UnsupportedError"
 
 @settings(max_examples=DRAWS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes())
-def test_documents_refuse_what_megatron_cannot_train(change: tuple[str, dict[str, Any]]) -> None:
+def test_documents_refuse_values_that_megatron_cannot_train(change: tuple[str, dict[str, Any]]) -> None:
     name, values = change
     data = changed_to(MODELS[name], values)
     said = verdict(data)

@@ -64,7 +64,7 @@ def run_with(stand_in: str, folder: Path, script: str, *args: str) -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_every_family_is_built_and_trained_in_pytorch(tmp_path: Path) -> None:
+def test_every_family_trains_with_pytorch_layers(tmp_path: Path) -> None:
     done = run_with(STAND_IN, tmp_path, TRAIN, *PRESETS)
     assert done.returncode == 0, done.stderr
     losses = dict(line.split() for line in done.stdout.splitlines() if line.startswith(PRESETS))
@@ -77,7 +77,7 @@ def test_every_family_is_built_and_trained_in_pytorch(tmp_path: Path) -> None:
         assert done.stderr.count(line) == 1
 
 
-def test_a_library_that_was_imported_before_is_told(tmp_path: Path) -> None:
+def test_a_library_that_is_already_imported_is_an_error(tmp_path: Path) -> None:
     done = run_with("", tmp_path, TOO_LATE)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (

@@ -31,7 +31,7 @@ def suite(record: Path, only: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def test_every_case_has_a_reference_made_from_its_document_of_today() -> None:
+def test_every_case_has_a_reference_of_its_current_document() -> None:
     assert REFERENCES["training"].keys() == {*CASES, "tiny-fp16"}
     assert REFERENCES["plans"].keys() == SETTINGS.keys()
     for case, reference in REFERENCES["training"].items():
@@ -39,14 +39,14 @@ def test_every_case_has_a_reference_made_from_its_document_of_today() -> None:
         assert reference["fingerprint"] == fingerprint, f"{case}: run tests/gpu/references.py"
 
 
-def test_functions_that_rows_name_are_there() -> None:
+def test_functions_named_by_rows_exist() -> None:
     named = set(re.findall(r'"gpu\.(\w+):(\w+)"', "".join(file.read_text() for file in SUITE.glob("*.py"))))
     assert named
     for module, function in named:
         assert f"\ndef {function}(" in (SUITE / f"{module}.py").read_text()
 
 
-def test_rows_are_left_out_of_a_usual_run() -> None:
+def test_rows_are_deselected_by_default() -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-q", str(SUITE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
@@ -65,7 +65,7 @@ def test_a_rehearsed_row_is_recorded(tmp_path: Path) -> None:
     assert rows["graphs-by-layer"]["why"] == "needs CUDA"
 
 
-def test_without_a_gpu_nothing_is_run_or_recorded(tmp_path: Path) -> None:
+def test_without_a_gpu_no_row_is_run_or_recorded(tmp_path: Path) -> None:
     done = suite(tmp_path / "gpu.json", "family")
     assert done.returncode == 0, done.stdout
     assert "[10] " in done.stdout
@@ -78,7 +78,7 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(tmp_path / "worker.log")
 
 
-def test_what_crashes_or_hangs_costs_itself_alone(worker: Worker, tmp_path: Path) -> None:
+def test_a_crash_or_hang_affects_only_its_own_row(worker: Worker, tmp_path: Path) -> None:
     first = worker.run("os:getpid", limit=30)
     with pytest.raises(WorkerError, match=r"^ValueError: "):
         worker.run("math:sqrt", -1, limit=30)
@@ -96,7 +96,7 @@ def test_what_crashes_or_hangs_costs_itself_alone(worker: Worker, tmp_path: Path
     worker.close()
 
 
-def test_the_page_tells_each_row_of_the_record_and_where_it_ran() -> None:
+def test_the_page_shows_each_recorded_row_and_its_machine() -> None:
     script = Path(__file__).parents[1] / ".github/scripts/make_gpu_page.py"
     spec = importlib.util.spec_from_file_location("make_gpu_page", script)
     assert spec is not None
@@ -131,7 +131,7 @@ def row(outcome: str, **rest: object) -> record.Data:
     return {"outcome": outcome, "date": "2026-11-27", "seconds": 1.0, "figures": {}, **rest}
 
 
-def test_a_run_of_some_rows_leaves_the_others() -> None:
+def test_running_some_rows_keeps_the_others() -> None:
     data = record.load(Path("nowhere"))
     first, second = {"device": "one"}, {"device": "another"}
     for name in ("a", "b", "c"):

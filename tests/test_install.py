@@ -77,7 +77,7 @@ def light(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_wheel_holds_its_package_only(package: str, wheels: dict[str, Path]) -> None:
+def test_a_wheel_contains_only_its_package(package: str, wheels: dict[str, Path]) -> None:
     folder = module(package).replace(".", "/")
     with zipfile.ZipFile(wheels[package]) as archive:
         files = {name for name in archive.namelist() if not name.endswith("/")}
@@ -98,14 +98,14 @@ def test_config_installs_without_torch(light: Environment) -> None:
     assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
 
 
-def test_config_brings_the_command(light: Environment) -> None:
+def test_bridge_config_installs_the_command(light: Environment) -> None:
     helped = light.run("bridge", "--help")
     assert helped.returncode == 0, helped.stderr
     assert "validate" in helped.stdout
 
 
 @pytest.mark.parametrize("text", BAD_DOCUMENTS.values(), ids=BAD_DOCUMENTS)
-def test_validate_without_torch_names_the_fault(light: Environment, tmp_path: Path, text: str) -> None:
+def test_validate_reports_problems_without_torch(light: Environment, tmp_path: Path, text: str) -> None:
     document = tmp_path / "document.yaml"
     document.write_text(text)
     validated = light.run("bridge", "validate", document)
@@ -128,7 +128,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_says_the_same_without_torch(light: Environment, documents: Path, command: list[str]) -> None:
+def test_every_command_prints_the_same_without_torch(light: Environment, documents: Path, command: list[str]) -> None:
     alone = light.run("bridge", *command, cwd=documents)
     full = Environment(Path(sys.prefix)).run("bridge", *command, cwd=documents)
     assert (alone.returncode, alone.stdout, alone.stderr) == (full.returncode, full.stdout, full.stderr)
@@ -136,19 +136,19 @@ def test_every_command_says_the_same_without_torch(light: Environment, documents
     assert alone.returncode == int("five.yaml" in command or command[-1].endswith("Confi"))
 
 
-def test_five_errors_are_five_lines_without_torch(light: Environment, documents: Path) -> None:
+def test_five_errors_give_five_lines_without_torch(light: Environment, documents: Path) -> None:
     done = light.run("bridge", "validate", "five.yaml", cwd=documents)
     assert done.returncode == 1
     assert [int(line.split(":")[1]) for line in done.stderr.splitlines()] == FIVE_LINES
 
 
-def test_a_layout_takes_bridge_dist(light: Environment, documents: Path) -> None:
+def test_layouts_require_bridge_dist(light: Environment, documents: Path) -> None:
     done = light.run("bridge", "validate", "tiny.yaml", "--layout", "tp=2", cwd=documents)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--layout requires bridge-dist, which is not installed: pip install bridge-dist" in done.stderr
 
 
-def test_what_is_not_installed_is_said(light: Environment, documents: Path) -> None:
+def test_a_missing_package_is_named(light: Environment, documents: Path) -> None:
     done = light.run("bridge", "build", "tiny.yaml", cwd=documents)
     assert (done.returncode, done.stdout) == (2, "")
     assert "'build' comes with bridge-dist, which is not installed: pip install bridge-dist" in done.stderr
@@ -157,7 +157,7 @@ def test_what_is_not_installed_is_said(light: Environment, documents: Path) -> N
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])
-def test_package_needs_only_the_layers_below(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_a_package_requires_only_the_layers_below(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     layers = PACKAGES.index(package) + 1
     environment = Environment.create(tmp_path / "venv")
     environment.borrow_third_party()

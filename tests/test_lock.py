@@ -12,7 +12,7 @@ SCRIPT = runpy.run_path(str(ROOT / ".github/scripts/lock.py"))
 LOCKED = (ROOT / "locked.txt").read_text()
 
 
-def test_no_address_is_committed() -> None:
+def test_the_lock_contains_no_index_address() -> None:
     assert "://" not in LOCKED
     ignored = subprocess.run(["git", "check-ignore", "--quiet", "uv.lock"], cwd=ROOT, check=False)
     assert ignored.returncode == 0, "uv.lock names the index that it was made with"
@@ -29,7 +29,7 @@ def test_every_version_is_pinned_and_every_file_has_a_hash() -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [("torch==2", "torch==1"), ("torch==", "tortch=="), ("--hash=sha256:4", "--hash=sha256:5")]
 )
-def test_another_version_hash_or_package_is_told(before: str, after: str) -> None:
+def test_changed_versions_hashes_and_packages_are_reported(before: str, after: str) -> None:
     here = LOCKED.replace(before, after, 1)
     found = list(SCRIPT["problems"](here))
     assert any(one.startswith("- ") and before in one for one in found)

@@ -88,7 +88,7 @@ def build_many() -> tuple[Holdings, Holdings, int]:
     return before, holdings(), started.process_groups
 
 
-def test_memory_groups_and_files_after_a_hundred_builds() -> None:
+def test_a_hundred_builds_leak_no_memory_groups_or_files() -> None:
     ((before, after, groups),) = run_ranks(build_many, 1, timeout=600)
     assert after.process_groups == groups == 1  # the world
     assert after.files <= before.files

@@ -304,7 +304,7 @@ def one_rank(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_model_that_modelopt_changed_is_rebuilt_to_the_bit_and_trains(one_rank: dict[str, Any]) -> None:
+def test_a_model_changed_by_modelopt_is_rebuilt_bit_by_bit_and_trains(one_rank: dict[str, Any]) -> None:
     assert len(one_rank["gpt"]) == len(one_rank["sparse"]) == 2
 
 
@@ -330,13 +330,13 @@ def test_bridge_build_trains_from_the_weights_of_the_checkpoint(one_rank: dict[s
         ("sizes, gpt", "embedding.position_embeddings.weight"),
     ],
 )
-def test_the_state_of_another_architecture_is_refused(one_rank: dict[str, Any], other: str, named: str) -> None:
+def test_modelopt_state_of_another_architecture_is_refused(one_rank: dict[str, Any], other: str, named: str) -> None:
     message = one_rank[f"other {other}"]
     assert "cannot be restored into this model" in message
     assert named in message
 
 
-def test_files_that_do_not_do_are_refused(one_rank: dict[str, Any]) -> None:
+def test_unsuitable_checkpoint_files_are_refused(one_rank: dict[str, Any]) -> None:
     assert "whole.pt has no ModelOpt state" in one_rank["unchanged"]
     assert "ranks has no mp_rank_00/model_optim_rng.pt" in one_rank["other rank"]
 
@@ -416,35 +416,35 @@ def small(**fields: Any) -> GPTModelConfig:
     return GPTModelConfig(transformer=transformer, vocab_size=VOCAB, restore_modelopt_state=True)
 
 
-def test_a_missing_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*nowhere to restore"):
         GPTModelBuilder(small(), modelopt_checkpoint=tmp_path / "nowhere").check_restore()
 
 
-def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint of Megatron"):
         GPTModelBuilder(small(), modelopt_checkpoint=tmp_path).check_restore()
 
 
-def test_a_distributed_checkpoint_without_a_state(tmp_path: Path) -> None:
+def test_a_distributed_checkpoint_without_modelopt_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     with pytest.raises(CheckpointError, match=r"has no ModelOpt state .no folder modelopt_state"):
         GPTModelBuilder(small(), modelopt_checkpoint=tmp_path).check_restore()
 
 
-def test_no_checkpoint_is_given() -> None:
+def test_restoring_without_a_checkpoint_is_refused() -> None:
     with pytest.raises(CheckpointError, match="true, but there is no checkpoint to restore from"):
         GPTModelBuilder(small()).check_restore()
 
 
-def test_a_checkpoint_is_given_and_not_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_without_restoring_is_refused(tmp_path: Path) -> None:
     config = small()
     config.restore_modelopt_state = False
     with pytest.raises(CheckpointError, match=r"false, but .* is given to restore from"):
         GPTModelBuilder(config, modelopt_checkpoint=tmp_path).check_restore()
 
 
-def test_t5_has_no_layers_for_it() -> None:
+def test_t5_with_modelopt_state_is_refused() -> None:
     config = T5ModelConfig(transformer=small().transformer, vocab_size=VOCAB, restore_modelopt_state=True)
     with pytest.raises(ModelConfigError, match="neither ModelOpt nor Megatron has layers of T5"):
         config.validate()
@@ -475,7 +475,7 @@ def without_modelopt(folder: Path) -> list[str]:
     return errors
 
 
-def test_modelopt_is_not_installed(tmp_path: Path) -> None:
+def test_a_missing_modelopt_is_an_error(tmp_path: Path) -> None:
     (errors,) = run_ranks(without_modelopt, 1, tmp_path)
     assert len(errors) == 2
     for message in errors:

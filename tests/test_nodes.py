@@ -100,7 +100,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         agent.wait()
 
 
-def test_a_rank_that_is_killed_is_named_with_its_node(nodes: Nodes) -> None:
+def test_a_killed_rank_is_named_with_its_node(nodes: Nodes) -> None:
     nodes.rank_of(0)
     os.kill(nodes.rank_of(1), signal.SIGKILL)
     nodes.wait_until_gone()
@@ -108,7 +108,7 @@ def test_a_rank_that_is_killed_is_named_with_its_node(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_an_agent_that_is_killed_is_named(node: int, nodes: Nodes) -> None:
+def test_a_killed_agent_is_named(node: int, nodes: Nodes) -> None:
     for each in range(2):
         nodes.rank_of(each)
     nodes.agents[node].kill()

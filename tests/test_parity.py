@@ -58,7 +58,9 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     ],
     ids=["tied embeddings", "gated, grouped queries", "multi-token prediction", "pp4 vp2", "experts"],
 )
-def test_other_models(world_size: int, sizes: dict[str, int], overrides: dict[str, Any]) -> None:
+def test_other_models_train_the_same_under_layouts(
+    world_size: int, sizes: dict[str, int], overrides: dict[str, Any]
+) -> None:
     losses, norms = run_ranks(train_tiny, 1, {}, overrides)[0]
     for found in run_ranks(train_tiny, world_size, sizes, overrides):
         assert found[0] == pytest.approx(losses, rel=1e-5)
@@ -67,7 +69,7 @@ def test_other_models(world_size: int, sizes: dict[str, int], overrides: dict[st
 
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize(("pp", "layout"), [(2, "Ettttm|L"), (3, "Ett|ttm|L")])
-def test_predictions_away_from_the_last_stage(pp: int, layout: str, is_tied: bool) -> None:
+def test_multi_token_prediction_on_another_stage_trains_the_same(pp: int, layout: str, is_tied: bool) -> None:
     model = {
         "position_embedding_type": "rope",
         "transformer.mtp_num_layers": 1,
@@ -113,7 +115,7 @@ def build_twice() -> None:
         assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_the_same_builder_builds_the_same_twice() -> None:
+def test_one_builder_builds_the_same_model_twice() -> None:
     run_ranks(build_twice, 2)
 
 
@@ -147,7 +149,7 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
     return run.steps[-1].loss, updated
 
 
-def test_torch_fsdp2_trains_in_fp16_and_its_ranks_skip_the_same_steps() -> None:
+def test_torch_fsdp2_ranks_skip_the_same_fp16_steps() -> None:
     """Megatron-LM refuses it; megatron-core 0.19.2 looks for overflows over model-parallel ranks, and DTensor over the
     others.
     """

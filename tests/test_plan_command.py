@@ -16,7 +16,7 @@ def bridge_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_a_plan_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An earlier build of a process, or the user, may have chosen another attention than the document asks for.
     monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
     page = tmp_path / "plan.html"
@@ -45,7 +45,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<svg" in page.read_text(encoding="utf-8")
 
 
-def test_the_command_where_a_rank_does_not_fit() -> None:
+def test_the_command_reports_ranks_that_do_not_fit() -> None:
     shown = bridge_plan("tiny", "--tp", "2", "--gpu-memory", "3MiB")
     assert shown.returncode == 1
     assert "does not fit" in " ".join(shown.stdout.split())
@@ -55,7 +55,7 @@ def test_the_command_where_a_rank_does_not_fit() -> None:
     assert "with transformer.sequence_parallel=true the largest rank needs" in shown.stderr
 
 
-def test_the_command_refuses_nonsense() -> None:
+def test_the_command_refuses_invalid_options() -> None:
     assert bridge_plan("tiny", "--tp", "0").returncode == 2
     assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
     assert "--search needs --gpus" in bridge_plan("tiny", "--search").stderr

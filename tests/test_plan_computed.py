@@ -25,12 +25,12 @@ from bridge.dist.wrapper import Wrapper
         ("t5-tiny", []),
     ],
 )
-def test_the_flops_of_a_model_by_its_shapes_are_those_counted(preset: str, overrides: list[str]) -> None:
+def test_flops_by_shape_equal_the_counted_flops(preset: str, overrides: list[str]) -> None:
     by_shapes, counted = flops_of(Document.load(preset, overrides))
     assert by_shapes == 3 * counted
 
 
-def test_the_flops_of_a_state_space_model_leave_out_what_chunks_compute_beside() -> None:
+def test_flops_by_shape_exclude_products_within_chunks_of_a_scan() -> None:
     by_shapes, counted = flops_of(Document.load("mamba-tiny"))
     # In each of 4 layers and for each of 128 tokens in one chunk: scores of 4 groups over a state of 16, and their
     # product with 128 channels.
@@ -49,7 +49,7 @@ def flops_of(document: Document) -> tuple[int, int]:
     return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)
 
 
-def test_recomputing_keeps_less_and_computes_more() -> None:
+def test_recomputation_saves_memory_and_adds_flops() -> None:
     batch = Batch(seq_length=128, global_batch_size=8)
     usual = plan_preset("tiny", {}, world_size=1, batch=batch).worst
     recomputed = plan_preset("tiny", {}, *RECOMPUTED, world_size=1, batch=batch).worst
@@ -60,7 +60,7 @@ def test_recomputing_keeps_less_and_computes_more() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
-def test_a_plan_counts_no_cuda_graphs(implementation: str) -> None:
+def test_a_plan_ignores_cuda_graphs(implementation: str) -> None:
     graphs = ("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
     found, without = plan_preset("tiny", {}, *graphs, world_size=1), plan_preset("tiny", {}, world_size=1)
     assert found.stages == without.stages

@@ -54,7 +54,7 @@ def test_deepseek_v3_on_2048_gpus() -> None:
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2])
-def test_llama_8b_in_parts(wrapper: Wrapper) -> None:
+def test_a_sharded_llama_8b_gathers_and_reduces_its_weights(wrapper: Wrapper) -> None:
     """Two layers, so that it is quick; the rest of the model is in the embedding and the output layer."""
     found = plan_preset("llama-3.1-8b", {}, "transformer.num_layers=2", world_size=64, wrapper=wrapper)
     (stage,) = found.stages
@@ -81,14 +81,14 @@ def test_llama_8b_in_parts(wrapper: Wrapper) -> None:
     )
 
 
-def test_the_peak_is_that_of_the_schedule() -> None:
+def test_peak_activations_follow_the_schedule() -> None:
     # 1F1B: the first of four ranks keeps four microbatches, the last one.
     found = plan_preset("tiny", {"pp": 4}, world_size=4, batch=Batch(seq_length=128, global_batch_size=16))
     kept = [stage.activation_bytes / stage.chunks[0].activation_bytes for stage in found.stages]
     assert kept == [4, 3, 2, 1]
 
 
-def test_a_plan_by_memory_of_others_is_the_same() -> None:
+def test_a_memo_does_not_change_a_plan() -> None:
     memo: Any = {}
     document = Document.load("hybrid-tiny")
     apply_layout(document, {"pp": 2})

@@ -54,7 +54,7 @@ def real() -> list[dict[str, Held]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_plan_of_every_rank_is_what_it_holds(name: str, real: list[dict[str, Held]]) -> None:
+def test_the_plan_of_every_rank_matches_its_measurements(name: str, real: list[dict[str, Held]]) -> None:
     case = CASES[name]
     job = case.job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
@@ -97,7 +97,7 @@ def real_in_parts() -> list[dict[str, HeldSharded]]:
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_the_plan_of_every_rank_is_what_it_holds_in_parts(
+def test_the_plan_of_every_sharded_rank_matches_its_measurements(
     name: str, real_in_parts: list[dict[str, HeldSharded]]
 ) -> None:
     job = SHARDED[name].job()

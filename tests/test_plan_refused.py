@@ -23,12 +23,12 @@ from bridge.dist.wrapper import Wrapper
         ("t5-tiny", {"pp": 2}, 2, "T5 cannot be split into pipeline stages"),
     ],
 )
-def test_what_is_not_possible_is_refused(preset: str, sizes: dict[str, int], world_size: int, says: str) -> None:
+def test_impossible_layouts_are_refused(preset: str, sizes: dict[str, int], world_size: int, says: str) -> None:
     with pytest.raises(BridgeError, match=says):
         plan_preset(preset, sizes, world_size=world_size)
 
 
-def test_what_cannot_be_planned_is_refused() -> None:
+def test_jobs_that_cannot_be_planned_are_refused() -> None:
     options = PlanOptions(batch=Batch(seq_length=32), world_size=4, wrapper=Wrapper.TORCH_FSDP2)
     with pytest.raises(PlanError, match="got torch-fsdp2, whose gathering"):
         search(Document.load("tiny"), options, Machine(), fixed={})

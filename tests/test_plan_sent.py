@@ -20,7 +20,7 @@ from bridge.dist.wrapper import Wrapper
         ("Ett|tt|mmL", {"pp": 3}, [1, 2, 1]),
     ],
 )
-def test_predictions_on_a_stage_of_their_own(
+def test_multi_token_prediction_on_its_own_stage_receives_hidden_states(
     stages: str, sizes: dict[str, int], hidden_states: list[int], wrapper: Wrapper
 ) -> None:
     """The stage after them gets hidden states of the last layer and of each of two predictions."""

@@ -31,14 +31,14 @@ PLANS = [
 ]
 
 
-def test_a_plan_leaves_nothing_behind() -> None:
+def test_a_plan_restores_module_state() -> None:
     start_fork_server(1)
     alike, changed = launch(planned_ranks.plan_each_twice, PLANS, ranks=1)
     assert changed == []
     assert alike == [True] * len(PLANS)
 
 
-def test_training_after_plans_is_training_alone() -> None:
+def test_training_after_plans_gives_the_same_result() -> None:
     start_fork_server(1)
     job = Job("moe-tiny", (*BALANCED, *PREDICTS_TWO, "transformer.attention_backend=flash"), {}, 1)
     alone = launch(planned_ranks.train, job, [], ranks=1)

@@ -54,12 +54,12 @@ def every_rule() -> list[preflight.Rule]:
     return list(dict.fromkeys(found))  # some are of several families
 
 
-def test_every_rule_has_its_case() -> None:
+def test_every_rule_has_a_case() -> None:
     assert sorted(CASES) == sorted(rule.name for rule in every_rule() if rule.not_shown is None)
     assert sorted(SHOWN_ELSEWHERE) == sorted(rule.name for rule in every_rule() if rule.not_shown is not None)
 
 
-def test_every_rule_says_why() -> None:
+def test_every_rule_has_a_reason() -> None:
     assert all(rule.why for rule in every_rule())
 
 
@@ -82,13 +82,13 @@ def problems(setting: Setting, world_size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)
-def test_refused_by_this_rule_alone(name: str) -> None:
+def test_each_case_is_refused_only_by_its_rule(name: str) -> None:
     found = problems(EVERY_CASE[name].refused, EVERY_CASE[name].world_size)
     assert [problem.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)
-def test_what_it_says_to_set_passes(name: str) -> None:
+def test_the_suggested_setting_passes(name: str) -> None:
     assert problems(EVERY_CASE[name].advised, EVERY_CASE[name].world_size) == []
 
 
@@ -116,14 +116,14 @@ CONNECTIONS: dict[str, tuple[Setting, str | None]] = {
 
 
 @pytest.mark.parametrize("name", CONNECTIONS)
-def test_connections_to_a_gpu(name: str) -> None:
+def test_cuda_device_max_connections_is_checked(name: str) -> None:
     setting, problem = CONNECTIONS[name]
     found = [one for rule in rules.RULES for one in rule.problems(setup_of(setting))]
     assert len(found) == (problem is not None)
     assert all(problem in one for one in found if problem)
 
 
-def test_where_the_number_of_connections_is_not_set_a_warning_says_so() -> None:
+def test_an_unset_cuda_device_max_connections_gives_a_warning() -> None:
     warning = machine.describe_slowdown(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
     assert warning is not None
     assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set")
@@ -143,7 +143,7 @@ def groups_that_were_made() -> tuple[list[str], list[str]]:
     )
 
 
-def test_groups_that_somebody_made_are_taken() -> None:
+def test_existing_process_groups_are_accepted() -> None:
     assert run_ranks(groups_that_were_made, 4) == [([], [])] * 4
 
 
@@ -223,7 +223,9 @@ def together() -> dict[str, list[Run | str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_the_rule(name: str, together: dict[str, list[Run | str]], one_process: dict[str, Run]) -> None:
+def test_without_the_rule_training_fails_or_is_wrong(
+    name: str, together: dict[str, list[Run | str]], one_process: dict[str, Run]
+) -> None:
     case = CASES[name]
     outcomes = together[name] if name in together else _outcomes_alone(case)
     if case.fails is not None:
@@ -271,7 +273,7 @@ def build_particular(vocab_size: int) -> list[str]:
     return []
 
 
-def test_a_family_of_models_has_rules_of_its_own() -> None:
+def test_a_model_family_can_add_its_own_rules() -> None:
     assert run_ranks(build_particular, 1, VOCAB - 1) == [
         ["vocab_size is less than 256: set it to 256 [no-small-vocabulary]"]
     ]

@@ -31,7 +31,7 @@ def declared(group: str) -> list[EntryPoint]:
 
 
 @pytest.mark.parametrize("package", NAMES["exports"])
-def test_a_package_exports_its_names(package: str) -> None:
+def test_a_package_exports_its_public_names(package: str) -> None:
     module = import_module(package)
     assert sorted(module.__all__) == NAMES["exports"][package]
     for name in module.__all__:
@@ -40,11 +40,11 @@ def test_a_package_exports_its_names(package: str) -> None:
 
 
 @pytest.mark.parametrize("group", NAMES["entry_points"])
-def test_a_group_of_entry_points_has_its_names(group: str) -> None:
+def test_entry_points_have_their_public_names(group: str) -> None:
     assert sorted(point.name for point in declared(group)) == NAMES["entry_points"][group]
 
 
-def test_every_name_in_documents_is_read_and_written_as_itself() -> None:
+def test_every_document_name_is_read_and_written_unchanged() -> None:
     for name in IN_DOCUMENTS:
         try:
             found = registry.resolve(name)
@@ -57,14 +57,14 @@ def test_every_name_in_documents_is_read_and_written_as_itself() -> None:
         assert not isinstance(found, type) or registry.document_name(found) == name
 
 
-def test_every_name_of_ours_is_in_the_table() -> None:
+def test_every_bridge_name_is_in_the_table() -> None:
     for name in IN_DOCUMENTS:
         target = shipped(name)
         assert target is not None
         assert target.name == name
 
 
-def test_builders_are_read_and_written_as_themselves() -> None:
+def test_builder_names_are_read_and_written_unchanged() -> None:
     for name in NAMES["entry_points"]["bridge.rules"]:
         builder = registry.import_builder(name)
         accepts = registered.accepted_by(builder)
@@ -86,12 +86,12 @@ def test_a_document_is_written_as_it_was_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_fingerprint_of_a_document_stays(name: str) -> None:
+def test_document_fingerprints_are_stable(name: str) -> None:
     assert fingerprint(DOCUMENTS[name]["document"]) == DOCUMENTS[name]["fingerprint"]
 
 
 @pytest.mark.parametrize("name", NAMES["presets"])
-def test_the_fingerprint_of_a_preset_stays(name: str) -> None:
+def test_preset_fingerprints_are_stable(name: str) -> None:
     file = preset(name)
     assert file is not None
     assert fingerprint(yaml.safe_load(file.read_text())) == NAMES["presets"][name]

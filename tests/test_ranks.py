@@ -26,7 +26,7 @@ def _look(scale: float) -> _Seen:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_results_come_by_rank(world_size: int) -> None:
+def test_results_are_ordered_by_rank(world_size: int) -> None:
     total = sum(range(world_size))
     expected = [
         _Seen((str(rank), str(rank), str(world_size), str(world_size)), 2.0 * total) for rank in range(world_size)
@@ -57,7 +57,7 @@ def test_an_error_ends_all_ranks_and_is_raised_here() -> None:
 
 
 @pytest.mark.parametrize(("error", "text"), [("odd", "1 and 2"), ("exit", "SystemExit: 3")])
-def test_what_cannot_be_raised_here_is_told(error: str, text: str) -> None:
+def test_an_error_that_cannot_be_unpickled_is_described(error: str, text: str) -> None:
     with pytest.raises(RankError, match=text):
         run_ranks(_fail_on_the_last_rank, 2, error)
 
@@ -68,7 +68,7 @@ def _die() -> None:
     torch.distributed.barrier()
 
 
-def test_a_death_is_an_error() -> None:
+def test_a_rank_that_dies_is_an_error() -> None:
     with pytest.raises(RankError, match="rank 0 ended with exit code 7"):
         run_ranks(_die, 2)
 

@@ -52,7 +52,7 @@ def modules_of_the_compiler(*command: str) -> list[str]:
     ],
     ids=lambda command: " ".join(command),
 )
-def test_what_compiles_nothing_does_not_load_the_compiler(command: tuple[str, ...]) -> None:
+def test_commands_that_compile_nothing_do_not_load_the_compiler(command: tuple[str, ...]) -> None:
     assert modules_of_the_compiler(*command) == []
 
 
@@ -64,7 +64,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("command", REFUSED, ids=lambda command: " ".join(command))
-def test_what_arithmetic_refuses_is_refused_before_torch_is_imported(command: tuple[str, ...]) -> None:
+def test_invalid_sizes_are_refused_before_torch_is_imported(command: tuple[str, ...]) -> None:
     code = "import sys; from bridge.config.cli.entry import bridge\ntry: bridge(sys.argv[1:])\n"
     code += "finally: print({'torch', 'megatron'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
@@ -87,7 +87,7 @@ torch._dynamo.reset()
 """
 
 
-def test_who_asks_for_the_compiler_gets_it() -> None:
+def test_the_compiler_is_loaded_on_request() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
 
@@ -102,7 +102,7 @@ SIGNALLED = {
 
 
 @pytest.mark.parametrize("name", SIGNALLED)
-def test_a_signal_ends_a_command_and_all_that_it_started(name: str, folder: Folder) -> None:
+def test_a_signal_ends_a_command_and_its_processes(name: str, folder: Folder) -> None:
     command, number, processes = SIGNALLED[name]
     process = folder.start(*command)
     wait_for_work(folder, processes)
@@ -163,7 +163,7 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-def test_two_ranks_on_a_machine_with_one_gpu_compute_on_the_cpu(folder: Folder) -> None:
+def test_two_ranks_with_one_gpu_use_the_cpu(folder: Folder) -> None:
     """As the first command of the README does on a workstation."""
     (folder.path / "sitecustomize.py").write_text(ONE_GPU)
     process = folder.start(

@@ -116,7 +116,7 @@ def test_validate_layout(name: str, results: dict[str, tuple[int, str, str]]) ->
     assert "Warning" not in said
 
 
-def test_as_json(results: dict[str, tuple[int, str, str]]) -> None:
+def test_validate_layout_prints_json(results: dict[str, tuple[int, str, str]]) -> None:
     (verdict,) = json.loads(results["as data"][1])
     (problem,) = verdict["problems"]
     assert (verdict["source"], verdict["ok"], problem["path"]) == ("good.yaml", False, "$")
@@ -129,7 +129,7 @@ OF_THE_MACHINE = {rule.name for rule in machine.RULES}
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if can_be_a_document(case.refused) and name not in OF_THE_MACHINE]
 )
-def test_documents_are_judged_as_live_configurations_are(name: str) -> None:
+def test_documents_and_live_configurations_give_the_same_problems(name: str) -> None:
     setting, world_size = CASES[name].refused, CASES[name].world_size
     document = Document.of(setting.config())
     layout = {axis: size for axis, size in asdict(setting.layout(world_size)).items() if size is not None}
@@ -137,13 +137,13 @@ def test_documents_are_judged_as_live_configurations_are(name: str) -> None:
     assert [problem.message.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
 
 
-def test_no_torch_is_needed() -> None:
+def test_validate_layout_needs_no_torch() -> None:
     code = "from bridge.config import Document; from bridge.dist import check_document; import sys;"
     code += "check_document(Document.load('tiny'), {'tp': 3}); assert not {'torch', 'megatron'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_in_python(tmp_path: Path) -> None:
+def test_check_document_returns_problems(tmp_path: Path) -> None:
     document = Document.load("tiny")
     before = document.to_yaml()
     assert check_document(document, {"pp": 2, "vp": 2, "dp": 2}) == []

@@ -54,7 +54,7 @@ def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
     (information / "entry_points.txt").write_text("\n".join(["[bridge.targets]", *lines]))
 
 
-def test_every_layout_of_a_sound_model_is_equal_or_refused() -> None:
+def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
     code, out, errors = run_command("verify", "tiny", "--nproc", "2", *QUICK, "--json")
     assert code == 0, errors
     rows = json.loads(out)
@@ -72,7 +72,7 @@ def test_every_layout_of_a_sound_model_is_equal_or_refused() -> None:
             assert row["reason"]
 
 
-def test_a_layout_that_trains_wrong_is_found(tmp_path: Path) -> None:
+def test_a_layout_that_trains_incorrectly_is_a_mismatch(tmp_path: Path) -> None:
     (tmp_path / "skewed.py").write_text(SKEWED)
     declare(tmp_path, "skewed", {"skewed.skew": "skewed:skew"})
     code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", "--nproc", "2", *QUICK, path=tmp_path)
@@ -85,7 +85,7 @@ def test_a_layout_that_trains_wrong_is_found(tmp_path: Path) -> None:
     assert said == ["Transformer Engine is not installed: building layers in PyTorch"]
 
 
-def test_it_works_for_a_family_outside_bridge(tmp_path: Path) -> None:
+def test_verify_works_for_an_extension(tmp_path: Path) -> None:
     targets = tomllib.loads((EXTENSION / "pyproject.toml").read_text())["project"]["entry-points"]["bridge.targets"]
     (tmp_path / "bigram").symlink_to(EXTENSION / "src" / "bigram")
     declare(tmp_path, "bigram", targets)
@@ -96,7 +96,7 @@ def test_it_works_for_a_family_outside_bridge(tmp_path: Path) -> None:
     assert any("in-one-piece" in (row["reason"] or "") for row in rows)
 
 
-def test_a_fault_of_the_document_is_said_once() -> None:
+def test_an_error_in_the_document_is_reported_once() -> None:
     code, out, errors = run_command("verify", "tiny", "transformer.num_layers=0.5", "--nproc", "2", "--json")
     assert code == 1
     assert out == ""
@@ -127,12 +127,12 @@ def test_any_difference_beyond_rounding_is_a_mismatch(found: TrainingResult) -> 
     assert judge(ROW, found, trained(), LIMITS).is_mismatch
 
 
-def test_rounding_is_no_mismatch() -> None:
+def test_rounding_is_not_a_mismatch() -> None:
     row = judge(ROW, trained(loss=2.00001, grad_norm=1.00005, weight=1e-4), trained(), LIMITS)
     assert row.verdict is Verdict.EQUAL
     assert row.loss_difference == pytest.approx(5e-6)
 
 
-def test_an_overflow_equals_an_overflow_only() -> None:
+def test_an_overflow_equals_only_an_overflow() -> None:
     assert relative_difference([1.0, None], [1.0, None]) == 0
     assert relative_difference([None], [1.0]) == relative_difference([1.0], [None]) == math.inf

@@ -140,17 +140,17 @@ def check_marks(one: Document, several: Document, *, tp: int = 2) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_mark_what_is_split(name: str) -> None:
+def test_presets_mark_their_split_parameters(name: str) -> None:
     check_marks(shrunk(name), shrunk(name), tp=5 if name == "gpt2-xl" else 2)  # which has 25 heads
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_layers_mark_what_is_split(options: tuple[str, ...]) -> None:
+def test_layers_mark_their_split_parameters(options: tuple[str, ...]) -> None:
     name, *overrides = options
     check_marks(Document.load(name, overrides), Document.load(name, overrides))
 
 
-def test_a_published_model_has_as_many_parameters_as_it_says() -> None:
+def test_gpt_oss_20b_has_its_published_number_of_parameters() -> None:
     """Those of gpt-oss-20b's published weights."""
     sizes = placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
     assert sum(placement.logical_shape(201088).numel() for placement in sizes.values()) == 20_914_757_184
@@ -173,7 +173,7 @@ def before_and_after(document: Document, *, seed: int) -> tuple[Weights, Weights
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_all_that_is_random_is_drawn_by_name(options: tuple[str, ...]) -> None:
+def test_all_random_weights_are_initialised_by_name(options: tuple[str, ...]) -> None:
     name, *overrides = options
     (one, drawn), (two, again) = (before_and_after(Document.load(name, overrides), seed=seed) for seed in (1, 2))
     random = {name for name in one if not torch.equal(one[name], two[name])}
@@ -183,7 +183,7 @@ def test_all_that_is_random_is_drawn_by_name(options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_rank_draws_its_part_of_the_same(options: tuple[str, ...]) -> None:
+def test_each_rank_initialises_its_part_of_the_same_weights(options: tuple[str, ...]) -> None:
     name, *overrides = options
     _, drawn = before_and_after(Document.load(name, overrides), seed=1)
     document = Document.load(name, overrides)
@@ -221,7 +221,7 @@ def draw_own_layers() -> dict[str, list[float]]:
     return {name: parameter.flatten().tolist() for name, parameter in stage.named_parameters()}
 
 
-def test_layers_that_are_not_megatrons_are_drawn_by_name_too() -> None:
+def test_layers_outside_megatron_are_initialised_by_name() -> None:
     (whole,) = run_ranks(draw_own_layers, 1)
     first, second = run_ranks(draw_own_layers, 2)
     split = first.pop("split") + second.pop("split")

@@ -68,7 +68,7 @@ def schedule_takes(microbatches: int, group_size: int, pp: int, monkeypatch: pyt
     raise AssertionError("the schedule ran")
 
 
-def test_legal_numbers_are_those_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_microbatch_counts_match_megatrons_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = {}
     for pp, group_size, microbatches in itertools.product((2, 3, 4), range(2, 7), range(1, 15)):
         if group_size < pp:

@@ -119,7 +119,7 @@ def places(**transformer: Any) -> list[tuple[Any, ...]]:
     return [stage.place for stage in stages]
 
 
-def test_one_rank_has_one_stage_whatever_the_virtual_size() -> None:
+def test_one_rank_has_one_stage_for_any_virtual_size() -> None:
     assert run_ranks(places_without_pipeline, 1) == [[(True, True, None)]]
 
 
@@ -127,7 +127,7 @@ def places_without_pipeline() -> list[tuple[Any, ...]]:
     return places(virtual_pipeline_model_parallel_size=3)
 
 
-def test_virtual_stages_of_two_ranks() -> None:
+def test_two_ranks_build_their_virtual_stages() -> None:
     first, last = run_ranks(places_of_virtual_pipeline, 2)
     assert first == [(True, False, 0), (False, False, 1), (False, False, 2)]
     assert last == [(False, False, 0), (False, False, 1), (False, True, 2)]
@@ -181,7 +181,7 @@ def build_twice() -> list[list[list[str]]]:
     return seen
 
 
-def test_hooks_see_bare_stages_then_wrapped_ones_and_a_second_build_is_like_the_first() -> None:
+def test_hooks_get_bare_then_wrapped_stages_and_builds_repeat() -> None:
     (seen,) = run_ranks(build_twice, 1)
     bare, wrapped = [["Stage"]], [["DistributedDataParallel", "Float16Module", "Stage"]]
     assert seen == [bare, wrapped, bare, wrapped]
@@ -212,7 +212,7 @@ def returns_a_tuple(stages: Any) -> Any:
     return tuple(stages)
 
 
-def test_a_hook_that_returns_a_tuple_ends_the_build() -> None:
+def test_a_hook_that_returns_a_tuple_stops_the_build() -> None:
     with pytest.raises(HookError, match=r"hook 1 of 1, .*returns_a_tuple, returned a tuple: return a list"):
         run_ranks(hooked, 1, returns_a_tuple)
 
@@ -250,7 +250,7 @@ def devices_after_cpu_initialization() -> set[str]:
     return {tensor.device.type for tensor in (*stage.parameters(), *stage.buffers())}
 
 
-def test_what_was_initialised_on_the_cpu_is_moved_to_the_device() -> None:
+def test_weights_initialised_on_the_cpu_are_moved_to_the_device() -> None:
     assert run_ranks(devices_after_cpu_initialization, 1) == [{"meta"}]
 
 
@@ -294,7 +294,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_random_init_gives_every_rank_the_weights_of_the_first(name: str) -> None:
+def test_random_init_copies_the_weights_of_the_first_rank(name: str) -> None:
     for wrappers, values in run_ranks(weights_after, 2, True, *WRAPPERS[name]):
         assert wrappers[0] == name.split(",")[0]
         assert values == [1.0]
@@ -305,7 +305,7 @@ def test_without_random_init_each_rank_keeps_its_weights() -> None:
     assert [values for _, values in results] == [[1.0], [2.0]]
 
 
-def test_bucket_sizes() -> None:
+def test_bucket_sizes_follow_megatron_training() -> None:
     """By the reference: parameters // num_buckets; else max(40M, 1M per rank); none without overlap."""
     stages = [torch.nn.Linear(9, 10)]  # 100 parameters
 
@@ -340,7 +340,7 @@ def bucket_counts(distributed_optimizer: bool, one_bucket: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-def test_only_the_first_chunk_of_the_first_stage_is_cut_into_buckets(distributed_optimizer: bool) -> None:
+def test_only_the_first_chunk_of_the_first_stage_is_split_into_buckets(distributed_optimizer: bool) -> None:
     first, second = run_ranks(bucket_counts, 2, distributed_optimizer, False)
     assert first == [4, 1, 1]  # two layers of weight and bias, the frozen one counts for nothing
     assert second == [1, 1, 1]
@@ -350,17 +350,17 @@ def test_only_the_first_chunk_of_the_first_stage_is_cut_into_buckets(distributed
 # Refusals
 
 
-def test_ddp_without_its_config() -> None:
+def test_ddp_without_its_config_is_refused() -> None:
     with pytest.raises(OptionsError, match="ddp_config is None: pass a DistributedDataParallelConfig"):
         StageBuilder(config_of()).build_distributed_models(None)  # type: ignore[arg-type]
 
 
-def test_a_configuration_without_a_transformer() -> None:
+def test_a_configuration_without_a_transformer_is_refused() -> None:
     with pytest.raises(BuilderContractError, match="BareConfig has no TransformerConfig named 'transformer'"):
         BareBuilder(BareConfig()).build_distributed_models(None, wrap_with_ddp=False)  # type: ignore[arg-type]
 
 
-def test_a_refusal_travels_between_processes_whole() -> None:
+def test_preflight_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(PreflightError(["one", "two"])))
     assert (error.problems, str(error)) == (("one", "two"), "one\ntwo")
 
@@ -370,6 +370,6 @@ def groups_of_another_size() -> None:
     StageBuilder(config_of(tensor_model_parallel_size=2)).build_distributed_models(groups, wrap_with_ddp=False)
 
 
-def test_a_configuration_that_does_not_fit_its_groups() -> None:
+def test_a_configuration_that_does_not_match_its_groups_is_refused() -> None:
     with pytest.raises(PreflightError, match="tensor_model_parallel_size is 2 but the tp process group has 1 rank"):
         run_ranks(groups_of_another_size, 1)

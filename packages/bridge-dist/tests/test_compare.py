@@ -80,7 +80,7 @@ def words(comparison: Comparison) -> str:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_run_is_held_against_its_plan() -> None:
+def test_a_run_is_compared_with_its_plan() -> None:
     found = compared(plan=PLAN, run=ON_GPUS)
     rows = {row.name: (row.values, row.differences) for row in found.rows}
     # The fullest stage of the plan is 1, of 25 GiB; the fullest rank is one of that stage, and 26 / 25 = 1.04.
@@ -145,7 +145,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_neither_a_report_nor_a_plan(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_neither_reports_nor_plans_are_refused(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, says = WRONG[name]
     (folder / "plan.json").write_text(json.dumps(PLAN))
     if content is not None:
@@ -160,7 +162,7 @@ def test_what_is_neither_a_report_nor_a_plan(name: str, folder: Path, capsys: py
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_plan_alone_is_compared_with_nothing() -> None:
+def test_a_single_plan_is_an_error() -> None:
     with pytest.raises(DocumentError, match=r"plan\.json: \$\.kind: a single plan cannot be compared"):
         compared(plan=PLAN)
 

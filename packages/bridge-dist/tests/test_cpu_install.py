@@ -40,7 +40,7 @@ def _names() -> dict[tuple[str, str], object]:
     return {(owner.__name__, name): value for owner in _watched() for name, value in vars(owner).items()}
 
 
-def test_uninstall_puts_every_name_back() -> None:
+def test_uninstall_restores_every_name() -> None:
     before, modes = _names(), _get_current_function_mode_stack()
     cpu.install()
     during = _names()
@@ -77,7 +77,7 @@ def test_uninstall_leaves_a_mode_that_was_entered_later() -> None:
     assert _get_current_function_mode_stack() == []
 
 
-def test_the_runtime_leaves_after_an_error() -> None:
+def test_the_runtime_is_removed_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), cpu.cpu_runtime():
         _ = 1 / 0
     assert not cpu.is_installed()
@@ -115,7 +115,7 @@ def test_a_real_gpu_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _names() == before
 
 
-def test_a_torch_without_the_private_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_version_without_the_private_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # No such version is known: the name is taken away from this one.
     monkeypatch.delattr(torch.autograd.graph, "_engine_run_backward")
     before = _names()

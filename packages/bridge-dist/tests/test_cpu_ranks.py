@@ -24,7 +24,7 @@ def _distribute() -> tuple[list[str], tuple[int, ...], float]:
     return [mesh.device_type, same.device_type], tuple(dropped.to_local().shape), sharded.full_tensor().sum().item()
 
 
-def test_a_mesh_of_cuda_devices_is_one_of_cpus() -> None:
+def test_a_mesh_of_cuda_devices_uses_cpus() -> None:
     assert run_ranks(_distribute, 2) == [(["cpu", "cpu"], (2, 3), 12.0)] * 2
 
 
@@ -201,7 +201,7 @@ def _alone(case: _Case) -> list[tuple[float, float]]:
         pytest.param(replace(SPARSE, dp=2, ep=2), SPARSE, id="experts, all-to-all"),
     ],
 )
-def test_a_layout_trains_as_one_process_does(case: _Case, alone: _Case) -> None:
+def test_a_layout_trains_like_one_process(case: _Case, alone: _Case) -> None:
     if case.wrapper == "megatron-fsdp":
         pytest.importorskip("einops", reason="Megatron-FSDP imports einops, which megatron-core does not depend on")
     expected = _alone(alone)
@@ -210,7 +210,7 @@ def test_a_layout_trains_as_one_process_does(case: _Case, alone: _Case) -> None:
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-def test_bf16_trains_alike_on_two_ranks(distributed_optimizer: bool) -> None:
+def test_bf16_trains_the_same_on_two_ranks(distributed_optimizer: bool) -> None:
     expected = _alone(HALF)
     case = replace(HALF, dp=2, distributed_optimizer=distributed_optimizer)
     assert run_ranks(_train, 2, case)[-1] == [pytest.approx(values, rel=1e-2) for values in expected]
@@ -247,7 +247,7 @@ def start_collectives() -> list[float]:
     return means
 
 
-def test_a_collective_has_ended_when_it_returns() -> None:
+def test_a_collective_is_complete_when_it_returns() -> None:
     # Otherwise what is freed after it, as streams allow on a GPU, is written to by gloo: a crash now and then.
     assert run_ranks(start_collectives, 2) == [[1.5, 3.0, 1.5, 3.0]] * 2
 

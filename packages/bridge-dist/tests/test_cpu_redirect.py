@@ -46,7 +46,7 @@ REDIRECTED: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("make", REDIRECTED.values(), ids=REDIRECTED)
-def test_cuda_is_the_cpu(make: Callable[[], torch.Tensor], runtime: None) -> None:
+def test_cuda_calls_use_the_cpu(make: Callable[[], torch.Tensor], runtime: None) -> None:
     assert make().device.type == "cpu"
 
 
@@ -56,7 +56,7 @@ def test_without_the_runtime_cuda_is_missing(make: Callable[[], torch.Tensor]) -
         make()
 
 
-def test_devices_are_named_as_the_cpu(runtime: None) -> None:
+def test_device_attributes_name_the_cpu(runtime: None) -> None:
     named = [torch.device("cuda"), torch.device("cuda", 0), torch.device("cuda:0"), torch.device(0), torch.device(CUDA)]
     assert {device.type for device in named} == {"cpu"}
     assert torch.device("meta").type == "meta"
@@ -69,7 +69,7 @@ def test_devices_are_named_as_the_cpu(runtime: None) -> None:
     shape=st.lists(st.integers(0, 3), max_size=3),
     value=st.integers(-100, 100),
 )
-def test_the_device_changes_nothing_else(
+def test_redirected_tensors_equal_cpu_tensors(
     spelling: str | int | torch.device, dtype: torch.dtype, shape: list[int], value: int
 ) -> None:
     expected = torch.full(shape, value, dtype=dtype)
@@ -80,7 +80,7 @@ def test_the_device_changes_nothing_else(
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
 
 
-def test_the_type_is_spelled_both_ways(runtime: None) -> None:
+def test_tensor_types_compare_equal_in_both_spellings(runtime: None) -> None:
     half = X.bfloat16()
     assert X.type() == "torch.cuda.FloatTensor"
     assert X.type() == "torch.FloatTensor"
@@ -104,7 +104,7 @@ def test_streams_and_events_keep_program_order(runtime: None) -> None:
     torch.testing.assert_close(y, X + 1)
 
 
-def test_the_device_is_one_and_its_memory_unused(runtime: None) -> None:
+def test_there_is_one_device_with_no_memory_in_use(runtime: None) -> None:
     torch.cuda.set_device(0)
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.empty_cache()
@@ -159,7 +159,7 @@ def test_the_backward_pass_is_redirected(
     assert backward(x).tolist() == [3.0, 3.0]  # type: ignore[union-attr]
 
 
-def test_compiled_functions_run_as_written(runtime: None) -> None:
+def test_compiled_functions_run_uncompiled(runtime: None) -> None:
     ran: list[int] = []
 
     @torch.compile
@@ -193,7 +193,7 @@ def test_the_random_state_tracker_forks(runtime: None, caplog: pytest.LogCapture
     assert caplog.messages == []
 
 
-def test_cuda_seed_and_state_are_the_cpus(runtime: None) -> None:
+def test_cuda_seed_and_state_are_those_of_the_cpu(runtime: None) -> None:
     torch.cuda.manual_seed(5)
     state = torch.cuda.get_rng_state()
     drawn = torch.rand(3, device="cuda")
@@ -201,7 +201,7 @@ def test_cuda_seed_and_state_are_the_cpus(runtime: None) -> None:
     torch.testing.assert_close(torch.rand(3), drawn, rtol=0, atol=0)
 
 
-def test_megatron_still_leaves_cpu_tensors_out_of_numpy() -> None:
+def test_megatron_still_does_not_move_redirected_tensors_to_the_cpu() -> None:
     """megatron-core 0.19.2; when this fails it is mended, and `_maybe_move_tensor_to_cpu` can go."""
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 

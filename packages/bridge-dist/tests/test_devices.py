@@ -30,12 +30,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_without_a_driver_there_is_none() -> None:
+def test_without_a_driver_the_cpu_is_chosen() -> None:
     assert count_gpus() == 0
     assert choose_device(Device.AUTO, local_ranks=1) is Device.CPU
 
 
-def test_auto_takes_gpus_where_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_gpus_if_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> None:
     assert choose_device(Device.AUTO, local_ranks=2) is Device.CUDA
     assert choose_device(Device.AUTO, local_ranks=3) is Device.CPU
     assert choose_device(Device.AUTO, local_ranks=None) is Device.CUDA
@@ -51,7 +51,7 @@ def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_cuda_insists(gpus: pytest.MonkeyPatch) -> None:
+def test_cuda_with_too_few_gpus_is_an_error(gpus: pytest.MonkeyPatch) -> None:
     assert choose_device(Device.CUDA, local_ranks=2) is Device.CUDA
     with pytest.raises(LaunchError, match=r"3 rank\(s\), 2 visible GPU\(s\); start fewer ranks, or choose"):
         choose_device(Device.CUDA, local_ranks=3)
@@ -60,14 +60,14 @@ def test_cuda_insists(gpus: pytest.MonkeyPatch) -> None:
         choose_device(Device.CUDA, local_ranks=1)
 
 
-def test_hidden_gpus_are_none(gpus: pytest.MonkeyPatch) -> None:
+def test_hidden_gpus_are_not_counted(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # put back after the test
     hide_gpus()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert count_gpus() == 0
 
 
-def test_a_rank_that_is_shown_its_own_gpu_takes_it(gpus: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_sees_one_gpu_uses_it(gpus: pytest.MonkeyPatch) -> None:
     shown = {"CUDA_VISIBLE_DEVICES": "3"}
     gpus.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device(Device.AUTO, local_ranks=8, environment=shown) is Device.CUDA
@@ -75,7 +75,7 @@ def test_a_rank_that_is_shown_its_own_gpu_takes_it(gpus: pytest.MonkeyPatch) -> 
     assert choose_device(Device.AUTO, local_ranks=8, environment={}) is Device.CPU
 
 
-def test_otherwise_the_local_rank_is_the_index() -> None:
+def test_a_rank_that_sees_all_gpus_uses_its_local_rank() -> None:
     assert choose_gpu(rank(5, 8, local_rank=1), gpus=4, environment={}) == 1
     assert choose_gpu(rank(0, 1), gpus=4, environment={}) == 0
 
@@ -92,7 +92,7 @@ def test_otherwise_the_local_rank_is_the_index() -> None:
         (rank(1), 4, "LOCAL_RANK is not set and rank 1 sees 4 GPU"),
     ],
 )
-def test_a_rank_without_a_gpu_of_its_own(place: RankEnvironment, count: int, message: str) -> None:
+def test_a_rank_without_its_own_gpu_is_an_error(place: RankEnvironment, count: int, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         choose_gpu(place, gpus=count, environment={})
 
@@ -101,7 +101,7 @@ class _Properties:
     uuid = "GPU-1"
 
 
-def test_two_ranks_that_take_one_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_on_one_gpu_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher shows them the same one; the comparison of what ranks are about to do finds the difference."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
     store = torch.distributed.HashStore()
@@ -113,7 +113,7 @@ def test_two_ranks_that_take_one_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -
     assert world._claim_gpu(0, rank(1), store) == "its own"
 
 
-def test_full_precision_stays_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # put back after the test
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -39,18 +39,18 @@ def verdicts(
         return {each.result() for each in told}
 
 
-def test_the_silent_rank_is_the_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_silent_rank_is_reported_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     (verdict,) = verdicts({0: LOST, 1: LOST, 3: LOST}, monkeypatch)
     assert verdict.startswith("lost rank 2 on node 1 (")
 
 
-def test_ranks_that_were_told_to_end_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_were_told_to_end_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     (verdict,) = verdicts({0: LOST, 1: LOST}, monkeypatch, told_to_end=(3,))
     assert "rank 2 on node 1" in verdict
     assert "rank 3" not in verdict
 
 
-def test_a_rank_that_failed_for_a_reason_of_its_own_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rank_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     (verdict,) = verdicts({0: LOST, 1: LOST, 2: ValueError("a mistake"), 3: LOST}, monkeypatch)
     assert verdict.startswith("rank 2 on node 1 (")
     assert verdict.endswith("failed first: ValueError: a mistake")
@@ -65,11 +65,11 @@ def test_a_rank_that_failed_for_a_reason_of_its_own_is_named_with_it(monkeypatch
         (KeyError("x"), "KeyError: 'x'"),
     ],
 )
-def test_whose_fault_an_error_is(error: Exception, cause: str | None) -> None:
+def test_the_cause_of_an_error_is_found(error: Exception, cause: str | None) -> None:
     assert failures._find_cause(error) == cause
 
 
-def test_a_node_is_missed_if_it_is_lost_right_after_it_came() -> None:
+def test_a_node_sends_its_first_heartbeat_at_once() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

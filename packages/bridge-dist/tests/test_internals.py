@@ -29,7 +29,7 @@ if TORCH >= TESTED_THROUGHOUT:
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_it_is_still_there(name: str) -> None:
+def test_private_names_exist(name: str) -> None:
     try:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError) as error:
@@ -64,10 +64,10 @@ def attributes_of_built_models() -> set[str]:
     return found
 
 
-def test_what_is_looked_up_is_found() -> None:
+def test_attributes_looked_up_by_name_exist() -> None:
     [found] = run_ranks(attributes_of_built_models, 1)
     assert MEGATRON_ATTRIBUTES.keys() - found == (set() if TORCH >= MAMBA_WITHOUT_A_GPU else {"partition_sizes"})
 
 
-def test_the_message_is_still_logged() -> None:
+def test_megatron_still_logs_the_silenced_message() -> None:
     assert MEGATRON_MESSAGE in inspect.getsource(random)

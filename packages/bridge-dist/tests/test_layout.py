@@ -74,7 +74,7 @@ def fake_world(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("fake_world", [(r, 4) for r in range(4)] + [(r, 8) for r in (0, 3, 6)], indirect=True)
-def test_groups_of_every_layout(fake_world: tuple[int, int]) -> None:
+def test_groups_match_their_definition_in_every_layout(fake_world: tuple[int, int]) -> None:
     rank, world_size = fake_world
     pg_map = torch.distributed.distributed_c10d._world.pg_map
     for layout in layouts(world_size):
@@ -120,7 +120,7 @@ def timeouts_of_groups() -> set[timedelta]:
     return found
 
 
-def test_the_timeout_reaches_every_group() -> None:
+def test_the_timeout_applies_to_every_group() -> None:
     assert run_ranks(timeouts_of_groups, 2) == [{timedelta(seconds=77)}] * 2
 
 
@@ -144,7 +144,7 @@ def left_after(times: int) -> tuple[int, int, int]:
     return after[0] - before[0], after[1] - before[1], after[2] - before[2]
 
 
-def test_nothing_is_left_of_groups() -> None:
+def test_destroyed_groups_leave_nothing_behind() -> None:
     for groups, files, threads in run_ranks(left_after, 2, 20):
         assert groups == 0
         assert files <= 2

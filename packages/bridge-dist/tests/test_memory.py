@@ -21,7 +21,7 @@ def resident_now() -> int:
     return pages * 4096
 
 
-def test_the_peak_outlives_what_was_held() -> None:
+def test_the_peak_remains_after_memory_is_freed() -> None:
     before = resident_now()
     held = bytearray(300 * MIB)
     with_it = resident_now()
@@ -35,7 +35,7 @@ def test_the_peak_outlives_what_was_held() -> None:
     assert resident_now() < peak.resident - 200 * MIB
 
 
-def test_a_program_does_not_inherit_the_peak_of_the_one_that_started_it() -> None:
+def test_a_process_does_not_inherit_the_peak_of_its_parent() -> None:
     """As ``ru_maxrss`` does: were this to fail in its last line, ``getrusage`` would do as well."""
     held = bytearray(1000 * MIB)
     ended = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from bridge.dist import BuildOptions, Layout, create_process_groups, prepare_sta
 from bridge.dist.engine.meta import materialize
 
 
-def test_materialize_leaves_children_alone_unless_told() -> None:
+def test_materialize_skips_children_by_default() -> None:
     with torch.device("meta"):
         parent = torch.nn.Module()
         parent.weight = torch.nn.Parameter(torch.empty(2))
@@ -60,7 +60,7 @@ def train_on_meta(cases: dict[str, Case]) -> list[str]:
     return records
 
 
-def test_stages_from_the_meta_device_have_the_weights_of_others() -> None:
+def test_stages_from_the_meta_device_train_the_same() -> None:
     cases = {
         "ddp, bf16": Case(transformer=BF16, drawn=False),
         "ddp, tp2": Case(transformer=TP2, drawn=False),
@@ -111,7 +111,7 @@ def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, An
 
 
 @pytest.mark.parametrize("case", [Case(), fsdp("optim_grads"), fsdp(), fsdp2(), Case(flags={"wrap_with_ddp": False})])
-def test_what_cannot_initialise_itself_is_nan_and_named(case: Case) -> None:
+def test_modules_that_cannot_initialise_are_nan_and_named(case: Case) -> None:
     ((values, records),) = run_ranks(build_what_cannot_initialise_itself, 1, case.flags, case.ddp)
     assert values["known.weight"] == [1.0] * 3
     assert values["unknown.scale"] == pytest.approx([float("nan")] * 3, nan_ok=True)

@@ -12,12 +12,12 @@ from bridge.dist import BuildOptions, Wrapper
 from bridge.dist.errors import OptionsError
 
 
-def test_both_fsdp_flags() -> None:
+def test_both_fsdp_flags_are_refused() -> None:
     with pytest.raises(OptionsError, match="use_megatron_fsdp and use_torch_fsdp2 are both True"):
         BuildOptions(ddp_config=DistributedDataParallelConfig(), use_megatron_fsdp=True, use_torch_fsdp2=True)
 
 
-def test_the_wrapper_that_the_flags_mean() -> None:
+def test_flags_select_the_wrapper() -> None:
     ddp_config = DistributedDataParallelConfig()
     assert BuildOptions(wrap_with_ddp=False).wrapper is Wrapper.NONE
     assert BuildOptions(ddp_config=ddp_config).wrapper is Wrapper.DDP
@@ -40,7 +40,7 @@ def test_the_wrapper_that_the_flags_mean() -> None:
         ),
     ],
 )
-def test_contradictory_options(options: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
     ddp_config = DistributedDataParallelConfig(**options.pop("ddp_config"))
     with pytest.raises(OptionsError, match=message):
         BuildOptions(ddp_config=ddp_config, **options)

@@ -21,7 +21,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_groups_are_those_that_megatron_makes(layout: Layout) -> None:
+def test_planned_groups_match_megatrons_groups(layout: Layout) -> None:
     """Every rank's groups, by their ranks, from Megatron's initialiser under torch's fake backend."""
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -53,7 +53,7 @@ def state() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("axes", [("tp",), ("cp",), ("dp",), ("cp", "dp"), ("ep",), ("etp",), ("etp", "ep"), ("edp",)])
-def test_groups_of_a_stage_reach_from_their_first_rank_to_their_last(axes: tuple[str, ...]) -> None:
+def test_groups_of_a_stage_span_their_first_to_last_rank(axes: tuple[str, ...]) -> None:
     layout = Layout(tp=2, pp=3, cp=2, ep=4, dp=4, etp=1)
     for pp in range(3):
         stage = range(16 * pp, 16 * (pp + 1))

@@ -35,7 +35,7 @@ MACHINE = Machine(gpus_per_node=4, node_bandwidth=2, network_bandwidth=1)
         (Layout(tp=4, cp=2), "tp_cp", [False]),
     ],
 )
-def test_the_bandwidth_of_a_group_is_that_between_its_ranks(
+def test_the_bandwidth_of_a_group_is_that_of_its_slowest_link(
     layout: Layout, group: str, stays_in_a_node: list[bool]
 ) -> None:
     speeds = [MACHINE.bandwidth(group, layout, pp=pp) for pp in range(layout.pp)]

@@ -21,12 +21,12 @@ from bridge.dist.plan.show.page import render_page
     ],
     ids=["fits", "does not fit", "no limit"],
 )
-def test_the_verdict_is_on_the_terminal_and_on_the_page(plan: Plan, verdict: str) -> None:
+def test_terminal_and_page_say_whether_the_plan_fits(plan: Plan, verdict: str) -> None:
     assert verdict in words(render_on_terminal(plan))
     assert verdict in html.unescape(render_page(plan, "a model"))
 
 
-def test_what_a_wrapper_makes_whole_is_a_kind_of_its_own() -> None:
+def test_unsharded_memory_is_shown_as_a_separate_kind() -> None:
     stages = [replace(s, unsharded_bytes=8 * GIB, total_bytes=s.total_bytes + 8 * GIB) for s in SMALL.stages]
     plan = replace(SMALL, stages=stages)
     shown = render_on_terminal(plan)
@@ -40,7 +40,7 @@ def test_what_a_wrapper_makes_whole_is_a_kind_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
-def test_the_page_draws_memory_stacked_by_kind_to_scale(plan: Plan) -> None:
+def test_the_page_draws_memory_by_kind_to_scale(plan: Plan) -> None:
     picture = parse_page(plan).one("section", id="memory").one("svg", role="img")
     stages = picture.all("g", class_="stage")
     assert [stage.all("text")[0].text for stage in stages] == [f"stage {pp}" for pp in range(len(plan.stages))]
@@ -83,7 +83,7 @@ def _short(drawn: Element) -> str:
     return ("F" if "forward" in drawn.attributes["class"] else "B") + label.text
 
 
-def test_of_a_long_schedule_the_beginning_is_drawn_and_the_page_says_so() -> None:
+def test_a_long_schedule_is_truncated_with_a_note() -> None:
     text = render_page(DEEP, "a model")
     assert len(text) < 1_000_000
     section = StrictParser(text).root.one("section", id="schedule")
@@ -104,7 +104,7 @@ def test_of_a_long_schedule_the_beginning_is_drawn_and_the_page_says_so() -> Non
     )
 
 
-def test_the_page_has_every_number_exactly() -> None:
+def test_the_page_contains_every_number_exactly() -> None:
     found = parse_page(DEEP)
     stages = rows(found.one("table", id="table-stages"))
     assert len(stages) == 16
@@ -131,7 +131,7 @@ def test_the_page_has_every_number_exactly() -> None:
     assert all(what in said for what in NOT_COVERED)
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_can_be_read_aloud() -> None:
+def test_the_page_is_self_contained_and_accessible() -> None:
     text = render_page(LARGE, "a model")
     assert not re.search(r"https?:|\bsrc=|\bhref=|@import|url\((?!#)", text)
     found = StrictParser(text).root
@@ -148,7 +148,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_can_be_read_aloud() -> None:
     assert all("hidden" in button.attributes for button in found.all("button"))  # without a script they do nothing
 
 
-def test_the_page_escapes_what_it_is_given() -> None:
+def test_the_page_escapes_its_input() -> None:
     name = "</title><script>alert(1)</script>&amp;\"'"
     traffic = [Traffic(group=name, ranks=2, operation=name, calls=1, bytes=1)]
     found = parse_page(replace(SMALL, stages=[replace(SMALL.stages[0], traffic=traffic), SMALL.stages[1]]), name)
@@ -157,7 +157,7 @@ def test_the_page_escapes_what_it_is_given() -> None:
     assert rows(found.one("table", id="table-traffic"))[0]["group"] == name
 
 
-def test_a_job_without_pipeline_and_limit_has_its_page_too() -> None:
+def test_a_plan_without_pipeline_or_limit_has_a_page() -> None:
     plan = make_plan([make_stage(0, (10, 20, 10, 10))], gpu_memory=None)
     found = parse_page(replace(plan, stages=[replace(plan.stages[0], traffic=[])]))
     assert not found.all("line", class_="limit")

@@ -64,7 +64,7 @@ def _opened(plan: Plan, folder: Path, *, dark: bool) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(_BROWSER is None, reason=f"no browser of {', '.join(_BROWSERS)} is installed")
-def test_a_browser_shows_the_pictures_in_light_and_dark(tmp_path: Path) -> None:
+def test_a_browser_shows_the_pictures_in_light_and_dark_mode(tmp_path: Path) -> None:
     light, dark = (_opened(LARGE, tmp_path, dark=scheme) for scheme in (False, True))
     assert light["page"] == "rgb(255, 255, 255)"
     assert sum(map(int, re.findall(r"\d+", dark["page"]))) < 150

@@ -10,7 +10,7 @@ from bridge.dist.plan.results import NOT_COVERED, Plan, Traffic
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE, DEEP], ids=["small", "large", "deep"])
-def test_the_terminal_shows_it_in_80_columns_without_colour(plan: Plan) -> None:
+def test_the_terminal_output_fits_80_columns_without_colour(plan: Plan) -> None:
     shown = render_on_terminal(plan)
     assert shown.isascii()
     assert "\x1b" not in shown
@@ -25,7 +25,7 @@ def test_colour_adds_nothing_to_the_text() -> None:
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == render_on_terminal(SMALL)
 
 
-def test_worst_stages_come_first_and_equal_ones_are_one_row() -> None:
+def test_the_worst_stages_come_first_and_equal_ones_share_a_row() -> None:
     rows = [line.split() for line in render_on_terminal(LARGE).splitlines() if "1,234,567,890" in line]
     assert [(row[0], row[1], row[3]) for row in rows] == [
         ("0", "1", "90.000!"),  # more than a GPU has
@@ -36,7 +36,7 @@ def test_worst_stages_come_first_and_equal_ones_are_one_row() -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(("plan", "folded"), [(SMALL, [0, 1]), (LARGE, [0, 15, 1])], ids=["fits", "does not fit"])
-def test_bars_are_as_long_as_memory_is_large(plan: Plan, folded: list[int], width: int) -> None:
+def test_bars_are_proportional_to_memory(plan: Plan, folded: list[int], width: int) -> None:
     bars = re.findall(r"(W+G+O+A[A |]*)$", render_on_terminal(plan, width=width), re.MULTILINE)
     (limit,) = {bar.index("|") for bar in bars}
     assert limit > 0.2 * width
@@ -46,16 +46,16 @@ def test_bars_are_as_long_as_memory_is_large(plan: Plan, folded: list[int], widt
         assert (bar.index("|") < bar.rindex("A")) == (plan.stages[pp].total_bytes > 80 * GIB)
 
 
-def test_without_a_limit_the_longest_bar_is_that_of_the_worst_stage() -> None:
+def test_without_a_limit_the_worst_stage_has_the_longest_bar() -> None:
     first, second = re.findall(r"(W+G+O+A+) *$", render_on_terminal(replace(SMALL, gpu_memory=None)), re.MULTILINE)
     assert len(second) / len(first) == pytest.approx(60 / 76, abs=0.03)
 
 
-def test_traffic_is_that_of_the_stage_that_sends_most() -> None:
+def test_traffic_is_shown_for_the_stage_that_sends_most() -> None:
     assert "tp 8 allgather 12 3.000 1" in words(render_on_terminal(SMALL))
 
 
-def test_what_looks_like_markup_is_shown_as_it_is() -> None:
+def test_markup_in_values_is_shown_literally() -> None:
     traffic = [Traffic(group="[red]", ranks=2, operation="[/]", calls=1, bytes=1)]
     plan = replace(SMALL, wrap="[bold]x", stages=[replace(stage, traffic=traffic) for stage in SMALL.stages])
     shown = words(render_on_terminal(plan))

@@ -23,7 +23,7 @@ def _equal(pp: int, vp: int, microbatches: int, backward: float) -> Timeline:
 
 @pytest.mark.parametrize("backward", [1.0, 2.0])
 @pytest.mark.parametrize(("pp", "microbatches"), [(2, 1), (2, 8), (4, 4), (4, 6), (8, 64)])
-def test_the_bubble_of_1f1b_is_the_published_one(pp: int, microbatches: int, backward: float) -> None:
+def test_the_1f1b_bubble_matches_the_published_formula(pp: int, microbatches: int, backward: float) -> None:
     step = _equal(pp, 1, microbatches, backward)
     assert step.length == pytest.approx((microbatches + pp - 1) * (1 + backward))
     assert step.bubbles == pytest.approx([(pp - 1) / (microbatches + pp - 1)] * pp)
@@ -31,7 +31,7 @@ def test_the_bubble_of_1f1b_is_the_published_one(pp: int, microbatches: int, bac
 
 @pytest.mark.parametrize("backward", [1.0, 2.0])
 @pytest.mark.parametrize(("pp", "vp", "microbatches"), [(2, 2, 4), (2, 4, 8), (4, 2, 8), (4, 3, 16), (8, 2, 64)])
-def test_the_bubble_of_interleaved_1f1b_is_the_published_one(
+def test_the_interleaved_1f1b_bubble_matches_the_published_formula(
     pp: int, vp: int, microbatches: int, backward: float
 ) -> None:
     """Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters", 2021, section 2.2."""
@@ -51,11 +51,11 @@ def test_a_slow_rank_makes_the_others_wait() -> None:
     assert step.bubbles == pytest.approx([1 - 30 / 93, 1 - 90 / 93])
 
 
-def test_stages_that_cost_nothing_take_no_time() -> None:
+def test_stages_without_cost_take_no_time() -> None:
     assert simulate(_schedule(2, 1, 2), forward=[[0.0]] * 2, backward=[[0.0]] * 2).bubbles == [0.0, 0.0]
 
 
-def test_orders_that_wait_for_each_other_are_refused() -> None:
+def test_deadlocked_schedules_are_refused() -> None:
     forward, backward = Pass(True, 0, 0), Pass(False, 0, 0)
     with pytest.raises(LayoutError, match="rank 0 at the backward pass of microbatch 0 through chunk 0"):
         simulate([[backward, forward], [forward, backward]], forward=[[1.0]] * 2, backward=[[1.0]] * 2)
@@ -75,7 +75,7 @@ def _pipelines(draw: st.DrawFn) -> tuple[list[list[Pass]], list[list[float]], li
 
 @settings(max_examples=150, deadline=None)
 @given(_pipelines())
-def test_every_pass_runs_once_as_soon_as_it_can(
+def test_every_pass_runs_once_and_as_early_as_possible(
     pipeline: tuple[list[list[Pass]], list[list[float]], list[list[float]]],
 ) -> None:
     orders, forward, backward = pipeline

@@ -25,7 +25,7 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-def test_ranks_stay_up_from_one_job_to_the_next(pool: RankPool) -> None:
+def test_ranks_are_reused_by_the_next_job(pool: RankPool) -> None:
     first = pool.run(rank_functions.process, ranks=2)
     assert len(set(first)) == 2
     assert pool.run(rank_functions.process, ranks=2) == first
@@ -37,7 +37,7 @@ def test_each_rank_knows_its_place(pool: RankPool) -> None:
     assert pool.run(rank_functions.place, ranks=1) == [("0", "1", "0", "1")]
 
 
-def test_the_first_error_is_raised_and_costs_its_job_alone(pool: RankPool) -> None:
+def test_the_first_error_is_raised_and_later_jobs_run(pool: RankPool) -> None:
     with pytest.raises(LaunchError, match=r"^rank 1: ValueError: a mistake") as caught:
         pool.run(rank_functions.fail_on, 1, ranks=2)
     assert isinstance(caught.value.__cause__, ValueError)
@@ -45,14 +45,14 @@ def test_the_first_error_is_raised_and_costs_its_job_alone(pool: RankPool) -> No
     assert len(pool.run(rank_functions.process, ranks=2)) == 2
 
 
-def test_what_ranks_log_is_said_once(pool: RankPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_messages_of_ranks_are_not_repeated(pool: RankPool, caplog: pytest.LogCaptureFixture) -> None:
     start_run()
     for message in ("slower than need be", "slower than need be", "something else"):
         assert pool.run(rank_functions.log, message, ranks=2) == [message, message]
     assert [record.getMessage() for record in caplog.records] == ["slower than need be", "something else"]
 
 
-def test_a_rank_that_ends_is_an_error(pool: RankPool) -> None:
+def test_a_rank_that_exits_is_an_error(pool: RankPool) -> None:
     with pytest.raises(LaunchError, match="rank 0 ended with exit code 7"):
         pool.run(rank_functions.exit_on, 0, ranks=2)
     with pytest.raises(LaunchError, match="rank 1 was killed: SIGKILL, signal 9"):
@@ -67,7 +67,7 @@ def test_a_rank_that_was_killed_between_jobs_is_replaced(pool: RankPool) -> None
     assert not set(pool.run(rank_functions.process, ranks=2)) & {before[1]}
 
 
-def test_what_cannot_be_sent_is_an_error(pool: RankPool) -> None:
+def test_a_result_that_cannot_be_pickled_is_an_error(pool: RankPool) -> None:
     with pytest.raises(LaunchError, match=r"rank 0: .*pickle"):
         pool.run(rank_functions.return_a_function, ranks=1)
 
@@ -79,7 +79,7 @@ def test_no_rank_outlives_the_pool() -> None:
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 
-def test_cuda_can_be_used_in_ranks_that_are_started_for_gpus() -> None:
+def test_ranks_started_for_gpus_can_initialise_cuda() -> None:
     """torch refuses CUDA in forks of a process that has asked for its devices, as megatron-core's import does."""
     start_fork_server(1)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="spawn")

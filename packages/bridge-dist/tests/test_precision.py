@@ -63,7 +63,7 @@ def wrap_precision(wrapper: Any) -> tuple[str, dict[str, str], list[float]]:
 
 
 @pytest.mark.parametrize("wrapper", [Float16Module, Half, cast_in_place])
-def test_mixed_precision_wrappers(wrapper: Any) -> None:
+def test_mixed_precision_wrappers_cast_the_expected_parameters(wrapper: Any) -> None:
     ((name, dtypes, bias),) = run_ranks(wrap_precision, 1, wrapper)
     assert name == ("GPTModel" if wrapper is cast_in_place else wrapper.__name__)
     assert bias == pytest.approx([1 / 3] * 4, rel=1e-7)  # fp32: bf16 would be off by 1e-3
@@ -73,6 +73,6 @@ def test_mixed_precision_wrappers(wrapper: Any) -> None:
     assert kept == (norms if wrapper is Half else set())
 
 
-def test_a_mixed_precision_wrapper_that_returns_nothing() -> None:
+def test_a_mixed_precision_wrapper_that_returns_nothing_is_an_error() -> None:
     with pytest.raises(BuilderContractError, match="mixed_precision_wrapper returns_nothing returned NoneType: return"):
         run_ranks(wrap_precision, 1, returns_nothing)

@@ -37,7 +37,7 @@ def draw_both() -> tuple[Draws, Draws]:
     return ours, draw()
 
 
-def test_each_rank_draws_what_megatron_lm_would() -> None:
+def test_each_rank_draws_the_same_numbers_as_megatron_lm() -> None:
     by_rank = run_ranks(draw_both, 4)
     for ours, theirs in by_rank:
         assert ours == pytest.approx(theirs, abs=0)

@@ -30,13 +30,13 @@ def read(environment: dict[str, str]) -> RankEnvironment:
     return place
 
 
-def test_a_process_that_nobody_else_started() -> None:
+def test_a_single_process_is_a_world_of_one() -> None:
     assert RankEnvironment.read({}) is None
     assert RankEnvironment.read({"WORLD_SIZE": "4"}) is None
     assert RankEnvironment.read(SLURM | {"SLURM_NTASKS": "1"}) is None
 
 
-def test_torchrun() -> None:
+def test_torchrun_variables_are_read() -> None:
     agent = {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     agent |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "5"}
     place = read(TORCHRUN | agent)
@@ -47,20 +47,20 @@ def test_torchrun() -> None:
     assert read(place.as_variables()) == place
 
 
-def test_variables_set_by_hand() -> None:
+def test_variables_set_by_hand_are_read() -> None:
     place = read(TORCHRUN)
     assert (place.node, place.local_rank, place.local_world_size, place.has_agent) == (None, None, None, False)
     assert read(place.as_variables()) == place
 
 
-def test_srun() -> None:
+def test_srun_variables_are_read() -> None:
     place = read(SLURM)
     assert (place.rank, place.world_size, place.address) == (8, 9, "node1")
     assert (place.node, place.nodes, place.local_rank, place.local_world_size) == (2, 3, 0, 1)
     assert read(SLURM | {"SLURM_NODEID": "1", "SLURM_PROCID": "7", "SLURM_LOCALID": "3"}).local_world_size == 4
 
 
-def test_steps_and_jobs_that_share_a_node_get_ports_of_their_own_outside_the_ephemeral_range() -> None:
+def test_jobs_and_steps_get_distinct_ports_below_the_ephemeral_range() -> None:
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     jobs = [
         read(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
@@ -90,13 +90,13 @@ def test_steps_and_jobs_that_share_a_node_get_ports_of_their_own_outside_the_eph
         (SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
     ],
 )
-def test_what_is_wrong_is_said_by_name(environment: dict[str, str], message: str) -> None:
+def test_invalid_variables_are_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError, match=re.escape(message)) as caught:
         RankEnvironment.read(environment)
     assert len(str(caught.value)) < 300
 
 
-def test_nodes_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_scontrol_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LaunchError, match=r"cannot list the nodes of this Slurm step .*: set MASTER_ADDR"):
         RankEnvironment.read({name: value for name, value in SLURM.items() if name != "MASTER_ADDR"})

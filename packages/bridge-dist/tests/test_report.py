@@ -57,7 +57,7 @@ ON_GPUS = BuildReport(
 )
 
 
-def test_the_rates_follow_from_the_time_of_a_step() -> None:
+def test_rates_are_derived_from_the_step_time() -> None:
     data = ON_GPUS.as_dict()
     assert data["kind"] == "build"
     assert data["tokens_per_second_per_gpu"] == 8 * 4096 / 0.5 / 2
@@ -104,11 +104,11 @@ def test_the_tables_fit_80_columns() -> None:
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_peaks_of_devices(name: str, tera: float | None) -> None:
+def test_devices_have_their_published_peak_flops(name: str, tera: float | None) -> None:
     assert peak_flops(name) == (None if tera is None else tera * 1e12)
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(
+def test_progress_is_printed_as_lines_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["a [1]", "b", "c"]

@@ -22,7 +22,7 @@ def fails(message: str) -> pytest.RaisesExc[LaunchError]:
     return pytest.raises(LaunchError, match=re.escape(message))
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_in_use_is_a_launch_error() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -31,12 +31,12 @@ def test_a_port_that_is_taken() -> None:
             meet(0, port)
 
 
-def test_a_host_that_nobody_knows() -> None:
+def test_an_unknown_host_is_a_launch_error() -> None:
     with fails("MASTER_ADDR=no-such-host.invalid, MASTER_PORT=29500: no such host or port"):
         meet(1, 29500, "no-such-host.invalid")
 
 
-def test_a_store_that_does_not_answer() -> None:
+def test_an_unresponsive_store_is_a_launch_error() -> None:
     with socket.socket() as silent:
         silent.bind(("localhost", 0))
         with fails("rank 0 does not answer there"):

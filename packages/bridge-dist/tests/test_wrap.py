@@ -73,7 +73,7 @@ DDP = {
 }
 
 
-def test_options_of_ddp_do_not_change_what_is_trained(alone: dict[str, Run]) -> None:
+def test_options_of_ddp_do_not_change_the_training_result(alone: dict[str, Run]) -> None:
     for runs in run_ranks(train_cases, 2, DDP):
         for run in runs.values():
             assert_equal(run, alone["fp32"])
@@ -89,7 +89,7 @@ def test_megatron_still_leaves_fp32_accumulation_behind() -> None:
     assert run_ranks(leave_fp32_accumulation, 1) == [False]
 
 
-def test_precisions_of_gradients(alone: dict[str, Run]) -> None:
+def test_gradients_have_the_requested_precision(alone: dict[str, Run]) -> None:
     cases = {
         "fp32": Case(transformer=BF16, ddp={"grad_reduce_in_fp32": True}),
         "fp32 accumulation": Case(transformer=BF16, ddp={"param_name_patterns_for_fp32_local_accumulation": ("all",)}),
@@ -101,7 +101,7 @@ def test_precisions_of_gradients(alone: dict[str, Run]) -> None:
             assert_equal(run, alone["bf16"], rel=2**-10)
 
 
-def test_several_optimizer_instances(alone: dict[str, Run]) -> None:
+def test_several_optimizer_instances_train_the_same(alone: dict[str, Run]) -> None:
     instances = {"num_distributed_optimizer_instances": 2}
     cases = {
         "ddp": Case(ddp=SHARDED | instances),
@@ -116,7 +116,7 @@ def test_several_optimizer_instances(alone: dict[str, Run]) -> None:
             assert_equal(run, alone["fp32"])
 
 
-def test_optimizer_instances_that_the_groups_do_not_have() -> None:
+def test_optimizer_instances_without_groups_are_refused() -> None:
     with pytest.raises(PreflightError, match="num_distributed_optimizer_instances is 2, the process groups were made"):
         run_ranks(train_cases, 2, {"": Case(ddp=SHARDED | {"num_distributed_optimizer_instances": 2})})
 
@@ -168,14 +168,14 @@ def backward(made: Built) -> None:
     stage.finish_grad_sync()
 
 
-def test_layer_wise_layout() -> None:
+def test_the_layer_wise_layout_gives_the_gradients_of_plain_ddp() -> None:
     run_ranks(layer_wise_gradients, 2)
 
 
 # The FSDP wrappers
 
 
-def test_options_of_megatron_fsdp_do_not_change_what_is_trained(alone: dict[str, Run]) -> None:
+def test_options_of_megatron_fsdp_do_not_change_the_training_result(alone: dict[str, Run]) -> None:
     cases = {
         **{strategy: fsdp(strategy) for strategy in STRATEGIES},
         **{f"{strategy}, tp2": fsdp(strategy, transformer=TP2) for strategy in STRATEGIES},
@@ -218,7 +218,7 @@ def test_megatron_still_unwraps_one_of_the_two_wrappers_of_megatron_fsdp() -> No
     assert unwrap(adapter) is wrapper.module
 
 
-def test_megatron_fsdp_of_a_model_without_megatron_layers() -> None:
+def test_megatron_fsdp_wraps_a_model_without_megatron_layers() -> None:
     assert run_ranks(wrap_plain_model, 1) == [1_000_000_000]
 
 
@@ -226,7 +226,7 @@ def test_megatron_fsdp_of_a_model_without_megatron_layers() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["embedding", "decoder.layers.0.self_attention", "decoder.layers.0", ""])
-def test_frozen_parameters(frozen: str, alone: dict[str, Run]) -> None:
+def test_frozen_parameters_train_the_same_in_every_wrapper(frozen: str, alone: dict[str, Run]) -> None:
     names = {
         "embedding": "frozen embedding",
         "decoder.layers.0": "frozen layer",
@@ -246,7 +246,7 @@ def test_frozen_parameters(frozen: str, alone: dict[str, Run]) -> None:
             assert_equal(run, expected)
 
 
-def test_frozen_parameters_with_a_sharded_optimizer_alone() -> None:
+def test_frozen_parameters_with_only_a_sharded_optimizer_are_refused() -> None:
     with pytest.raises(PreflightError, match=r"fails with frozen parameters when data_parallel_sharding_strategy is"):
         run_ranks(train_cases, 2, {"": fsdp("optim", frozen="embedding")})
 
@@ -256,13 +256,13 @@ def train_frozen_unchecked() -> None:
     train_cases({"": fsdp("optim", frozen="embedding")})
 
 
-def test_megatron_still_fails_with_frozen_parameters_and_a_sharded_optimizer_alone() -> None:
+def test_megatron_still_fails_with_frozen_parameters_and_only_a_sharded_optimizer() -> None:
     """When this fails megatron-core has mended it: lift the refusal."""
     with pytest.raises(AttributeError, match="is_data_distributed"):
         run_ranks(train_frozen_unchecked, 2)
 
 
-def test_fsdp2_of_tied_embeddings() -> None:
+def test_fsdp2_trains_tied_embeddings() -> None:
     with pytest.raises(PreflightError, match="torch FSDP2 fails with tied embeddings: untie them"):
         run_ranks(train_cases, 1, {"": fsdp2(tied=True)})
 
@@ -270,7 +270,7 @@ def test_fsdp2_of_tied_embeddings() -> None:
 # Random initialisation
 
 
-def test_ranks_that_draw_other_weights_end_with_those_of_the_first() -> None:
+def test_random_init_copies_weights_of_the_first_rank_in_every_wrapper() -> None:
     drawn = {
         "ddp": Case(drawn=False),
         "fsdp2": fsdp2(drawn=False),
@@ -290,7 +290,7 @@ def weights_of_experts() -> dict[str, float]:
         return {name: parameter.sum().item() for name, parameter in made.stages[0].named_parameters()}
 
 
-def test_experts_are_equal_within_their_own_group_only() -> None:
+def test_experts_are_equal_only_within_their_group() -> None:
     ranks = run_ranks(weights_of_experts, 4)
     experts = {name for name in ranks[0] if "local_experts" in name and "weight" in name}
     assert experts

@@ -77,7 +77,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor
 
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 9), groups=st.sampled_from([1, 2, 4]), values=st.sampled_from([4, 8]))
-def test_causal_attention_is_the_formula(
+def test_causal_attention_matches_the_formula(
     pg_collection: ProcessGroupCollection, transformer: Transformer, length: int, groups: int, values: int
 ) -> None:
     config = transformer(num_query_groups=groups)
@@ -93,7 +93,7 @@ def test_causal_attention_is_the_formula(
         ({"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}, lambda at, of: of <= at),
     ],
 )
-def test_variants_are_the_formula(
+def test_attention_variants_match_the_formula(
     pg_collection: ProcessGroupCollection,
     transformer: Transformer,
     fields: dict[str, Any],
@@ -146,7 +146,7 @@ def test_a_bias_is_added_to_the_scaled_scores(
     check(found, softmax_attention(*inputs, allowed, scale=scale, bias=bias), [*inputs, bias])
 
 
-def test_a_bias_between_sequences_of_unequal_length(
+def test_a_bias_may_join_sequences_of_unequal_length(
     pg_collection: ProcessGroupCollection, transformer: Transformer
 ) -> None:
     query, *_ = random_heads(3, 4)
@@ -159,7 +159,7 @@ def test_a_bias_between_sequences_of_unequal_length(
 
 
 @pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding, AttnMaskType.causal])
-def test_a_given_mask_is_the_whole_one(
+def test_a_given_mask_replaces_the_causal_one(
     pg_collection: ProcessGroupCollection, transformer: Transformer, mask_type: AttnMaskType
 ) -> None:
     inputs = random_heads(6, 4)
@@ -168,7 +168,9 @@ def test_a_given_mask_is_the_whole_one(
     check(found, softmax_attention(*inputs, lambda at, of: of <= at + 2, scale=1 / math.sqrt(8)), inputs)
 
 
-def test_padding_adds_to_what_is_causal(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+def test_a_padding_mask_is_combined_with_the_causal_mask(
+    pg_collection: ProcessGroupCollection, transformer: Transformer
+) -> None:
     inputs = random_heads(6, 4)
     mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     mask[..., 1] = True
@@ -177,7 +179,9 @@ def test_padding_adds_to_what_is_causal(pg_collection: ProcessGroupCollection, t
     check(found, allowed, inputs)
 
 
-def test_later_queries_see_all_kept_keys(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
+def test_queries_after_cached_keys_attend_to_all_of_them(
+    pg_collection: ProcessGroupCollection, transformer: Transformer
+) -> None:
     query, key, value = random_heads(6, 4)
     layer = attention(transformer(), pg_collection)
     torch.testing.assert_close(layer(query[4:], key, value, None), layer(query, key, value, None)[4:])
@@ -209,7 +213,7 @@ def attend_in_parallel(config: TransformerConfig) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("fields", [{}, {"window_size": (3, 0)}])
-def test_context_parallel_ranks_attend_as_one(
+def test_context_parallel_ranks_match_one_process(
     pg_collection: ProcessGroupCollection, transformer: Transformer, fields: dict[str, Any]
 ) -> None:
     config = transformer(num_query_groups=2, **fields)

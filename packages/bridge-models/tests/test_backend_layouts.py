@@ -134,6 +134,6 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
 
 
 @pytest.mark.parametrize("name", [name for cases in LAYOUTS.values() for name in cases])
-def test_gradients_are_those_of_one_process(name: str, differences: dict[str, list[dict[str, float]]]) -> None:
+def test_gradients_match_those_of_one_process(name: str, differences: dict[str, list[dict[str, float]]]) -> None:
     for rank in differences[name]:
         assert not {parameter: difference for parameter, difference in rank.items() if not difference < 1e-4}

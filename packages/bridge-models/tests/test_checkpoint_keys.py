@@ -157,7 +157,7 @@ def _world() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_are_those_of_transformer_engine(name: str, expected: dict[str, list[Key]]) -> None:
+def test_checkpoint_keys_match_transformer_engine(name: str, expected: dict[str, list[Key]]) -> None:
     assert checkpoint_keys(build(name)) == expected[name]
 
 

@@ -35,7 +35,7 @@ def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) 
     return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
 
 
-def test_layers_in_pytorch_need_to_be_told_of_experts_only() -> None:
+def test_pytorch_layers_require_grouped_experts_only_with_experts() -> None:
     dense = get_gpt_layer_local_spec()
     assert repr(with_pytorch_layers(dense)) == repr(with_pytorch_layers(dense, grouped_experts=True)) != repr(dense)
     with pytest.raises(UnsupportedError, match=r"pass grouped_experts=config\.moe_grouped_gemm"):
@@ -43,7 +43,7 @@ def test_layers_in_pytorch_need_to_be_told_of_experts_only() -> None:
 
 
 @without_te
-def test_the_fallback_to_layers_in_pytorch_is_said_once(
+def test_the_fallback_to_pytorch_layers_is_logged_once(
     pg_collection: ProcessGroupCollection, gpt: GPT, caplog: pytest.LogCaptureFixture
 ) -> None:
     choice.report_fallback.cache_clear()
@@ -110,7 +110,7 @@ BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] 
 @without_te
 @pytest.mark.parametrize("case", ONLY_OURS)
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_what_only_our_layers_can_do_is_built(
+def test_features_missing_from_local_layers_are_built(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
     cls, inner = ONLY_OURS[case]
@@ -122,7 +122,7 @@ def test_what_only_our_layers_can_do_is_built(
 @without_te
 @pytest.mark.parametrize("case", [*BEYOND_PYTORCH, *BEYOND_TRAINING])
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_what_layers_in_pytorch_cannot_do_is_refused(
+def test_features_missing_from_pytorch_layers_are_refused(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
     cls, inner, message = (BEYOND_PYTORCH | BEYOND_TRAINING)[case]
@@ -132,7 +132,7 @@ def test_what_layers_in_pytorch_cannot_do_is_refused(
 
 @without_te
 @pytest.mark.parametrize("case", [*ONLY_OURS, *BEYOND_PYTORCH])
-def test_local_layers_still_cannot_do_it(
+def test_local_layers_still_lack_these_features(
     pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
 ) -> None:
     cls, inner, *_ = ONLY_OURS.get(case) or BEYOND_PYTORCH[case]
@@ -143,7 +143,7 @@ def test_local_layers_still_cannot_do_it(
 
 @without_te
 @pytest.mark.parametrize("case", BEYOND_TRAINING)
-def test_local_layers_still_cannot_train_it(
+def test_local_layers_still_cannot_train_these_features(
     pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
 ) -> None:
     cls, inner, _ = BEYOND_TRAINING[case]
@@ -158,13 +158,13 @@ def test_local_layers_still_cannot_train_it(
 
 
 @without_te
-def test_all_refusals_come_at_once(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_all_unsupported_features_are_reported_together(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt(persist_layer_norm=True, fp8="e4m3", masked_softmax_fusion=True, bf16=True)
     with pytest.raises(UnsupportedError, match=r"(?s)persist_layer_norm.*fp8.*masked_softmax_fusion"):
         GPTModelBuilder(config).build_model(pg_collection)
 
 
-def test_fused_softmax_is_not_missed_at_32_bits(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_fused_softmax_is_ignored_in_fp32(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     GPTModelBuilder(gpt(masked_softmax_fusion=True)).build_model(pg_collection)
 
 
@@ -192,7 +192,7 @@ def test_fused_softmax_is_not_missed_at_32_bits(pg_collection: ProcessGroupColle
         ),
     ],
 )
-def test_what_needs_transformer_engine_says_so(
+def test_features_that_need_transformer_engine_are_refused_without_it(
     pg_collection: ProcessGroupCollection, gpt: GPT, inner: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=f"{named} needs Transformer Engine"):

@@ -18,7 +18,7 @@ from bridge.models.backend.provider import PyTorchSpecProvider
 Transformer = Callable[..., TransformerConfig]
 
 
-def test_grouped_experts_compute_what_single_ones_do() -> None:
+def test_grouped_and_sequential_experts_are_equal() -> None:
     run_ranks(grouped_beside_sequential, 1)
 
 
@@ -112,7 +112,9 @@ def part_of_experts(layer: type[ColumnParallelGroupedLinear]) -> torch.Tensor:
         (RowParallelGroupedLinear, [(range(8), [0, 1, 2]), (range(8), [3, 4, 5])]),
     ],
 )
-def test_ranks_initialise_parts_of_one_weight(layer: type[ColumnParallelGroupedLinear], parts: Any) -> None:
+def test_tensor_parallel_ranks_initialise_parts_of_one_weight(
+    layer: type[ColumnParallelGroupedLinear], parts: Any
+) -> None:
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     for found, (rows, columns) in zip(run_ranks(part_of_experts, 2, layer), parts, strict=True):
         torch.testing.assert_close(found, whole[list(rows)][:, list(columns)])
@@ -160,7 +162,7 @@ def sequential_name(name: str) -> str:
 
 @pytest.mark.parametrize("layer", [ColumnParallelGroupedLinear, RowParallelGroupedLinear])
 @pytest.mark.parametrize("skip_bias_add", [False, True])
-def test_biases_are_added_or_handed_out(
+def test_biases_are_added_or_returned(
     pg_collection: ProcessGroupCollection,
     transformer: Transformer,
     layer: type[ColumnParallelGroupedLinear],

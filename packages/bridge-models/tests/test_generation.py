@@ -43,7 +43,7 @@ def test_settings_that_fit_are_accepted(config: Any, settings: Settings) -> None
     assert ModelConfig.from_dict(config.as_dict()).generation_config
 
 
-def test_a_token_in_the_padding_is_none(config: Any, settings: Settings) -> None:
+def test_a_token_in_the_vocabulary_padding_is_refused(config: Any, settings: Settings) -> None:
     config.generation_config = settings(eos_token_id=[1, 100], max_new_tokens=65)
     said = (
         r"generation_config\.eos_token_id: token 100 is not in the vocabulary, vocab_size is 100; "

@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, Any]]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_it_builds_what_the_reference_builds(
+def test_the_model_equals_that_of_megatron_training(
     pg_collection: ProcessGroupCollection, transformer: Transformer, model: str
 ) -> None:
     cls, inner, outer = MODELS[model]
@@ -83,7 +83,7 @@ def test_it_builds_what_the_reference_builds(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_builder_builds_the_same_twice_and_leaves_its_config_alone(
+def test_building_twice_gives_equal_models_and_keeps_the_config(
     pg_collection: ProcessGroupCollection, gpt: GPT, model: str
 ) -> None:
     cls, inner, outer = MODELS[model]
@@ -110,7 +110,7 @@ def test_a_config_read_back_builds_the_same_model(pg_collection: ProcessGroupCol
     assert state(first) == state(second)
 
 
-def test_what_surrounds_the_transformer_reaches_the_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_outer_fields_are_passed_to_the_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     outer = {
         "vocab_size": 100,
         "should_pad_vocab": True,
@@ -139,7 +139,9 @@ def test_what_surrounds_the_transformer_reaches_the_model(pg_collection: Process
 
 
 @pytest.mark.parametrize(("pre", "post"), [(False, False), (False, True), (True, False), (True, True)])
-def test_an_explicit_place_is_preserved(pg_collection: ProcessGroupCollection, gpt: GPT, pre: bool, post: bool) -> None:
+def test_explicit_pre_and_post_process_are_used(
+    pg_collection: ProcessGroupCollection, gpt: GPT, pre: bool, post: bool
+) -> None:
     model = GPTModelBuilder(gpt()).build_model(pg_collection, pre_process=pre, post_process=post)
     assert (model.pre_process, model.post_process) == (pre, post)
     names = {name for name, _ in model.named_parameters()}
@@ -152,7 +154,7 @@ def test_one_stage_is_first_and_last(pg_collection: ProcessGroupCollection, gpt:
     assert (model.pre_process, model.post_process) == (True, True)
 
 
-def test_a_pipeline_of_one_rank_has_no_virtual_stages(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_one_pipeline_rank_has_no_virtual_stages(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     model = GPTModelBuilder(gpt(virtual_pipeline_model_parallel_size=3)).build_model(pg_collection)
     assert (model.pre_process, model.post_process) == (True, True)
     assert len(model.decoder.layers) == 4
@@ -167,7 +169,7 @@ def test_a_pipeline_of_one_rank_has_no_virtual_stages(pg_collection: ProcessGrou
         (2, -1, "pass a number from 0 to 1"),
     ],
 )
-def test_a_virtual_stage_that_there_is_not(
+def test_a_missing_virtual_stage_is_an_error(
     pg_collection: ProcessGroupCollection, gpt: GPT, vp: int | None, vp_stage: int | None, message: str
 ) -> None:
     config = gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=vp, pipeline_dtype=torch.float32)
@@ -175,7 +177,7 @@ def test_a_virtual_stage_that_there_is_not(
         GPTModelBuilder(config).build_model(pg_collection, vp_stage=vp_stage)
 
 
-def test_no_vocabulary_no_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_missing_vocabulary_size_is_an_error(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     with pytest.raises(ModelConfigError, match="vocab_size is not set"):
         GPTModelBuilder(gpt(outer={"vocab_size": None})).build_model(pg_collection)
 

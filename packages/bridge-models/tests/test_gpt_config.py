@@ -51,21 +51,21 @@ def test_defaults(transformer: Transformer) -> None:
     assert {name: getattr(config, name) for name in own - {"transformer"}} == expected
 
 
-def test_it_names_its_builder(gpt: GPT) -> None:
+def test_the_config_names_its_builder(gpt: GPT) -> None:
     assert gpt().get_builder_cls() is GPTModelBuilder
 
 
-def test_no_field_has_two_owners() -> None:
+def test_outer_and_transformer_fields_are_disjoint() -> None:
     assert not {field.name for field in fields(GPTModelConfig)} & {field.name for field in fields(TransformerConfig)}
 
 
-def test_the_transformer_is_read_through(gpt: GPT) -> None:
+def test_transformer_fields_are_readable(gpt: GPT) -> None:
     config = gpt(hidden_size=32)
     assert config.hidden_size == 32
     assert config.ffn_hidden_size == 128
 
 
-def test_writing_through_changes_the_transformer_and_nothing_else(gpt: GPT) -> None:
+def test_assigning_a_transformer_field_changes_only_the_transformer(gpt: GPT) -> None:
     config = gpt()
     before = dict(vars(config))
     config.hidden_dropout = 0.25
@@ -80,12 +80,12 @@ def test_an_own_field_is_not_written_to_the_transformer(gpt: GPT) -> None:
     assert not hasattr(config.transformer, "seq_length")
 
 
-def test_reading_an_unknown_name_names_it(gpt: GPT) -> None:
+def test_reading_an_unknown_name_is_an_error_naming_it(gpt: GPT) -> None:
     with pytest.raises(AttributeError, match="no_such_field"):
         _ = gpt().no_such_field
 
 
-def test_writing_an_unknown_name_suggests_the_nearest(gpt: GPT) -> None:
+def test_assigning_an_unknown_name_suggests_a_field(gpt: GPT) -> None:
     config = gpt()
     with pytest.raises(AttributeError, match=r"hidden_dropuot.*hidden_dropout"):
         config.hidden_dropuot = 0.1
@@ -100,14 +100,14 @@ def test_mla_owns_the_rotary_fields(transformer: Transformer) -> None:
     assert vars(config.transformer)["rotary_base"] == 70000
 
 
-def test_a_second_owner_is_an_error(transformer: Transformer) -> None:
+def test_two_values_for_a_shared_field_are_an_error(transformer: Transformer) -> None:
     mla = transformer(MLATransformerConfig, rotary_base=50000)
     with pytest.raises(ConfigError, match="rotary_base"):
         GPTModelConfig(transformer=mla, rotary_base=10000)
     assert vars(mla)["rotary_base"] == 50000
 
 
-def test_mla_does_not_take_the_defaults_of_other_models(transformer: Transformer) -> None:
+def test_mla_keeps_its_own_rotary_defaults(transformer: Transformer) -> None:
     GPTModelConfig(transformer=transformer(MLATransformerConfig))
     assert GPTModelConfig(transformer=transformer()).rotary_base == 10000
 
@@ -121,13 +121,13 @@ def test_copies_are_independent(gpt: GPT, duplicate: Callable[[GPTModelConfig], 
     assert config.transformer.hidden_dropout == 0.1
 
 
-def test_six_layers_do_not_make_two_by_two_chunks(gpt: GPT) -> None:
+def test_six_layers_do_not_split_into_two_by_two_chunks(gpt: GPT) -> None:
     config = gpt(num_layers=6, **pipeline(2, 2))
     with pytest.raises(ModelConfigError, match=r"num_layers 6 .* 4 equal chunks.* 2 x .* 2"):
         config.finalize()
 
 
-def test_eight_layers_make_two_by_two_chunks(gpt: GPT) -> None:
+def test_eight_layers_split_into_two_by_two_chunks(gpt: GPT) -> None:
     gpt(num_layers=8, **pipeline(2, 2)).finalize()
 
 
@@ -157,7 +157,7 @@ def test_uneven_splits_are_left_to_megatron(gpt: GPT, split: dict[str, Any]) -> 
     gpt(**split, **pipeline(2, None)).finalize()
 
 
-def test_cuda_graphs_need_the_random_number_tracker_of_transformer_engine(gpt: GPT) -> None:
+def test_cuda_graphs_require_the_transformer_engine_rng_tracker(gpt: GPT) -> None:
     config = gpt(cuda_graph_impl="local")
     with pytest.raises(ModelConfigError, match="use_te_rng_tracker"):
         config.finalize()
@@ -173,7 +173,7 @@ class FinalizingTransformerConfig(TransformerConfig):
         self.finalized += 1
 
 
-def test_finalize_calls_the_transformers_own(gpt: GPT) -> None:
+def test_finalize_calls_finalize_of_the_transformer(gpt: GPT) -> None:
     config = gpt(FinalizingTransformerConfig)
     config.finalize()
     assert config.finalized == 1
@@ -204,12 +204,12 @@ def test_finalize_calls_the_transformers_own(gpt: GPT) -> None:
         ),
     ],
 )
-def test_what_does_not_describe_a_model(gpt: GPT, outer: dict[str, Any], inner: dict[str, Any], message: str) -> None:
+def test_invalid_models_are_refused(gpt: GPT, outer: dict[str, Any], inner: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelConfigError, match=message):
         gpt(outer=outer, **inner).validate()
 
 
-def test_a_padded_vocabulary_splits(gpt: GPT) -> None:
+def test_a_padded_vocabulary_is_divisible(gpt: GPT) -> None:
     config = gpt(outer={"vocab_size": 97, "should_pad_vocab": True}, tensor_model_parallel_size=2)
     config.validate()
     assert config.padded_vocab_size == 256
@@ -238,7 +238,7 @@ ROUND_TRIPS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, 
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_nothing_is_lost_in_a_document(gpt: GPT, tmp_path: Path, case: str) -> None:
+def test_documents_keep_every_field(gpt: GPT, tmp_path: Path, case: str) -> None:
     cls, inner, outer = ROUND_TRIPS[case]
     config = gpt(cls, outer=outer, **inner)
     file = tmp_path / "model.yaml"

@@ -59,12 +59,12 @@ def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) 
     return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
 
 
-def test_a_spec_passes_through(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_given_spec_is_used(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt(outer={"transformer_layer_spec": other_spec()})
     assert attention_of(config, pg_collection) == [OtherAttention] * 4
 
 
-def test_a_function_of_the_config_gives_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_function_of_the_config_may_return_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     asked = []
 
     def spec(config: GPTModelConfig) -> ModuleSpec:
@@ -77,7 +77,7 @@ def test_a_function_of_the_config_gives_the_spec(pg_collection: ProcessGroupColl
     assert asked[0] is config
 
 
-def test_a_function_that_takes_the_virtual_stage_gets_it(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_spec_function_may_take_the_virtual_stage(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     asked = []
 
     def spec(config: GPTModelConfig, vp_stage: int | None) -> ModuleSpec:
@@ -95,19 +95,19 @@ def test_a_function_that_takes_the_virtual_stage_gets_it(pg_collection: ProcessG
     assert asked == [1, 0]
 
 
-def test_a_partial_may_give_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_partial_may_return_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     spec = partial(gpt_layers.default_layer_spec, pp_rank=0)
     config = gpt(outer={"transformer_layer_spec": spec})
     assert attention_of(config, pg_collection) == [TorchAttention] * 4
 
 
 @pytest.mark.parametrize("given", [lambda config: None, lambda config: DotProductAttention, "local"])
-def test_what_is_no_spec_is_refused(pg_collection: ProcessGroupCollection, gpt: GPT, given: object) -> None:
+def test_invalid_specs_are_refused(pg_collection: ProcessGroupCollection, gpt: GPT, given: object) -> None:
     with pytest.raises(LayerSpecError, match="transformer_layer_spec"):
         GPTModelBuilder(gpt(outer={"transformer_layer_spec": given})).build_model(pg_collection)
 
 
-def test_local_attention_is_swapped_in_on_a_copy(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_local_attention_is_replaced_in_a_copy(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     spec = other_spec()
     before = repr(spec)
     config = gpt(outer={"transformer_layer_spec": spec}, attention_backend=AttnBackend.local)
@@ -115,33 +115,33 @@ def test_local_attention_is_swapped_in_on_a_copy(pg_collection: ProcessGroupColl
     assert repr(spec) == before
 
 
-def test_local_attention_is_swapped_in_every_layer_of_a_block(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_local_attention_is_replaced_in_every_layer_of_a_block(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     block = TransformerBlockSubmodules(layer_specs=[other_spec() for _ in range(4)], layer_norm=L2Norm)
     config = gpt(outer={"transformer_layer_spec": lambda config: block}, attention_backend=AttnBackend.local)
     assert attention_of(config, pg_collection) == [TorchAttention] * 4
     assert repr(block.layer_specs) == repr([other_spec() for _ in range(4)])
 
 
-def test_layers_without_attention_stay_as_they_are(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_layers_without_attention_are_unchanged(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     backends = AttnBackend.auto, AttnBackend.local
     configs = [gpt(HeterogeneousTransformerConfig, attention_backend=backend) for backend in backends]
     specs = [gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0) for config in configs]
     assert repr(specs[0]) == repr(specs[1])
 
 
-def test_experts_come_before_heterogeneous_blocks(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_experts_take_precedence_over_heterogeneous_blocks(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt(HeterogeneousTransformerConfig, num_moe_experts=2, moe_ffn_hidden_size=16, add_bias_linear=False)
     model: Any = GPTModelBuilder(config).build_model(pg_collection)
     assert all(isinstance(layer.mlp, MoELayer) for layer in model.decoder.layers)
 
 
-def test_normalised_queries_are_normalised(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_qk_l2_norm_is_applied(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     # The reference forgets qk_l2_norm where layers are local and all alike.
     model: Any = GPTModelBuilder(gpt(qk_l2_norm=True)).build_model(pg_collection)
     assert all(isinstance(layer.self_attention.q_layernorm, L2Norm) for layer in model.decoder.layers)
 
 
-def test_no_multi_token_prediction_no_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_without_multi_token_prediction_there_is_no_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt()
     spec = gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0)
     assert gpt_layers.mtp_block_spec(config, spec, vp_stage=None, pp_rank=0) is None
@@ -161,7 +161,7 @@ class OtherLayer(TransformerLayer):
 
 
 @pytest.mark.parametrize("as_block", [False, True])
-def test_multi_token_prediction_repeats_the_layer_that_is_given(
+def test_multi_token_prediction_repeats_a_given_layer(
     pg_collection: ProcessGroupCollection, gpt: GPT, as_block: bool
 ) -> None:
     layer = ModuleSpec(module=OtherLayer, submodules=get_gpt_layer_local_submodules())
@@ -175,7 +175,9 @@ def test_multi_token_prediction_repeats_the_layer_that_is_given(
     assert isinstance(depth.hnorm, TorchNorm)
 
 
-def test_a_stage_without_layers_predicts_with_the_plain_layer(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_a_stage_without_layers_predicts_with_the_default_layer(
+    pg_collection: ProcessGroupCollection, gpt: GPT
+) -> None:
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [1, 1, 1, 0]}
     config = gpt(mtp_num_layers=1, **moe)
     empty = TransformerBlockSubmodules(layer_specs=[])
@@ -205,7 +207,7 @@ def pretended_te(monkeypatch: pytest.MonkeyPatch) -> None:
 EXPERTS = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
 
 
-def test_megatrons_specs_still_norm_queries_that_are_not_compressed(transformer: Transformer) -> None:
+def test_megatron_specs_still_norm_uncompressed_queries(transformer: Transformer) -> None:
     parts: Any = get_gpt_layer_local_spec(qk_layernorm=True, multi_latent_attention=True).submodules
     config: Any = transformer(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
     with pytest.raises(ValueError, match="q_lora_rank is None"):
@@ -214,7 +216,7 @@ def test_megatrons_specs_still_norm_queries_that_are_not_compressed(transformer:
 
 @without_te
 @pytest.mark.usefixtures("pretended_te")
-def test_transformer_engine_would_norm_queries_that_are_not_compressed(gpt: GPT) -> None:
+def test_transformer_engine_norms_of_uncompressed_queries_are_refused(gpt: GPT) -> None:
     config = gpt(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
     with pytest.raises(UnsupportedError, match=r"set transformer\.transformer_impl to local"):
         gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0)
@@ -227,7 +229,7 @@ def test_transformer_engine_would_norm_queries_that_are_not_compressed(gpt: GPT)
     "inner",
     [{}, {"qk_layernorm": True}, EXPERTS, {**EXPERTS, "mtp_num_layers": 1}, {"mtp_num_layers": 1}],
 )
-def test_with_transformer_engine_the_choice_is_the_references(
+def test_with_transformer_engine_layers_match_megatron_training(
     pg_collection: ProcessGroupCollection, transformer: Transformer, inner: dict[str, Any], modelopt: bool
 ) -> None:
     around: dict[str, Any] = {"vocab_size": 96, "restore_modelopt_state": modelopt}
@@ -244,14 +246,14 @@ def test_with_transformer_engine_the_choice_is_the_references(
 @without_te
 @pytest.mark.usefixtures("pretended_te")
 @pytest.mark.parametrize(("implementation", "attention"), [("transformer_engine", True), ("local", False)])
-def test_layers_are_local_when_asked_for(
+def test_local_layers_are_used_on_request(
     pg_collection: ProcessGroupCollection, gpt: GPT, implementation: str, attention: bool
 ) -> None:
     spec = gpt_layers.layer_spec(gpt(transformer_impl=implementation), vp_stage=None, pp_rank=0)
     assert ("OtherAttention" in repr(spec)) == attention
 
 
-def test_layers_follow_the_given_rank_not_the_global_one(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
+def test_layers_follow_the_given_rank(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     moe = {"num_moe_experts": 2, "moe_ffn_hidden_size": 16, "add_bias_linear": False, "moe_layer_freq": [0, 0, 1, 1]}
     config = gpt(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **moe)
     expected = get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, pp_rank=1)
@@ -261,7 +263,7 @@ def test_layers_follow_the_given_rank_not_the_global_one(pg_collection: ProcessG
     assert repr(gpt_layers.default_layer_spec(config, pp_rank=0)) != repr(expected)
 
 
-def test_attention_that_is_made_of_parts_is_another_computation() -> None:
+def test_attention_with_submodules_is_not_replaced() -> None:
     layer = other_spec()
     attention: Any = cast(Any, layer.submodules).self_attention
     attention.submodules.core_attention = ModuleSpec(module=OtherAttention, submodules=object())

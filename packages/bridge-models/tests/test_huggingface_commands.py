@@ -37,7 +37,7 @@ def write_config(folder: Path, config: object) -> Path:
     return file
 
 
-def test_from_a_file_or_folder_to_yaml_json_or_a_file(
+def test_from_hf_reads_files_and_folders_and_writes_yaml_or_json(
     bridge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_config(tmp_path, LLAMA | {"_name_or_path": "one/model", "quantization_config": {}})
@@ -66,7 +66,7 @@ def test_from_a_file_or_folder_to_yaml_json_or_a_file(
     assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
 
 
-def test_a_file_is_overwritten_only_with_force_and_a_schema_is_reported(bridge: Run, tmp_path: Path) -> None:
+def test_files_are_overwritten_only_with_force_and_schemas_are_reported(bridge: Run, tmp_path: Path) -> None:
     file, made = write_config(tmp_path, LLAMA), tmp_path / "made.yaml"
     _, _, stderr = bridge("from-hf", file, "-o", made)
     assert stderr.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: JSON Schema of made.yaml, for editors")
@@ -78,7 +78,7 @@ def test_a_file_is_overwritten_only_with_force_and_a_schema_is_reported(bridge: 
     assert Document.load(made).data["vocab_size"] == 32000
 
 
-def test_infinity_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
+def test_infinity_is_read_as_python_writes_it(bridge: Run, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity], "task_specific_params": "Infinity"}')
     assert bridge("from-hf", file)[0] == 0
@@ -106,13 +106,13 @@ def test_errors_have_a_position(bridge: Run, tmp_path: Path, content: str, messa
     assert message in stderr
 
 
-def test_a_config_json_is_a_json_file(bridge: Run, tmp_path: Path) -> None:
+def test_a_config_json_must_be_a_json_file(bridge: Run, tmp_path: Path) -> None:
     code, out, stderr = bridge("to-hf", "gpt2-124m", "-o", tmp_path / "config.yaml")
     assert (code, out) == (1, "")
     assert stderr.endswith("config.yaml: expected a .json file, or a folder for config.json\n")
 
 
-def test_no_file_and_no_model_of_transformers(bridge: Run, tmp_path: Path) -> None:
+def test_missing_files_and_unsupported_models_are_errors(bridge: Run, tmp_path: Path) -> None:
     code, _, stderr = bridge("from-hf", tmp_path)
     assert code == 1
     assert stderr == f"{tmp_path / 'config.json'}: $: file not found: give a config.json, or a folder with one\n"

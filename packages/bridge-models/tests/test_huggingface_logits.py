@@ -66,7 +66,7 @@ def load(model: Any, weights: Weights) -> None:
 
 @pytest.mark.parametrize("case", MODELS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(case: str, pg_collection: ProcessGroupCollection) -> None:
+def test_logits_match_transformers(case: str, pg_collection: ProcessGroupCollection) -> None:
     config = MODELS[case]
     reference = theirs(config)
     model = ours(config, pg_collection)

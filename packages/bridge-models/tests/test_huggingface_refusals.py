@@ -156,7 +156,7 @@ def test_a_fixed_property_of_an_architecture_may_be_stated(model_type: str) -> N
         from_hf({"model_type": model_type, "use_qk_norm": False})
 
 
-def test_a_dtype_as_torch_writes_it() -> None:
+def test_dtypes_may_have_the_prefix_of_torch() -> None:
     for name in ("dtype", "torch_dtype"):
         assert from_hf(LLAMA | {name: "torch.bfloat16"}).data["transformer"]["bf16"] is True
 
@@ -185,7 +185,7 @@ def test_classifier_heads_and_long_sequences_are_noted() -> None:
         ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8}, "$.num_experts_per_tok"),
     ],
 )
-def test_a_model_that_cannot_run_is_refused_at_its_field(given: dict[str, Any], path: str) -> None:
+def test_a_model_that_cannot_run_is_refused_with_its_field(given: dict[str, Any], path: str) -> None:
     with pytest.raises(DocumentError) as error:
         from_hf(
             {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2, **given}

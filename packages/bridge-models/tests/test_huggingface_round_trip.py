@@ -23,7 +23,7 @@ REFUSED = {"deepseek-ai--DeepSeek-V2": "$.topk_method"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_files_come_back(name: str) -> None:
+def test_published_files_survive_the_round_trip(name: str) -> None:
     published = load_config_json(str(PUBLISHED[name])).data
     if name in REFUSED:
         with pytest.raises(DocumentError) as error:
@@ -65,7 +65,7 @@ def spell(config: Config, version: int, *, old_type: bool) -> Config:
     return config
 
 
-def test_every_architecture_is_drawn() -> None:
+def test_every_architecture_has_a_strategy() -> None:
     assert FAMILIES.keys() == ARCHITECTURES.keys()
     assert {config["model_type"] for config in MODELS.values()} == ARCHITECTURES.keys()
 
@@ -73,7 +73,7 @@ def test_every_architecture_is_drawn() -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_file_comes_back(model_type: str, data: st.DataObject) -> None:
+def test_any_file_survives_the_round_trip(model_type: str, data: st.DataObject) -> None:
     config = data.draw(FAMILIES[model_type], label="config")
     version, old_type = data.draw(one_in(4, 5), label="version"), data.draw(FLAGS, label="old type")
     config = spell(config, version, old_type=old_type)
@@ -103,7 +103,7 @@ def _list_first_choices(document: Config) -> list[str]:
     return [model_type for model_type, one in fitting.items() if not fitting.keys() & set(one.yields_to)]
 
 
-def test_the_order_of_architectures_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_architectures_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [from_hf(load_config_json(str(PUBLISHED[name])).data).data for name in PUBLISHED if name not in REFUSED]
     plain = [{name: value for name, value in one.items() if name != "extra_checkpoint_metadata"} for one in documents]
     written = [to_hf(document).data for document in plain]
@@ -125,7 +125,7 @@ SCALINGS = st.dictionaries(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_whatever_is_given_is_refused_or_comes_back(data: st.DataObject) -> None:
+def test_any_data_is_refused_or_survives_the_round_trip(data: st.DataObject) -> None:
     model_type = data.draw(one_in(*ARCHITECTURES))
     names = one_in(*ARCHITECTURES[model_type].names, "rope_scaling", "unheard_of")
     config = data.draw(st.dictionaries(names, NUMBERS | ANYTHING, max_size=4))
@@ -140,7 +140,7 @@ def test_whatever_is_given_is_refused_or_comes_back(data: st.DataObject) -> None
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_whatever_a_document_says_is_refused_or_written(data: st.DataObject) -> None:
+def test_any_document_is_refused_or_written(data: st.DataObject) -> None:
     preset = data.draw(one_in("llama-3.1-8b", "deepseek-v3", "nemotron-h-8b", "t5-base", "gpt2-124m", "gpt-oss-20b"))
     document = Document.load(preset)
     paths = one_in(*sorted(AFFECTS_COMPUTATION.union(*(one.fields for one in ARCHITECTURES.values()))))
@@ -153,7 +153,7 @@ def test_whatever_a_document_says_is_refused_or_written(data: st.DataObject) -> 
     assert written.data["model_type"] in ARCHITECTURES
 
 
-def test_a_configuration_that_was_made_is_written_too() -> None:
+def test_a_finalized_configuration_is_written() -> None:
     """A finalized config states what its document leaves to be derived: channels, groups, scales, initialisers."""
     for name in ("gemma-2b", "Qwen1.5-MoE-A2.7B", "gpt-oss-20b", "Llama-3.2-1B", "t5-base"):
         (file,) = (file for stem, file in PUBLISHED.items() if stem.endswith(name))
@@ -175,13 +175,13 @@ def test_a_configuration_that_was_made_is_written_too() -> None:
         ("t5-11b", "t5"),
     ],
 )
-def test_presets_are_models_of_transformers(preset: str, model_type: str) -> None:
+def test_presets_can_be_written_as_config_json(preset: str, model_type: str) -> None:
     written = to_hf(Document.load(preset).data).data
     assert written["model_type"] == model_type
     assert made(written)
 
 
-def test_a_document_says_which_of_several_architectures_it_is() -> None:
+def test_a_document_records_its_architecture() -> None:
     plain = {"sliding_window": None, "num_hidden_layers": 2}
     documents = {name: from_hf({"model_type": name} | plain).data for name in ("llama", "mistral", "phi3")}
     assert {name: to_hf(data).data["model_type"] for name, data in documents.items()} == {

@@ -20,7 +20,7 @@ from bridge.models.huggingface.families import ARCHITECTURES
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_defaults_are_those_of_transformers(model_type: str) -> None:
+def test_defaults_match_transformers(model_type: str) -> None:
     cls = CONFIG_MAPPING[model_type]
     theirs = {field.name: field.default for field in dataclasses.fields(cls)} | {"rope_theta": cls.default_theta}
     ours = ARCHITECTURES[model_type].names
@@ -34,7 +34,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_field_of_the_class_is_known(model_type: str) -> None:
+def test_every_field_of_transformers_is_known(model_type: str) -> None:
     document = from_hf(saved({"model_type": model_type} | SMALLEST.get(model_type, {}))).data
     assert to_hf(document).data["model_type"] == model_type
 

@@ -16,7 +16,7 @@ def picture(text: object) -> list[str]:
     return str(text).splitlines()[1:]
 
 
-def test_symbols_are_those_of_megatron() -> None:
+def test_symbols_match_megatron() -> None:
     assert set(hybrid_pattern.MEANINGS) == Symbols.VALID_LAYERS
     assert (hybrid_pattern.STAGE, hybrid_pattern.PREDICTION) == (Symbols.PIPE, Symbols.MTP_SEPARATOR)
     assert (hybrid_pattern.MAMBA, hybrid_pattern.EXPERTS) == (Symbols.MAMBA, Symbols.MOE)
@@ -24,7 +24,7 @@ def test_symbols_are_those_of_megatron() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["M", "M*-E", "MMMM|*-*-", "M*ME/MM/MM", "+-G"])
-def test_patterns_that_are_fine(pattern: str) -> None:
+def test_valid_patterns_are_accepted(pattern: str) -> None:
     assert find_problem(pattern, len(get_layers(pattern))) is None
 
 
@@ -41,7 +41,7 @@ def test_patterns_that_are_fine(pattern: str) -> None:
         ("MM/M|M", "repeat", "   ^^^"),
     ],
 )
-def test_a_wrong_pattern_is_pictured(pattern: str, says: str, arrows: str) -> None:
+def test_errors_mark_the_invalid_part_of_a_pattern(pattern: str, says: str, arrows: str) -> None:
     said = find_problem(pattern, 2)
     assert said is not None
     assert says in said
@@ -49,14 +49,14 @@ def test_a_wrong_pattern_is_pictured(pattern: str, says: str, arrows: str) -> No
 
 
 @pytest.mark.parametrize(("num_layers", "arrows"), [(3, "    ^^"), (6, "      ^")])
-def test_layers_too_many_or_too_few(num_layers: int, arrows: str) -> None:
+def test_a_wrong_number_of_layers_is_refused(num_layers: int, arrows: str) -> None:
     said = find_problem("M*-|M*", num_layers)
     assert said is not None
     assert f"has 5 layers, transformer.num_layers is {num_layers}" in said
     assert picture(said) == ["  M*-|M*", f"  {arrows}"]
 
 
-def test_borders_give_the_stages() -> None:
+def test_separators_give_the_stages() -> None:
     assert staged("M|*-|E|M", 4) == "M|*-|E|M"
     assert staged("M|*-|E|M", 1) == "M*-EM"
     with pytest.raises(ModelConfigError, match="has 4 stages, the pipeline has 3") as error:
@@ -64,14 +64,14 @@ def test_borders_give_the_stages() -> None:
     assert picture(error.value) == ["  M|*-|E|M", "  ^ ^  ^ ^"]
 
 
-def test_layers_that_do_not_divide_into_stages() -> None:
+def test_layers_that_do_not_divide_into_stages_are_refused() -> None:
     with pytest.raises(ModelConfigError, match="5 layers, which do not divide into 2 equal stages") as error:
         staged("M*-EM", 2)
     assert picture(error.value) == ["  M*-EM", "      ^"]
 
 
 @given(patterns, st.integers(1, 4))
-def test_stages_are_equal_where_nothing_is_said(pattern: str, stages: int) -> None:
+def test_stages_are_equal_without_separators(pattern: str, stages: int) -> None:
     whole = pattern * stages
     parts = staged(whole + "/M", stages).removesuffix("/M").split("|")
     assert len(parts) == stages

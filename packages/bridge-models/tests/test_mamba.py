@@ -83,7 +83,7 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 # --- Layers
 
 
-def test_a_layer_for_each_symbol(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
+def test_each_symbol_gives_its_layer(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     layers = build(hybrid("M*-E"), pg_collection).decoder.layers
     assert isinstance(layers[0].mixer, TorchMambaMixer)
     parts = [{name.split(".")[0] for name, _ in layer.named_parameters()} for layer in layers]
@@ -103,9 +103,7 @@ def test_without_a_pattern_all_layers_are_mamba(hybrid: HybridFactory, pg_collec
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "M*-E"])
-def test_no_token_sees_those_after_it(
-    hybrid: HybridFactory, pg_collection: ProcessGroupCollection, pattern: str
-) -> None:
+def test_the_model_is_causal(hybrid: HybridFactory, pg_collection: ProcessGroupCollection, pattern: str) -> None:
     model = build(hybrid(pattern), pg_collection)
     tokens = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(2))
     changed = tokens.clone()
@@ -115,9 +113,7 @@ def test_no_token_sees_those_after_it(
     assert difference[11:].max() > 1e-4
 
 
-def test_a_mixer_computes_what_that_of_transformers_does(
-    hybrid: HybridFactory, pg_collection: ProcessGroupCollection
-) -> None:
+def test_the_mixer_matches_transformers(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     # Eight heads of eight channels, two groups of states: Megatron's order of projections is that of the paper's code.
     ours = build(hybrid("M"), pg_collection).decoder.layers[0].mixer
     config = Mamba2Config(
@@ -131,7 +127,7 @@ def test_a_mixer_computes_what_that_of_transformers_does(
     torch.testing.assert_close(found.transpose(0, 1), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_scoring_computes_what_training_does(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
+def test_evaluation_matches_training(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     tokens = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(2))
     trained = logits(build(hybrid("MM"), pg_collection), tokens)
     # The other of Megatron's two ways through the mixer.
@@ -150,7 +146,7 @@ def test_packed_sequences_and_generation_are_refused(
         mixer._ssm_prefill(x, conv_state=torch.zeros(1), ssm_state=torch.zeros(1))
 
 
-def test_the_layers_of_megatron_need_what_is_not_installed(
+def test_megatron_layers_still_need_missing_libraries(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection
 ) -> None:
     # When these work, megatron-core no longer needs TorchMambaMixer's context and TorchHybridStack.
@@ -164,7 +160,7 @@ def test_the_layers_of_megatron_need_what_is_not_installed(
         build(config, pg_collection)
 
 
-def test_the_kernels_are_used_where_they_are(
+def test_installed_kernels_are_used(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No kernel runs: what is tested is the choice.
@@ -177,9 +173,7 @@ def test_the_kernels_are_used_where_they_are(
     assert spec.submodules.mamba_layer.submodules.mixer.module is TorchMambaMixer
 
 
-def test_parameters_that_were_replaced_get_gradients(
-    hybrid: HybridFactory, pg_collection: ProcessGroupCollection
-) -> None:
+def test_replaced_parameters_get_gradients(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     mixer = build(hybrid("M"), pg_collection).decoder.layers[0].mixer
     names = ["A_log", "D", "dt_bias", "conv1d_weight", "conv1d_bias"]
     for name in names:  # as torch FSDP2 does
@@ -192,7 +186,9 @@ def test_parameters_that_were_replaced_get_gradients(
     assert all(getattr(mixer, name).grad.abs().max() > 0 for name in names)
 
 
-def test_drawn_vectors_are_of_megatrons_ranges(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
+def test_initial_vectors_are_within_megatrons_ranges(
+    hybrid: HybridFactory, pg_collection: ProcessGroupCollection
+) -> None:
     model = build(hybrid("M", mamba_num_heads=512, mamba_head_dim=4), pg_collection)
     mixer = model.decoder.layers[0].mixer
     built = {name: getattr(mixer, name).detach().clone() for name in mixer.initialisers}
@@ -247,7 +243,9 @@ def count_layers(config: MambaModelConfig) -> ModuleSpec:
     return pytorch_stack_spec(config.transformer)
 
 
-def test_a_stack_spec_is_a_value_or_a_function(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
+def test_a_stack_spec_may_be_a_value_or_a_function(
+    hybrid: HybridFactory, pg_collection: ProcessGroupCollection
+) -> None:
     spec = pytorch_stack_spec(hybrid("M").transformer)
     for given in (spec, lambda: spec, count_layers, default_stack_spec, partial(count_layers)):
         model = build(hybrid("M", outer={"hybrid_stack_spec": given}), pg_collection)
@@ -255,7 +253,7 @@ def test_a_stack_spec_is_a_value_or_a_function(hybrid: HybridFactory, pg_collect
 
 
 @pytest.mark.parametrize("backend", [AttnBackend.auto, AttnBackend.local])
-def test_local_attention_takes_the_place_of_that_of_a_given_stack(
+def test_local_attention_is_replaced_in_a_given_stack(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, backend: AttnBackend
 ) -> None:
     spec = pytorch_stack_spec(hybrid("M*").transformer)
@@ -273,14 +271,16 @@ def test_local_attention_takes_the_place_of_that_of_a_given_stack(
 @pytest.mark.parametrize(
     ("given", "says"), [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': give a")]
 )
-def test_what_is_no_stack_spec(
+def test_invalid_stack_specs_are_refused(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, given: Any, says: str
 ) -> None:
     with pytest.raises(LayerSpecError, match=says):
         build(hybrid("M", outer={"hybrid_stack_spec": given}), pg_collection)
 
 
-def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
+def test_layers_that_need_transformer_engine_are_refused(
+    hybrid: HybridFactory, pg_collection: ProcessGroupCollection
+) -> None:
     with pytest.raises(ModelConfigError, match=r"gated delta net \(G\): they need Transformer Engine") as error:
         build(hybrid("M*GM"), pg_collection)
     assert str(error.value).endswith("\n  M*GM\n    ^")
@@ -316,12 +316,12 @@ def test_layers_that_need_transformer_engine(hybrid: HybridFactory, pg_collectio
         ("M*", {"experimental_attention_variant": "dsa"}, r"is dsa, but hybrid_layer_pattern M\* has no layer of it"),
     ],
 )
-def test_what_does_not_describe_a_model(hybrid: HybridFactory, pattern: str, given: dict[str, Any], says: str) -> None:
+def test_invalid_models_are_refused(hybrid: HybridFactory, pattern: str, given: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelConfigError, match=says):
         hybrid(pattern, **given).finalize()
 
 
-def test_plain_attention_of_a_latent_transformer_is_refused() -> None:
+def test_plain_attention_in_an_mla_transformer_is_refused() -> None:
     transformer = MLATransformerConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, multi_latent_attention=True, is_hybrid_model=True
     )
@@ -355,7 +355,7 @@ def layers_of_stages() -> list[tuple[list[int], list[str]]]:
     ]
 
 
-def test_uneven_stages_of_a_virtual_pipeline() -> None:
+def test_uneven_virtual_stages_get_their_layers() -> None:
     # All first virtual stages of the ranks come before the second ones.
     found = run_ranks(layers_of_stages, 2)
     assert [[numbers for numbers, _ in stages] for stages in found] == [[[0], [4]], [[1, 2, 3], [5]]]
@@ -365,7 +365,7 @@ def test_uneven_stages_of_a_virtual_pipeline() -> None:
     ]
 
 
-def test_documents_lose_nothing(hybrid: HybridFactory) -> None:
+def test_documents_keep_every_field(hybrid: HybridFactory) -> None:
     config = hybrid("M*-E", outer={"hybrid_stack_spec": default_stack_spec, "rotary_base": 500})
     written = json.loads(json.dumps(config.as_dict()))
     assert written["_target_"] == "bridge.models.mamba.MambaModelConfig"
@@ -375,7 +375,7 @@ def test_documents_lose_nothing(hybrid: HybridFactory) -> None:
     assert read.as_dict() == written
 
 
-def test_older_names_are_migrated(hybrid: HybridFactory) -> None:
+def test_older_field_names_are_migrated(hybrid: HybridFactory) -> None:
     document = hybrid("MM", outer={"hybrid_stack_spec": default_stack_spec}).as_dict()
     document["hybrid_override_pattern"] = document.pop("hybrid_layer_pattern")
     document["mamba_stack_spec"] = document.pop("hybrid_stack_spec")

@@ -10,7 +10,7 @@ from bridge.models.backend.megatron_internals import MEGATRON_NAMES
 
 
 @pytest.mark.parametrize("name", MEGATRON_NAMES)
-def test_it_is_still_there(name: str) -> None:
+def test_private_names_exist(name: str) -> None:
     try:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError) as error:

@@ -23,7 +23,7 @@ def test_an_unknown_norm_is_refused(transformer: Transformer) -> None:
 
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_norms_are_the_formula(transformer: Transformer, normalization: str, zero_centered: bool) -> None:
+def test_norms_match_the_formula(transformer: Transformer, normalization: str, zero_centered: bool) -> None:
     config = transformer(normalization=normalization, layernorm_zero_centered_gamma=zero_centered)
     norm = torch_norm(config, 16, eps=1e-3).double()
     x = torch.randn(3, 16, dtype=torch.float64)

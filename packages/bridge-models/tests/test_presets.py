@@ -71,14 +71,14 @@ def gpt_preset(name: str, *overrides: str) -> GPTModelConfig:
 
 
 @pytest.mark.parametrize("name", TOTALS)
-def test_totals_of_the_built_model(pg_collection: ProcessGroupCollection, name: str) -> None:
+def test_presets_have_the_expected_number_of_parameters(pg_collection: ProcessGroupCollection, name: str) -> None:
     model = on_meta(load_config(name, ["should_pad_vocab=false"]), pg_collection)
     assert {parameter.device.type for parameter in model.parameters() if parameter.numel() > 100_000} <= {"meta"}
     assert total(model) == TOTALS[name]
 
 
 @pytest.mark.parametrize(("name", "hidden_size"), [("gpt2-124m", 768), ("gpt2-xl", 1600)])
-def test_padding_adds_rows_to_the_embedding_alone(
+def test_padding_adds_rows_only_to_the_embedding(
     pg_collection: ProcessGroupCollection, name: str, hidden_size: int
 ) -> None:
     padding = 50304 - 50257  # to a multiple of 128
@@ -102,11 +102,11 @@ def test_a_preset_written_as_yaml_reads_back(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_ready_for_use(name: str) -> None:
+def test_a_preset_can_be_finalized(name: str) -> None:
     finalized(name)
 
 
-def test_gpt2_activates_by_the_tanh_approximation() -> None:
+def test_gpt2_uses_the_tanh_approximation_of_gelu() -> None:
     activation = gpt_preset("gpt2-124m").activation_func
     assert isinstance(activation, partial)
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_gpt2_activates_by_the_tanh_approximation() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-405b"])
-def test_llama_rotates_as_published(pg_collection: ProcessGroupCollection, name: str) -> None:
+def test_llama_uses_the_published_rotary_frequencies(pg_collection: ProcessGroupCollection, name: str) -> None:
     model = on_meta(gpt_preset(name, "transformer.num_layers=1"), pg_collection)
     rotary: Any = model.rotary_pos_emb
     frequencies = rotary.inv_freq
@@ -127,7 +127,7 @@ def test_llama_rotates_as_published(pg_collection: ProcessGroupCollection, name:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_presets_are_for_byte_tokens_and_even_splits(name: str) -> None:
+def test_small_presets_have_byte_tokens_and_split_evenly(name: str) -> None:
     assert finalized(name).vocab_size >= 256
     for overrides in (["transformer.tensor_model_parallel_size=2", *split("2", "2")], split("4", "null")):
         finalized(name, *overrides)
@@ -141,7 +141,7 @@ def split(pp: str, vp: str) -> list[str]:
     ]
 
 
-def test_presets_lists_them() -> None:
+def test_the_presets_command_lists_all_presets() -> None:
     result = click.testing.CliRunner().invoke(presets)
     assert result.exit_code == 0
     for name in NAMES:
@@ -149,7 +149,7 @@ def test_presets_lists_them() -> None:
     assert "124M parameters" in result.stdout
 
 
-def test_presets_as_json() -> None:
+def test_the_presets_command_prints_json() -> None:
     result = click.testing.CliRunner().invoke(presets, ["--json"])
     described = json.loads(result.stdout)
     assert set(NAMES) <= set(described)

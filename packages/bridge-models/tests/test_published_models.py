@@ -155,7 +155,7 @@ def built(data: dict[str, Any], pg_collection: ProcessGroupCollection) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_each_file_is_counted() -> None:
+def test_each_published_file_has_a_parameter_count() -> None:
     assert set(FILES) == set(COUNTS)
 
 
@@ -167,7 +167,7 @@ def test_the_built_model_has_the_published_parameters(name: str, pg_collection: 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_megatron_does_otherwise_is_refused(name: str) -> None:
+def test_files_that_megatron_would_compute_differently_are_refused(name: str) -> None:
     path, _ = REFUSED[name]
     with pytest.raises(DocumentError) as caught:
         document(published(name))
@@ -175,7 +175,7 @@ def test_what_megatron_does_otherwise_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_so_has_the_class_of_transformers(name: str) -> None:
+def test_the_model_of_transformers_has_the_published_parameters(name: str) -> None:
     kept = {key: value for key, value in published(name).items() if key not in ("auto_map", "quantization_config")}
     config = CONFIG_MAPPING[kept["model_type"]].from_dict(kept)
     with torch.device("meta"):
@@ -208,7 +208,7 @@ def flat(data: dict[str, Any]) -> dict[str, Any]:
     return rest | {f"transformer.{key}": value for key, value in data["transformer"].items()}
 
 
-def test_presets_are_what_from_hf_makes_of_the_published_files() -> None:
+def test_presets_equal_the_converted_published_files() -> None:
     made = runpy.run_path(str(SCRIPT))
     for name, preset in made["MODELS"].items():
         committed = (made["PRESETS"] / f"{name}.yaml").read_text()

@@ -138,7 +138,7 @@ def run_config(config: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_reference_builds_what_we_write(name: str, pg_collection: ProcessGroupCollection) -> None:
+def test_megatron_training_builds_written_run_configs(name: str, pg_collection: ProcessGroupCollection) -> None:
     ours = models(GPTModelConfig, MambaModelConfig)[name]
     written = yaml.safe_load(Document(to_run_config(canonicalize(ours.as_dict())).data).to_yaml())
     theirs = instantiate(written)
@@ -148,7 +148,7 @@ def test_the_reference_builds_what_we_write(name: str, pg_collection: ProcessGro
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_we_build_what_the_reference_writes(name: str, pg_collection: ProcessGroupCollection) -> None:
+def test_run_configs_of_megatron_training_are_built(name: str, pg_collection: ProcessGroupCollection) -> None:
     theirs = models(reference_gpt.GPTModelConfig, reference_hybrid.HybridModelConfig)[name]
     document = Document(run_config(theirs))
     document.check()
@@ -220,7 +220,7 @@ def differing(config: Any, other: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_megatron_arguments_are_the_model_that_megatron_builds(
+def test_converted_megatron_arguments_build_the_model_of_megatron(
     name: str,
     pg_collection: ProcessGroupCollection,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +240,7 @@ def test_megatron_arguments_are_the_model_that_megatron_builds(
     assert ModelConfig.from_dict(ours.as_dict()).as_dict() == ours.as_dict()
 
 
-def test_megatron_arguments_of_a_t5(
+def test_converted_t5_arguments_build_the_model_of_megatron(
     pg_collection: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The reference has no configuration for T5: its model is made as Megatron-LM's pretrain_t5.py makes it."""

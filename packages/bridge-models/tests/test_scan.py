@@ -85,7 +85,7 @@ def difference(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(0, 2**32))
-def test_the_scan_is_the_recurrence(sizes: Sizes, seed: int) -> None:
+def test_the_scan_equals_the_recurrence(sizes: Sizes, seed: int) -> None:
     inputs = drawn(sizes, seed)
     *sequences, state = inputs.values()
     given_state = None if sizes.starts_from_zero else state
@@ -98,7 +98,7 @@ def test_the_scan_is_the_recurrence(sizes: Sizes, seed: int) -> None:
         assert difference(found[name], value) < (1e-3 if name.startswith("gradient") else 1e-5), name
 
 
-def test_a_long_sequence_of_fast_decay_has_finite_gradients() -> None:
+def test_a_long_sequence_with_fast_decay_has_finite_gradients() -> None:
     inputs = drawn(Sizes(1, 300, 1, 2, 4, 8, 128, starts_from_zero=False), seed=1)
     inputs["dt"] = (inputs["dt"] * 100).detach().requires_grad_()  # e to the power of thousands, were it not masked
     *sequences, state = inputs.values()
@@ -122,13 +122,13 @@ def kept_for_backward(length: int, chunk_size: int) -> int:
     return kept
 
 
-def test_only_a_state_for_each_chunk_is_kept() -> None:
+def test_the_scan_saves_one_state_per_chunk() -> None:
     state = 2 * 4 * 8
     assert kept_for_backward(1024, 64) == 16 * state
     assert kept_for_backward(4096, 64) == 64 * state
 
 
-def test_a_scan_in_half_precision_is_computed_in_full() -> None:
+def test_a_scan_in_half_precision_computes_in_fp32() -> None:
     inputs = drawn(Sizes(2, 33, 1, 2, 4, 8, 16, starts_from_zero=True), seed=3)
     x, dt, a, b, c, _ = (tensor.detach() for tensor in inputs.values())
     half = x.bfloat16()
@@ -139,7 +139,7 @@ def test_a_scan_in_half_precision_is_computed_in_full() -> None:
     torch.testing.assert_close(y, expected.bfloat16(), rtol=0, atol=0)
 
 
-def test_the_scan_is_that_of_mamba_ssm() -> None:
+def test_the_scan_matches_mamba_ssm() -> None:
     reference = pytest.importorskip("mamba_ssm.modules.ssd_minimal")
     x, dt, a, b, c, _ = (
         t.detach() for t in drawn(Sizes(2, 64, 2, 1, 4, 8, 16, starts_from_zero=True), seed=4).values()
@@ -149,7 +149,7 @@ def test_the_scan_is_that_of_mamba_ssm() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_convolution_looks_back_only() -> None:
+def test_the_convolution_is_causal() -> None:
     generator = torch.Generator().manual_seed(5)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in [(2, 9, 3), (3, 1, 4), (3,)])
     found = causal_conv1d(x, weight, bias)
@@ -159,7 +159,7 @@ def test_the_convolution_looks_back_only() -> None:
         torch.testing.assert_close(found[:, at], expected)
 
 
-def test_the_gated_norm() -> None:
+def test_the_gated_norm_matches_the_formula() -> None:
     generator = torch.Generator().manual_seed(6)
     x, gate = (torch.randn(2, 5, 12, generator=generator) for _ in range(2))
     norm = GatedRMSNorm(12, eps=1e-5, group_size=4)

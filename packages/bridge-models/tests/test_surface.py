@@ -9,12 +9,12 @@ from bridge.models.common import base
 
 
 @pytest.mark.parametrize("name", ["Serializable", "ModelConfig"])
-def test_base_re_exports_the_objects_of_bridge_config(name: str) -> None:
+def test_base_re_exports_bridge_config(name: str) -> None:
     assert getattr(base, name) is getattr(bridge.config, name)
 
 
 @pytest.mark.parametrize("name", ["ModelT", "BuildConfigT", "ModelBuilder", "compose_hooks"])
-def test_base_re_exports_the_objects_of_bridge_builders(name: str) -> None:
+def test_base_re_exports_bridge_builders(name: str) -> None:
     assert getattr(base, name) is getattr(bridge.builders, name)
 
 

@@ -33,7 +33,7 @@ def build(config: T5ModelConfig, pg_collection: ProcessGroupCollection) -> Any:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope", "relative"])
-def test_the_parameters_of_a_whole_model(
+def test_a_whole_model_has_the_expected_parameters(
     pg_collection: ProcessGroupCollection, t5: T5Factory, positions: str, tied: bool
 ) -> None:
     outer = {"position_embedding_type": positions, "share_embeddings_and_output_weights": tied, "encoder_num_layers": 1}
@@ -53,7 +53,7 @@ def test_the_parameters_of_a_whole_model(
     assert stacks == ["decoder.layers.0", "decoder.layers.1", "encoder.layers.0"]
 
 
-def test_what_surrounds_the_transformer_reaches_the_model(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_outer_fields_are_passed_to_the_model(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     outer = {
         "vocab_size": 100,
         "should_pad_vocab": True,
@@ -76,7 +76,7 @@ def test_what_surrounds_the_transformer_reaches_the_model(pg_collection: Process
     assert model.decoder_relative_pos_emb.relative_attention_bias.weight.shape == (8, 4)
 
 
-def test_sizes_of_the_encoder(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_the_encoder_has_its_own_sizes(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     outer = {
         "encoder_num_layers": 3,
         "encoder_ffn_hidden_size": 48,
@@ -95,7 +95,7 @@ def test_sizes_of_the_encoder(pg_collection: ProcessGroupCollection, t5: T5Facto
 
 
 @pytest.mark.parametrize(("pre", "post"), [(False, False), (False, True), (True, False), (True, True)])
-def test_an_explicit_place_is_preserved(
+def test_explicit_pre_and_post_process_are_used(
     pg_collection: ProcessGroupCollection, t5: T5Factory, pre: bool, post: bool
 ) -> None:
     model = T5ModelBuilder(t5()).build_model(pg_collection, pre_process=pre, post_process=post)
@@ -106,7 +106,7 @@ def test_an_explicit_place_is_preserved(
     assert ("decoder.final_layernorm.weight" in names) == post
 
 
-def test_a_builder_builds_the_same_twice_and_leaves_its_config_alone(
+def test_building_twice_gives_equal_models_and_keeps_the_config(
     pg_collection: ProcessGroupCollection, t5: T5Factory
 ) -> None:
     config = t5(outer={"position_embedding_type": "relative"})
@@ -119,7 +119,7 @@ def test_a_builder_builds_the_same_twice_and_leaves_its_config_alone(
     assert repr(config) == before
 
 
-def test_there_is_no_virtual_stage(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_virtual_stages_are_refused(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     with pytest.raises(UnsupportedError, match="pass no vp_stage"):
         T5ModelBuilder(t5()).build_model(pg_collection, vp_stage=0)
 
@@ -211,7 +211,7 @@ def small_t5(t5: T5Factory, pg_collection: ProcessGroupCollection) -> Any:
     return model
 
 
-def test_it_computes_t5(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_losses_and_gradients_match_the_t5_formula(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     """Losses and the gradient of every parameter, for sequences of unequal length."""
     model = small_t5(t5, pg_collection)
     generator = torch.Generator().manual_seed(2)
@@ -231,7 +231,7 @@ def test_it_computes_t5(pg_collection: ProcessGroupCollection, t5: T5Factory) ->
         )
 
 
-def test_padding_is_not_seen(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_padding_does_not_affect_the_loss(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     model = small_t5(t5, pg_collection)
     source, target = torch.arange(16).view(2, 8), torch.arange(20, 30).view(2, 5)
     padding = (torch.arange(8) >= 6)[None, None, None].expand(2, -1, -1, -1)
@@ -244,9 +244,7 @@ def test_padding_is_not_seen(pg_collection: ProcessGroupCollection, t5: T5Factor
     assert not torch.allclose(losses[1][0], losses[1][1])
 
 
-def test_every_seventh_token_is_hidden_from_the_encoder_and_predicted_by_the_decoder(
-    pg_collection: ProcessGroupCollection, t5: T5Factory
-) -> None:
+def test_the_encoder_input_hides_every_seventh_token(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     config = t5(outer={"position_embedding_type": "relative"})
     builder = T5ModelBuilder(config)
     model: Any = builder.build_model(pg_collection)
@@ -263,7 +261,7 @@ def test_every_seventh_token_is_hidden_from_the_encoder_and_predicted_by_the_dec
 
 
 @without_te
-def test_transformer_engine_gets_masks_of_its_shapes(t5: T5Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_gets_masks_in_its_shapes(t5: T5Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "HAVE_TE", True)
     seen: list[Any] = []
 

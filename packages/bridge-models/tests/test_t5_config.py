@@ -24,7 +24,7 @@ Transformer = Callable[..., TransformerConfig]
 T5Factory = Callable[..., T5ModelConfig]
 
 
-def test_its_own_fields_have_the_defaults_of_megatron_but_tied_embeddings(transformer: Transformer) -> None:
+def test_outer_defaults_match_megatron_except_tied_embeddings(transformer: Transformer) -> None:
     own = {field.name for field in fields(T5ModelConfig)} - {field.name for field in fields(ModelConfig)}
     config = T5ModelConfig(transformer=transformer())
     assert {name: getattr(config, name) for name in own - {"transformer"}} == {
@@ -49,7 +49,7 @@ def test_its_own_fields_have_the_defaults_of_megatron_but_tied_embeddings(transf
     }
 
 
-def test_it_names_its_builder_and_reads_the_transformer_through(t5: T5Factory) -> None:
+def test_the_config_names_its_builder_and_exposes_transformer_fields(t5: T5Factory) -> None:
     config = t5()
     assert config.get_builder_cls() is T5ModelBuilder
     config.hidden_dropout = 0.25
@@ -57,7 +57,7 @@ def test_it_names_its_builder_and_reads_the_transformer_through(t5: T5Factory) -
     assert not {field.name for field in fields(T5ModelConfig)} & {field.name for field in fields(TransformerConfig)}
 
 
-def test_the_encoder_is_the_decoder_with_sizes_of_its_own(t5: T5Factory) -> None:
+def test_the_encoder_config_is_the_decoder_config_with_its_own_sizes(t5: T5Factory) -> None:
     config = t5(
         num_layers=3, normalization="RMSNorm", outer={"encoder_num_layers": 1, "encoder_num_attention_heads": 2}
     )
@@ -73,7 +73,7 @@ def test_the_encoder_is_the_decoder_with_sizes_of_its_own(t5: T5Factory) -> None
     assert (config.num_layers, config.encoder_transformer.num_layers) == (3, 1)
 
 
-def test_the_encoder_is_drawn_by_its_own_depth(t5: T5Factory, pg_collection: ProcessGroupCollection) -> None:
+def test_the_encoder_is_initialised_for_its_own_depth(t5: T5Factory, pg_collection: ProcessGroupCollection) -> None:
     outer = {"encoder_num_layers": 32}
     config = t5(num_layers=2, hidden_size=64, outer=outer)
     model = T5ModelBuilder(config).build_model(pg_collection)
@@ -107,14 +107,12 @@ def test_the_encoder_is_drawn_by_its_own_depth(t5: T5Factory, pg_collection: Pro
         ({}, {"cuda_graph_impl": "local"}, "use_te_rng_tracker"),
     ],
 )
-def test_what_does_not_describe_a_model(
-    t5: T5Factory, outer: dict[str, Any], inner: dict[str, Any], message: str
-) -> None:
+def test_invalid_models_are_refused(t5: T5Factory, outer: dict[str, Any], inner: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelConfigError, match=message):
         t5(outer=outer, **inner).finalize()
 
 
-def test_other_heads_and_channels_of_the_encoder_are_fine_where_positions_do_not_mind(t5: T5Factory) -> None:
+def test_encoder_heads_may_differ_without_shared_rotary_embeddings(t5: T5Factory) -> None:
     t5(outer={"encoder_num_attention_heads": 2, "encoder_kv_channels": 4}).finalize()
 
 
@@ -159,7 +157,7 @@ ROUND_TRIPS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, 
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_nothing_is_lost_in_a_document(t5: T5Factory, tmp_path: Path, case: str) -> None:
+def test_documents_keep_every_field(t5: T5Factory, tmp_path: Path, case: str) -> None:
     cls, inner, outer = ROUND_TRIPS[case]
     config = t5(cls, outer=outer, **inner)
     file = tmp_path / "model.yaml"

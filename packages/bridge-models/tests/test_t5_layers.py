@@ -59,7 +59,7 @@ def attentions(model: Any) -> dict[str, list[type]]:
 
 @without_te
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_default_layers_are_in_pytorch(
+def test_default_layers_are_pytorch_layers(
     pg_collection: ProcessGroupCollection, t5: T5Factory, implementation: str
 ) -> None:
     model = build(t5(transformer_impl=implementation, normalization="RMSNorm"), pg_collection)
@@ -70,7 +70,7 @@ def test_default_layers_are_in_pytorch(
     assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1
 
 
-def test_given_layers_pass_through(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_given_layers_are_used(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     asked = []
 
     def encoder(config: T5ModelConfig) -> TransformerBlockSubmodules:
@@ -89,7 +89,7 @@ def test_given_layers_pass_through(pg_collection: ProcessGroupCollection, t5: T5
     assert attentions(build(config, pg_collection))["cross"] == [OtherAttention] * 2
 
 
-def test_local_attention_is_swapped_into_given_layers_cross_attention_too(
+def test_local_self_and_cross_attention_are_replaced_in_given_layers(
     pg_collection: ProcessGroupCollection, t5: T5Factory
 ) -> None:
     given = marked(t5_spec.decoder_model_with_local_spec())
@@ -103,7 +103,7 @@ def test_local_attention_is_swapped_into_given_layers_cross_attention_too(
 
 @pytest.mark.parametrize("field", ["encoder_layer_spec", "decoder_layer_spec"])
 @pytest.mark.parametrize("given", [lambda config: None, "local"])
-def test_what_is_no_spec_is_refused(
+def test_invalid_specs_are_refused(
     pg_collection: ProcessGroupCollection, t5: T5Factory, field: str, given: object
 ) -> None:
     with pytest.raises(LayerSpecError, match=field):
@@ -116,7 +116,7 @@ class Named:
 
 @without_te
 @pytest.mark.parametrize("backend", [AttnBackend.auto, AttnBackend.local])
-def test_with_transformer_engine_the_layers_are_megatrons(
+def test_with_transformer_engine_megatron_layers_are_used(
     pg_collection: ProcessGroupCollection, t5: T5Factory, monkeypatch: pytest.MonkeyPatch, backend: AttnBackend
 ) -> None:
     from bridge.models.t5 import layers as t5_layers
@@ -165,13 +165,13 @@ UNSUPPORTED: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
 
 @without_te
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_would_be_passed_over_is_refused(pg_collection: ProcessGroupCollection, t5: T5Factory, case: str) -> None:
+def test_ignored_options_are_refused(pg_collection: ProcessGroupCollection, t5: T5Factory, case: str) -> None:
     cls, inner, message = UNSUPPORTED[case]
     with pytest.raises(UnsupportedError, match=f"(?s)cannot do.*{message}"):
         build(t5(cls, **inner), pg_collection)
 
 
-def test_layers_of_ones_own_may_do_more(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_options_are_accepted_with_given_layers(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     outer = {
         "encoder_layer_spec": marked(t5_spec.encoder_model_with_local_spec()),
         "decoder_layer_spec": marked(t5_spec.decoder_model_with_local_spec()),
@@ -180,7 +180,9 @@ def test_layers_of_ones_own_may_do_more(pg_collection: ProcessGroupCollection, t
 
 
 @without_te
-def test_megatron_still_cannot_do_it_alone(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
+def test_megatron_local_t5_layers_still_lack_final_norm_and_relative_positions(
+    pg_collection: ProcessGroupCollection, t5: T5Factory
+) -> None:
     """Neither a norm at the end of its local layers, nor relative positions in them."""
     config = t5()
     model = T5Model(

@@ -18,12 +18,12 @@ from bridge.models.errors import ModelConfigError
         (7, 1, 2, 8),
     ],
 )
-def test_known_sizes(vocab: int, divisible_by: int, tp: int, padded: int) -> None:
+def test_padded_sizes_match_hand_computed_values(vocab: int, divisible_by: int, tp: int, padded: int) -> None:
     assert pad_vocab_size(vocab, make_vocab_size_divisible_by=divisible_by, tensor_model_parallel_size=tp) == padded
 
 
 @given(st.integers(1, 10**9), st.integers(1, 4096), st.integers(1, 64))
-def test_the_smallest_that_every_rank_can_share(vocab: int, divisible_by: int, tp: int) -> None:
+def test_padding_gives_the_smallest_divisible_size(vocab: int, divisible_by: int, tp: int) -> None:
     padded = pad_vocab_size(vocab, make_vocab_size_divisible_by=divisible_by, tensor_model_parallel_size=tp)
     assert padded % tp == 0
     assert padded // tp % divisible_by == 0
