@@ -15,9 +15,9 @@ from bridge.dist.plan.show.page import render_page
 @pytest.mark.parametrize(
     ("plan", "verdict"),
     [
-        (SMALL, "stage 0 (rank 0 and those beside it) holds most: 76.000 of 80.000 GiB: fits, 4.000 GiB are left"),
-        (LARGE, "90.000 of 80.000 GiB: does not fit, 10.000 GiB too much; in all 1 of 16 stage(s) do not fit"),
-        (replace(SMALL, gpu_memory=None), "stage 0 (rank 0 and those beside it) holds most: 76.000 GiB"),
+        (SMALL, "stage 0 (first rank 0) needs the most: 76.000 of 80.000 GiB: fits, 4.000 GiB are left"),
+        (LARGE, "90.000 of 80.000 GiB: does not fit, 10.000 GiB too much; 1 of 16 stage(s) do not fit"),
+        (replace(SMALL, gpu_memory=None), "stage 0 (first rank 0) needs the most: 76.000 GiB"),
     ],
     ids=["fits", "does not fit", "no limit"],
 )
@@ -32,7 +32,7 @@ def test_unsharded_memory_is_shown_as_a_separate_kind() -> None:
     shown = render_on_terminal(plan)
     assert max(map(len, shown.splitlines())) <= 80
     assert re.search(r"A+[|]?U+[| ]*$", shown, re.MULTILINE)
-    assert "added to that of the activations" in words(shown)
+    assert "the total is an upper bound" in words(shown)
     assert "unsharded" not in render_on_terminal(SMALL)
     picture = parse_page(plan).one("section", id="memory").one("svg", role="img")
     drawn = picture.all("rect", class_="unsharded")
@@ -89,7 +89,7 @@ def test_a_long_schedule_is_truncated_with_a_note() -> None:
     section = StrictParser(text).root.one("section", id="schedule")
     passes = section.all("g", class_="pass")
     scope = section.one("p", id="schedule-scope").text
-    missing = re.search(r"The first [\d.]+% of the step is shown; ([\d,]+) passes come after.", scope)
+    missing = re.search(r"The first [\d.]+% of the step is shown; ([\d,]+) later passes are not.", scope)
     assert missing is not None
     assert int(missing[1].replace(",", "")) == 16 * 64 * 2 * 2 - len(passes)
     # All ranks run backward passes: the warm-up is over.

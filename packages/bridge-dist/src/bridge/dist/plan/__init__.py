@@ -1,5 +1,5 @@
-"""An exact plan of any cluster layout, without GPUs: see ``plan.plan``.
+"""The planner: memory, computation and communication of a job with any layout, without GPUs; see ``plan.plan``.
 
-Imports go one way: ``virtual_rank``, ``count``, ``plan``, ``forecast``, ``show``; each may import those before it, and
-all may import ``results`` and the rest of ``bridge.dist`` but ``run`` and the commands.
+The layers are, lowest first, ``virtual_rank``, ``count``, ``plan``, ``forecast`` and ``show``. Each may import those
+below it. All may import ``results`` and the rest of ``bridge.dist``, except ``run`` and the commands.
 """

@@ -1,4 +1,4 @@
-"""Plans and searches for people: tables on the terminal, and the page of ``bridge plan --html``.
+"""Views of plans and searches: tables on the terminal, and the page that ``bridge plan --html`` writes.
 
-It may import everything else of the planner, and nothing of the planner imports it.
+It may import the rest of the planner, and the rest of the planner does not import it.
 """

@@ -1,4 +1,4 @@
-"""The elements of a page: made, not written as text, so that every text is escaped."""
+"""Functions that make the elements of a page. A page is a tree, so that writing it escapes every text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from xml.etree.ElementTree import Element
 
 ROW, GAP = 26, 4
-"""The height of a row of a picture, and how much of it stays empty."""
+"""The height of a row in a picture, and the empty part of it."""
 
 
 def node(tag: str, *children: Element | str, **attributes: str | float) -> Element:
-    """Make an element; ``_`` in the name of an attribute stands for ``-``, and is dropped at its end."""
+    """Make an element; in attribute names, a trailing ``_`` is dropped and other ``_`` become ``-``."""
     made = Element(tag)
     for name, value in attributes.items():
         written = value if isinstance(value, str) else f"{value:.7g}"
@@ -26,7 +26,7 @@ def node(tag: str, *children: Element | str, **attributes: str | float) -> Eleme
 
 
 def make_picture(name: str, width: float, height: float, parts: Iterable[Element]) -> Element:
-    """Make a picture, which two of its parts describe in words: those with the ids NAME-title and NAME-desc."""
+    """Make a picture; the parts with the ids NAME-title and NAME-desc describe it to screen readers."""
     return node(
         "svg",
         *parts,
@@ -38,7 +38,7 @@ def make_picture(name: str, width: float, height: float, parts: Iterable[Element
 
 
 def make_legend(entries: Iterable[tuple[str, str]]) -> Element:
-    """Make a list of names, each beside a square filled as is said."""
+    """Make a legend from pairs of a name and the fill of its square."""
     items = [
         node(
             "li",
@@ -53,7 +53,7 @@ def make_legend(entries: Iterable[tuple[str, str]]) -> Element:
 def make_table(
     name: str, caption: str, rows: Sequence[dict[str, str | int]], *, is_open: bool = False
 ) -> Iterator[Element]:
-    """Make a table that can be folded away and copied; nothing without rows."""
+    """Yield a table that can be folded and copied; nothing if there are no rows."""
     if not rows:
         return
     lines = [

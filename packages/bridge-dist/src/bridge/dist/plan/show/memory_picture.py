@@ -1,4 +1,4 @@
-"""The memory of each stage, drawn as stacked bars."""
+"""The picture of the memory of each stage, as stacked bars."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
 from bridge.dist.plan.show.words import used_kinds
 
-_KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # told apart by colour-blind people too
+_KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # distinguishable with colour blindness
 _BARS = (70, 800)
-"""From where to where the bars of memory go, in a picture 900 wide."""
+"""Left and right end of the longest bar, in a picture 900 wide."""
 
 
 def make_memory_section(plan: Plan) -> Element:
-    """Draw the memory of a rank of each stage."""
+    """Draw the memory per rank of each stage."""
     legend = [(kind.name, colour) for kind, colour in zip(used_kinds(plan), _KIND_COLOURS, strict=False)]
     return node(
         "section",
-        node("h2", "Memory of a rank by pipeline stage"),
+        node("h2", "Memory per rank by pipeline stage"),
         make_legend(legend),
         node("div", _draw_memory(plan), class_="scroll fit"),
         id="memory",
@@ -34,7 +34,7 @@ def _draw_memory(plan: Plan) -> Element:
     scale = (right - left) / longest
     bottom = 24 + len(plan.stages) * ROW
     parts = [
-        node("title", "Memory of a rank by pipeline stage", id="memory-title"),
+        node("title", "Memory per rank by pipeline stage", id="memory-title"),
         node("desc", _describe_memory(plan), id="memory-desc"),
     ]
     for tick in _ticks(longest / 2**30):
@@ -46,10 +46,10 @@ def _draw_memory(plan: Plan) -> Element:
     parts += [_draw_stage(plan, stage, 24 + row * ROW, scale) for row, stage in enumerate(plan.stages)]
     if plan.gpu_memory is not None:
         x = left + plan.gpu_memory * scale
-        anchor = "end " if x > (left + right) / 2 else ""  # there is room on this side
+        anchor = "end " if x > (left + right) / 2 else ""  # the label goes to the side with more room
         parts += [
             node("line", x1=x, x2=x, y1=18, y2=bottom, class_="limit"),
-            node("text", f"{format_gib(plan.gpu_memory)} GiB of a GPU", x=x, y=13, class_=f"{anchor}limit-label"),
+            node("text", f"{format_gib(plan.gpu_memory)} GiB per GPU", x=x, y=13, class_=f"{anchor}limit-label"),
         ]
     return make_picture("memory", 900, bottom + 24, parts)
 
@@ -71,16 +71,16 @@ def _draw_stage(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element
 
 def _describe_memory(plan: Plan) -> str:
     least = min(stage.total_bytes for stage in plan.stages)
-    limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB of a GPU."
+    limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB per GPU."
     return (
-        f"A bar for each of {len(plan.stages)} stages, stacked of {', '.join(kind.name for kind in used_kinds(plan))}: "
+        f"One bar per stage ({len(plan.stages)}), stacked: {', '.join(kind.name for kind in used_kinds(plan))}: "
         f"from {format_gib(least)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
         "The numbers are in the table of stages."
     )
 
 
 def _ticks(longest: float) -> Iterator[float]:
-    """Four to nine round numbers from zero on."""
+    """Yield four to nine round numbers, starting at zero."""
     step: float = 10.0 ** ceil(log10(longest)) / 10
     step *= next(factor for factor in (0.2, 0.5, 1, 2) if longest / (step * factor) < 9)
     yield from (step * index for index in range(int(longest / step) + 1))

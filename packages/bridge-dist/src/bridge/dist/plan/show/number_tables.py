@@ -1,4 +1,4 @@
-"""The numbers of a plan, exactly, as tables to copy."""
+"""Tables of the exact numbers of a plan, to copy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bridge.dist.plan.show.elements import make_table, node
 
 
 def make_numbers_section(plan: Plan, timeline: Timeline) -> Element:
-    """Make the tables of stages, chunks, what is sent, and the layout."""
+    """Make the tables of stages, chunks, traffic and the layout."""
     return node(
         "section",
         node("h2", "Numbers"),
-        node("p", "Of one rank of each stage, in bytes and FLOPs a step; digits are grouped on the screen only."),
+        node("p", "For one rank of each stage, in bytes and FLOPs per step. Copied numbers have no digit groups."),
         *make_table("stages", "Stages", _stage_rows(plan, timeline), is_open=True),
-        *make_table("chunks", "Chunks, for one microbatch", _chunk_rows(plan)),
-        *make_table("traffic", "Sent in a step", _traffic_rows(plan)),
+        *make_table("chunks", "Chunks, per microbatch", _chunk_rows(plan)),
+        *make_table("traffic", "Traffic per step", _traffic_rows(plan)),
         *make_table("layout", "Layout", [{"axis": axis, "size": size} for axis, size in plan.layout.items()]),
         id="numbers",
     )

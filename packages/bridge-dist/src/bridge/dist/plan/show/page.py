@@ -1,4 +1,4 @@
-"""A plan as one page that needs nothing else: memory by stage and the schedule drawn, the numbers to copy."""
+"""A self-contained HTML page for a plan: pictures of memory and schedule, and tables of numbers to copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.dist.plan.show.words import describe_plan
 
 
 def render_page(plan: Plan, title: str) -> str:
-    """Return a plan as an HTML page, under a title such as the name of its file."""
+    """Return a plan as an HTML page; ``title`` names the model, such as the name of its file."""
     timeline = timeline_of(plan)
     head = node(
         "head",

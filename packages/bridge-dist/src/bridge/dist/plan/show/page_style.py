@@ -1,4 +1,4 @@
-"""How the page of a plan looks, and what its buttons do."""
+"""The style sheet and the script of the page of a plan."""
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --faint: #ececec; --line: #8a8a8a; --limit: #c00000; }

@@ -1,4 +1,4 @@
-"""The schedule of a step, drawn as a row of passes for each pipeline rank."""
+"""The picture of the schedule of a step: one row of passes for each pipeline rank."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
 
 _FORWARD, _BACKWARD = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
-_MOST_PASSES = 2400
-"""How many passes are drawn: more, and a browser gets slow."""
-_MEAN_PASS, _NARROWEST = 27, 750
-"""How wide a pass is on average, and the whole schedule at least."""
+_MAX_PASSES = 2400
+"""Maximum number of passes to draw: more make a browser slow."""
+_MEAN_PASS_WIDTH, _MIN_WIDTH = 27, 750
+"""Mean width of a pass, and minimum width of the schedule."""
 
 
 def make_schedule_section(plan: Plan, timeline: Timeline) -> Element:
-    """Draw the passes of a step, as many as a browser can take."""
+    """Draw the passes of a step, up to a number that a browser can handle."""
     chunks = max(len(stage.chunks) for stage in plan.stages)
     until = _last_drawn_time(timeline)
     drawn = [[one for one in rank if one.start < until] for rank in timeline.ranks]
     missing = sum(map(len, timeline.ranks)) - sum(map(len, drawn))
     if missing:
-        scope = f"The first {until / timeline.length:.1%} of the step is shown; {missing:,} passes come after."
+        scope = f"The first {until / timeline.length:.1%} of the step is shown; {missing:,} later passes are not."
     else:
         scope = "The whole step is shown."
-    numbers = "Numbers are microbatches"
-    numbers += " and, below them, chunks of the rank; later chunks are paler." if chunks > 1 else "."
+    numbers = "Each number is a microbatch"
+    numbers += " and, below it, a chunk of the rank; later chunks are paler." if chunks > 1 else "."
     legend = [
         ("forward", _tint(_FORWARD, 0, chunks)),
         ("backward", _tint(_BACKWARD, 0, chunks)),
@@ -36,7 +36,7 @@ def make_schedule_section(plan: Plan, timeline: Timeline) -> Element:
     return node(
         "section",
         node("h2", "Schedule of a step"),
-        node("p", f"{numbers} Hatched: a rank waits, in a bubble of the pipeline. {scope}", id="schedule-scope"),
+        node("p", f"{numbers} Hatched areas are pipeline bubbles, in which a rank waits. {scope}", id="schedule-scope"),
         make_legend(legend),
         node(
             "div",
@@ -53,7 +53,7 @@ def make_schedule_section(plan: Plan, timeline: Timeline) -> Element:
 
 def _last_drawn_time(timeline: Timeline) -> float:
     starts = sorted(one.start for rank in timeline.ranks for one in rank)
-    return timeline.length if len(starts) <= _MOST_PASSES else starts[_MOST_PASSES]
+    return timeline.length if len(starts) <= _MAX_PASSES else starts[_MAX_PASSES]
 
 
 def _draw_stage_names(timeline: Timeline) -> Element:
@@ -66,7 +66,7 @@ def _draw_stage_names(timeline: Timeline) -> Element:
 
 def _draw_schedule(ranks: Sequence[Sequence[TimedPass]], until: float, chunks: int, scope: str) -> Element:
     lengths = [one.end - one.start for rank in ranks for one in rank]
-    scale = max(_MEAN_PASS * len(lengths) / sum(lengths), _NARROWEST / until) if until else 1.0
+    scale = max(_MEAN_PASS_WIDTH * len(lengths) / sum(lengths), _MIN_WIDTH / until) if until else 1.0
     width = until * scale
     stripes = node(
         "pattern",
@@ -78,10 +78,10 @@ def _draw_schedule(ranks: Sequence[Sequence[TimedPass]], until: float, chunks: i
         patternUnits="userSpaceOnUse",
         patternTransform="rotate(45)",
     )
-    description = f"A row for each of {len(ranks)} pipeline ranks, time to the right. {scope}"
+    description = f"One row for each of {len(ranks)} pipeline ranks; time runs to the right. {scope}"
     parts = [
         node("title", "Forward and backward passes of each pipeline rank", id="schedule-title"),
-        node("desc", f"{description} How long each rank idles is in the table of stages.", id="schedule-desc"),
+        node("desc", f"{description} The table of stages has the idle time of each rank.", id="schedule-desc"),
         node("defs", stripes),
     ]
     for rank, timed in enumerate(ranks):
@@ -113,6 +113,6 @@ def _draw_pass(one: TimedPass, y: float, scale: float, end: float, chunks: int) 
 
 
 def _tint(colour: tuple[int, int, int], chunk: int, chunks: int) -> str:
-    """The later the chunk, the nearer to white; the text on it stays dark."""
+    """Return a colour that is paler for later chunks, on which dark text stays readable."""
     share = 0.7 * chunk / max(chunks - 1, 1)
     return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in colour)

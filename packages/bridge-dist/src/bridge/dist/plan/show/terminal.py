@@ -1,4 +1,4 @@
-"""A plan, or a search, as tables and bars on the terminal. Without colour the bars are letters."""
+"""Tables and bars that show a plan or a search on the terminal. Bars consist of letters, so colour is optional."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SHORTEST_BAR, _LONGEST_BAR = 10, 60
 
 
 def render_plan(plan: Plan) -> list[RenderableType]:
-    """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, sends, and all in words."""
-    groups = list(_group_alike_stages(plan))
+    """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, then traffic and a summary."""
+    groups = list(_group_equal_stages(plan))
     parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(plan, groups), ""]
     if any(stage.traffic for stage in plan.stages):
         parts += [_traffic_table(plan), ""]
@@ -34,9 +34,9 @@ def render_plan(plan: Plan) -> list[RenderableType]:
     return [*parts, words, f"planned in {plan.seconds:.1f} s"]
 
 
-def _group_alike_stages(plan: Plan) -> Iterator[list[StagePlan]]:
-    """Stages whose ranks hold and compute the same, together; those that hold most first."""
-    found: dict[tuple[int, ...], list[StagePlan]] = {}
+def _group_equal_stages(plan: Plan) -> Iterator[list[StagePlan]]:
+    """Yield groups of stages with the same memory and computation; those that need the most memory first."""
+    groups: dict[tuple[int, ...], list[StagePlan]] = {}
     for stage in plan.stages:
         held = (
             stage.total_bytes,
@@ -46,8 +46,8 @@ def _group_alike_stages(plan: Plan) -> Iterator[list[StagePlan]]:
             *(kind.of(stage) for kind in KINDS),
         )
         layers = (len(chunk.layers) for chunk in stage.chunks)
-        found.setdefault((*held, *layers), []).append(stage)
-    yield from sorted(found.values(), key=lambda stages: -stages[0].total_bytes)
+        groups.setdefault((*held, *layers), []).append(stage)
+    yield from sorted(groups.values(), key=lambda stages: -stages[0].total_bytes)
 
 
 def _make_table(title: str, *columns: str) -> Table:
@@ -58,7 +58,7 @@ def _make_table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
-    table = _make_table("memory of a rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
+    table = _make_table("memory per rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
     table.add_column("", ratio=1)
     for stages in groups:
         stage = stages[0]
@@ -74,7 +74,7 @@ def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
 
 
 def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
-    table = _make_table("GiB of a rank by kind, and its computation in a step", "stage", "weights", "gradients")
+    table = _make_table("GiB per rank by kind, and TFLOPs per step", "stage", "weights", "gradients")
     unsharded = ["unsharded"] if len(used_kinds(plan)) == len(KINDS) else []
     for name in ("master", "state", "activations", *unsharded, "TFLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -93,14 +93,14 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
 
 
 def _traffic_table(plan: Plan) -> Table:
-    """Each kind of collective where it moves most."""
+    """Show each operation of each group on the stage where it moves the most bytes."""
     most: dict[tuple[str, int, str], tuple[Traffic, StagePlan]] = {}
     for stage in plan.stages:
         for traffic in stage.traffic:
             key = (traffic.group, traffic.ranks, traffic.operation)
             if key not in most or traffic.bytes > most[key][0].bytes:
                 most[key] = (traffic, stage)
-    table = _make_table("most sent by a rank in a step", "group", "ranks", "operation")
+    table = _make_table("largest traffic of a rank per step", "group", "ranks", "operation")
     for name in ("calls", "GiB", "stage"):
         table.add_column(name, justify="right", no_wrap=True)
     for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
@@ -118,12 +118,12 @@ def _legend(plan: Plan) -> Text:
     for kind, colour in zip(used_kinds(plan), _COLOURS, strict=False):
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
-        legend.append(f"| {format_gib(plan.gpu_memory)} GiB of a GPU")
+        legend.append(f"| {format_gib(plan.gpu_memory)} GiB per GPU")
     return legend
 
 
 class _Bar:
-    """The memory of a stage as one line: each kind's first letter, on its colour, and where a GPU's memory ends."""
+    """A bar for the memory of a stage: the first letter of each kind on its colour, and ``|`` at the limit of a GPU."""
 
     def __init__(self, plan: Plan, stage: StagePlan) -> None:
         self._sizes = [kind.of(stage) for kind in KINDS]
@@ -134,7 +134,7 @@ class _Bar:
         return Measurement(_SHORTEST_BAR, _LONGEST_BAR)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = min(options.max_width, _LONGEST_BAR) - 1  # and the mark of the limit
+        width = min(options.max_width, _LONGEST_BAR) - 1  # leaves a column for the mark of the limit
 
         def cells(size: int) -> int:
             return round(size * width / self._scale)
@@ -153,21 +153,21 @@ class _Bar:
 _MAX_ROWS = 10
 
 
-def render_search(found: SearchResult, machine: Machine) -> list[RenderableType]:
-    """Show the fastest layouts of a search, why the first is ahead, and what the times are estimated with."""
-    kinds = list(dict.fromkeys(kind for one in found.candidates[:_MAX_ROWS] for kind in one.parts))
-    table = Table("layout", "GiB", "step, s", *kinds, title="fastest layouts, estimated seconds of a step by kind")
+def render_search(result: SearchResult, machine: Machine) -> list[RenderableType]:
+    """Render the fastest layouts of a search, why the first is fastest, and the assumptions of the estimate."""
+    kinds = list(dict.fromkeys(kind for one in result.candidates[:_MAX_ROWS] for kind in one.parts))
+    table = Table("layout", "GiB", "step, s", *kinds, title="fastest layouts, with estimated seconds per step by kind")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in found.candidates[:_MAX_ROWS]:
+    for one in result.candidates[:_MAX_ROWS]:
         parts = [f"{one.parts.get(kind, 0.0):.3f}" for kind in kinds]
         table.add_row(one.name, format_gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
-    said = [
-        f"{found.tried} layouts: {found.refused} refused, {found.too_large} too large, "
-        f"{len(found.candidates)} fit, {min(_MAX_ROWS, len(found.candidates))} shown",
-        *filter(None, [found.explain_ranking()]),
-        f"estimated with {machine.flops / 1e12:,.0f} TFLOPs a second of which {machine.efficiency:.0%} are reached, "
-        f"{machine.node_bandwidth / 1e9:,.0f} GB/s between {machine.gpus_per_node} GPUs of a node and "
-        f"{machine.network_bandwidth / 1e9:,.0f} GB/s beyond; nothing overlaps",
+    notes = [
+        f"{result.tried} layouts: {result.refused} refused, {result.too_large} too large, "
+        f"{len(result.candidates)} fit, {min(_MAX_ROWS, len(result.candidates))} shown",
+        *filter(None, [result.explain_ranking()]),
+        f"the estimate assumes {machine.flops / 1e12:,.0f} TFLOP/s per GPU at {machine.efficiency:.0%} efficiency, "
+        f"{machine.node_bandwidth / 1e9:,.0f} GB/s between the {machine.gpus_per_node} GPUs of a node, "
+        f"{machine.network_bandwidth / 1e9:,.0f} GB/s between nodes, and no overlap",
     ]
-    return [table, *(Text(line) for line in said)]
+    return [table, *(Text(line) for line in notes)]
