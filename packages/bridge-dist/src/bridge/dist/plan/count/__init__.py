@@ -1,4 +1,4 @@
-"""What a rank holds, computes and sends: its real stages built, wrapped and run on the meta device, and counted.
+"""Measurement of one rank: its real stages are built, wrapped and run on the meta device, and their cost is counted.
 
-It may import ``virtual_rank``.
+Of the planner, it may import only ``virtual_rank``.
 """

@@ -1,4 +1,4 @@
-"""Attention by kernels that keep little, on the meta device; and their FLOPs."""
+"""Fused attention kernels for the meta device, and formulas for their FLOPs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # the kernels see it in the shapes
+    enable_gqa: bool = False,  # unused: the kernels infer it from the shapes
 ) -> torch.Tensor:
-    """Attention by kernels that keep queries, keys, values, the output and one number for each of its rows.
+    """Compute attention with a kernel that saves queries, keys, values, the output and one number per output row.
 
-    On the meta device torch would compute, and keep, the whole matrix of scores. Where it has no such kernel on a CPU
-    (for values of another width than queries, or a mask with a gradient) that of GPUs is taken.
+    On the meta device, torch would compute and save the whole score matrix. The CPU kernel supports neither values
+    that differ in width from queries nor a mask with a gradient; the GPU kernel is used for those.
     """
     mask = attn_mask
     if mask is not None and mask.dtype is torch.bool:
@@ -36,22 +36,22 @@ def _attend(
 
 
 def use_fused_attention() -> AbstractContextManager[None]:
-    """Attend by `_attend` within a context.
+    """Return a context in which torch computes attention with `_attend`.
 
-    In recomputed passes too: torch switches function modes off in the backward pass.
+    The function is replaced because a torch function mode would be off in the backward pass, where recomputation runs.
     """
     return replace_attributes(Replacement(torch.nn.functional, "scaled_dot_product_attention", _attend))
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """FLOPs of the scores, and of their product with the values."""
+    """Return the FLOPs of the scores and of their product with the values."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward_flops(
     _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: object, **___: object
 ) -> int:
-    """FLOPs of the scores again, and of two gradients for each of the two products."""
+    """Return the FLOPs of recomputing the scores and of two gradients for each of the two products."""
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
@@ -61,4 +61,4 @@ ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops,
 }
-"""torch 2.15 has formulas for all four; 2.11 counts nothing for the first two, and refuses grouped queries."""
+"""FLOP formulas. torch 2.15 has all four; torch 2.11 lacks the first two and rejects grouped queries."""

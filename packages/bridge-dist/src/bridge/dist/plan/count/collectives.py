@@ -1,4 +1,4 @@
-"""What a rank sends: collectives, counted as they are called, by group and operation."""
+"""Counting the collectives that a rank calls, by group and operation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Sent = Counter[tuple[str, int, str]]
-"""Bytes by group, its size, and operation."""
+"""Calls or bytes by group, group size and operation."""
 
 
 class Calls(NamedTuple):
-    """Collectives of a piece of work: how many and how large, by group, its size and operation."""
+    """Number and total bytes of collectives, by group, group size and operation."""
 
     number: Sent
     size: Sent
 
     @classmethod
     def empty(cls) -> Self:
-        """Nothing sent."""
+        """Return an empty count."""
         return cls(Counter(), Counter())
 
     def add(self, other: Calls, times: int = 1) -> None:
-        """Add the calls of something that is done several times."""
+        """Add other calls, made ``times`` times."""
         for mine, theirs in zip(self, other, strict=True):
             for key, value in theirs.items():
                 mine[key] += value * times
 
     def __sub__(self, other: Calls) -> Calls:
-        """Return the calls without others."""
+        """Return these calls minus others."""
         calls = Calls.empty()
         calls.add(self)
         calls.add(other, -1)
@@ -42,7 +42,7 @@ class Calls(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepCalls:
-    """Collectives of a step: of its first microbatches and its end, and of each round of so many microbatches more."""
+    """Collectives of a step: ``first`` with ``microbatches``, and ``more`` per additional round of microbatches."""
 
     microbatches: int
     first: Calls
@@ -50,7 +50,7 @@ class StepCalls:
     more: Calls
 
     def count(self, microbatches: int) -> Calls:
-        """Return the collectives of a step of so many microbatches, whole rounds more than the first."""
+        """Return the collectives of a step with this many microbatches: the first ones and a number of whole rounds."""
         calls = Calls.empty()
         calls.add(self.first)
         calls.add(self.more, (microbatches - self.microbatches) // self.round_size)
@@ -58,18 +58,18 @@ class StepCalls:
 
 
 _MESSAGES = ("send", "recv")
-"""Between two ranks of a pipeline, which are counted by what their passes take and give."""
+"""Pipeline messages, not counted here: `Work.received` and `Work.passed_on` describe them."""
 _FUNCTIONAL = {
     "all_gather_into_tensor": "allgather",
     "all_reduce": "allreduce",
     "all_to_all_single": "alltoall",
     "reduce_scatter_tensor": "reduce_scatter",
 }
-"""Collectives that return a new tensor, and what those that fill one are called."""
+"""Names of functional collectives, mapped to the names of their in-place counterparts."""
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives: each by its group and operation, and the bytes of its larger side."""
+    """Counts collectives by group and operation, and the bytes of the larger side of each."""
 
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ class Collectives(TorchDispatchMode):
         if func.namespace == "c10d":
             group = next(ProcessGroup.unbox(argument) for argument in args if is_group(argument))
             self._count(group, operation.strip("_").removesuffix("_base"), args)
-        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # those of DTensor
+        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # called by DTensor
             name: Any = next(argument for argument in reversed(args) if isinstance(argument, str))
             group = vars(distributed_c10d)["_resolve_process_group"](name)
             self._count(group, _FUNCTIONAL[operation], (*args, result))
@@ -105,17 +105,17 @@ def tensor_bytes(argument: object) -> int:
 
 
 def named_groups(groups: ProcessGroupCollection) -> list[tuple[str, ProcessGroup]]:
-    """Return the groups that a rank is in, each with its kind."""
+    """Return the process groups of a rank, each with its kind."""
     kinds = ("tp", "cp", "ep", "pp", "dp", "dp_cp", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "embd", "pos_embd", "mp")
-    there = [(kind, getattr(groups, kind, None)) for kind in kinds]
-    return [(kind, group) for kind, group in there if group is not None]
+    present = [(kind, getattr(groups, kind, None)) for kind in kinds]
+    return [(kind, group) for kind, group in present if group is not None]
 
 
 def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
-    """Return what groups are called; ranks that are one group for several kinds of parallelism count as the first."""
+    """Return the kind of each group by its name; a group that serves several kinds gets the first."""
     return {group.group_name: kind for kind, group in reversed(named_groups(groups))}
 
 
 def is_group(argument: Any) -> bool:
-    """Whether this argument of one of torch's operations is a process group."""
+    """Return whether an argument of a torch operation is a process group."""
     return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())

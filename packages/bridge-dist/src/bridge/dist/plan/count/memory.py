@@ -1,4 +1,4 @@
-"""What a rank holds, in bytes: weights, gradients, the optimizer, and what autograd keeps."""
+"""Memory of a rank in bytes: weights, gradients, optimizer, and tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bridge.dist.train.optimizer import set_up_optimizer
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor that is split over ranks."""
+    """Return the local shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -27,9 +27,9 @@ def _parameter_groups(stage: FullyShardedDataParallel) -> list[ParameterGroup]:
 
 
 def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
-    """Yield what holds the weights of a stage between steps."""
+    """Yield the tensors that hold the weights of a stage between steps."""
     if isinstance(stage, FullyShardedDataParallel):
-        # Its parameters may be those of the optimizer, in full precision, which Megatron-FSDP makes itself.
+        # Its parameters may be the optimizer's full-precision copies, which Megatron-FSDP makes itself.
         for group in _parameter_groups(stage):
             if group.model_weight_buffer is not None:
                 yield group.model_weight_buffer.data
@@ -38,7 +38,7 @@ def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
 
 
 def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
-    """Yield what holds the gradients of a stage that an FSDP wraps, at the end of a step."""
+    """Yield the tensors that hold the gradients of an FSDP-wrapped stage at the end of a step."""
     if isinstance(stage, FullyShardedDataParallel):
         for group in _parameter_groups(stage):
             if group.main_grad_buffer is not None:
@@ -49,34 +49,36 @@ def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
 
 
 def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
-    """Yield what holds the weights and buffers of stages."""
+    """Yield the tensors that hold the weights and buffers of stages."""
     for stage in stages:
         yield from weight_tensors(stage)
         yield from (local_part(buffer) for buffer in unwrap(stage).buffers())
 
 
 def count_saved_buffer_elements(stage: MegatronModule) -> int:
-    """Return how many elements the buffers of a stage have that checkpoints hold."""
+    """Return the number of elements in the buffers of a stage that checkpoints contain."""
     model = unwrap(stage)
     saved = model.state_dict()
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
 
 
 def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Return the bytes of the memory behind tensors, each piece once: a view holds all of what it is a view of."""
+    """Return the bytes of the storages of tensors, each storage once; a view counts as its whole storage."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def gradient_buckets(stage: MegatronModule) -> list[Any]:
-    """Return the buckets of gradients of a stage that Megatron's DDP wraps; of others there are none."""
+    """Return the gradient buckets of a stage wrapped in Megatron's DDP; an empty list for other stages."""
     if not isinstance(stage, DistributedDataParallel):
         return []
-    buffers: list[Any] = vars(stage)["buffers"] + stage.expert_parallel_buffers  # not the method of a module
+    buffers: list[Any] = (
+        vars(stage)["buffers"] + stage.expert_parallel_buffers
+    )  # `stage.buffers` could also be the method of `torch.nn.Module`
     return [bucket for buffer in buffers for bucket in buffer.buckets]
 
 
 def gradient_bytes(stages: Sequence[MegatronModule]) -> int:
-    """Return the bytes of the gradients of stages whose weights are not sharded."""
+    """Return the gradient bytes of stages with unsharded weights."""
     buffered = storage_bytes(bucket.grad_data for stage in stages for bucket in gradient_buckets(stage))
     if buffered:
         return buffered
@@ -87,7 +89,7 @@ def gradient_bytes(stages: Sequence[MegatronModule]) -> int:
 
 
 def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
-    """Return the bytes of Megatron's optimizer: copies of weights in full precision, and Adam's two means."""
+    """Return the bytes of full-precision weights and of Adam's two moments in Megatron's optimizer."""
     held = {tensor.untyped_storage()._cdata for tensor in held_tensors(stages)}
     with set_up_optimizer(list(stages), use_gloo_process_groups=False) as optimizer:
         updated = [
@@ -101,20 +103,20 @@ def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
 
 
 class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the memory that autograd keeps, beyond parameters, buffers and gradients; each piece once."""
+    """Counts the memory that autograd saves, each storage once, except parameters, buffers and gradients."""
 
     def __init__(self, stage: MegatronModule) -> None:
         self._stage = stage
-        self._pieces: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        piece = tensor.untyped_storage()
-        self._pieces[piece._cdata] = piece  # which also keeps its address from being used again
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = storage  # the reference also prevents reuse of its address
         return tensor
 
     def total(self) -> int:
-        """Return the bytes kept so far; whole weights that a wrapper has not freed yet are parameters."""
+        """Return the bytes saved so far. Unsharded weights that a wrapper has not freed yet count as parameters."""
         others = (*held_tensors([self._stage]), *(local_part(parameter) for parameter in self._stage.parameters()))
         cdata = {tensor.untyped_storage()._cdata for tensor in others}
-        return sum(piece.nbytes() for piece in self._pieces.values() if piece._cdata not in cdata)
+        return sum(storage.nbytes() for storage in self._storages.values() if storage._cdata not in cdata)

@@ -1,4 +1,4 @@
-"""What a microbatch takes in each chunk of a rank: run forward and backward once, and remembered."""
+"""Cost of a microbatch in each chunk of a rank: run forward and backward once, and cached."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from bridge.dist.train.batch import Batch
 
 
 class Message(NamedTuple):
-    """What one stage of a pipeline sends the next: a tensor, of which the gradient comes back."""
+    """A tensor that one pipeline stage sends to the next, which sends back its gradient."""
 
     shape: torch.Size
     bytes: int
 
     @classmethod
     def describe(cls, tensor: torch.Tensor) -> Self:
-        """Return that of a tensor."""
+        """Return the message that sends a tensor."""
         return cls(tensor.shape, tensor_bytes(tensor))
 
 
 PassedShapes = dict[int, torch.Size]
-"""The shape of what a stage passes on, by its place in the whole pipeline, as far as it was measured."""
+"""Shapes that stages pass on, by place in the whole pipeline; only of measured stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one microbatch takes in a chunk: bytes kept for the backward pass, FLOPs, collectives.
+    """Cost of one microbatch in a chunk: bytes saved for the backward pass, FLOPs, collectives.
 
-    ``received`` is what comes from the stage before, ``passed_on`` what goes to the stage after; None at the ends of
-    the pipeline.
+    ``received`` is the message from the previous stage, ``passed_on`` that to the next stage; None at the ends of the
+    pipeline.
     """
 
     kept: int
@@ -57,11 +57,11 @@ _WITHIN_LAYERS = ("tp", "cp", "ep", "expt_tp", "tp_ep", "tp_cp")
 """Groups whose ranks share the work of a layer."""
 
 Memo = dict[Any, Work]
-"""What microbatches take in chunks that were seen before."""
+"""Cache of the cost of a microbatch, by the signature of a chunk and the sizes of its groups."""
 
 
 class RankStages(NamedTuple):
-    """The stages of a rank, to be run."""
+    """The stages of a rank, with everything needed to run them."""
 
     stages: list[MegatronModule]
     builder: DistributedModelBuilder[MegatronModule, ModelConfig]
@@ -71,7 +71,10 @@ class RankStages(NamedTuple):
 
 
 def run_chunks(rank: RankStages, memo: Memo, passed: PassedShapes) -> list[Work]:
-    """Run a microbatch through each chunk not known from ``memo``, with what the stage before passes on."""
+    """Return the cost of a microbatch in each chunk, running only chunks that are not in ``memo``.
+
+    ``passed`` gives the shapes of their inputs; the shapes of their outputs are added to it.
+    """
     works = []
     for index, stage in enumerate(rank.stages):
         place = index * rank.layout.pp + rank.groups.pp.rank()
@@ -83,7 +86,7 @@ def run_chunks(rank: RankStages, memo: Memo, passed: PassedShapes) -> list[Work]
 
 
 def _hidden_states_shape(rank: RankStages) -> torch.Size:
-    """The shape of what a stage of a decoder passes on, of this rank's part of the sequence."""
+    """Return the shape of a decoder's hidden states for this rank's part of the sequence."""
     config = rank.builder.transformer_config
     length = rank.batch.seq_length // rank.groups.cp.size()
     if config.sequence_parallel:
@@ -91,22 +94,22 @@ def _hidden_states_shape(rank: RankStages) -> torch.Size:
     return torch.Size((length, rank.batch.micro_batch_size, config.hidden_size))
 
 
-def _measure_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size, memo: Memo) -> Work:
+def _measure_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size, memo: Memo) -> Work:
     sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
-    chunk = (_chunk_signature(unwrap(stage)), arriving, rank.batch.micro_batch_size, rank.batch.seq_length)
+    chunk = (_chunk_signature(unwrap(stage)), input_shape, rank.batch.micro_batch_size, rank.batch.seq_length)
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
     work = memo.get(within) or memo.get(anywhere)
     if work is None:
-        work = _run_chunk(rank, stage, arriving)
-        # Sizes of the pipeline and of data parallelism matter only to layers that talk to those ranks.
-        talks_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
-        memo[within if talks_within else anywhere] = work
+        work = _run_chunk(rank, stage, input_shape)
+        # The sizes of pp and dp affect only chunks whose layers communicate in those groups.
+        is_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
+        memo[within if is_within else anywhere] = work
     return work
 
 
 def _chunk_signature(model: torch.nn.Module) -> Any:
-    """What two chunks have in common that take the same: their modules, but for the layers' numbers."""
+    """Return a key that is equal for chunks of equal cost: their modules without layer numbers."""
     shapes = tuple(
         (re.sub(r"\.\d+\.", ".", name), parameter.shape, parameter.dtype)
         for name, parameter in model.named_parameters()
@@ -114,8 +117,8 @@ def _chunk_signature(model: torch.nn.Module) -> Any:
     return (repr(model), shapes, getattr(model, "pre_process", None), getattr(model, "post_process", None))
 
 
-def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) -> Work:
-    """Run one microbatch through a chunk, forward and backward; its input, if it takes one, has a shape."""
+def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size) -> Work:
+    """Run one microbatch forward and backward through a chunk. Chunks with an embedding ignore ``input_shape``."""
     model: Any = unwrap(stage)
     received = passed_on = None
     kept, sent = SavedMemory(stage), Collectives(group_names(rank.groups))
@@ -123,9 +126,9 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, arriving: torch.Size) ->
     with kept, flops, sent, use_fused_attention():
         if not getattr(model, "pre_process", True):
             dtype = rank.builder.transformer_config.pipeline_dtype
-            from_before = torch.empty(arriving, dtype=dtype, requires_grad=True)
-            received = Message.describe(from_before)
-            model.set_input_tensor(from_before)
+            stage_input = torch.empty(input_shape, dtype=dtype, requires_grad=True)
+            received = Message.describe(stage_input)
+            model.set_input_tensor(stage_input)
         tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
         output = rank.builder.forward_step(stage, tokens, rank.groups)
         forward_flops, bytes_kept = flops.get_total_flops(), kept.total()

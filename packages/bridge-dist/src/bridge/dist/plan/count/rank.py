@@ -1,4 +1,4 @@
-"""What a rank holds, computes and sends: its real stages built, wrapped and run on the meta device, and counted."""
+"""Measuring a rank: build, wrap and run its real stages on the meta device, and count memory, FLOPs and traffic."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from bridge.dist.wrapper import Wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A chunk of a rank: its layers, its number of parameters, and what a microbatch takes."""
+    """A chunk of a rank: its layers, its number of parameters, and the cost of a microbatch."""
 
     layers: list[int]
     parameters: int
@@ -46,7 +46,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What a rank holds, in bytes; its chunks; where its parameters stand in the whole model; calls of a step's end."""
+    """Measurements of a rank: bytes of each kind of memory, chunks, parameter placements and traffic."""
 
     rank: int
     weights: int
@@ -56,14 +56,14 @@ class Rank:
     buckets: list[int]
     chunks: list[Chunk]
     placements: list[tuple[Placement, bool]]
-    """And whether a parameter is of an expert, which lives on this expert-parallel rank only."""
+    """The placement of each parameter, and whether it belongs to an expert of this expert-parallel rank."""
     buffers: int
-    """Elements of the buffers that checkpoints hold."""
+    """Elements of the buffers that checkpoints contain."""
     unsharded: int
-    """The most that a wrapper that shards weights makes whole at a time."""
+    """Peak bytes of unsharded weights, gradients and communication buffers under a wrapper that shards weights."""
     traffic: StepCalls
     layers: str
-    """Whose layers they are."""
+    """The library of the layers."""
 
 
 def measure_rank(
@@ -72,17 +72,17 @@ def measure_rank(
     """Build, wrap and run the stages of a rank.
 
     Args:
-        job: What is built, and how it is wrapped.
+        job: The model and its wrapper.
         layout: The sizes of the job.
-        batch: Of a step.
-        rank: Which one; those of earlier pipeline stages come first if they share ``passed``.
-        memo: What chunks took that were seen before, to be looked up and added to.
-        passed: What stages pass on, to be looked up and added to. A stage that is not in it passes on the hidden states
-            of the sequence; so does every last rank of a pipeline to the first, as only the last virtual stage may
+        batch: The batch of a step.
+        rank: The rank to measure. Ranks that share ``passed`` must be measured in the order of their pipeline stages.
+        memo: Cache of the cost of chunks, read and extended.
+        passed: Shapes that stages pass on, read and extended. A stage that is not in it passes on the hidden states
+            of the sequence. So does the last rank of a pipeline to the first, because only the last virtual stage may
             predict several tokens (megatron-core 0.19.2).
 
     Raises:
-        TrainingError: The batch does not divide over the ranks.
+        TrainingError: The batch cannot be divided among the ranks.
     """
     passed = {} if passed is None else passed
     is_fsdp = job.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
@@ -94,7 +94,7 @@ def measure_rank(
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
         leave_out_cuda_graphs(builder.transformer_config)
-        builder.transformer_config.perform_initialization = False  # there are no values to draw
+        builder.transformer_config.perform_initialization = False  # meta tensors have no values
         placements: list[tuple[Placement, bool]] = []
 
         def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
@@ -105,13 +105,11 @@ def measure_rank(
             )
             return stages
 
-        config.pre_wrap_hooks = [
-            compose_hooks(config.pre_wrap_hooks),
-            record_placements,
-        ]  # the last of the model's may return None
+        # Composed, because the last hook of the model may return None.
+        config.pre_wrap_hooks = [compose_hooks(config.pre_wrap_hooks), record_placements]
         options = job.options(builder.transformer_config)
         ddp_config = options.ddp_config
-        if ddp_config is not None:  # there are no values to check
+        if ddp_config is not None:  # meta tensors have no values to check
             ddp_config = replace(ddp_config, check_for_nan_in_grad=False)
         stages = builder.build_distributed_models(
             groups,

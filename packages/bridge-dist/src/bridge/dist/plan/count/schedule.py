@@ -1,4 +1,4 @@
-"""The order in which Megatron's schedules run the chunks of a rank, and what it keeps meanwhile."""
+"""The order of passes in Megatron's pipeline schedules, and the peak of what they keep."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ class Pass(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What Megatron asks a pipeline's group for."""
+    """Stand-in for the process group of a pipeline, with the methods that Megatron's schedule calls."""
 
-    at: int
+    index: int
     ranks: int
 
     def rank(self) -> int:
-        return self.at
+        return self.index
 
     def size(self) -> int:
         return self.ranks
 
 
 class _Communicator(NamedTuple):
+    """Stand-in for ``P2PCommunicator``, with the attributes that Megatron's schedule reads."""
+
     pp_group: _Group
     virtual_pipeline_model_parallel_size: int | None
 
 
 def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: int | None = None) -> list[Pass]:
-    """Return the passes of a pipeline rank in their order, by Megatron's own tables.
+    """Return the passes of a pipeline rank in order, from Megatron's own tables.
 
     Args:
-        layout: The sizes; a virtual pipeline on one rank is none.
-        pp_rank: Which rank of the pipeline.
-        microbatches: In a step.
-        group_size: ``microbatch_group_size_per_vp_stage``, by default the pipeline's size.
+        layout: The sizes of the job; vp is ignored if pp is 1.
+        pp_rank: The pipeline rank.
+        microbatches: The number of microbatches in a step.
+        group_size: ``microbatch_group_size_per_vp_stage``, by default the pipeline-parallel size.
     """
     if layout.pp == 1:
         return [Pass(forward, 0, index) for index in range(microbatches) for forward in (True, False)]
@@ -68,7 +70,7 @@ def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: 
 
 
 def peak_kept(order: Sequence[Pass], kept: Sequence[int]) -> int:
-    """Return the most that is kept at once, where a chunk keeps ``kept[chunk]`` from forward to backward pass."""
+    """Return the peak of what is kept, given that a chunk keeps ``kept[chunk]`` between its two passes."""
     now = highest = 0
     for one in order:
         now += kept[one.chunk] if one.forward else -kept[one.chunk]

@@ -1,4 +1,4 @@
-"""What a training step takes on a rank beyond its microbatches: gradients, what is made whole, collectives."""
+"""Cost of a training step on a rank besides its microbatches: gradients, unsharded memory, collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge.dist.train.step import run_microbatches, zero_gradients
 
 
 class MeasuredStep(NamedTuple):
-    """What a microbatch took in each chunk; collectives of a step; bytes of gradients, and of what was made whole."""
+    """Cost of a microbatch in each chunk, collectives of a step, and bytes of gradients and unsharded memory."""
 
     works: list[Work]
     traffic: StepCalls
@@ -31,7 +31,7 @@ class MeasuredStep(NamedTuple):
 
 
 def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> MeasuredStep:
-    """Run a microbatch through each chunk of which it is not known what it takes, and the end of a step."""
+    """Measure a step with unsharded weights: run a microbatch through each chunk not in ``memo``, then end the step."""
     works = run_chunks(rank, memo, passed)
     ending, more = Collectives(group_names(rank.groups)), Calls.empty()
     for work in works:
@@ -47,19 +47,19 @@ def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> Measur
 
 
 def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
-    """Run whole steps: what is gathered when depends on what was before."""
+    """Measure a step with sharded weights by running whole steps, because gathering depends on the passes before."""
     fewest, round_size = _warm_up_microbatches(rank)
     wanted = rank.batch.microbatches(rank.layout, group_size=_group_size(rank))
     with (
         UnshardedMemory(rank.stages, [rank.groups.dp_cp, rank.groups.expt_dp]) as memory,
         set_up_optimizer(rank.stages, use_gloo_process_groups=False) as optimizer,
     ):
-        _start_gathering(rank.stages)  # as the step before has done
-        works = run_chunks(rank, {}, passed)  # nothing is known: what is gathered depends on the chunks before
+        _start_gathering(rank.stages)  # as the end of the previous step would
+        works = run_chunks(rank, {}, passed)  # an empty memo, because gathering depends on the chunks before
         gradients, first = _end_step(rank)
         for work in works:
             first.add(work.calls)
-        if rank.layout.pp > 1:  # by the order of a pipeline's passes
+        if rank.layout.pp > 1:  # gathering depends on the order of the pipeline's passes
             first = _run_step(rank, min(wanted, fewest), optimizer, works)
         more = Calls.empty()
         if wanted > fewest:
@@ -69,18 +69,18 @@ def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
 
 
 def _warm_up_microbatches(rank: RankStages) -> tuple[int, int]:
-    """Of a step after which each round more takes the same: the pipeline is full; and the size of a round."""
+    """Return the microbatches that fill the pipeline, and the size of a round; each later round costs the same."""
     pp, vp, group = rank.layout.pp, rank.layout.vp, _group_size(rank)
     return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * group, group)
 
 
 def _group_size(rank: RankStages) -> int:
-    """How many microbatches in a row a virtual stage computes."""
+    """Return how many microbatches a virtual stage computes in a row."""
     return rank.builder.transformer_config.microbatch_group_size_per_vp_stage or rank.layout.pp
 
 
 def _end_step(rank: RankStages) -> tuple[int, Calls]:
-    """End a step but for the optimizer's computation; return the bytes of its gradients, and what it sends."""
+    """End a step without the update by the optimizer; return the bytes of gradients and the collectives."""
     sent = Collectives(group_names(rank.groups))
     with sent:
         finalize_model_grads(list(rank.stages))
@@ -90,7 +90,7 @@ def _end_step(rank: RankStages) -> tuple[int, Calls]:
 
 
 def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequence[Work]) -> Calls:
-    """Run a step but for the optimizer's computation."""
+    """Run a step without the update by the optimizer; return its collectives."""
     shape = (microbatches, rank.batch.micro_batch_size, rank.batch.seq_length + 1)
     samples = torch.empty(shape, dtype=torch.long)
     sent = Collectives(group_names(rank.groups))
@@ -103,7 +103,7 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
 
 
 def _supply_step_shapes(rank: RankStages, microbatches: int, works: Sequence[Work]) -> Replacement:
-    """What the ranks beside this one would tell it of shapes, by the order of its passes."""
+    """Return a replacement that supplies the shapes from neighbouring pipeline ranks, in the order of passes."""
     group_size = rank.builder.transformer_config.microbatch_group_size_per_vp_stage
     order = list_passes(rank.layout, rank.groups.pp.rank(), microbatches, group_size=group_size)
     received = (works[one.chunk].received for one in order if one.forward)
@@ -113,7 +113,7 @@ def _supply_step_shapes(rank: RankStages, microbatches: int, works: Sequence[Wor
 
 
 def _start_gathering(stages: Sequence[MegatronModule]) -> None:
-    """Gather what the next step needs first, if that is done at the end of a step, by Megatron's optimizer."""
+    """Start the parameter gathering that Megatron's optimizer starts at the end of a step with Megatron-FSDP."""
     for stage in stages:
         if isinstance(stage, FullyShardedDataParallel):
             wrapper: Any = stage

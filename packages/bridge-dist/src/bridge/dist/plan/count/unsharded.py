@@ -1,4 +1,4 @@
-"""What wrappers that shard weights make whole: the peak of its memory."""
+"""The peak of unsharded memory under wrappers that shard weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from bridge.dist.plan.count.memory import sharded_gradients, weight_tensors
 
 
 class UnshardedMemory(TorchDispatchMode):
-    """Follows how much memory there is for whole weights and gradients, and for what is gathered and reduced.
+    """Tracks the memory of unsharded weights and gradients and of the buffers for gathering and reducing.
 
-    ``peak`` is the most at a time, in bytes. What there is, is seen whenever a wrapper gathers, reduces or copies.
+    ``peak`` is the peak in bytes. It is updated whenever a wrapper gathers, reduces or copies.
     """
 
     def __init__(self, stages: Sequence[MegatronModule], groups: Sequence[ProcessGroup]) -> None:
@@ -34,10 +34,10 @@ class UnshardedMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "fsdp" and "record" not in func._schema.name:  # which records what becomes a gradient
+        if func.namespace == "fsdp" and "record" not in func._schema.name:  # which marks future gradients
             self._record_buffers(list(_tensors((args, *(kwargs or {}).values()))))
         elif func.namespace == "c10d" and any(_is_in_groups(argument, self._groups) for argument in args):
-            # The smaller tensor is a part of it, or what is held.
+            # The smaller tensor is part of the larger one, or a shard that is counted elsewhere.
             self._record_buffers([max(_tensors(args), key=lambda tensor: tensor.numel())])
         return func(*args, **kwargs or {})
 
@@ -45,17 +45,17 @@ class UnshardedMemory(TorchDispatchMode):
         for buffer in buffers:
             reference = StorageWeakRef(buffer.untyped_storage())
             self._buffers[reference.cdata] = reference
-        there: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         for cdata in list(self._buffers):
             storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(cdata)
             if storage is None:
                 del self._buffers[cdata]
             else:
-                there[storage._cdata] = storage.nbytes()
+                sizes[storage._cdata] = storage.nbytes()
         for tensor in self._unsharded_tensors():
-            piece = tensor.untyped_storage()
-            there[piece._cdata] = piece.nbytes()
-        self.peak = max(self.peak, sum(size for cdata, size in there.items() if cdata not in self._held))
+            whole = tensor.untyped_storage()
+            sizes[whole._cdata] = whole.nbytes()
+        self.peak = max(self.peak, sum(size for cdata, size in sizes.items() if cdata not in self._held))
 
     def _unsharded_tensors(self) -> Iterator[torch.Tensor]:
         for module in self._modules:
