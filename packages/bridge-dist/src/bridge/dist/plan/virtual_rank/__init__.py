@@ -1,4 +1,4 @@
-"""Being a rank of a job that does not run: its process groups, the state of its process, what others would tell it.
+"""Simulation of one rank of a job: its process groups, the global state of its process, and the answers of its peers.
 
-It imports nothing else of the planner.
+It imports no other subpackage of the planner.
 """

@@ -1,7 +1,7 @@
-"""The process groups of any rank of a job of any size, in one process: they know their ranks and send nothing.
+"""Process groups for any rank of a job of any size, in one process. They know their ranks and send nothing.
 
-Megatron's own initialiser makes every group of every rank (seconds, for ten thousand ranks); here one rank's are made,
-with the same ranks in the same order, and put where it keeps them.
+Megatron's own initialiser creates every group of every rank, which takes seconds for ten thousand ranks. This module
+creates only those of one rank, with the same ranks in the same order, and stores them in Megatron's variables.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from bridge.dist.plan.virtual_rank.state import isolate_state
 
 
 class _GroupSlot(NamedTuple):
-    """Where Megatron keeps a group: along which axes, in a global variable, and the group's ranks in another."""
+    """The axes of a group, and the global variables in which Megatron keeps the group and its ranks."""
 
     axes: tuple[str, ...]
     group: str
     ranks: str | None = None
 
 
+# Variables of `parallel_state` in megatron-core 0.19.2.
 _GROUPS = (
     _GroupSlot(("tp",), "_TENSOR_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS"),
     _GroupSlot(("pp",), "_PIPELINE_MODEL_PARALLEL_GROUP", "_PIPELINE_GLOBAL_RANKS"),
@@ -64,10 +65,10 @@ _GROUPS = (
 def act_as_rank(
     layout: Layout, rank: int, *, embedding_ranks: Sequence[int] | None = None
 ) -> Iterator[ProcessGroupCollection]:
-    """Be a rank of a job of this layout: Megatron's state and the default group say so until the context is left.
+    """Act as a rank of a job within a context: set up Megatron's state and the default group for it.
 
-    ``embedding_ranks`` are those of ``create_process_groups``. No process group may exist outside. All else that
-    Megatron keeps outside of models is that of a new process.
+    ``embedding_ranks`` is as in ``create_process_groups``. No process group may exist outside the context. Megatron's
+    other global state is that of a new process.
     """
     with isolate_state():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
@@ -81,7 +82,7 @@ def act_as_rank(
 
 
 def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] | None) -> dict[str, Any]:
-    """Megatron's global variables about groups."""
+    """Return the values of Megatron's global variables for groups."""
     state: dict[str, Any] = {}
     made: dict[tuple[str, ...], ProcessGroup] = {}
     for axes, group, ranks_of_group in _GROUPS:
@@ -106,15 +107,15 @@ def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] |
 
 def _make_fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
     store = FakeStore()
-    at = ranks.index(rank)
-    group = ProcessGroup(store, at, len(ranks))
-    backend = FakeProcessGroup._create_internal(at, len(ranks), None)
+    index = ranks.index(rank)
+    group = ProcessGroup(store, index, len(ranks))
+    backend = FakeProcessGroup._create_internal(index, len(ranks), None)
     for device in ("cpu", "cuda", "meta"):
         group._register_backend(torch.device(device), ProcessGroup.BackendType.CUSTOM, backend)
     group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
     group._set_group_name(f"planned {name}")  # type: ignore[arg-type]  # torch 2.6 has no type for it
     world = distributed_c10d._world
-    world.pg_group_ranks[group] = {member: index for index, member in enumerate(ranks)}
+    world.pg_group_ranks[group] = {member: place for place, member in enumerate(ranks)}
     world.pg_map[group] = ("fake", store)
     world.pg_names[group] = group.group_name
     _register_process_group(group.group_name, group)

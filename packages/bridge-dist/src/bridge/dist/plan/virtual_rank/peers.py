@@ -1,4 +1,4 @@
-"""What the other ranks of a job would tell this one, of which nothing arrives."""
+"""Answers in place of the other ranks of a job, which do not exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from bridge.dist.patch import Replacement, replace_attributes
 
 
 def answer_for_all_ranks() -> AbstractContextManager[None]:
-    """While Megatron's optimizer asks every rank of the world for its kinds of parameters: they say what this one does.
+    """Return a context in which every rank answers ``all_gather_object`` with the object of this rank.
 
-    With ten thousand ranks that would take most of the time of a plan.
+    Megatron's optimizer gathers the kinds of parameters of all ranks. With ten thousand ranks, that would take most of
+    the time of a plan.
     """
 
     def answer(answers: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
@@ -26,9 +27,9 @@ def answer_for_all_ranks() -> AbstractContextManager[None]:
 
 
 def supply_shapes(inputs: Iterator[torch.Size], gradients: Iterator[torch.Size]) -> Replacement:
-    """Replace what ranks of a pipeline tell each other of shapes, given those that arrive, in their order.
+    """Return a replacement for the exchange of shapes between pipeline ranks that returns the given ones in order.
 
-    Megatron asks for ``variable_seq_lengths``, and for predictions of several tokens on a stage of their own.
+    Megatron exchanges shapes with ``variable_seq_lengths``, and when multi-token prediction has its own stage.
     """
 
     def supply(

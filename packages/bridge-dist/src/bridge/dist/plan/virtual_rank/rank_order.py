@@ -1,4 +1,4 @@
-"""Which ranks a group has, by Megatron's order of ranks: arithmetic, without torch."""
+"""The ranks of a group in Megatron's rank order: arithmetic, without torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from bridge.dist.layout import Layout
 
-# Axes vary fastest first, as in Megatron's order of ranks.
+# The fastest-varying axis comes first, as in Megatron's rank order.
 _DENSE = ("tp", "cp", "dp", "pp")
 _EXPERT = ("etp", "ep", "edp", "pp")
 
 
 def rank_of(layout: Layout, **coordinates: int) -> int:
-    """Return the rank at some coordinates along tp, cp, dp and pp; those not named are 0."""
+    """Return the rank at the given coordinates along tp, cp, dp and pp; omitted ones are 0."""
     sizes, rank, stride = _sizes(layout), 0, 1
     for axis in _DENSE:
         rank += coordinates.get(axis, 0) * stride
@@ -21,25 +21,25 @@ def rank_of(layout: Layout, **coordinates: int) -> int:
 
 
 def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
-    """Return the ranks that differ from one along some axes only, in Megatron's order.
+    """Return the ranks that differ from ``rank`` only along the given axes, in Megatron's order.
 
-    The axes are tp, cp, dp and pp, or those of experts: etp, ep, edp (data parallelism of the same experts) and pp.
+    The axes are tp, cp, dp and pp, or those of experts: etp, ep, edp (expert-data-parallel) and pp.
     """
     order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
     sizes, stride = _sizes(layout), 1
-    found = [rank]
+    ranks = [rank]
     for axis in order:
         if axis in axes:
-            first = found[0] - rank // stride % sizes[axis] * stride
-            found = [first - found[0] + at * stride + other for at in range(sizes[axis]) for other in found]
+            first = ranks[0] - rank // stride % sizes[axis] * stride
+            ranks = [first - ranks[0] + index * stride + other for index in range(sizes[axis]) for other in ranks]
         stride *= sizes[axis]
-    return found
+    return ranks
 
 
 def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
-    """Yield the lowest and the highest rank of each group along some axes, but pp, among the ranks of a pipeline stage.
+    """Yield the lowest and highest rank of each group along the given axes in a pipeline stage.
 
-    The axes are those of ``ranks_along``.
+    The axes are those of ``ranks_along``, without pp.
     """
     order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
     sizes, stride, span = _sizes(layout), 1, 0
@@ -49,7 +49,7 @@ def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple
             span += (sizes[axis] - 1) * stride
         else:
             places = [pp] if axis == "pp" else range(sizes[axis])
-            lowest = [other + at * stride for at in places for other in lowest]
+            lowest = [other + place * stride for place in places for other in lowest]
         stride *= sizes[axis]
     yield from ((rank, rank + span) for rank in lowest)
 

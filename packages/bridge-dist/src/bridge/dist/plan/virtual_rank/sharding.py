@@ -1,4 +1,4 @@
-"""Megatron-FSDP and torch FSDP2 where tensors have no memory: what stops them there."""
+"""Patches that let Megatron-FSDP and torch FSDP2 run on the meta device."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ _META = torch.device("meta")
 
 @contextlib.contextmanager
 def allow_sharding_on_meta() -> Iterator[None]:
-    """While Megatron-FSDP and torch FSDP2 wrap and run stages on the meta device, among groups that send nothing.
+    """Let Megatron-FSDP and torch FSDP2 wrap and run stages on the meta device within a context.
 
-    Both compute nothing from values that a plan would miss; `_replacements` lists what stops them all the same.
+    A plan needs none of the values that they would compute. `_replacements` lists the functions that fail there.
     """
     with replace_attributes(*_replacements()):
         try:
             yield
         finally:
-            # Both would keep the process groups of a plan for the next one, see `destroy_process_groups`.
+            # Otherwise, both keep the process groups of this plan for the next one; see `destroy_process_groups`.
             release_sharded_models()
             clear_sharding_caches()
 
 
 def _replacements() -> list[Replacement]:
-    """What is replaced, seen in megatron-core 0.19.2 and torch 2.15; a test tells when one is no longer needed."""
+    """Return the replacements for megatron-core 0.19.2 and torch 2.15; a test fails when one is no longer needed."""
     from torch.distributed.fsdp._fully_shard import _fully_shard
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    # A function of the same name hides the module.
+    # `import_module`, because a function of the same name hides the module.
     finalize_model_grads = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     members = cache(lambda parent: frozenset(parent.modules()))
     return [
-        # There are no values to initialise.
+        # Meta tensors have no values to initialise.
         Replacement(meta, "initialise_while_wrapping", lambda *_: contextlib.nullcontext()),
         Replacement(meta, "initialise_shards", _nothing),
-        # Megatron-FSDP reads back the numbers of ranks that it arranges.
+        # Megatron-FSDP reads values from its tensor of ranks, which therefore must be on the CPU.
         _wrap_method(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
-        # It insists on parameters that are off the meta device once they have their buffers.
+        # It requires parameters to be off the meta device once they have their buffers.
         _wrap_method(
             ParamAndGradBuffer,
             "_init_each_parameter_group_buffers",
             lambda: replace_attributes(Replacement(torch.Tensor, "is_meta", False)),
         ),
-        # What its ranks tell each other, of which nothing arrives: states of random generators, and for checkpoints
-        # where each rank's part of a parameter begins.
+        # Exchanges between ranks, which deliver nothing here: states of random generators, and the offsets of each
+        # rank's shards for checkpoints.
         Replacement(FullyShardedDataParallel, "sync_rng_states_across_tp_group", _nothing),
         Replacement(
             param_and_grad_buffer,
             "make_fsdp_dtensor",
             partial(_call_unchecked, param_and_grad_buffer.make_fsdp_dtensor),
         ),
-        # It looks through every module for each; of many layers that takes most of the time of a plan.
+        # It searches all modules for each module, which takes most of the time of a plan with many layers.
         *(
             Replacement(module, "is_submodule", lambda child, parent: child is not parent and child in members(parent))
             for module in (megatron_fsdp, param_and_grad_buffer)
@@ -74,12 +74,12 @@ def _replacements() -> list[Replacement]:
         Replacement(
             MegatronFSDP, "_register_fsdp_hooks", partialmethod(_register_from_list, MegatronFSDP._register_fsdp_hooks)
         ),
-        # FSDP2 takes a device for its buffers from the mesh, and the streams of that device from a module of its name.
+        # FSDP2 takes the device of its buffers from the mesh, and its streams from the torch module of that name.
         Replacement(_fully_shard, "_get_device_from_mesh", lambda mesh: _META),
         Replacement(torch, "meta", torch.cuda),
         # It refuses to run on the meta device.
         Replacement(FSDPParamGroup, "_validate_no_meta_params", _nothing),
-        # There DTensor cuts, for as many ranks as there are, but does not send.
+        # On the meta device, DTensor splits tensors but sends nothing; `_scatter` sends, so that it is counted.
         Replacement(finalize_model_grads, "_reshard_if_dtensor", _scatter),
     ]
 
@@ -89,7 +89,7 @@ def _nothing(*_: object) -> None:
 
 
 def _scatter(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give each rank its part of a gradient, from the first."""
+    """Scatter a gradient from the first rank, as a DTensor like ``like``; return ``like`` if it is no DTensor."""
     if not isinstance(like, DTensor):
         return like
     part, mesh = torch.empty_like(like.to_local()), like.device_mesh
@@ -99,7 +99,7 @@ def _scatter(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _wrap_method(owner: type, name: str, context: Callable[[], AbstractContextManager[object]]) -> Replacement:
-    """A method within a context."""
+    """Return a replacement that runs a method within a context."""
     original = vars(owner)[name]
 
     def wrapped(*args: Any) -> Any:
@@ -110,12 +110,13 @@ def _wrap_method(owner: type, name: str, context: Callable[[], AbstractContextMa
 
 
 def _call_unchecked(make: Callable[..., DTensor], *args: Any, **kwargs: Any) -> DTensor:
+    """Make a DTensor without the checks and updates that exchange values between ranks."""
     checks = ("run_check", "update_uneven_dtensor_chunk_meta", "force_sync_tp_duplicated_param")
     return make(*args, **kwargs | dict.fromkeys(checks, False))
 
 
 def _register_from_list(wrapper: MegatronFSDP, register: Callable[..., None], root: torch.nn.Module) -> None:
-    """Register hooks of a module whose parameters are listed once."""
+    """Register hooks, listing the parameters of the module only once."""
     parameters = list(root.parameters())
 
     def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter | None]:

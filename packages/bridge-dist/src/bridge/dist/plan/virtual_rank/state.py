@@ -1,4 +1,4 @@
-"""What megatron-core and torch keep outside of models: a planned rank starts with that of a new process."""
+"""Global state of megatron-core and torch. A simulated rank starts with the state of a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bridge.dist.patch import Replacement, replace_attributes
 _ATTENTION_VARIANT = "megatron.core.transformer.experimental_attention_variant.dsa"
 
 STATE: Mapping[str, Callable[[], object]] = {
-    # Losses beside the main one: what is logged of them, and what their gradients are scaled with.
+    # Auxiliary losses: their logs, and the scales of their gradients.
     "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper.tracker": dict,
     "megatron.core.transformer.multi_token_prediction.MTPLossAutoScaler.main_loss_backward_scale": (
         lambda: torch.tensor(1.0)
@@ -34,18 +34,18 @@ STATE: Mapping[str, Callable[[], object]] = {
     "megatron.core.transformer.moe.router_replay.RouterReplay.global_router_replay_instances": list,
     "megatron.core.transformer.moe.shared_experts.SharedExpertMLP.stream": lambda: None,
     "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream": lambda: None,
-    # Random states, and whether a pass is one that is recomputed, which a plan that fails would leave as it is.
+    # Random states, and the flag for recomputed passes, which a failed plan would leave set.
     "megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER": lambda: None,
     "megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED": lambda: False,
     "megatron.core.tensor_parallel.random.IS_CHECKPOINTING": lambda: False,
-    # Whether a warning was given.
+    # Flags for warnings already given.
     "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce.warned": lambda: False,
     "torch.distributed.distributed_c10d._backend": lambda: None,
     "torch.distributed.distributed_c10d._default_pg_init_method": lambda: None,
 }
-"""Variables of modules and attributes of classes, and what each is at first; seen in megatron-core 0.19.2, torch 2.15.
+"""Variables of modules and classes that a plan changes, with their initial values in megatron-core 0.19.2, torch 2.15.
 
-Of those that building, wrapping and running stages on the CPU change. A test tells when a plan leaves another changed.
+A test fails when a plan leaves another variable changed.
 """
 
 
@@ -54,23 +54,24 @@ _ATTENTION_CHOICE = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 @contextlib.contextmanager
 def isolate_state() -> Iterator[None]:
-    """Build and run stages as in a new process; what was there before is there again when the context is left."""
+    """Start with the global state of a new process within a context; restore the previous state afterwards."""
     with contextlib.ExitStack() as undo:
         for name, first in STATE.items():
             owner, _, attribute = name.rpartition(".")
             undo.enter_context(replace_attributes(Replacement(pkgutil.resolve_name(owner), attribute, first())))
-        for restored in (_restore_groups, _restore_environment, _restore_random_states, _restore_error_hook):
-            undo.enter_context(restored())
+        for restore in (_restore_groups, _restore_environment, _restore_random_states, _restore_error_hook):
+            undo.enter_context(restore())
         try:
             yield
         finally:
-            # They remember what they computed, with the module, and by it a whole model.
+            # Their caches hold the module, and through it the whole model.
             for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
                 rotary.forward.cache_clear()
 
 
 @contextlib.contextmanager
 def _restore_groups() -> Iterator[None]:
+    """Restore the variables of ``parallel_state``."""
     before = dict(vars(parallel_state))
     try:
         yield
@@ -82,7 +83,7 @@ def _restore_groups() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_environment() -> Iterator[None]:
-    """Environment variables: Megatron chooses Transformer Engine's attention by them, and refuses another choice."""
+    """Restore environment variables: Megatron selects TE's attention through them, and rejects another selection."""
     before = dict(os.environ)
     for name in _ATTENTION_CHOICE:  # of a model that this process has built
         os.environ.pop(name, None)
@@ -96,7 +97,7 @@ def _restore_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_random_states() -> Iterator[None]:
-    """Generators: torch numbers what is sent on the meta device by Python's (2.15), and Megatron seeds torch's."""
+    """Restore random states: torch 2.15 draws numbers for messages on meta from Python's, and Megatron seeds torch's."""
     python, generator = random.getstate(), torch.default_generator.get_state()
     try:
         yield
@@ -107,7 +108,7 @@ def _restore_random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_error_hook() -> Iterator[None]:
-    """What shows an error that nothing catches: torch puts the rank before each line of it, for every rank anew."""
+    """Restore ``sys.excepthook``: for every rank, torch adds one more hook that puts the rank before each line."""
     before = sys.excepthook
     try:
         yield
