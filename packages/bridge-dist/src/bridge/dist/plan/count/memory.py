@@ -71,9 +71,8 @@ def gradient_buckets(stage: MegatronModule) -> list[Any]:
     """Return the gradient buckets of a stage wrapped in Megatron's DDP; an empty list for other stages."""
     if not isinstance(stage, DistributedDataParallel):
         return []
-    buffers: list[Any] = (
-        vars(stage)["buffers"] + stage.expert_parallel_buffers
-    )  # `stage.buffers` could also be the method of `torch.nn.Module`
+    # `vars`, because `torch.nn.Module` has a method `buffers`.
+    buffers: list[Any] = vars(stage)["buffers"] + stage.expert_parallel_buffers
     return [bucket for buffer in buffers for bucket in buffer.buckets]
 
 

@@ -21,11 +21,11 @@ class Pass(NamedTuple):
 class _Group(NamedTuple):
     """Stand-in for the process group of a pipeline, with the methods that Megatron's schedule calls."""
 
-    index: int
+    rank_index: int
     ranks: int
 
     def rank(self) -> int:
-        return self.index
+        return self.rank_index
 
     def size(self) -> int:
         return self.ranks

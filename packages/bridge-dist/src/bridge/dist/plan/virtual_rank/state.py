@@ -97,7 +97,7 @@ def _restore_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_random_states() -> Iterator[None]:
-    """Restore random states: torch 2.15 draws numbers for messages on meta from Python's, and Megatron seeds torch's."""
+    """Restore random states: torch 2.15 numbers messages on meta with Python's, and Megatron seeds torch's."""
     python, generator = random.getstate(), torch.default_generator.get_state()
     try:
         yield
