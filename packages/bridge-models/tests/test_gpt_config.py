@@ -123,7 +123,7 @@ def test_copies_are_independent(gpt: GPT, duplicate: Callable[[GPTModelConfig], 
 
 def test_six_layers_do_not_split_into_two_by_two_chunks(gpt: GPT) -> None:
     config = gpt(num_layers=6, **pipeline(2, 2))
-    with pytest.raises(ModelConfigError, match=r"num_layers 6 .* 4 equal chunks.* 2 x .* 2"):
+    with pytest.raises(ModelConfigError, match=r"num_layers 6 .* 4 chunks.* 2 x .* 2"):
         config.finalize()
 
 
@@ -137,7 +137,7 @@ def test_layers_are_accepted_when_megatron_can_place_them(gpt: GPT, num_layers: 
     try:
         get_num_layers_to_build(config.transformer, vp_stage=0, pp_rank=0)
     except AssertionError:
-        with pytest.raises(ModelConfigError, match="equal chunks"):
+        with pytest.raises(ModelConfigError, match="is not divisible by"):
             config.finalize()
     else:
         config.finalize()

@@ -306,7 +306,7 @@ def test_layers_that_need_transformer_engine_are_refused(
                 "pipeline_dtype": torch.float32,
                 "num_layers_in_first_pipeline_stage": 1,
             },
-            "a hybrid model is not split by transformer.num_layers_in_first_pipeline_stage",
+            "hybrid models do not support transformer.num_layers_in_first_pipeline_stage",
         ),
         ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
         ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),

@@ -23,7 +23,7 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
     Example:
         >>> transformer = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
         >>> builder = GPTModelBuilder(GPTModelConfig(transformer=transformer, vocab_size=256))
-        >>> model = builder.build_model(pg_collection)  # one stage, as it is
+        >>> model = builder.build_model(pg_collection)  # one pipeline stage, not wrapped
         >>> stages = builder.build_distributed_models(pg_collection, ddp_config)  # all stages of this rank, wrapped
     """
 
@@ -40,14 +40,14 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
 
         Args:
             pg_collection: The process groups of this rank.
-            pre_process: Whether the stage holds the embedding; None lets the stage's place in the pipeline decide.
+            pre_process: Whether the stage holds the embedding; None to derive it from the pipeline position.
             post_process: Whether the stage holds the output layer; None as above.
             vp_stage: Index of the virtual pipeline stage, None without a virtual pipeline.
 
         Raises:
-            ModelConfigError: The configuration does not describe a model, or ``vp_stage`` does not fit it.
-            UnsupportedError: The layers at hand cannot build what the configuration asks for.
-            LayerSpecError: ``transformer_layer_spec`` is not, or does not return, a layer spec.
+            ModelConfigError: The configuration is invalid, or ``vp_stage`` contradicts it.
+            UnsupportedError: The available layers do not support the configuration.
+            LayerSpecError: ``transformer_layer_spec`` is not a layer spec and does not return one.
         """
         config = self._restorable_config(pg_collection, vp_stage)
         config.validate()
@@ -60,7 +60,7 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
         )
         pp_rank = get_pg_rank(pg_collection.pp)
         spec = layer_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
-        # GPTModel takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
+        # GPTModel also accepts block specs, but megatron-core 0.19.2 annotates only ModuleSpec.
         return GPTModel(
             config=config.transformer,
             transformer_layer_spec=cast(ModuleSpec, spec),

@@ -19,21 +19,21 @@ from bridge.models.gpt.rules import prediction_problem
 
 @dataclass(kw_only=True)
 class GPTModelConfig(LanguageModelConfig):
-    """A GPT: a ``TransformerConfig`` and what surrounds it, embeddings and output layer.
+    """Configuration of a GPT: a ``TransformerConfig`` plus the embeddings and the output layer.
 
-    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
-    ``config.transformer.hidden_size``. A field that both could hold (``rotary_base`` and ``rotary_percent``, with an
-    ``MLATransformerConfig``) belongs to ``transformer``.
+    Fields of ``transformer`` can be read and written here directly: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``. Fields that both classes define (``rotary_base`` and ``rotary_percent``, with
+    an ``MLATransformerConfig``) belong to ``transformer``.
     """
 
     builder: ClassVar[str] = "bridge.models.gpt.GPTModelBuilder"
 
     transformer_layer_spec: ModuleSpec | Callable[[GPTModelConfig], ModuleSpec] | None = None
-    """The layers: a spec; a function of this configuration that returns one, and may take ``vp_stage`` by name; None
-    for the default choice."""
+    """The layers: a spec, a function that takes this configuration (and optionally ``vp_stage``) and returns one, or
+    None for the default."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "yarn", "none"] = "learned_absolute"
-    """How positions enter the model."""
+    """Type of position embedding."""
 
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
@@ -48,16 +48,16 @@ class GPTModelConfig(LanguageModelConfig):
     """With sequence parallelism, split the embedding's output along the sequence."""
 
     tp_comm_overlap_cfg: str | dict[str, Any] | None = None
-    """Settings of ``tp_comm_overlap``: a file, or its content."""
+    """Settings of ``tp_comm_overlap``: a path, or the content of the file."""
 
     use_arbitrary_attention_mask: bool | None = None
-    """With a ModelOpt state: accept any attention mask. None: unless there is context parallelism."""
+    """With a ModelOpt state: accept arbitrary attention masks. None: only without context parallelism."""
 
     def validate(self) -> None:
-        """Check what can be checked without process groups; nothing is changed.
+        """Run the checks that need no process groups, without changing anything.
 
         Raises:
-            ModelConfigError: A field lacks a value or contradicts another one.
+            ModelConfigError: A required field is missing, or two fields contradict each other.
         """
         super().validate()
         _check_positions(self)
@@ -68,7 +68,7 @@ class GPTModelConfig(LanguageModelConfig):
 def _check_positions(config: GPTModelConfig) -> None:
     positions, transformer = config.position_embedding_type, config.transformer
     if positions == "mrope" and transformer.mrope_section is None:
-        raise ModelConfigError("position_embedding_type mrope needs transformer.mrope_section: set it")
+        raise ModelConfigError("position_embedding_type is mrope, which requires transformer.mrope_section: set it")
     check_yarn(positions, transformer)
 
 
@@ -79,9 +79,9 @@ def _check_pipeline_split(transformer: TransformerConfig) -> None:
     vp = virtual_stages(transformer)
     if transformer.num_layers % (pp * vp):
         raise ModelConfigError(
-            f"transformer.num_layers {transformer.num_layers} does not divide into {pp * vp} equal chunks, "
+            f"transformer.num_layers {transformer.num_layers} is not divisible by {pp * vp} chunks, "
             f"pipeline_model_parallel_size {pp} x virtual_pipeline_model_parallel_size {vp}: "
-            "change one of the three, or give a pipeline_model_parallel_layout"
+            "change one of the three, or set pipeline_model_parallel_layout"
         )
 
 
@@ -93,6 +93,6 @@ def _check_multi_token_prediction(config: GPTModelConfig) -> None:
         raise ModelConfigError(problem)
     if transformer.experimental_attention_variant is not None:
         raise ModelConfigError(
-            f"transformer.mtp_num_layers {transformer.mtp_num_layers} does not go together with "
+            f"transformer.mtp_num_layers {transformer.mtp_num_layers} is not supported with "
             f"experimental_attention_variant {transformer.experimental_attention_variant}: set one of them to null"
         )

@@ -1,4 +1,4 @@
-"""Which layers a GPT is built from: Transformer Engine's where it is installed, plain PyTorch elsewhere."""
+"""Choice of GPT layers: Transformer Engine's if it is installed, otherwise PyTorch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from bridge.models.gpt.config import GPTModelConfig
 
 
 def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) -> LayerSpec:
-    """Return the layers of one stage: those the configuration gives, or the default ones.
+    """Return the layer spec of one stage: the one from the configuration, or the default.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
-        LayerSpecError: What the configuration gives is not a layer spec.
+        UnsupportedError: The available layers do not support the configuration.
+        LayerSpecError: The configuration's value is not a layer spec.
     """
     given = config.transformer_layer_spec
     if given is None:
@@ -47,18 +47,18 @@ def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) ->
 
 
 def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, pp_rank: int | None = None) -> LayerSpec:
-    """Choose the layers of one stage by what the configuration asks for.
+    """Return the default layer spec of one stage.
 
-    In this order: inference-optimised, ModelOpt, experimental attention, mixture of experts, heterogeneous,
-    Transformer Engine, PyTorch.
+    The first of these that applies: inference-optimised, ModelOpt, experimental attention, mixture of experts,
+    heterogeneous, Transformer Engine, PyTorch.
 
     Args:
         config: The model.
         vp_stage: Virtual pipeline stage, None without a virtual pipeline.
-        pp_rank: Pipeline rank; None asks Megatron's global process groups.
+        pp_rank: Pipeline rank; None to take it from Megatron's global process groups.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+        UnsupportedError: The available layers do not support the configuration.
     """
     transformer = config.transformer
     use_te = uses_transformer_engine(transformer)
@@ -67,7 +67,9 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
         return gpt_layer_specs.get_gpt_layer_with_inference_spec(
             transformer.qk_layernorm, transformer.multi_latent_attention, qk_l2_norm=transformer.qk_l2_norm
         )
-    if config.restore_modelopt_state and use_te:  # ModelOpt's own spec is Transformer Engine's; it works on any layers
+    if (
+        config.restore_modelopt_state and use_te
+    ):  # ModelOpt's spec needs TE; without it, its conversion works on any layers
         return _modelopt_spec(config)
     if transformer.experimental_attention_variant is not None:
         require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
@@ -79,7 +81,7 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
         return _megatron_spec(transformer, use_te=True, vp_stage=vp_stage, pp_rank=pp_rank)
     refuse_beyond_pytorch(transformer)
     spec = _megatron_spec(transformer, use_te=False, vp_stage=vp_stage, pp_rank=pp_rank)
-    if isinstance(spec, ModuleSpec):  # as Megatron's block does with one, but for the choice of the last norm
+    if isinstance(spec, ModuleSpec):  # expand it as TransformerBlock does, but with torch's final norm
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=WrappedTorchNorm)
     return _in_pytorch(spec, transformer)
@@ -110,10 +112,10 @@ def _in_pytorch(spec: SpecT, transformer: TransformerConfig) -> SpecT:
 def mtp_block_spec(
     config: GPTModelConfig, spec: LayerSpec, *, vp_stage: int | None, pp_rank: int
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the multi-token prediction block of one stage, None where there is none.
+    """Return the multi-token prediction block of one stage, or None if the stage has none.
 
-    Its transformer layer is the last one of the whole decoder: that of ``spec``, the layers of this stage, if the
-    configuration gives them. On a stage without decoder layers it is the plain layer.
+    The block uses the spec of the decoder's last layer; if the configuration sets the layers, the last one in ``spec``,
+    the layers of this stage. On a stage without decoder layers it uses the standard layer.
     """
     transformer = config.transformer
     if not transformer.mtp_num_layers:
@@ -138,7 +140,7 @@ def mtp_block_spec(
         layer = with_pytorch_attention(layer)
     block: MultiTokenPredictionBlockSubmodules | None = gpt_layer_specs.get_gpt_mtp_block_spec(
         transformer,
-        TransformerBlockSubmodules(layer_specs=[layer]),  # a layer alone must be Megatron's own class
+        TransformerBlockSubmodules(layer_specs=[layer]),  # a bare ModuleSpec must be Megatron's TransformerLayer
         use_transformer_engine=use_te,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
@@ -150,7 +152,7 @@ def mtp_block_spec(
 
 
 def _with_layer(block: MultiTokenPredictionBlockSubmodules, layer: ModuleSpec) -> MultiTokenPredictionBlockSubmodules:
-    """Return a copy of a multi-token prediction block with this transformer layer at each depth."""
+    """Return a copy of a multi-token prediction block that uses ``layer`` at every depth."""
     depths: list[ModuleSpec] = block.layer_specs or []
     parts: list[Any] = [depth.submodules for depth in depths]
     return replace(
@@ -185,11 +187,11 @@ def _plain_layer_spec(transformer: TransformerConfig) -> ModuleSpec:
 
 
 def _modelopt_spec(config: GPTModelConfig) -> LayerSpec:
-    # Imported here: it takes ModelOpt's own dependencies, which only a model with a ModelOpt state needs.
+    # Imported here: it requires ModelOpt, which only models with a ModelOpt state need.
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     arbitrary_mask = config.use_arbitrary_attention_mask
-    if arbitrary_mask is None:  # speculative decoding trains with one; context parallelism knows only causal masks
+    if arbitrary_mask is None:  # speculative decoding needs one; context parallelism supports only causal masks
         arbitrary_mask = config.transformer.context_parallel_size == 1
     return cast(
         LayerSpec,

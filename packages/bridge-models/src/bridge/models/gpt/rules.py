@@ -12,16 +12,16 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 
 @rule(seen=MEGATRON, not_shown=VALIDATED)
 def predictions_in_a_pipeline(setup: Setup) -> Iterator[str]:
-    """The last stage's copy of the position embedding is trained on its own."""
+    """The last stage has its own copy of the position embedding, and the two copies are not kept in sync."""
     if (problem := prediction_problem(setup.model, setup.layout.pp)) is not None:
         yield problem
 
 
 def prediction_problem(model: Any, pp: int) -> str | None:
-    """Say what is wrong with multi-token prediction in a pipeline of ``pp`` ranks; None if nothing is."""
+    """Describe the problem with multi-token prediction on ``pp`` pipeline stages; None if there is none."""
     if model.transformer.mtp_num_layers and pp > 1 and model.position_embedding_type == "learned_absolute":
         return (
-            "multi-token prediction trains wrong with learned_absolute positions in a pipeline: "
+            "multi-token prediction trains incorrectly with learned_absolute positions and pipeline parallelism: "
             "set position_embedding_type to rope, or transformer.pipeline_model_parallel_size to 1"
         )
     return None

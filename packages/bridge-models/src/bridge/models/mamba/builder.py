@@ -31,14 +31,14 @@ class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
 
         Args:
             pg_collection: The process groups of this rank.
-            pre_process: Whether the stage holds the embedding; None lets the stage's place in the pipeline decide.
+            pre_process: Whether the stage holds the embedding; None to derive it from the pipeline position.
             post_process: Whether the stage holds the output layer; None as above.
             vp_stage: Index of the virtual pipeline stage, None without a virtual pipeline.
 
         Raises:
-            ModelConfigError: The configuration does not describe a model, or ``vp_stage`` does not fit it.
-            UnsupportedError: The layers at hand cannot build what the configuration asks for.
-            LayerSpecError: ``hybrid_stack_spec`` is not, or does not return, a spec.
+            ModelConfigError: The configuration is invalid, or ``vp_stage`` contradicts it.
+            UnsupportedError: The available layers do not support the configuration.
+            LayerSpecError: ``hybrid_stack_spec`` is not a spec and does not return one.
         """
         config = self._restorable_config(pg_collection, vp_stage)
         config.validate()

@@ -16,17 +16,17 @@ from bridge.models.common.yarn import check_yarn
 from bridge.models.mamba.rules import layer_pattern, pattern_of_stages
 
 _USE_PATTERN = (
-    "the ratio went: write the layers out in hybrid_layer_pattern, as "
-    "megatron.core.models.hybrid.hybrid_layer_allocation.pattern_from_ratios gives them"
+    "layer ratios were removed: set hybrid_layer_pattern instead, for example to the result of "
+    "megatron.core.models.hybrid.hybrid_layer_allocation.pattern_from_ratios"
 )
 
 
 @dataclass(kw_only=True)
 class MambaModelConfig(LanguageModelConfig):
-    """A Mamba or hybrid model: a ``TransformerConfig``, the kinds of its layers, embeddings and output layer.
+    """Configuration of a Mamba or hybrid model: ``TransformerConfig``, layer pattern, embeddings and output layer.
 
-    Every field of ``transformer`` is read and written as if it stood here too. The sizes of Mamba layers are its
-    fields ``mamba_*``.
+    Fields of ``transformer`` can be read and written here directly. Its ``mamba_*`` fields hold the sizes of Mamba
+    layers.
     """
 
     builder: ClassVar[str] = "bridge.models.mamba.MambaModelBuilder"
@@ -41,21 +41,21 @@ class MambaModelConfig(LanguageModelConfig):
     )
 
     transformer: TransformerConfig
-    """The sizes of the layers, and how they are split over ranks."""
+    """Sizes of the layers and their parallelism."""
 
     hybrid_layer_pattern: str | None = None
-    """A symbol for each layer: ``M`` Mamba, ``*`` attention, ``-`` MLP, ``E`` experts; ``|`` between pipeline stages,
-    of virtual ones too; without any, stages are equal. None for Mamba layers alone."""
+    """One symbol per layer: ``M`` Mamba, ``*`` attention, ``-`` MLP, ``E`` experts. ``|`` separates pipeline stages,
+    including virtual ones; without it, stages are equal. None: Mamba layers only."""
 
     hybrid_stack_spec: ModuleSpec | Callable[[MambaModelConfig], ModuleSpec] | Callable[[], ModuleSpec] | None = None
-    """The layers of each kind: a spec; a function of this configuration, or of nothing, that returns one; None for the
-    default choice."""
+    """The layers of each kind: a spec, a function that takes this configuration or no argument and returns one, or None
+    for the default."""
 
     seq_length: int = 8192
-    """Longest sequence, in tokens; with learned positions, the number of them."""
+    """Maximum sequence length in tokens; with learned positions, the number of positions."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "none"
-    """How positions enter the model, beside the order in which Mamba layers read."""
+    """Type of position embedding. Mamba layers need none: they read tokens in order."""
 
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
@@ -64,10 +64,10 @@ class MambaModelConfig(LanguageModelConfig):
     """With sequence parallelism, split the embedding's output along the sequence."""
 
     def validate(self) -> None:
-        """Check what can be checked without process groups; nothing is changed.
+        """Run the checks that need no process groups, without changing anything.
 
         Raises:
-            ModelConfigError: A field lacks a value or contradicts another one.
+            ModelConfigError: A required field is missing, or two fields contradict each other.
         """
         super().validate()
         pattern_of_stages(self, pipeline_stages(self.transformer))
@@ -75,5 +75,5 @@ class MambaModelConfig(LanguageModelConfig):
 
     @property
     def layer_pattern(self) -> str:
-        """The kind of each layer: ``hybrid_layer_pattern``, or Mamba layers alone."""
+        """The kind of each layer: ``hybrid_layer_pattern``, or all Mamba if it is None."""
         return layer_pattern(self)

@@ -1,4 +1,4 @@
-"""Which layers a hybrid model is built from: Transformer Engine's where it is installed, plain PyTorch elsewhere."""
+"""Choice of hybrid layers: Transformer Engine's if it is installed, otherwise PyTorch."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _NEED_TRANSFORMER_ENGINE = "+DG"
 
 
 def stack_spec(config: MambaModelConfig) -> ModuleSpec:
-    """Return the layers of a model: those the configuration gives, or the default ones.
+    """Return the stack spec of a model: the one from the configuration, or the default.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
-        LayerSpecError: What the configuration gives is not a spec.
+        UnsupportedError: The available layers do not support the configuration.
+        LayerSpecError: The configuration's value is not a spec.
     """
     given = config.hybrid_stack_spec
     if given is None:
@@ -54,12 +54,12 @@ def stack_spec(config: MambaModelConfig) -> ModuleSpec:
 
 
 def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:
-    """Choose the layers by what the configuration asks for.
+    """Return the default stack spec.
 
-    In this order: inference-optimised, ModelOpt, Transformer Engine, PyTorch.
+    The first of these that applies: inference-optimised, ModelOpt, Transformer Engine, PyTorch.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
+        UnsupportedError: The available layers do not support the configuration.
     """
     transformer = config.transformer
     if transformer.transformer_impl == "inference_optimized":
@@ -81,15 +81,15 @@ def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:
 
 
 def _modelopt_spec() -> ModuleSpec:
-    # Imported here: it takes ModelOpt's own dependencies, which only a model with a ModelOpt state needs.
+    # Imported here: it requires ModelOpt, which only models with a ModelOpt state need.
     from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
 
     return get_hybrid_stack_modelopt_spec(local_core_attention=False, remap_te_layernorm=False)
 
 
 def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
-    """Return layers without Transformer Engine; in checkpoints their parameters have the names of those with it."""
-    # A layer of a GPT is attention and MLP; here each is a layer of its own.
+    """Return layers without Transformer Engine that use the same checkpoint keys as the layers with it."""
+    # A GPT layer is attention plus MLP; in a hybrid model each is a separate layer.
     whole = get_gpt_layer_local_spec(
         normalization=transformer.normalization,
         qk_layernorm=transformer.qk_layernorm,
@@ -127,7 +127,7 @@ def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
 
 
 class TorchHybridStack(HybridStack):
-    """Megatron's stack of hybrid layers, whose last norm is torch's: there it is Transformer Engine's, by name."""
+    """HybridStack with a torch final norm: megatron-core 0.19.2 hard-codes Transformer Engine's."""
 
     def __init__(
         self,

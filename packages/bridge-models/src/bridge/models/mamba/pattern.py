@@ -1,4 +1,4 @@
-"""How the pattern of a hybrid model divides into pipeline stages, and which of its layers are refused."""
+"""Split the pattern of a hybrid model into pipeline stages, and refuse unsupported layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from bridge.models.errors import ModelConfigError
 
 
 def staged(pattern: str, stages: int) -> str:
-    """Return a pattern with a border after each pipeline stage but the last.
+    """Return the pattern with ``|`` between pipeline stages.
 
-    The borders of a pattern say how to split a pipeline, in Megatron-Core's order: all first virtual stages of the
-    ranks, then all second ones. Without any, stages get equal numbers of layers. In a single stage there is nothing to
-    split, so borders go.
+    Stages are in Megatron-Core's order: the first virtual stage of every rank, then the second of every rank. Without
+    ``|``, stages get equal numbers of layers. With a single stage, every ``|`` is removed.
 
     Raises:
-        ModelConfigError: With a picture of the pattern, which has another number of stages, or cannot be split equally.
+        ModelConfigError: The pattern has a different number of stages, or cannot be split equally. The message shows
+            where.
     """
     decoder = get_decoder(pattern)
     rest = pattern[len(decoder) :]
@@ -29,7 +29,7 @@ def staged(pattern: str, stages: int) -> str:
         starts = [sum(len(part) + 1 for part in parts[:index]) for index in range(len(parts))]
         raise _error(
             f"has {len(parts)} stages, the pipeline has {stages} (pipeline_model_parallel_size x virtual stages): "
-            "change one of them, or leave out every | for equal stages",
+            "change one of them, or remove every | for equal stages",
             pattern,
             starts,
         )
@@ -37,7 +37,7 @@ def staged(pattern: str, stages: int) -> str:
     if remainder:
         raise _error(
             f"has {len(decoder)} layers, which do not divide into {stages} equal stages: "
-            "put | between the layers where stages shall end",
+            "put | between layers where a stage ends",
             pattern,
             range(size * stages, len(decoder)),
         )
@@ -45,10 +45,10 @@ def staged(pattern: str, stages: int) -> str:
 
 
 def refuse_layers(pattern: str, symbols: str, reason: str) -> None:
-    """Refuse some kinds of layers.
+    """Check that a pattern has none of the given kinds of layers.
 
     Raises:
-        ModelConfigError: The pattern has some, with a picture that points at them.
+        ModelConfigError: It has some. The message points at them.
     """
     if found := [at for at, symbol in enumerate(pattern) if symbol in symbols]:
         named = " and ".join(f"{MEANINGS[symbol]} ({symbol})" for symbol in symbols if symbol in pattern)

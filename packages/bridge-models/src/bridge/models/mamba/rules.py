@@ -16,7 +16,7 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 
 @rule(not_shown=VALIDATED)
 def hybrid_stages(setup: Setup) -> Iterator[str]:
-    """The layers of a hybrid model divide over the stages of a pipeline as its pattern says, or equally."""
+    """The pattern of a hybrid model must match the number of pipeline stages, or its layers must divide equally."""
     try:
         pattern_of_stages(setup.model, setup.layout.pp * (setup.layout.vp if setup.has_virtual_pipeline else 1))
     except ModelConfigError as error:
@@ -24,10 +24,10 @@ def hybrid_stages(setup: Setup) -> Iterator[str]:
 
 
 def pattern_of_stages(model: Any, stages: int) -> str:
-    """Return the pattern of a hybrid model with a border after each of so many stages but the last.
+    """Return the pattern of a hybrid model with ``|`` between ``stages`` pipeline stages.
 
     Raises:
-        ModelConfigError: Other fields split the model, or the pattern does not divide so.
+        ModelConfigError: Other fields split the model, or the pattern cannot be split that way.
     """
     transformer = model.transformer
     uneven = [
@@ -41,14 +41,14 @@ def pattern_of_stages(model: Any, stages: int) -> str:
     ]
     if uneven:
         raise ModelConfigError(
-            f"a hybrid model is not split by transformer.{' and '.join(uneven)}: "
-            "put | between the layers in hybrid_layer_pattern where stages shall end"
+            f"hybrid models do not support transformer.{' and '.join(uneven)}: "
+            "put | in hybrid_layer_pattern where a stage ends"
         )
     return staged(layer_pattern(model), stages)
 
 
 def layer_pattern(model: Any) -> str:
-    """Return the kind of each layer of a hybrid model: its pattern, or Mamba layers alone."""
+    """Return the kind of each layer of a hybrid model: its pattern, or all Mamba if it has none."""
     pattern: str | None = model.hybrid_layer_pattern
     return hybrid_pattern.MAMBA * model.transformer.num_layers if pattern is None else pattern
 
@@ -59,15 +59,15 @@ def _has_mamba_layers(model: Any) -> bool:
 
 @rule()
 def mamba_heads_divide(setup: Setup) -> Iterator[str]:
-    """Each rank of tensor parallelism holds whole heads and groups of a Mamba layer, and context parallelism shares
-    them out again.
+    """Tensor parallelism splits a Mamba layer by heads and groups, and context parallelism splits each rank's part
+    again.
     """
     if not _has_mamba_layers(setup.model):
         return
     tp, cp = setup.layout.tp, setup.layout.cp
     heads, groups = count_mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
     if heads % (tp * cp):
-        yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: choose others"
+        yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: change tp or cp"
     if groups % tp:
         yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
     elif (groups // tp) % cp and cp % (groups // tp):
@@ -79,8 +79,8 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def mamba_params_dtype(setup: Setup) -> Iterator[str]:
-    """A Mamba layer casts its input to ``params_dtype``, whatever its weights were cast to: an error about mixed types
-    in the first forward pass.
+    """A Mamba layer casts its input to ``params_dtype``, regardless of the dtype of its weights: the first forward pass
+    fails with mixed dtypes.
     """
     config = setup.transformer
     half = "torch.bfloat16" if config.bf16 else "torch.float16" if config.fp16 else None
@@ -90,9 +90,9 @@ def mamba_params_dtype(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
 def mamba_offloading(setup: Setup) -> Iterator[str]:
-    """A stack of hybrid layers offloads nothing, without a word of it: Megatron's transformer block does."""
+    """HybridStack silently ignores ``cpu_offloading``, which only TransformerBlock implements."""
     if setup.transformer.cpu_offloading:
-        yield "a hybrid model does not offload whole layers: set cpu_offloading = False"
+        yield "hybrid models do not support CPU offloading of layers: set cpu_offloading = False"
 
 
 MAMBA_RULES: tuple[Rule, ...] = (

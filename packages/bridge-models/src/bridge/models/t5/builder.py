@@ -21,7 +21,7 @@ from bridge.models.t5.rules import T5_RULES
 _HIDE_EVERY = 7
 _HIDDEN = 0
 
-# What T5Model of megatron-core 0.19.2 passes over, in silence or until the first forward pass.
+# T5Model of megatron-core 0.19.2 ignores these, or fails on them in the first forward pass.
 _BEYOND_T5: Refusals = {
     "multi-token prediction": (lambda c: bool(c.mtp_num_layers), "set transformer.mtp_num_layers to null"),
     "scaling of logits by µP": (lambda c: c.use_mup, "set transformer.use_mup to false"),
@@ -54,13 +54,13 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
             pg_collection: The process groups of this rank.
             pre_process: Whether the model holds the embedding; None for yes.
             post_process: Whether the model holds the output layer; None for yes.
-            vp_stage: None: there is no virtual pipeline.
+            vp_stage: Must be None: T5 has no virtual pipeline.
 
         Raises:
-            ModelConfigError: The configuration does not describe a model.
-            UnsupportedError: The layers at hand cannot build what the configuration asks for; or a pipeline is asked
-                for, or process groups are given that are not Megatron's global ones.
-            LayerSpecError: A layer spec is not, or does not return, one.
+            ModelConfigError: The configuration is invalid.
+            UnsupportedError: The available layers do not support the configuration, pipeline parallelism is set, or the
+                process groups are not Megatron's global ones.
+            LayerSpecError: A layer spec is not a spec and does not return one.
         """
         config = self._model_config
         config.validate()
@@ -70,12 +70,12 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
                 "no vp_stage"
             )
         refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
-        # Seen in megatron-core 0.19.2.
+        # Cross attention of megatron-core 0.19.2 ignores pg_collection.
         check_global_groups(pg_collection, component="T5's cross attention")
         return T5Model(
             config=config.transformer,
             encoder_config=config.encoder_transformer,
-            # T5Model takes the specs of whole blocks too, but megatron-core 0.19.2 types them as ModuleSpec only.
+            # T5Model also accepts block specs, but megatron-core 0.19.2 annotates only ModuleSpec.
             transformer_encoder_layer_spec=cast(ModuleSpec, encoder_layer_spec(config)),
             transformer_decoder_layer_spec=cast(ModuleSpec, decoder_layer_spec(config)),
             vocab_size=config.padded_vocab_size,
@@ -96,25 +96,25 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
     def forward_step(
         self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
     ) -> torch.Tensor:
-        """Have the model restore a text of which every seventh token is hidden; see ``DistributedModelBuilder``.
+        """Train the model to restore a text with every seventh token masked; see ``DistributedModelBuilder``.
 
-        The encoder reads the tokens with the hidden ones as token 0; the decoder predicts each from those before it.
+        The encoder reads the tokens, masked ones replaced by 0; the decoder predicts each token from the previous ones.
 
         Returns:
             A loss for each token, shape [microbatch, sequence].
         """
         shown, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         hidden = torch.arange(1, shown.shape[1] + 1, device=shown.device) % _HIDE_EVERY == 0
-        encoder_mask, cross_mask = self._masks_of_nothing(shown)
+        encoder_mask, cross_mask = self._no_padding_masks(shown)
         losses: torch.Tensor = stage(
             shown.masked_fill(hidden, _HIDDEN), shown, encoder_mask, None, cross_mask, lm_labels=labels
         )
         return losses
 
-    def _masks_of_nothing(
+    def _no_padding_masks(
         self, tokens: torch.Tensor
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Masks, of the encoder and of cross attention, for sequences without padding: TE wants to see them."""
+        """Return encoder and cross-attention masks for sequences without padding, which Transformer Engine requires."""
         transformer = self.transformer_config
         if wants_pytorch_attention(transformer) or not uses_transformer_engine(transformer):
             return None, None

@@ -25,73 +25,73 @@ _ENCODER_SIZES = {
 
 @dataclass(kw_only=True)
 class T5ModelConfig(LanguageModelConfig):
-    """A T5: a ``TransformerConfig`` for the decoder, what differs in the encoder, and what surrounds the two.
+    """Configuration of a T5: a ``TransformerConfig`` for the decoder, encoder overrides, embeddings and output layer.
 
-    Every field of ``transformer`` is read and written as if it stood here too: ``config.hidden_size = 64`` sets
-    ``config.transformer.hidden_size``. The encoder has all of it but the sizes given here.
+    Fields of ``transformer`` can be read and written here directly: ``config.hidden_size = 64`` sets
+    ``config.transformer.hidden_size``. The encoder shares them, apart from the sizes set here.
     """
 
     builder: ClassVar[str] = "bridge.models.t5.T5ModelBuilder"
 
     transformer: TransformerConfig
-    """The decoder; and, but for its own sizes, the encoder: layout, precision, kinds of layers, initialisers."""
+    """The decoder, and everything that the encoder shares with it: layout, precision, layer types, initialisers."""
 
     encoder_num_layers: int | None = None
-    """Layers of the encoder; None for as many as the decoder has."""
+    """Number of encoder layers; None for the decoder's."""
 
     encoder_ffn_hidden_size: int | None = None
     """Width of the encoder's feed-forward layers; None for the decoder's."""
 
     encoder_num_attention_heads: int | None = None
-    """Attention heads of the encoder; None for as many as the decoder has."""
+    """Number of attention heads of the encoder; None for the decoder's."""
 
     encoder_kv_channels: int | None = None
-    """Channels of each of the encoder's attention heads; None for those of the decoder's."""
+    """Channels per attention head of the encoder; None for the decoder's."""
 
     encoder_layer_spec: ModuleSpec | Callable[[T5ModelConfig], ModuleSpec] | None = None
-    """The encoder's layers: a spec; a function of this configuration that returns one; None for the default choice."""
+    """The encoder's layers: a spec, a function of this configuration that returns one, or None for the default."""
 
     decoder_layer_spec: ModuleSpec | Callable[[T5ModelConfig], ModuleSpec] | None = None
-    """The decoder's layers, likewise."""
+    """The decoder's layers, in the same forms."""
 
     seq_length: int = 512
-    """Longest sequence of the encoder and of the decoder, in tokens; with learned positions, the number of them."""
+    """Maximum sequence length of encoder and decoder, in tokens; with learned positions, the number of positions."""
 
     share_embeddings_and_output_weights: bool = True
-    """Tie the output layer's weight to the embedding's; the output layer then has a bias, as Megatron makes it."""
+    """Tie the output layer's weight to the embedding's; Megatron's T5 then adds a bias to the output layer."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "relative"] = "learned_absolute"
-    """How positions enter the model: relative ones as a bias on the scores of self-attention."""
+    """Type of position embedding; relative positions add a bias to the scores of self-attention."""
 
     relative_attention_num_buckets: int = 32
-    """Number of classes that distances are sorted into, each with a bias for each head."""
+    """Number of distance buckets, each with one bias per head."""
 
     relative_attention_max_distance: int = 128
-    """Distances from here on are all of one class."""
+    """Distances from this one on share the last bucket."""
 
     def validate(self) -> None:
-        """Check what can be checked without process groups; nothing is changed.
+        """Run the checks that need no process groups, without changing anything.
 
         Raises:
-            ModelConfigError: A field lacks a value or contradicts another one.
+            ModelConfigError: A required field is missing, or two fields contradict each other.
         """
         super().validate()
         if self.restore_modelopt_state:
             raise ModelConfigError(
-                "restore_modelopt_state is true, but neither ModelOpt nor Megatron has layers of T5 for it: "
+                "restore_modelopt_state is true, but neither ModelOpt nor Megatron-Core supports it for T5: "
                 "set it to false"
             )
 
     @property
     def encoder_transformer(self) -> TransformerConfig:
-        """The encoder as a configuration of its own, made anew each time: changing it changes nothing here."""
+        """The encoder's ``TransformerConfig``: a new copy each time, so changes to it have no effect here."""
         encoder = copy.copy(self.transformer)
         for own, name in _ENCODER_SIZES.items():
             size: int | None = getattr(self, own)
             if size is not None:
                 setattr(encoder, name, size)
         encoder.num_query_groups = encoder.num_attention_heads
-        # Weights that write to the residual stream are drawn the smaller, the more layers do so.
+        # The init scale of layers that write to the residual stream depends on the number of layers.
         if encoder.num_layers != self.transformer.num_layers and _same_partial(
             encoder.output_layer_init_method, _output_init(self.transformer)
         ):
@@ -100,7 +100,7 @@ class T5ModelConfig(LanguageModelConfig):
 
 
 def _output_init(transformer: TransformerConfig) -> partial[object]:
-    """How a transformer of plain settings draws the last matrices of its layers, as TransformerConfig derives it."""
+    """Return the output-layer initialiser that TransformerConfig derives by default."""
     multiplier = 1.0 if transformer.is_hybrid_model else 2.0
     initialiser: partial[object] = scaled_init_method_normal(
         transformer.init_method_std, transformer.num_layers, multiplier=multiplier

@@ -1,4 +1,4 @@
-"""Which layers a T5 is built from: Transformer Engine's where it is installed, plain PyTorch elsewhere."""
+"""Choice of T5 layers: Transformer Engine's if it is installed, otherwise PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bridge.models.t5.config import T5ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class _Megatron:
-    """Megatron's specs of one stack: all layers of Transformer Engine, and one local layer."""
+    """Megatron's spec functions of one stack: the whole block with Transformer Engine, and one local layer."""
 
     transformer_engine: Callable[[int], TransformerBlockSubmodules]
     local: Callable[[], ModuleSpec]
@@ -40,7 +40,7 @@ _DECODER = _Megatron(
     local=t5_spec.decoder_model_with_local_spec,
 )
 
-# What the specs of megatron-core 0.19.2 pass over in silence.
+# The T5 specs of megatron-core 0.19.2 silently ignore these.
 _BEYOND_SPECS: Refusals = {
     "experts": (lambda c: c.num_moe_experts is not None, "set transformer.num_moe_experts to null"),
     "multi-latent attention": (lambda c: c.multi_latent_attention, "embed a plain TransformerConfig"),
@@ -71,11 +71,11 @@ _BEYOND_SPECS: Refusals = {
 
 
 def encoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
-    """Return the layers of the encoder: those the configuration gives, or the default ones.
+    """Return the layer spec of the encoder: the one from the configuration, or the default.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
-        LayerSpecError: What the configuration gives is not a layer spec.
+        UnsupportedError: The available layers do not support the configuration.
+        LayerSpecError: The configuration's value is not a layer spec.
     """
     if config.encoder_layer_spec is None:
         return _default(config.encoder_transformer, _ENCODER)
@@ -83,11 +83,11 @@ def encoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
 
 
 def decoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
-    """Return the layers of the decoder: those the configuration gives, or the default ones.
+    """Return the layer spec of the decoder: the one from the configuration, or the default.
 
     Raises:
-        UnsupportedError: The layers at hand cannot do what the configuration asks for.
-        LayerSpecError: What the configuration gives is not a layer spec.
+        UnsupportedError: The available layers do not support the configuration.
+        LayerSpecError: The configuration's value is not a layer spec.
     """
     if config.decoder_layer_spec is None:
         return _default(config.transformer, _DECODER)
@@ -105,7 +105,7 @@ def _default(transformer: TransformerConfig, megatron: _Megatron) -> LayerSpec:
         spec = megatron.transformer_engine(transformer.num_layers)
         return with_pytorch_attention(spec) if wants_pytorch_attention(transformer) else spec
     refuse_beyond_pytorch(transformer)
-    # Megatron's own block of local layers (megatron-core 0.19.2) ends in Transformer Engine's norm: in none without it.
+    # The local block spec of megatron-core 0.19.2 uses Transformer Engine's final norm, which is None without it.
     block = TransformerBlockSubmodules(
         layer_specs=[megatron.local()] * transformer.num_layers, layer_norm=WrappedTorchNorm
     )

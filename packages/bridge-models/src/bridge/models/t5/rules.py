@@ -11,14 +11,14 @@ from bridge.models.common.rules import LANGUAGE_RULES
 
 @rule(seen=MEGATRON)
 def t5_pipeline(setup: Setup) -> Iterator[str]:
-    """The schedules know nothing of where the encoder ends and the decoder starts, and send one tensor only."""
+    """The pipeline schedules do not know where the decoder starts, and send only one tensor between stages."""
     if setup.layout.pp > 1:
         yield "T5 cannot be split into pipeline stages: set pp = 1"
 
 
 @rule(seen=MEGATRON)
 def t5_context_parallelism(setup: Setup) -> Iterator[str]:
-    """Each rank counts positions from zero in its part of a sequence, and cross attention sees its own part alone."""
+    """Each rank counts positions from zero in its part of a sequence, and cross attention sees only that part."""
     if setup.layout.cp > 1:
         yield "T5 cannot split sequences over context-parallel ranks: set cp = 1"
 
@@ -35,18 +35,18 @@ def t5_encoder_divides(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
-    """The model names its embedding of positions twice, and it is sharded twice: a TypeError while wrapping."""
+    """T5Model registers its position embedding under two names, so it is sharded twice: a TypeError while wrapping."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and _positions(setup) == "learned_absolute":
         yield (
-            "torch FSDP2 fails with learned positions in T5: set position_embedding_type to rope or relative, "
+            "torch FSDP2 does not support learned positions in T5: set position_embedding_type to rope or relative, "
             "or wrap with ddp or megatron-fsdp"
         )
 
 
 @rule(seen=MEGATRON)
 def t5_recomputed_relative_positions(setup: Setup) -> Iterator[str]:
-    """All layers add one bias, and recomputing a layer goes back through the whole of it: the second time, in the first
-    backward pass, is a RuntimeError.
+    """All layers share one bias, so recomputation runs backward through its graph more than once: a RuntimeError in the
+    first backward pass.
     """
     config = setup.transformer
     attention = config.recompute_granularity == "full" or "core_attn" in (config.recompute_modules or ())
