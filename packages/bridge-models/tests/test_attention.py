@@ -241,4 +241,4 @@ def attend_in_parallel_with_bias(config: TransformerConfig) -> str:
 
 def test_a_bias_under_context_parallelism_is_refused(transformer: Transformer) -> None:
     for said in run_ranks(attend_in_parallel_with_bias, 2, transformer(context_parallel_size=2)):
-        assert "cannot do an attention bias: set context_parallel_size to 1" in said
+        assert "does not support an attention bias: set context_parallel_size to 1" in said

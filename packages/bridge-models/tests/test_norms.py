@@ -17,7 +17,7 @@ Transformer = Callable[..., TransformerConfig]
 def test_an_unknown_norm_is_refused(transformer: Transformer) -> None:
     config = transformer()
     config.normalization = "L2Norm"
-    with pytest.raises(UnsupportedError, match=r"'L2Norm' is not known: set one of LayerNorm, RMSNorm"):
+    with pytest.raises(UnsupportedError, match=r"'L2Norm' is not supported: set one of LayerNorm, RMSNorm"):
         torch_norm(config, 8)
 
 

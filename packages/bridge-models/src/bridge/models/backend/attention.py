@@ -22,9 +22,9 @@ from bridge.models.errors import UnsupportedError
 class TorchAttention(HasExtraState, DotProductAttention):
     """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Under context parallelism the keys and values of the other ranks are gathered, and what may be attended to follows
-    from where ``get_batch_on_this_cp_rank`` took each token from: of the sequence cut into 2 x cp pieces, rank r holds
-    pieces r and 2 x cp - 1 - r.
+    Under context parallelism the keys and values of the other ranks are gathered, and the mask follows from
+    how ``get_batch_on_this_cp_rank`` distributes tokens: of the sequence cut into 2 x cp pieces, rank r holds pieces r
+    and 2 x cp - 1 - r.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class TorchAttention(HasExtraState, DotProductAttention):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        k_channels: int | None = None,  # those of queries and keys, seen in their shapes
-        v_channels: int | None = None,  # those of values, likewise
+        k_channels: int | None = None,  # unused: the shapes of queries and keys tell
+        v_channels: int | None = None,  # unused: the shape of values tells
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         alone = copy.copy(config)
-        alone.context_parallel_size = 1  # the base class, which refuses more, only looks at it
+        alone.context_parallel_size = 1  # the base class rejects context parallelism and does nothing else with it
         super().__init__(
             alone,
             layer_number,
@@ -72,15 +72,15 @@ class TorchAttention(HasExtraState, DotProductAttention):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: [sequence, batch, heads, channels], of this rank.
             key: [sequence, batch, groups, channels]; a group serves heads / groups heads.
             value: [sequence, batch, groups, value channels].
-            attention_mask: True where nothing may be attended to, [batch or 1, 1, sequence, sequence]; under context
-                parallelism it is left aside.
-            attn_mask_type: In place of the one the layer was built with.
+            attention_mask: True where a key is masked out, [batch or 1, 1, sequence, sequence]; ignored under context
+                parallelism.
+            attn_mask_type: Overrides the type that the layer was built with.
             attention_bias: [batch or 1, heads, queries, keys], added to the scaled scores, as Transformer Engine's
                 ``post_scale_bias`` is; not under context parallelism.
             packed_seq_params: Not supported.
@@ -89,21 +89,22 @@ class TorchAttention(HasExtraState, DotProductAttention):
             [sequence, batch, heads x value channels].
 
         Raises:
-            UnsupportedError: For what is not supported.
+            UnsupportedError: The inputs need an unsupported feature.
         """
         if packed_seq_params is not None:
             raise UnsupportedError(
-                "attention in PyTorch cannot do packed sequences: install Transformer Engine, or leave them out"
+                "attention in PyTorch does not support packed sequences: install Transformer Engine, or do not pack"
             )
         mask_type = attn_mask_type or self.attn_mask_type
         if self.cp_group.size() > 1:
             if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
                 raise UnsupportedError(
-                    f"attention under context parallelism cannot do a mask of type {mask_type.name}: use a causal one"
+                    f"attention under context parallelism does not support a {mask_type.name} mask: use a causal one"
                 )
             if attention_bias is not None:
                 raise UnsupportedError(
-                    "attention under context parallelism cannot do an attention bias: set context_parallel_size to 1"
+                    "attention under context parallelism does not support an attention bias: "
+                    "set context_parallel_size to 1"
                 )
             attention_mask = None
             key, value = (
@@ -140,9 +141,9 @@ class TorchAttention(HasExtraState, DotProductAttention):
         *,
         device: torch.device,
     ) -> tuple[torch.Tensor | None, bool]:
-        """What may be attended to (None: everything), and whether that is just what comes before."""
+        """Return the mask of allowed keys (None: all), and whether it is the plain causal mask."""
         follows = mask_type is AttnMaskType.padding_causal or (
-            # As in Megatron's local attention, a mask that is given is the whole one.
+            # As in Megatron's local attention, an explicit mask replaces the causal one.
             mask_type in (AttnMaskType.causal, AttnMaskType.causal_bottom_right) and attention_mask is None
         )
         allowed = None if attention_mask is None else ~attention_mask
@@ -160,9 +161,9 @@ class TorchAttention(HasExtraState, DotProductAttention):
         return allowed, is_plain
 
     def _positions(self, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of queries, [queries, 1], and of keys, [1, keys], in the whole sequence."""
+        """Return positions in the whole sequence of queries, [queries, 1], and keys, [1, keys]."""
         ranks = self.cp_group.size()
-        if ranks == 1:  # queries are the last ones, where keys of earlier steps are kept
+        if ranks == 1:  # with a KV cache, queries are the last positions
             of = torch.arange(keys, device=device)
             return of[keys - queries :, None], of[None]
         pieces = torch.arange(keys, device=device).chunk(2 * ranks)
@@ -179,7 +180,7 @@ class TorchAttention(HasExtraState, DotProductAttention):
         sink: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention whose softmax has one more term for each head, ``sink``, that nothing is taken from."""
+        """Compute attention with an extra softmax term per head, ``sink``, that has no value."""
         heads = query.size(1) // key.size(1)
         key, value = (part.repeat_interleave(heads, dim=1) for part in (key, value))
         scores = (query @ key.transpose(-1, -2)).float() * self.scale
@@ -194,7 +195,10 @@ class TorchAttention(HasExtraState, DotProductAttention):
         return weights @ value
 
     def _dropout_generator(self) -> AbstractContextManager[None]:
-        """Tensor-parallel ranks hold different heads and drop each on its own; with sequence parallelism all do."""
+        """Return the random state for dropout: the tensor-parallel one, as ranks hold different heads.
+
+        With sequence parallelism the transformer block has selected it already.
+        """
         if self.config.sequence_parallel or not (self.training and self.attention_dropout.p):
             return nullcontext()
         fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
@@ -202,5 +206,5 @@ class TorchAttention(HasExtraState, DotProductAttention):
 
 
 def _biased(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-    """What is added to the scores for a bias where only some may be attended to."""
+    """Return the bias with disallowed positions set to minus infinity."""
     return bias if allowed is None else torch.where(allowed, bias, -math.inf)

@@ -1,4 +1,4 @@
-"""Whether layers come from Transformer Engine or are in PyTorch, and what either cannot do."""
+"""Choice between Transformer Engine's layers and layers in PyTorch, and the limits of each."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def uses_transformer_engine(transformer: TransformerConfig) -> bool:
-    """Whether layers come from Transformer Engine: when the configuration asks for it, and it can be used here.
+    """Return whether to use Transformer Engine's layers: the configuration asks for them and they are available.
 
     ``transformer_impl: transformer_engine`` is Megatron-Core's default, so without Transformer Engine, or without a GPU
-    to run it on, the layers in PyTorch are taken instead; the log says so once.
+    to run it on, layers in PyTorch are used instead; this is logged once.
     """
     if transformer.transformer_impl != "transformer_engine":
         return False
@@ -33,7 +33,7 @@ def uses_transformer_engine(transformer: TransformerConfig) -> bool:
 
 @functools.cache
 def report_fallback(message: str) -> None:
-    """Log once that layers are in PyTorch, and why."""
+    """Log once that layers in PyTorch are used, and why."""
     log_single_rank(logger, logging.WARNING, message)
 
 
@@ -44,7 +44,7 @@ def wants_pytorch_attention(transformer: TransformerConfig) -> bool:
 
 
 def require_transformer_engine(what: str) -> None:
-    """Check that Transformer Engine can be used, for something that needs it.
+    """Check that Transformer Engine is available for a feature that needs it.
 
     Raises:
         UnsupportedError: It cannot.
@@ -57,7 +57,7 @@ def require_transformer_engine(what: str) -> None:
 
 
 Refusals = Mapping[str, tuple[Callable[[TransformerConfig], bool], str]]
-"""What some layers cannot do: whether a configuration asks for it, and what to set instead."""
+"""Unsupported features: for each, whether a configuration asks for it, and what to set instead."""
 
 
 # Layers without Transformer Engine. Each of these fails in an assertion, an import or a kernel of megatron-core 0.19.2;
@@ -109,28 +109,28 @@ _BEYOND_TRANSFORMER_ENGINE: Refusals = {
 
 
 def refuse_beyond_pytorch(transformer: TransformerConfig) -> None:
-    """Raise one error for all that the layers without Transformer Engine cannot do of what a configuration asks for.
+    """Raise one error listing every requested feature that layers without Transformer Engine lack.
 
     Raises:
-        UnsupportedError: There is something.
+        UnsupportedError: The configuration asks for at least one of them.
     """
     refuse(transformer, _BEYOND_PYTORCH, layers="layers in PyTorch, without Transformer Engine,")
 
 
 def refuse_beyond_transformer_engine(transformer: TransformerConfig) -> None:
-    """Raise one error for all that Transformer Engine's layers cannot do of what a configuration asks for.
+    """Raise one error listing every requested feature that Transformer Engine's layers lack.
 
     Raises:
-        UnsupportedError: There is something.
+        UnsupportedError: The configuration asks for at least one of them.
     """
     refuse(transformer, _BEYOND_TRANSFORMER_ENGINE, layers="Megatron's layers of Transformer Engine")
 
 
 def refuse(transformer: TransformerConfig, refusals: Refusals, *, layers: str) -> None:
-    """Raise one error for all that a configuration asks for and some layers, which ``layers`` names, cannot do.
+    """Raise one error listing every requested feature that ``layers`` lack.
 
     Raises:
-        UnsupportedError: There is something.
+        UnsupportedError: The configuration asks for at least one of them.
     """
     found = [f"{what}: {advice}" for what, (asked, advice) in refusals.items() if asked(transformer)]
     if found:

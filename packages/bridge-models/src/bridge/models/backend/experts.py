@@ -1,4 +1,4 @@
-"""Experts in PyTorch: one module each, or one matrix each in a module for all of a rank."""
+"""Experts in PyTorch: one module per expert, or one module per rank with a matrix per expert."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _GroupedLinear(HasExtraState):
         self.shape = [output_size, input_size]
         self.init_method = init_method
         self.on_cpu = config.use_cpu_initialization
-        # A rank's part of a gated layer's first matrix is one of the gate and one of what is gated.
+        # Each rank holds a slice of the gate and a slice of the gated values, so a gated fc1 has stride 2.
         gated = self.split == 0 and config.gated_linear_unit and config.moe_mlp_glu_interleave_size is None
         self.stride = 2 if gated else 1
         own_groups = (
@@ -128,14 +128,14 @@ class _GroupedLinear(HasExtraState):
                 self.get_parameter(f"weight{own[expert]}").copy_(torch.cat(pieces[rank::ranks], dim=self.split))
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Multiply.
+        """Apply each expert's matrix to its tokens.
 
         Args:
-            tokens: [tokens, input], those of the first expert first.
-            tokens_per_expert: How many there are of each.
+            tokens: [tokens, input], ordered by expert.
+            tokens_per_expert: Number of tokens of each expert.
 
         Returns:
-            [tokens, output]; and the biases, [experts, output], if the caller is to add them.
+            [tokens, output]; and the biases, [experts, output], if the caller adds them.
         """
         weights: list[torch.Tensor] = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
         parts = tokens.split(tokens_per_expert)
@@ -147,7 +147,7 @@ class _GroupedLinear(HasExtraState):
         return torch.cat(outputs), torch.stack(biases) if self.skip_bias_add else None
 
     def backward_dw(self) -> None:
-        """Nothing is left to compute: gradients of weights are not delayed."""
+        """Do nothing: weight gradients are not delayed."""
 
     def sharded_state_dict(
         self,

@@ -14,10 +14,10 @@ class HasExtraState(torch.nn.Module):
     """
 
     def get_extra_state(self) -> None:
-        """Return nothing: there is none, but torch writes the key."""
+        """Return None: the state is empty, but torch writes the key."""
 
     def set_extra_state(self, state: object) -> None:
-        """Leave it aside."""
+        """Ignore the state."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", None)

@@ -10,7 +10,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's multi-latent attention with right gradients under tensor parallelism.
+    """Megatron's multi-latent attention with correct gradients under tensor parallelism.
 
     Seen in megatron-core 0.19.2, whose layers without Transformer Engine split the down projections over the ranks:
 
@@ -28,7 +28,7 @@ class LatentAttention(MLASelfAttention):
                 parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> Any:
-        """Choose what projects, and what norms."""
+        """Return the projections and norms to build."""
         compressed = cast(int | None, self.config.q_lora_rank) is not None  # Megatron annotates it as never None
         if compressed or not self.config.qk_layernorm:
             return super()._resolve_qk_norm_config(submodules)

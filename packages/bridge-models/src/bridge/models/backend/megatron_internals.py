@@ -1,4 +1,4 @@
-"""What bridge-models uses of megatron-core that megatron-core does not promise to keep."""
+"""Non-public names of megatron-core that bridge-models relies on."""
 
 MEGATRON_NAMES = {
     "megatron.core.extensions.transformer_engine.HAVE_TE": "choice: which layers there are",
@@ -9,4 +9,4 @@ MEGATRON_NAMES = {
     "megatron.core.transformer.multi_latent_attention.MLASelfAttention._qkv_down_projection": "latent: overridden",
     "megatron.core.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config": "latent: overridden",
 }
-"""What each is for, by name; seen in megatron-core 0.19.2. An override of what is gone is never called."""
+"""Name -> use, as of megatron-core 0.19.2. If a name disappears, an override of it is silently never called."""

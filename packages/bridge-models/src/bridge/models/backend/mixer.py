@@ -32,7 +32,7 @@ except RuntimeError as error:  # of triton 3.2 and 3.3, which look for a GPU whe
 
 
 def has_mamba_kernels() -> bool:
-    """Whether the CUDA kernels of Mamba can be used: mamba-ssm and causal-conv1d, which it calls."""
+    """Return whether Mamba's CUDA kernels, mamba-ssm and causal-conv1d, are available."""
     return bool(mamba_mixer.HAVE_MAMBA_SSM) and mamba_mixer.causal_conv1d_fn is not None
 
 
@@ -109,7 +109,7 @@ class TorchMambaMixer(WrappableMambaMixer):
     def _ssm_training(self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None) -> torch.Tensor:  # noqa: N803 - Megatron's names
         if packed_seq_params is not None:
             raise UnsupportedError(
-                "Mamba layers in PyTorch cannot do packed sequences: install mamba-ssm and causal-conv1d, "
+                "Mamba layers in PyTorch do not support packed sequences: install mamba-ssm and causal-conv1d, "
                 "or give each sequence its own row"
             )
         return self._mix(zxBCdt)
@@ -123,7 +123,7 @@ class TorchMambaMixer(WrappableMambaMixer):
     ) -> torch.Tensor:
         if conv_state is not None or ssm_state is not None:
             raise UnsupportedError(
-                "Mamba layers in PyTorch cannot generate token by token: install mamba-ssm and causal-conv1d"
+                "Mamba layers in PyTorch do not support token-by-token generation: install mamba-ssm and causal-conv1d"
             )
         return self._mix(zxBCdt)
 

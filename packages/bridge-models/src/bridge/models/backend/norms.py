@@ -13,13 +13,13 @@ from bridge.models.errors import UnsupportedError
 
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
-    """Build the norm that a configuration asks for, torch's own.
+    """Build the torch norm that a configuration asks for.
 
     Under sequence parallelism each rank sees part of the sequence, so the weights are marked for Megatron to add up
     their gradients over the tensor-parallel ranks.
 
     Raises:
-        UnsupportedError: There is no such norm.
+        UnsupportedError: The normalization is not supported.
     """
     norms: dict[str, Callable[..., TorchNorm]] = (
         {"LayerNorm": ZeroCenteredLayerNorm, "RMSNorm": ZeroCenteredRMSNorm}
@@ -27,7 +27,9 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
         else {"LayerNorm": TorchLayerNorm, "RMSNorm": TorchRMSNorm}
     )
     if config.normalization not in norms:
-        raise UnsupportedError(f"normalization {config.normalization!r} is not known: set one of {', '.join(norms)}")
+        raise UnsupportedError(
+            f"normalization {config.normalization!r} is not supported: set one of {', '.join(norms)}"
+        )
     norm = norms[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -42,7 +44,7 @@ def fused_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
 
 
 class TorchNorm(HasExtraState):
-    """What all norms of this backend have in common: which keys they write into checkpoints."""
+    """Base class of this backend's norms: decides which keys they write into checkpoints."""
 
     is_fused = False
     """Whether it is part of the next linear layer in Transformer Engine, which then has the only extra state."""

@@ -30,7 +30,7 @@ class PyTorchSpecProvider(LocalSpecProvider):
     """Megatron's local backend with layers in PyTorch in their places."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        """Return what builds a norm; which one it is, the configuration says."""
+        """Return the function that builds the norm of the configuration."""
         return torch_norm
 
     def core_attention(self) -> type:
@@ -38,12 +38,12 @@ class PyTorchSpecProvider(LocalSpecProvider):
         return TorchAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        """Return what builds the experts of a rank: with one weight a matrix each, or one module an expert."""
+        """Return the builder of a rank's experts: grouped, or one module per expert."""
         if not moe_use_grouped_gemm:
             local: Any = super().grouped_mlp_modules(moe_use_grouped_gemm)
             return partial(SequentialExperts, **local.keywords)
         return partial(
-            TEGroupedMLP,  # by its name Transformer Engine's; it takes any grouped linear layers
+            TEGroupedMLP,  # despite its name it accepts any grouped linear layers
             submodules=GroupedMLPSubmodules(
                 linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
             ),
@@ -60,7 +60,7 @@ def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> 
         grouped_experts: Whether experts are grouped; needed if there are any.
 
     Raises:
-        UnsupportedError: There are experts, and it is not said whether they are grouped.
+        UnsupportedError: The spec has experts and ``grouped_experts`` is None.
     """
     provider = PyTorchSpecProvider()
 

@@ -1,4 +1,4 @@
-"""Layer specs: what a configuration may give as one, and replacing modules in one."""
+"""Resolve the layer specs of a configuration, and replace modules in a spec."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def replace_modules(spec: SpecT, replace: Callable[[Any], Any]) -> SpecT:
 def given_spec(
     given: object, config: ModelConfig, *, field: str, kinds: tuple[type, ...], vp_stage: int | None = None
 ) -> Any:
-    """Return the layers that a configuration gives: a spec, or what a function of the configuration returns.
+    """Return a configuration's layer spec, calling it if it is a function.
 
     Args:
         given: The spec, or the function, which may take nothing, and ``vp_stage`` by name.
-        config: What the function gets.
-        field: The field that gives them, for errors.
-        kinds: What is a spec here.
+        config: The argument of the function.
+        field: The name of the field, for error messages.
+        kinds: The accepted spec classes.
         vp_stage: Virtual pipeline stage, None without a virtual pipeline.
 
     Raises:
-        LayerSpecError: It is neither, or the function returns something else.
+        LayerSpecError: The value is neither, or the function returns something else.
     """
     if isinstance(given, kinds):  # before callable(): a ModuleSpec is also callable
         return given
     if not callable(given):
-        raise LayerSpecError(f"{field} is {given!r}: give a ModuleSpec, a function that returns one, or None")
+        raise LayerSpecError(f"{field} is {given!r}: set it to a ModuleSpec, a function that returns one, or None")
     parameters = inspect.signature(given).parameters
     by_name = {"vp_stage": vp_stage} if "vp_stage" in parameters else {}
     spec: object = given(config, **by_name) if parameters else given()
@@ -72,10 +72,10 @@ def given_spec(
 
 
 def given_layer_spec(given: object, config: ModelConfig, *, field: str, vp_stage: int | None = None) -> LayerSpec:
-    """Return the layers of a stack that a configuration gives, see ``given_spec``.
+    """Return a configuration's layer or block spec, see ``given_spec``.
 
     Raises:
-        LayerSpecError: It gives something else.
+        LayerSpecError: The value is something else.
     """
     kinds = (ModuleSpec, TransformerBlockSubmodules)
     return cast(LayerSpec, given_spec(given, config, field=field, kinds=kinds, vp_stage=vp_stage))

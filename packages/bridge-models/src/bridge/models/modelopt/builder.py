@@ -1,4 +1,4 @@
-"""The builder whose models get a ModelOpt state. Importing it does not import ModelOpt."""
+"""The builder that restores a ModelOpt state. Importing this module does not import ModelOpt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 
 
 class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
-    """A builder whose models get a ModelOpt state, and weights, before they are wrapped.
+    """Builder that restores a ModelOpt state and weights before it wraps the model.
 
     Example:
         >>> config = GPTModelConfig(transformer=transformer, vocab_size=256, restore_modelopt_state=True)
@@ -39,10 +39,10 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
     def __init__(
         self, model_config: BuildConfigT, *, modelopt_checkpoint: str | os.PathLike[str] | None = None
     ) -> None:
-        """Keep what to build, and what to restore it from.
+        """Store the configuration and the checkpoint to restore from.
 
         Args:
-            model_config: What to build.
+            model_config: The configuration of the model.
             modelopt_checkpoint: With ``restore_modelopt_state``: a folder that Megatron saved (distributed, or
                 ``mp_rank_*``; or one of several iterations), or a file of ``modelopt.torch.opt.save``.
         """
@@ -50,7 +50,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         self._checkpoint = None if modelopt_checkpoint is None else Path(modelopt_checkpoint)
 
     def check_restore(self) -> None:
-        """Check that there is a checkpoint with a ModelOpt state exactly if the configuration says so.
+        """Check that a checkpoint with a ModelOpt state is given if, and only if, the configuration asks for one.
 
         Raises:
             CheckpointError: There is none, there is no state in it, or it is not asked for.
@@ -84,7 +84,7 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         return [state.restored(stage, locate(self._checkpoint), pg_collection)]
 
     def _restorable_config(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> BuildConfigT:
-        """Return the configuration to build a stage from: with a ModelOpt state, which changes it, a copy.
+        """Return the configuration to build a stage from; with a ModelOpt state, a modified copy.
 
         Raises:
             UnsupportedError: ModelOpt is not installed, or cannot do what is asked for.
@@ -93,7 +93,9 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
             return self._model_config
         import_modelopt()
         if vp_stage is not None:
-            raise UnsupportedError("ModelOpt knows no virtual pipeline: set virtual_pipeline_model_parallel_size to 1")
+            raise UnsupportedError(
+                "ModelOpt does not support virtual pipeline stages: set virtual_pipeline_model_parallel_size to 1"
+            )
         check_global_groups(pg_collection, component="ModelOpt")
         config = copy.copy(self._model_config)
         transformer = copy.copy(self.transformer_config)
@@ -109,7 +111,7 @@ def import_modelopt() -> ModuleType:
         UnsupportedError: It is not installed.
     """
     try:
-        # While it is imported it warns of libraries that it could use, and prints.
+        # ModelOpt prints, and warns about optional libraries, while it is imported.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             from bridge.models.modelopt import state
@@ -119,13 +121,13 @@ def import_modelopt() -> ModuleType:
 
 
 def _require_modelopt() -> None:
-    """Check that ModelOpt is installed, without the seconds that it takes to import it."""
+    """Check that ModelOpt is installed without importing it, which takes seconds."""
     try:
         found = importlib.util.find_spec("modelopt")
     except ImportError as error:
         raise _not_installed(str(error)) from error
     if found is None:
-        raise _not_installed("there is no such module")
+        raise _not_installed("no module named 'modelopt'")
 
 
 def _not_installed(why: str) -> UnsupportedError:

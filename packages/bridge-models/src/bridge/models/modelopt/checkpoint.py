@@ -1,4 +1,4 @@
-"""Where a ModelOpt state is in what Megatron and ModelOpt save, and reading the file of one rank.
+"""Locate the ModelOpt state in checkpoints of Megatron and ModelOpt, and read the file of one rank.
 
 Importing this module does not import ModelOpt.
 """
@@ -44,7 +44,7 @@ def locate(checkpoint: Path) -> Path:
 
 
 def is_sharded(checkpoint: Path) -> bool:
-    """Whether it is one of Megatron's distributed checkpoints."""
+    """Return whether this is a Megatron distributed checkpoint."""
     return bool(dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)))
 
 

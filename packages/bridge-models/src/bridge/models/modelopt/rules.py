@@ -14,23 +14,23 @@ _SHOWN = "it takes a checkpoint of a quantised model: tests/test_modelopt.py sho
 
 @rule(seen=MODELOPT, not_shown=_SHOWN)
 def modelopt_virtual_pipeline(setup: Setup) -> Iterator[str]:
-    """ModelOpt keeps the state of one stage a rank: a ValueError in place of a checkpoint."""
+    """ModelOpt stores the state of one stage per rank: saving a checkpoint raises a ValueError."""
     if _restores(setup) and setup.has_virtual_pipeline:
-        yield "a ModelOpt state is of one stage a rank, without a virtual pipeline: set vp = 1"
+        yield "ModelOpt does not support virtual pipeline stages: set vp = 1"
 
 
 @rule(seen=MODELOPT, not_shown=_SHOWN)
 def modelopt_meta_device(setup: Setup) -> Iterator[str]:
-    """What is restored before wrapping has no memory on the meta device: an error about copying out of it."""
+    """The state is restored before wrapping, when parameters on the meta device have no memory: copying fails."""
     if _restores(setup) and setup.transformer.init_model_with_meta_device:
-        yield "what is restored needs memory, on the meta device there is none: set init_model_with_meta_device = False"
+        yield "a ModelOpt state cannot be restored on the meta device: set init_model_with_meta_device = False"
 
 
 @rule(seen=MODELOPT, not_shown=_SHOWN)
 def modelopt_experts(setup: Setup) -> Iterator[str]:
-    """A ValueError when the experts are converted."""
+    """ModelOpt raises a ValueError when it converts the experts."""
     if _restores(setup) and setup.transformer.num_moe_experts and setup.layout.ep > 1 and setup.layout.tp > 1:
-        yield "ModelOpt quantises experts under expert or tensor parallelism, not both: set ep = 1 or tp = 1"
+        yield "ModelOpt does not support expert and tensor parallelism together: set ep = 1 or tp = 1"
 
 
 def _restores(setup: Setup) -> bool:

@@ -46,13 +46,13 @@ def restored(stage: MegatronModule, checkpoint: Path, pg_collection: ProcessGrou
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another model or layout.
     """
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # ModelOpt prints what it does
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):  # ModelOpt prints what it does
         if is_sharded(checkpoint):
             stage = _from_shards(stage, checkpoint)
         else:
             stage = _from_file(stage, file_of_rank(checkpoint, pg_collection))
-    logger.info("restored a ModelOpt state from %s: %s", checkpoint, " ".join(said.getvalue().split()))
+    logger.info("restored a ModelOpt state from %s: %s", checkpoint, " ".join(output.getvalue().split()))
     return stage
 
 
@@ -70,17 +70,17 @@ def _from_shards(stage: MegatronModule, folder: Path) -> MegatronModule:
             )
     except CheckpointException as error:  # torch's, of what happened on which rank
         causes = [cause for cause, _ in error.failures.values()]
-        raise _misfit(folder, str(causes[0])) from error
+        raise _mismatch_error(folder, str(causes[0])) from error
     except (RuntimeError, CheckpointingException) as error:
-        raise _misfit(folder, str(error)) from error
+        raise _mismatch_error(folder, str(error)) from error
     state, missing, unexpected = loaded
     parts = dict(stage.named_children())  # the rest of the checkpoint, an optimizer's state, is not the model's
     only = {
         "the checkpoint alone has": {name for name in missing if name.split(".")[0] in parts},
         "the model alone has": unexpected,
     }
-    if found := [f"{side} {_some(names)}" for side, names in only.items() if names]:
-        raise _misfit(folder, "; ".join(found))
+    if found := [f"{side} {_format_names(names)}" for side, names in only.items() if names]:
+        raise _mismatch_error(folder, "; ".join(found))
     _load_weights(stage, state["model"], folder)
     return stage
 
@@ -119,10 +119,10 @@ def _from_file(stage: MegatronModule, file: Path) -> MegatronModule:
         with known_attention(quantizers):
             restored: MegatronModule = mto.restore_from_modelopt_state(stage, state)
     except RuntimeError as error:  # of ModelOpt: names differ
-        raise _misfit(file, str(error)) from error
+        raise _mismatch_error(file, str(error)) from error
     shapes = {name: tuple(parameter.shape) for name, parameter in restored.named_parameters()}
     if found := {name for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != shape}:
-        raise _misfit(file, f"the model has other shapes of {_some(found)}")
+        raise _mismatch_error(file, f"the model has other shapes of {_format_names(found)}")
     _load_weights(restored, weights, file)
     return restored
 
@@ -131,18 +131,18 @@ def _load_weights(stage: MegatronModule, weights: dict[str, Any], source: Path) 
     try:
         stage.load_state_dict(weights)
     except RuntimeError as error:  # names or shapes differ
-        raise _misfit(source, str(error)) from error
+        raise _mismatch_error(source, str(error)) from error
 
 
-def _some(names: set[str]) -> str:
+def _format_names(names: set[str]) -> str:
     shown = sorted(names)[:_MOST_NAMES]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _misfit(source: Path, how: str) -> CheckpointError:
+def _mismatch_error(source: Path, how: str) -> CheckpointError:
     shown = how if len(how) <= _LONGEST else f"{how[:_LONGEST]} ..."
     return CheckpointError(
         f"{source} cannot be restored into this model: {shown}\n"
-        "Build what was saved, with its configuration and layers. A model that ModelOpt shall change is built with "
-        "restore_modelopt_state too, by build_model: then its experts are not grouped"
+        "Build it with the configuration and layers that it was saved with. Call build_model with restore_modelopt_state "
+        "also for the model that ModelOpt is to convert: its experts are then not grouped"
     )
