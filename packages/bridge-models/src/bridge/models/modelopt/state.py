@@ -143,6 +143,6 @@ def _mismatch_error(source: Path, how: str) -> CheckpointError:
     shown = how if len(how) <= _LONGEST else f"{how[:_LONGEST]} ..."
     return CheckpointError(
         f"{source} cannot be restored into this model: {shown}\n"
-        "Build it with the configuration and layers that it was saved with. Call build_model with restore_modelopt_state "
-        "also for the model that ModelOpt is to convert: its experts are then not grouped"
+        "Build it with the configuration and layers that it was saved with. Call build_model with"
+        " restore_modelopt_state also for the model that ModelOpt is to convert: its experts are then not grouped"
     )
