@@ -200,7 +200,7 @@ def test_finalize_calls_finalize_of_the_transformer(gpt: GPT) -> None:
         (
             {},
             {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32},
-            "learned_absolute positions in a pipeline",
+            "learned_absolute positions and pipeline parallelism",
         ),
     ],
 )

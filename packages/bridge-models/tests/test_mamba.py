@@ -142,7 +142,7 @@ def test_packed_sequences_and_generation_are_refused(
     x = torch.zeros(4, 1, 32)
     with pytest.raises(UnsupportedError, match="packed sequences: install mamba-ssm"):
         mixer(x, packed_seq_params=PackedSeqParams(qkv_format="thd"))
-    with pytest.raises(UnsupportedError, match="token by token"):
+    with pytest.raises(UnsupportedError, match="token-by-token generation"):
         mixer._ssm_prefill(x, conv_state=torch.zeros(1), ssm_state=torch.zeros(1))
 
 
@@ -269,7 +269,7 @@ def test_local_attention_is_replaced_in_a_given_stack(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"), [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': give a")]
+    ("given", "says"), [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': set it to a ModuleSpec")]
 )
 def test_invalid_stack_specs_are_refused(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, given: Any, says: str
