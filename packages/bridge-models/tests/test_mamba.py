@@ -269,7 +269,8 @@ def test_local_attention_is_replaced_in_a_given_stack(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"), [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': set it to a ModuleSpec")]
+    ("given", "says"),
+    [(lambda: None, "returned None: it must return"), ("x", "hybrid_stack_spec is 'x': set it to a ModuleSpec")],
 )
 def test_invalid_stack_specs_are_refused(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, given: Any, says: str
