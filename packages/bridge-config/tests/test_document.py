@@ -7,26 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from sample_model import MODEL, TARGET, YAML, Block
 
-from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, WriteThrough, load_config
+from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, load_config
 from bridge.config.documents.overrides import is_override
 from bridge.config.schema.versions import Moved, Schema
 from bridge.config.text.limits import MAX_BYTES
-
-
-@dataclass
-class Block:
-    size: int
-    ratio: float = 0.5
-
-
-@dataclass(kw_only=True)
-class Model(WriteThrough, ModelConfig):
-    _embeds: ClassVar[str] = "block"
-    builder: ClassVar[str] = "nowhere.Builder"
-    block: Block
-    blocks: list[Block] = field(default_factory=list)
-    vocab_size: int | None = None
 
 
 @dataclass
@@ -42,22 +28,6 @@ class Newer(ModelConfig):
     schema: ClassVar[Schema] = Schema(2, (Moved(2, "old", "new"),))
     new: int = 1
     other: int = 1
-
-
-YAML = f"""\
-# a model
-_target_: {__name__}.Model
-vocab_size: 1
-block:
-  size: 2
-blocks:
-  - {{size: 1}}
-  - size: 3
-    ratio: 1e-1
-"""
-
-
-MODEL = Model(vocab_size=1, block=Block(2), blocks=[Block(1), Block(3, 0.1)])
 
 
 @pytest.fixture
@@ -148,7 +118,7 @@ def test_overrides_are_yaml_and_apply_in_order(file: Path) -> None:
     ]
     document = Document.load(file, overrides)
     assert document.data == {
-        "_target_": f"{__name__}.Model",
+        "_target_": TARGET,
         "vocab_size": 3,
         "block": {"size": [1], "ratio": 1e-5},
         "blocks": [{"size": 3, "ratio": 0.1}],
@@ -209,13 +179,13 @@ def test_problems_after_a_removed_item_keep_their_lines(file: Path) -> None:
 
 
 def test_problems_behind_an_alias_are_reported_at_the_anchor(file: Path) -> None:
-    file.write_text(f"_target_: {__name__}.Model\nblock: &block\n  size: x\nblocks: [*block, *block]\n")
+    file.write_text(f"_target_: {TARGET}\nblock: &block\n  size: x\nblocks: [*block, *block]\n")
     assert [problem.split(":")[0] for problem in problems(file)] == ["3", "3", "3"]
 
 
 def test_json_problems_have_positions(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
-    path.write_text(f'{{"_target_": "{__name__}.Model",\n  "block": {{"size": "2"}}}}')
+    path.write_text(f'{{"_target_": "{TARGET}",\n  "block": {{"size": "2"}}}}')
     assert problems(path) == ["2:13: $.block.size: expected an integer, got '2'"]
 
 

@@ -3,45 +3,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+from sample_model import MODEL, YAML
 
-from bridge.config import ConfigError, Document, DocumentError, ModelConfig, WriteThrough, load_config
+from bridge.config import ConfigError, Document, DocumentError, load_config
 from bridge.config.schema.jsonschema import json_schema, schema_targets
-
-
-@dataclass
-class Block:
-    size: int
-    ratio: float = 0.5
-
-
-@dataclass(kw_only=True)
-class Model(WriteThrough, ModelConfig):
-    _embeds: ClassVar[str] = "block"
-    builder: ClassVar[str] = "nowhere.Builder"
-    block: Block
-    blocks: list[Block] = field(default_factory=list)
-    vocab_size: int | None = None
-
-
-YAML = f"""\
-# a model
-_target_: {__name__}.Model
-vocab_size: 1
-block:
-  size: 2
-blocks:
-  - {{size: 1}}
-  - size: 3
-    ratio: 1e-1
-"""
-
-
-MODEL = Model(vocab_size=1, block=Block(2), blocks=[Block(1), Block(3, 0.1)])
 
 
 @pytest.fixture
