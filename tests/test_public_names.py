@@ -15,7 +15,7 @@ import yaml
 
 from bridge.config import ModelConfig, TargetError
 from bridge.config.canonical import canonicalize, fingerprint
-from bridge.config.documents.presets import preset
+from bridge.config.documents.presets import find_preset
 from bridge.config.schema import registered, registry
 from bridge.config.schema.table import shipped
 
@@ -92,6 +92,6 @@ def test_document_fingerprints_are_stable(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES["presets"])
 def test_preset_fingerprints_are_stable(name: str) -> None:
-    file = preset(name)
+    file = find_preset(name)
     assert file is not None
     assert fingerprint(yaml.safe_load(file.read_text())) == NAMES["presets"][name]

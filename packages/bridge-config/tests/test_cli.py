@@ -347,10 +347,10 @@ def test_version_lists_every_package_without_importing_them(site: Path) -> None:
 
 
 def test_commands_of_optional_packages_are_known() -> None:
-    from bridge.config.cli.entry import _HOMES
+    from bridge.config.cli.entry import _PACKAGES
 
     declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
-    assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _HOMES
+    assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _PACKAGES
 
 
 def test_an_internal_error_shows_its_location_and_on_request_the_traceback(site: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge.config import ConfigError, Document
-from bridge.config.documents.presets import presets
+from bridge.config.documents.presets import list_presets
 from bridge.config.paths import Path, format_path
 from bridge.config.text.edit import edit_text
 from bridge.config.text.parse import parse_yaml
@@ -425,13 +425,13 @@ def test_an_edit_that_cannot_be_made_in_place_is_refused() -> None:
 
 
 # Those written by hand, and some of the others, which are alike: with long lists, comments, mappings.
-WRITTEN = [name for name in presets() if "tiny" in name or name in ("deepseek-v3", "gpt-oss-20b", "gpt2-124m")]
+WRITTEN = [name for name in list_presets() if "tiny" in name or name in ("deepseek-v3", "gpt-oss-20b", "gpt2-124m")]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.skipif(not entry_points(group="bridge.presets"), reason="no presets are installed")
 def test_changing_one_value_of_a_preset_changes_only_its_line(name: str) -> None:
-    text = presets()[name].read_text(encoding="utf-8")
+    text = list_presets()[name].read_text(encoding="utf-8")
     for path in paths_in(parse_yaml(text).data):
         document = Document.load(name)
         old = document.get(format_path(path))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.recognize import convert_foreign
 
 CORE = "megatron.core.transformer.transformer_config"
 
@@ -66,7 +66,7 @@ def flat_hybrid(cls: str = HYBRID_PROVIDER, **given: Any) -> dict[str, Any]:
     ],
 )
 def test_hybrid_fields_are_renamed(name: str, builder: str) -> None:
-    result = adopted({"model": hybrid(name, _builder_=builder, vocab_size=64, hybrid_mlp_ratio=0.0)})
+    result = convert_foreign({"model": hybrid(name, _builder_=builder, vocab_size=64, hybrid_mlp_ratio=0.0)})
     assert result.data == {
         "_target_": "bridge.models.mamba.MambaModelConfig",
         "_builder_": "bridge.models.mamba.MambaModelBuilder",
@@ -82,22 +82,24 @@ def test_hybrid_fields_are_renamed(name: str, builder: str) -> None:
 def test_older_hybrid_fields_are_renamed() -> None:
     data = hybrid(hybrid_override_pattern="M-", mamba_stack_spec=None)
     del data["hybrid_layer_pattern"], data["hybrid_stack_spec"]
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data["hybrid_layer_pattern"] == "M-"
     assert dict(result.moves)[("hybrid_layer_pattern",)] == ("hybrid_override_pattern",)
-    same = adopted(hybrid(hybrid_override_pattern="M*"))
+    same = convert_foreign(hybrid(hybrid_override_pattern="M*"))
     assert same.data["hybrid_layer_pattern"] == "M*"
     assert same.notes == ["left out, an old name of a field that is also given: hybrid_override_pattern"]
-    both = adopted(hybrid(hybrid_override_pattern="M-"))
+    both = convert_foreign(hybrid(hybrid_override_pattern="M-"))
     assert [path for path, _ in both.problems] == [("hybrid_override_pattern",)]
-    ratio = adopted(hybrid(hybrid_attention_ratio=0.5))
+    ratio = convert_foreign(hybrid(hybrid_attention_ratio=0.5))
     assert [path for path, _ in ratio.problems] == [("hybrid_attention_ratio",)]
 
 
 def test_a_hybrid_provider_is_split_into_model_and_transformer() -> None:
     name = "megatron.bridge.models.hybrid.hybrid_provider.get_default_hybrid_stack_spec"
     spec = {"_target_": name, "_call_": False}
-    result = adopted({"model": flat_hybrid(num_layers=2, vocab_size=64, hybrid_stack_spec=spec, mtp_num_layers=0)})
+    result = convert_foreign(
+        {"model": flat_hybrid(num_layers=2, vocab_size=64, hybrid_stack_spec=spec, mtp_num_layers=0)}
+    )
     assert result.data["hybrid_stack_spec"] == {
         "_target_": "bridge.models.hybrid_layers.default_stack_spec",
         "_call_": False,
@@ -110,7 +112,7 @@ def test_a_hybrid_provider_is_split_into_model_and_transformer() -> None:
 
 
 def test_the_defaults_of_a_hybrid_provider_are_written_out() -> None:
-    result = adopted({"_target_": HYBRID_PROVIDER, "hybrid_layer_pattern": "MM*", "activation_func": "silu"})
+    result = convert_foreign({"_target_": HYBRID_PROVIDER, "hybrid_layer_pattern": "MM*", "activation_func": "silu"})
     assert result.data["transformer"]["bf16"] is True
     assert result.data["transformer"]["normalization"] == "RMSNorm"
     assert result.data["transformer"]["num_layers"] == 3
@@ -120,7 +122,7 @@ def test_the_defaults_of_a_hybrid_provider_are_written_out() -> None:
 
 def test_defaults_of_a_provider_subclass_are_noted() -> None:
     name = "megatron.bridge.models.nemotronh.nemotron_h_provider.NemotronHModelProvider8B"
-    *_, told, _ = adopted({"_target_": name, "hidden_size": 4096, "activation_func": "relu2"}).notes
+    *_, told, _ = convert_foreign({"_target_": name, "hidden_size": 4096, "activation_func": "relu2"}).notes
     assert told.startswith("Bridge's defaults are used, which may differ from those of NemotronHModelProvider8B: ")
     assert ", ffn_hidden_size," in told
     assert ", hidden_size," not in told
@@ -130,36 +132,36 @@ def test_defaults_of_a_provider_subclass_are_noted() -> None:
 
 def test_multi_token_prediction_is_joined_to_the_pattern() -> None:
     data = hybrid(transformer={"mtp_num_layers": 2}, mtp_hybrid_override_pattern="*E", keep_mtp_spec_in_bf16=False)
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data["hybrid_layer_pattern"] == "M*/*E/*E"
     assert not result.problems
     assert result.notes == [
         "hybrid_layer_pattern: set to 'M*/*E/*E', which includes mtp_hybrid_override_pattern",
         "left out, disabled and unknown to Bridge: keep_mtp_spec_in_bf16",
     ]
-    unified = adopted(hybrid(hybrid_layer_pattern="M*/*E", mtp_hybrid_override_pattern="*E"))
+    unified = convert_foreign(hybrid(hybrid_layer_pattern="M*/*E", mtp_hybrid_override_pattern="*E"))
     assert unified.data["hybrid_layer_pattern"] == "M*/*E"
     assert unified.notes == ["left out, no effect on the model: mtp_hybrid_override_pattern"]
 
 
 def test_multi_token_prediction_layers_are_left_out_only_if_default() -> None:
     name = "megatron.bridge.models.mamba.mamba_provider.get_default_mamba_stack_spec"
-    usual = adopted(hybrid(mtp_mamba_stack_spec={"_target_": name, "_call_": False}))
+    usual = convert_foreign(hybrid(mtp_mamba_stack_spec={"_target_": name, "_call_": False}))
     assert usual.notes == ["left out, the same as the default: mtp_mamba_stack_spec"]
-    other = adopted(hybrid(mtp_mamba_stack_spec={"_target_": "my.spec", "_call_": False}))
+    other = convert_foreign(hybrid(mtp_mamba_stack_spec={"_target_": "my.spec", "_call_": False}))
     assert [path for path, _ in other.problems] == [("mtp_mamba_stack_spec",)]
 
 
 def test_a_missing_pattern_is_noted() -> None:
     assert "the document has no hybrid_layer_pattern: only Mamba layers are assumed" in (
-        adopted(hybrid(hybrid_layer_pattern=None)).notes
+        convert_foreign(hybrid(hybrid_layer_pattern=None)).notes
     )
 
 
 def test_the_activation_function_is_read_from_the_metadata() -> None:
     data = hybrid(extra_checkpoint_metadata={"megatron_bridge.activation_func": "relu2"})
     del data["transformer"]["activation_func"]
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data["transformer"]["activation_func"] == "squared_relu"
     assert result.notes == ["transformer.activation_func: relu2 taken from extra_checkpoint_metadata"]
 
@@ -182,7 +184,7 @@ T5_KNOWN = {
 def test_a_t5_provider() -> None:
     spec = {"_target_": "megatron.bridge.models.t5_provider.transformer_engine_layer_spec", "_call_": False}
     sizes = {"num_layers": 2, "encoder_num_layers": 3, "max_position_embeddings": 512, "seq_length": 512}
-    result = adopted(
+    result = convert_foreign(
         {"_target_": T5_PROVIDER, **T5_KNOWN, **sizes, "seq_length_dec": 128, "transformer_layer_spec": spec}
     )
     assert result.data["_target_"] == "bridge.models.t5.T5ModelConfig"
@@ -195,7 +197,7 @@ def test_a_t5_provider() -> None:
         "left out, disabled and unknown to Bridge: encoder_pipeline_model_parallel_size",
         "left out, no effect on the model: seq_length, seq_length_dec",
     ]
-    other = adopted(
+    other = convert_foreign(
         {"_target_": T5_PROVIDER, **T5_KNOWN, **sizes, "encoder_pipeline_model_parallel_size": 2, "typo": 1}
     )
     assert [path for path, _ in other.problems] == [("encoder_pipeline_model_parallel_size",), ("typo",)]

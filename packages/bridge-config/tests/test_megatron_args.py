@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError
-from bridge.config.foreign.argument_names import known_arguments
-from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.argument_names import load_arguments
+from bridge.config.foreign.recognize import convert_foreign
 
 GPT = "bridge.models.gpt.GPTModelConfig"
 MAMBA = "bridge.models.mamba.MambaModelConfig"
@@ -35,18 +35,18 @@ def arguments(**given: Any) -> dict[str, Any]:
         "padded_vocab_size": 128,
         "tokenizer_type": "NullTokenizer",
     }
-    return known_arguments() | sizes | given
+    return load_arguments() | sizes | given
 
 
 def model(**given: Any) -> Any:
-    result = adopted(arguments(**given))
+    result = convert_foreign(arguments(**given))
     assert not result.problems
     Document(result.data).check()
     return result.data
 
 
 def problems(**given: Any) -> dict[str, str]:
-    return {str(path[-1]): message for path, message in adopted(arguments(**given)).problems}
+    return {str(path[-1]): message for path, message in convert_foreign(arguments(**given)).problems}
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,11 @@ def test_invalid_layer_patterns_are_refused(text: str) -> None:
 def test_disabled_initialization_is_noted() -> None:
     assert any(
         "perform_initialization: kept as false" in note
-        for note in adopted(arguments(perform_initialization=False)).notes
+        for note in convert_foreign(arguments(perform_initialization=False)).notes
     )
-    assert not any("perform_initialization" in note for note in adopted(arguments(perform_initialization=True)).notes)
+    assert not any(
+        "perform_initialization" in note for note in convert_foreign(arguments(perform_initialization=True)).notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_disabled_initialization_is_noted() -> None:
     ],
 )
 def test_other_documents_are_returned_unchanged(data: Any) -> None:
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data is data
     assert not result.notes + result.problems
 
@@ -124,7 +126,7 @@ def test_other_documents_are_returned_unchanged(data: Any) -> None:
 def test_arguments_that_lack_sizes_are_refused() -> None:
     data = {"args": {"swiglu": True, "padded_vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4}}
     with pytest.raises(DocumentError) as caught:
-        adopted(data)
+        convert_foreign(data)
     [problem] = caught.value.problems
     assert problem.path == "$.args"
     assert "arguments of Megatron-LM (padded_vocab_size, swiglu), but some are missing: num_layers, max_pos" in (
@@ -133,7 +135,7 @@ def test_arguments_that_lack_sizes_are_refused() -> None:
 
 
 def test_gpt_arguments_are_converted() -> None:
-    result = adopted({"args": arguments(), "iteration": 100, "checkpoint_version": 3.0})
+    result = convert_foreign({"args": arguments(), "iteration": 100, "checkpoint_version": 3.0})
     assert result.data["_target_"] == GPT
     assert result.data["transformer"]["_target_"] == f"{CORE}.TransformerConfig"
     assert result.data["transformer"]["num_layers"] == 4
@@ -146,7 +148,9 @@ def test_gpt_arguments_are_converted() -> None:
 
 
 def test_arguments_that_are_left_out_are_noted_by_name() -> None:
-    result = adopted(arguments(lr=0.1, save="/tmp/x", consumed_train_samples=5, DDP_impl="local", seq_length=16))
+    result = convert_foreign(
+        arguments(lr=0.1, save="/tmp/x", consumed_train_samples=5, DDP_impl="local", seq_length=16)
+    )
     note, left_out = result.notes
     assert note == (
         "$.seq_length: 16 left out, it is that of the training run: $.seq_length is max_position_embeddings"
@@ -160,7 +164,7 @@ def test_arguments_that_are_left_out_are_noted_by_name() -> None:
 
 
 def test_unknown_arguments_are_noted_if_disabled_and_refused_otherwise() -> None:
-    result = adopted(arguments(my_flag=False, my_size=3, my_path=None))
+    result = convert_foreign(arguments(my_flag=False, my_size=3, my_path=None))
     assert result.problems == [(("my_size",), "unknown to Bridge: remove it if it does not affect the model")]
     assert "left out, disabled and unknown to Bridge: my_flag, my_path" in result.notes
 
@@ -275,7 +279,7 @@ def test_position_embeddings_are_converted() -> None:
     assert yarn["transformer"]["_target_"].endswith("YarnTransformerConfig")
     assert yarn["transformer"]["yarn_rotary_scaling_factor"] == 32.0
     assert (yarn["transformer"]["yarn_beta_fast"], yarn["transformer"]["yarn_beta_slow"]) == (16.0, 1.0)
-    note = adopted(arguments(use_rope_scaling=True, rope_scaling_factor=32.0)).notes[0]
+    note = convert_foreign(arguments(use_rope_scaling=True, rope_scaling_factor=32.0)).notes[0]
     assert note.startswith("$.rope_scaling_factor: 32.0 left out, Megatron-LM ignores it and scales by 8.0")
 
 
@@ -297,9 +301,9 @@ def test_heterogeneous_blocks_are_converted() -> None:
 def test_an_unpadded_vocabulary_is_marked_for_padding() -> None:
     data = model(padded_vocab_size=None, vocab_size=100, make_vocab_size_divisible_by=64)
     assert (data["vocab_size"], data["should_pad_vocab"], data["make_vocab_size_divisible_by"]) == (100, True, 64)
-    both = adopted(arguments(padded_vocab_size=128, vocab_size=100))
+    both = convert_foreign(arguments(padded_vocab_size=128, vocab_size=100))
     assert "$.vocab_size: 100 left out, $.vocab_size is padded_vocab_size" in both.notes
-    without = adopted(arguments(padded_vocab_size=None, vocab_size=None))
+    without = convert_foreign(arguments(padded_vocab_size=None, vocab_size=None))
     assert "the arguments have no vocabulary size: set vocab_size" in without.notes
     assert "vocab_size" not in without.data
 
@@ -385,7 +389,7 @@ def test_it_needs_no_torch() -> None:
     assert not set(run.stdout.split()) & {"torch", "megatron", "transformers"}
 
 
-names = st.sampled_from([*known_arguments(), "num_query_groups", "model_type", "retro_cyclic_train_iters", "other"])
+names = st.sampled_from([*load_arguments(), "num_query_groups", "model_type", "retro_cyclic_train_iters", "other"])
 values = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3) | st.lists(st.just("a"))
 
 
@@ -394,7 +398,7 @@ def test_any_arguments_are_converted_or_refused(changed: dict[str, Any]) -> None
     data = arguments(**changed)
     before = copy.deepcopy(data)
     try:
-        result = adopted(data)
+        result = convert_foreign(data)
     except DocumentError:
         return
     assert repr(data) == repr(before)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config.errors import DocumentError
-from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.recognize import convert_foreign
 
 CORE = "megatron.core.transformer.transformer_config"
 
@@ -76,7 +76,7 @@ def flat(cls: str = PROVIDER, **given: Any) -> dict[str, Any]:
     ],
 )
 def test_other_documents_are_returned_unchanged(data: Any) -> None:
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data is data
     assert not result.notes and not result.problems  # noqa: PT018
 
@@ -95,7 +95,7 @@ def test_gpt_fields_are_renamed(name: str) -> None:
     builder = REFERENCE.replace("Config", "Builder")
     data = nested(_builder_=builder, vocab_size=64) | {"_target_": name}
     before = copy.deepcopy(data)
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data == {
         "_target_": OURS,
         "_builder_": "bridge.models.gpt.GPTModelBuilder",
@@ -129,14 +129,14 @@ def test_unsupported_models_are_refused_by_name(name: str, said: str) -> None:
         ({"model": {"_target_": name}, "ddp": {}}, "$.model._target_"),
     ):
         with pytest.raises(DocumentError) as caught:
-            adopted(data)
+            convert_foreign(data)
         [problem] = caught.value.problems
         assert problem.path == path
         assert said in problem.message
 
 
 def test_a_provider_is_split_into_model_and_transformer() -> None:
-    result = adopted({"model": flat(num_layers=2, vocab_size=64, bf16=True)})
+    result = convert_foreign({"model": flat(num_layers=2, vocab_size=64, bf16=True)})
     assert result.data["_target_"] == OURS
     assert result.data["vocab_size"] == 64
     assert result.data["transformer"] == {
@@ -155,7 +155,7 @@ def test_a_provider_is_split_into_model_and_transformer() -> None:
 
 
 def test_provider_defaults_that_differ_are_written_out() -> None:
-    result = adopted({"_target_": PROVIDER, "num_layers": 2})
+    result = convert_foreign({"_target_": PROVIDER, "num_layers": 2})
     assert result.data["share_embeddings_and_output_weights"] is True
     assert result.data["transformer"]["attention_softmax_in_fp32"] is False
     assert "$.share_embeddings_and_output_weights: set to True, the default of GPTModelProvider" in result.notes
@@ -163,7 +163,7 @@ def test_provider_defaults_that_differ_are_written_out() -> None:
 
 def test_a_latent_attention_provider_gives_an_mla_transformer() -> None:
     cls = "megatron.bridge.models.deepseek.deepseek_provider.DeepSeekV3ModelProvider"
-    data = adopted(flat(cls, multi_latent_attention=True, q_lora_rank=8, rotary_base=50000.0)).data
+    data = convert_foreign(flat(cls, multi_latent_attention=True, q_lora_rank=8, rotary_base=50000.0)).data
     assert data["transformer"]["_target_"] == f"{CORE}.MLATransformerConfig"
     assert data["transformer"]["q_lora_rank"] == 8
     assert data["transformer"]["rotary_base"] == 50000
@@ -171,7 +171,7 @@ def test_a_latent_attention_provider_gives_an_mla_transformer() -> None:
 
 
 def test_a_heterogeneous_provider_gives_a_heterogeneous_transformer() -> None:
-    data = adopted(flat(heterogeneous_layers_config_path="layers.json")).data
+    data = convert_foreign(flat(heterogeneous_layers_config_path="layers.json")).data
     assert data["transformer"]["_target_"].endswith(".HeterogeneousTransformerConfig")
 
 
@@ -187,7 +187,7 @@ def test_a_heterogeneous_provider_gives_a_heterogeneous_transformer() -> None:
     ],
 )
 def test_enumerations_are_converted(written: Any, ours: Any) -> None:
-    assert adopted(nested({"attention_backend": written})).data["transformer"]["attention_backend"] == ours
+    assert convert_foreign(nested({"attention_backend": written})).data["transformer"]["attention_backend"] == ours
 
 
 @pytest.mark.parametrize(
@@ -208,53 +208,53 @@ def test_enumerations_are_converted(written: Any, ours: Any) -> None:
     ],
 )
 def test_activation_functions_are_converted(written: Any, ours: Any) -> None:
-    assert adopted(nested({"activation_func": written})).data["transformer"]["activation_func"] == ours
+    assert convert_foreign(nested({"activation_func": written})).data["transformer"]["activation_func"] == ours
 
 
 def test_partials_lose_only_empty_arguments() -> None:
     written = {"_target_": "torch.nn.init.normal_", "_partial_": True, "_args_": [], "mean": 0.0, "std": 0.02}
     ours = {"_target_": "torch.nn.init.normal_", "_partial_": True, "mean": 0.0, "std": 0.02}
-    assert adopted(nested({"init_method": written})).data["transformer"]["init_method"] == ours
+    assert convert_foreign(nested({"init_method": written})).data["transformer"]["init_method"] == ours
     with_argument = written | {"_args_": [0.5]}
-    assert adopted(nested({"init_method": with_argument})).data["transformer"]["init_method"]["_args_"] == [0.5]
+    assert convert_foreign(nested({"init_method": with_argument})).data["transformer"]["init_method"]["_args_"] == [0.5]
 
 
 def test_a_generation_config_is_converted() -> None:
     cls = "transformers.generation.configuration_utils.GenerationConfig"
     settings = {"_from_model_config": True, "top_k": 5, "eos_token_id": [1, 2]}
     written = {"_target_": f"{cls}.from_dict", "_call_": True, "config_dict": settings}
-    found = adopted(flat(generation_config=written)).data["generation_config"]
+    found = convert_foreign(flat(generation_config=written)).data["generation_config"]
     assert found == {"_target_": cls, "top_k": 5, "eos_token_id": [1, 2]}
 
 
 def test_numbers_and_booleans_of_providers_are_converted() -> None:
-    data = adopted(flat(rotary_base=500000.0, use_te_rng_tracker=None, hidden_dropout=0.0)).data
+    data = convert_foreign(flat(rotary_base=500000.0, use_te_rng_tracker=None, hidden_dropout=0.0)).data
     assert (data["rotary_base"], type(data["rotary_base"])) == (500000, int)
     assert data["transformer"]["use_te_rng_tracker"] is False
     assert type(data["transformer"]["hidden_dropout"]) is float
-    assert adopted(flat(rotary_base=0.5)).data["rotary_base"] == 0.5  # the reader refuses it
+    assert convert_foreign(flat(rotary_base=0.5)).data["rotary_base"] == 0.5  # the reader refuses it
 
 
 def test_megatron_training_layer_specs_are_converted() -> None:
     for module in ("megatron.training.models.gpt", "megatron.bridge.models.gpt_provider"):
         spec = {"_target_": f"{module}.default_layer_spec", "_call_": False}
-        found = adopted(flat(transformer_layer_spec=spec)).data["transformer_layer_spec"]
+        found = convert_foreign(flat(transformer_layer_spec=spec)).data["transformer_layer_spec"]
         assert found == {"_target_": "bridge.models.layer_specs.default_layer_spec", "_call_": False}
 
 
 def test_the_default_layer_spec_is_left_out() -> None:
     name = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
     spec = {"_target_": name, "_partial_": True, "_args_": [], "use_transformer_engine": True}
-    moe = adopted(flat(transformer_layer_spec=spec, num_moe_experts=4))
+    moe = convert_foreign(flat(transformer_layer_spec=spec, num_moe_experts=4))
     assert moe.data["transformer_layer_spec"] is None
     assert "left to the default" in moe.notes[0]
-    dense = adopted(flat(transformer_layer_spec=spec)).data
+    dense = convert_foreign(flat(transformer_layer_spec=spec)).data
     assert dense["transformer_layer_spec"]["_target_"] == name
 
 
 def test_fields_set_by_a_training_loop_are_left_out() -> None:
     timers = {"_target_": "megatron.core.timers.Timers", "_call_": True}
-    result = adopted(flat(timers=timers, no_sync_func=None, _cpu_offloading_context=None))
+    result = convert_foreign(flat(timers=timers, no_sync_func=None, _cpu_offloading_context=None))
     assert not result.data["transformer"].keys() & {"timers", "no_sync_func", "_cpu_offloading_context"}
     assert result.notes == [
         "left out, set by the training loop: timers",
@@ -263,7 +263,7 @@ def test_fields_set_by_a_training_loop_are_left_out() -> None:
 
 
 def test_unknown_fields_are_noted_if_disabled_and_refused_otherwise() -> None:
-    result = adopted(nested({"old_flag": False, "old_list": [], "old_size": 4}, logit_dtype=None, zero=0))
+    result = convert_foreign(nested({"old_flag": False, "old_list": [], "old_size": 4}, logit_dtype=None, zero=0))
     assert result.notes == [
         "left out, disabled and unknown to Bridge: transformer.old_flag, transformer.old_list, logit_dtype"
     ]
@@ -271,24 +271,24 @@ def test_unknown_fields_are_noted_if_disabled_and_refused_otherwise() -> None:
 
 
 def test_fields_without_effect_on_the_model_are_left_out() -> None:
-    result = adopted(flat(max_position_embeddings=4096))
+    result = convert_foreign(flat(max_position_embeddings=4096))
     assert result.notes == ["left out, no effect on the model: max_position_embeddings"]
 
 
 def test_llama_31_scaling_of_older_providers_is_converted() -> None:
     numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
-    result = adopted(flat(LLAMA31, scale_factor=32.0, **numbers))
+    result = convert_foreign(flat(LLAMA31, scale_factor=32.0, **numbers))
     assert result.data["rope_scaling"] is True
     assert result.data["rope_scaling_factor"] == 32.0
     assert dict(result.moves)[("rope_scaling_factor",)] == ("scale_factor",)
-    other = adopted(flat(LLAMA31, scale_factor=32.0, **numbers | {"high_freq_factor": 2.0}))
+    other = convert_foreign(flat(LLAMA31, scale_factor=32.0, **numbers | {"high_freq_factor": 2.0}))
     assert [path for path, _ in other.problems] == [("high_freq_factor",)]
 
 
 def test_a_missing_activation_function_is_noted() -> None:
     data = nested({"gated_linear_unit": True})
     del data["transformer"]["activation_func"], data["transformer_layer_spec"]
-    activation, layers = adopted(data).notes
+    activation, layers = convert_foreign(data).notes
     assert "no activation_func" in activation
     assert "this transformer is gated: GELU is assumed; set transformer.activation_func" in activation
     assert "the default layers are assumed" in layers
@@ -296,11 +296,11 @@ def test_a_missing_activation_function_is_noted() -> None:
 
 def test_the_transformer_wins_over_a_duplicate_outer_field() -> None:
     data = nested({"_target_": f"{CORE}.MLATransformerConfig", "rotary_base": 5}, rotary_base=10000)
-    result = adopted(data)
+    result = convert_foreign(data)
     assert result.data["transformer"]["rotary_base"] == 5
     assert "rotary_base" not in result.data
     assert result.notes == ["$.rotary_base: 10000 left out, transformer.rotary_base is 5"]
-    twice = adopted(nested({"hidden_size": 8}, hidden_size=16))
+    twice = convert_foreign(nested({"hidden_size": 8}, hidden_size=16))
     assert [path for path, _ in twice.problems] == [("hidden_size",)]
 
 
@@ -308,16 +308,16 @@ def test_the_transformer_wins_over_a_duplicate_outer_field() -> None:
 def test_a_transformer_that_is_not_a_mapping_is_left_to_the_reader(transformer: Any) -> None:
     data = {"_target_": REFERENCE, "transformer": transformer, "vocab_size": 3}
     if transformer is None:
-        assert adopted(data).data["transformer"] == {"_target_": f"{CORE}.TransformerConfig"}
+        assert convert_foreign(data).data["transformer"] == {"_target_": f"{CORE}.TransformerConfig"}
     else:
-        assert adopted(data).data["transformer"] == transformer
+        assert convert_foreign(data).data["transformer"] == transformer
 
 
 def test_it_needs_no_torch_and_imports_nothing() -> None:
     code = (
-        "import sys, json; from bridge.config.foreign.recognize import adopted;"
+        "import sys, json; from bridge.config.foreign.recognize import convert_foreign;"
         "from bridge.config.foreign.run_config import to_run_config;"
-        "made = adopted(json.loads(sys.argv[1])); to_run_config(made.data);"
+        "made = convert_foreign(json.loads(sys.argv[1])); to_run_config(made.data);"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     run = subprocess.run(
@@ -379,7 +379,7 @@ def test_any_data_is_converted_or_refused(data: Any, name: str) -> None:
     for document in documents:
         before = copy.deepcopy(document)
         try:
-            result = adopted(document)
+            result = convert_foreign(document)
         except DocumentError:
             continue
         assert repr(document) == repr(before)
@@ -388,9 +388,9 @@ def test_any_data_is_converted_or_refused(data: Any, name: str) -> None:
 
 
 def test_yarn_in_a_provider_gives_a_yarn_transformer() -> None:
-    result = adopted(flat(position_embedding_type="yarn", yarn_beta_fast=32.0, yarn_mscale=None))
+    result = convert_foreign(flat(position_embedding_type="yarn", yarn_beta_fast=32.0, yarn_mscale=None))
     assert result.data["transformer"]["_target_"] == "bridge.models.transformer.YarnTransformerConfig"
     assert result.data["transformer"]["yarn_beta_fast"] == 32.0
-    off = adopted(flat(yarn_beta_fast=None))
+    off = convert_foreign(flat(yarn_beta_fast=None))
     assert off.data["transformer"]["_target_"] == f"{CORE}.TransformerConfig"
     assert off.notes == ["left out, disabled and unknown to Bridge: yarn_beta_fast"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bridge.config.errors import DocumentError
-from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.recognize import convert_foreign
 from bridge.config.foreign.run_config import to_run_config
 from bridge.config.schema.registry import document_name
 
@@ -38,8 +38,8 @@ def nested(transformer: dict[str, Any] | None = None, **top: Any) -> dict[str, A
 @pytest.mark.parametrize("container", [None, "megatron.bridge.training.config.ConfigContainer"])
 def test_a_run_config_is_read_as_its_model(container: str | None) -> None:
     head = {"_target_": container} if container else {}
-    result = adopted({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
-    assert result.data == adopted(nested()).data
+    result = convert_foreign({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
+    assert result.data == convert_foreign(nested()).data
     assert result.notes == ["left out, Bridge reads only the model: ddp, train"]
     assert dict(result.moves)[()] == ("model",)
     assert [path for path, _ in result.problems] == [("model", "typo")]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bridge.config import ConfigError, DocumentError
 from bridge.config.text.dump import dump_json, dump_yaml
 from bridge.config.text.nodes import Places
-from bridge.config.text.parse import Parsed, parse_json, parse_yaml
+from bridge.config.text.parse import ParsedText, parse_json, parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_all_problems_of_a_json_text_are_reported_together() -> None:
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), data, max_size=4))
 def test_positions_of_all_values_are_known(value: dict[str, Any]) -> None:
-    texts: list[tuple[Parsed, Callable[[str], Any]]] = [
+    texts: list[tuple[ParsedText, Callable[[str], Any]]] = [
         (parse_json(dump_json(value)), json.loads),
         (parse_yaml(dump_yaml(value)), lambda key: parse_yaml(key).data),
     ]

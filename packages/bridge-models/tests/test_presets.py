@@ -11,13 +11,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
 from bridge.config import Document, ModelConfig, load_config
-from bridge.config.documents.presets import presets as installed_presets
+from bridge.config.documents.presets import list_presets
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.commands.presets import presets
 from bridge.models.gpt import GPTModelConfig
 
 SMALL = ["hybrid-tiny", "mamba-tiny", "mla-tiny", "moe-tiny", "tiny"]
-NAMES = list(installed_presets())
+NAMES = list(list_presets())
 
 EMBEDDINGS = 2 * 256 * 64
 GATED_MLP = 3 * 64 * 128

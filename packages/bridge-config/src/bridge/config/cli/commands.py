@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.documents.overrides import is_override, meant_as_override
+from bridge.config.documents.overrides import is_override, suggest_override
 from bridge.config.documents.sources import is_source
 from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quote_name
 
@@ -37,7 +37,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 
 
-def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, int] | None:
+def _parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, int] | None:
     """A layout as sizes by axis."""
     if text is None:
         return None
@@ -60,7 +60,7 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.argument("files", nargs=-1, required=True, metavar="FILE... [PATH=VALUE]...")
 @click.option(
     "--layout",
-    callback=_sizes,
+    callback=_parse_sizes,
     metavar="AXIS=SIZE,...",
     help="Also check the document against this layout, such as tp=2,pp=2,dp=4. Axes: tp, pp, vp, cp, ep, etp, dp; "
     "axes left out are taken from FILE, dp defaults to 1. Requires bridge-dist.",
@@ -72,16 +72,16 @@ def validate(
     ctx: click.Context, files: tuple[str, ...], layout: dict[str, int] | None, wrap: str | None, as_json: bool
 ) -> None:
     """Check documents."""
-    sources, overrides = _split(files)
+    sources, overrides = _split_arguments(files)
     if wrap and layout is None:
         raise click.UsageError("--wrap requires --layout")
-    checks = [] if layout is None else _layout_checks(layout, wrap)
-    verdicts = {source: _verdict(source, overrides, checks) for source in sources}
+    checks = [] if layout is None else _load_layout_checks(layout, wrap)
+    verdicts = {source: _check_document(source, overrides, checks) for source in sources}
     for source, (problems, notes) in verdicts.items():
         if not as_json:
             for problem in problems:
                 click.echo(str(problem), err=True)
-            _tell(source, notes)
+            _print_notes(source, notes)
             if not problems:
                 click.echo(f"{source}: ok")
     if as_json:
@@ -129,7 +129,7 @@ def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_cod
     from bridge.config.compare import find_differences
 
     _check_sources([first, second])
-    one, other = (_checked(source, defaults=not as_written) for source in (first, second))
+    one, other = (_load_checked(source, defaults=not as_written) for source in (first, second))
     found = list(find_differences(one, other))
     if as_json:
         _print_json([asdict(difference) for difference in found])
@@ -157,12 +157,12 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
-    with _omissions() as notes:
+    with _collect_omissions() as notes:
         found = document.fingerprint()
     if as_json:
         _print_json({"source": file, "fingerprint": found, "notes": notes})
     else:
-        _tell(file, notes)
+        _print_notes(file, notes)
         click.echo(found)
 
 
@@ -226,7 +226,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     if write and to_form:
         raise click.UsageError("--write and --to exclude each other: use one of them")
     document = Document.load(file)
-    with _omissions() as omissions:
+    with _collect_omissions() as omissions:
         document.check()  # first: as `validate`, it tells all problems, and migrating only those that it meets
     notes = document.migrate() + omissions
     if write:
@@ -235,15 +235,15 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
         from bridge.config.canonical import canonicalize
         from bridge.config.foreign.run_config import to_run_config
 
-        with _omissions():  # told already
+        with _collect_omissions():  # told already
             theirs = to_run_config(canonicalize(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
-    _tell(file, notes)
+    _print_notes(file, notes)
     if not write:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 
-def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def _split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Files and overrides, in order."""
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
@@ -251,7 +251,7 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
         raise click.UsageError("at least one FILE is required")
     _check_sources(sources)
     for source in sources[1:]:
-        if not is_source(source) and (meant := meant_as_override(source)):
+        if not is_source(source) and (meant := suggest_override(source)):
             raise click.UsageError(f"{source!r} is neither a file nor a preset: to override a value, write {meant}")
     return sources, overrides
 
@@ -262,11 +262,11 @@ def _check_sources(sources: list[str]) -> None:
         raise click.UsageError("standard input (-) can be read only once: name a file")
 
 
-def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
+def _check_document(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
     """What is wrong with a document, and what was done to bring it into the present form."""
     from bridge.config.documents.document import Document
 
-    with _omissions() as omissions:
+    with _collect_omissions() as omissions:
         try:
             document = Document.load(source, overrides)
             notes = document.check().present.notes
@@ -275,7 +275,7 @@ def _verdict(source: str, overrides: list[str], checks: list[Check]) -> tuple[li
     return [problem for check in checks for problem in check(document)], notes + omissions
 
 
-def _layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
+def _load_layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
     """The installed checks of documents against a layout."""
     points = entry_points(group=LAYOUT_CHECKS)
     if not points:
@@ -291,18 +291,18 @@ def _layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
     return [partial(check, function=point.load()) for point in points]
 
 
-def _checked(source: str, *, defaults: bool) -> Checked:
+def _load_checked(source: str, *, defaults: bool) -> Checked:
     """A document that was checked; what it leaves out is told."""
     from bridge.config.documents.document import Document
 
-    with _omissions() as notes:
+    with _collect_omissions() as notes:
         checked = Document.load(source).check(defaults=defaults)
-    _tell(source, notes)
+    _print_notes(source, notes)
     return checked
 
 
 @contextlib.contextmanager
-def _omissions() -> Iterator[list[str]]:
+def _collect_omissions() -> Iterator[list[str]]:
     """What the documents that are read inside leave out; known at the end, and no warnings of the program."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -315,7 +315,7 @@ def _omissions() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _tell(source: str, notes: list[str]) -> None:
+def _print_notes(source: str, notes: list[str]) -> None:
     for note in notes:
         click.echo(f"{source}: note: {note}", err=True)
 

@@ -25,46 +25,46 @@ from bridge.config.frames import describe
 GROUP = "bridge.commands"
 
 # Which package declares a command: said where it is not installed.
-_HOMES = {
+_PACKAGES = {
     **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
     **dict.fromkeys(("presets", "from-hf", "to-hf"), "bridge-models"),
 }
 _TRACEBACK = "--traceback"
-_VERSIONED = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
+_DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
 
 
 class _Commands(click.Group):
     """The declared commands; one that cannot be loaded says so itself and leaves the others alone."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_declared())
+        return sorted(_find_commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        point = _declared().get(cmd_name)
+        point = _find_commands().get(cmd_name)
         if point is None:
             return None
         try:
             command = point.load()
         except Exception as error:  # a plugin's import may fail in any way
-            return _broken(point, f"{type(error).__name__}: {error}")
+            return _make_broken_command(point, f"{type(error).__name__}: {error}")
         if not isinstance(command, click.Command):
-            return _broken(point, "it is not a click command")
+            return _make_broken_command(point, "it is not a click command")
         command = copy.copy(command)
-        command.params = [*command.params, _traceback_option()]
+        command.params = [*command.params, _make_traceback_option()]
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if name in _declared() or name.startswith("-") or ctx.resilient_parsing:
+        if name in _find_commands() or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        if name in _HOMES:
-            ctx.fail(f"{name!r} comes with {_HOMES[name]}, which is not installed: pip install {_HOMES[name]}")
-        return ctx.fail(f"no such command {name!r}{did_you_mean(name, {*_declared(), *_HOMES})}")
+        if name in _PACKAGES:
+            ctx.fail(f"{name!r} comes with {_PACKAGES[name]}, which is not installed: pip install {_PACKAGES[name]}")
+        return ctx.fail(f"no such command {name!r}{did_you_mean(name, {*_find_commands(), *_PACKAGES})}")
 
 
-def _traceback_option() -> click.Option:
+def _make_traceback_option() -> click.Option:
     """The option of every command that `main` looks for."""
     return click.Option([_TRACEBACK], is_flag=True, expose_value=False, help="Print the full traceback on errors.")
 
@@ -73,7 +73,7 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool)
     """Print the version of each distribution, as its metadata says: importing torch would take seconds."""
     if not value or ctx.resilient_parsing:
         return
-    for name in _VERSIONED:
+    for name in _DISTRIBUTIONS:
         try:
             click.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):  # documents are UTF-8; names of files need not be
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        with _ended_by_signals():
+        with _exit_on_signals():
             bridge(args=arguments, prog_name="bridge")
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -116,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _exit_on_signals() -> Iterator[None]:
     """End the command by an exit on Ctrl-C and SIGTERM, so that what it started is ended and cleaned up too."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, _exit_for) for number in numbers}
+    before = {number: signal.signal(number, _exit) for number in numbers}
     try:
         yield
     finally:
@@ -127,17 +127,17 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _exit_for(number: int, frame: object) -> None:
+def _exit(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # who sends it again does not want to wait
     raise SystemExit(128 + number)
 
 
 @cache
-def _declared() -> dict[str, EntryPoint]:
+def _find_commands() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _broken(point: EntryPoint, reason: str) -> click.Command:
+def _make_broken_command(point: EntryPoint, reason: str) -> click.Command:
     """Stands in for a command that cannot be loaded."""
     owner = point.dist.name if point.dist else point.value
 

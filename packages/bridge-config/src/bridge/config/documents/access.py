@@ -17,7 +17,7 @@ def get_value(data: Any, path: Path) -> Any:
     """
     node = data
     for depth, key in enumerate(path):
-        if not _has(node, key):
+        if not _has_item(node, key):
             known = [name for name in node if isinstance(name, str)] if isinstance(node, dict) else []
             raise ConfigError(f"{format_path(path[: depth + 1])} is not in the document{did_you_mean(str(key), known)}")
         node = node[key]
@@ -34,11 +34,11 @@ def set_value(data: Any, path: Path, value: Any) -> None:
     node = data
     for depth, key in enumerate(before):
         if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
-            node[key] = _nested(path[depth + 1 :], value, format_path(path[: depth + 1]))
+            node[key] = _nest(path[depth + 1 :], value, format_path(path[: depth + 1]))
             return
-        node = _inside(node, path, depth)
+        node = _step_into(node, path, depth)
     if not (isinstance(node, dict) and isinstance(last, str)):
-        _inside(node, path, len(before))
+        _step_into(node, path, len(before))
     node[last] = value
 
 
@@ -59,22 +59,22 @@ def copy_data(data: Any) -> Any:
     return [copy_data(value) for value in data] if isinstance(data, list) else data
 
 
-def _inside(node: Any, path: Path, depth: int) -> Any:
+def _step_into(node: Any, path: Path, depth: int) -> Any:
     """What `node`, which stands `depth` steps down `path`, has at the next step."""
     key = path[depth]
-    if not _has(node, key):
+    if not _has_item(node, key):
         size = f" of length {len(node)}" if isinstance(node, list) else ""
         raise ConfigError(f"{format_path(path[:depth])} is {describe_value(node)}{size}: there is no {key!r} in it")
     return node[key]
 
 
-def _has(node: Any, key: str | int) -> bool:
+def _has_item(node: Any, key: str | int) -> bool:
     if isinstance(node, dict):
         return key in node
     return isinstance(node, list) and isinstance(key, int) and key < len(node)
 
 
-def _nested(path: Path, value: Any, above: str) -> Any:
+def _nest(path: Path, value: Any, above: str) -> Any:
     """`value` inside the mappings that are on `path`, below `above`."""
     for key in reversed(path):
         if not isinstance(key, str):

@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any, Self
 from bridge.config.documents.access import copy_data, get_value, remove_value, set_value
 from bridge.config.documents.overrides import describe_override, split_override
 from bridge.config.documents.provenance import Provenance
-from bridge.config.documents.saving import name_schema, put_schema_beside, write_file
-from bridge.config.documents.sources import STANDARD_INPUT, SUFFIXES, check_name, is_preset, read_source, source_error
+from bridge.config.documents.saving import add_schema_line, write_file, write_schema_beside
+from bridge.config.documents.sources import (
+    STANDARD_INPUT,
+    SUFFIXES,
+    check_name,
+    is_preset,
+    make_source_error,
+    read_source,
+)
 from bridge.config.errors import ConfigError, DocumentError, Problem
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import describe_value
 from bridge.config.text.dump import dump_json, dump_yaml
 from bridge.config.text.edit import edit_text
-from bridge.config.text.parse import Parsed, parse_json, parse_yaml
+from bridge.config.text.parse import ParsedText, parse_json, parse_yaml
 
 # `bridge --help` and `bridge show` need this module, and nothing that checks a document: that takes 30 ms to import, as
 # long as all the rest. So the methods import what they need of it.
@@ -37,7 +44,7 @@ class Document:
     """The file or preset that the data came from; empty if from neither."""
 
     _provenance: Provenance = field(default_factory=Provenance, repr=False, compare=False)
-    _is_adopted: bool = field(default=False, repr=False, compare=False)
+    _is_converted: bool = field(default=False, repr=False, compare=False)
     """Whether the data is what `migrate` made of a document of the reference, whose file says more than that."""
 
     @classmethod
@@ -54,7 +61,7 @@ class Document:
         source = str(source)
         found = _parse(read_source(source), source)
         if not isinstance(found.data, dict):
-            raise source_error(source, f"expected a mapping at the top, got {describe_value(found.data)}")
+            raise make_source_error(source, f"expected a mapping at the top, got {describe_value(found.data)}")
         document = cls.from_text(found, source)
         if overrides:
             document.override(overrides)
@@ -66,7 +73,7 @@ class Document:
         return cls(config.as_dict())
 
     @classmethod
-    def from_text(cls, text: Parsed, source: str) -> Self:
+    def from_text(cls, text: ParsedText, source: str) -> Self:
         """The document that `text` says, a mapping read from `source`."""
         return cls(text.data, source, Provenance(text))
 
@@ -84,7 +91,7 @@ class Document:
         Raises:
             ConfigError: something on the way is neither a mapping nor a list that is long enough.
         """
-        steps = self._steps(path)
+        steps = self._parse_inner_path(path)
         set_value(self.data, steps, value)
         self._provenance.note_set(steps, self.source)  # no line of it has this value
 
@@ -94,7 +101,7 @@ class Document:
         Raises:
             ConfigError: there is none.
         """
-        steps = self._steps(path)
+        steps = self._parse_inner_path(path)
         remove_value(self.data, steps)
         self._provenance.note_removed(steps, self.source)
 
@@ -111,7 +118,7 @@ class Document:
         try:
             data = copy_data(self.data)
         except RecursionError:
-            raise source_error(self.source, "nested too deeply") from None
+            raise make_source_error(self.source, "nested too deeply") from None
         changed = replace(self, data=data, _provenance=self._provenance.copy())
         problems = []
         for text in overrides:
@@ -133,7 +140,7 @@ class Document:
         """
         from bridge.config.read.decode import decode_config
 
-        with self.placing_problems():
+        with self.locate_problems():
             return decode_config(self.data, ModelConfig)
 
     def check(self, *, defaults: bool = False) -> Checked:
@@ -147,7 +154,7 @@ class Document:
         """
         from bridge.config.read.decode import check
 
-        with self.placing_problems():
+        with self.locate_problems():
             return check(self.data, defaults=defaults)
 
     def fingerprint(self) -> str:
@@ -158,7 +165,7 @@ class Document:
         """
         from bridge.config.canonical import fingerprint
 
-        with self.placing_problems():
+        with self.locate_problems():
             return fingerprint(self.data)
 
     def diff(self, other: Document, *, defaults: bool = True) -> list[Difference]:
@@ -184,18 +191,18 @@ class Document:
         from bridge.config.read.decode import migrate_document
         from bridge.config.read.lookup import TableLookup
 
-        with self.placing_problems():
+        with self.locate_problems():
             present = migrate_document(self.data, TableLookup())
             if present.problems:
                 raise DocumentError(present.problems)
-        self._is_adopted |= present.steps[0].data is not self.data
+        self._is_converted |= present.steps[0].data is not self.data
         if present.data is not self.data:
             self._provenance.note_migrated(present.steps)
             self.data = present.data
         return present.notes
 
     @contextlib.contextmanager
-    def placing_problems(self) -> Iterator[None]:
+    def locate_problems(self) -> Iterator[None]:
         """Add file, line and column to the problems that a reader of the data finds inside."""
         try:
             yield
@@ -209,7 +216,7 @@ class Document:
             ConfigError: the text cannot be changed so, or YAML cannot say the data.
         """
         self._check_top()
-        if (text := self._yaml_text()) is None:
+        if (text := self._get_yaml_text()) is None:
             return dump_yaml(self.data)
         return edit_text(text, self.data, self._provenance.dropped)
 
@@ -222,7 +229,7 @@ class Document:
         self._check_top()
         return dump_json(self.data)
 
-    def _yaml_text(self) -> Parsed | None:
+    def _get_yaml_text(self) -> ParsedText | None:
         """The YAML text that the document was loaded from, if it was from one."""
         text = self._provenance.text
         return text if text is not None and text.kind == "yaml" else None
@@ -243,21 +250,21 @@ class Document:
         Raises:
             ConfigError: there is no such file, or it cannot be written, or the data has no such text.
         """
-        file = self._own_file() if path is None else FilePath(path)
+        file = self._get_own_file() if path is None else FilePath(path)
         check_name(str(file))
         if file.suffix not in SUFFIXES:
             raise ConfigError(f"{file}: expected a .yaml, .yml or .json file, got {file.suffix!r}")
-        is_json, is_own = file.suffix == ".json", str(file) == self.source and self._yaml_text() is not None
+        is_json, is_own = file.suffix == ".json", str(file) == self.source and self._get_yaml_text() is not None
         text = self.to_json() + "\n" if is_json else self.to_yaml()
         if not (is_json or is_own):
-            text = name_schema(text, self.data.get("_target_"))
+            text = add_schema_line(text, self.data.get("_target_"))
         saved = _parse(text, str(file))
         write_file(file, text)
-        self.source, self._provenance, self._is_adopted = str(file), Provenance(saved), False
+        self.source, self._provenance, self._is_converted = str(file), Provenance(saved), False
         if not is_json:
-            put_schema_beside(file, saved.text, self.data.get("_target_"))
+            write_schema_beside(file, saved.text, self.data.get("_target_"))
 
-    def _own_file(self) -> FilePath:
+    def _get_own_file(self) -> FilePath:
         """The file that the document was loaded from."""
         if not self.source:
             raise ConfigError("this document was not loaded from a file: give a path to save it to")
@@ -267,13 +274,13 @@ class Document:
             raise ConfigError(
                 f"{self.source!r} is a preset, which cannot be changed: give a path to save the document to"
             )
-        if self._is_adopted:
+        if self._is_converted:
             raise ConfigError(f"{self.source}: the file holds more than the model: save to a new file")
         return FilePath(self.source)
 
     def _override(self, text: str) -> None:
         named, value = split_override(text)
-        path = self._meant(named)
+        path = self._resolve_path(named)
         if value is None:
             self.remove(format_path(path))
             return
@@ -281,21 +288,21 @@ class Document:
         self.set(format_path(path), parse_yaml(value, origin).data)
         self._provenance.note_set(path, origin)
 
-    def _meant(self, text: str) -> Path:
+    def _resolve_path(self, text: str) -> Path:
         """The path that an override names; in one of the reference, what it names in the model's present form."""
-        from bridge.config.foreign.recognize import adopted
+        from bridge.config.foreign.recognize import convert_foreign
         from bridge.config.read.decode import CurrentDocument
 
         path = parse_path(text)
         if not path or path[0] in self.data:
             return path
         try:
-            step = adopted(self.data)
+            step = convert_foreign(self.data)
         except DocumentError:  # a model that is not known has no present form
             return path
         return CurrentDocument(self.data, step.data, (step,)).origin(path)
 
-    def _steps(self, path: str) -> Path:
+    def _parse_inner_path(self, path: str) -> Path:
         steps = parse_path(path)
         if not steps:
             raise ConfigError(f"{path!r} is the whole document: give a path inside it")
@@ -311,7 +318,7 @@ def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelC
     return Document.load(source, overrides).config()
 
 
-def _parse(text: str, source: str) -> Parsed:
+def _parse(text: str, source: str) -> ParsedText:
     if source == STANDARD_INPUT and text.startswith("{"):
         with contextlib.suppress(DocumentError):  # a mapping of YAML may begin so too
             return parse_json(text, source)

@@ -19,7 +19,7 @@ def is_override(text: str) -> bool:
     return _OVERRIDE.fullmatch(text) is not None and not os.path.exists(text)
 
 
-def meant_as_override(text: str) -> str | None:
+def suggest_override(text: str) -> str | None:
     """The override that a text without an equals sign may be meant as, such as `num_layers` or `num_layers:8`."""
     match = _FORGOTTEN_EQUALS.fullmatch(text)
     if match is None or FilePath(text).suffix in SUFFIXES:
@@ -35,7 +35,7 @@ def split_override(text: str) -> tuple[str, str | None]:
     """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        if meant := meant_as_override(text):
+        if meant := suggest_override(text):
             raise ConfigError(f"malformed: write {meant}, or ~path to remove")
         hint = " (one FILE at a time)" if FilePath(text).suffix in SUFFIXES else ""
         raise ConfigError(f"malformed: write path=value, or ~path to remove{hint}")

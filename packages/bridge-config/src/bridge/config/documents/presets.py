@@ -14,28 +14,28 @@ from bridge.config.errors import ConfigError
 GROUP = "bridge.presets"
 
 
-def presets() -> dict[str, Traversable]:
+def list_presets() -> dict[str, Traversable]:
     """Every preset's file by its name, sorted by name. A name that two presets have is nobody's.
 
     Raises:
         ConfigError: a declared package is not there.
     """
-    return {name: files[0] for name, files in sorted(_shipped().items()) if len(files) == 1}
+    return {name: files[0] for name, files in sorted(_find_presets().items()) if len(files) == 1}
 
 
-def preset(name: str) -> Traversable | None:
+def find_preset(name: str) -> Traversable | None:
     """The file of the preset called `name`; None if there is none.
 
     Raises:
         ConfigError: two are called so, or a declared package is not there.
     """
-    found = _shipped().get(name, [])
+    found = _find_presets().get(name, [])
     if len(found) > 1:
         raise ConfigError(f"two presets have the name {name!r}: {found[0]} and {found[1]}")
     return found[0] if found else None
 
 
-def _shipped() -> dict[str, list[Traversable]]:
+def _find_presets() -> dict[str, list[Traversable]]:
     found: dict[str, list[Traversable]] = {}
     for package in sorted({point.value for point in entry_points(group=GROUP)}):
         try:

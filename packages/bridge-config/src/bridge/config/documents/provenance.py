@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from bridge.config.errors import Problem
 from bridge.config.paths import Path, parse_path
 from bridge.config.text.nodes import Node
-from bridge.config.text.parse import Parsed
+from bridge.config.text.parse import ParsedText
 
 if TYPE_CHECKING:
     from bridge.config.rewrite import Migration
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Provenance:
     """The text that a document was read from, and what was done to its values since."""
 
-    text: Parsed | None = None
+    text: ParsedText | None = None
     dropped: frozenset[Node] = frozenset()
     """The removed items of lists: those after them have another index now than in the text."""
 
@@ -48,11 +48,11 @@ class Provenance:
             self._drop(path, source)
         self._forget(path)
         if is_item:
-            self._origins = {_without_item(at, path): text for at, text in self._origins.items()}
+            self._origins = {_shift_index(at, path): text for at, text in self._origins.items()}
 
     def note_migrated(self, steps: tuple[Migration, ...]) -> None:
         """Note that the data went through `steps`."""
-        self._given_origins |= {self._in_text(at): text for at, text in self._origins.items()}
+        self._given_origins |= {self._find_text_path(at): text for at, text in self._origins.items()}
         self._migrations += steps
         self._origins = {}
 
@@ -63,9 +63,9 @@ class Provenance:
 
     def _locate(self, problem: Problem, source: str) -> Problem:
         path = parse_path(problem.path)
-        if found := _nearest(self._origins, path) or _nearest(self._given_origins, self._in_text(path)):
+        if found := _find_origin(self._origins, path) or _find_origin(self._given_origins, self._find_text_path(path)):
             return Problem(problem.path, problem.message, found)
-        nodes = self._nodes(path)
+        nodes = self._find_nodes(path)
         if self.text is None or not nodes:
             return Problem(problem.path, problem.message, source or None)
         last = nodes[-1]
@@ -76,11 +76,11 @@ class Provenance:
         """Forget which overrides the values at `path` and below came from: they have been replaced."""
         self._origins = {at: text for at, text in self._origins.items() if at[: len(path)] != path}
 
-    def _nodes(self, path: Path) -> list[Node]:
+    def _find_nodes(self, path: Path) -> list[Node]:
         """What stands in the text along a path, from the top on, as far as there is anything."""
         node = self.text.root if self.text else None
         found: list[Node] = []
-        for step in (*self._in_text(path), None):
+        for step in (*self._find_text_path(path), None):
             if node is None:
                 break
             found.append(node)
@@ -94,13 +94,13 @@ class Provenance:
 
     def _drop(self, path: Path, source: str) -> None:
         """Note that the item at `path` is removed from its list. What an alias stands for stays."""
-        nodes = self._nodes(path)
+        nodes = self._find_nodes(path)
         if any(node.alias for node in nodes[:-1]):
             self._origins.setdefault(path[:-1], source)  # its items now have other indices than those in the text
         elif len(nodes) == len(path) + 1:
             self.dropped |= {nodes[-1]}
 
-    def _in_text(self, path: Path) -> Path:
+    def _find_text_path(self, path: Path) -> Path:
         """Where the value that is now at `path` stands in the text."""
         if not self._migrations:
             return path
@@ -109,12 +109,12 @@ class Provenance:
         return original_path(path, self._migrations)
 
 
-def _nearest(origins: dict[Path, str], path: Path) -> str | None:
+def _find_origin(origins: dict[Path, str], path: Path) -> str | None:
     """Where the value at `path` came from: said for it, or for what it is in."""
     return next((origins[path[:length]] for length in range(len(path), -1, -1) if path[:length] in origins), None)
 
 
-def _without_item(path: Path, gone: Path) -> Path:
+def _shift_index(path: Path, gone: Path) -> Path:
     """`path` once the item at `gone` is removed from its list."""
     *above, index = gone
     depth = len(above)

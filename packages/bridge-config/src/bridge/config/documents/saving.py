@@ -16,22 +16,23 @@ from bridge.config.text.parse import BYTE_ORDER_MARK
 _MODELINE = re.compile(r"^\ufeff?#\s*yaml-language-server:(?:\s*\$schema=(?P<schema>\S+))?", re.MULTILINE)
 
 
-def name_schema(text: str, target: object) -> str:
+def add_schema_line(text: str, target: object) -> str:
     """The YAML `text` of a new file, with the line that names the JSON Schema of `target` if there is one."""
-    if _MODELINE.search(text) or _schema(target) is None:
+    if _MODELINE.search(text) or _make_schema(target) is None:
         return text
     mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
     end = "\r\n" if "\r\n" in text else "\n"
-    return f"{mark}# yaml-language-server: $schema={_schema_name(target)}{end}{text[len(mark) :]}"
+    return f"{mark}# yaml-language-server: $schema={_make_schema_name(target)}{end}{text[len(mark) :]}"
 
 
-def put_schema_beside(file: FilePath, text: str, target: object) -> None:
+def write_schema_beside(file: FilePath, text: str, target: object) -> None:
     """Put the JSON Schema that the text of `file` names beside it, unless it is there. Where else it may be is not
     looked.
     """
     named = _MODELINE.search(text)
-    beside = file.with_name(_schema_name(target))
-    if named and named["schema"] == beside.name and not beside.exists() and (schema := _schema(target)) is not None:
+    beside = file.with_name(_make_schema_name(target))
+    is_missing = named is not None and named["schema"] == beside.name and not beside.exists()
+    if is_missing and (schema := _make_schema(target)) is not None:
         write_file(beside, dump_json(schema) + "\n")
 
 
@@ -60,7 +61,7 @@ def write_file(file: FilePath, text: str) -> None:
             written.unlink()
 
 
-def _schema(target: object) -> dict[str, Any] | None:
+def _make_schema(target: object) -> dict[str, Any] | None:
     """The JSON Schema of the config that `target` names; None if there is none."""
     from bridge.config.schema.jsonschema import json_schema  # 20 ms that only new files need
 
@@ -70,6 +71,6 @@ def _schema(target: object) -> dict[str, Any] | None:
         return None
 
 
-def _schema_name(target: object) -> str:
+def _make_schema_name(target: object) -> str:
     """What the file of the JSON Schema is called."""
     return f"{str(target).rpartition('.')[2]}.schema.json"

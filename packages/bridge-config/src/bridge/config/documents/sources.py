@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path as FilePath
 
-from bridge.config.documents.presets import preset, presets
+from bridge.config.documents.presets import find_preset, list_presets
 from bridge.config.errors import DocumentError, Problem, find_closest
 from bridge.config.text.limits import MAX_BYTES
 
@@ -22,12 +22,12 @@ _CHUNK = 2**16
 
 def is_source(text: str) -> bool:
     """Whether there is a file or a preset of this name, or it stands for standard input."""
-    return text == STANDARD_INPUT or os.path.exists(text) or preset(text) is not None
+    return text == STANDARD_INPUT or os.path.exists(text) or find_preset(text) is not None
 
 
 def is_preset(source: str) -> bool:
     """Whether only a preset can be meant, or one is and no file of that name is there."""
-    return FilePath(source).suffix not in SUFFIXES or (not os.path.exists(source) and source in presets())
+    return FilePath(source).suffix not in SUFFIXES or (not os.path.exists(source) and source in list_presets())
 
 
 def read_source(source: str) -> str:
@@ -48,20 +48,20 @@ def read_file(source: str) -> str:
     """
     check_name(source)
     if source == STANDARD_INPUT:
-        return _decoded(sys.stdin.buffer.read(MAX_BYTES + 1), source)
+        return _decode(sys.stdin.buffer.read(MAX_BYTES + 1), source)
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
-            raise source_error(source, "cannot be read: not a regular file")
+            raise make_source_error(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:
             chunks = iter(partial(stream.read, _CHUNK), b"")
-            return _decoded(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
+            return _decode(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
     except FileNotFoundError as error:
-        raise source_error(source, f"no such file{nearest_source(source)}") from error
+        raise make_source_error(source, f"no such file{suggest_source(source)}") from error
     except OSError as error:
-        raise source_error(source, f"cannot be read: {error.strerror or error}") from error
+        raise make_source_error(source, f"cannot be read: {error.strerror or error}") from error
 
 
-def nearest_source(source: str) -> str:
+def suggest_source(source: str) -> str:
     """The end of a message about a source that is not there: the nearest document beside it, or preset, or nothing."""
     file = FilePath(source)
     try:
@@ -70,7 +70,7 @@ def nearest_source(source: str) -> str:
         entries = []
     found = {os.path.splitext(entry)[0]: entry for entry in sorted(entries) if entry.endswith(SUFFIXES)}
     if source == file.name:
-        found |= {name: name for name in presets() if name not in found}
+        found |= {name: name for name in list_presets() if name not in found}
     close = find_closest(file.stem if file.suffix in SUFFIXES else file.name, found)
     return f"; did you mean {source.removesuffix(file.name) + found[close]!r}?" if close is not None else ""
 
@@ -86,28 +86,28 @@ def check_name(source: str) -> None:
     except UnicodeEncodeError:
         is_name = False
     if not is_name:
-        raise source_error(ascii(source), "not a valid file name")
+        raise make_source_error(ascii(source), "not a valid file name")
 
 
-def source_error(source: str, message: str) -> DocumentError:
+def make_source_error(source: str, message: str) -> DocumentError:
     """The error about a source as a whole."""
     return DocumentError([Problem("$", message, source)])
 
 
 def _read_preset(name: str) -> str:
-    if (found := preset(name)) is not None:
-        return _decoded(found.read_bytes(), name)
+    if (found := find_preset(name)) is not None:
+        return _decode(found.read_bytes(), name)
     if os.path.exists(name):
-        raise source_error(name, "expected a .yaml, .yml or .json file: rename it")
-    known = presets()
-    near = nearest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
-    raise source_error(name, f"no such file or preset{near}")
+        raise make_source_error(name, "expected a .yaml, .yml or .json file: rename it")
+    known = list_presets()
+    near = suggest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
+    raise make_source_error(name, f"no such file or preset{near}")
 
 
-def _decoded(raw: bytes, source: str) -> str:
+def _decode(raw: bytes, source: str) -> str:
     if len(raw) > MAX_BYTES:
-        raise source_error(source, f"larger than {MAX_BYTES // 2**20} MiB")
+        raise make_source_error(source, f"larger than {MAX_BYTES // 2**20} MiB")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise source_error(source, f"not valid UTF-8 (byte {error.start})") from error
+        raise make_source_error(source, f"not valid UTF-8 (byte {error.start})") from error

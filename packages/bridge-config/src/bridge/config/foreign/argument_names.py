@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 # Names that no document has but one of Megatron-LM's arguments.
-MARKS = frozenset(
+MARKERS = frozenset(
     [
         "untie_embeddings_and_output_weights",
         "padded_vocab_size",
@@ -25,9 +25,9 @@ MARKS = frozenset(
     ]
 )
 # What a switch that says no is called where it says yes.
-NEGATED = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
+NEGATED_FLAGS = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
 # Fields of the transformer that are called otherwise there.
-RENAMED = {
+RENAMED_FIELDS = {
     "num_experts": "num_moe_experts",
     "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
     "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
@@ -38,13 +38,13 @@ RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
 }
 # Fields of the model that are called otherwise there.
-MODEL = {
+MODEL_FIELDS = {
     "max_position_embeddings": "seq_length",
     "use_rope_scaling": "rope_scaling",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
 }
 # What becomes of several arguments together; these are looked at by name.
-TOGETHER = frozenset(
+COMBINED = frozenset(
     [
         "num_layers",
         "encoder_num_layers",
@@ -94,7 +94,7 @@ REFUSED = {
     "vision_pretraining": "Bridge does not support vision models",
 }
 # How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
-RUN = re.compile(
+RUN_ARGUMENTS = re.compile(
     "DDP_impl|activations_checkpoint_|adam_|adlr_|async_|auto_detect_|batch_size|bert_|biencoder_|checkpoint_|ckpt_|consumed_|"
     "curr_iteration|data_|dataloader_|dataset_|ddp_|delay_grad_reduce|delay_param_gather|dino_|dist_ckpt_|"
     "distribute_checkpointed_activations|do_(test|train|valid)|embedder_|enable_one_logger|error_injection_|eval_|exit_|"
@@ -105,7 +105,7 @@ RUN = re.compile(
     "use_layer_wise_distributed_optimizer|use_(legacy|mcore)_models|use_ring_exchange_p2p|valid_|wandb_|warmup|world_size"
 )
 # Specs that say in so many words what the default choice of layers comes to.
-USUAL_SPECS = (
+DEFAULT_SPECS = (
     ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
     ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
 )
@@ -120,7 +120,7 @@ YARN_FIELDS = {
     "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
 }
 # Fields that the parser takes as text too: a number, or a list made of lists by + and *.
-PATTERNS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
+PATTERN_FIELDS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "swiglu": ("torch.nn.functional.silu", True),
     "squared_relu": ("megatron.core.activations.squared_relu", False),
@@ -129,7 +129,7 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
 
 
 @cache
-def known_arguments() -> dict[str, Any]:
+def load_arguments() -> dict[str, Any]:
     """The arguments of Megatron-LM that the shipped list has, and their defaults."""
     text = files("bridge.config.foreign").joinpath("arguments.json").read_text(encoding="utf-8")
     arguments: dict[str, Any] = json.loads(text)["arguments"]

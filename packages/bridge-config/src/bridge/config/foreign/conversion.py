@@ -42,7 +42,7 @@ _RUNTIME = frozenset(
 _BLOCKS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
-class Adoption:
+class Conversion:
     """One model of another system on its way to a document of ours."""
 
     def __init__(self, target: str, at: Path, names: Mapping[str, str] | None = None) -> None:
@@ -54,7 +54,7 @@ class Adoption:
         self._names = {**_NAMES, **(names or {})}
         self._left_out: dict[str, list[str]] = {}
 
-    def finished(self) -> Migration:
+    def finish(self) -> Migration:
         """The document, and what is to be said about it."""
         for why, names in self._left_out.items():
             self.note(f"left out, {why}: {', '.join(names)}")
@@ -65,11 +65,11 @@ class Adoption:
         """Say `text` about the document."""
         self.result.notes.append(text)
 
-    def problem(self, path: Path, message: str) -> None:
+    def refuse(self, path: Path, message: str) -> None:
         """Refuse what stands at `path`."""
         self.result.problems.append((path, message))
 
-    def moved(self, now: Path, before: Path) -> None:
+    def record_move(self, now: Path, before: Path) -> None:
         """Take note of where the value at `now` stood."""
         self.result.moves.append((now, before))
 
@@ -77,46 +77,46 @@ class Adoption:
         """Say that what stands at `path` is left out."""
         self._left_out.setdefault(why, []).append(".".join(str(step) for step in path[len(self.at) :]))
 
-    def put(self, where: dict[str, Any], field: Field, value: Any, path: Path) -> None:
+    def convert_field(self, where: dict[str, Any], field: Field, value: Any, path: Path) -> None:
         """Take over the value of a field that we have too."""
         if field.name in _RUNTIME:
             if value:
                 self.leave_out("set by the training loop", path)
         elif field.name.startswith("_") or not field.init:
             self.leave_out("private or computed", path)
-        elif value is None and _is_only(field.type, "bool"):
+        elif value is None and _allows_only(field.type, "bool"):
             where[field.name] = False
         elif field.name == "activation_func" and isinstance(value, str):
-            where[field.name] = _ACTIVATIONS.get(value, self.renamed(value))
+            where[field.name] = _ACTIVATIONS.get(value, self.rename(value))
         else:
-            where[field.name] = self._form(value, field.type)
+            where[field.name] = self._convert_value(value, field.type)
 
-    def unknown(self, key: str, value: Any, path: Path) -> None:
+    def handle_unknown(self, key: str, value: Any, path: Path) -> None:
         """Leave out what we have no field for, or refuse it if it could matter."""
         if str(key).startswith("_"):
             self.leave_out("private or computed", path)
         elif is_off(value):
             self.leave_out("disabled and unknown to Bridge", path)
         else:
-            self.problem(path, "unknown to Bridge: remove it if it does not affect the model")
+            self.refuse(path, "unknown to Bridge: remove it if it does not affect the model")
 
-    def renamed(self, name: Any) -> Any:
+    def rename(self, name: Any) -> Any:
         """Our name for a thing of theirs; whatever else is given, as it is."""
         return self._names.get(name, name) if isinstance(name, str) else name
 
-    def _form(self, value: Any, type_: Type) -> Any:
+    def _convert_value(self, value: Any, type_: Type) -> Any:
         """A value of theirs, written or live, in our form."""
         if isinstance(value, Enum):
             return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", "_name_": value.name}
-        if isinstance(value, float) and value.is_integer() and _is_only(type_, "int"):
+        if isinstance(value, float) and value.is_integer() and _allows_only(type_, "int"):
             return int(value)
         if isinstance(value, list):
-            return [self._form(item, inner_type(type_)) for item in value]
+            return [self._convert_value(item, inner_type(type_)) for item in value]
         if not isinstance(value, dict):
             return {"_target_": str(value), "_call_": False} if _is_dtype(value) else value
         name = value.get("_target_")
         if not isinstance(name, str):
-            return {key: self._form(item, inner_type(type_)) for key, item in value.items()}
+            return {key: self._convert_value(item, inner_type(type_)) for key, item in value.items()}
         if name == f"{GENERATION_CONFIG}.from_dict":
             settings = value.get("config_dict")
             kept = (
@@ -125,19 +125,19 @@ class Adoption:
                 else {}
             )
             return {"_target_": GENERATION_CONFIG, **kept}
-        name = self.renamed(name)
+        name = self.rename(name)
         if value.get("_callable_") is True:
             return {"_target_": name, "_call_": False}
-        if (member := _enum_member(name, value)) is not None:
+        if (member := _find_enum_member(name, value)) is not None:
             return {"_target_": name, "_name_": member}
         return {"_target_": name} | {
-            key: self._form(item, ())
+            key: self._convert_value(item, ())
             for key, item in value.items()
             if key != "_target_" and not (key == "_call_" and item is True) and not (key == "_args_" and item == [])
         }
 
 
-def transformer_of(data: Mapping[str, Any], cls: Any = None) -> Any:
+def choose_transformer(data: Mapping[str, Any], cls: Any = None) -> Any:
     """The class of the transformer that has the fields `data`: `cls`, or what extends it so that it can have them."""
     if cls is None and data.get("multi_latent_attention"):
         cls = MLA
@@ -153,7 +153,7 @@ def is_off(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
+def _find_enum_member(name: str, value: Mapping[str, Any]) -> str | None:
     """The name of the enumeration member that a call with its value makes; None if it makes none that is known."""
     target = shipped(name)
     if target is None or target.kind != "enum":
@@ -168,7 +168,7 @@ def _enum_member(name: str, value: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _is_only(type_: Type, kind: str) -> bool:
+def _allows_only(type_: Type, kind: str) -> bool:
     """Whether a type has numbers and truth values of this kind alone, and no null."""
     return {member.kind for member in type_ if isinstance(member, Plain)} - {"str"} == {kind}
 

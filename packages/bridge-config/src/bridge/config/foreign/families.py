@@ -15,7 +15,7 @@ BRIDGE = "megatron.bridge.models"
 class Family:
     """A family of models: their names for it, and ours."""
 
-    ours: str
+    config: str
     builder: str
     provider: str
     """The provider that has its fields and defaults, and no others."""
@@ -26,31 +26,31 @@ class Family:
     defaults: Mapping[str, Any]
     """Where that provider's defaults are not those of our config and its transformer."""
 
-    configs: tuple[str, ...] = ()
+    megatron_configs: tuple[str, ...] = ()
     """Configs that embed a transformer; the first is the one that we write."""
 
-    their_builder: str = ""
+    megatron_builder: str = ""
     """The builder that we write."""
 
-    names: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     """Things of theirs that are ours under another name."""
 
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed_fields: Mapping[str, str] = field(default_factory=dict)
     """Fields that have another name here."""
 
-    idle: frozenset[str] = frozenset()
+    no_effect: frozenset[str] = frozenset()
     """Fields that change nothing about the model, or that other fields repeat."""
 
-    zeros: frozenset[str] = frozenset()
+    off_at_zero: frozenset[str] = frozenset()
     """Fields that are off at 0, and have no counterpart."""
 
-    ours_alone: dict[str, Any] = field(default_factory=dict)
+    only_ours: dict[str, Any] = field(default_factory=dict)
     """Fields that its config has not, and the values that its model has."""
 
     @property
     def layers(self) -> str:
         """The field that holds the layers."""
-        return "hybrid_stack_spec" if self.ours == MAMBA else "transformer_layer_spec"
+        return "hybrid_stack_spec" if self.config == MAMBA else "transformer_layer_spec"
 
 
 _GPT_MODULES = (
@@ -60,7 +60,7 @@ _GPT_MODULES = (
     f"{BRIDGE}.gpt.mcore_gpt_compat",
 )
 GPT_FAMILY = Family(
-    ours=GPT,
+    config=GPT,
     builder="bridge.models.gpt.GPTModelBuilder",
     provider=f"{BRIDGE}.gpt_provider.GPTModelProvider",
     provider_modules=(
@@ -77,16 +77,16 @@ GPT_FAMILY = Family(
         "deallocate_pipeline_outputs": True,
         "cross_entropy_loss_fusion": True,
     },
-    configs=(
+    megatron_configs=(
         *(f"{module}.GPTModelConfig" for module in _GPT_MODULES),
         f"{BRIDGE}.gpt.model_config.BridgeGPTModelConfig",
     ),
-    their_builder=f"{_GPT_MODULES[0]}.GPTModelBuilder",
-    names={
+    megatron_builder=f"{_GPT_MODULES[0]}.GPTModelBuilder",
+    aliases={
         **{f"{module}.GPTModelBuilder": "bridge.models.gpt.GPTModelBuilder" for module in _GPT_MODULES},
         **{f"{module}.default_layer_spec": LAYERS[GPT] for module in (*_GPT_MODULES, f"{BRIDGE}.gpt_provider")},
     },
-    idle=frozenset(["max_position_embeddings", "mtp_enabled", "async_tensor_model_parallel_allreduce"]),
+    no_effect=frozenset(["max_position_embeddings", "mtp_enabled", "async_tensor_model_parallel_allreduce"]),
 )
 
 _HYBRID_CONFIGS = (
@@ -115,7 +115,7 @@ _HYBRID_LAYERS = (
     ),
 )
 HYBRID_FAMILY = Family(
-    ours=MAMBA,
+    config=MAMBA,
     builder="bridge.models.mamba.MambaModelBuilder",
     provider=f"{BRIDGE}.hybrid.hybrid_provider.HybridModelProvider",
     provider_modules=(
@@ -138,19 +138,19 @@ HYBRID_FAMILY = Family(
         "bias_dropout_fusion": True,
         "cross_entropy_loss_fusion": True,
     },
-    configs=_HYBRID_CONFIGS,
-    their_builder=_HYBRID_BUILDERS[0],
-    names={
+    megatron_configs=_HYBRID_CONFIGS,
+    megatron_builder=_HYBRID_BUILDERS[0],
+    aliases={
         **dict.fromkeys(_HYBRID_BUILDERS, "bridge.models.mamba.MambaModelBuilder"),
         **dict.fromkeys(_HYBRID_LAYERS, LAYERS[MAMBA]),
     },
-    renamed={"hybrid_override_pattern": "hybrid_layer_pattern", "mamba_stack_spec": "hybrid_stack_spec"},
-    idle=frozenset(["max_position_embeddings"]),
-    zeros=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
-    ours_alone={"scatter_embedding_sequence_parallel": True},
+    renamed_fields={"hybrid_override_pattern": "hybrid_layer_pattern", "mamba_stack_spec": "hybrid_stack_spec"},
+    no_effect=frozenset(["max_position_embeddings"]),
+    off_at_zero=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
+    only_ours={"scatter_embedding_sequence_parallel": True},
 )
 T5_FAMILY = Family(
-    ours=T5,
+    config=T5,
     builder="bridge.models.t5.T5ModelBuilder",
     provider=f"{BRIDGE}.t5_provider.T5ModelProvider",
     provider_modules=(f"{BRIDGE}.t5_provider",),
@@ -164,8 +164,8 @@ T5_FAMILY = Family(
         "bias_dropout_fusion": True,
         "deallocate_pipeline_outputs": True,
     },
-    renamed={"max_position_embeddings": "seq_length"},
-    idle=frozenset(["seq_length", "seq_length_dec"]),
-    zeros=frozenset(["encoder_pipeline_model_parallel_size"]),
+    renamed_fields={"max_position_embeddings": "seq_length"},
+    no_effect=frozenset(["seq_length", "seq_length_dec"]),
+    off_at_zero=frozenset(["encoder_pipeline_model_parallel_size"]),
 )
 FAMILIES = (GPT_FAMILY, HYBRID_FAMILY, T5_FAMILY)

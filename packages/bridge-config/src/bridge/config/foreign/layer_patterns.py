@@ -5,16 +5,16 @@ from __future__ import annotations
 import ast
 from typing import Any, cast
 
-_LONGEST_PATTERN = 10_000
-_MOST_LAYERS = 10_000
+_MAX_PATTERN_LENGTH = 10_000
+_MAX_LAYERS = 10_000
 
 
-def layers_in(pattern: object) -> int | None:
+def count_layers(pattern: object) -> int | None:
     """The number of layers of a hybrid model's pattern, those of multi-token prediction aside; None if it has none."""
     return len(pattern.partition("/")[0].replace("|", "")) if isinstance(pattern, str) and pattern else None
 
 
-def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
+def add_mtp_pattern(pattern: Any, predictions: Any, depths: Any) -> Any:
     """A hybrid model's pattern with that of multi-token prediction, which older versions gave apart."""
     if not isinstance(pattern, str) or not isinstance(predictions, str) or not isinstance(depths, int):
         return pattern
@@ -22,18 +22,18 @@ def with_predictions(pattern: Any, predictions: Any, depths: Any) -> Any:
     return "/".join([pattern, *[predictions] * depths]) if is_apart else pattern
 
 
-def layers_of_pattern(text: str) -> int | list[int] | None:
+def parse_layer_pattern(text: str) -> int | list[int] | None:
     """What the parser makes of a pattern of layers, `([0]*1+[1]*3)`; None if it is none. Nothing is evaluated."""
-    if len(text) > _LONGEST_PATTERN:
+    if len(text) > _MAX_PATTERN_LENGTH:
         return None
     try:
-        found = _summed(ast.parse(text.strip(), mode="eval").body)
+        found = _evaluate(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return found
 
 
-def _summed(node: ast.expr) -> int | list[int]:
+def _evaluate(node: ast.expr) -> int | list[int]:
     """The value of a node made of whole numbers, lists of them, `list + list`, `list * number`.
 
     Raises:
@@ -43,17 +43,17 @@ def _summed(node: ast.expr) -> int | list[int]:
         case ast.Constant(value=int() as value) if type(value) is int:
             return value
         case ast.List(elts=items):
-            numbers = [_summed(item) for item in items]
+            numbers = [_evaluate(item) for item in items]
             if all(isinstance(number, int) for number in numbers):
                 return cast(list[int], numbers)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            first, second = _summed(left), _summed(right)
+            first, second = _evaluate(left), _evaluate(right)
             if isinstance(first, list) and isinstance(second, list):
                 return first + second
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            part, times = _summed(left), _summed(right)
+            part, times = _evaluate(left), _evaluate(right)
             if isinstance(part, int):
                 part, times = times, part
-            if isinstance(part, list) and isinstance(times, int) and len(part) * times <= _MOST_LAYERS:
+            if isinstance(part, list) and isinstance(times, int) and len(part) * times <= _MAX_LAYERS:
                 return part * times
     raise ValueError

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.config.errors import DocumentError, Problem
-from bridge.config.foreign.conversion import Adoption, transformer_of
+from bridge.config.foreign.conversion import Conversion, choose_transformer
 from bridge.config.foreign.families import BRIDGE, FAMILIES, HYBRID_FAMILY, T5_FAMILY, Family
-from bridge.config.foreign.layer_patterns import layers_in, with_predictions
+from bridge.config.foreign.layer_patterns import add_mtp_pattern, count_layers
 from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, TRANSFORMER
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
@@ -21,20 +21,20 @@ from bridge.config.schema.target import Target
 
 _NAMES = {f"{BRIDGE}.transformer_config.{name.rpartition('.')[2]}": name for name in (TRANSFORMER, MLA, HETEROGENEOUS)}
 # Layer specs that the default choice comes to by itself, for a transformer that sets the field.
-_CHOSEN_LAYERS = {
+_DEFAULT_SPECS = {
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec": "num_moe_experts",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs."
     "get_transformer_block_with_experimental_attention_variant_spec": "experimental_attention_variant",
 }
 # Fields without a counterpart that are looked at together with others.
-_TAKEN_ELSEWHERE = {
+_CONVERTED_ELSEWHERE = {
     MAMBA: ("mtp_hybrid_override_pattern", "mtp_mamba_stack_spec"),
     T5: ("transformer_layer_spec",),
 }
 _T5_LAYERS = f"{BRIDGE}.t5_provider.%s_layer_spec"
 # Where the configs of Megatron Bridge that lose their activation function keep its name.
 _ACTIVATION_KEY = "megatron_bridge.activation_func"
-_DECISIVE = (
+_IMPORTANT_FIELDS = (
     "hidden_size",
     "num_layers",
     "num_attention_heads",
@@ -64,7 +64,7 @@ _DECISIVE = (
 """The fields that models differ by most: these are named where hundreds have defaults."""
 
 # Llama 3.1 as older providers wrote it; these are the numbers that megatron-core's own scaling has built in.
-_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+_ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
 def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migration:
@@ -73,10 +73,10 @@ def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migration:
     Raises:
         DocumentError: Bridge has no configuration for it.
     """
-    return _ReferenceAdoption(data, at, sections).finished()
+    return _ModelConversion(data, at, sections).finish()
 
 
-def _family(name: str, path: Path) -> tuple[Family, bool]:
+def _find_family(name: str, path: Path) -> tuple[Family, bool]:
     """The family of the model called `name`, and whether it is written as a provider.
 
     Raises:
@@ -84,93 +84,93 @@ def _family(name: str, path: Path) -> tuple[Family, bool]:
     """
     module, _, cls = name.rpartition(".")
     for family in FAMILIES:
-        if name in family.configs:
+        if name in family.megatron_configs:
             return family, False
         if module in family.provider_modules and "Provider" in cls:
             return family, True
     message = f"Bridge does not know what {cls} adds: if it only changes defaults of one of these, write that name here"
     known = [family.provider for family in FAMILIES]
     if "Provider" not in cls:
-        known = [family.configs[0] for family in FAMILIES if family.configs]
+        known = [family.megatron_configs[0] for family in FAMILIES if family.megatron_configs]
     raise DocumentError([Problem(format_path(path), f"{message}: {', '.join(map(repr, known))}")])
 
 
-class _ReferenceAdoption(Adoption):
+class _ModelConversion(Conversion):
     """One model of the reference on its way to a document of ours."""
 
     def __init__(self, data: dict[str, Any], at: Path, sections: list[str]) -> None:
-        family, is_provider = _family(data["_target_"], (*at, "_target_"))
-        super().__init__(family.ours, at, {**_NAMES, **family.names})
+        family, is_provider = _find_family(data["_target_"], (*at, "_target_"))
+        super().__init__(family.config, at, {**_NAMES, **family.aliases})
         self._family, self._is_provider = family, is_provider
         if sections:
             self.note(f"left out, Bridge reads only the model: {', '.join(sections)}")
-        self._take(data)
+        self._convert(data)
 
-    def _take(self, data: dict[str, Any]) -> None:
+    def _convert(self, data: dict[str, Any]) -> None:
         if (builder := data.get("_builder_")) is not None:
-            self.top["_builder_"] = self.renamed(builder)
+            self.top["_builder_"] = self.rename(builder)
         inner = data.get("transformer")
         nested = inner if isinstance(inner, dict) else {}
         if self._is_provider:
-            cls = transformer_of(data)
+            cls = choose_transformer(data)
         else:
-            cls = transformer_of(data | nested, self.renamed(nested.get("_target_", TRANSFORMER)))
-        transformer, model = shipped(cls) if isinstance(cls, str) else None, shipped(self._family.ours)
+            cls = choose_transformer(data | nested, self.rename(nested.get("_target_", TRANSFORMER)))
+        transformer, model = shipped(cls) if isinstance(cls, str) else None, shipped(self._family.config)
         if model is None or (inner is not None and not nested and not self._is_provider):
             self.top |= {"transformer": inner}  # whoever reads the document says what is wrong with it
         else:
             self.transformer["_target_"] = cls
             self.top["transformer"] = self.transformer
         self._inner = transformer
-        self._sort_inner(nested, transformer)
-        self._sort_top(data, model, transformer)
+        self._convert_transformer_fields(nested, transformer)
+        self._convert_model_fields(data, model, transformer)
         if self._family is HYBRID_FAMILY:
-            self._take_pattern(data)
+            self._convert_pattern(data)
         if self._is_provider:
-            self._take_provider(data, model, transformer)
-        self._take_layers(data)
-        self._tell_lost_functions()
+            self._convert_provider(data, model, transformer)
+        self._convert_layers(data)
+        self._note_lost_functions()
 
-    def _sort_inner(self, data: dict[str, Any], target: Target | None) -> None:
+    def _convert_transformer_fields(self, data: dict[str, Any], target: Target | None) -> None:
         for key, value in data.items():
             path = (*self.at, "transformer", key)
             if target is not None and key in target.fields:
-                self.put(self.transformer, target.fields[key], value, path)
+                self.convert_field(self.transformer, target.fields[key], value, path)
             elif key != "_target_":
-                self._unknown(key, value, path)
+                self._refuse_or_leave_out(key, value, path)
 
-    def _sort_top(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
+    def _convert_model_fields(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
         own = model.fields if model else {}
         owned = transformer.fields if transformer else {}
         for given, value in data.items():
             path = (*self.at, given)
             if given in ("_target_", "_builder_") or (given == "transformer" and not self._is_provider):
                 continue
-            if given in _TAKEN_ELSEWHERE.get(self._family.ours, ()):
+            if given in _CONVERTED_ELSEWHERE.get(self._family.config, ()):
                 continue
-            key = self._family.renamed.get(given, given)
-            is_old_name = key != given and key not in self._family.idle
-            if key == given and key in self._family.idle:
-                self._unknown(key, value, path)
+            key = self._family.renamed_fields.get(given, given)
+            is_old_name = key != given and key not in self._family.no_effect
+            if key == given and key in self._family.no_effect:
+                self._refuse_or_leave_out(key, value, path)
             elif is_old_name and (value is None or data.get(key) == value):
                 self.leave_out("an old name of a field that is also given", path)
             elif is_old_name and data.get(key) is not None:
-                self.problem(path, f"this is the old name of {key}, which has a different value: keep only {key}")
+                self.refuse(path, f"this is the old name of {key}, which has a different value: keep only {key}")
             elif key in owned and key in self.transformer:
-                self._given_twice(key, value, declared=key in own, path=path)
+                self._check_duplicate(key, value, declared=key in own, path=path)
             elif key in owned and transformer is not None:
-                self.put(self.transformer, transformer.fields[key], value, path)
+                self.convert_field(self.transformer, transformer.fields[key], value, path)
                 if key in self.transformer:
-                    self.moved(("transformer", key), path)
+                    self.record_move(("transformer", key), path)
             elif key in own and model is not None:
                 if key not in self.top:
-                    self.put(self.top, model.fields[key], value, path)
+                    self.convert_field(self.top, model.fields[key], value, path)
                 if key != given:
-                    self.moved((key,), path)
-            elif not (self._is_provider and key in (*_ROPE, "scale_factor")):
-                self._unknown(given, value, path)
+                    self.record_move((key,), path)
+            elif not (self._is_provider and key in (*_ROPE_SCALING, "scale_factor")):
+                self._refuse_or_leave_out(given, value, path)
 
-    def _given_twice(self, key: str, value: Any, *, declared: bool, path: Path) -> None:
+    def _check_duplicate(self, key: str, value: Any, *, declared: bool, path: Path) -> None:
         """A field of the transformer that the model gives too; the reference then reads the transformer's."""
         if value == self.transformer[key]:
             return
@@ -180,18 +180,18 @@ class _ReferenceAdoption(Adoption):
                 f"transformer.{key} is {abbreviate(self.transformer[key])}"
             )
         else:
-            self.problem(path, f"transformer.{key} has a different value: keep only that one")
+            self.refuse(path, f"transformer.{key} has a different value: keep only that one")
 
-    def _unknown(self, key: str, value: Any, path: Path) -> None:
-        if key in self._family.idle or (key in self._family.zeros and value == 0):
+    def _refuse_or_leave_out(self, key: str, value: Any, path: Path) -> None:
+        if key in self._family.no_effect or (key in self._family.off_at_zero and value == 0):
             if value:
                 self.leave_out("no effect on the model", path)
             else:
                 self.leave_out("disabled and unknown to Bridge", path)
         else:
-            self.unknown(key, value, path)
+            self.handle_unknown(key, value, path)
 
-    def _take_pattern(self, data: dict[str, Any]) -> None:
+    def _convert_pattern(self, data: dict[str, Any]) -> None:
         """The pattern of a hybrid model, with that of multi-token prediction if it is given apart; and what follows."""
         if self.transformer.get("mtp_num_layers") == 0:
             self.transformer["mtp_num_layers"] = None
@@ -199,28 +199,28 @@ class _ReferenceAdoption(Adoption):
         if depths is None and self.transformer.get("mtp_use_repeated_layer"):
             depths = 1
         pattern, predictions = self.top.get("hybrid_layer_pattern"), data.get("mtp_hybrid_override_pattern")
-        whole = with_predictions(pattern, predictions, depths)
+        whole = add_mtp_pattern(pattern, predictions, depths)
         if whole != pattern:
             self.top["hybrid_layer_pattern"] = whole
             self.note(f"hybrid_layer_pattern: set to {whole!r}, which includes mtp_hybrid_override_pattern")
         elif predictions:
             self.leave_out("no effect on the model", (*self.at, "mtp_hybrid_override_pattern"))
         spec = data.get("mtp_mamba_stack_spec")
-        if isinstance(spec, dict) and self.renamed(spec.get("_target_")) == LAYERS[MAMBA]:
+        if isinstance(spec, dict) and self.rename(spec.get("_target_")) == LAYERS[MAMBA]:
             self.leave_out("the same as the default", (*self.at, "mtp_mamba_stack_spec"))
         elif spec is not None:
-            self.unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
-        if not (layers := layers_in(whole)):
+            self.handle_unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
+        if not (layers := count_layers(whole)):
             # HybridModel of megatron-core 0.19.2 has no layers then; those of earlier versions had these.
             self.note("the document has no hybrid_layer_pattern: only Mamba layers are assumed")
         elif self.transformer.get("num_layers") is None:
             self.transformer["num_layers"] = layers
             self.note(f"transformer.num_layers: set to {layers}, the number of layers in hybrid_layer_pattern")
 
-    def _take_provider(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
+    def _convert_provider(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
         """What only providers have."""
-        self.moved(("transformer",), self.at)
-        self._take_rope(data)
+        self.record_move(("transformer",), self.at)
+        self._convert_rope(data)
         plain = self._family.provider.rpartition(".")[2]
         for key, value in self._family.defaults.items():
             own = model is not None and key in model.fields
@@ -231,34 +231,34 @@ class _ReferenceAdoption(Adoption):
         missing = sorted({*known} - {*self.top, *self.transformer, *data})
         if missing and data["_target_"] != self._family.provider:
             cls = data["_target_"].rpartition(".")[2]
-            named = [name for name in _DECISIVE if name in missing]
+            named = [name for name in _IMPORTANT_FIELDS if name in missing]
             more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
             self.note(
                 f"Bridge's defaults are used, which may differ from those of {cls}: {', '.join(named)}{more}; "
                 "set those that differ"
             )
 
-    def _take_rope(self, data: dict[str, Any]) -> None:
+    def _convert_rope(self, data: dict[str, Any]) -> None:
         if (factor := data.get("scale_factor")) is None:
             return
-        if other := [key for key, value in _ROPE.items() if data.get(key, value) != value]:
-            known = ", ".join(f"{key} {value}" for key, value in _ROPE.items())
-            self.problem((*self.at, other[0]), f"Bridge can scale rotary frequencies only with {known}")
+        if other := [key for key, value in _ROPE_SCALING.items() if data.get(key, value) != value]:
+            known = ", ".join(f"{key} {value}" for key, value in _ROPE_SCALING.items())
+            self.refuse((*self.at, other[0]), f"Bridge can scale rotary frequencies only with {known}")
         self.top |= {"rope_scaling": True, "rope_scaling_factor": factor}
-        self.moved(("rope_scaling_factor",), (*self.at, "scale_factor"))
+        self.record_move(("rope_scaling_factor",), (*self.at, "scale_factor"))
         self.note(
             f"{format_path((*self.at, 'scale_factor'))}: "
             "renamed to $.rope_scaling_factor, and $.rope_scaling set to true"
         )
 
-    def _take_layers(self, data: dict[str, Any]) -> None:
+    def _convert_layers(self, data: dict[str, Any]) -> None:
         """Layers that the default choice comes to by itself."""
         spec = data.get("transformer_layer_spec") if self._family is T5_FAMILY else self.top.get(self._family.layers)
         name = str(spec.get("_target_")) if isinstance(spec, dict) else ""
         path = (*self.at, self._family.layers)
-        if self._is_provider and name in _CHOSEN_LAYERS and self.transformer.get(_CHOSEN_LAYERS[name]) is not None:
+        if self._is_provider and name in _DEFAULT_SPECS and self.transformer.get(_DEFAULT_SPECS[name]) is not None:
             self.top["transformer_layer_spec"] = None
-            field = _CHOSEN_LAYERS[name]
+            field = _DEFAULT_SPECS[name]
             self.note(
                 f"{format_path(path)}: left to the default, "
                 f"which selects the same layers for a transformer with {field}"
@@ -270,12 +270,12 @@ class _ReferenceAdoption(Adoption):
                 f"{self.transformer['transformer_impl']}"
             )
         elif self._family is T5_FAMILY and spec is not None:
-            self.problem(
+            self.refuse(
                 path, "Bridge has separate specs for encoder and decoder layers: remove it if it is the default"
             )
 
-    def _tell_lost_functions(self) -> None:
-        self._take_activation_from_metadata()
+    def _note_lost_functions(self) -> None:
+        self._read_activation_from_metadata()
         if self.transformer and "activation_func" not in self.transformer:
             gated = ", and this transformer is gated" if self.transformer.get("gated_linear_unit") else ""
             self.note(
@@ -288,10 +288,10 @@ class _ReferenceAdoption(Adoption):
                 "the default layers are assumed"
             )
 
-    def _take_activation_from_metadata(self) -> None:
+    def _read_activation_from_metadata(self) -> None:
         metadata = self.top.get("extra_checkpoint_metadata")
         name = metadata.get(_ACTIVATION_KEY) if isinstance(metadata, dict) else None
         if self._inner is not None and isinstance(name, str) and "activation_func" not in self.transformer:
             path = (*self.at, "extra_checkpoint_metadata")
-            self.put(self.transformer, self._inner.fields["activation_func"], name, path)
+            self.convert_field(self.transformer, self._inner.fields["activation_func"], name, path)
             self.note(f"transformer.activation_func: {name} taken from extra_checkpoint_metadata")

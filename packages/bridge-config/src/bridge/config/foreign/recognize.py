@@ -7,7 +7,7 @@ from bridge.config.foreign.run_config import read_run_config
 from bridge.config.rewrite import Migration
 
 
-def adopted(data: object) -> Migration:
+def convert_foreign(data: object) -> Migration:
     """The document `data` of another system in Bridge's own form; any other document as it is, the very same object.
 
     A document is the reference's if its `_target_` is, or if it has none and that of its `model` section is; and
@@ -16,4 +16,4 @@ def adopted(data: object) -> Migration:
     Raises:
         DocumentError: it describes a model that Bridge has no configuration for.
     """
-    return read_run_config(data) or megatron_args.adopted(data) or Migration(data)
+    return read_run_config(data) or megatron_args.convert_arguments(data) or Migration(data)

@@ -32,9 +32,9 @@ from bridge.config.schema.inspection import find_config
 from bridge.config.schema.table import shipped, shipped_aliases, shipped_dtypes
 from bridge.config.schema.target import Target
 
-_OWNERS = ("megatron.training.", "megatron.bridge.")
+_FOREIGN_PREFIXES = ("megatron.training.", "megatron.bridge.")
 # Fields that no config of the reference has, or writes, and the values at which nothing is lost.
-_OURS_ALONE: dict[str, Any] = {
+_ONLY_OURS: dict[str, Any] = {
     "hf_model_id": None,
     "generation_config": None,
     "pre_wrap_hooks": [],
@@ -48,23 +48,23 @@ def read_run_config(data: object) -> Migration | None:
     Raises:
         DocumentError: it describes a model that Bridge has no configuration for.
     """
-    found = _model_section(data)
+    found = _find_model(data)
     return megatron_training.convert(*found) if found is not None else None
 
 
-def _model_section(data: object) -> tuple[dict[str, Any], Path, list[str]] | None:
+def _find_model(data: object) -> tuple[dict[str, Any], Path, list[str]] | None:
     """The model in a document of the reference, where it stands, and the names of the other sections."""
     if not isinstance(data, dict):
         return None
     model = data.get("model")
-    if _is_theirs(model) and ("_target_" not in data or _is_theirs(data)):
+    if _is_foreign(model) and ("_target_" not in data or _is_foreign(data)):
         return model, ("model",), [str(key) for key in data if key not in ("model", "_target_")]
-    return (data, (), []) if _is_theirs(data) else None
+    return (data, (), []) if _is_foreign(data) else None
 
 
-def _is_theirs(data: object) -> TypeGuard[dict[str, Any]]:
+def _is_foreign(data: object) -> TypeGuard[dict[str, Any]]:
     name = data.get("_target_") if isinstance(data, dict) else None
-    return isinstance(name, str) and name.startswith(_OWNERS)
+    return isinstance(name, str) and name.startswith(_FOREIGN_PREFIXES)
 
 
 def to_run_config(data: Mapping[str, Any]) -> Migration:
@@ -79,32 +79,32 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
     Raises:
         DocumentError: the reference has no model like it.
     """
-    family = next((one for one in FAMILIES if one.configs and data.get("_target_") == one.ours), None)
-    model = shipped(family.ours) if family else None
+    family = next((one for one in FAMILIES if one.megatron_configs and data.get("_target_") == one.config), None)
+    model = shipped(family.config) if family else None
     if family is None or model is None:
-        known = " or ".join(one.ours for one in FAMILIES if one.configs)
+        known = " or ".join(one.config for one in FAMILIES if one.megatron_configs)
         raise DocumentError([Problem("$._target_", f"only {known} can be written for megatron.training")])
     builder = data.get("_builder_", family.builder)
     notes = []
     if builder != family.builder:
         notes.append(f"left out, specific to Bridge: the builder {builder}")
-    section: dict[str, Any] = {"_target_": family.configs[0], "_builder_": family.their_builder}
-    ours_alone = _OURS_ALONE | family.ours_alone
+    section: dict[str, Any] = {"_target_": family.megatron_configs[0], "_builder_": family.megatron_builder}
+    only_ours = _ONLY_OURS | family.only_ours
     for key, value in data.items():
-        if key in ours_alone:
-            if value != ours_alone[key]:
+        if key in only_ours:
+            if value != only_ours[key]:
                 notes.append(f"left out, megatron.training has no field for it: {key}")
         elif (field := model.fields.get(key)) is not None and field.init:
-            section[key] = _their_form(value, field.type)
+            section[key] = _encode_value(value, field.type)
     if family is HYBRID_FAMILY:
-        notes += _with_pattern(section)
-    notes += _without_extensions(section)
+        notes += _write_pattern(section)
+    notes += _drop_extensions(section)
     notes += [f"left out, as in the document: {entry['path']}" for entry in data.get("_omitted_", ())]
-    notes += [f"read by megatron.training as a list, not a tuple: {name}" for name in _tuples(data, model)]
+    notes += [f"read by megatron.training as a list, not a tuple: {name}" for name in _find_tuples(data, model)]
     return Migration(section, notes=notes)
 
 
-def _with_pattern(section: dict[str, Any]) -> list[str]:
+def _write_pattern(section: dict[str, Any]) -> list[str]:
     """Write out the pattern of a hybrid model, with borders where the reference needs them; what is said about it."""
     transformer = section["transformer"]
     given = section.get("hybrid_layer_pattern")
@@ -120,7 +120,7 @@ def _with_pattern(section: dict[str, Any]) -> list[str]:
     return [] if section["hybrid_layer_pattern"] == given else [f"hybrid_layer_pattern: set to {main}"]
 
 
-def _without_extensions(section: dict[str, Any]) -> list[str]:
+def _drop_extensions(section: dict[str, Any]) -> list[str]:
     """Make the transformer in `section` one of megatron-core; what is said about what that has not."""
     transformer = section["transformer"]
     theirs = shipped(EXTENDED.get(transformer["_target_"], ""))
@@ -132,36 +132,36 @@ def _without_extensions(section: dict[str, Any]) -> list[str]:
     return [f"left out, megatron.training has no field for it: transformer.{key}" for key in lost]
 
 
-def _their_form(value: Any, type_: Type) -> Any:
+def _encode_value(value: Any, type_: Type) -> Any:
     """A value of a right document as the reference writes it."""
     if isinstance(value, str):
-        return _their_name(value, type_)
+        return _encode_name(value, type_)
     if isinstance(value, list):
-        return [_their_form(item, inner_type(type_)) for item in value]
+        return [_encode_value(item, inner_type(type_)) for item in value]
     if not isinstance(value, dict):
         return value
     if (target := find_config(value, type_, shipped)) is not None:
         return {"_target_": target.name} | {
-            key: _their_form(item, target.fields[key].type)
+            key: _encode_value(item, target.fields[key].type)
             for key, item in value.items()
             if key in target.fields and target.fields[key].init and not key.startswith("_")
         }
     match value:
         case {"_target_": str(name), "_name_": str(member)}:
-            return _their_enum(shipped(name), member)
+            return _encode_enum(shipped(name), member)
         case {"_target_": "builtins.float", "_args_": [item]}:
             return float(item)
         case {"_target_": "builtins.dict", "_args_": [pairs]}:
-            return {_their_form(key, ()): _their_form(item, ()) for key, item in pairs}
+            return {_encode_value(key, ()): _encode_value(item, ()) for key, item in pairs}
         case {"_target_": str(name), "_args_": [items]} if name.startswith("builtins."):
-            return _their_form(items, ())
+            return _encode_value(items, ())
         case {"_target_": str(name), "_partial_": True}:
-            rest = {key: _their_form(item, ()) for key, item in value.items() if key != "_target_"}
-            return {"_target_": _canonical(name), "_args_": [], **rest}
-    return {key: _their_form(item, inner_type(type_)) for key, item in value.items()}
+            rest = {key: _encode_value(item, ()) for key, item in value.items() if key != "_target_"}
+            return {"_target_": _resolve_alias(name), "_args_": [], **rest}
+    return {key: _encode_value(item, inner_type(type_)) for key, item in value.items()}
 
 
-def _their_name(value: str, type_: Type) -> Any:
+def _encode_name(value: str, type_: Type) -> Any:
     for member in type_:
         match member:
             case Plain("str") | Anything():
@@ -171,17 +171,17 @@ def _their_name(value: str, type_: Type) -> Any:
             case Dtype() if (dtype := shipped_dtypes().get(value.removeprefix("torch."))) is not None:
                 return {"_target_": dtype, "_call_": False}
             case Instance(name) if (enum := shipped(name)) is not None and value in enum.members:
-                return _their_enum(enum, value)
+                return _encode_enum(enum, value)
             case Function() | Class():
-                return {"_target_": _canonical(value), "_call_": False}
+                return {"_target_": _resolve_alias(value), "_call_": False}
     return value
 
 
-def _canonical(name: str) -> str:
+def _resolve_alias(name: str) -> str:
     return shipped_aliases().get(name, name)
 
 
-def _their_enum(target: Target | None, member: str) -> Any:
+def _encode_enum(target: Target | None, member: str) -> Any:
     if target is None or not target.name.startswith(ENUMS):
         # Without the member's value, the member is named as an attribute, which they can resolve too.
         return {"_target_": f"{target.name if target else ''}.{member}", "_call_": False}
@@ -189,14 +189,14 @@ def _their_enum(target: Target | None, member: str) -> Any:
     return {"_target_": target.name, "_call_": True, "_args_": [number], "_name_": member}
 
 
-def _tuples(data: Mapping[str, Any], target: Target) -> list[str]:
+def _find_tuples(data: Mapping[str, Any], target: Target) -> list[str]:
     """The fields whose value is a tuple."""
     found = []
     for key, value in data.items():
         type_ = target.fields[key].type if key in target.fields else ()
         if isinstance(value, dict):
             if (inner := find_config(value, type_, shipped)) is not None:
-                found += [f"{key}.{name}" for name in _tuples(value, inner)]
+                found += [f"{key}.{name}" for name in _find_tuples(value, inner)]
             elif value.get("_target_") == "builtins.tuple":
                 found.append(key)
         elif isinstance(value, list):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
-from bridge.config.foreign.recognize import adopted
+from bridge.config.foreign.recognize import convert_foreign
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import MAX_PROBLEMS, ProblemList, ReadError, describe_value, make_error, prefix_path
 from bridge.config.read.build import build
@@ -117,7 +117,7 @@ def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
             return None
 
     try:
-        foreign = adopted(data)
+        foreign = convert_foreign(data)
         own = migrate(foreign.data, target_of)
         return CurrentDocument(data, own.data, (foreign, own))
     except RecursionError:

@@ -26,12 +26,12 @@ def dump_yaml(data: Any) -> str:
         ConfigError: there is something in it that YAML cannot say; with its path.
     """
     check_writable(data)
-    return _dumped(data, flow=False)
+    return _dump(data, flow=False)
 
 
 def dump_flow(data: Any) -> str:
     """Writable data as YAML on one line, with brackets and braces, as it may stand among others."""
-    return _dumped([data], flow=True)[1:-2]
+    return _dump([data], flow=True)[1:-2]
 
 
 def dump_json(data: Any) -> str:
@@ -41,7 +41,7 @@ def dump_json(data: Any) -> str:
         ConfigError: there is something in it that JSON cannot say; with its path.
     """
     check_writable(data)
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False)
+    return json.dumps(_encode_infinity(data), indent=2, ensure_ascii=False)
 
 
 def check_writable(data: Any) -> None:
@@ -72,23 +72,23 @@ def check_writable(data: Any) -> None:
     check(data, ())
 
 
-def _finite(data: Any) -> Any:
+def _encode_infinity(data: Any) -> Any:
     """`data` with infinite numbers in the form that documents have for them."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: _encode_infinity(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [_encode_infinity(value) for value in data]
     if isinstance(data, float) and math.isinf(data):
         return {"_target_": "builtins.float", "_args_": [str(data)]}
     return data
 
 
-def _dumped(data: Any, *, flow: bool) -> str:
-    return str(_dump()(data, default_flow_style=flow)).removesuffix("...\n")
+def _dump(data: Any, *, flow: bool) -> str:
+    return str(_load_dumper()(data, default_flow_style=flow)).removesuffix("...\n")
 
 
 @cache
-def _dump() -> Callable[..., Any]:
+def _load_dumper() -> Callable[..., Any]:
     """PyYAML's dump by its safe dumper, without aliases for what stands in two places, and strict about text."""
     import yaml  # it takes 20 ms: JSON and `bridge --help` need it not
 
@@ -99,13 +99,13 @@ def _dump() -> Callable[..., Any]:
 
 
 def _represent_text(dumper: SafeRepresenter, text: str) -> ScalarNode:
-    style = None if _is_clear(text) else "'"
+    style = None if _is_unambiguous(text) else "'"
     # Line separators, tabs and the like are best seen; and a scalar stays on its line.
     style = style if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-def _is_clear(text: str) -> bool:
+def _is_unambiguous(text: str) -> bool:
     """Whether `text`, written plainly, is text to YAML 1.2, and y and n to 1.1. (The rest of 1.1 PyYAML knows.)"""
     try:
         return isinstance(read_plain(text), str) and text not in ("y", "Y", "n", "N")

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from bridge.config.errors import ConfigError, DocumentError
 from bridge.config.text.dump import check_writable, dump_flow, dump_yaml
 from bridge.config.text.nodes import Node
-from bridge.config.text.parse import Parsed, parse_yaml
-from bridge.config.text.spans import LINE_BREAK, REST_OF_LINE, Spans, children_of, is_open
+from bridge.config.text.parse import ParsedText, parse_yaml
+from bridge.config.text.spans import LINE_BREAK, REST_OF_LINE, Spans, is_block_collection, list_children
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class _Place:
     column: int = 0
 
 
-def edit_text(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
+def edit_text(parsed: ParsedText, data: Any, dropped: Collection[Node] = ()) -> str:
     """The YAML text of `parsed`, changed where its data differs from `data`, and nowhere else.
 
     What is added to a mapping goes after its last key, what is removed goes with its line. An alias stays as long as
@@ -40,30 +40,32 @@ def edit_text(parsed: Parsed, data: Any, dropped: Collection[Node] = ()) -> str:
     check_writable(data)
     root = parsed.root
     if root is None or (root.value is None and root.start == root.end):
-        return parsed.byte_order_mark + _checked(_appended(parsed.text, data), data)
-    if same(root.data(), data) and not dropped:
+        return parsed.byte_order_mark + _check_result(_append(parsed.text, data), data)
+    if are_equal(root.data(), data) and not dropped:
         return parsed.byte_order_mark + parsed.text
     try:
-        text = _checked(_Editor(parsed.text, dropped).edited(root, data), data)
+        text = _check_result(_Editor(parsed.text, dropped).edit(root, data), data)
     except ConfigError:
         # The lines of a block scalar end where others begin: what comes after one may have become a part of it.
-        text = _checked(_Editor(parsed.text, dropped, keep_blocks=False).edited(root, data), data)
+        text = _check_result(_Editor(parsed.text, dropped, keep_blocks=False).edit(root, data), data)
     return parsed.byte_order_mark + text
 
 
-def same(one: Any, other: Any) -> bool:
+def are_equal(one: Any, other: Any) -> bool:
     """Whether two pieces of plain data are equal in value and type, in any order of keys."""
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return False
+        return all(are_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list):
-        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(same, one, other))
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(are_equal, one, other))
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def _checked(text: str, data: Any) -> str:
+def _check_result(text: str, data: Any) -> str:
     """`text`, which must say `data`."""
     try:
-        right = same(parse_yaml(text).data, data)
+        right = are_equal(parse_yaml(text).data, data)
     except DocumentError:
         right = False
     if not right:
@@ -71,16 +73,16 @@ def _checked(text: str, data: Any) -> str:
     return text
 
 
-def _appended(text: str, data: Any) -> str:
+def _append(text: str, data: Any) -> str:
     """A text without data, and `data` after its comments."""
     if data is None:
         return text
-    newline = _newline(text)
+    newline = _find_newline(text)
     gap = newline if text and not text.endswith(("\n", "\r")) else ""
     return text + gap + dump_yaml(data).replace("\n", newline)
 
 
-def _newline(text: str) -> str:
+def _find_newline(text: str) -> str:
     found = LINE_BREAK.search(text)
     return found[0] if found else "\n"
 
@@ -89,17 +91,17 @@ class _Editor:
     """Compares a tree with data, and notes what has to change in the text."""
 
     def __init__(self, text: str, dropped: Collection[Node], *, keep_blocks: bool = True) -> None:
-        self._newline = _newline(text)
-        self._unfinished = not text.endswith(("\n", "\r"))
-        self._text = text + self._newline if self._unfinished else text
+        self._newline = _find_newline(text)
+        self._lacks_line_break = not text.endswith(("\n", "\r"))
+        self._text = text + self._newline if self._lacks_line_break else text
         self._spans = Spans(self._text)
         self._dropped = dropped
         self._keep_blocks = keep_blocks
         self._splices: list[tuple[int, int, str]] = []
-        self._broken: set[Node] = set()  # what aliases can no longer stand for
+        self._replaced: set[Node] = set()  # what aliases can no longer stand for
 
-    def edited(self, root: Node, data: Any) -> str:
-        self._settle(root, data, _Place("top"))
+    def edit(self, root: Node, data: Any) -> str:
+        self._compare(root, data, _Place("top"))
         pieces, at, written = [], 0, ""
         for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
             if start < at:
@@ -109,114 +111,115 @@ class _Editor:
         text = "".join([*pieces, self._text[at:]])
         if at == len(self._text) and not written:  # the last line went
             return text
-        return text.removesuffix(self._newline) if self._unfinished else text
+        return text.removesuffix(self._newline) if self._lacks_line_break else text
 
     # Comparing
 
-    def _settle(self, node: Node, data: Any, place: _Place) -> bool:
+    def _compare(self, node: Node, data: Any, place: _Place) -> bool:
         """Note what makes `node` say `data`; returns whether that is nothing."""
         if node.alias is not None:
-            settled = node.alias not in self._broken and same(node.data(), data)
+            unchanged = node.alias not in self._replaced and are_equal(node.data(), data)
         elif isinstance(node.value, dict) and isinstance(data, dict) and (node.value.keys() & data.keys() or not data):
-            return self._settle_mapping(node, data, place)
+            return self._compare_mapping(node, data, place)
         elif isinstance(node.value, list) and isinstance(data, (list, tuple)):
-            return self._settle_list(node, data, place)
+            return self._compare_list(node, data, place)
         else:
-            settled = same(node.value, data) and (self._keep_blocks or node.style not in ("|", ">"))
-        if not settled:
+            unchanged = are_equal(node.value, data) and (self._keep_blocks or node.style not in ("|", ">"))
+        if not unchanged:
             self._replace(node, data, place)
-        return settled
+        return unchanged
 
-    def _settle_mapping(self, node: Node, data: dict[str, Any], place: _Place) -> bool:
+    def _compare_mapping(self, node: Node, data: dict[str, Any], place: _Place) -> bool:
         kept = {child: data[key] for key, child in node.value.items() if key in data}
         added = {key: value for key, value in data.items() if key not in node.value}
-        return self._settle_collection(node, kept, added, place)
+        return self._compare_collection(node, kept, added, place)
 
-    def _settle_list(self, node: Node, data: list[Any] | tuple[Any, ...], place: _Place) -> bool:
+    def _compare_list(self, node: Node, data: list[Any] | tuple[Any, ...], place: _Place) -> bool:
         children = [child for child in node.value if child not in self._dropped]
         if len(data) < len(children):
             pairs = zip(children, data, strict=False)
-            first = next((i for i, (child, item) in enumerate(pairs) if not same(child.data(), item)), len(data))
+            first = next((i for i, (child, item) in enumerate(pairs) if not are_equal(child.data(), item)), len(data))
             children[first : first + len(children) - len(data)] = []
         kept = dict(zip(children, data, strict=False))
-        return self._settle_collection(node, kept, list(data[len(children) :]), place)
+        return self._compare_collection(node, kept, list(data[len(children) :]), place)
 
-    def _settle_collection(
+    def _compare_collection(
         self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
     ) -> bool:
-        children = children_of(node)
+        children = list_children(node)
         if not kept and (children or added):
             self._replace(node, added, place)
             return False
-        entries = self._entries(node, children)
-        settled = True
-        for child in children:  # in the order of the text: an anchor is settled before its aliases
+        entries = self._find_entries(node, children)
+        unchanged = True
+        for child in children:  # in the order of the text: an anchor comes before its aliases
             if child in kept:
                 inner = _Place("flow") if node.style else _Place(*entries[child])
-                settled &= self._settle(child, kept[child], inner)
+                unchanged &= self._compare(child, kept[child], inner)
             else:
-                self._break(child)
+                self._mark_replaced(child)
         if len(kept) < len(children) or added:
             (self._reshape_flow if node.style else self._reshape_block)(node, children, kept.keys(), added)
-            settled = False
-        if not settled:
-            self._broken.add(node)
-        return settled
+            unchanged = False
+        if not unchanged:
+            self._replaced.add(node)
+        return unchanged
 
-    def _break(self, node: Node) -> None:
+    def _mark_replaced(self, node: Node) -> None:
         """Note that `node` and all in it go away."""
-        self._broken.add(node)
+        self._replaced.add(node)
         if node.alias is None and isinstance(node.value, (dict, list)):
-            for child in children_of(node):
-                self._break(child)
+            for child in list_children(node):
+                self._mark_replaced(child)
 
     # Adding and removing
 
     def _reshape_block(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
-        starts = self._spans.starts(node, children)
+        starts = self._spans.find_starts(node, children)
         for i, child in enumerate(children):
             if child in kept:
                 continue
-            start, line = starts[i], self._spans.line(starts[i])
+            start, line = starts[i], self._spans.find_line_start(starts[i])
             if not self._text[line:start].strip():
-                self._splice(line, self._spans.line_after(child))
+                self._splice(line, self._spans.find_line_after(child))
             elif i == 0:  # the rest moves up, to the dash before it
                 last = next(children[j - 1] for j in range(1, len(children)) if children[j] in kept)
-                rest = re.compile(r"\s*").match(self._text, self._spans.line_after(last))
+                rest = re.compile(r"\s*").match(self._text, self._spans.find_line_after(last))
                 assert rest
                 self._splice(start, rest.end())
                 kept = {*kept, *children[: children.index(last) + 1]}
         if added:
             lines = dump_yaml(added).split("\n")[:-1]
-            self._insert_lines(self._spans.line_after(children[-1]), lines, starts[0] - self._spans.line(starts[0]))
+            column = starts[0] - self._spans.find_line_start(starts[0])
+            self._insert_lines(self._spans.find_line_after(children[-1]), lines, column)
 
     def _reshape_flow(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
-        starts = self._spans.starts(node, children)
+        starts = self._spans.find_starts(node, children)
         last = max(i for i, child in enumerate(children) if child in kept)
         removed = [i for i, child in enumerate(children) if child not in kept]
-        end, close = self._spans.end(children[last]), self._spans.end(children[-1])
+        end, close = self._spans.find_end(children[last]), self._spans.find_end(children[-1])
         if (
             last + 1 < len(children)
-            and self._spans.comma(close) is None
+            and self._spans.find_comma(close) is None
             and not LINE_BREAK.search(self._text, end, close)
         ):
             self._splice(end, close)
             removed = [i for i in removed if i < last]
         for i in removed:
-            self._remove_between_commas(starts[i], self._spans.end(children[i]))
+            self._remove_between_commas(starts[i], self._spans.find_end(children[i]))
         if added:
             self._splice(end, end, f", {dump_flow(added)[1:-1]}")
 
     def _remove_between_commas(self, start: int, end: int) -> None:
-        comma = self._spans.comma(end)
+        comma = self._spans.find_comma(end)
         end = end if comma is None else comma + 1
-        line, rest = self._spans.line(start), REST_OF_LINE.match(self._text, end)
+        line, rest = self._spans.find_line_start(start), REST_OF_LINE.match(self._text, end)
         if rest and not self._text[line:start].strip():
-            self._splice(line, self._spans.next_line(rest.end()))
+            self._splice(line, self._spans.find_next_line(rest.end()))
         else:
             blanks = re.compile(r"[ \t]*").match(self._text, end)
             assert blanks
@@ -226,57 +229,57 @@ class _Editor:
 
     def _replace(self, node: Node, data: Any, place: _Place) -> None:
         """Note that `data` shall stand where `node` does."""
-        self._break(node)
+        self._mark_replaced(node)
         holds = isinstance(data, (dict, list, tuple)) and len(data) > 0
         if place.kind == "flow" or not holds or (node.style == "{" and node.value):
-            self._replace_inline(node, dump_flow(data) if place.kind == "flow" or holds else _inline(data), place)
+            self._replace_inline(node, dump_flow(data) if place.kind == "flow" or holds else _dump_inline(data), place)
         elif place.kind == "key":
             self._replace_below(node, dump_yaml({"": data}).split("\n")[1:-1], place.column)
         else:
             self._replace_beside(node, data, place)
 
     def _replace_inline(self, node: Node, written: str, place: _Place) -> None:
-        start, end = self._spans.span(node)
-        colon, content = self._spans.after_colon(node), self._spans.content(node)
-        if place.kind == "key" and is_open(node) and content >= self._spans.next_line(colon):
-            self._splice(colon, self._spans.anchor_end(node, colon), f" {written}")
-            self._splice(self._spans.line(content), self._spans.line_after(node))
+        start, end = self._spans.find_span(node)
+        colon, content = self._spans.find_colon_end(node), self._spans.find_content(node)
+        if place.kind == "key" and is_block_collection(node) and content >= self._spans.find_next_line(colon):
+            self._splice(colon, self._spans.find_anchor_end(node, colon), f" {written}")
+            self._splice(self._spans.find_line_start(content), self._spans.find_line_after(node))
         else:
             missing = ":" if start == end and node.key and self._text[start - 1] != ":" else ""
-            self._splice(start, end, missing + self._space(start) + written + self._trail(node))
+            self._splice(start, end, missing + self._find_missing_space(start) + written + self._find_tail(node))
 
     def _replace_below(self, node: Node, lines: list[str], column: int) -> None:
         """Put a collection on the lines after its key."""
-        start, _ = self._spans.span(node)
-        colon, after = self._spans.after_colon(node), self._spans.line_after(node)
-        content = self._spans.content(node) if is_open(node) else start
-        if content < self._spans.next_line(colon):  # beside the key: what follows on that line stays there
-            self._splice(colon, self._spans.end(node), self._trail(node))
+        start, _ = self._spans.find_span(node)
+        colon, after = self._spans.find_colon_end(node), self._spans.find_line_after(node)
+        content = self._spans.find_content(node) if is_block_collection(node) else start
+        if content < self._spans.find_next_line(colon):  # beside the key: what follows on that line stays there
+            self._splice(colon, self._spans.find_end(node), self._find_tail(node))
             self._insert_lines(after, lines, column)
         else:
-            self._splice(colon, self._spans.anchor_end(node, colon))
-            self._splice(self._spans.line(content), after)
+            self._splice(colon, self._spans.find_anchor_end(node, colon))
+            self._splice(self._spans.find_line_start(content), after)
             self._insert_lines(after, lines, column)
 
     def _replace_beside(self, node: Node, data: Any, place: _Place) -> None:
         """Put a collection after a dash, or at the top."""
-        start, end = self._spans.span(node)
+        start, end = self._spans.find_span(node)
         lines = dump_yaml([data]).split("\n")[:-1]
-        gap = self._space(start)
-        column = start - self._spans.line(start) + len(gap)
-        if place.kind == "top" and self._text[self._spans.line(start) : start].strip():  # after three dashes
+        gap = self._find_missing_space(start)
+        column = start - self._spans.find_line_start(start) + len(gap)
+        if place.kind == "top" and self._text[self._spans.find_line_start(start) : start].strip():  # after three dashes
             gap, column = self._newline, 0
         indent = self._newline + " " * column
-        self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._trail(node))
+        self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._find_tail(node))
 
-    def _space(self, index: int) -> str:
+    def _find_missing_space(self, index: int) -> str:
         """The space that is missing before a value at `index`."""
         return " " if self._text[max(index - 1, 0) : index].strip(" \t\r\n[{") else ""
 
-    def _trail(self, node: Node) -> str:
+    def _find_tail(self, node: Node) -> str:
         """What stays of a value that goes: the comment in a block scalar's first line, the line break it ends with."""
-        comment = self._spans.header(node)["comment"] if node.style in ("|", ">") else ""
-        return (comment or "") + (self._newline if self._text[self._spans.end(node) - 1] in "\r\n" else "")
+        comment = self._spans.match_header(node)["comment"] if node.style in ("|", ">") else ""
+        return (comment or "") + (self._newline if self._text[self._spans.find_end(node) - 1] in "\r\n" else "")
 
     def _insert_lines(self, index: int, lines: Iterable[str], column: int) -> None:
         self._splice(index, index, "".join(" " * column + line + self._newline for line in lines))
@@ -284,12 +287,13 @@ class _Editor:
     def _splice(self, start: int, end: int, written: str = "") -> None:
         self._splices.append((start, end, written))
 
-    def _entries(self, node: Node, children: list[Node]) -> dict[Node, tuple[Literal["key", "item"], int]]:
+    def _find_entries(self, node: Node, children: list[Node]) -> dict[Node, tuple[Literal["key", "item"], int]]:
         kind: Literal["key", "item"] = "key" if isinstance(node.value, dict) else "item"
-        starts = self._spans.starts(node, children)
-        return {child: (kind, start - self._spans.line(start)) for child, start in zip(children, starts, strict=True)}
+        starts = self._spans.find_starts(node, children)
+        columns = [start - self._spans.find_line_start(start) for start in starts]
+        return {child: (kind, column) for child, column in zip(children, columns, strict=True)}
 
 
-def _inline(data: Any) -> str:
+def _dump_inline(data: Any) -> str:
     """A scalar or an empty collection, as it stands after a key."""
     return dump_yaml({"": data}).split(" ", 1)[1].removesuffix("\n")

@@ -26,7 +26,7 @@ _JSON_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 @dataclass
-class Parsed:
+class ParsedText:
     """Plain data, and the text that it was read from."""
 
     data: Any
@@ -48,43 +48,43 @@ class Parsed:
         return Places(self.text)
 
 
-def parse_yaml(text: str, file: str | None = None) -> Parsed:
+def parse_yaml(text: str, file: str | None = None) -> ParsedText:
     """The data of a YAML text. Anchors and aliases stand for copies.
 
     Raises:
         DocumentError: it is not YAML 1.2, has duplicate keys, tags or merge keys, or is out of bounds.
     """
-    mark, text = _begun(text, file)
+    mark, text = _split_byte_order_mark(text, file)
     builder = TreeBuilder(text, file)
     _read_yaml(builder)
-    parsed = Parsed(builder.root.data() if builder.root else None, text, mark, "yaml")
+    parsed = ParsedText(builder.root.data() if builder.root else None, text, mark, "yaml")
     parsed.root = builder.root
     return parsed
 
 
-def parse_json(text: str, file: str | None = None) -> Parsed:
+def parse_json(text: str, file: str | None = None) -> ParsedText:
     """The data of a JSON text.
 
     Raises:
         DocumentError: it is not JSON, has duplicate keys, NaN or infinity, or is out of bounds.
     """
-    mark, text = _begun(text, file)
+    mark, text = _split_byte_order_mark(text, file)
     _check_count(text, file)
     flaws: list[object] = []
 
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if has_key_flaw(made, pairs):
             flaws.append("key")
         return made
 
-    def integer(text: str) -> int:
+    def parse_integer(text: str) -> int:
         if len(text) <= MAX_DIGITS:
             return int(text)
         flaws.append("digits")
         return 0
 
-    def real(text: str) -> float:
+    def parse_float(text: str) -> float:
         number = float(text)
         if math.isinf(number):
             flaws.append("infinity")
@@ -92,7 +92,11 @@ def parse_json(text: str, file: str | None = None) -> Parsed:
 
     try:
         data = json.loads(
-            text, object_pairs_hook=mapping, parse_constant=flaws.append, parse_int=integer, parse_float=real
+            text,
+            object_pairs_hook=make_mapping,
+            parse_constant=flaws.append,
+            parse_int=parse_integer,
+            parse_float=parse_float,
         )
     except json.JSONDecodeError as error:
         raise DocumentError([Problem("$", f"not JSON: {error.msg}", file, error.lineno, error.colno)]) from error
@@ -101,7 +105,7 @@ def parse_json(text: str, file: str | None = None) -> Parsed:
         flaws.append("depth")
     if flaws or _is_deep(data) or _may_have_surrogates(text):
         _read_json(TreeBuilder(text, file))  # says what is wrong, and where
-    return Parsed(data, text, mark, "json")
+    return ParsedText(data, text, mark, "json")
 
 
 def _read_yaml(builder: TreeBuilder) -> None:
@@ -115,16 +119,16 @@ def _read_json(builder: TreeBuilder) -> None:
     for token in _JSON_TOKEN.finditer(builder.text):
         text, (start, end) = token[0], token.span()
         if text in ("[", "{"):
-            builder.open(Node(start, end, [] if text == "[" else {}, "{"))
+            builder.open_collection(Node(start, end, [] if text == "[" else {}, "{"))
         elif text in ("]", "}"):
-            builder.close(end)
+            builder.close_collection(end)
         else:
             style = '"' if text.startswith('"') else ""
-            builder.scalar(Node(start, end, style=style), text, read_json_scalar)
+            builder.add_scalar(Node(start, end, style=style), text, read_json_scalar)
     builder.finish()
 
 
-def _begun(text: str, file: str | None) -> tuple[str, str]:
+def _split_byte_order_mark(text: str, file: str | None) -> tuple[str, str]:
     """The byte order mark at the beginning of a text, if there is one, and the text after it."""
     if len(text) > MAX_BYTES:
         raise DocumentError([Problem("$", f"larger than {MAX_BYTES // 2**20} MiB", file)])

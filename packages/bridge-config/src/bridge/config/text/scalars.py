@@ -34,15 +34,15 @@ def read_plain(text: str) -> Any:
     if text[0] not in "+-.0123456789":
         return text
     if _INTEGER.fullmatch(text):
-        return _integer(text)
+        return _parse_integer(text)
     if _BASED.fullmatch(text):
-        return _based(text)
+        return _parse_based_integer(text)
     if _OCTAL.fullmatch(text):
         raise ValueError(
             f"{text[:20]} is ambiguous: drop the leading zero (decimal), write 0o (octal), or quote it (string)"
         )
     if _FLOAT.fullmatch(text):
-        return _float(text)
+        return _parse_float(text)
     if infinity := _INFINITY.fullmatch(text):
         return float(infinity[1] + "inf")
     if text in (".nan", ".NaN", ".NAN"):
@@ -56,7 +56,7 @@ def read_json_scalar(text: str) -> Any:
     Raises:
         ValueError: it is out of bounds, or not a value.
     """
-    value = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float)
+    value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_integer, parse_float=_parse_float)
     if isinstance(value, str):
         _check_text(value)
     return value
@@ -75,20 +75,20 @@ def find_flaw(value: Any) -> str:
     return "" if value is None or kind in (bool, dict, list, tuple) else f"a {kind.__qualname__} is not plain data"
 
 
-def _integer(text: str) -> int:
+def _parse_integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"integer with {len(text):,} digits: quote it if it is a string")
     return int(text)
 
 
-def _based(text: str) -> int:
+def _parse_based_integer(text: str) -> int:
     number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
     if number >= _TOO_LARGE:
         raise ValueError(f"integer with more than {MAX_DIGITS:,} decimal digits: quote it if it is a string")
     return number
 
 
-def _float(text: str) -> float:
+def _parse_float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"{text[:20]} is too large for a float: quote it if it is a string")

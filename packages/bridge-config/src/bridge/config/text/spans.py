@@ -13,12 +13,12 @@ _ANCHOR = re.compile(r"&[^\s,\[\]{}]+")
 _HEADER = re.compile(r"[|>](?P<how>[-+0-9]*)(?P<comment>[ \t]+#[^\r\n]*)?")
 
 
-def children_of(node: Node) -> list[Node]:
+def list_children(node: Node) -> list[Node]:
     """The values in a collection, in order."""
     return list(node.value.values() if isinstance(node.value, dict) else node.value)
 
 
-def is_open(node: Node) -> bool:
+def is_block_collection(node: Node) -> bool:
     """Whether it is a block collection."""
     return not node.style and isinstance(node.value, (dict, list))
 
@@ -29,84 +29,84 @@ class Spans:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def starts(self, node: Node, children: list[Node]) -> list[int]:
+    def find_starts(self, node: Node, children: list[Node]) -> list[int]:
         """Where the entries of a collection start: with their key, their dash, or between brackets the value."""
         if isinstance(node.value, dict):
-            return [self.key_start(child) for child in children]
+            return [self.find_key_start(child) for child in children]
         if node.style:
             return [child.start for child in children]
-        before = [self.content(node), *(self.end(child) for child in children[:-1])]
-        return [self.skip(index) for index in before]
+        before = [self.find_content(node), *(self.find_end(child) for child in children[:-1])]
+        return [self.skip_gap(index) for index in before]
 
-    def key_start(self, node: Node) -> int:
+    def find_key_start(self, node: Node) -> int:
         """Where a key starts, with the question mark that may announce it."""
         assert node.key
         start = node.key[0]
-        line = self.line(start)
+        line = self.find_line_start(start)
         question = self._text[line:start].rstrip(" \t")
         announced = question.endswith("?") and not question[-2:-1].strip(" \t,{")
         return line + len(question) - 1 if announced else start
 
-    def after_colon(self, node: Node) -> int:
+    def find_colon_end(self, node: Node) -> int:
         """The index after the colon before `node`; after its key if there is no colon, its start if there is no key."""
         if node.key is None:
             return node.start
-        index = self.skip(node.key[1])
+        index = self.skip_gap(node.key[1])
         return index + 1 if self._text.startswith(":", index) else node.key[1]
 
-    def span(self, node: Node) -> tuple[int, int]:
+    def find_span(self, node: Node) -> tuple[int, int]:
         """Where a value starts and ends; one that is empty, after its colon or dash."""
         if node.start == node.end and node.key:
-            return (self.after_colon(node),) * 2
-        return node.start, self.end(node)
+            return (self.find_colon_end(node),) * 2
+        return node.start, self.find_end(node)
 
-    def end(self, node: Node) -> int:
+    def find_end(self, node: Node) -> int:
         """Where a value ends; the lines after a block scalar count only where they are a part of it."""
-        if node.alias is None and is_open(node):
+        if node.alias is None and is_block_collection(node):
             values = node.value
-            return self.end(next(reversed(values.values())) if isinstance(values, dict) else values[-1])
+            return self.find_end(next(reversed(values.values())) if isinstance(values, dict) else values[-1])
         if node.style in ("|", ">"):
-            keeps = "+" in self.header(node)["how"]
+            keeps = "+" in self.match_header(node)["how"]
             return node.end if keeps else node.start + len(self._text[node.start : node.end].rstrip())
-        return self.span(node)[1] if node.start == node.end and node.key else node.end
+        return self.find_span(node)[1] if node.start == node.end and node.key else node.end
 
-    def content(self, node: Node) -> int:
+    def find_content(self, node: Node) -> int:
         """Where a value starts, after its anchor."""
-        return self.skip(self.anchor_end(node, node.start)) if node.anchored else node.start
+        return self.skip_gap(self.find_anchor_end(node, node.start)) if node.anchored else node.start
 
-    def anchor_end(self, node: Node, otherwise: int) -> int:
+    def find_anchor_end(self, node: Node, otherwise: int) -> int:
         """Where the anchor of a value ends; `otherwise` if it has none."""
         found = _ANCHOR.match(self._text, node.start) if node.anchored else None
         return found.end() if found else otherwise
 
-    def skip(self, index: int) -> int:
+    def skip_gap(self, index: int) -> int:
         """The next index that is neither white nor in a comment."""
         gap = _GAP.match(self._text, index)
         assert gap
         return gap.end()
 
-    def line(self, index: int) -> int:
+    def find_line_start(self, index: int) -> int:
         """Where the line of `index` starts."""
         start = self._text.rfind("\n", 0, index) + 1
         return max(start, self._text.rfind("\r", start, index) + 1)
 
-    def next_line(self, index: int) -> int:
+    def find_next_line(self, index: int) -> int:
         """Where the line after that of `index` starts."""
         found = LINE_BREAK.search(self._text, max(index, 0))
         return found.end() if found else len(self._text)
 
-    def line_after(self, node: Node) -> int:
+    def find_line_after(self, node: Node) -> int:
         """Where the first line after `node` starts."""
-        end = self.end(node)
-        return end if self._text[end - 1] in "\r\n" else self.next_line(end)
+        end = self.find_end(node)
+        return end if self._text[end - 1] in "\r\n" else self.find_next_line(end)
 
-    def comma(self, end: int) -> int | None:
+    def find_comma(self, end: int) -> int | None:
         """The index of the comma after what ends at `end`."""
-        index = self.skip(end)
+        index = self.skip_gap(end)
         return index if self._text.startswith(",", index) else None
 
-    def header(self, node: Node) -> re.Match[str]:
+    def match_header(self, node: Node) -> re.Match[str]:
         """The first line of a block scalar."""
-        header = _HEADER.match(self._text, self.content(node))
+        header = _HEADER.match(self._text, self.find_content(node))
         assert header
         return header

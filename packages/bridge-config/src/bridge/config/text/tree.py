@@ -22,58 +22,58 @@ class TreeBuilder:
         self._file = file
         self._places = Places(text)
         self._problems: list[Problem] = []
-        self._open: list[_Open] = []
+        self._open: list[_OpenCollection] = []
         self._anchors: dict[str, Node] = {}
         self._size = 0
 
-    def scalar(self, node: Node, text: str, read: Callable[[str], Any]) -> None:
+    def add_scalar(self, node: Node, text: str, read: Callable[[str], Any]) -> None:
         """A scalar; `read` makes its value of `text`, and a ValueError is a problem."""
         self._check_bounds(node)
         try:
             node.value = read(text)
         except ValueError as error:
-            self.problem(str(error), node.start)
-        self._put(node)
+            self.add_problem(str(error), node.start)
+        self._attach(node)
 
-    def alias(self, node: Node, name: str) -> None:
+    def add_alias(self, node: Node, name: str) -> None:
         """An alias of what was anchored as `name`."""
         meant = self._anchors.get(name)
         if meant is None:
-            self.problem(f"undefined alias *{name}", node.start)
+            self.add_problem(f"undefined alias *{name}", node.start)
         elif any(meant is opened.node for opened in self._open):
-            self.problem(f"the alias *{name} is inside the value that it refers to", node.start)
+            self.add_problem(f"the alias *{name} is inside the value that it refers to", node.start)
         else:
             node.alias = meant.alias or meant
             node.size, node.depth = meant.size, meant.depth
         self._check_bounds(node)
-        self._put(node)
+        self._attach(node)
 
-    def anchor(self, node: Node, name: str | None) -> None:
+    def add_anchor(self, node: Node, name: str | None) -> None:
         """Remember what `name` stands for from here on."""
         if name is not None:
             node.anchored = True
             self._anchors[name] = node
 
-    def open(self, node: Node) -> None:
+    def open_collection(self, node: Node) -> None:
         """A collection begins."""
         self._check_bounds(node)
-        self._open.append(_Open(node))
+        self._open.append(_OpenCollection(node))
 
-    def close(self, end: int) -> None:
+    def close_collection(self, end: int) -> None:
         """The collection that began last is complete; `end` is where its closing bracket ends, if it has any."""
         node = self._open.pop().node
         if node.style:
             node.end = end
-        self._put(node)
+        self._attach(node)
 
-    def problem(self, message: str, index: int, *below: str) -> None:
+    def add_problem(self, message: str, index: int, *below: str) -> None:
         """Note what is wrong at a character of the text."""
         path = (*(opened.step for opened in self._open if opened.step is not None), *below)
         self._problems.append(Problem(format_path(path), message, self._file, *self._places[index]))
         if len(self._problems) == MAX_PROBLEMS:
-            self.give_up(f"stopped after {MAX_PROBLEMS} problems", index)
+            self.fail(f"stopped after {MAX_PROBLEMS} problems", index)
 
-    def give_up(self, message: str, index: int | None) -> NoReturn:
+    def fail(self, message: str, index: int | None) -> NoReturn:
         """Stop for a problem of the whole document."""
         place = self._places[index] if index is not None else (None, None)
         raise DocumentError([*self._problems, Problem("$", message, self._file, *place)])
@@ -83,7 +83,7 @@ class TreeBuilder:
         if self._problems:
             raise DocumentError(self._problems)
 
-    def _put(self, node: Node) -> None:
+    def _attach(self, node: Node) -> None:
         """Put a complete value where it belongs."""
         if not self._open:
             self.root = node
@@ -94,7 +94,7 @@ class TreeBuilder:
         elif opened.wants_key:
             opened.wants_key = False
             opened.key = node.start, node.end
-            opened.step = self._key(node, opened.node.value)
+            opened.step = self._read_key(node, opened.node.value)
             return
         else:
             node.key = opened.key
@@ -103,10 +103,10 @@ class TreeBuilder:
             opened.wants_key, opened.step = True, None
         opened.add(node)
 
-    def _key(self, node: Node, siblings: dict[str, Node]) -> str | None:
+    def _read_key(self, node: Node, siblings: dict[str, Node]) -> str | None:
         key = node.alias.value if node.alias else node.value
         if flaw := find_key_flaw(key, siblings, is_plain=not node.style):
-            self.problem(flaw, node.start, *([key] if flaw == DUPLICATE else []))
+            self.add_problem(flaw, node.start, *([key] if flaw == DUPLICATE else []))
             return None
         return str(key)
 
@@ -114,12 +114,12 @@ class TreeBuilder:
         if not (self._open and self._open[-1].wants_key):
             self._size += node.size
         if self._size > MAX_VALUES:
-            self.give_up(f"more than {MAX_VALUES} values", node.start)
+            self.fail(f"more than {MAX_VALUES} values", node.start)
         if len(self._open) + node.depth > MAX_DEPTH:
-            self.give_up(f"nested more than {MAX_DEPTH} deep", node.start)
+            self.fail(f"nested more than {MAX_DEPTH} deep", node.start)
 
 
-class _Open:
+class _OpenCollection:
     """A collection that is not complete."""
 
     __slots__ = ("is_list", "key", "node", "step", "wants_key")

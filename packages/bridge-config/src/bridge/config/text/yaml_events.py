@@ -24,21 +24,21 @@ def read_yaml(builder: TreeBuilder) -> None:
     """
     if wrong := _UNPRINTABLE.search(builder.text):
         code = f"U+{ord(wrong[0]):04X}"
-        builder.give_up(f"the character {code} is not allowed in YAML: escape it in double quotes", wrong.start())
+        builder.fail(f"the character {code} is not allowed in YAML: escape it in double quotes", wrong.start())
     try:
-        _build_yaml(builder, _events(builder.text))
+        _build_yaml(builder, _parse_events(builder.text))
     except yaml.MarkedYAMLError as error:
         said = " ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
         is_deep = error.problem == "exceeded maximum nesting depth"  # libyaml 0.2.6 reads ahead, to a depth of 1000
         found = f"nested more than {MAX_DEPTH} deep" if is_deep else f"not YAML: {said}"
-        builder.give_up(found, mark.index if mark else None)
+        builder.fail(found, mark.index if mark else None)
     except yaml.YAMLError as error:
-        builder.give_up(f"not YAML: {error}", None)
+        builder.fail(f"not YAML: {error}", None)
     builder.finish()
 
 
-def _events(text: str) -> Iterator[Any]:
+def _parse_events(text: str) -> Iterator[Any]:
     events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
     return events
 
@@ -49,28 +49,28 @@ def _build_yaml(builder: TreeBuilder, events: Iterator[Any]) -> None:
         if isinstance(event, yaml.ScalarEvent):
             node = Node(start, end, style=event.style or "")
             _check_tag(builder, event)
-            builder.anchor(node, event.anchor)
-            builder.scalar(node, event.value, str if node.style else read_plain)
+            builder.add_anchor(node, event.anchor)
+            builder.add_scalar(node, event.value, str if node.style else read_plain)
         elif isinstance(event, yaml.CollectionStartEvent):
             value: Any = [] if isinstance(event, yaml.SequenceStartEvent) else {}
             node = Node(start, end, value, "{" if event.flow_style else "")
             _check_tag(builder, event)
-            builder.open(node)
-            builder.anchor(node, event.anchor)
+            builder.open_collection(node)
+            builder.add_anchor(node, event.anchor)
         elif isinstance(event, yaml.CollectionEndEvent):
-            builder.close(end)
+            builder.close_collection(end)
         elif isinstance(event, yaml.AliasEvent):
-            builder.alias(Node(start, end), str(event.anchor))
+            builder.add_alias(Node(start, end), str(event.anchor))
         elif isinstance(event, yaml.DocumentStartEvent):
             if builder.root:
-                builder.give_up("expected a single YAML document, but another document begins here", start)
+                builder.fail("expected a single YAML document, but another document begins here", start)
             if event.version and event.version != (1, 2):
                 version = ".".join(map(str, event.version))
-                builder.problem(f"documents are read as YAML 1.2, not {version}: remove this line", start)
+                builder.add_problem(f"documents are read as YAML 1.2, not {version}: remove this line", start)
 
 
 def _check_tag(builder: TreeBuilder, event: Any) -> None:
     """Refuse tags: plain data needs none, and others would be code."""
     if event.tag is not None:
         tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-        builder.problem(f"the tag {tag} is not allowed: write plain data", event.start_mark.index)
+        builder.add_problem(f"the tag {tag} is not allowed: write plain data", event.start_mark.index)

@@ -31,7 +31,7 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
 
     _check_output(output, force=force)
     given = huggingface.load_config_json(source)
-    with given.placing_problems():
+    with given.locate_problems():
         converted = huggingface.from_hf(given.data, model_id=model_id)
     _print_notes(given.source, converted.notes)
     document = Document(converted.data)
@@ -69,7 +69,7 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
             raise ConfigError(f"{output}: expected a .json file, or a folder for config.json")
         _check_output(output, force=force)
     document = Document.load(file, overrides)
-    with document.placing_problems():
+    with document.locate_problems():
         converted = huggingface.to_hf(document.data)
     _print_notes(file, converted.notes)
     written = Document(converted.data)

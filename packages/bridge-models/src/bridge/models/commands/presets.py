@@ -7,14 +7,14 @@ from importlib.resources.abc import Traversable
 
 import click
 
-from bridge.config.documents.presets import presets as installed_presets
+from bridge.config.documents.presets import list_presets
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and descriptions.")
 def presets(*, as_json: bool) -> None:
     """List the presets: documents of known models, which can be named wherever a command takes a FILE."""
-    described = {name: _read_description(file) for name, file in installed_presets().items()}
+    described = {name: _read_description(file) for name, file in list_presets().items()}
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from bridge.config.documents.document import Document
-from bridge.config.documents.sources import STANDARD_INPUT, nearest_source, read_file
+from bridge.config.documents.sources import STANDARD_INPUT, read_file, suggest_source
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
 from bridge.config.text.parse import parse_json
@@ -28,7 +28,7 @@ def load_config_json(source: str) -> Document:
     name = str(file)
     if source != STANDARD_INPUT and not os.path.exists(file):
         raise DocumentError(
-            [Problem("$", f"file not found: give a config.json, or a folder with one{nearest_source(name)}", name)]
+            [Problem("$", f"file not found: give a config.json, or a folder with one{suggest_source(name)}", name)]
         )
     text = read_file(name)
     parsed = parse_json(_replace_infinity(text), name)
