@@ -70,6 +70,7 @@ def plan_options(document: Document, request: PlanRequest) -> PlanOptions:
     """
     layout = job_layout(document, gpus=request.gpus, dp=request.dp)
     make_builder(document.config()).check_restore()
+    # A multiple of pp, because the interleaved schedule requires one.
     microbatches = 2 * layout.pp if layout.pp > 1 else 1
     return PlanOptions(
         batch=Batch(
@@ -107,6 +108,8 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     group_size = transformer.microbatch_group_size_per_vp_stage
     microbatches = batch.microbatches(layout, group_size=group_size)
     passed: PassedShapes = {}
+    # One rank per stage is enough. Stages are measured in order, because each needs the shapes that the one before
+    # passes on.
     ranks = [
         measure_rank(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed)
         for pp in range(layout.pp)
@@ -144,13 +147,16 @@ def _check_supported(transformer: TransformerConfig) -> None:
 
 
 def _count_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
-    """Count every parameter once; each expert-parallel rank holds equally many experts."""
-    found = {
+    """Count every parameter of the model once, by its full name, in elements.
+
+    Each expert-parallel rank has different experts under the same names, and equally many.
+    """
+    elements = {
         placement.full_name: placement.logical_shape(vocab).numel() * (layout.ep if of_expert else 1)
         for rank in ranks
         for placement, of_expert in rank.placements
     }
-    return sum(found.values())
+    return sum(elements.values())
 
 
 def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
@@ -188,6 +194,7 @@ def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group
 def _make_traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic]:
     """Return a step's collectives, and the messages to the neighbouring pipeline ranks."""
     calls = rank.traffic.count(microbatches)
+    # A chunk sends its output forward, and the gradient of its input, which has the same size as the input, backward.
     messages = (message for chunk in rank.chunks for message in (chunk.work.received, chunk.work.passed_on))
     sent = [message.bytes for message in messages if message]
     if sent:

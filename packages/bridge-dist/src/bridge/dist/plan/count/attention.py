@@ -44,14 +44,20 @@ def use_fused_attention() -> AbstractContextManager[None]:
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of the scores and of their product with the values."""
+    """Return the FLOPs of the scores and of their product with the values.
+
+    The shapes are [batch, heads, length, width]; a product of [m, k] and [k, n] takes 2 m k n FLOPs.
+    """
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward_flops(
     _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: object, **___: object
 ) -> int:
-    """Return the FLOPs of recomputing the scores and of two gradients for each of the two products."""
+    """Return the FLOPs of recomputing the scores and of two gradients for each of the two products.
+
+    Scores and the gradients of queries and keys sum over the width of queries, the other two over that of values.
+    """
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 

@@ -83,8 +83,10 @@ class Collectives(TorchDispatchMode):
         operation = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
             group = next(ProcessGroup.unbox(argument) for argument in args if is_group(argument))
+            # For example `allreduce_` and `_allgather_base_`.
             self._count(group, operation.strip("_").removesuffix("_base"), args)
-        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # called by DTensor
+        elif func.namespace == "_c10d_functional" and operation in _FUNCTIONAL:  # as DTensor does
+            # The name of the group is the last string; a reduction has another one before it, such as "sum".
             name: Any = next(argument for argument in reversed(args) if isinstance(argument, str))
             group = vars(distributed_c10d)["_resolve_process_group"](name)
             self._count(group, _FUNCTIONAL[operation], (*args, result))

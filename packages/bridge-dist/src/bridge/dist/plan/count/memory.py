@@ -97,6 +97,8 @@ def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
             for group in one.param_groups
             for parameter in group["params"]
         ]
+    # What the optimizer updates and no stage holds is its full-precision copy. The two moments of an element have the
+    # data type of what is updated.
     copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in held)
     return storage_bytes(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
 

@@ -103,13 +103,13 @@ def _measure_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.S
     if work is None:
         work = _run_chunk(rank, stage, input_shape)
         # The sizes of pp and dp affect only chunks whose layers communicate in those groups.
-        is_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
-        memo[within if is_within else anywhere] = work
+        stays_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
+        memo[within if stays_within else anywhere] = work
     return work
 
 
 def _chunk_signature(model: torch.nn.Module) -> Any:
-    """Return a key that is equal for chunks of equal cost: their modules without layer numbers."""
+    """Return a key that is equal for chunks of equal cost: their modules and parameters without layer numbers."""
     shapes = tuple(
         (re.sub(r"\.\d+\.", ".", name), parameter.shape, parameter.dtype)
         for name, parameter in model.named_parameters()
@@ -129,11 +129,12 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
             stage_input = torch.empty(input_shape, dtype=dtype, requires_grad=True)
             received = Message.describe(stage_input)
             model.set_input_tensor(stage_input)
+        # One token more than the sequence has, because each position predicts the next token.
         tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
         output = rank.builder.forward_step(stage, tokens, rank.groups)
         forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
         if getattr(model, "post_process", True):
-            output.float().mean().backward()
+            output.float().mean().backward()  # the loss of a training step, see `run_microbatches`
         else:
             passed_on = Message.describe(output)
             output.backward(torch.empty_like(output))

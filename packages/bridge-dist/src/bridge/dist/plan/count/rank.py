@@ -99,6 +99,7 @@ def measure_rank(
 
         def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
             placements.extend(
+                # Megatron sets `allreduce` to False on the parameters of experts.
                 (named.placement, not getattr(named.parameter, "allreduce", True))
                 for stage in stages
                 for named in named_parameters(stage, groups)

@@ -1,4 +1,4 @@
-"""The order of passes in Megatron's pipeline schedules, and the peak of what they keep."""
+"""The order of passes in Megatron's pipeline schedules, and the peak memory that they keep."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: 
     else:
         table = get_schedule_table(microbatches, chunks, group_size)
     forward = [Pass(True, chunk, index) for index, chunk in table]
+    # Backward passes take the chunks in reverse.
     backward = [Pass(False, chunks - 1 - chunk, index) for index, chunk in table]
+    # One forward, one backward (1F1B): after the warm-up, they alternate, and the remaining backward passes come last.
     order = forward[:warm_up]
     for index in range(steady):
         order += [forward[warm_up + index], backward[index]]
@@ -70,7 +72,7 @@ def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: 
 
 
 def peak_kept(order: Sequence[Pass], kept: Sequence[int]) -> int:
-    """Return the peak of what is kept, given that a chunk keeps ``kept[chunk]`` between its two passes."""
+    """Return the peak bytes kept at a time if each microbatch keeps ``kept[chunk]`` bytes between its two passes."""
     now = highest = 0
     for one in order:
         now += kept[one.chunk] if one.forward else -kept[one.chunk]

@@ -40,6 +40,7 @@ def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> Measur
         with ending:
             finalize_model_grads(list(rank.stages))
             for stage in rank.stages:
+                # The distributed optimizer ends a step by gathering the updated parameters.
                 if isinstance(stage, DistributedDataParallel) and stage.ddp_config.use_distributed_optimizer:
                     stage.start_param_sync(force_sync=True)
     traffic = StepCalls(microbatches=0, first=ending.calls, more=more)
@@ -59,7 +60,8 @@ def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
         gradients, first = _end_step(rank)
         for work in works:
             first.add(work.calls)
-        if rank.layout.pp > 1:  # gathering depends on the order of the pipeline's passes
+        # In a pipeline, gathering depends on the order of the passes, so the shortest step is run as a whole.
+        if rank.layout.pp > 1:
             first = _run_step(rank, min(wanted, fewest), optimizer, works)
         more = Calls.empty()
         if wanted > fewest:
@@ -69,13 +71,13 @@ def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
 
 
 def _warm_up_microbatches(rank: RankStages) -> tuple[int, int]:
-    """Return the microbatches that fill the pipeline, and the size of a round; each later round costs the same."""
+    """Return the number of microbatches that fill the pipeline, and that of a round; later rounds all cost the same."""
     pp, vp, group = rank.layout.pp, rank.layout.vp, _group_size(rank)
     return (1, 1) if pp == 1 else (pp, 1) if vp == 1 else (2 * group, group)
 
 
 def _group_size(rank: RankStages) -> int:
-    """Return how many microbatches a virtual stage computes in a row."""
+    """Return the number of microbatches that a virtual stage computes in a row."""
     return rank.builder.transformer_config.microbatch_group_size_per_vp_stage or rank.layout.pp
 
 

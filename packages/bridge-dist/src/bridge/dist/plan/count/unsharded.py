@@ -34,7 +34,8 @@ class UnshardedMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "fsdp" and "record" not in func._schema.name:  # which marks future gradients
+        if func.namespace == "fsdp" and "record" not in func._schema.name:
+            # `fsdp::record_grad_output_stream` (torch 2.15) moves no data.
             self._record_buffers(list(_tensors((args, *(kwargs or {}).values()))))
         elif func.namespace == "c10d" and any(_is_in_groups(argument, self._groups) for argument in args):
             # The smaller tensor is part of the larger one, or a shard that is counted elsewhere.
@@ -42,6 +43,7 @@ class UnshardedMemory(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def _record_buffers(self, buffers: list[torch.Tensor]) -> None:
+        # Weak references, because freeing the buffers must lower the sum.
         for buffer in buffers:
             reference = StorageWeakRef(buffer.untyped_storage())
             self._buffers[reference.cdata] = reference
@@ -53,8 +55,8 @@ class UnshardedMemory(TorchDispatchMode):
             else:
                 sizes[storage._cdata] = storage.nbytes()
         for tensor in self._unsharded_tensors():
-            whole = tensor.untyped_storage()
-            sizes[whole._cdata] = whole.nbytes()
+            behind = tensor.untyped_storage()
+            sizes[behind._cdata] = behind.nbytes()
         self.peak = max(self.peak, sum(size for cdata, size in sizes.items() if cdata not in self._held))
 
     def _unsharded_tensors(self) -> Iterator[torch.Tensor]:

@@ -22,15 +22,15 @@ class Advice(NamedTuple):
 
 def advise(document: Document, options: PlanOptions, planned: Plan) -> list[Advice]:
     """Return the changes that reduce the memory of the largest rank, most effective first."""
-    found = []
+    helpful = []
     for change, changed, other in _changes(document, options, planned):
         try:
             total = plan(changed, other).worst.total_bytes
-        except BridgeError:
+        except BridgeError:  # the job is not possible with this change
             continue
         if total < planned.worst.total_bytes:
-            found.append(Advice(change, total))
-    return sorted(found, key=lambda advice: advice.total_bytes)
+            helpful.append(Advice(change, total))
+    return sorted(helpful, key=lambda advice: advice.total_bytes)
 
 
 def _changes(document: Document, options: PlanOptions, planned: Plan) -> Iterator[tuple[str, Document, PlanOptions]]:

@@ -15,7 +15,8 @@ class Machine:
     """Speeds of a machine: peak FLOPs per second of a GPU, achieved share, GPUs per node, and bytes per second to
     a GPU within a node and between nodes.
 
-    The defaults are those of nodes with eight H100: 989 TFLOPs of dense bf16, NVLink, and 400 Gb/s per GPU.
+    The defaults are those of nodes with eight H100: 989 TFLOPs of dense bf16, NVLink with 450 GB/s in each direction,
+    and a network with 400 Gb/s per GPU.
     """
 
     flops: float = 989e12
@@ -26,11 +27,11 @@ class Machine:
 
     def seconds(self, stage: StagePlan, layout: Layout) -> dict[str, float]:
         """Return the seconds of a stage's own work in a step by kind, without overlap."""
-        found = {"computation": stage.flops / (self.flops * self.efficiency)}
+        seconds = {"computation": stage.flops / (self.flops * self.efficiency)}
         for sent in stage.traffic:
             kind = f"{sent.group} traffic"
-            found[kind] = found.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout, pp=stage.pp)
-        return found
+            seconds[kind] = seconds.get(kind, 0.0) + sent.bytes / self.bandwidth(sent.group, layout, pp=stage.pp)
+        return seconds
 
     def bandwidth(self, group: str, layout: Layout, *, pp: int) -> float:
         """Return the bandwidth of a kind of group: within a node only if no group of the stage spans nodes.
@@ -61,7 +62,7 @@ def _extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
         yield from extents(layout, _AXES[group], pp=pp)
         return
     if group not in ("pp", "embd"):
-        yield 0, layout.world_size - 1
+        yield 0, layout.world_size - 1  # an unknown kind: assume that it spans the whole job
         return
     # A rank sends to the neighbouring stages; embeddings are on the first and last stage.
     first, last = (max(pp - 1, 0), min(pp + 1, layout.pp - 1)) if group == "pp" else (0, layout.pp - 1)

@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Results of a search: the layouts that fit, fastest first, and how many were tried, refused and too large."""
+    """Results of a search: the layouts that fit, fastest first, and the numbers of those tried, refused, too large."""
 
     candidates: list[Candidate]
     tried: int
@@ -68,14 +68,16 @@ class SearchResult:
         }
 
 
-def estimate_step(made: Plan, machine: Machine) -> Candidate:
-    """Estimate the time of a step of a plan."""
-    layout = Layout(**made.layout)
-    by_stage = [machine.seconds(stage, layout) for stage in made.stages]
+def estimate_step(plan: Plan, machine: Machine) -> Candidate:
+    """Estimate the time of a step of a plan: the work of the busiest stage, and its share of pipeline bubbles."""
+    layout = Layout(**plan.layout)
+    by_stage = [machine.seconds(stage, layout) for stage in plan.stages]
     busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))
+    # Gradients are reduced after the last pass, so no bubble waits for this traffic.
     at_end = {part: seconds for part, seconds in busiest.items() if part.startswith(("dp", "expt_dp"))}
     in_pipeline = sum(busiest.values()) - sum(at_end.values())
-    bubble = timeline_of(made).bubble
+    # The bubble is a share of the whole time: waiting / (in_pipeline + waiting).
+    bubble = timeline_of(plan).bubble
     waiting = in_pipeline * bubble / (1 - bubble)
     parts = dict(busiest) | {"pipeline bubbles": waiting}
-    return Candidate(made, sum(parts.values()), parts)
+    return Candidate(plan, sum(parts.values()), parts)

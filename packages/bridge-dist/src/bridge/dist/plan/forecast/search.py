@@ -23,6 +23,7 @@ from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.wrapper import Wrapper
 
+_LARGEST_TP = 8  # the usual number of GPUs in a node: tensor parallelism between nodes is slow
 _LARGEST_VP = 8
 _TOO_LARGE = "too large"
 
@@ -38,15 +39,15 @@ def list_layouts(
         return [fixed[axis]] if axis in fixed else divisors
 
     cp = fixed.get("cp", 1)
-    for tp in sizes("tp", min(8, gpus)):
+    for tp in sizes("tp", min(_LARGEST_TP, gpus)):
         for pp in sizes("pp", min(num_layers, gpus // tp)):
             if gpus % (tp * pp * cp):
                 continue
             replicas = gpus // (tp * pp)
-            of_experts = [size for size in range(1, replicas + 1) if replicas % size == 0] if has_experts else [1]
-            for ep in [fixed["ep"]] if "ep" in fixed else of_experts:
-                deepest = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
-                for vp in [fixed["vp"]] if "vp" in fixed else range(1, deepest + 1):
+            ep_sizes = [size for size in range(1, replicas + 1) if replicas % size == 0] if has_experts else [1]
+            for ep in [fixed["ep"]] if "ep" in fixed else ep_sizes:
+                largest_vp = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
+                for vp in [fixed["vp"]] if "vp" in fixed else range(1, largest_vp + 1):
                     yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep} | etp
 
 
@@ -87,7 +88,9 @@ def search(
         options.world_size, fixed, num_layers=transformer.num_layers, has_experts=bool(transformer.num_moe_experts)
     ):
         by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # these share measurements
+    # A fork of this process could deadlock, because torch runs threads.
     context = multiprocessing.get_context("forkserver")
+    # The largest groups first, so that no worker starts one when the others are nearly done.
     groups = sorted(by_chunks.values(), key=len, reverse=True)
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
         try:

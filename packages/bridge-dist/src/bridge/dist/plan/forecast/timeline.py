@@ -114,7 +114,7 @@ def _check_all_ran(orders: Sequence[Sequence[Pass]], timed: Sequence[Sequence[Ti
         f"rank {rank} at the {'forward' if one.forward else 'backward'} pass of microbatch {one.microbatch} "
         f"through chunk {one.chunk}"
         for rank, (order, done) in enumerate(zip(orders, timed, strict=True))
-        for one in order[len(done) : len(done) + 1]
+        for one in order[len(done) : len(done) + 1]  # the next pass, if there is one
     ]
     if stuck:
         raise LayoutError(f"the pipeline schedule deadlocks; waiting: {'; '.join(stuck)}")

@@ -18,7 +18,7 @@ def node(tag: str, *children: Element | str, **attributes: str | float) -> Eleme
     for child in children:
         if not isinstance(child, str):
             made.append(child)
-        elif len(made):
+        elif len(made):  # ElementTree keeps the text after a child in the child's tail
             made[-1].tail = (made[-1].tail or "") + child
         else:
             made.text = (made.text or "") + child
@@ -57,7 +57,8 @@ def make_table(
     if not rows:
         return
     lines = [
-        node("tr", *(_make_cell(value, of_row=index == 0) for index, value in enumerate(row.values()))) for row in rows
+        node("tr", *(_make_cell(value, is_header=index == 0) for index, value in enumerate(row.values())))
+        for row in rows
     ]
     table = node(
         "table",
@@ -74,9 +75,10 @@ def make_table(
     yield details
 
 
-def _make_cell(value: str | int, *, of_row: bool) -> Element:
-    if of_row:
+def _make_cell(value: str | int, *, is_header: bool) -> Element:
+    if is_header:
         return node("th", str(value), scope="row")
     if isinstance(value, str):
         return node("td", value, class_="words")
+    # The style sheet separates groups of digits by space, so that copied numbers contain digits only.
     return node("td", *(node("span", group) for group in f"{value:,}".split(",")))

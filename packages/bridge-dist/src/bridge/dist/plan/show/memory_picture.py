@@ -41,7 +41,7 @@ def _draw_memory(plan: Plan) -> Element:
         x = left + tick * 2**30 * scale
         parts += [
             node("line", x1=x, x2=x, y1=20, y2=bottom, class_="grid"),
-            node("text", f"{tick:g}" + " GiB" * (tick == 0), x=x, y=bottom + 16, class_="middle"),
+            node("text", f"{tick:g}" + " GiB" * (tick == 0), x=x, y=bottom + 16, class_="middle"),  # the unit once
         ]
     parts += [_draw_stage(plan, stage, 24 + row * ROW, scale) for row, stage in enumerate(plan.stages)]
     if plan.gpu_memory is not None:
@@ -70,17 +70,18 @@ def _draw_stage(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element
 
 
 def _describe_memory(plan: Plan) -> str:
-    least = min(stage.total_bytes for stage in plan.stages)
+    smallest = min(stage.total_bytes for stage in plan.stages)
     limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB per GPU."
     return (
         f"One bar per stage ({len(plan.stages)}), stacked: {', '.join(kind.name for kind in used_kinds(plan))}: "
-        f"from {format_gib(least)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
+        f"from {format_gib(smallest)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
         "The numbers are in the table of stages."
     )
 
 
 def _ticks(longest: float) -> Iterator[float]:
     """Yield four to nine round numbers, starting at zero."""
+    # A tenth of the smallest power of ten that is at least `longest`, times the first factor that gives few enough.
     step: float = 10.0 ** ceil(log10(longest)) / 10
     step *= next(factor for factor in (0.2, 0.5, 1, 2) if longest / (step * factor) < 9)
     yield from (step * index for index in range(int(longest / step) + 1))

@@ -39,7 +39,7 @@ td span + span { margin-left: .2em; }
 summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 """
 
-# Of what a script may do here, the deprecated command alone works in pages opened from a file, in every browser.
+# `execCommand` is deprecated. Unlike the clipboard API, it works in every browser on a page opened from a file.
 SCRIPT = """
 for (const button of document.querySelectorAll("button[data-table]")) {
   button.hidden = false;

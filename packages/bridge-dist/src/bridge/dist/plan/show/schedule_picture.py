@@ -104,7 +104,7 @@ def _draw_pass(one: TimedPass, y: float, scale: float, end: float, chunks: int) 
         node("rect", x=start, y=y, width=end - start, height=ROW - GAP, fill=_tint(colour, what.chunk, chunks)),
         class_=f"pass {name}",
     )
-    if end - start > 7 * len(str(what.microbatch)):
+    if end - start > 7 * len(str(what.microbatch)):  # a digit is less than 7 wide; a longer label would not fit
         labels = [str(what.microbatch), str(what.chunk)] if chunks > 1 else [str(what.microbatch)]
         top = y + (10 if chunks > 1 else 15)
         middle = (start + end) / 2

@@ -140,6 +140,7 @@ class _Bar:
             return round(size * width / self._scale)
 
         bar, end = Text(), 0
+        # Ends are rounded instead of sizes, so that rounding errors do not add up.
         for kind, colour, size in zip(KINDS, _COLOURS, self._sizes, strict=True):
             end += size
             bar.append(kind.name[0].upper() * (cells(end) - len(bar)), style=f"{colour} on {colour}")

@@ -114,6 +114,7 @@ def _make_fake_group(ranks: list[int], rank: int, *, name: str) -> ProcessGroup:
         group._register_backend(torch.device(device), ProcessGroup.BackendType.CUSTOM, backend)
     group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
     group._set_group_name(f"planned {name}")  # type: ignore[arg-type]  # torch 2.6 has no type for it
+    # Register the group as `torch.distributed.new_group` does (private names of torch 2.15).
     world = distributed_c10d._world
     world.pg_group_ranks[group] = {member: place for place, member in enumerate(ranks)}
     world.pg_map[group] = ("fake", store)

@@ -27,7 +27,7 @@ def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
     """
     order = _DENSE if set(axes) <= set(_DENSE) else _EXPERT
     sizes, stride = _sizes(layout), 1
-    ranks = [rank]
+    ranks = [rank]  # in ascending order, so the first one has the smallest coordinates so far
     for axis in order:
         if axis in axes:
             first = ranks[0] - rank // stride % sizes[axis] * stride

@@ -24,6 +24,7 @@ def _preprocess_with_equal_shares(dispatcher: Any, routing_map: torch.Tensor) ->
     """Replace ``preprocess`` of megatron-core 0.19.2: set the sizes of the exchange, with values despite meta."""
     tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
     ranks, per_rank = dispatcher.ep_size, dispatcher.num_local_experts
+    # The first experts get the remainder.
     by_expert = np.full(dispatcher.num_experts, tokens // dispatcher.num_experts)
     by_expert[: tokens % dispatcher.num_experts] += 1
     by_rank = by_expert.reshape(ranks, per_rank)

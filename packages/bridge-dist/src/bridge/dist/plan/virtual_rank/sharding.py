@@ -49,7 +49,7 @@ def _replacements() -> list[Replacement]:
     return [
         # Meta tensors have no values to initialise.
         Replacement(meta, "initialise_while_wrapping", lambda *_: contextlib.nullcontext()),
-        Replacement(meta, "initialise_shards", _nothing),
+        Replacement(meta, "initialise_shards", _do_nothing),
         # Megatron-FSDP reads values from its tensor of ranks, which therefore must be on the CPU.
         _wrap_method(FullyShardedDataParallel, "_init_dist_index", lambda: torch.device("cpu")),
         # It requires parameters to be off the meta device once they have their buffers.
@@ -60,7 +60,7 @@ def _replacements() -> list[Replacement]:
         ),
         # Exchanges between ranks, which deliver nothing here: states of random generators, and the offsets of each
         # rank's shards for checkpoints.
-        Replacement(FullyShardedDataParallel, "sync_rng_states_across_tp_group", _nothing),
+        Replacement(FullyShardedDataParallel, "sync_rng_states_across_tp_group", _do_nothing),
         Replacement(
             param_and_grad_buffer,
             "make_fsdp_dtensor",
@@ -78,13 +78,13 @@ def _replacements() -> list[Replacement]:
         Replacement(_fully_shard, "_get_device_from_mesh", lambda mesh: _META),
         Replacement(torch, "meta", torch.cuda),
         # It refuses to run on the meta device.
-        Replacement(FSDPParamGroup, "_validate_no_meta_params", _nothing),
+        Replacement(FSDPParamGroup, "_validate_no_meta_params", _do_nothing),
         # On the meta device, DTensor splits tensors but sends nothing; `_scatter` sends, so that it is counted.
         Replacement(finalize_model_grads, "_reshard_if_dtensor", _scatter),
     ]
 
 
-def _nothing(*_: object) -> None:
+def _do_nothing(*_: object) -> None:
     pass
 
 
@@ -116,11 +116,14 @@ def _call_unchecked(make: Callable[..., DTensor], *args: Any, **kwargs: Any) -> 
 
 
 def _register_from_list(wrapper: MegatronFSDP, register: Callable[..., None], root: torch.nn.Module) -> None:
-    """Register hooks, listing the parameters of the module only once."""
+    """Register hooks, listing the parameters of the module only once.
+
+    Megatron-FSDP 0.19.2 lists them again for each module, so its time grows with the square of the number of layers.
+    """
     parameters = list(root.parameters())
 
-    def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter | None]:
+    def list_parameters(recurse: bool = True) -> Iterator[torch.nn.Parameter | None]:
         return iter(parameters if recurse else root._parameters.values())
 
-    with replace_attributes(Replacement(root, "parameters", listed)):
+    with replace_attributes(Replacement(root, "parameters", list_parameters)):
         register(wrapper, root)

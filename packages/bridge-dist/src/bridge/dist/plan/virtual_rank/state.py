@@ -85,7 +85,7 @@ def _restore_groups() -> Iterator[None]:
 def _restore_environment() -> Iterator[None]:
     """Restore environment variables: Megatron selects TE's attention through them, and rejects another selection."""
     before = dict(os.environ)
-    for name in _ATTENTION_CHOICE:  # of a model that this process has built
+    for name in _ATTENTION_CHOICE:  # set when this process built another model
         os.environ.pop(name, None)
     try:
         yield
