@@ -325,7 +325,7 @@ def test_bridge_build_trains_from_the_weights_of_the_checkpoint(one_rank: dict[s
     ("other", "named"),
     [
         ("layers, whole.pt", "decoder.layers.3."),
-        ("layers, gpt", "the model alone has decoder.layers.2."),
+        ("layers, gpt", "only the model has decoder.layers.2."),
         ("sizes, whole.pt", "other shapes of decoder.final_layernorm.bias"),
         ("sizes, gpt", "embedding.position_embeddings.weight"),
     ],

@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
     "layers-divide": Case(
         refused=Setting(sizes=PIPELINE, transformer={"num_layers": 3}),
         advised=Setting(sizes=PIPELINE),
-        fails="num_layers 3 does not divide",
+        fails="num_layers 3 is not divisible by 2 chunks",
     ),
 }
 

@@ -97,7 +97,7 @@ BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] 
     "recomputed norms": (
         TransformerConfig,
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
-        r"layernorm and moe_act out of transformer.recompute_modules",
+        r"layernorm and moe_act from transformer.recompute_modules",
     ),
     "single experts with biases": (
         TransformerConfig,
@@ -195,5 +195,5 @@ def test_fused_softmax_is_ignored_in_fp32(pg_collection: ProcessGroupCollection,
 def test_features_that_need_transformer_engine_are_refused_without_it(
     pg_collection: ProcessGroupCollection, gpt: GPT, inner: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(UnsupportedError, match=f"{named} needs Transformer Engine"):
+    with pytest.raises(UnsupportedError, match=f"{named} requires Transformer Engine"):
         GPTModelBuilder(gpt(**inner)).build_model(pg_collection)

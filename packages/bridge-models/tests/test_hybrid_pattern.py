@@ -6,7 +6,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.hybrid_pattern import find_problem, get_layers
 from bridge.models.errors import ModelConfigError
-from bridge.models.mamba.pattern import staged
+from bridge.models.mamba.pattern import split_pattern
 
 patterns = st.text("M*-E", min_size=1, max_size=24)
 
@@ -57,23 +57,23 @@ def test_a_wrong_number_of_layers_is_refused(num_layers: int, arrows: str) -> No
 
 
 def test_separators_give_the_stages() -> None:
-    assert staged("M|*-|E|M", 4) == "M|*-|E|M"
-    assert staged("M|*-|E|M", 1) == "M*-EM"
+    assert split_pattern("M|*-|E|M", 4) == "M|*-|E|M"
+    assert split_pattern("M|*-|E|M", 1) == "M*-EM"
     with pytest.raises(ModelConfigError, match="has 4 stages, the pipeline has 3") as error:
-        staged("M|*-|E|M", 3)
+        split_pattern("M|*-|E|M", 3)
     assert picture(error.value) == ["  M|*-|E|M", "  ^ ^  ^ ^"]
 
 
 def test_layers_that_do_not_divide_into_stages_are_refused() -> None:
     with pytest.raises(ModelConfigError, match="5 layers, which do not divide into 2 equal stages") as error:
-        staged("M*-EM", 2)
+        split_pattern("M*-EM", 2)
     assert picture(error.value) == ["  M*-EM", "      ^"]
 
 
 @given(patterns, st.integers(1, 4))
 def test_stages_are_equal_without_separators(pattern: str, stages: int) -> None:
     whole = pattern * stages
-    parts = staged(whole + "/M", stages).removesuffix("/M").split("|")
+    parts = split_pattern(whole + "/M", stages).removesuffix("/M").split("|")
     assert len(parts) == stages
     assert set(parts) == {pattern}
     assert get_layers("|".join(parts)) == whole

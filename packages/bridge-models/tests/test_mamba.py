@@ -282,7 +282,7 @@ def test_invalid_stack_specs_are_refused(
 def test_layers_that_need_transformer_engine_are_refused(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection
 ) -> None:
-    with pytest.raises(ModelConfigError, match=r"gated delta net \(G\): they need Transformer Engine") as error:
+    with pytest.raises(ModelConfigError, match=r"gated delta net \(G\): they require Transformer Engine") as error:
         build(hybrid("M*GM"), pg_collection)
     assert str(error.value).endswith("\n  M*GM\n    ^")
     with pytest.raises(UnsupportedError, match="multi-token prediction"):

@@ -14,7 +14,7 @@ class ModelConfigError(ModelError, ValueError):
 
 
 class UnsupportedError(ModelError, ValueError):
-    """A valid configuration that the available layers cannot build. The message says what is missing and what to do."""
+    """The available layers do not support a valid configuration. The message says what is missing and what to do."""
 
 
 class LayerSpecError(ModelError, TypeError):

@@ -22,9 +22,9 @@ from bridge.models.errors import UnsupportedError
 class TorchAttention(HasExtraState, DotProductAttention):
     """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Under context parallelism the keys and values of the other ranks are gathered, and the mask follows from
-    how ``get_batch_on_this_cp_rank`` distributes tokens: of the sequence cut into 2 x cp pieces, rank r holds pieces r
-    and 2 x cp - 1 - r.
+    Under context parallelism, the keys and values of all ranks are gathered. The mask follows from the distribution of
+    tokens by ``get_batch_on_this_cp_rank``: it cuts the sequence into 2 x cp pieces, and rank r holds pieces r and
+    2 x cp - 1 - r, so that causal attention is the same work on each rank.
     """
 
     def __init__(
@@ -35,17 +35,18 @@ class TorchAttention(HasExtraState, DotProductAttention):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        k_channels: int | None = None,  # unused: the shapes of queries and keys tell
-        v_channels: int | None = None,  # unused: the shape of values tells
+        k_channels: int | None = None,  # unused: taken from the shapes of queries and keys
+        v_channels: int | None = None,  # unused: taken from the shape of values
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # the base class rejects context parallelism and does nothing else with it
+        # The base class only checks this size: it does not support context parallelism.
+        without_cp = copy.copy(config)
+        without_cp.context_parallel_size = 1
         super().__init__(
-            alone,
+            without_cp,
             layer_number,
             attn_mask_type,
             attention_type,
@@ -56,7 +57,8 @@ class TorchAttention(HasExtraState, DotProductAttention):
         )
         self.config = config
         self.cp_group = pg_collection.cp
-        # The coefficient of query-key layer scaling divides the scores and multiplies them again before the softmax.
+        # Query-key layer scaling divides the scores by the layer number, and the fused softmax of Megatron multiplies
+        # them by it again, so the result is that without scaling. `softmax_scale` has the division only.
         coefficient = self.layer_number if config.apply_query_key_layer_scaling else 1
         self.scale: float = self.softmax_scale * coefficient
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
@@ -89,7 +91,8 @@ class TorchAttention(HasExtraState, DotProductAttention):
             [sequence, batch, heads x value channels].
 
         Raises:
-            UnsupportedError: The inputs need an unsupported feature.
+            UnsupportedError: The sequences are packed, or the mask or a bias is not supported under context
+                parallelism.
         """
         if packed_seq_params is not None:
             raise UnsupportedError(
@@ -110,15 +113,17 @@ class TorchAttention(HasExtraState, DotProductAttention):
             key, value = (
                 tensor_parallel.gather_from_sequence_parallel_region(part, group=self.cp_group) for part in (key, value)
             )
-        allowed, is_causal = self._allowed(len(query), len(key), attention_mask, mask_type, device=query.device)
+        allowed, is_causal = self._find_allowed_keys(
+            len(query), len(key), attention_mask, mask_type, device=query.device
+        )
         # [batch, heads, sequence, channels]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         if self.softmax_offset is not None:
-            context = self._with_sink(query, key, value, allowed, sink=self.softmax_offset, bias=attention_bias)
+            context = self._attend_with_sink(query, key, value, allowed, sink=self.softmax_offset, bias=attention_bias)
         else:
             mask = None if is_causal else allowed
             if attention_bias is not None:
-                mask, is_causal = _biased(attention_bias.to(query.dtype), allowed), False
+                mask, is_causal = _mask_bias(attention_bias.to(query.dtype), allowed), False
             with self._dropout_generator():
                 context = torch.nn.functional.scaled_dot_product_attention(
                     query,
@@ -132,7 +137,7 @@ class TorchAttention(HasExtraState, DotProductAttention):
                 )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _allowed(
+    def _find_allowed_keys(
         self,
         queries: int,
         keys: int,
@@ -142,21 +147,22 @@ class TorchAttention(HasExtraState, DotProductAttention):
         device: torch.device,
     ) -> tuple[torch.Tensor | None, bool]:
         """Return the mask of allowed keys (None: all), and whether it is the plain causal mask."""
-        follows = mask_type is AttnMaskType.padding_causal or (
+        is_causal = mask_type is AttnMaskType.padding_causal or (
             # As in Megatron's local attention, an explicit mask replaces the causal one.
             mask_type in (AttnMaskType.causal, AttnMaskType.causal_bottom_right) and attention_mask is None
         )
         allowed = None if attention_mask is None else ~attention_mask
-        if not follows and self.window is None:
+        if not is_causal and self.window is None:
             return allowed, False
-        at, of = self._positions(queries, keys, device)
-        conditions = [of <= at] if follows else []
+        query, key = self._positions(queries, keys, device)
+        conditions = [key <= query] if is_causal else []
         if self.window is not None:
-            before, after = self.window
-            conditions += [of >= at - before] if before >= 0 else []
-            conditions += [of <= at + after] if after >= 0 else []
+            before, after = self.window  # -1: unlimited
+            conditions += [key >= query - before] if before >= 0 else []
+            conditions += [key <= query + after] if after >= 0 else []
         for condition in conditions:
             allowed = condition if allowed is None else allowed & condition
+        # torch computes this mask itself, with a faster kernel.
         is_plain = attention_mask is None and self.window is None and self.cp_group.size() == 1 and queries == keys
         return allowed, is_plain
 
@@ -164,13 +170,13 @@ class TorchAttention(HasExtraState, DotProductAttention):
         """Return positions in the whole sequence of queries, [queries, 1], and keys, [1, keys]."""
         ranks = self.cp_group.size()
         if ranks == 1:  # with a KV cache, queries are the last positions
-            of = torch.arange(keys, device=device)
-            return of[keys - queries :, None], of[None]
+            positions = torch.arange(keys, device=device)
+            return positions[keys - queries :, None], positions[None]
         pieces = torch.arange(keys, device=device).chunk(2 * ranks)
         by_rank = [torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]]) for rank in range(ranks)]
         return by_rank[self.cp_group.rank()][:, None], torch.cat(by_rank)[None]
 
-    def _with_sink(
+    def _attend_with_sink(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -180,7 +186,10 @@ class TorchAttention(HasExtraState, DotProductAttention):
         sink: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute attention with an extra softmax term per head, ``sink``, that has no value."""
+        """Compute attention with one more score per head, ``sink``, in the softmax, to which no value belongs.
+
+        All tensors are [batch, heads, sequence, channels], ``sink`` is [heads]. torch's function cannot do this.
+        """
         heads = query.size(1) // key.size(1)
         key, value = (part.repeat_interleave(heads, dim=1) for part in (key, value))
         scores = (query @ key.transpose(-1, -2)).float() * self.scale
@@ -188,16 +197,16 @@ class TorchAttention(HasExtraState, DotProductAttention):
             scores = scores + bias
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
-        ends = sink.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, ends], dim=-1).softmax(dim=-1)[..., :-1].to(value.dtype)
+        sinks = sink.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(value.dtype)
         with self._dropout_generator():
             weights = torch.nn.functional.dropout(weights, self.attention_dropout.p, self.training)
         return weights @ value
 
     def _dropout_generator(self) -> AbstractContextManager[None]:
-        """Return the random state for dropout: the tensor-parallel one, as ranks hold different heads.
+        """Return a context with the random state for dropout: the tensor-parallel one, as ranks hold different heads.
 
-        With sequence parallelism the transformer block has selected it already.
+        Under sequence parallelism, the transformer block has already selected it.
         """
         if self.config.sequence_parallel or not (self.training and self.attention_dropout.p):
             return nullcontext()
@@ -205,6 +214,6 @@ class TorchAttention(HasExtraState, DotProductAttention):
         return fork
 
 
-def _biased(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+def _mask_bias(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
     """Return the bias with disallowed positions set to minus infinity."""
     return bias if allowed is None else torch.where(allowed, bias, -math.inf)

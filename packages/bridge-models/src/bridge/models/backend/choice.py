@@ -1,4 +1,4 @@
-"""Choice between Transformer Engine's layers and layers in PyTorch, and the limits of each."""
+"""The choice between layers of Transformer Engine and layers in PyTorch, and the limitations of both."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def report_fallback(message: str) -> None:
 
 
 def wants_pytorch_attention(transformer: TransformerConfig) -> bool:
-    """Whether attention is computed by plain PyTorch in any layers: ``attention_backend: local`` asks for it."""
-    # An experimental attention is a computation of its own, not another way to do the usual one.
+    """Return whether attention is computed in PyTorch in any layers: ``attention_backend: local`` asks for it."""
+    # An experimental attention computes something else, so attention in PyTorch cannot replace it.
     return transformer.attention_backend == AttnBackend.local and transformer.experimental_attention_variant is None
 
 
-def require_transformer_engine(what: str) -> None:
+def require_transformer_engine(feature: str) -> None:
     """Check that Transformer Engine is available for a feature that needs it.
 
     Raises:
-        UnsupportedError: It cannot.
+        UnsupportedError: It is not available.
     """
     if not HAVE_TE:
         raise UnsupportedError(
-            f"{what} needs Transformer Engine, which {explain_missing('transformer_engine')}: "
-            "install it where there is a GPU, or leave it out"
+            f"{feature} requires Transformer Engine, which {explain_missing('transformer_engine')}: "
+            "install it on a machine with a GPU, or do without the feature"
         )
 
 
-Refusals = Mapping[str, tuple[Callable[[TransformerConfig], bool], str]]
-"""Unsupported features: for each, whether a configuration asks for it, and what to set instead."""
+Limitations = Mapping[str, tuple[Callable[[TransformerConfig], bool], str]]
+"""Features that some layers lack: for each, whether a configuration asks for it, and what to set instead."""
 
 
-# Layers without Transformer Engine. Each of these fails in an assertion, an import or a kernel of megatron-core 0.19.2;
-# only 8- and 4-bit floats are passed over in silence.
-_BEYOND_PYTORCH: Refusals = {
+# Without Transformer Engine, megatron-core 0.19.2 silently ignores 8- and 4-bit floats. All other features here fail in
+# an assertion, an import or a kernel.
+_PYTORCH_LIMITATIONS: Limitations = {
     "persistent layer norm": (lambda c: c.persist_layer_norm, "set transformer.persist_layer_norm to false"),
     "memory-efficient layer norm": (
         lambda c: c.memory_efficient_layer_norm,
@@ -74,7 +74,7 @@ _BEYOND_PYTORCH: Refusals = {
     ),
     "8- or 4-bit floats": (lambda c: bool(c.fp8 or c.fp4), "set transformer.fp8 and transformer.fp4 to null"),
     "fused softmax without its kernels": (
-        # asked for only at 16 bits
+        # Megatron uses it only in half precision.
         lambda c: c.masked_softmax_fusion and (c.fp16 or c.bf16) and not _is_installed("scaled_masked_softmax_cuda"),
         "set transformer.masked_softmax_fusion to false",
     ),
@@ -82,7 +82,7 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: c.gradient_accumulation_fusion and not _is_installed("fused_weight_gradient_mlp_cuda"),
         "set transformer.gradient_accumulation_fusion to false",
     ),
-    "offloading of activations": (
+    "activation offloading": (
         lambda c: c.cpu_offloading or c.fine_grained_activation_offloading,
         "set transformer.cpu_offloading and transformer.fine_grained_activation_offloading to false",
     ),
@@ -90,51 +90,51 @@ _BEYOND_PYTORCH: Refusals = {
         lambda c: (
             c.recompute_granularity == "selective" and bool({"layernorm", "moe_act"} & set(c.recompute_modules or ()))
         ),
-        "take layernorm and moe_act out of transformer.recompute_modules",
+        "remove layernorm and moe_act from transformer.recompute_modules",
     ),
-    "experts one by one with biases": (
+    "ungrouped experts with biases": (
         lambda c: c.num_moe_experts is not None and c.add_bias_linear and not c.moe_grouped_gemm,
         "set transformer.moe_grouped_gemm to true or transformer.add_bias_linear to false",
     ),
 }
 
 
-# Passed over in silence in megatron-core 0.19.2, which norms the input of such queries once more.
-_BEYOND_TRANSFORMER_ENGINE: Refusals = {
-    "normalised keys and values beside queries that are not compressed": (
+# megatron-core 0.19.2 silently normalises the input of such queries twice.
+_TRANSFORMER_ENGINE_LIMITATIONS: Limitations = {
+    "normalisation of latent keys and values with uncompressed queries": (
         lambda c: c.multi_latent_attention and c.qk_layernorm and getattr(c, "q_lora_rank", 0) is None,
-        "set transformer.transformer_impl to local, for layers in PyTorch",
+        "set transformer.transformer_impl to local to use layers in PyTorch",
     ),
 }
 
 
-def refuse_beyond_pytorch(transformer: TransformerConfig) -> None:
-    """Raise one error listing every requested feature that layers without Transformer Engine lack.
+def check_pytorch_support(transformer: TransformerConfig) -> None:
+    """Check that layers in PyTorch support everything that a configuration asks for.
 
     Raises:
-        UnsupportedError: The configuration asks for at least one of them.
+        UnsupportedError: They do not. The message lists every unsupported feature.
     """
-    refuse(transformer, _BEYOND_PYTORCH, layers="layers in PyTorch, without Transformer Engine,")
+    check_limitations(transformer, _PYTORCH_LIMITATIONS, layers="layers in PyTorch (without Transformer Engine)")
 
 
-def refuse_beyond_transformer_engine(transformer: TransformerConfig) -> None:
-    """Raise one error listing every requested feature that Transformer Engine's layers lack.
+def check_transformer_engine_support(transformer: TransformerConfig) -> None:
+    """Check that Transformer Engine's layers support everything that a configuration asks for.
 
     Raises:
-        UnsupportedError: The configuration asks for at least one of them.
+        UnsupportedError: They do not. The message lists every unsupported feature.
     """
-    refuse(transformer, _BEYOND_TRANSFORMER_ENGINE, layers="Megatron's layers of Transformer Engine")
+    check_limitations(transformer, _TRANSFORMER_ENGINE_LIMITATIONS, layers="Transformer Engine's layers")
 
 
-def refuse(transformer: TransformerConfig, refusals: Refusals, *, layers: str) -> None:
-    """Raise one error listing every requested feature that ``layers`` lack.
+def check_limitations(transformer: TransformerConfig, limitations: Limitations, *, layers: str) -> None:
+    """Check that a configuration asks for nothing that ``layers`` lack; the name of the layers is for the message.
 
     Raises:
-        UnsupportedError: The configuration asks for at least one of them.
+        UnsupportedError: It does. The message lists every unsupported feature.
     """
-    found = [f"{what}: {advice}" for what, (asked, advice) in refusals.items() if asked(transformer)]
-    if found:
-        raise UnsupportedError(f"{layers} cannot do:\n  " + "\n  ".join(found))
+    problems = [f"{feature}: {advice}" for feature, (is_used, advice) in limitations.items() if is_used(transformer)]
+    if problems:
+        raise UnsupportedError(f"not supported by {layers}:\n  " + "\n  ".join(problems))
 
 
 def _is_installed(module: str) -> bool:

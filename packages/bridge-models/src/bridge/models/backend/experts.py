@@ -23,9 +23,10 @@ from bridge.models.backend.extra_state import HasExtraState
 
 
 class SequentialExperts(SequentialMLP):
-    """Megatron's experts one by one, drawn on the CPU as one rank would draw them all.
+    """Megatron's ungrouped experts, whose initial weights on the CPU do not depend on expert parallelism.
 
-    There all ranks have one random state: each rank of expert parallelism in megatron-core 0.19.2 draws the same ones.
+    On the CPU, all ranks have the same random state, so in megatron-core 0.19.2 every expert-parallel rank draws the
+    same experts. Here, each rank draws all experts and keeps its own.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SequentialExperts(SequentialMLP):
 class _GroupedLinear(HasExtraState):
     """One matrix for each expert of a rank, named as Transformer Engine names them: ``weight0``, ``weight1``, ...
 
-    The exchange of tokens between the ranks, of expert-tensor parallelism too, is the token dispatcher's work.
+    The token dispatcher exchanges tokens between ranks, including those of expert-tensor parallelism.
     """
 
     split: int
@@ -77,9 +78,10 @@ class _GroupedLinear(HasExtraState):
         self.shape = [output_size, input_size]
         self.init_method = init_method
         self.on_cpu = config.use_cpu_initialization
-        # Each rank holds a slice of the gate and a slice of the gated values, so a gated fc1 has stride 2.
+        # A gated fc1 consists of the gate and the gated values; a rank holds a slice of each, so the stride is 2.
         gated = self.split == 0 and config.gated_linear_unit and config.moe_mlp_glu_interleave_size is None
         self.stride = 2 if gated else 1
+        # As in Megatron's other expert layers: DDP reduces gradients with `allreduce` False over the experts' group.
         own_groups = (
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
@@ -103,7 +105,7 @@ class _GroupedLinear(HasExtraState):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights as the configuration says, and set biases to zero."""
+        """Draw the weights with the configuration's initialiser, and set biases to zero."""
         for name, parameter in self.named_parameters():
             if name.startswith("bias"):
                 parameter.zero_()
@@ -114,9 +116,9 @@ class _GroupedLinear(HasExtraState):
             self._draw_on_cpu()
 
     def _draw_on_cpu(self) -> None:
-        """Draw the weights of all experts and keep this rank's part of its own, as Megatron's layers draw the whole.
+        """Draw the whole weights of all experts, and keep this rank's slices of its own experts.
 
-        All ranks have one random state here: each would draw the same experts.
+        On the CPU, all ranks have the same random state; without this, they would draw the same experts.
         """
         ranks, rank = self.groups.expt_tp.size(), self.groups.expt_tp.rank()
         own = {self.groups.ep.rank() * self.num_gemms + index: index for index in range(self.num_gemms)}
@@ -155,7 +157,10 @@ class _GroupedLinear(HasExtraState):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Describe each expert's parameters as parts of those of all experts, as Megatron's other experts do."""
+        """Return each expert's parameters as shards of those of all experts, as Megatron's other experts do.
+
+        With ``singleton_local_shards`` in the metadata, each expert is a tensor of its own.
+        """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         experts = self.groups.ep.size() * self.num_gemms
         described = {}
@@ -175,7 +180,8 @@ class _GroupedLinear(HasExtraState):
             replace_prefix_for_sharding(parts, "", f"{expert}.{prefix}" if alone else prefix)
             for kind, part in parts.items():
                 part.replica_id = (*part.replica_id[:2], self.groups.expt_dp.rank())
-                # the first expert's extra state has the name that torch gives it, those after it a number
+                # The extra state of the first expert has torch's name, that of the others a number, as in
+                # Transformer Engine.
                 number = "" if kind == "_extra_state" and index == 0 else index
                 described[f"{prefix}{kind}{number}"] = part
         return described
@@ -187,12 +193,12 @@ class _GroupedLinear(HasExtraState):
 
 
 class ColumnParallelGroupedLinear(_GroupedLinear):
-    """The first matrices of the experts: expert-tensor parallelism splits their output."""
+    """The first linear layers of the experts: expert-tensor parallelism splits their output."""
 
     split = 0
 
 
 class RowParallelGroupedLinear(_GroupedLinear):
-    """The second matrices of the experts: expert-tensor parallelism splits their input."""
+    """The second linear layers of the experts: expert-tensor parallelism splits their input."""
 
     split = 1

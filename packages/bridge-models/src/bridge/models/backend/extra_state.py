@@ -10,7 +10,7 @@ import torch
 class HasExtraState(torch.nn.Module):
     """A layer with an empty ``_extra_state`` in its state, as Megatron's own linear layers have.
 
-    Transformer Engine's layers keep how they quantise there, and ask each checkpoint for it.
+    Transformer Engine's layers store their quantisation there, and require the key in each checkpoint.
     """
 
     def get_extra_state(self) -> None:

@@ -12,13 +12,14 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 class LatentAttention(MLASelfAttention):
     """Megatron's multi-latent attention with correct gradients under tensor parallelism.
 
-    Seen in megatron-core 0.19.2, whose layers without Transformer Engine split the down projections over the ranks:
+    Without Transformer Engine, megatron-core 0.19.2 splits the down projections over the ranks, and has these faults:
 
-    - Every rank's heads use the one positional key, but each rank goes on with the gradient of its own heads only.
-    - Gradients of ``q_layernorm``, found by its name, are added up over the ranks. That is right for a norm of a rank's
-      own heads; here it stands before the heads, and without sequence parallelism each rank has the whole gradient.
-    - Where queries are not compressed (``q_lora_rank`` None), there is nothing to norm but keys and values: Megatron
-      asks for Transformer Engine's layer that norms the queries' input once more.
+    - The heads of all ranks use the same positional key, but each rank continues with the gradient from its own heads.
+    - Megatron sums the gradients of ``q_layernorm``, which it finds by name, over the ranks. This is right for a norm
+      of each rank's heads. Here the norm comes before the heads, and without sequence parallelism each rank already has
+      the whole gradient.
+    - If queries are not compressed (``q_lora_rank`` is None), only keys and values need a norm, but Megatron requires
+      Transformer Engine's layer that normalises the input of the queries as well.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +29,7 @@ class LatentAttention(MLASelfAttention):
                 parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> Any:
-        """Return the projections and norms to build."""
+        """Return the projections and norms to build; for uncompressed queries, without a norm of queries."""
         compressed = cast(int | None, self.config.q_lora_rank) is not None  # Megatron annotates it as never None
         if compressed or not self.config.qk_layernorm:
             return super()._resolve_qk_norm_config(submodules)
@@ -39,13 +40,14 @@ class LatentAttention(MLASelfAttention):
         }
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project down; the latent key and value with the positional key come out whole, not split over the ranks."""
+        """Project down. Latent keys and values and the positional key are whole on each rank, with whole gradients."""
         query, latent = super()._qkv_down_projection(hidden_states)  # type: ignore[no-untyped-call]
         if self.tp_group.size() == 1:
             return query, latent
         latent = tensor_parallel.gather_from_tensor_model_parallel_region(latent, group=self.tp_group)
-        if self.config.sequence_parallel:  # the caller gathers the sequence again, and that adds up gradients
+        if self.config.sequence_parallel:  # the caller gathers the sequence again, which sums the gradients
             return query, tensor_parallel.scatter_to_sequence_parallel_region(latent, group=self.tp_group)
+        # The up projection already sums the gradient of the latent part; copying sums that of the positional key.
         latent, position = latent.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
         position = tensor_parallel.copy_to_tensor_model_parallel_region(position, group=self.tp_group)
         return query, torch.cat([latent, position], dim=-1)

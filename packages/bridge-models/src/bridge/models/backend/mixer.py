@@ -24,10 +24,10 @@ from bridge.models.errors import UnsupportedError
 try:
     from megatron.core.ssm import mamba_mixer
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-except RuntimeError as error:  # of triton 3.2 and 3.3, which look for a GPU where a kernel is declared
+except RuntimeError as error:  # triton 3.2 and 3.3 need a GPU to declare a kernel
     raise UnsupportedError(
-        f"megatron-core's Mamba layers cannot be imported without a GPU beside torch {torch.__version__}: use "
-        "torch 2.8 or later"
+        f"megatron-core's Mamba layers cannot be imported without a GPU with torch {torch.__version__}: "
+        "upgrade torch to 2.8 or later"
     ) from error
 
 
@@ -37,13 +37,13 @@ def has_mamba_kernels() -> bool:
 
 
 def local_mixer_spec() -> ModuleSpec:
-    """Return Megatron's mixer with linear layers that do without Transformer Engine."""
+    """Return the spec of Megatron's mixer with linear layers that do not require Transformer Engine."""
     parts = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     return ModuleSpec(module=MambaMixer, submodules=parts)
 
 
-def with_mixers(spec: SpecT) -> SpecT:
-    """Return a copy of a spec with the mixers of this module in place of Megatron's; ``spec`` is left alone."""
+def replace_mixers(spec: SpecT) -> SpecT:
+    """Return a copy of a spec with the mixers of this module in place of Megatron's; ``spec`` is not changed."""
 
     def replace(part: Any) -> Any:
         if part is not MambaMixer:
@@ -58,49 +58,54 @@ def with_mixers(spec: SpecT) -> SpecT:
 
 
 class WrappableMambaMixer(MambaMixer):
-    """Megatron's mixer, whose parameters may be replaced after it was made, and drawn anew.
+    """Megatron's mixer, with parameters that can be replaced after construction, and initialised again.
 
-    megatron-core 0.19.2 computes with the parameters that the mixer was made with, so that those which torch FSDP2
-    puts in their places get no gradients.
+    megatron-core 0.19.2 keeps using the parameters from construction, so the sharded ones that torch FSDP2 puts in
+    their place get no gradients.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        given = inspect.signature(MambaMixer.__init__).bind(self, *args, **kwargs)
-        given.apply_defaults()
-        self._drawn_from: Mapping[str, Any] = given.arguments
+        # Megatron does not keep the ranges that it initialises from.
+        bound = inspect.signature(MambaMixer.__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self._init_arguments: Mapping[str, Any] = bound.arguments
+        # Megatron creates these in fp32; a cast of the model to half precision must not change that.
         for parameter in (self.A_log, self.D):
             parameter.keep_fp32 = True  # type: ignore[attr-defined]
 
     @property
     def initialisers(self) -> Mapping[str, Callable[[torch.Tensor], object]]:
-        """How each parameter of the mixer itself is drawn, by name."""
+        """The functions that initialise the mixer's own parameters in place, by name; see ``draw_weights``."""
         return {"A_log": self._draw_decay, "dt_bias": self._draw_step} | dict.fromkeys(
             ("conv1d_weight", "conv1d_bias"), self._draw_filter
         )
 
     def _draw_decay(self, log_rate: torch.Tensor) -> None:
-        log_rate.uniform_(*self._drawn_from["A_init_range"]).log_()
+        log_rate.uniform_(*self._init_arguments["A_init_range"]).log_()
 
     def _draw_step(self, bias: torch.Tensor) -> None:
-        """Draw the steps evenly by their logarithms; the bias is what softplus makes them of."""
-        low, high, floor = (self._drawn_from[name] for name in ("dt_min", "dt_max", "dt_init_floor"))
+        """Draw steps with uniformly distributed logarithms, and set the bias so that softplus(bias) is the step.
+
+        The inverse of softplus is step + log(1 - exp(-step)).
+        """
+        low, high, floor = (self._init_arguments[name] for name in ("dt_min", "dt_max", "dt_init_floor"))
         step = bias.uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
         step.add_(step.neg().expm1().neg_().log_())
 
     def _draw_filter(self, filter_or_bias: torch.Tensor) -> None:
-        bound = 1 / math.sqrt(self.d_conv)  # each channel has a filter of its own
+        bound = 1 / math.sqrt(self.d_conv)  # torch's bound for a convolution: each channel has its own filter
         filter_or_bias.uniform_(-bound, bound)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix along the sequence, with the parameters as they are now; see ``MambaMixer``."""
+        """Mix along the sequence with the current parameters; see ``MambaMixer``."""
         for name in ("conv1d_weight", "conv1d_bias", "dt_bias", "A_log", "D"):
             setattr(self.cp, f"{name}_cp1", getattr(self, name))
         return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(*args, **kwargs))
 
 
 class TorchMambaMixer(WrappableMambaMixer):
-    """A mixer in plain PyTorch, see ``backend.scan``; for training and for scoring, not to generate tokens."""
+    """A mixer in plain PyTorch, see ``backend.scan``, for training and scoring. It does not generate token by token."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _without_kernels():
@@ -114,7 +119,7 @@ class TorchMambaMixer(WrappableMambaMixer):
             )
         return self._mix(zxBCdt)
 
-    def _ssm_prefill(  # type: ignore[override]  # what more Megatron passes is for generation
+    def _ssm_prefill(  # type: ignore[override]  # Megatron's other arguments are for generation
         self,
         zxBCdt: torch.Tensor,  # noqa: N803
         conv_state: torch.Tensor | None = None,
@@ -128,7 +133,10 @@ class TorchMambaMixer(WrappableMambaMixer):
         return self._mix(zxBCdt)
 
     def _mix(self, projected: torch.Tensor) -> torch.Tensor:
-        """Convolve, scan, gate and normalise what the input projection gave, [sequence, batch, channels]."""
+        """Convolve, scan, gate and normalise the output of the input projection, [sequence, batch, channels].
+
+        Its channels are the gate z, then x, B and C, which are convolved, then dt, as in Mamba-2.
+        """
         heads, channels, state = self.cp.nheads_local_tpcp, self.cp.d_inner_local_tpcp, self.d_state
         groups = self.cp.ngroups_local_tpcp
         gate, convolved, dt = projected.transpose(0, 1).split([channels, channels + 2 * groups * state, heads], dim=-1)
@@ -143,14 +151,14 @@ class TorchMambaMixer(WrappableMambaMixer):
             c.unflatten(-1, (groups, -1)),
             chunk_size=self.chunk_size,
         )
-        skip = self.cp.get_D().float().view(heads, -1)  # one for a head, or one for each of its channels
+        skip = self.cp.get_D().float().view(heads, -1)  # one per head, or one per channel of a head
         gated = (y.float() + skip * x.float()).flatten(2) * silu(gate.float())
         mixed: torch.Tensor = self.cp.post_conv_ssm(gated.to(projected.dtype).transpose(0, 1).contiguous())
         return cast(torch.Tensor, self.norm(mixed)) if self.rmsnorm else mixed
 
 
 class _ShardedGatedNorm(GatedRMSNorm):
-    """A gated norm that knows how tensor parallelism splits its weight."""
+    """A gated norm that describes to checkpoints how tensor parallelism splits its weight."""
 
     tp_group: torch.distributed.ProcessGroup  # the mixer sets it
 
@@ -172,7 +180,7 @@ class _ShardedGatedNorm(GatedRMSNorm):
 
 @contextlib.contextmanager
 def _without_kernels() -> Iterator[None]:
-    """While a mixer is made: megatron-core 0.19.2 refuses to make one, and has no norm for it, without mamba-ssm."""
+    """Let a mixer be constructed without mamba-ssm, which megatron-core 0.19.2 refuses, and give it a norm."""
     replaced = {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": _ShardedGatedNorm}
     before = {name: getattr(mamba_mixer, name) for name in replaced}
     vars(mamba_mixer).update(replaced)

@@ -37,7 +37,7 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
 
 
 def fused_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> TorchNorm:
-    """Build a norm that Transformer Engine makes part of the next linear layer; otherwise as ``torch_norm``."""
+    """Build the norm of ``torch_norm`` for a place where Transformer Engine fuses it with the next linear layer."""
     norm = torch_norm(config, hidden_size, eps)
     norm.is_fused = True
     return norm
@@ -47,7 +47,7 @@ class TorchNorm(HasExtraState):
     """Base class of this backend's norms: decides which keys they write into checkpoints."""
 
     is_fused = False
-    """Whether it is part of the next linear layer in Transformer Engine, which then has the only extra state."""
+    """Whether Transformer Engine fuses it with the next linear layer, which then has the only extra state."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -56,10 +56,10 @@ class TorchNorm(HasExtraState):
 
 
 class TorchLayerNorm(TorchNorm, torch.nn.LayerNorm):
-    """Torch's own, under a name of its own.
+    """torch's LayerNorm with a ``forward`` of its own, so that ModelOpt does not recognise it.
 
-    nvidia-modelopt 0.47 quantises the input of ``torch.nn.LayerNorm``, of no other norm, and loses in Megatron's
-    distributed checkpoints how. It tells a layer by its ``forward``.
+    nvidia-modelopt 0.47 recognises ``torch.nn.LayerNorm`` by its ``forward`` and quantises its input, as with no other
+    norm. Megatron's distributed checkpoints then lose these quantizers.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,11 +68,11 @@ class TorchLayerNorm(TorchNorm, torch.nn.LayerNorm):
 
 
 class TorchRMSNorm(TorchNorm, torch.nn.RMSNorm):
-    """Torch's own."""
+    """torch's RMSNorm."""
 
 
 class ZeroCenteredLayerNorm(TorchNorm, torch.nn.LayerNorm):
-    """LayerNorm that multiplies by one more than its weight, which starts at zero."""
+    """LayerNorm that multiplies by 1 + weight; the weight is initialised to zero."""
 
     def reset_parameters(self) -> None:
         """Set weight and bias to zero."""
@@ -82,11 +82,11 @@ class ZeroCenteredLayerNorm(TorchNorm, torch.nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise over the last dimension."""
         normed = torch.nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return torch.addcmul(normed, normed, self.weight) + self.bias  # one plus a small weight would round it away
+        return torch.addcmul(normed, normed, self.weight) + self.bias  # 1 + weight would round a small weight away
 
 
 class ZeroCenteredRMSNorm(TorchNorm, torch.nn.RMSNorm):
-    """RMSNorm that multiplies by one more than its weight, which starts at zero."""
+    """RMSNorm that multiplies by 1 + weight; the weight is initialised to zero."""
 
     def reset_parameters(self) -> None:
         """Set the weight to zero."""

@@ -27,14 +27,14 @@ from bridge.models.errors import UnsupportedError
 
 
 class PyTorchSpecProvider(LocalSpecProvider):
-    """Megatron's local backend with layers in PyTorch in their places."""
+    """Megatron's local backend, with the layers in PyTorch of this package."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         """Return the function that builds the norm of the configuration."""
         return torch_norm
 
     def core_attention(self) -> type:
-        """Return the attention between projected queries, keys and values."""
+        """Return the class of the attention between projected queries, keys and values."""
         return TorchAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
@@ -51,13 +51,13 @@ class PyTorchSpecProvider(LocalSpecProvider):
 
 
 def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> SpecT:
-    """Return a copy of a spec with this backend's layers in place of Megatron's local ones; ``spec`` is left alone.
+    """Return a copy of a spec with this backend's layers in place of Megatron's local ones; ``spec`` is not changed.
 
-    Megatron's functions that make local specs take no backend (seen in megatron-core 0.19.2).
+    The functions of megatron-core 0.19.2 that make local specs take no backend.
 
     Args:
-        spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
-        grouped_experts: Whether experts are grouped; needed if there are any.
+        spec: A ModuleSpec, or a part of one: a dataclass, a partial or a list.
+        grouped_experts: Whether experts are grouped; required if the spec has experts.
 
     Raises:
         UnsupportedError: The spec has experts and ``grouped_experts`` is None.
@@ -65,7 +65,7 @@ def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> 
     provider = PyTorchSpecProvider()
 
     def replace(part: Any) -> Any:
-        if part is WrappedTorchNorm or part is FusedLayerNorm:  # the other is Apex's, where that is installed
+        if part is WrappedTorchNorm or part is FusedLayerNorm:  # Apex's, if it is installed
             return provider.layer_norm()
         if part is DotProductAttention:
             return provider.core_attention()
@@ -77,15 +77,15 @@ def with_pytorch_layers(spec: SpecT, *, grouped_experts: bool | None = None) -> 
             return provider.grouped_mlp_modules(grouped_experts)
         return part
 
-    return replace_modules(replace_modules(spec, replace), _with_checkpoint_keys)
+    return replace_modules(replace_modules(spec, replace), _set_checkpoint_keys)
 
 
-def _with_checkpoint_keys(layer: Any) -> Any:
-    """Return a transformer layer that writes the checkpoint keys of the same layer made of Transformer Engine's parts.
+def _set_checkpoint_keys(layer: Any) -> Any:
+    """Return a transformer layer with the checkpoint keys of Transformer Engine's layer; other parts unchanged.
 
-    There a norm is part of the linear layer behind it, wherever one can be. The local specs of megatron-core 0.19.2 say
-    so of plain attention and of MLPs; they also say it of experts, where the norm stands alone, and not of multi-latent
-    attention. Whatever is no transformer layer is returned as it is.
+    Transformer Engine fuses a norm with the linear layer behind it, if there is one. The local specs of megatron-core
+    0.19.2 map these keys for plain attention and MLPs. They also map them for experts, whose norm is separate, and do
+    not map them for multi-latent attention; both are wrong.
     """
     if not isinstance(layer, TransformerLayerSubmodules):
         return layer
@@ -98,27 +98,27 @@ def _with_checkpoint_keys(layer: Any) -> Any:
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
         }
-        parts = _with_fused_norms(attention.submodules, ("q_layernorm", "kv_layernorm"))
+        parts = _fuse_norms(attention.submodules, ("q_layernorm", "kv_layernorm"))
         attention = dataclasses.replace(attention, submodules=parts)
     builds_mlp = layer.mlp.func if isinstance(layer.mlp, partial) else None
     if builds_mlp is MoELayer:
         keys.pop("pre_mlp_layernorm.", None)
     elif is_latent and builds_mlp == MLP.as_mlp_submodule:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    layer = _with_fused_norms(layer, [name for name in ("input_layernorm", "pre_mlp_layernorm") if f"{name}." in keys])
+    layer = _fuse_norms(layer, [name for name in ("input_layernorm", "pre_mlp_layernorm") if f"{name}." in keys])
     return dataclasses.replace(layer, self_attention=attention, sharded_state_dict_keys_map=keys)
 
 
-def _with_fused_norms(spec: SpecT, names: Iterable[str]) -> SpecT:
-    """Return a copy of a spec whose norms of these names are part of the next linear layer in checkpoints."""
+def _fuse_norms(spec: SpecT, names: Iterable[str]) -> SpecT:
+    """Return a copy of a spec in which the named norms are fused with the next linear layer in checkpoints."""
     norms = {name: fused_norm for name in names if getattr(spec, name) is torch_norm}
     return cast(SpecT, dataclasses.replace(cast(Any, spec), **norms))
 
 
 def with_pytorch_attention(spec: SpecT) -> SpecT:
-    """Return a copy of ``spec`` whose attention is computed by plain PyTorch; ``spec`` itself is left alone.
+    """Return a copy of a spec with attention in PyTorch; ``spec`` is not changed.
 
-    Layers that have no such part (no-op or linear attention of heterogeneous models) stay as they are.
+    Layers without a core attention (no-op or linear attention of heterogeneous models) are kept.
     """
 
     def replace(part: Any) -> Any:
@@ -126,7 +126,7 @@ def with_pytorch_attention(spec: SpecT) -> SpecT:
         if core is part or not dataclasses.is_dataclass(part) or isinstance(part, type):
             return part
         if isinstance(core, ModuleSpec) and core.submodules is not None:
-            return part  # made of parts, such as an indexer: another computation than the usual one
+            return part  # has parts, such as an indexer, so it computes something else
         return dataclasses.replace(part, core_attention=TorchAttention)
 
     return replace_modules(spec, replace)

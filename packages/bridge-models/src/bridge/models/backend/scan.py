@@ -1,9 +1,9 @@
 """Mamba-2's operations in plain PyTorch: the selective scan, the causal convolution, the gated norm.
 
-The scan is the state-space duality of "Transformers are SSMs" (Dao and Gu, 2024, section 6): the sequence is cut into
-chunks, each computed by matrix products, and a state goes from one to the next. Only the states between chunks are
-kept for the backward pass, which computes each chunk again: memory beyond inputs and outputs is that of one chunk and
-of a state for each.
+The scan is the state-space duality of "Transformers are SSMs" (Dao and Gu, 2024, section 6). The sequence is cut into
+chunks, each is computed with matrix products, and a state is passed from one to the next. The backward pass computes
+each chunk again, from the states between chunks. Besides inputs and outputs, memory holds one chunk and one state per
+chunk.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def selective_scan(
     chunk_size: int,
     initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the recurrence ``state = exp(dt a) state + dt x b``, ``y = state c`` at every place of a sequence.
+    """Compute the recurrence ``state = exp(dt a) state + dt x b``, ``y = state c`` at every position of a sequence.
 
-    It is computed in fp32 whatever the precision of the inputs.
+    It is computed in fp32, regardless of the precision of the inputs.
 
     Args:
         x: [batch, sequence, heads, channels].
-        dt: Steps, not negative, [batch, sequence, heads].
-        a: Rates of decay, negative, [heads].
-        b: What enters the state, [batch, sequence, groups, state]; a group serves heads / groups heads.
-        c: What is read from the state, shaped like ``b``.
-        chunk_size: Length of a chunk. It changes speed and memory, not the result; the last chunk may be shorter.
+        dt: Step sizes, not negative, [batch, sequence, heads].
+        a: Decay rates, negative, [heads].
+        b: Weights of the input to the state, [batch, sequence, groups, state]; a group serves heads / groups heads.
+        c: Weights of the output from the state, shaped like ``b``.
+        chunk_size: Length of a chunk. It affects speed and memory, not the result; the last chunk may be shorter.
         initial_state: [batch, heads, channels, state]; None for zeros.
 
     Returns:
-        y, shaped and typed like ``x``, and the state after the last place, in fp32.
+        y, shaped and typed like ``x``, and the state after the last position, in fp32.
     """
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[-1], dtype=torch.float32)
@@ -49,7 +49,7 @@ def selective_scan(
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """The scan over chunks, each computed again for its gradient."""
+    """The scan over chunks; the backward pass computes each chunk again."""
 
     @staticmethod
     def forward(
@@ -102,20 +102,22 @@ def _scan_chunk(
     c: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute one chunk, from the state before it to the one after.
+    """Compute the output of one chunk and the state after it, from the state before it.
 
-    Of the indices b is the batch, i and j are places, g groups, r heads of a group, p channels, n the state.
+    In einsum, b is the batch, i and j are positions, g groups, r heads of a group, p channels, n the state's width.
     """
     groups = b.shape[2]
     stepped = (x.float() * dt.float()[..., None]).unflatten(2, (groups, -1))
-    decay = (dt.float() * a.float()).unflatten(2, (groups, -1)).cumsum(1)  # its logarithm, since before the chunk
+    # The logarithm of the decay from the start of the chunk to each position.
+    decay = (dt.float() * a.float()).unflatten(2, (groups, -1)).cumsum(1)
     b, c, entering = b.float(), c.float(), state.unflatten(1, (groups, -1))
 
     by_head = decay.permute(0, 2, 3, 1)
     places = torch.arange(x.shape[1], device=x.device)
-    # Masked before exp: above the diagonal it would overflow, and give gradients that are not numbers.
+    # Masked before exp, which would overflow above the diagonal and make gradients NaN.
     between = (by_head[..., :, None] - by_head[..., None, :]).masked_fill(places[:, None] < places, -math.inf)
     weights = torch.einsum("bign,bjgn->bgij", c, b)[:, :, None] * between.exp()
+    # From inputs of this chunk, then from the state before it.
     y = torch.einsum("bgrij,bjgrp->bigrp", weights, stepped)
     y = y + torch.einsum("bign,bgrpn->bigrp", c, entering) * decay.exp()[..., None]
 
@@ -126,11 +128,11 @@ def _scan_chunk(
 
 
 def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Convolve each channel with its own filter over this place and those before it.
+    """Convolve each channel with its own filter over the current and previous positions.
 
     Args:
         x: [batch, sequence, channels].
-        weight: [channels, 1, width]; its last entry is for the place itself.
+        weight: [channels, 1, width]; the last entry is for the current position.
         bias: [channels].
 
     Returns:
@@ -141,15 +143,15 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 class GatedRMSNorm(torch.nn.Module):
-    """RMSNorm over groups of channels, of an input that is gated first: ``norm(x silu(gate)) weight``.
+    """RMSNorm over groups of channels of a gated input: ``norm(x silu(gate)) weight``.
 
     Args:
         hidden_size: Number of channels.
         eps: Added to the mean square.
-        group_size: Channels that are normalised together.
+        group_size: Number of channels that are normalised together; None for all.
         norm_before_gate: Not supported.
-        device: Of the weight.
-        dtype: Of the weight.
+        device: Device of the weight.
+        dtype: Data type of the weight.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class GatedRMSNorm(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        assert not norm_before_gate  # Megatron's mixer only takes the other way
+        assert not norm_before_gate  # Megatron's mixer never asks for it
         self.eps = eps
         self.group_size = group_size or hidden_size
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
@@ -177,7 +179,7 @@ class GatedRMSNorm(torch.nn.Module):
 
         Args:
             x: [..., channels].
-            gate: Shaped like ``x``; None where ``x`` is gated already.
+            gate: Shaped like ``x``; None if ``x`` is already gated.
         """
         gated = x.float() if gate is None else x.float() * silu(gate.float())
         grouped = gated.unflatten(-1, (-1, self.group_size))

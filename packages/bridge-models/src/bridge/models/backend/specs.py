@@ -17,20 +17,20 @@ from bridge.models.errors import LayerSpecError
 SpecT = TypeVar("SpecT")
 
 LayerSpec = ModuleSpec | TransformerBlockSubmodules
-"""One layer, repeated; or the layers of one pipeline stage, one by one."""
+"""The spec of one layer, which is repeated, or of the layers of one pipeline stage."""
 
 
 def replace_modules(spec: SpecT, replace: Callable[[Any], Any]) -> SpecT:
-    """Return a copy of a spec in which modules are replaced; ``spec`` is left alone.
+    """Return a copy of a spec in which modules are replaced; ``spec`` is not changed.
 
     Args:
-        spec: A ModuleSpec, or whatever specs are made of: dataclasses, partials, lists.
-        replace: Called with each part, outer ones first. What it returns takes the part's place; if that is the part
-            itself, its own parts are replaced.
+        spec: A ModuleSpec, or a part of one: a dataclass, a partial or a list.
+        replace: Called with each part, outer ones first. It returns the part's replacement, or the part itself to
+            continue with its own parts.
     """
-    found: Any = replace(spec)
-    if found is not spec:
-        return cast(SpecT, found)
+    replacement: Any = replace(spec)
+    if replacement is not spec:
+        return cast(SpecT, replacement)
     if isinstance(spec, partial):
         keywords = {name: replace_modules(value, replace) for name, value in spec.keywords.items()}
         return cast(SpecT, partial(replace_modules(spec.func, replace), *spec.args, **keywords))
@@ -42,20 +42,21 @@ def replace_modules(spec: SpecT, replace: Callable[[Any], Any]) -> SpecT:
     return spec
 
 
-def given_spec(
+def resolve_spec(
     given: object, config: ModelConfig, *, field: str, kinds: tuple[type, ...], vp_stage: int | None = None
 ) -> Any:
     """Return a configuration's layer spec, calling it if it is a function.
 
     Args:
-        given: The spec, or the function, which may take nothing, and ``vp_stage`` by name.
-        config: The argument of the function.
+        given: The spec, or a function that returns it. The function takes the configuration or no argument, and
+            optionally ``vp_stage`` by name.
+        config: The argument for the function.
         field: The name of the field, for error messages.
         kinds: The accepted spec classes.
         vp_stage: Virtual pipeline stage, None without a virtual pipeline.
 
     Raises:
-        LayerSpecError: The value is neither, or the function returns something else.
+        LayerSpecError: The value is neither, or the function does not return a spec.
     """
     if isinstance(given, kinds):  # before callable(): a ModuleSpec is also callable
         return given
@@ -71,11 +72,11 @@ def given_spec(
     return spec
 
 
-def given_layer_spec(given: object, config: ModelConfig, *, field: str, vp_stage: int | None = None) -> LayerSpec:
-    """Return a configuration's layer or block spec, see ``given_spec``.
+def resolve_layer_spec(given: object, config: ModelConfig, *, field: str, vp_stage: int | None = None) -> LayerSpec:
+    """Return a configuration's layer or block spec, see ``resolve_spec``.
 
     Raises:
-        LayerSpecError: The value is something else.
+        LayerSpecError: The value is neither a spec nor a function that returns one.
     """
     kinds = (ModuleSpec, TransformerBlockSubmodules)
-    return cast(LayerSpec, given_spec(given, config, field=field, kinds=kinds, vp_stage=vp_stage))
+    return cast(LayerSpec, resolve_spec(given, config, field=field, kinds=kinds, vp_stage=vp_stage))

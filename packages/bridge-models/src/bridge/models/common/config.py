@@ -66,11 +66,12 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without process groups. Changes nothing.
+        """Run the checks that need no process groups, without changing anything.
 
         Raises:
-            ModelConfigError: A field is not set, has the wrong type or contradicts another field.
+            ModelConfigError: A required field is missing, a field has the wrong type, or two contradict each other.
         """
+        # Types first, because the other checks compute with the values.
         if denied := check_plain_values(self):
             raise ModelConfigError("; ".join(f"{format_path(path)}: {message}" for path, message in denied))
         if problems := [*check_live(self.transformer, "transformer."), *check_live(self)]:

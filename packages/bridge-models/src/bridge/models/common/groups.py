@@ -1,4 +1,4 @@
-"""Checks of Megatron's global process groups, which parts of it use whatever groups they are given."""
+"""Checks of Megatron's global process groups, which some of its components use instead of the groups they are given."""
 
 from __future__ import annotations
 

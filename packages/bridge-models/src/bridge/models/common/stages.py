@@ -47,5 +47,6 @@ def first_and_last(
     if pre_process is None:
         pre_process = not vp_stage and is_pp_first_stage(pp_group)
     if post_process is None:
+        # The last virtual stage of the last rank. The first one of the first rank, above, has index 0 or None.
         post_process = (vp_stage or 0) == stages - 1 and is_pp_last_stage(pp_group)
     return pre_process, post_process

@@ -31,7 +31,7 @@ def pad_vocab_size(vocab_size: int, *, make_vocab_size_divisible_by: int, tensor
         if size < 1:
             raise ModelConfigError(f"{name} must be at least 1, got {size}")
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
+    return -(-vocab_size // multiple) * multiple  # rounds up: `//` rounds down
 
 
 def padded_vocab_size(model: Any, tensor_model_parallel_size: int) -> int:

@@ -14,11 +14,11 @@ class YarnTransformerConfig(TransformerConfig):
     """A transformer for ``position_embedding_type: yarn``, which scales rotary frequencies as YaRN does.
 
     See https://arxiv.org/abs/2309.00071. GPTModel and HybridModel read these fields. Their attention applies
-    ``yarn_rotary_scaling_factor`` with every type of positions, so leave it at 1 for types other than yarn.
+    ``yarn_rotary_scaling_factor`` whatever the type of positions, so leave it at 1 for types other than yarn.
     """
 
     yarn_rotary_scaling_factor: float = 1.0
-    """Ratio of the longest sequence to that of pre-training."""
+    """Ratio of the maximum sequence length to that of pre-training."""
 
     yarn_original_max_position_embeddings: int = 4096
     """Maximum sequence length of pre-training, in tokens."""
@@ -30,8 +30,8 @@ class YarnTransformerConfig(TransformerConfig):
     """Channels with fewer rotations than this are scaled by the full factor."""
 
     yarn_mscale: float | None = None
-    """Sines and cosines are multiplied by 0.1 x this x ln(factor) + 1, and divided by the same expression with
-    ``yarn_mscale_all_dim``. None: they are multiplied by 0.1 ln(factor) + 1."""
+    """Sines and cosines are multiplied by 0.1 x ``yarn_mscale`` x ln(factor) + 1, and divided by the same expression
+    with ``yarn_mscale_all_dim``. None: they are multiplied by 0.1 x ln(factor) + 1."""
 
     yarn_mscale_all_dim: float | None = None
     """See ``yarn_mscale``."""

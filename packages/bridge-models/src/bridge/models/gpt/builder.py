@@ -49,7 +49,7 @@ class GPTModelBuilder(ModelOptBuilder[GPTModel, GPTModelConfig]):
             UnsupportedError: The available layers do not support the configuration.
             LayerSpecError: ``transformer_layer_spec`` is not a layer spec and does not return one.
         """
-        config = self._restorable_config(pg_collection, vp_stage)
+        config = self._config_to_build(pg_collection, vp_stage)
         config.validate()
         pre_process, post_process = first_and_last(
             config.transformer,

@@ -14,7 +14,7 @@ from bridge.models.common.config import LanguageModelConfig
 from bridge.models.common.stages import virtual_stages
 from bridge.models.common.yarn import check_yarn
 from bridge.models.errors import ModelConfigError
-from bridge.models.gpt.rules import prediction_problem
+from bridge.models.gpt.rules import find_prediction_problem
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ def _check_multi_token_prediction(config: GPTModelConfig) -> None:
     if not config.transformer.mtp_num_layers:
         return
     transformer = config.transformer
-    if (problem := prediction_problem(config, transformer.pipeline_model_parallel_size)) is not None:
+    if (problem := find_prediction_problem(config, transformer.pipeline_model_parallel_size)) is not None:
         raise ModelConfigError(problem)
     if transformer.experimental_attention_variant is not None:
         raise ModelConfigError(

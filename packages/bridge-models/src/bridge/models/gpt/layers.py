@@ -1,4 +1,4 @@
-"""Choice of GPT layers: Transformer Engine's if it is installed, otherwise PyTorch."""
+"""Layer specs of a GPT: Transformer Engine's layers if they can be used, otherwise layers in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.models.backend.choice import (
-    refuse_beyond_pytorch,
-    refuse_beyond_transformer_engine,
+    check_pytorch_support,
+    check_transformer_engine_support,
     require_transformer_engine,
     uses_transformer_engine,
     wants_pytorch_attention,
 )
 from bridge.models.backend.provider import with_pytorch_attention, with_pytorch_layers
-from bridge.models.backend.specs import LayerSpec, SpecT, given_layer_spec
+from bridge.models.backend.specs import LayerSpec, SpecT, resolve_layer_spec
 from bridge.models.gpt.config import GPTModelConfig
 
 
@@ -40,7 +40,7 @@ def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) ->
     if given is None:
         spec = default_layer_spec(config, vp_stage, pp_rank=pp_rank)
     else:
-        spec = given_layer_spec(given, config, field="transformer_layer_spec", vp_stage=vp_stage)
+        spec = resolve_layer_spec(given, config, field="transformer_layer_spec", vp_stage=vp_stage)
     if wants_pytorch_attention(config.transformer):
         spec = with_pytorch_attention(spec)
     return spec
@@ -49,7 +49,7 @@ def layer_spec(config: GPTModelConfig, *, vp_stage: int | None, pp_rank: int) ->
 def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, pp_rank: int | None = None) -> LayerSpec:
     """Return the default layer spec of one stage.
 
-    The first of these that applies: inference-optimised, ModelOpt, experimental attention, mixture of experts,
+    It is the first of these that applies: inference-optimised, ModelOpt, experimental attention, mixture of experts,
     heterogeneous, Transformer Engine, PyTorch.
 
     Args:
@@ -67,9 +67,8 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
         return gpt_layer_specs.get_gpt_layer_with_inference_spec(
             transformer.qk_layernorm, transformer.multi_latent_attention, qk_l2_norm=transformer.qk_l2_norm
         )
-    if (
-        config.restore_modelopt_state and use_te
-    ):  # ModelOpt's spec needs TE; without it, its conversion works on any layers
+    # ModelOpt's spec requires Transformer Engine. Without it, ModelOpt converts the layers in PyTorch.
+    if config.restore_modelopt_state and use_te:
         return _modelopt_spec(config)
     if transformer.experimental_attention_variant is not None:
         require_transformer_engine(f"experimental_attention_variant: {transformer.experimental_attention_variant}")
@@ -77,14 +76,14 @@ def default_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, p
             transformer, vp_stage=vp_stage, pp_rank=pp_rank
         )
     if use_te:
-        refuse_beyond_transformer_engine(transformer)
+        check_transformer_engine_support(transformer)
         return _megatron_spec(transformer, use_te=True, vp_stage=vp_stage, pp_rank=pp_rank)
-    refuse_beyond_pytorch(transformer)
+    check_pytorch_support(transformer)
     spec = _megatron_spec(transformer, use_te=False, vp_stage=vp_stage, pp_rank=pp_rank)
     if isinstance(spec, ModuleSpec):  # expand it as TransformerBlock does, but with torch's final norm
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=WrappedTorchNorm)
-    return _in_pytorch(spec, transformer)
+    return _use_pytorch_layers(spec, transformer)
 
 
 def _megatron_spec(
@@ -105,7 +104,7 @@ def _megatron_spec(
     return _plain_layer_spec(transformer)
 
 
-def _in_pytorch(spec: SpecT, transformer: TransformerConfig) -> SpecT:
+def _use_pytorch_layers(spec: SpecT, transformer: TransformerConfig) -> SpecT:
     return with_pytorch_layers(spec, grouped_experts=transformer.moe_grouped_gemm)
 
 
@@ -114,15 +113,15 @@ def mtp_block_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Return the multi-token prediction block of one stage, or None if the stage has none.
 
-    The block uses the spec of the decoder's last layer; if the configuration sets the layers, the last one in ``spec``,
-    the layers of this stage. On a stage without decoder layers it uses the standard layer.
+    The block repeats the last layer of the decoder. If the configuration sets the layers, it repeats the last layer in
+    ``spec``, which has the layers of this stage. On a stage without decoder layers, it uses the default layer.
     """
     transformer = config.transformer
     if not transformer.mtp_num_layers:
         return None
     use_te = uses_transformer_engine(transformer)
     if not use_te:
-        refuse_beyond_pytorch(transformer)
+        check_pytorch_support(transformer)
     given = config.transformer_layer_spec is not None
     if isinstance(spec, TransformerBlockSubmodules) and not spec.layer_specs:
         layer = _plain_layer_spec(transformer)
@@ -140,18 +139,22 @@ def mtp_block_spec(
         layer = with_pytorch_attention(layer)
     block: MultiTokenPredictionBlockSubmodules | None = gpt_layer_specs.get_gpt_mtp_block_spec(
         transformer,
-        TransformerBlockSubmodules(layer_specs=[layer]),  # a bare ModuleSpec must be Megatron's TransformerLayer
+        # In a block, because megatron-core 0.19.2 accepts a single ModuleSpec only of its own TransformerLayer.
+        TransformerBlockSubmodules(layer_specs=[layer]),
         use_transformer_engine=use_te,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
     if block is None or use_te:
         return block
-    block = _in_pytorch(block, transformer)
-    return _with_layer(block, layer) if given else block
+    # A given layer stays as it is; only the block around it is replaced.
+    block = _use_pytorch_layers(block, transformer)
+    return _replace_layer(block, layer) if given else block
 
 
-def _with_layer(block: MultiTokenPredictionBlockSubmodules, layer: ModuleSpec) -> MultiTokenPredictionBlockSubmodules:
+def _replace_layer(
+    block: MultiTokenPredictionBlockSubmodules, layer: ModuleSpec
+) -> MultiTokenPredictionBlockSubmodules:
     """Return a copy of a multi-token prediction block that uses ``layer`` at every depth."""
     depths: list[ModuleSpec] = block.layer_specs or []
     parts: list[Any] = [depth.submodules for depth in depths]
@@ -187,7 +190,7 @@ def _plain_layer_spec(transformer: TransformerConfig) -> ModuleSpec:
 
 
 def _modelopt_spec(config: GPTModelConfig) -> LayerSpec:
-    # Imported here: it requires ModelOpt, which only models with a ModelOpt state need.
+    # Imported here because it requires ModelOpt, which only models with a ModelOpt state need.
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     arbitrary_mask = config.use_arbitrary_attention_mask

@@ -1,4 +1,4 @@
-"""The pre-flight rules of a GPT. Importing them imports no torch."""
+"""The pre-flight rules of a GPT. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 @rule(seen=MEGATRON, not_shown=VALIDATED)
 def predictions_in_a_pipeline(setup: Setup) -> Iterator[str]:
     """The last stage has its own copy of the position embedding, and the two copies are not kept in sync."""
-    if (problem := prediction_problem(setup.model, setup.layout.pp)) is not None:
+    if (problem := find_prediction_problem(setup.model, setup.layout.pp)) is not None:
         yield problem
 
 
-def prediction_problem(model: Any, pp: int) -> str | None:
+def find_prediction_problem(model: Any, pp: int) -> str | None:
     """Describe the problem with multi-token prediction on ``pp`` pipeline stages; None if there is none."""
     if model.transformer.mtp_num_layers and pp > 1 and model.position_embedding_type == "learned_absolute":
         return (

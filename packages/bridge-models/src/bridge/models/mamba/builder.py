@@ -11,7 +11,7 @@ from bridge.dist.checks.preflight import Rule
 from bridge.models.common.stages import first_and_last, pipeline_stages
 from bridge.models.mamba.config import MambaModelConfig
 from bridge.models.mamba.layers import stack_spec
-from bridge.models.mamba.rules import MAMBA_RULES, pattern_of_stages
+from bridge.models.mamba.rules import MAMBA_RULES, split_model_pattern
 from bridge.models.modelopt.builder import ModelOptBuilder
 
 
@@ -40,7 +40,7 @@ class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
             UnsupportedError: The available layers do not support the configuration.
             LayerSpecError: ``hybrid_stack_spec`` is not a spec and does not return one.
         """
-        config = self._restorable_config(pg_collection, vp_stage)
+        config = self._config_to_build(pg_collection, vp_stage)
         config.validate()
         pre_process, post_process = first_and_last(
             config.transformer,
@@ -54,7 +54,7 @@ class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
             hybrid_stack_spec=stack_spec(config),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.seq_length,
-            hybrid_layer_pattern=pattern_of_stages(config, pipeline_stages(config.transformer)),
+            hybrid_layer_pattern=split_model_pattern(config, pipeline_stages(config.transformer)),
             pre_process=pre_process,
             post_process=post_process,
             fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,

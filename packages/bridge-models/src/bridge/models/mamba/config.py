@@ -13,7 +13,7 @@ from bridge.config.schema.versions import Moved, Removed, Schema
 from bridge.models.common.config import LanguageModelConfig
 from bridge.models.common.stages import pipeline_stages
 from bridge.models.common.yarn import check_yarn
-from bridge.models.mamba.rules import layer_pattern, pattern_of_stages
+from bridge.models.mamba.rules import layer_pattern, split_model_pattern
 
 _USE_PATTERN = (
     "layer ratios were removed: set hybrid_layer_pattern instead, for example to the result of "
@@ -70,7 +70,7 @@ class MambaModelConfig(LanguageModelConfig):
             ModelConfigError: A required field is missing, or two fields contradict each other.
         """
         super().validate()
-        pattern_of_stages(self, pipeline_stages(self.transformer))
+        split_model_pattern(self, pipeline_stages(self.transformer))
         check_yarn(self.position_embedding_type, self.transformer)
 
     @property

@@ -1,4 +1,4 @@
-"""Choice of hybrid layers: Transformer Engine's if it is installed, otherwise PyTorch."""
+"""Layer specs of a hybrid model: Transformer Engine's layers if they can be used, otherwise layers in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from megatron.core.transformer.transformer_layer import (
 
 from bridge.config.schema.hybrid_pattern import count_prediction_depths
 from bridge.models.backend.choice import (
-    refuse_beyond_pytorch,
+    check_pytorch_support,
     require_transformer_engine,
     uses_transformer_engine,
     wants_pytorch_attention,
 )
-from bridge.models.backend.mixer import local_mixer_spec, with_mixers
+from bridge.models.backend.mixer import local_mixer_spec, replace_mixers
 from bridge.models.backend.norms import fused_norm, torch_norm
 from bridge.models.backend.provider import PyTorchSpecProvider, with_pytorch_attention, with_pytorch_layers
-from bridge.models.backend.specs import given_spec
+from bridge.models.backend.specs import resolve_spec
 from bridge.models.mamba.config import MambaModelConfig
 from bridge.models.mamba.pattern import refuse_layers
 
-_NEED_TRANSFORMER_ENGINE = "+DG"
+_NEED_TRANSFORMER_ENGINE = "+DG"  # symbols of `hybrid_layer_pattern` whose layers exist only there
 
 
 def stack_spec(config: MambaModelConfig) -> ModuleSpec:
@@ -47,16 +47,16 @@ def stack_spec(config: MambaModelConfig) -> ModuleSpec:
     if given is None:
         spec = default_stack_spec(config)
     else:
-        spec = given_spec(given, config, field="hybrid_stack_spec", kinds=(ModuleSpec,))
+        spec = resolve_spec(given, config, field="hybrid_stack_spec", kinds=(ModuleSpec,))
     if wants_pytorch_attention(config.transformer):
         spec = with_pytorch_attention(spec)
-    return with_mixers(spec)
+    return replace_mixers(spec)
 
 
 def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:
     """Return the default stack spec.
 
-    The first of these that applies: inference-optimised, ModelOpt, Transformer Engine, PyTorch.
+    It is the first of these that applies: inference-optimised, ModelOpt, Transformer Engine, PyTorch.
 
     Raises:
         UnsupportedError: The available layers do not support the configuration.
@@ -73,23 +73,23 @@ def default_stack_spec(config: MambaModelConfig) -> ModuleSpec:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
         return hybrid_stack_spec
-    refuse_beyond_pytorch(transformer)
-    refuse_layers(config.layer_pattern, _NEED_TRANSFORMER_ENGINE, "they need Transformer Engine, install it")
+    check_pytorch_support(transformer)
+    refuse_layers(config.layer_pattern, _NEED_TRANSFORMER_ENGINE, "they require Transformer Engine: install it")
     if count_prediction_depths(config.layer_pattern):
         require_transformer_engine("multi-token prediction of a hybrid model")
     return pytorch_stack_spec(transformer)
 
 
 def _modelopt_spec() -> ModuleSpec:
-    # Imported here: it requires ModelOpt, which only models with a ModelOpt state need.
+    # Imported here because it requires ModelOpt, which only models with a ModelOpt state need.
     from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
 
     return get_hybrid_stack_modelopt_spec(local_core_attention=False, remap_te_layernorm=False)
 
 
 def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
-    """Return layers without Transformer Engine that use the same checkpoint keys as the layers with it."""
-    # A GPT layer is attention plus MLP; in a hybrid model each is a separate layer.
+    """Return the stack spec of layers in PyTorch, with the checkpoint keys of Transformer Engine's layers."""
+    # A GPT layer is attention plus MLP. In a hybrid model, each of them is a layer: the other one becomes an identity.
     whole = get_gpt_layer_local_spec(
         normalization=transformer.normalization,
         qk_layernorm=transformer.qk_layernorm,
@@ -104,7 +104,7 @@ def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
         mlp,
         mlp=get_mlp_module_spec_for_backend(
             PyTorchSpecProvider(),
-            num_experts=transformer.num_moe_experts or 1,
+            num_experts=transformer.num_moe_experts or 1,  # any number: the spec exists without experts too
             moe_grouped_gemm=transformer.moe_grouped_gemm,
         ),
     )
@@ -112,6 +112,7 @@ def pytorch_stack_spec(transformer: TransformerConfig) -> ModuleSpec:
         norm=fused_norm,
         mixer=local_mixer_spec(),
         mamba_bda=get_bias_dropout_add,  # type: ignore[arg-type]  # a function, as in Megatron's own specs
+        # Transformer Engine fuses this norm with the input projection.
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )
     layers = HybridStackSubmodules(

@@ -1,4 +1,4 @@
-"""Split the pattern of a hybrid model into pipeline stages, and refuse unsupported layers."""
+"""Split the layer pattern of a hybrid model into pipeline stages, and refuse unsupported kinds of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bridge.config.schema.hybrid_pattern import MEANINGS, STAGE, get_decoder, po
 from bridge.models.errors import ModelConfigError
 
 
-def staged(pattern: str, stages: int) -> str:
+def split_pattern(pattern: str, stages: int) -> str:
     """Return the pattern with ``|`` between pipeline stages.
 
     Stages are in Megatron-Core's order: the first virtual stage of every rank, then the second of every rank. Without
@@ -19,13 +19,14 @@ def staged(pattern: str, stages: int) -> str:
             where.
     """
     decoder = get_decoder(pattern)
-    rest = pattern[len(decoder) :]
+    rest = pattern[len(decoder) :]  # multi-token prediction, behind `/`
     parts = decoder.split(STAGE)
     if stages == 1:
         return "".join(parts) + rest
     if len(parts) == stages:
         return pattern
     if len(parts) > 1:
+        # The message points at the first layer of each stage; `|` counts as one place.
         starts = [sum(len(part) + 1 for part in parts[:index]) for index in range(len(parts))]
         raise _error(
             f"has {len(parts)} stages, the pipeline has {stages} (pipeline_model_parallel_size x virtual stages): "
@@ -45,14 +46,14 @@ def staged(pattern: str, stages: int) -> str:
 
 
 def refuse_layers(pattern: str, symbols: str, reason: str) -> None:
-    """Check that a pattern has none of the given kinds of layers.
+    """Check that a pattern has no layers of the kinds in ``symbols``.
 
     Raises:
-        ModelConfigError: It has some. The message points at them.
+        ModelConfigError: It has some. The message points at them and gives the reason.
     """
-    if found := [at for at, symbol in enumerate(pattern) if symbol in symbols]:
-        named = " and ".join(f"{MEANINGS[symbol]} ({symbol})" for symbol in symbols if symbol in pattern)
-        raise _error(f"has layers of {named}: {reason}", pattern, found)
+    if places := [at for at, symbol in enumerate(pattern) if symbol in symbols]:
+        names = " and ".join(f"{MEANINGS[symbol]} ({symbol})" for symbol in symbols if symbol in pattern)
+        raise _error(f"has layers of {names}: {reason}", pattern, places)
 
 
 def _error(problem: str, pattern: str, places: Iterable[int]) -> ModelConfigError:

@@ -1,4 +1,4 @@
-"""The pre-flight rules of hybrid models. Importing them imports no torch."""
+"""The pre-flight rules of Mamba and hybrid models. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridge.config.schema.arithmetic import count_mamba_heads
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
 from bridge.models.errors import ModelConfigError
-from bridge.models.mamba.pattern import staged
+from bridge.models.mamba.pattern import split_pattern
 from bridge.models.modelopt.rules import MODELOPT_RULES
 
 
@@ -18,12 +18,12 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 def hybrid_stages(setup: Setup) -> Iterator[str]:
     """The pattern of a hybrid model must match the number of pipeline stages, or its layers must divide equally."""
     try:
-        pattern_of_stages(setup.model, setup.layout.pp * (setup.layout.vp if setup.has_virtual_pipeline else 1))
+        split_model_pattern(setup.model, setup.layout.pp * (setup.layout.vp if setup.has_virtual_pipeline else 1))
     except ModelConfigError as error:
         yield str(error)
 
 
-def pattern_of_stages(model: Any, stages: int) -> str:
+def split_model_pattern(model: Any, stages: int) -> str:
     """Return the pattern of a hybrid model with ``|`` between ``stages`` pipeline stages.
 
     Raises:
@@ -42,9 +42,9 @@ def pattern_of_stages(model: Any, stages: int) -> str:
     if uneven:
         raise ModelConfigError(
             f"hybrid models do not support transformer.{' and '.join(uneven)}: "
-            "put | in hybrid_layer_pattern where a stage ends"
+            "mark the end of a stage with | in hybrid_layer_pattern instead"
         )
-    return staged(layer_pattern(model), stages)
+    return split_pattern(layer_pattern(model), stages)
 
 
 def layer_pattern(model: Any) -> str:
@@ -67,13 +67,13 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
     tp, cp = setup.layout.tp, setup.layout.cp
     heads, groups = count_mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
     if heads % (tp * cp):
-        yield f"a Mamba layer has {heads} heads, not a multiple of tp x cp = {tp} x {cp}: change tp or cp"
+        yield f"Mamba layers have {heads} heads, which is not a multiple of tp x cp = {tp} x {cp}: change tp or cp"
     if groups % tp:
         yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
     elif (groups // tp) % cp and cp % (groups // tp):
         yield (
-            f"mamba_num_groups = {groups} on tp = {tp} is {groups // tp} a rank, neither a multiple nor a divisor of "
-            f"cp = {cp}: choose another cp"
+            f"mamba_num_groups = {groups} with tp = {tp} gives {groups // tp} groups per rank, which is neither a "
+            f"multiple nor a divisor of cp = {cp}: choose another cp"
         )
 
 

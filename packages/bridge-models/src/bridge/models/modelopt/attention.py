@@ -1,4 +1,4 @@
-"""Our attention for ModelOpt, which of attention knows only that of Transformer Engine. It imports ModelOpt."""
+"""Quantisation of TorchAttention by ModelOpt, which supports only Transformer Engine's. It imports ModelOpt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from modelopt.torch.utils.distributed import ParallelState
 
 from bridge.models.backend.attention import TorchAttention
 
-_KEY = "bridge.models.backend.TorchAttention"  # in states that were saved
+_KEY = "bridge.models.backend.TorchAttention"  # stored in ModelOpt states: do not change
 
 
 @contextlib.contextmanager
-def known_attention(names: Iterable[str]) -> Iterator[None]:
-    """Let ModelOpt convert our attention if it did when these names of quantizers and modules were saved.
+def convert_attention_as_saved(names: Iterable[str]) -> Iterator[None]:
+    """Let ModelOpt convert TorchAttention within a context only if it had done so when the state was saved.
 
-    It did not in a model that was quantised before this module was imported.
+    A model that was quantised before this module was imported has no quantizers in its attention.
+
+    Args:
+        names: The names of quantizers or parameters in the saved state.
     """
     if any("core_attention" in name for name in names):
         yield
@@ -34,8 +37,8 @@ def known_attention(names: Iterable[str]) -> Iterator[None]:
 
 
 @QuantModuleRegistry.register({TorchAttention: _KEY})
-class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # which has no types
-    """Quantisation of queries, keys and values, as ModelOpt does it for Transformer Engine's attention."""
+class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt has no types
+    """TorchAttention with quantised queries, keys and values, as in ModelOpt's version of Transformer Engine's."""
 
     device: torch.device  # ModelOpt sets it
     tp_group: torch.distributed.ProcessGroup
@@ -49,12 +52,12 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # which has no ty
         )
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Attend, see ``TorchAttention``."""
+        """Quantise the inputs and compute attention, see ``TorchAttention``."""
         query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
         return super().forward(query, key, value, *args, **kwargs)
 
     def modelopt_post_restore(self, prefix: str = "") -> None:
-        """Move what was restored to the device of the layer."""
+        """Move the restored quantizers to the device of the layer."""
         self.to(self.device)
 
     def sharded_state_dict(
@@ -63,7 +66,7 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # which has no ty
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Describe the quantizers, equal on tensor-parallel ranks, beside what the layer itself has."""
+        """Return the layer's own entries and those of the quantizers, which are equal on tensor-parallel ranks."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         quantizers = {
             name: value
@@ -76,7 +79,7 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # which has no ty
         )
         return described
 
-    # ModelOpt puts methods of its own into each module, which torch calls only where the class has them.
+    # ModelOpt adds its own methods to each instance. torch calls them only if the class has them too.
     def get_extra_state(self) -> None:
         """Return the state of the quantizers."""
 

@@ -20,12 +20,12 @@ from bridge.dist import DistributedModelBuilder
 from bridge.dist.checks.preflight import Rule
 from bridge.models.common.groups import check_global_groups
 from bridge.models.errors import CheckpointError, UnsupportedError
-from bridge.models.modelopt.checkpoint import locate
+from bridge.models.modelopt.checkpoint import find_checkpoint
 from bridge.models.modelopt.rules import MODELOPT_RULES
 
 
 class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
-    """Builder that restores a ModelOpt state and weights before it wraps the model.
+    """Builder that restores a ModelOpt state and weights before stages are wrapped.
 
     Example:
         >>> config = GPTModelConfig(transformer=transformer, vocab_size=256, restore_modelopt_state=True)
@@ -43,8 +43,8 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
 
         Args:
             model_config: The configuration of the model.
-            modelopt_checkpoint: With ``restore_modelopt_state``: a folder that Megatron saved (distributed, or
-                ``mp_rank_*``; or one of several iterations), or a file of ``modelopt.torch.opt.save``.
+            modelopt_checkpoint: The checkpoint, required if ``restore_modelopt_state`` is true: a folder that Megatron
+                saved (distributed, ``mp_rank_*``, or several iterations), or a file of ``modelopt.torch.opt.save``.
         """
         super().__init__(model_config)
         self._checkpoint = None if modelopt_checkpoint is None else Path(modelopt_checkpoint)
@@ -53,22 +53,22 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         """Check that a checkpoint with a ModelOpt state is given if, and only if, the configuration asks for one.
 
         Raises:
-            CheckpointError: There is none, there is no state in it, or it is not asked for.
+            CheckpointError: The checkpoint is missing, has no state, or is not asked for.
             UnsupportedError: ModelOpt is not installed.
         """
         wanted = self._model_config.restore_modelopt_state
         if self._checkpoint is None and wanted:
             raise CheckpointError(
-                "restore_modelopt_state is true, but there is no checkpoint to restore from: give one "
+                "restore_modelopt_state is true, but there is no checkpoint to restore from: pass one "
                 "(modelopt_checkpoint of the builder, --load of `bridge build`), or set it to false"
             )
         if self._checkpoint is not None and not wanted:
             raise CheckpointError(
                 f"restore_modelopt_state is false, but {self._checkpoint} is given to restore from: set it to true, "
-                "or give no checkpoint"
+                "or pass no checkpoint"
             )
         if self._checkpoint is not None:
-            locate(self._checkpoint)
+            find_checkpoint(self._checkpoint)
             _require_modelopt()
 
     def restore(self, stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> list[MegatronModule]:
@@ -81,13 +81,13 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
             return stages
         state = import_modelopt()
         (stage,) = stages
-        return [state.restored(stage, locate(self._checkpoint), pg_collection)]
+        return [state.restore_checkpoint(stage, find_checkpoint(self._checkpoint), pg_collection)]
 
-    def _restorable_config(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> BuildConfigT:
+    def _config_to_build(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> BuildConfigT:
         """Return the configuration to build a stage from; with a ModelOpt state, a modified copy.
 
         Raises:
-            UnsupportedError: ModelOpt is not installed, or cannot do what is asked for.
+            UnsupportedError: ModelOpt is not installed, or does not support the layout.
         """
         if not self._model_config.restore_modelopt_state:
             return self._model_config
@@ -99,16 +99,16 @@ class ModelOptBuilder(DistributedModelBuilder[ModelT, BuildConfigT]):
         check_global_groups(pg_collection, component="ModelOpt")
         config = copy.copy(self._model_config)
         transformer = copy.copy(self.transformer_config)
-        transformer.moe_grouped_gemm = False  # ModelOpt's experts are one module each
+        transformer.moe_grouped_gemm = False  # ModelOpt requires one module per expert
         setattr(config, "transformer", transformer)  # noqa: B010 - a field of all families
         return config
 
 
 def import_modelopt() -> ModuleType:
-    """Import ``bridge.models.modelopt.state``, and ModelOpt with it, which teaches it our layers.
+    """Import ``bridge.models.modelopt.state``, which imports ModelOpt and registers TorchAttention with it.
 
     Raises:
-        UnsupportedError: It is not installed.
+        UnsupportedError: ModelOpt is not installed.
     """
     try:
         # ModelOpt prints, and warns about optional libraries, while it is imported.
@@ -123,15 +123,15 @@ def import_modelopt() -> ModuleType:
 def _require_modelopt() -> None:
     """Check that ModelOpt is installed without importing it, which takes seconds."""
     try:
-        found = importlib.util.find_spec("modelopt")
+        spec = importlib.util.find_spec("modelopt")
     except ImportError as error:
         raise _not_installed(str(error)) from error
-    if found is None:
+    if spec is None:
         raise _not_installed("no module named 'modelopt'")
 
 
 def _not_installed(why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"restore_modelopt_state needs nvidia-modelopt, which cannot be imported ({why}): "
+        f"restore_modelopt_state requires nvidia-modelopt, which cannot be imported ({why}): "
         "install bridge-models[modelopt], or set it to false"
     )

@@ -16,28 +16,28 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 
 from bridge.models.errors import CheckpointError
 
-_ITERATION = "latest_checkpointed_iteration.txt"
+_LATEST_ITERATION_FILE = "latest_checkpointed_iteration.txt"
 
 
-def locate(checkpoint: Path) -> Path:
-    """Return what to restore from: the latest iteration in a folder of several, or what is given.
+def find_checkpoint(checkpoint: Path) -> Path:
+    """Return the path to restore from: the latest iteration in a folder of several, otherwise ``checkpoint``.
 
     Raises:
-        CheckpointError: There is nothing, or nothing with a ModelOpt state.
+        CheckpointError: The path does not exist, is not a checkpoint, or has no ModelOpt state.
     """
     if not checkpoint.exists():
-        raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: give another checkpoint")
-    if (checkpoint / _ITERATION).is_file():
-        latest = (checkpoint / _ITERATION).read_text().strip()
-        return locate(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
+        raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: pass another checkpoint")
+    if (checkpoint / _LATEST_ITERATION_FILE).is_file():
+        latest = (checkpoint / _LATEST_ITERATION_FILE).read_text().strip()
+        return find_checkpoint(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
     if checkpoint.is_dir() and not (is_sharded(checkpoint) or any(checkpoint.glob("mp_rank_*"))):
         raise CheckpointError(
-            f"{checkpoint} holds no checkpoint of Megatron: give the folder that it was saved into, with metadata.json "
+            f"{checkpoint} holds no checkpoint of Megatron: pass the folder that it was saved to, with metadata.json "
             "or mp_rank_* in it, or a file of modelopt.torch.opt.save"
         )
     if is_sharded(checkpoint) and not (checkpoint / "modelopt_state").is_dir():
         raise CheckpointError(
-            f"{checkpoint} has no ModelOpt state (no folder modelopt_state): give the checkpoint of a model that "
+            f"{checkpoint} has no ModelOpt state (no folder modelopt_state): pass the checkpoint of a model that "
             "ModelOpt changed, or set restore_modelopt_state to false"
         )
     return checkpoint
@@ -48,13 +48,17 @@ def is_sharded(checkpoint: Path) -> bool:
     return bool(dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)))
 
 
-def file_of_rank(checkpoint: Path, pg_collection: ProcessGroupCollection) -> Path:
-    """Return the file of this rank, as Megatron names it, in a folder that is no distributed checkpoint."""
+def find_rank_file(checkpoint: Path, pg_collection: ProcessGroupCollection) -> Path:
+    """Return this rank's file, as Megatron names it, in a checkpoint that is not distributed.
+
+    Raises:
+        CheckpointError: The checkpoint was saved for another layout.
+    """
     if checkpoint.is_file():
         ranks = pg_collection.tp.size() * pg_collection.pp.size() * pg_collection.ep.size()
         if ranks > 1:
             raise CheckpointError(
-                f"{checkpoint} is the file of one rank, but {ranks} hold parts of the model: give a distributed "
+                f"{checkpoint} is the file of one rank, but {ranks} hold parts of the model: pass a distributed "
                 "checkpoint, or set tp, pp and ep to 1"
             )
         return checkpoint
@@ -64,18 +68,18 @@ def file_of_rank(checkpoint: Path, pg_collection: ProcessGroupCollection) -> Pat
     file = checkpoint / name / "model_optim_rng.pt"
     if not file.is_file():
         raise CheckpointError(
-            f"{checkpoint} has no {file.relative_to(checkpoint)}: it was saved under another layout, build under that"
+            f"{checkpoint} has no {file.relative_to(checkpoint)}: it was saved with another layout, build with that one"
         )
     return file
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Read what was saved with torch: data alone, and the few classes that Megatron puts into its checkpoints."""
+    """Read a file that torch saved. Only data and the classes that Megatron lists as safe are loaded: no code runs."""
     try:
         with torch.serialization.safe_globals(cast(list[Any], SAFE_GLOBALS)):
             saved: object = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{file} holds a {type(saved).__name__}, not a checkpoint: give another file")
+        raise CheckpointError(f"{file} holds a {type(saved).__name__}, not a checkpoint: pass another file")
     return saved

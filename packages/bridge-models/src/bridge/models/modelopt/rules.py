@@ -1,4 +1,4 @@
-"""The pre-flight rules of models with a ModelOpt state. Importing them imports no torch."""
+"""The pre-flight rules of models with a ModelOpt state. Importing this module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restoring a ModelOpt state, and weights. It imports ModelOpt, and makes our attention known to it."""
+"""Restore a ModelOpt state and weights. Importing this module imports ModelOpt and registers TorchAttention with it."""
 
 from __future__ import annotations
 
@@ -24,71 +24,73 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from bridge.dist.patch import Replacement, replace_attributes
 from bridge.models.errors import CheckpointError
-from bridge.models.modelopt.attention import known_attention
-from bridge.models.modelopt.checkpoint import file_of_rank, is_sharded, read_file
+from bridge.models.modelopt.attention import convert_attention_as_saved
+from bridge.models.modelopt.checkpoint import find_rank_file, is_sharded, read_file
 
 logger = logging.getLogger(__name__)
 
-_MOST_NAMES = 5
-_LONGEST = 1000
+_MAX_NAMES = 5
+_MAX_REASON_LENGTH = 1000
 
 
-def restored(stage: MegatronModule, checkpoint: Path, pg_collection: ProcessGroupCollection) -> MegatronModule:
-    """Give a stage that was just built the ModelOpt state and the weights of a checkpoint.
+def restore_checkpoint(
+    stage: MegatronModule, checkpoint: Path, pg_collection: ProcessGroupCollection
+) -> MegatronModule:
+    """Restore the ModelOpt state and the weights of a checkpoint into a newly built stage.
 
-    Collective, if it is a distributed checkpoint.
+    Every rank must call it if the checkpoint is distributed.
 
     Args:
-        stage: Is changed, and may be replaced by what is returned.
-        checkpoint: What ``bridge.models.modelopt.checkpoint.locate`` returned.
+        stage: The stage, which is changed. Use the returned one, which may be another object.
+        checkpoint: What ``bridge.models.modelopt.checkpoint.find_checkpoint`` returned.
         pg_collection: The process groups of this rank.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or is of another model or layout.
+        CheckpointError: The checkpoint cannot be read, or belongs to another model or layout.
     """
     output = io.StringIO()
     with contextlib.redirect_stdout(output):  # ModelOpt prints what it does
         if is_sharded(checkpoint):
-            stage = _from_shards(stage, checkpoint)
+            stage = _restore_sharded(stage, checkpoint)
         else:
-            stage = _from_file(stage, file_of_rank(checkpoint, pg_collection))
+            stage = _restore_file(stage, find_rank_file(checkpoint, pg_collection))
     logger.info("restored a ModelOpt state from %s: %s", checkpoint, " ".join(output.getvalue().split()))
     return stage
 
 
-def _from_shards(stage: MegatronModule, folder: Path) -> MegatronModule:
+def _restore_sharded(stage: MegatronModule, folder: Path) -> MegatronModule:
     """Restore from a distributed checkpoint, which may have been saved under another layout."""
     holder = [stage]
     try:
-        with _listed_tensors():
-            with known_attention(load_sharded_metadata(str(folder))):
+        with _ignore_strides():
+            with convert_attention_as_saved(load_sharded_metadata(str(folder))):
                 restore_sharded_modelopt_state(holder, folder)
             (stage,) = holder
             described = stage.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(folder)))
             loaded: tuple[dict[str, Any], set[str], set[str]] = dist_checkpointing.load(  # type: ignore[assignment]
                 {"model": described}, str(folder), strict=StrictHandling.RETURN_ALL
             )
-    except CheckpointException as error:  # torch's, of what happened on which rank
+    except CheckpointException as error:  # from torch, with the errors of all ranks
         causes = [cause for cause, _ in error.failures.values()]
         raise _mismatch_error(folder, str(causes[0])) from error
     except (RuntimeError, CheckpointingException) as error:
         raise _mismatch_error(folder, str(error)) from error
     state, missing, unexpected = loaded
-    parts = dict(stage.named_children())  # the rest of the checkpoint, an optimizer's state, is not the model's
+    parts = dict(stage.named_children())  # other names in the checkpoint are not the model's, but the optimizer's
     only = {
-        "the checkpoint alone has": {name for name in missing if name.split(".")[0] in parts},
-        "the model alone has": unexpected,
+        "only the checkpoint has": {name for name in missing if name.split(".")[0] in parts},
+        "only the model has": unexpected,
     }
-    if found := [f"{side} {_format_names(names)}" for side, names in only.items() if names]:
-        raise _mismatch_error(folder, "; ".join(found))
+    if mismatches := [f"{side} {_format_names(names)}" for side, names in only.items() if names]:
+        raise _mismatch_error(folder, "; ".join(mismatches))
     _load_weights(stage, state["model"], folder)
     return stage
 
 
-def _listed_tensors() -> AbstractContextManager[None]:
-    """Have Megatron list what tensors a checkpoint has.
+def _ignore_strides() -> AbstractContextManager[None]:
+    """Let Megatron list the tensors of a checkpoint within a context.
 
-    megatron-core 0.19.2 makes each with all properties that torch keeps of it, and fails where torch (2.15) keeps its
+    megatron-core 0.19.2 creates each tensor from all properties that torch stores, and fails because torch 2.15 stores
     strides too.
     """
     list_tensors: Any = TorchDistLoadShardedStrategy.load_tensors_metadata
@@ -103,26 +105,27 @@ def _listed_tensors() -> AbstractContextManager[None]:
     return replace_attributes(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", without_strides))
 
 
-def _from_file(stage: MegatronModule, file: Path) -> MegatronModule:
-    """Restore from a file of this rank."""
+def _restore_file(stage: MegatronModule, file: Path) -> MegatronModule:
+    """Restore from the file of this rank."""
     saved = read_file(file)
     state, weights = saved.get("modelopt_state"), saved.get("model_state_dict", saved.get("model"))
     if weights is None or not (state and state["modelopt_state_dict"]):
         raise CheckpointError(
-            f"{file} has no ModelOpt state with weights: give the checkpoint of a model that ModelOpt changed, "
+            f"{file} has no ModelOpt state with weights: pass the checkpoint of a model that ModelOpt changed, "
             "or set restore_modelopt_state to false"
         )
     quantizers = {
         name for _, mode in state["modelopt_state_dict"] for name in mode["metadata"].get("quantizer_state", ())
     }
     try:
-        with known_attention(quantizers):
+        with convert_attention_as_saved(quantizers):
             restored: MegatronModule = mto.restore_from_modelopt_state(stage, state)
-    except RuntimeError as error:  # of ModelOpt: names differ
+    except RuntimeError as error:  # from ModelOpt: names differ
         raise _mismatch_error(file, str(error)) from error
     shapes = {name: tuple(parameter.shape) for name, parameter in restored.named_parameters()}
-    if found := {name for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != shape}:
-        raise _mismatch_error(file, f"the model has other shapes of {_format_names(found)}")
+    different = {name for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != shape}
+    if different:
+        raise _mismatch_error(file, f"the model has other shapes of {_format_names(different)}")
     _load_weights(restored, weights, file)
     return restored
 
@@ -135,14 +138,14 @@ def _load_weights(stage: MegatronModule, weights: dict[str, Any], source: Path) 
 
 
 def _format_names(names: set[str]) -> str:
-    shown = sorted(names)[:_MOST_NAMES]
+    shown = sorted(names)[:_MAX_NAMES]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _mismatch_error(source: Path, how: str) -> CheckpointError:
-    shown = how if len(how) <= _LONGEST else f"{how[:_LONGEST]} ..."
+def _mismatch_error(source: Path, reason: str) -> CheckpointError:
+    shown = reason if len(reason) <= _MAX_REASON_LENGTH else f"{reason[:_MAX_REASON_LENGTH]} ..."
     return CheckpointError(
         f"{source} cannot be restored into this model: {shown}\n"
-        "Build it with the configuration and layers that it was saved with. Call build_model with"
-        " restore_modelopt_state also for the model that ModelOpt is to convert: its experts are then not grouped"
+        "Build the model with the configuration and layers that the checkpoint was saved with. Build the model that "
+        "ModelOpt changes with restore_modelopt_state too, so that its experts are not grouped"
     )

@@ -11,21 +11,26 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.dist import DistributedModelBuilder
-from bridge.models.backend.choice import Refusals, refuse, uses_transformer_engine, wants_pytorch_attention
+from bridge.models.backend.choice import (
+    Limitations,
+    check_limitations,
+    uses_transformer_engine,
+    wants_pytorch_attention,
+)
 from bridge.models.common.groups import check_global_groups
 from bridge.models.errors import UnsupportedError
 from bridge.models.t5.config import T5ModelConfig
 from bridge.models.t5.layers import decoder_layer_spec, encoder_layer_spec
 from bridge.models.t5.rules import T5_RULES
 
-_HIDE_EVERY = 7
-_HIDDEN = 0
+_MASK_EVERY = 7  # about the 15 % of tokens that T5's pre-training masks
+_MASK_TOKEN = 0
 
-# T5Model of megatron-core 0.19.2 ignores these, or fails on them in the first forward pass.
-_BEYOND_T5: Refusals = {
+# T5Model of megatron-core 0.19.2 silently ignores these features, or fails in the first forward pass.
+_MODEL_LIMITATIONS: Limitations = {
     "multi-token prediction": (lambda c: bool(c.mtp_num_layers), "set transformer.mtp_num_layers to null"),
     "scaling of logits by µP": (lambda c: c.use_mup, "set transformer.use_mup to false"),
-    "gates on attention": (lambda c: c.attention_output_gate, "set transformer.attention_output_gate to false"),
+    "attention output gates": (lambda c: c.attention_output_gate, "set transformer.attention_output_gate to false"),
 }
 
 
@@ -58,8 +63,8 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
 
         Raises:
             ModelConfigError: The configuration is invalid.
-            UnsupportedError: The available layers do not support the configuration, pipeline parallelism is set, or the
-                process groups are not Megatron's global ones.
+            UnsupportedError: The available layers do not support the configuration, there is more than one pipeline
+                stage, or the process groups are not Megatron's global ones.
             LayerSpecError: A layer spec is not a spec and does not return one.
         """
         config = self._model_config
@@ -69,7 +74,7 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
                 "T5 cannot be split into pipeline stages: set transformer.pipeline_model_parallel_size to 1, and pass "
                 "no vp_stage"
             )
-        refuse(config.transformer, _BEYOND_T5, layers="Megatron's T5")
+        check_limitations(config.transformer, _MODEL_LIMITATIONS, layers="Megatron's T5")
         # Cross attention of megatron-core 0.19.2 ignores pg_collection.
         check_global_groups(pg_collection, component="T5's cross attention")
         return T5Model(
@@ -96,27 +101,31 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
     def forward_step(
         self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
     ) -> torch.Tensor:
-        """Train the model to restore a text with every seventh token masked; see ``DistributedModelBuilder``.
+        """Compute the loss of restoring a text with every seventh token masked; see ``DistributedModelBuilder``.
 
-        The encoder reads the tokens, masked ones replaced by 0; the decoder predicts each token from the previous ones.
+        The encoder reads the tokens, in which 0 replaces masked ones. The decoder predicts each token from the previous
+        ones and the encoder's output.
 
         Returns:
             A loss for each token, shape [microbatch, sequence].
         """
-        shown, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        hidden = torch.arange(1, shown.shape[1] + 1, device=shown.device) % _HIDE_EVERY == 0
-        encoder_mask, cross_mask = self._no_padding_masks(shown)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        is_masked = torch.arange(1, inputs.shape[1] + 1, device=inputs.device) % _MASK_EVERY == 0
+        encoder_mask, cross_mask = self._no_padding_masks(inputs)
         losses: torch.Tensor = stage(
-            shown.masked_fill(hidden, _HIDDEN), shown, encoder_mask, None, cross_mask, lm_labels=labels
+            inputs.masked_fill(is_masked, _MASK_TOKEN), inputs, encoder_mask, None, cross_mask, lm_labels=labels
         )
         return losses
 
     def _no_padding_masks(
         self, tokens: torch.Tensor
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Return encoder and cross-attention masks for sequences without padding, which Transformer Engine requires."""
+        """Return the masks of encoder and cross attention for sequences without padding.
+
+        Transformer Engine requires masks; attention in PyTorch does without.
+        """
         transformer = self.transformer_config
         if wants_pytorch_attention(transformer) or not uses_transformer_engine(transformer):
             return None, None
-        nothing = torch.zeros_like(tokens, dtype=torch.bool)[:, None, None]
-        return nothing, (nothing, nothing)
+        no_padding = torch.zeros_like(tokens, dtype=torch.bool)[:, None, None]
+        return no_padding, (no_padding, no_padding)

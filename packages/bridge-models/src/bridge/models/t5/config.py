@@ -90,8 +90,9 @@ class T5ModelConfig(LanguageModelConfig):
             size: int | None = getattr(self, own)
             if size is not None:
                 setattr(encoder, name, size)
-        encoder.num_query_groups = encoder.num_attention_heads
-        # The init scale of layers that write to the residual stream depends on the number of layers.
+        encoder.num_query_groups = encoder.num_attention_heads  # T5's encoder has no grouped queries
+        # The standard deviation of layers that write to the residual stream depends on the number of layers. Only
+        # Megatron's default is recomputed: an initialiser that the user sets is kept.
         if encoder.num_layers != self.transformer.num_layers and _same_partial(
             encoder.output_layer_init_method, _output_init(self.transformer)
         ):
@@ -101,6 +102,7 @@ class T5ModelConfig(LanguageModelConfig):
 
 def _output_init(transformer: TransformerConfig) -> partial[object]:
     """Return the output-layer initialiser that TransformerConfig derives by default."""
+    # Sublayers per layer that write to the residual stream, as in megatron-core 0.19.2.
     multiplier = 1.0 if transformer.is_hybrid_model else 2.0
     initialiser: partial[object] = scaled_init_method_normal(
         transformer.init_method_std, transformer.num_layers, multiplier=multiplier

@@ -1,4 +1,4 @@
-"""Choice of T5 layers: Transformer Engine's if it is installed, otherwise PyTorch."""
+"""Layer specs of a T5: Transformer Engine's layers if they can be used, otherwise layers in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.models.backend.choice import (
-    Refusals,
-    refuse,
-    refuse_beyond_pytorch,
+    Limitations,
+    check_limitations,
+    check_pytorch_support,
     uses_transformer_engine,
     wants_pytorch_attention,
 )
 from bridge.models.backend.provider import with_pytorch_attention, with_pytorch_layers
-from bridge.models.backend.specs import LayerSpec, given_layer_spec
+from bridge.models.backend.specs import LayerSpec, resolve_layer_spec
 from bridge.models.t5.config import T5ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Megatron:
-    """Megatron's spec functions of one stack: the whole block with Transformer Engine, and one local layer."""
+class _MegatronSpecs:
+    """Megatron's spec functions for one stack: a Transformer Engine block of so many layers, and one local layer."""
 
     transformer_engine: Callable[[int], TransformerBlockSubmodules]
     local: Callable[[], ModuleSpec]
 
 
-_ENCODER = _Megatron(
+_ENCODER = _MegatronSpecs(
     transformer_engine=t5_spec.get_t5_encoder_with_transformer_engine_block_spec,
     local=t5_spec.encoder_model_with_local_spec,
 )
-_DECODER = _Megatron(
+_DECODER = _MegatronSpecs(
     transformer_engine=t5_spec.get_t5_decoder_with_transformer_engine_block_spec,
     local=t5_spec.decoder_model_with_local_spec,
 )
 
 # The T5 specs of megatron-core 0.19.2 silently ignore these.
-_BEYOND_SPECS: Refusals = {
+_SPEC_LIMITATIONS: Limitations = {
     "experts": (lambda c: c.num_moe_experts is not None, "set transformer.num_moe_experts to null"),
     "multi-latent attention": (lambda c: c.multi_latent_attention, "embed a plain TransformerConfig"),
-    "normalised queries and keys": (
+    "normalisation of queries and keys": (
         lambda c: c.qk_layernorm or c.qk_l2_norm,
         "set transformer.qk_layernorm and transformer.qk_l2_norm to false",
     ),
-    "an experimental attention": (
+    "experimental attention": (
         lambda c: c.experimental_attention_variant is not None,
         "set transformer.experimental_attention_variant to null",
     ),
-    "blocks of their own for each layer": (
+    "heterogeneous blocks": (
         lambda c: c.heterogeneous_block_specs,
         "embed a plain TransformerConfig",
     ),
-    "sliding windows": (lambda c: c.window_size is not None, "set transformer.window_size to null"),
-    "quantization by Kitchen": (lambda c: c.use_kitchen, "set transformer.use_kitchen to false"),
-    "inference_optimized": (
+    "sliding-window attention": (lambda c: c.window_size is not None, "set transformer.window_size to null"),
+    "Kitchen quantization": (lambda c: c.use_kitchen, "set transformer.use_kitchen to false"),
+    "transformer_impl: inference_optimized": (
         lambda c: c.transformer_impl == "inference_optimized",
         "set transformer.transformer_impl to transformer_engine or local",
     ),
@@ -78,8 +78,8 @@ def encoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
         LayerSpecError: The configuration's value is not a layer spec.
     """
     if config.encoder_layer_spec is None:
-        return _default(config.encoder_transformer, _ENCODER)
-    return _given(config.encoder_layer_spec, config, field="encoder_layer_spec")
+        return _default_spec(config.encoder_transformer, _ENCODER)
+    return _resolve_spec(config.encoder_layer_spec, config, field="encoder_layer_spec")
 
 
 def decoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
@@ -90,21 +90,23 @@ def decoder_layer_spec(config: T5ModelConfig) -> LayerSpec:
         LayerSpecError: The configuration's value is not a layer spec.
     """
     if config.decoder_layer_spec is None:
-        return _default(config.transformer, _DECODER)
-    return _given(config.decoder_layer_spec, config, field="decoder_layer_spec")
+        return _default_spec(config.transformer, _DECODER)
+    return _resolve_spec(config.decoder_layer_spec, config, field="decoder_layer_spec")
 
 
-def _given(given: LayerSpec | Callable[[T5ModelConfig], ModuleSpec], config: T5ModelConfig, *, field: str) -> LayerSpec:
-    spec = given_layer_spec(given, config, field=field)
+def _resolve_spec(
+    given: LayerSpec | Callable[[T5ModelConfig], ModuleSpec], config: T5ModelConfig, *, field: str
+) -> LayerSpec:
+    spec = resolve_layer_spec(given, config, field=field)
     return with_pytorch_attention(spec) if wants_pytorch_attention(config.transformer) else spec
 
 
-def _default(transformer: TransformerConfig, megatron: _Megatron) -> LayerSpec:
-    refuse(transformer, _BEYOND_SPECS, layers="Megatron's layers for T5")
+def _default_spec(transformer: TransformerConfig, megatron: _MegatronSpecs) -> LayerSpec:
+    check_limitations(transformer, _SPEC_LIMITATIONS, layers="Megatron's layers for T5")
     if uses_transformer_engine(transformer):
         spec = megatron.transformer_engine(transformer.num_layers)
         return with_pytorch_attention(spec) if wants_pytorch_attention(transformer) else spec
-    refuse_beyond_pytorch(transformer)
+    check_pytorch_support(transformer)
     # The local block spec of megatron-core 0.19.2 uses Transformer Engine's final norm, which is None without it.
     block = TransformerBlockSubmodules(
         layer_specs=[megatron.local()] * transformer.num_layers, layer_norm=WrappedTorchNorm

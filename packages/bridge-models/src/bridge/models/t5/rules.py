@@ -1,4 +1,4 @@
-"""The pre-flight rules of a T5. Importing them imports no torch."""
+"""The pre-flight rules of a T5. Importing this module does not import torch."""
 
 from __future__ import annotations
 
