@@ -19,7 +19,7 @@ READING = ROOT / "packages/bridge-config/tests/hostile/reading.py"
 BEGIN, END = "<!-- written by .github/scripts/make_security.py -->", "<!-- end -->"
 
 sys.path.insert(0, str(READING.parent))
-from reading import MEMORY, SECONDS, corpus  # type: ignore[import-not-found]  # noqa: E402
+from reading import MEMORY, SECONDS, load_corpus  # type: ignore[import-not-found]  # noqa: E402
 
 Outcome = dict[str, Any]
 
@@ -64,9 +64,9 @@ def _kind(outcome: Outcome) -> str:
 
 def make_table() -> str:
     """Return the lines between the marks."""
-    ours, reference = read_all("validate"), read_all("reference")
+    ours, reference = read_all("validate"), read_all("megatron_training")
     lines = []
-    for group, entries in groupby(corpus(), key=lambda entry: str(entry["group"])):
+    for group, entries in groupby(load_corpus(), key=lambda entry: str(entry["group"])):
         lines += [
             f"\n### {group}\n",
             "| document | what it tries | Bridge | megatron.training |",
@@ -81,7 +81,7 @@ def make_table() -> str:
 
 def summarize(ours: dict[str, Outcome], reference: dict[str, Outcome]) -> str:
     """Return a sentence with the totals of both columns."""
-    names = [entry["name"] for entry in corpus() if "at" in entry]
+    names = [entry["name"] for entry in load_corpus() if "at" in entry]
     cells = [megatron_cell(reference[name]) for name in names]
     runs = sum(cell.startswith(("**runs", "**imports")) for cell in cells)
     opens = sum(cell.startswith(("**opens", "**does not terminate")) for cell in cells)

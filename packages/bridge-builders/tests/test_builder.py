@@ -1,3 +1,5 @@
+"""The interface of model builders, and their registration for documents."""
+
 from __future__ import annotations
 
 import inspect
@@ -54,16 +56,16 @@ class ThroughBase(ConcreteBase[MegatronModule, WideBlockConfig]):
 
 
 def test_signatures_match_megatron_training() -> None:
-    """Names, order and defaults of the parameters are the contract; they come from megatron.training.models."""
+    """Callers pass these parameters by name and by position: names, order and defaults must be the same."""
     empty = inspect.Parameter.empty
-    assert _parameters(ModelBuilder.build_model) == [
+    assert _parameter_defaults(ModelBuilder.build_model) == [
         ("self", empty),
         ("pg_collection", empty),
         ("pre_process", None),
         ("post_process", None),
         ("vp_stage", None),
     ]
-    assert _parameters(ModelBuilder.build_distributed_models) == [
+    assert _parameter_defaults(ModelBuilder.build_distributed_models) == [
         ("self", empty),
         ("pg_collection", empty),
         ("ddp_config", None),
@@ -83,7 +85,7 @@ def test_parameter_order_matches_the_installed_megatron_training() -> None:
 
     for method in ("build_model", "build_distributed_models"):
         ours, theirs = getattr(ModelBuilder, method), getattr(MegatronModelBuilder, method)
-        assert [name for name, _ in _parameters(ours)] == [name for name, _ in _parameters(theirs)]
+        assert [name for name, _ in _parameter_defaults(ours)] == [name for name, _ in _parameter_defaults(theirs)]
 
 
 def test_a_builder_keeps_its_configuration_and_rejects_another_class() -> None:
@@ -110,5 +112,5 @@ def test_defining_a_builder_registers_it_for_documents() -> None:
         ModelConfig.from_dict(document | {"_builder_": f"{__name__}.ThroughBase"})
 
 
-def _parameters(function: Any) -> list[tuple[str, Any]]:
+def _parameter_defaults(function: Any) -> list[tuple[str, Any]]:
     return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]

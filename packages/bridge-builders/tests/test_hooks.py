@@ -17,7 +17,7 @@ def add_ten(values: list[Any]) -> list[Any]:
     return [value + 10 for value in values]
 
 
-def forgets_to_return(values: list[Any]) -> Any:
+def return_none(values: list[Any]) -> Any:
     values.append(0)
 
 
@@ -42,13 +42,13 @@ def test_composition_is_associative(first: list[Any], second: list[Any]) -> None
 
 
 def test_none_before_the_last_hook_is_an_error_naming_the_hook() -> None:
-    with pytest.raises(HookError, match=r"hook 1 of 2, .*\.forgets_to_return, returned None.*return stages"):
-        compose_hooks([forgets_to_return, double])([1])
+    with pytest.raises(HookError, match=r"hook 1 of 2, .*\.return_none, returned None.*return stages"):
+        compose_hooks([return_none, double])([1])
 
 
 def test_none_from_the_last_hook_keeps_the_list_and_warns() -> None:
-    with pytest.warns(UserWarning, match=r"hook 2 of 2, .*\.forgets_to_return, returned None.*return stages") as warned:
-        assert compose_hooks([double, forgets_to_return])([1]) == [2, 0]
+    with pytest.warns(UserWarning, match=r"hook 2 of 2, .*\.return_none, returned None.*return stages") as warned:
+        assert compose_hooks([double, return_none])([1]) == [2, 0]
     assert [warning.filename for warning in warned] == [__file__]
 
 

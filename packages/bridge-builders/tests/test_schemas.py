@@ -1,4 +1,4 @@
-"""megatron-core's configs have versions in documents."""
+"""Configs of megatron-core have a schema version in documents."""
 
 from __future__ import annotations
 

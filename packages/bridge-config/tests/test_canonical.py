@@ -1,4 +1,4 @@
-"""Canonical forms, fingerprints and differences: what is the same, what is not, and where."""
+"""Canonical forms, fingerprints and differences of documents."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ wholes = st.builds(
 )
 
 
-def shuffled(data: Any, seed: int) -> Any:
-    """`data` with the keys of every mapping in another order."""
+def shuffle_keys(data: Any, seed: int) -> Any:
+    """Return `data` with the keys of every mapping in another order."""
     if isinstance(data, dict):
         keys = list(data)
         random.Random(seed).shuffle(keys)
-        return {key: shuffled(data[key], seed) for key in keys}
-    return [shuffled(item, seed) for item in data] if isinstance(data, list) else data
+        return {key: shuffle_keys(data[key], seed) for key in keys}
+    return [shuffle_keys(item, seed) for item in data] if isinstance(data, list) else data
 
 
 @settings(deadline=None)
@@ -107,7 +107,7 @@ def test_round_trip_and_key_order_keep_the_fingerprint(config: Whole, seed: int)
     first = fingerprint(document.data)
     assert fingerprint(ModelConfig.from_dict(document.data).as_dict()) == first
     assert fingerprint(json.loads(document.to_json())) == first
-    assert fingerprint(shuffled(document.data, seed)) == first
+    assert fingerprint(shuffle_keys(document.data, seed)) == first
 
 
 @settings(deadline=None)
@@ -149,7 +149,7 @@ def test_a_migrated_document_keeps_its_fingerprint() -> None:
 
 
 def test_the_fingerprint_hashes_canonical_json() -> None:
-    # Written by hand from RFC 8785: keys sorted, no spaces, 1.0 as 1.
+    # Written by hand according to RFC 8785: sorted keys, no spaces, 1.0 as 1.
     text = (
         '{"_builder_":"nowhere.Builder","_target_":"' + TARGET + '","depth":2,"extra_checkpoint_metadata":null,'
         '"generation_config":null,"hf_model_id":null,"name":"é","part":{"_target_":"' + f"{__name__}.Part" + '",'
@@ -184,13 +184,13 @@ def test_an_invalid_document_has_no_fingerprint() -> None:
         fingerprint(SHORT | {"depth": "x"})
 
 
-def told(one: dict[str, Any], other: dict[str, Any], *, defaults: bool = True) -> list[str]:
+def diff(one: dict[str, Any], other: dict[str, Any], *, defaults: bool = True) -> list[str]:
     return [str(difference) for difference in Document(one).diff(Document(other), defaults=defaults)]
 
 
 def test_differences_are_reported_field_by_field() -> None:
     other = {"_target_": TARGET, "name": "other", "part": {"size": 8, "window": [1, 2]}, "parts": [{}]}
-    assert told(SHORT, other) == [
+    assert diff(SHORT, other) == [
         "~ name: x (default) -> other",
         "~ depth: 3 -> 2 (default)",
         "~ part.window: null (default) -> [1, 2]",
@@ -202,24 +202,24 @@ def test_differences_are_reported_field_by_field() -> None:
         "+ parts[0].window: null (default)",
         "+ parts[0].anything: null (default)",
     ]
-    assert told(SHORT, SHORT | {"name": "x"}) == []
+    assert diff(SHORT, SHORT | {"name": "x"}) == []
 
 
 def test_differences_can_ignore_defaults() -> None:
-    assert told(SHORT, SHORT | {"name": "x"}, defaults=False) == ["+ name: x"]
-    assert told(SHORT | {"name": "x"}, SHORT, defaults=False) == ["- name: x"]
+    assert diff(SHORT, SHORT | {"name": "x"}, defaults=False) == ["+ name: x"]
+    assert diff(SHORT | {"name": "x"}, SHORT, defaults=False) == ["- name: x"]
 
 
 def test_moved_and_renamed_fields_are_reported_as_such() -> None:
     old = {"_target_": TARGET, "_version_": 1, "width": 8, "label": "one", "depth": 3}
     new = {"_target_": TARGET, "part": {"size": 8}, "name": "two", "depth": 3}
-    assert told(old, new) == ["~ name: one -> two (was label)", "> part.size: 8 (was width)"]
-    assert told(new, old) == ["~ name: two -> one (is label there)", "> part.size: 8 (is width there)"]
+    assert diff(old, new) == ["~ name: one -> two (was label)", "> part.size: 8 (was width)"]
+    assert diff(new, old) == ["~ name: two -> one (is label there)", "> part.size: 8 (is width there)"]
 
 
 def test_another_class_is_a_difference() -> None:
     big = SHORT | {"part": {"_target_": f"{__name__}.BigPart", "size": 8}}
-    assert told(SHORT, big) == [
+    assert diff(SHORT, big) == [
         f"~ part._target_: {__name__}.Part (default) -> {__name__}.BigPart",
         "+ part.extra: 0 (default)",
     ]
@@ -248,7 +248,7 @@ values = st.one_of(
 )
 
 
-def described(value: Any, x: Any) -> Document:
+def make_document(value: Any, x: Any) -> Document:
     return Document({"_target_": f"{__name__}.Numbers", "anything": value, "x": float(x) if x is True else x})
 
 
@@ -260,13 +260,13 @@ def described(value: Any, x: Any) -> Document:
 @example(10**400, -(10**400), 1, 1)
 def test_documents_without_a_difference_have_the_same_fingerprint(one: Any, other: Any, x: float, y: float) -> None:
     for before, after in ((one, other), (one, one)):
-        first, second = described(before, x + 0), described(after, y + 0)
+        first, second = make_document(before, x + 0), make_document(after, y + 0)
         assert (first.fingerprint() == second.fingerprint()) == (not first.diff(second))
 
 
 def test_a_number_too_large_to_write_has_no_fingerprint() -> None:
-    document = described(10**5000, 1)
+    document = make_document(10**5000, 1)
     with pytest.raises(ConfigError, match="this document has no fingerprint"):
         document.fingerprint()
-    [difference] = document.diff(described(1, 1))
+    [difference] = document.diff(make_document(1, 1))
     assert str(difference) == "~ anything: something too large to show -> 1"

@@ -1,4 +1,4 @@
-"""The `bridge` command as a process, beside an installed extension of its own."""
+"""The `bridge` command as a process, with an installed extension."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ any = extension_presets
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A directory with an installed extension: a config, two presets, a good command and two bad ones."""
+    """Return a folder with an installed extension: a config, two presets, a working command and two broken ones."""
     (tmp_path / "extension.py").write_text(MODULE)
     presets = tmp_path / "extension_presets"
     presets.mkdir()
@@ -256,8 +256,8 @@ def test_omitted_values_give_a_note(site: Path) -> None:
     assert bridge(site, "migrate", "a.yaml").stderr == note
     done = bridge(site, "fingerprint", "a.yaml")
     assert done.stderr == note
-    told = json.loads(bridge(site, "fingerprint", "--json", "a.yaml").stdout)
-    assert told == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
+    result = json.loads(bridge(site, "fingerprint", "--json", "a.yaml").stdout)
+    assert result == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
 
 
 def test_infinity_is_shown_as_readable_json(site: Path) -> None:

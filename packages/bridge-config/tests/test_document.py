@@ -1,3 +1,5 @@
+"""Documents: loading, getting and setting values, overrides, and positions of problems."""
+
 from __future__ import annotations
 
 import json
@@ -299,7 +301,7 @@ def test_overrides_of_a_run_config_apply_to_its_model(tmp_path: Path, head: str)
     assert str(error.value) == "override 'transformer.num_layers=x': $.model.num_layers: expected an integer, got 'x'"
 
 
-def places(document: Document) -> dict[str, str | None]:
+def find_lines(document: Document) -> dict[str, str | None]:
     with pytest.raises(DocumentError) as error:
         document.check()
     return {problem.path: problem.file and f"{problem.file}:{problem.line}" for problem in error.value.problems}
@@ -309,13 +311,13 @@ def test_positions_follow_list_items(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n- size: 3\n- size: y\n")
     document = Document.load(file, ["blocks[2].size=bad", "~blocks[0]"])
-    assert places(document) == {
+    assert find_lines(document) == {
         "$.blocks[0].size": f"{file}:4",
         "$.blocks[1].size": "override 'blocks[2].size=bad':None",
         "$.blocks[2].size": f"{file}:6",
     }
     document.override(["~blocks[1]", "blocks[1].size=worse"])
-    assert places(document) == {
+    assert find_lines(document) == {
         "$.blocks[0].size": f"{file}:4",
         "$.blocks[1].size": "override 'blocks[1].size=worse':None",
     }
@@ -326,15 +328,15 @@ def test_a_value_set_by_the_program_has_no_line(tmp_path: Path) -> None:
     file.write_text(f"_target_: {__name__}.Listed\nblocks:\n- size: 1\n- size: x\n")
     document = Document.load(file)
     document.set("blocks[0].size", "bad")
-    assert places(document) == {"$.blocks[0].size": f"{file}:None", "$.blocks[1].size": f"{file}:4"}
+    assert find_lines(document) == {"$.blocks[0].size": f"{file}:None", "$.blocks[1].size": f"{file}:4"}
     document.save()
-    assert places(document) == {"$.blocks[0].size": f"{file}:3", "$.blocks[1].size": f"{file}:4"}
+    assert find_lines(document) == {"$.blocks[0].size": f"{file}:3", "$.blocks[1].size": f"{file}:4"}
 
 
 def test_items_removed_from_an_alias_are_not_searched_in_its_anchor(tmp_path: Path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(f"_target_: {__name__}.Listed\nothers: &a\n- size: 1\n- size: x\nblocks: *a\n")
-    assert places(Document.load(file, ["~blocks[0]"])) == {
+    assert find_lines(Document.load(file, ["~blocks[0]"])) == {
         "$.others[1].size": f"{file}:4",
         "$.blocks[0].size": f"{file}:None",
     }
@@ -345,9 +347,9 @@ def test_positions_survive_a_migration(tmp_path: Path) -> None:
     file.write_text(f"_target_: {__name__}.Newer\nold: x\n_version_: 1\nother: y\n")
     document = Document.load(file, ["other=bad"])
     assert document.migrate()
-    assert places(document) == {"$.new": f"{file}:2", "$.other": "override 'other=bad':None"}
+    assert find_lines(document) == {"$.new": f"{file}:2", "$.other": "override 'other=bad':None"}
     document.override(["new=worse"])
-    assert places(document) == {"$.new": "override 'new=worse':None", "$.other": "override 'other=bad':None"}
+    assert find_lines(document) == {"$.new": "override 'new=worse':None", "$.other": "override 'other=bad':None"}
 
 
 def test_warnings_point_to_the_calling_line(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""Edits of YAML text: comments and lines of unchanged values are kept."""
+
 from __future__ import annotations
 
 import copy
@@ -41,7 +43,7 @@ BLOCKS: list[tuple[str, list[str], str]] = [
     ("|-", ["one", "two"], "one\ntwo"),
     (">", ["one", "two"], "one two\n"),
 ]
-# Blank lines that come after it become a part of it, so that it may have to be written otherwise.
+# A `|+` block includes the blank lines after it, so an edit may have to rewrite it in another style.
 KEEPING = ("|+", ["one", "", ""], "one\n\n\n")
 flow_data = st.recursive(
     st.sampled_from([1, -2.5, True, None, "yes", "a, b", "x: y", "#"]),
@@ -59,7 +61,7 @@ new_data = st.recursive(
 
 @dataclass
 class Written:
-    """A YAML text with comments, what it says, and the lines on which each of its values is written."""
+    """A generated YAML text with comments, its data, and the lines of each value."""
 
     draw: Callable[[st.SearchStrategy[Any]], Any]
     anchors: bool
@@ -101,7 +103,7 @@ class Written:
             head = " " * column if inline is None else inline
             inline = None
             plain = re.fullmatch(r"\w+", key) and key not in ("1", "null")
-            written = key if plain and self.one_of(True, False) else self.one_of(json.dumps(key), repr_single(key))
+            written = key if plain and self.one_of(True, False) else self.one_of(json.dumps(key), single_quoted(key))
             made[key] = self.value(f"{head}{written}:", (*path, key), column, in_mapping=True)
         return made
 
@@ -178,12 +180,12 @@ class Written:
         return self.sequence(path, column + (self.one_of(0, 2) if in_mapping else 2))
 
 
-def repr_single(text: str) -> str:
+def single_quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
 def paths_in(data: Any) -> list[Path]:
-    """The paths of all that is in `data`."""
+    """Return the paths of all values in `data`."""
     pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     return [path for key, value in pairs for path in ((key,), *((key, *inner) for inner in paths_in(value)))]
 
@@ -195,12 +197,12 @@ def documents(draw: Callable[[st.SearchStrategy[Any]], Any], *, anchors: bool = 
     made.lines += draw(st.sampled_from([[], ["# top"], ["---"], ["# top", "", "--- # start"]]))
     made.data = made.mapping((), 0)
     made.gap(0)
-    made.ends |= made.lines[-1].startswith("   ") or not made.lines[-1]  # a block scalar needs its last line break
-    made.ends |= len(made.lines) == 1  # else nothing tells how lines end
+    made.ends |= made.lines[-1].startswith("   ") or not made.lines[-1]  # a block scalar needs its final line break
+    made.ends |= len(made.lines) == 1  # otherwise the text has no line break to copy
     return made
 
 
-def inside(data: Any, path: Path) -> Any:
+def get_at(data: Any, path: Path) -> Any:
     for step in path:
         data = data[step]
     return data
@@ -208,23 +210,23 @@ def inside(data: Any, path: Path) -> Any:
 
 @st.composite
 def edits(draw: Callable[[st.SearchStrategy[Any]], Any], *, anchors: bool = False) -> tuple[Written, str, Path, Any]:
-    """A document and one edit: set, remove or add."""
+    """Draw a document and one edit: set, remove or add."""
     written = draw(documents(anchors=anchors))
     what = draw(st.sampled_from(["set", "set", "remove", "add"]))
     paths = paths_in(written.data)
     if what == "add":
-        holder = draw(st.sampled_from([path for path in ((), *paths) if isinstance(inside(written.data, path), dict)]))
+        holder = draw(st.sampled_from([path for path in ((), *paths) if isinstance(get_at(written.data, path), dict)]))
         key = draw(st.sampled_from([f"new{i}" for i in range(3)] + ["yes", "new key", "1e3"]))
         return written, what, (*holder, key), draw(new_data)
     return written, what, draw(st.sampled_from(paths)), draw(new_data) if what == "set" else None
 
 
-def applied(written: Written, what: str, path: Path, value: Any) -> tuple[Document, Any]:
-    """The document after the edit, and the data that is meant."""
+def apply_edit(written: Written, what: str, path: Path, value: Any) -> tuple[Document, Any]:
+    """Apply an edit; return the document and the expected data."""
     document = Document.from_text(parse_yaml(written.text), "a.yaml")
-    assert document.data == written.data, "the generator says what the text says"
+    assert document.data == written.data, "the generated data and the parsed text agree"
     meant = copy.deepcopy(written.data)
-    holder = inside(meant, path[:-1])
+    holder = get_at(meant, path[:-1])
     if what == "remove":
         document.remove(format_path(path))
         del holder[path[-1]]
@@ -234,19 +236,23 @@ def applied(written: Written, what: str, path: Path, value: Any) -> tuple[Docume
     return document, meant
 
 
-def touched(written: Written, what: str, path: Path) -> Lines:
-    """The lines that the edit may change: those of the value, or of what it is the whole of, or is on one line with."""
+def changeable_lines(written: Written, what: str, path: Path) -> Lines:
+    """Return the first and last line that the edit may change.
+
+    These are the lines of the value. If it is the only item of its container, or shares a line with it, they are the
+    lines of the container.
+    """
     holder = path[:-1]
     if what == "add" and holder not in written.in_flow:
-        siblings = [written.spans.get((*holder, key)) for key in inside(written.data, holder)]
-        if siblings and all(siblings):  # else it is behind an alias
+        siblings = [written.spans.get((*holder, key)) for key in get_at(written.data, holder)]
+        if siblings and all(siblings):  # otherwise the mapping is behind an alias
             last = max(lines[1] for lines in siblings if lines)
             return last + 1, last
-    while path and (path not in written.spans or (what == "remove" and len(inside(written.data, path[:-1])) == 1)):
+    while path and (path not in written.spans or (what == "remove" and len(get_at(written.data, path[:-1])) == 1)):
         path, what = path[:-1], what if path in written.spans else "set"
     first, last = written.spans.get(path, (0, len(written.lines) - 1))
     if what == "remove" and first == written.spans.get(path[:-1], (-1, -1))[0] and path[:-1] not in written.in_flow:
-        last += 1  # what comes next moves up, to the dash before it
+        last += 1  # the next value moves up to the dash
         while not written.lines[last].strip():
             last += 1
     return first, last
@@ -256,12 +262,12 @@ def touched(written: Written, what: str, path: Path) -> Lines:
 @given(edits())
 def test_an_edit_changes_only_the_lines_of_its_value(edit: tuple[Written, str, Path, Any]) -> None:
     written, what, path, _ = edit
-    document, meant = applied(*edit)
+    document, meant = apply_edit(*edit)
     text = document.to_yaml()
     assert json.dumps(parse_yaml(text).data, sort_keys=True) == json.dumps(meant, sort_keys=True)
     if not text.endswith(written.newline):
         text += written.newline
-    first, last = touched(written, what, path)
+    first, last = changeable_lines(written, what, path)
     before, after = written.lines[:first], written.lines[last + 1 :]
     lines = text.split(written.newline)[:-1]
     assert len(lines) >= len(before) + len(after)
@@ -270,20 +276,20 @@ def test_an_edit_changes_only_the_lines_of_its_value(edit: tuple[Written, str, P
     if (
         what == "set"
         and path in written.spans
-        and isinstance(inside(written.data, path), (str, int, float, type(None)))
+        and isinstance(get_at(written.data, path), (str, int, float, type(None)))
     ):
         for comment in re.findall(r"# c\d+\.", written.lines[first]):
-            assert comment in text, "what stands beside the value stays"
+            assert comment in text, "the comment beside the value is kept"
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(edits(anchors=True))
 def test_an_edit_among_anchors_keeps_the_values_of_aliases(edit: tuple[Written, str, Path, Any]) -> None:
     written, what, path, _ = edit
-    document, meant = applied(*edit)
+    document, meant = apply_edit(*edit)
     text = document.to_yaml()
     assert json.dumps(parse_yaml(text).data, sort_keys=True) == json.dumps(meant, sort_keys=True)
-    first, last = touched(written, what, path)
+    first, last = changeable_lines(written, what, path)
     for comment in re.findall(r"# c\d+\.", "\n".join([*written.lines[:first], *written.lines[last + 1 :]])):
         assert comment in text
 
@@ -327,8 +333,8 @@ i:
 """
 
 
-def difference(text: str, change: Callable[[Any], None]) -> list[str]:
-    """The lines of `text` that `change` of its data removes and adds."""
+def edit_lines(text: str, change: Callable[[Any], None]) -> list[str]:
+    """Apply `change` to the data of `text`; return the removed and added lines."""
     parsed = parse_yaml(text)
     data = copy.deepcopy(parsed.data)
     change(data)
@@ -341,14 +347,14 @@ def changed_lines(old: str, new: str) -> list[str]:
 
 def set_at(*path: Any, to: Any) -> Callable[[Any], None]:
     def change(data: Any) -> None:
-        inside(data, path[:-1])[path[-1]] = to
+        get_at(data, path[:-1])[path[-1]] = to
 
     return change
 
 
 def remove_at(*path: Any) -> Callable[[Any], None]:
     def change(data: Any) -> None:
-        del inside(data, path[:-1])[path[-1]]
+        del get_at(data, path[:-1])[path[-1]]
 
     return change
 
@@ -379,7 +385,7 @@ def remove_at(*path: Any) -> Callable[[Any], None]:
     ],
 )
 def test_an_edit_changes_the_expected_lines(change: Callable[[Any], None], lines: list[str]) -> None:
-    assert difference(COMMENTED, change) == lines
+    assert edit_lines(COMMENTED, change) == lines
 
 
 @pytest.mark.parametrize(
@@ -424,11 +430,13 @@ def test_an_edit_that_cannot_be_made_in_place_is_refused() -> None:
         edit_text(parse_yaml("? a\n? b\n"), {"a": 1, "b": None})
 
 
-# Those written by hand, and some of the others, which are alike: with long lists, comments, mappings.
-WRITTEN = [name for name in list_presets() if "tiny" in name or name in ("deepseek-v3", "gpt-oss-20b", "gpt2-124m")]
+# The presets written by hand, and a few of the generated ones, which resemble each other.
+EDITED_PRESETS = [
+    name for name in list_presets() if "tiny" in name or name in ("deepseek-v3", "gpt-oss-20b", "gpt2-124m")
+]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", EDITED_PRESETS)
 @pytest.mark.skipif(not entry_points(group="bridge.presets"), reason="no presets are installed")
 def test_changing_one_value_of_a_preset_changes_only_its_line(name: str) -> None:
     text = list_presets()[name].read_text(encoding="utf-8")
@@ -440,5 +448,5 @@ def test_changing_one_value_of_a_preset_changes_only_its_line(name: str) -> None
         document.set(format_path(path), "changed")
         removed, added = changed_lines(text, document.to_yaml())
         assert removed[2:].split(":")[0] == added[2:].split(":")[0]
-        assert re.search(r"(: |\[|, )changed\b", added)  # a list may stand in one line
+        assert re.search(r"(: |\[|, )changed\b", added)  # a list may be on one line
         assert removed.partition("  #")[2] == added.partition("  #")[2]

@@ -1,4 +1,4 @@
-"""field_docs.yaml documents every field of megatron-core's configurations, and nothing else."""
+"""field_docs.yaml documents every field of megatron-core's configurations and has no stale entries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parents[1] / "f
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_field_of_the_class_is_documented_and_none_is_stale(name: str) -> None:
-    assert set(DOCS[name]["fields"]) == _declared(_found(name))
+    assert set(DOCS[name]["fields"]) == _declared_fields(_import_class(name))
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -27,14 +27,14 @@ def test_each_line_is_short_enough_for_a_tooltip(name: str) -> None:
     assert not too_long
 
 
-def _found(name: str) -> type:
+def _import_class(name: str) -> type:
     module, _, qualname = name.rpartition(".")
     found: type = getattr(importlib.import_module(module), qualname)
     return found
 
 
-def _declared(cls: type) -> set[str]:
-    """The fields that a class declares itself; those of ModelParallelConfig count as TransformerConfig's."""
+def _declared_fields(cls: type) -> set[str]:
+    """Return the fields that a class declares itself; TransformerConfig includes those of ModelParallelConfig."""
     if cls.__name__ == "TransformerConfig":
         return {field.name for field in dataclasses.fields(cls)}
     if dataclasses.is_dataclass(cls):

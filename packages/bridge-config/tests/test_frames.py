@@ -1,4 +1,4 @@
-"""An error that is not Bridge's own shows the last frames, and that of whoever called a library."""
+"""Reports of unexpected errors show the last frames and the caller of a library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from bridge.config.frames import describe
 
 
-def inside(module: str, source: str, **names: Any) -> Callable[..., Any]:
-    """The function `call` of a module of the given name."""
+def define_call(module: str, source: str, **names: Any) -> Callable[..., Any]:
+    """Run `source` as a module of the given name and return its function `call`."""
     scope: dict[str, Any] = {"__name__": module, **names}
     exec(compile(source, f"{module}.py", "exec"), scope)
     call: Callable[..., Any] = scope["call"]
     return call
 
 
-def described(call: Callable[..., Any]) -> list[str]:
+def report_lines(call: Callable[..., Any]) -> list[str]:
     try:
         call()
     except Exception as error:
@@ -23,9 +23,9 @@ def described(call: Callable[..., Any]) -> list[str]:
 
 
 def test_an_error_deep_in_a_library_shows_its_caller() -> None:
-    fail = inside("torch.nn", "def call(depth=4):\n    return call(depth - 1) if depth else 1 / 0\n")
-    author = inside("bigram", "\n\ndef call():\n    return fail()\n", fail=fail)
-    found = described(inside("bridge.dist", "def call():\n    return author()\n", author=author))
+    fail = define_call("torch.nn", "def call(depth=4):\n    return call(depth - 1) if depth else 1 / 0\n")
+    author = define_call("bigram", "\n\ndef call():\n    return fail()\n", fail=fail)
+    found = report_lines(define_call("bridge.dist", "def call():\n    return author()\n", author=author))
     assert found[0] == "ZeroDivisionError: division by zero"
     assert found[1] == '  File "bigram.py", line 4, in call'
     assert found[2:] == ['  File "torch.nn.py", line 2, in call'] * 3

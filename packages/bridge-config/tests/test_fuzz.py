@@ -1,6 +1,6 @@
-"""Anything in, only the declared errors out.
+"""Any input is accepted or refused with a declared error.
 
-Each test looks for new examples for as long as it may: 20 s together, or BRIDGE_FUZZ_SECONDS.
+The tests draw new examples for 20 s in total, or for BRIDGE_FUZZ_SECONDS.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from bridge.config import ConfigError, Document, DocumentError, ModelConfig, Omi
 from bridge.config.cli.entry import main
 
 SECONDS = float(os.environ.get("BRIDGE_FUZZ_SECONDS", "20")) / 6
-# Every run looks for something new, also where CI is set.
-LOOK = settings(max_examples=200, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
+# Not derandomized: hypothesis would repeat the same examples in CI.
+FUZZ_SETTINGS = settings(max_examples=200, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
 COMMANDS = ["validate", "show", "fingerprint", "migrate", "diff"]
 
 
@@ -55,7 +55,7 @@ def some_hook(*args: Any) -> list[Any]:
 
 @dataclass
 class Fuzzed(ModelConfig):
-    """A field of every kind."""
+    """A config with a field of every kind."""
 
     builder: ClassVar[str] = "nowhere.Builder"
     inner: Inner = field(default_factory=Inner)
@@ -164,20 +164,20 @@ values = st.recursive(
 )
 
 
-def spots(data: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in `data`: a container, and the key or index in it."""
+def locations(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every container in `data` with each of its keys or indices."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield data, key
-        yield from spots(value)
+        yield from locations(value)
 
 
 @st.composite
-def mutated(draw: st.DrawFn, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """A valid document after a few changes of keys, values and nesting."""
+def mutated_documents(draw: st.DrawFn, documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw a valid document and change a few keys, values and levels of nesting."""
     document: dict[str, Any] = copy.deepcopy(draw(st.sampled_from(documents)))
     for _ in range(draw(st.integers(1, 4))):
-        if not (places := list(spots(document))):
+        if not (places := list(locations(document))):
             return document
         holder, key = draw(st.sampled_from(places))
         change = draw(st.sampled_from(["replace", "remove", "rename", "add", "wrap", "move"]))
@@ -195,7 +195,7 @@ def mutated(draw: st.DrawFn, documents: list[dict[str, Any]]) -> dict[str, Any]:
             )
         else:
             other, at = draw(st.sampled_from(places))
-            with contextlib.suppress(LookupError):  # what an earlier change has removed
+            with contextlib.suppress(LookupError):  # an earlier change may have removed it
                 holder[key] = copy.deepcopy(other[at])
     return document
 
@@ -204,12 +204,12 @@ CHARACTERS = "[]{},:\n-?|>'\"#&*!%@`\t ~<=.\\\0\x85\u2028\ufeffé"
 TOKENS = """\
 - |: |? |  |&a |*a|!!str |!<x>|---\n|...|%YAML 1.1\n|_target_|a|012|0x1f|1_0|1e999|-0|.nan|Infinity|<<|null|\
 true|\\ud800|2001-01-01|12:30:00"""
-soup = st.lists(st.sampled_from([*CHARACTERS, *TOKENS.split("|")]), max_size=40).map("".join)
+yaml_like_text = st.lists(st.sampled_from([*CHARACTERS, *TOKENS.split("|")]), max_size=40).map("".join)
 texts = st.one_of(
     st.binary(max_size=80),
     st.text(max_size=80).map(lambda text: text.encode(errors="surrogatepass")),
-    soup.map(str.encode),
-    soup.map(lambda text: text.encode("utf-16")),
+    yaml_like_text.map(str.encode),
+    yaml_like_text.map(lambda text: text.encode("utf-16")),
     values.map(json.dumps).map(str.encode),
 )
 
@@ -219,15 +219,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def look(test: Callable[..., None], *args: Any) -> None:
-    """Run a test of hypothesis again and again, until the time is up."""
+def repeat(test: Callable[..., None], *args: Any) -> None:
+    """Repeat a hypothesis test until the time is up."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         test(*args)
 
 
-def told(action: Callable[[], Any], error: type[Exception] = DocumentError) -> Any:
-    """What `action` returns; None if it raises `error`. No other error comes out, nor a warning but the declared."""
+def call_or_none(action: Callable[[], Any], error: type[Exception] = DocumentError) -> Any:
+    """Return the result of `action`, or None if it raises `error`; other errors and undeclared warnings propagate."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", OmittedWarning)
@@ -236,23 +236,23 @@ def told(action: Callable[[], Any], error: type[Exception] = DocumentError) -> A
     return None
 
 
-def written(config: ModelConfig) -> str:
+def serialize(config: ModelConfig) -> str:
     return json.dumps(config.as_dict(), sort_keys=True)
 
 
-def survives(config: ModelConfig, folder: Path) -> None:
-    """`config` comes back equal from data and from both texts."""
+def check_round_trip(config: ModelConfig, folder: Path) -> None:
+    """Check that `config` is read back equal from data, JSON and YAML."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OmittedWarning)
-        assert written(ModelConfig.from_dict(config.as_dict())) == written(config)
+        assert serialize(ModelConfig.from_dict(config.as_dict())) == serialize(config)
         document = Document.of(config)
         for name, text in [("again.json", document.to_json()), ("again.yaml", document.to_yaml())]:
             (folder / name).write_bytes(text.encode(errors="surrogatepass"))
-            assert written(Document.load(folder / name).config()) == written(config)
+            assert serialize(Document.load(folder / name).config()) == serialize(config)
 
 
 def run(*arguments: str) -> int:
-    """The exit code of a `bridge` command, whose output must be UTF-8 and end without a traceback."""
+    """Run a `bridge` command and return its exit code; a traceback or output that is not UTF-8 raises."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -266,94 +266,97 @@ def run(*arguments: str) -> int:
 
 
 def test_any_bytes_as_a_file_give_a_config_or_a_declared_error(folder: Path) -> None:
-    @LOOK
+    @FUZZ_SETTINGS
     @given(texts)
     def attempt(raw: bytes) -> None:
         for name in ("any.yaml", "any.json"):
             (folder / name).write_bytes(raw)
-            document = told(lambda file=folder / name: Document.load(file))  # type: ignore[misc]
+            document = call_or_none(lambda file=folder / name: Document.load(file))  # type: ignore[misc]
             if document is not None:
-                told(document.config)
+                call_or_none(document.config)
 
-    look(attempt)
+    repeat(attempt)
 
 
 def test_any_mutated_document_gives_a_config_or_a_declared_error(folder: Path) -> None:
-    @LOOK
-    @given(mutated(FUZZED))
+    @FUZZ_SETTINGS
+    @given(mutated_documents(FUZZED))
     def attempt(data: dict[str, Any]) -> None:
         before = repr(data)
-        config = told(lambda: ModelConfig.from_dict(data))
-        assert repr(data) == before, "reading changes nothing"
+        config = call_or_none(lambda: ModelConfig.from_dict(data))
+        assert repr(data) == before, "reading does not change the data"
         if config is not None:
-            survives(config, folder)
+            check_round_trip(config, folder)
 
-    look(attempt)
+    repeat(attempt)
 
 
 def test_any_mutated_document_on_the_command_line_gives_no_traceback(folder: Path) -> None:
-    @LOOK
-    @given(mutated(GPT), st.sampled_from(COMMANDS), st.sampled_from([(), ("--json",)]))
+    @FUZZ_SETTINGS
+    @given(mutated_documents(GPT), st.sampled_from(COMMANDS), st.sampled_from([(), ("--json",)]))
     def attempt(data: dict[str, Any], command: str, options: tuple[str, ...]) -> None:
         (folder / "gpt.json").write_text(json.dumps(data))
         files = [str(folder / "gpt.json")] * (2 if command == "diff" else 1)
         assert run(command, *files, *options) in (0, 1)
 
-    look(attempt)
+    repeat(attempt)
 
 
 def test_any_override_gives_a_document_or_a_declared_error(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps(FUZZED[1]))
     paths = (
         st.sampled_from(["inner.size", "inners[0].size", "table", "anything[0].a", "$", "", "_target_"])
-        | soup
+        | yaml_like_text
         | st.text()
     )
 
-    @LOOK
+    @FUZZ_SETTINGS
     @given(
-        st.lists(st.tuples(st.sampled_from(["", "+", "++", "~"]), paths, st.sampled_from(["=", ""]), soup), max_size=3)
+        st.lists(
+            st.tuples(st.sampled_from(["", "+", "++", "~"]), paths, st.sampled_from(["=", ""]), yaml_like_text),
+            max_size=3,
+        )
     )
     def attempt(parts: list[tuple[str, str, str, str]]) -> None:
         overrides = ["".join(part) for part in parts]
-        document = told(lambda: Document.load(folder / "base.json", overrides))
-        if document is not None and (config := told(document.config)) is not None:
-            survives(config, folder)
+        document = call_or_none(lambda: Document.load(folder / "base.json", overrides))
+        if document is not None and (config := call_or_none(document.config)) is not None:
+            check_round_trip(config, folder)
 
-    look(attempt)
+    repeat(attempt)
 
 
 def test_any_path_gives_a_value_or_a_declared_error(folder: Path) -> None:
     known = st.sampled_from([*FUZZED[1], "[", "]", "0", ".", "$", '"', "\\", "size"])
 
-    @LOOK
+    @FUZZ_SETTINGS
     @given(st.lists(known | st.text(max_size=3), max_size=6).map("".join), values)
     def attempt(path: str, value: Any) -> None:
         document = Document(copy.deepcopy(FUZZED[1]))
-        told(lambda: document.get(path), ConfigError)
-        told(lambda: document.set(path, value), ConfigError)
-        told(lambda: document.remove(path), ConfigError)
-        told(document.config)
+        call_or_none(lambda: document.get(path), ConfigError)
+        call_or_none(lambda: document.set(path, value), ConfigError)
+        call_or_none(lambda: document.remove(path), ConfigError)
+        call_or_none(document.config)
 
-    look(attempt)
+    repeat(attempt)
 
 
 def test_any_argument_gives_no_traceback(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps(GPT[0]))
-    # An operating system hands over no NUL.
-    words = (soup | st.text(max_size=20) | st.sampled_from(["vocab_size=", "~vocab_size"])).map(
+    # Command-line arguments cannot contain NUL.
+    words = (yaml_like_text | st.text(max_size=20) | st.sampled_from(["vocab_size=", "~vocab_size"])).map(
         lambda text: text.replace("\0", "")
     )
 
-    @LOOK
+    @FUZZ_SETTINGS
     @given(st.sampled_from(COMMANDS), st.lists(words, max_size=2))
     def attempt(command: str, arguments: list[str]) -> None:
         assert run(command, str(folder / "base.json"), *arguments) in (0, 1, 2)
 
-    look(attempt)
+    repeat(attempt)
 
 
-# What was found.
+# Regressions that the tests above found.
 
 
 @pytest.mark.parametrize("argument", ["\udcff", "\udcff.yaml"])

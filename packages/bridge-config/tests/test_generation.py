@@ -1,4 +1,4 @@
-"""Generation settings: lossless, checked, and no import of transformers before somebody asks for its object."""
+"""Generation settings are lossless, checked, and import transformers only when their object is read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def document(settings: Any, cls: type[ModelConfig] = Speaker, **fields: Any) -> 
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", "generation_config": settings, **fields}
 
 
-def written(**settings: Any) -> dict[str, Any]:
+def written_settings(**settings: Any) -> dict[str, Any]:
     return {"_target_": GENERATION_CONFIG, **settings}
 
 
@@ -82,16 +82,16 @@ def written(**settings: Any) -> dict[str, Any]:
 def test_settings_are_kept_as_data_until_first_read(transformers: str) -> None:
     if transformers == "with":
         pytest.importorskip("transformers")
-        pytest.importorskip("bridge.models")  # it declares the class
-    given = {"_target_": "__main__.Model", "generation_config": written(**SETTINGS)}
+        pytest.importorskip("bridge.models")  # its module declares the class
+    given = {"_target_": "__main__.Model", "generation_config": written_settings(**SETTINGS)}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, transformers, json.dumps(given)], capture_output=True, text=True, check=True
     )
-    told = json.loads(run.stdout)
-    kept = written(eos_token_id=[2, 3], stop_strings=["\n"])
+    result = json.loads(run.stdout)
+    kept = written_settings(eos_token_id=[2, 3], stop_strings=["\n"])
     is_there = transformers == "with"
-    assert told == {
-        "written": written(**SETTINGS),
+    assert result == {
+        "written": written_settings(**SETTINGS),
         "fingerprint": True,
         "differ": ["~ generation_config.max_new_tokens: 7 -> 8"],
         "imported": False,
@@ -105,7 +105,7 @@ def test_settings_are_kept_as_data_until_first_read(transformers: str) -> None:
 
 def test_settings_are_converted_only_once() -> None:
     transformers = pytest.importorskip("transformers")
-    config: Any = ModelConfig.from_dict(document(written(**SETTINGS)))
+    config: Any = ModelConfig.from_dict(document(written_settings(**SETTINGS)))
     before = copy.deepcopy(config), pickle.loads(pickle.dumps(config))
     made = config.generation_config
     assert type(made) is transformers.GenerationConfig
@@ -153,7 +153,7 @@ class Holder(Speaker):
 
 def test_other_fields_are_converted_at_once() -> None:
     transformers = pytest.importorskip("transformers")
-    config: Any = ModelConfig.from_dict(document(None, Holder, anything=[written(top_k=3)]))
+    config: Any = ModelConfig.from_dict(document(None, Holder, anything=[written_settings(top_k=3)]))
     assert type(config.anything[0]) is transformers.GenerationConfig
 
 
@@ -164,18 +164,18 @@ class OwnField(Speaker):
 
 def test_a_class_that_redeclares_the_field_gets_the_object() -> None:
     transformers = pytest.importorskip("transformers")
-    config: Any = ModelConfig.from_dict(document(written(top_k=3), OwnField))
+    config: Any = ModelConfig.from_dict(document(written_settings(top_k=3), OwnField))
     assert type(vars(config)["generation_config"]) is transformers.GenerationConfig
 
 
 def test_an_error_of_transformers_is_raised_when_the_object_is_made() -> None:
     pytest.importorskip("transformers")
-    config: Any = ModelConfig.from_dict(document(written(max_new_tokens=-1)))
+    config: Any = ModelConfig.from_dict(document(written_settings(max_new_tokens=-1)))
     with pytest.raises(ConfigError, match=r"\$\.generation_config: GenerationConfig refuses these values"):
         _ = config.generation_config
 
 
-@pytest.mark.parametrize("given", [written, dict, GenerationSettings], ids=["written", "mapping", "settings"])
+@pytest.mark.parametrize("given", [written_settings, dict, GenerationSettings], ids=["written", "mapping", "settings"])
 @pytest.mark.parametrize(
     ("settings", "numbers"),
     [
@@ -204,10 +204,12 @@ def test_stop_tokens_and_lengths_fit_the_model(settings: dict[str, Any], numbers
 
 def test_the_largest_token_and_length_are_accepted() -> None:
     settings = {"eos_token_id": [63], "max_length": 32, "pad_token_id": -1, "bos_token_id": None, "min_length": True}
-    assert Document(document(written(**settings))).check()
-    assert Document(document(written(eos_token_id=10**6), vocab_size=None)).check()  # not known yet
+    assert Document(document(written_settings(**settings))).check()
+    assert Document(
+        document(written_settings(eos_token_id=10**6), vocab_size=None)
+    ).check()  # the size is not known yet
     with pytest.raises(DocumentError, match="seq_length is 16"):
-        Document(document(written(max_length=32), seq_length=16)).check()
+        Document(document(written_settings(max_length=32), seq_length=16)).check()
     real = pytest.importorskip("transformers").GenerationConfig(eos_token_id=64)
     assert [name for name, _ in wrong_settings(real, vocab_size=64, seq_length=None)] == ["eos_token_id"]
 

@@ -1,4 +1,4 @@
-"""Hybrid and T5 models of megatron.training and Megatron Bridge are read as documents of ours."""
+"""Hybrid and T5 models of megatron.training and Megatron Bridge are converted to Bridge documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON Schemas: they hold, accept what the checker accepts, and refuse what an editor should underline."""
+"""JSON Schemas are valid, accept what the checker accepts, and refuse what an editor should underline."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ VALIDATOR = Draft202012Validator(json_schema(GPT))
 
 
 def problems(document: dict[str, Any]) -> list[str]:
-    """Where the schema finds fault."""
+    """Return the paths of the schema's errors."""
     return [format_path(tuple(error.absolute_path)) for error in VALIDATOR.iter_errors(document)]
 
 
-def accepted(document: dict[str, Any]) -> bool:
-    """What the checker says."""
+def is_accepted(document: dict[str, Any]) -> bool:
+    """Return whether the checker accepts the document."""
     try:
         check(document)
     except DocumentError:
@@ -60,7 +60,7 @@ def accepted(document: dict[str, Any]) -> bool:
     return True
 
 
-def small(**fields: Any) -> dict[str, Any]:
+def small_model(**fields: Any) -> dict[str, Any]:
     return {**SMALL, "transformer": {**SMALL["transformer"], **fields}}  # type: ignore[dict-item]
 
 
@@ -128,21 +128,23 @@ def test_documents_of_real_configs_match_their_schema() -> None:
     assert "_omitted_" in documents[1]
 
 
-RIGHT: dict[str, dict[str, Any]] = {
-    "class said": small(_target_=TRANSFORMER),
-    "another class": small(_target_=MLA, rotary_base=5e5),
+VALID: dict[str, dict[str, Any]] = {
+    "explicit class": small_model(_target_=TRANSFORMER),
+    "another class": small_model(_target_=MLA, rotary_base=5e5),
     "builder": {**SMALL, "_builder_": "bridge.models.gpt.GPTModelBuilder"},
-    "whole number where a number is expected": small(hidden_dropout=0),
-    "no number": small(softmax_scale={"_target_": "builtins.float", "_args_": ["inf"]}),
-    "short dtype": small(params_dtype="bf16" if "bf16" in shipped_dtypes() else "bfloat16"),
-    "dtype itself": small(params_dtype={"_target_": "torch.bfloat16", "_call_": False}),
-    "alias": small(activation_func="silu"),
-    "function itself": small(activation_func={"_target_": "torch.nn.functional.silu", "_call_": False}),
-    "partial": small(init_method={"_target_": "torch.nn.init.normal_", "_partial_": True, "_args_": [], "std": 0.1}),
-    "enumeration": small(attention_backend="flash"),
-    "enumeration member": small(attention_backend={"_target_": BACKEND, "_name_": "flash"}),
-    "tuple": small(window_size=[8, 0]),
-    "tuple written out": small(window_size={"_target_": "builtins.tuple", "_args_": [[8, 0]]}),
+    "whole number where a number is expected": small_model(hidden_dropout=0),
+    "infinity": small_model(softmax_scale={"_target_": "builtins.float", "_args_": ["inf"]}),
+    "short dtype": small_model(params_dtype="bf16" if "bf16" in shipped_dtypes() else "bfloat16"),
+    "dtype itself": small_model(params_dtype={"_target_": "torch.bfloat16", "_call_": False}),
+    "alias": small_model(activation_func="silu"),
+    "function itself": small_model(activation_func={"_target_": "torch.nn.functional.silu", "_call_": False}),
+    "partial": small_model(
+        init_method={"_target_": "torch.nn.init.normal_", "_partial_": True, "_args_": [], "std": 0.1}
+    ),
+    "enumeration": small_model(attention_backend="flash"),
+    "enumeration member": small_model(attention_backend={"_target_": BACKEND, "_name_": "flash"}),
+    "tuple": small_model(window_size=[8, 0]),
+    "tuple written out": small_model(window_size={"_target_": "builtins.tuple", "_args_": [[8, 0]]}),
     "field that is computed": {
         **SMALL,
         "transformer": {
@@ -155,57 +157,57 @@ RIGHT: dict[str, dict[str, Any]] = {
     "omitted": {**SMALL, "_omitted_": [{"path": "$.transformer.timers", "reason": "a live object"}]},
 }
 
-WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+INVALID: dict[str, tuple[str, dict[str, Any]]] = {
     "no class": ("$", {"transformer": {}}),
     "another document's class": ("$._target_", {**SMALL, "_target_": TRANSFORMER}),
     "no transformer": ("$", {"_target_": GPT}),
     "unknown key": ("$", {**SMALL, "vocab_sise": 1}),
-    "unknown key below": ("$.transformer", small(num_layer=2)),
+    "unknown key below": ("$.transformer", small_model(num_layer=2)),
     "key of the embedded config": ("$", {**SMALL, "num_layers": 2}),
-    "key of this embedded config": ("$", {**small(_target_=MLA), "rotary_base": 1}),
-    "key of another class": ("$.transformer", small(q_lora_rank=2)),
-    "unknown class": ("$.transformer._target_", small(_target_="os.system")),
-    "class that does not fit": ("$.transformer._target_", small(_target_=GPT)),
-    "text for a number": ("$.transformer.num_layers", small(num_layers="2")),
-    "fraction for an integer": ("$.transformer.num_layers", small(num_layers=2.5)),
-    "truth value for a number": ("$.transformer.hidden_dropout", small(hidden_dropout=True)),
-    "number for a truth value": ("$.transformer.fp16", small(fp16=1)),
-    "null": ("$.transformer.num_layers", small(num_layers=None)),
-    "unknown choice": ("$.transformer.normalization", small(normalization="LayerNrom")),
-    "unknown member": ("$.transformer.attention_backend", small(attention_backend="flsh")),
-    "unknown dtype": ("$.transformer.params_dtype", small(params_dtype="torch.bfloat17")),
-    "number for a function": ("$.transformer.activation_func", small(activation_func=1)),
+    "key of this embedded config": ("$", {**small_model(_target_=MLA), "rotary_base": 1}),
+    "key of another class": ("$.transformer", small_model(q_lora_rank=2)),
+    "unknown class": ("$.transformer._target_", small_model(_target_="os.system")),
+    "class that does not fit": ("$.transformer._target_", small_model(_target_=GPT)),
+    "text for a number": ("$.transformer.num_layers", small_model(num_layers="2")),
+    "fraction for an integer": ("$.transformer.num_layers", small_model(num_layers=2.5)),
+    "boolean for a number": ("$.transformer.hidden_dropout", small_model(hidden_dropout=True)),
+    "number for a boolean": ("$.transformer.fp16", small_model(fp16=1)),
+    "null": ("$.transformer.num_layers", small_model(num_layers=None)),
+    "unknown choice": ("$.transformer.normalization", small_model(normalization="LayerNrom")),
+    "unknown member": ("$.transformer.attention_backend", small_model(attention_backend="flsh")),
+    "unknown dtype": ("$.transformer.params_dtype", small_model(params_dtype="torch.bfloat17")),
+    "number for a function": ("$.transformer.activation_func", small_model(activation_func=1)),
     "function that is called": (
         "$.transformer.activation_func",
-        small(activation_func={"_target_": "silu", "_call_": True}),
+        small_model(activation_func={"_target_": "silu", "_call_": True}),
     ),
     "partial with a private keyword": (
         "$.transformer.init_method",
-        small(init_method={"_target_": "torch.nn.init.normal_", "_partial_": True, "_recursive_": 1}),
+        small_model(init_method={"_target_": "torch.nn.init.normal_", "_partial_": True, "_recursive_": 1}),
     ),
-    "tuple too short": ("$.transformer.window_size", small(window_size=[8])),
-    "tuple too long": ("$.transformer.window_size", small(window_size=[8, 0, 0])),
-    "wrong item": ("$.transformer.window_size", small(window_size=[8, "0"])),
+    "tuple too short": ("$.transformer.window_size", small_model(window_size=[8])),
+    "tuple too long": ("$.transformer.window_size", small_model(window_size=[8, 0, 0])),
+    "wrong item": ("$.transformer.window_size", small_model(window_size=[8, "0"])),
     "reason missing": ("$._omitted_[0]", {**SMALL, "_omitted_": [{"path": "$.transformer.timers"}]}),
 }
 
 
-@pytest.mark.parametrize("document", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize("document", VALID.values(), ids=VALID)
 def test_documents_that_the_checker_accepts_match(document: dict[str, Any]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what was omitted is spoken of
-        assert accepted(document)
+        warnings.simplefilter("ignore")  # omitted values give a warning
+        assert is_accepted(document)
     assert problems(document) == []
 
 
-@pytest.mark.parametrize(("path", "document"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("path", "document"), INVALID.values(), ids=INVALID)
 def test_invalid_documents_do_not_match_and_the_position_is_reported(path: str, document: dict[str, Any]) -> None:
-    assert not accepted(document)
+    assert not is_accepted(document)
     assert path in problems(document)
 
 
 def test_a_name_registered_by_a_program_matches() -> None:
-    assert problems(small(activation_func="my_package.my_activation")) == []
+    assert problems(small_model(activation_func="my_package.my_activation")) == []
 
 
 def values(type_: Type) -> st.SearchStrategy[Any]:
@@ -240,16 +242,16 @@ def _values(member: Member) -> st.SearchStrategy[Any]:
         case Mapping(_, value):
             return st.dictionaries(st.text(st.characters(categories=["L"])), values(value), max_size=2)
         case _:
-            return st.nothing()  # an opaque thing, which has no written form
+            return st.nothing()  # opaque values have no written form
 
 
 def mappings(target: Target) -> st.SearchStrategy[dict[str, Any]]:
-    """Mappings that describe a config, with some of its fields."""
+    """Return a strategy of mappings for a config with some of its fields."""
     ranges = get_ranges(target.bases)
     fields = {
         field.name: in_range(values(field.type), ranges.get(field.name))
         for field in target.fields.values()
-        if field.init and field.name not in TOGETHER
+        if field.init and field.name not in DEPENDENT_FIELDS
     }
     required = {name: fields[name] for name in fields if target.fields[name].required}
     some = st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True)
@@ -257,7 +259,7 @@ def mappings(target: Target) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def in_range(values: st.SearchStrategy[Any], allowed: Range | None) -> st.SearchStrategy[Any]:
-    """Numbers that the field may have; too few of all numbers are between 0 and 1 to wait for them."""
+    """Replace numbers outside the field's range: too few random numbers are, for example, between 0 and 1."""
     if allowed is None:
         return values
     numbers = [number for number in (0, 1, 7, 0.5, 7.5) if number in allowed]
@@ -269,8 +271,8 @@ def in_range(values: st.SearchStrategy[Any], allowed: Range | None) -> st.Search
     return values.map(replace)
 
 
-# What must go together with other fields, which a schema does not say.
-TOGETHER = frozenset(
+# Fields whose valid values depend on other fields; a schema cannot express that.
+DEPENDENT_FIELDS = frozenset(
     {
         "num_layers",
         "hidden_size",
@@ -309,9 +311,9 @@ def test_generated_documents_that_the_checker_accepts_match(
 ) -> None:
     target = shipped(name)
     assert target is not None
-    right = data.draw(mappings(target))
-    document = {"_target_": GPT, "transformer": {**SMALL["transformer"], "_target_": name, **right, **junk}}
-    if accepted(document):
+    valid = data.draw(mappings(target))
+    document = {"_target_": GPT, "transformer": {**SMALL["transformer"], "_target_": name, **valid, **junk}}
+    if is_accepted(document):
         assert problems(document) == []
     else:
-        assert junk  # the fields alone are right
+        assert junk  # the fields themselves are valid

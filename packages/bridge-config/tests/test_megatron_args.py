@@ -1,5 +1,7 @@
-"""The arguments that Megatron-LM keeps in its checkpoints, as JSON. The judge of the model that they make is the real
-parser, in `bridge-models/tests/test_reference_models.py`."""
+"""Arguments from Megatron-LM checkpoints, as JSON, are converted to documents.
+
+bridge-models/tests/test_reference_models.py compares the models with those of Megatron-LM's real parser.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ CORE = "megatron.core.transformer.transformer_config"
 
 
 def arguments(**given: Any) -> dict[str, Any]:
-    """Every argument that the parser has, and some given."""
+    """Return all arguments of the parser, with the given values."""
     sizes = {
         "num_layers": 4,
         "hidden_size": 64,
@@ -38,7 +40,7 @@ def arguments(**given: Any) -> dict[str, Any]:
     return load_arguments() | sizes | given
 
 
-def model(**given: Any) -> Any:
+def convert_arguments(**given: Any) -> Any:
     result = convert_foreign(arguments(**given))
     assert not result.problems
     Document(result.data).check()
@@ -63,7 +65,7 @@ def problems(**given: Any) -> dict[str, str]:
 def test_layer_patterns_are_evaluated(name: str, text: str, value: Any) -> None:
     # The values are what the parser of Megatron-LM says of each in its help.
     layers = len(value) if isinstance(value, list) else 4
-    assert model(num_layers=layers, num_experts=4, **{name: text})["transformer"].get(name, 2) == value
+    assert convert_arguments(num_layers=layers, num_experts=4, **{name: text})["transformer"].get(name, 2) == value
 
 
 @pytest.mark.parametrize(
@@ -210,19 +212,21 @@ def test_two_activation_functions_are_refused() -> None:
     ],
 )
 def test_activation_functions_are_converted(given: dict[str, Any], function: str, gated: bool) -> None:
-    transformer = model(**given)["transformer"]
+    transformer = convert_arguments(**given)["transformer"]
     assert transformer["activation_func"] == function
     assert transformer["gated_linear_unit"] is gated
 
 
 def test_gated_layers_without_a_size_are_narrower() -> None:
-    assert model(swiglu=True, hidden_size=1024, ffn_hidden_size=None)["transformer"]["ffn_hidden_size"] == 2688
-    assert "ffn_hidden_size" not in model(hidden_size=1024, ffn_hidden_size=None)["transformer"]
-    assert model(swiglu=True, ffn_hidden_size=96)["transformer"]["ffn_hidden_size"] == 96
+    assert (
+        convert_arguments(swiglu=True, hidden_size=1024, ffn_hidden_size=None)["transformer"]["ffn_hidden_size"] == 2688
+    )
+    assert "ffn_hidden_size" not in convert_arguments(hidden_size=1024, ffn_hidden_size=None)["transformer"]
+    assert convert_arguments(swiglu=True, ffn_hidden_size=96)["transformer"]["ffn_hidden_size"] == 96
 
 
 def test_switches_and_renamed_arguments_are_converted() -> None:
-    data = model(
+    data = convert_arguments(
         no_persist_layer_norm=True,
         disable_bias_linear=True,
         add_bias_linear=None,
@@ -253,12 +257,12 @@ def test_switches_and_renamed_arguments_are_converted() -> None:
 
 
 def test_query_groups_are_ignored_unless_enabled() -> None:
-    assert "num_query_groups" not in model(num_query_groups=2, group_query_attention=False)["transformer"]
-    assert model(num_query_groups=2, group_query_attention=True)["transformer"]["num_query_groups"] == 2
+    assert "num_query_groups" not in convert_arguments(num_query_groups=2, group_query_attention=False)["transformer"]
+    assert convert_arguments(num_query_groups=2, group_query_attention=True)["transformer"]["num_query_groups"] == 2
 
 
 def test_enumerations_and_dtypes_are_read_as_python_prints_them() -> None:
-    data = model(
+    data = convert_arguments(
         attention_backend="AttnBackend.fused",
         cuda_graph_modules=["CudaGraphModule.attn"],
         params_dtype="torch.float16",
@@ -272,10 +276,10 @@ def test_enumerations_and_dtypes_are_read_as_python_prints_them() -> None:
 
 
 def test_position_embeddings_are_converted() -> None:
-    rotary = model(use_rotary_position_embeddings=True, rotary_base=5, use_rope_scaling=True)
+    rotary = convert_arguments(use_rotary_position_embeddings=True, rotary_base=5, use_rope_scaling=True)
     assert rotary["position_embedding_type"] == "rope"
     assert (rotary["rotary_base"], rotary["rope_scaling"]) == (5, True)
-    yarn = model(position_embedding_type="yarn", rotary_scaling_factor=32.0, yarn_beta_fast=16.0)
+    yarn = convert_arguments(position_embedding_type="yarn", rotary_scaling_factor=32.0, yarn_beta_fast=16.0)
     assert yarn["transformer"]["_target_"].endswith("YarnTransformerConfig")
     assert yarn["transformer"]["yarn_rotary_scaling_factor"] == 32.0
     assert (yarn["transformer"]["yarn_beta_fast"], yarn["transformer"]["yarn_beta_slow"]) == (16.0, 1.0)
@@ -284,22 +288,22 @@ def test_position_embeddings_are_converted() -> None:
 
 
 def test_latent_attention_gives_an_mla_transformer() -> None:
-    data = model(multi_latent_attention=True, q_lora_rank=16, rope_type="rope", rotary_base=5)
+    data = convert_arguments(multi_latent_attention=True, q_lora_rank=16, rope_type="rope", rotary_base=5)
     assert data["transformer"]["_target_"] == f"{CORE}.MLATransformerConfig"
     assert (data["transformer"]["q_lora_rank"], data["transformer"]["rotary_base"]) == (16, 5)
     assert "rotary_base" not in data
-    assert model(multi_latent_attention=True, q_lora_rank=None)["transformer"]["q_lora_rank"] is None
+    assert convert_arguments(multi_latent_attention=True, q_lora_rank=None)["transformer"]["q_lora_rank"] is None
 
 
 def test_heterogeneous_blocks_are_converted() -> None:
     blocks = json.dumps({"block_configs": []})
-    data = model(heterogeneous_layers_config_path="b.json", heterogeneous_layers_config_encoded_json=blocks)
+    data = convert_arguments(heterogeneous_layers_config_path="b.json", heterogeneous_layers_config_encoded_json=blocks)
     assert data["transformer"]["_target_"].endswith(".HeterogeneousTransformerConfig")
     assert data["transformer"]["heterogeneous_layers_config_encoded_json"] == blocks
 
 
 def test_an_unpadded_vocabulary_is_marked_for_padding() -> None:
-    data = model(padded_vocab_size=None, vocab_size=100, make_vocab_size_divisible_by=64)
+    data = convert_arguments(padded_vocab_size=None, vocab_size=100, make_vocab_size_divisible_by=64)
     assert (data["vocab_size"], data["should_pad_vocab"], data["make_vocab_size_divisible_by"]) == (100, True, 64)
     both = convert_foreign(arguments(padded_vocab_size=128, vocab_size=100))
     assert "$.vocab_size: 100 left out, $.vocab_size is padded_vocab_size" in both.notes
@@ -310,7 +314,7 @@ def test_an_unpadded_vocabulary_is_marked_for_padding() -> None:
 
 def test_hybrid_arguments_are_converted() -> None:
     given = {"num_layers": None, "mamba_num_groups": 2, "hybrid_layer_pattern": "M--D", "multi_latent_attention": True}
-    data = model(**given, untie_embeddings_and_output_weights=True)
+    data = convert_arguments(**given, untie_embeddings_and_output_weights=True)
     assert data["_target_"] == MAMBA
     assert data["hybrid_layer_pattern"] == "M--D"
     assert data["share_embeddings_and_output_weights"] is False
@@ -322,11 +326,18 @@ def test_hybrid_arguments_are_converted() -> None:
 def test_older_hybrid_arguments_are_converted() -> None:
     given = {"hybrid_override_pattern": "M*M*", "mtp_hybrid_override_pattern": "*", "mtp_num_layers": 2}
     given |= {"mamba_num_groups": 2}
-    data = model(**given, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
+    data = convert_arguments(**given, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
     assert data["hybrid_layer_pattern"] == "M*M*/*/*"
     assert data["transformer"]["mtp_num_layers"] == 2
-    assert model(num_layers=2, mamba_num_groups=2, hybrid_layer_pattern="MM/M")["transformer"]["mtp_num_layers"] == 1
-    pure = model(mamba_num_groups=2, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])
+    assert (
+        convert_arguments(num_layers=2, mamba_num_groups=2, hybrid_layer_pattern="MM/M")["transformer"][
+            "mtp_num_layers"
+        ]
+        == 1
+    )
+    pure = convert_arguments(
+        mamba_num_groups=2, spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]
+    )
     assert (pure["_target_"], pure["transformer"]["num_layers"]) == (MAMBA, 4)
 
 
@@ -335,7 +346,9 @@ def test_older_hybrid_arguments_are_converted() -> None:
     [{"decoder_num_layers": 2}, {"decoder_seq_length": 16}, {"model_type": "ModelType.encoder_and_decoder"}],
 )
 def test_t5_arguments_are_converted(marks: dict[str, Any]) -> None:
-    data = model(num_layers=4, encoder_num_layers=4, position_embedding_type="relative", vocab_extra_ids=100, **marks)
+    data = convert_arguments(
+        num_layers=4, encoder_num_layers=4, position_embedding_type="relative", vocab_extra_ids=100, **marks
+    )
     assert data["_target_"] == T5
     assert data["encoder_num_layers"] == 4
     assert data["transformer"]["num_layers"] == marks.get("decoder_num_layers", 4)

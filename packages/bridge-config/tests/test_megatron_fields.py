@@ -1,4 +1,4 @@
-"""Every field of megatron-core's transformer configs, set to a value that is not its default, survives as text."""
+"""Every field of megatron-core's transformer configs survives the round trip through text with a changed value."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ REQUIRED: dict[Any, dict[str, Any]] = {
     MLATransformerConfig: {},
     HeterogeneousTransformerConfig: {"heterogeneous_layers_config_encoded_json": BLOCKS},
 }
-# The one field that holds a live object by its very type.
-LIVE = "_cpu_offloading_context"
+# The only field that can hold nothing but a live object.
+LIVE_FIELD = "_cpu_offloading_context"
 
 
 @dataclass(kw_only=True)
@@ -74,14 +74,14 @@ def base(cls: Any) -> Any:
 
 @pytest.fixture
 def values(cls: Any, base: Any) -> dict[str, Any]:
-    """For every field of the class but `LIVE`, a value of its type that is not what `base` has."""
+    """Return, for every field except `LIVE_FIELD`, a value of its type that differs from that of `base`."""
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != LIVE]
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != LIVE_FIELD]
     return {name: changed_value(name, hints[name], getattr(base, name)) for name in names}
 
 
-# What the other fields of the tests' models leave no choice of, as many as there are heads, channels in pairs.
-BESIDE_THE_OTHERS = {
+# Values that must match other fields: numbers of heads, layers and pairs of channels.
+DEPENDENT_VALUES = {
     "num_attention_heads": 8,
     "num_query_groups": 2,
     "hidden_size": 32,
@@ -92,25 +92,25 @@ BESIDE_THE_OTHERS = {
 
 
 def changed_value(name: str, hint: Any, value: Any) -> Any:
-    return BESIDE_THE_OTHERS[name] if name in BESIDE_THE_OTHERS else different(hint, value)
+    return DEPENDENT_VALUES[name] if name in DEPENDENT_VALUES else different_value(hint, value)
 
 
-def different(hint: Any, value: Any) -> Any:
+def different_value(hint: Any, value: Any) -> Any:
     if isinstance(value, functools.partial):
         return functools.partial(value.func, **{**value.keywords, "std": 0.5})
-    return next(other for other in examples(hint) if type(other) is not type(value) or other != value)
+    return next(other for other in example_values(hint) if type(other) is not type(value) or other != value)
 
 
-def examples(hint: Any) -> list[Any]:
+def example_values(hint: Any) -> list[Any]:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return [value for member in reversed(args) for value in examples(member)]
+        return [value for member in reversed(args) for value in example_values(member)]
     if origin is Literal:
         return list(args)
     if origin is list:
-        return [[value] for value in examples(args[0])]
+        return [[value] for value in example_values(args[0])]
     if origin is tuple:
-        return [tuple(examples(arg)[0] for arg in args)]
+        return [tuple(example_values(arg)[0] for arg in args)]
     if hint is Callable or origin is not None or hint.__module__ == "typing":
         return [some_function]
     if issubclass(hint, enum.Enum):
@@ -129,16 +129,16 @@ def examples(hint: Any) -> list[Any]:
     return plain[hint]
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equal in value and type; partials, recipes and layouts have no equality of their own."""
+def is_equal(left: Any, right: Any) -> bool:
+    """Compare values and types; partials, recipes and layouts define no equality."""
     if type(left) is not type(right):
         return False
     if isinstance(left, functools.partial):
         return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
     if isinstance(left, (RecipeConfig, PipelineParallelLayerLayout, GlobMatcher)):
-        return all(same(vars(left)[name], vars(right)[name]) for name in vars(left))
+        return all(is_equal(vars(left)[name], vars(right)[name]) for name in vars(left))
     if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(is_equal, left, right))
     return bool(left == right)
 
 
@@ -152,12 +152,14 @@ def test_all_fields_together_survive_both_text_formats(
     document = Document(data)
     from_json, from_yaml = json.loads(document.to_json()), parse_yaml(document.to_yaml()).data
     assert from_json == from_yaml == data
-    # The class itself would refuse some of these together; what each was written as is read by the same schema.
+    # The class refuses some of these values together, so each one is read back by itself.
     written = {name: from_yaml["transformer"][name] for name in values}
     reader, fields = Reader(LiveLookup()), describe(cls).fields
-    survived = [name for name in values if same(build(reader.value(written[name], fields[name].type)), values[name])]
+    survived = [
+        name for name in values if is_equal(build(reader.value(written[name], fields[name].type)), values[name])
+    ]
     with capsys.disabled():
-        print(f"\n{cls.__name__}: {len(survived)} of {len(values)} fields survive; {LIVE} is declared omitted")  # noqa: T201
+        print(f"\n{cls.__name__}: {len(survived)} of {len(values)} fields survive; {LIVE_FIELD} is declared omitted")  # noqa: T201
     assert survived == list(values)
 
 
@@ -170,12 +172,12 @@ def test_each_field_survives_through_the_real_constructor(cls: Any, base: Any, v
         try:
             back = ModelConfig.from_dict(json.loads(text))
         except DocumentError:
-            # Only where megatron-core itself does not allow the value beside the others.
+            # This is expected only where the constructor of megatron-core refuses the value, too.
             fields = {field.name: getattr(changed, field.name) for field in dataclasses.fields(cls) if field.init}
             with pytest.raises(Exception):  # noqa: B017, PT011
                 cls(**fields)
         else:
-            if not same(getattr(back.transformer, name), value):  # type: ignore[attr-defined]
+            if not is_equal(getattr(back.transformer, name), value):  # type: ignore[attr-defined]
                 lost.append(name)
     assert lost == []
 
@@ -193,7 +195,7 @@ def test_every_field_of_every_model_config_survives(capsys: pytest.CaptureFixtur
     survived = []
     for field in dataclasses.fields(GPTModelConfig):
         config = copy.copy(base)
-        value = special.get(field.name) or different(hints[field.name], getattr(base, field.name))
+        value = special.get(field.name) or different_value(hints[field.name], getattr(base, field.name))
         setattr(config, field.name, value)
         document = Document(config.as_dict())
         assert "_omitted_" not in document.data
@@ -201,15 +203,15 @@ def test_every_field_of_every_model_config_survives(capsys: pytest.CaptureFixtur
         assert from_json == from_yaml == document.data
         back = getattr(ModelConfig.from_dict(from_json), field.name)
         if field.name == "transformer":
-            back, value = (canonical_partials(one) for one in (back, value))
-        assert same(back, value), field.name
+            back, value = (comparable_fields(one) for one in (back, value))
+        assert is_equal(back, value), field.name
         survived.append(field.name)
     with capsys.disabled():
         print(f"\nGPTModelConfig, with all of ModelConfig: {len(survived)} of {len(survived)} fields survive")  # noqa: T201
     assert survived == [field.name for field in dataclasses.fields(GPTModelConfig)]
 
 
-def canonical_partials(config: Any) -> dict[str, Any]:
+def comparable_fields(config: Any) -> dict[str, Any]:
     return {
         name: (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else value
         for name, value in vars(config).items()
@@ -249,7 +251,7 @@ def test_any_valid_config_round_trips_and_keeps_its_fingerprint(data: st.DataObj
     config_class = data.draw(st.sampled_from([TransformerConfig, MLATransformerConfig]))
     base = config_class(num_layers=2, hidden_size=64, num_attention_heads=4)
     hints = get_type_hints(config_class)
-    names = [field.name for field in dataclasses.fields(config_class) if field.init and field.name != LIVE]
+    names = [field.name for field in dataclasses.fields(config_class) if field.init and field.name != LIVE_FIELD]
     chosen = data.draw(st.lists(st.sampled_from(names), max_size=6, unique=True))
     given_ = {name: changed_value(name, hints[name], getattr(base, name)) for name in chosen}
     try:
@@ -263,16 +265,16 @@ def test_any_valid_config_round_trips_and_keeps_its_fingerprint(data: st.DataObj
         assert type(back.transformer) is config_class
         for field in dataclasses.fields(config_class):
             if field.init:
-                assert same(getattr(back.transformer, field.name), getattr(transformer, field.name)), field.name
+                assert is_equal(getattr(back.transformer, field.name), getattr(transformer, field.name)), field.name
         assert Document.of(back).fingerprint() == document.fingerprint()
 
 
 def test_a_live_object_is_declared_omitted(base: Any) -> None:
     base._cpu_offloading_context = warnings.catch_warnings()
-    with pytest.warns(OmittedWarning, match=LIVE):
+    with pytest.warns(OmittedWarning, match=LIVE_FIELD):
         data = Holder(transformer=base).as_dict()
-    assert [entry["path"] for entry in data["_omitted_"]] == [f"$.transformer.{LIVE}"]
-    with pytest.warns(OmittedWarning, match=LIVE):
+    assert [entry["path"] for entry in data["_omitted_"]] == [f"$.transformer.{LIVE_FIELD}"]
+    with pytest.warns(OmittedWarning, match=LIVE_FIELD):
         back = ModelConfig.from_dict(json.loads(json.dumps(data)))
     assert back.transformer._cpu_offloading_context is None  # type: ignore[attr-defined]
 
@@ -287,7 +289,7 @@ def test_a_derived_value_changed_after_construction_stays_changed() -> None:
     back: Any = ModelConfig.from_dict(data)
     assert back.transformer.no_rope_freq == [0, 1, 0, 1]
     assert back.transformer.init_method is torch.nn.init.ones_
-    # The constructor would have made it 1.
+    # The constructor would set it to 1.
     assert back.transformer.expert_tensor_parallel_size is None
 
 
@@ -334,7 +336,7 @@ def test_a_constructor_error_is_a_problem_at_its_path() -> None:
 
 
 def test_q_lora_rank_may_be_none() -> None:
-    """megatron-core 0.19.2 annotates `q_lora_rank` with int alone, and asks it `is None`."""
+    """megatron-core 0.19.2 annotates `q_lora_rank` as int, but accepts None."""
     config = GPTModelConfig(
         transformer=MLATransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, q_lora_rank=None)  # type: ignore[arg-type]
     )
@@ -345,4 +347,4 @@ def test_q_lora_rank_may_be_none() -> None:
     assert isinstance(again.transformer, MLATransformerConfig)
     assert again.transformer.q_lora_rank is None
     hint = get_type_hints(MLATransformerConfig)["q_lora_rank"]
-    assert hint is int, "megatron-core says it now: take it out of bridge.config.schema.inspection.NULLABLE_FIELDS"
+    assert hint is int, "megatron-core now annotates it: remove it from bridge.config.schema.inspection.NULLABLE_FIELDS"

@@ -1,4 +1,4 @@
-"""Older documents become current ones: every declared change, every conflict, and where each value stood."""
+"""Migration of older documents: declared changes, conflicts, and original positions of values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_field_moves_out_of_a_nested_config() -> None:
 
 
 def test_steps_run_in_order_and_keep_the_first_position() -> None:
-    steps = (Moved(3, "b", "inner.c"), Moved(2, "a", "b"))  # declared in any order
+    steps = (Moved(3, "b", "inner.c"), Moved(2, "a", "b"))  # the order of declaration does not matter
     targets = lookup(outer(*steps, version=3), config("my.Inner", {}))
     first = migrate(old(a={"deep": 1}), targets)
     assert first.data == new(3, inner={"c": {"deep": 1}})
@@ -185,9 +185,9 @@ def test_nested_configs_have_their_own_versions() -> None:
     assert result.data == {
         "_target_": "my.Outer",
         "one": now,
-        "many": [now, {"y": 1}],  # without a version it is current, and 'y' an unknown key
+        "many": [now, {"y": 1}],  # a document without a version is current: 'y' is unknown
         "named": {"a": now},
-        "any": [{"deep": now | {"_target_": "my.Inner"}}, written],  # nothing says what the last one is
+        "any": [{"deep": now | {"_target_": "my.Inner"}}, written],  # the latest version of this class is unknown
     }
     assert (("many", 0, "x"), ("many", 0, "y")) in result.moves
 
@@ -210,7 +210,7 @@ def test_paths_of_omissions_are_migrated() -> None:
         outer(Moved(2, "width", "inner.width"), Moved(2, "size", "big"), Changed(2, "inner.width", absent=1))
     )
     result = migrate(old(size={}, inner={}, _omitted_=entries), targets)
-    assert result.data["inner"] == {}  # the value was not silent, it could not be written
+    assert result.data["inner"] == {}  # the omitted value was set, so the old default does not apply
     assert [entry["path"] for entry in result.data["_omitted_"][:2]] == ["$.inner.width", "$.big.hook"]
     assert entries[0] == {"path": "$.width", "reason": "a lambda"}
 
@@ -279,7 +279,7 @@ def test_problems_suggest_current_names() -> None:
     renamed = outer(Moved(2, "width", "size"))
     hint = describe_change(renamed, "width")
     assert hint == "was renamed to 'size' in version 2: write that, or add '_version_: 1' to have the document migrated"
-    assert not migrate(old(width=1), lookup(renamed)).problems  # the advice works
+    assert not migrate(old(width=1), lookup(renamed)).problems  # following the suggestion works
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_any_data_is_migrated_or_refused(schema: Schema, data: Any) -> None:
 
 
 def test_schemas_are_declared_by_entry_point(tmp_path: Path) -> None:
-    """By a real distribution, read in a process that has it."""
+    """A separate process reads the entry points of a real distribution."""
     info = tmp_path / "mine-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -384,7 +384,7 @@ for name in ("their.Wrong", "their.Gone"):
 
 
 def test_importing_it_loads_only_the_standard_library() -> None:
-    """Nothing beyond the standard library and this package."""
+    """Migration is used by commands that must start fast."""
     code = "import sys, bridge.config.read.migrate as m; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -1,4 +1,4 @@
-"""The reference API: what a ModelConfig is, and what is refused where one is defined."""
+"""The API of ModelConfig, which is that of megatron.training, and errors in definitions of subclasses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def unregistered(x: Any) -> Any:
 
 
 class Builder:
-    """Stands where a ModelBuilder would."""
+    """A stand-in for a ModelBuilder."""
 
 
 @dataclass

@@ -40,36 +40,36 @@ def specs() -> Iterator[tuple[str, Any]]:
     yield "l2", gpt_layer_specs.get_gpt_layer_local_spec(qk_l2_norm=True)
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equal down to functions and partials, which have no equality of their own."""
+def is_equal(left: Any, right: Any) -> bool:
+    """Compare values and types; specs and partials define no equality."""
     if type(left) is not type(right):
         return False
     if isinstance(left, functools.partial):
-        return left.func == right.func and same(left.args, right.args) and same(left.keywords, right.keywords)
+        return left.func == right.func and is_equal(left.args, right.args) and is_equal(left.keywords, right.keywords)
     if is_dataclass(left) and not isinstance(left, type):
-        return all(same(getattr(left, one.name), getattr(right, one.name)) for one in fields(left))
+        return all(is_equal(getattr(left, one.name), getattr(right, one.name)) for one in fields(left))
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(is_equal(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(is_equal, left, right))
     return bool(left == right)
 
 
-def through_both_texts(config: ModelConfig) -> Any:
+def round_trip(config: ModelConfig) -> Any:
     document = Document(config.as_dict())
     assert "_omitted_" not in document.data
     data = json.loads(document.to_json())
     assert parse_yaml(document.to_yaml()).data == data
-    assert canonicalize(data)["_target_"] == data["_target_"], "the shipped table knows all of its names"
+    assert canonicalize(data)["_target_"] == data["_target_"], "the shipped table contains all of its names"
     return ModelConfig.from_dict(data)
 
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in specs()])
 def test_a_layer_spec_survives(spec: Any) -> None:
     config = GPTModelConfig(transformer=TransformerConfig(**TRANSFORMER), vocab_size=64, transformer_layer_spec=spec)
-    back = through_both_texts(config)
-    assert same(back.transformer_layer_spec, spec)
-    assert same(ModelConfig.from_dict(back.as_dict()).transformer_layer_spec, spec)  # type: ignore[attr-defined]
+    back = round_trip(config)
+    assert is_equal(back.transformer_layer_spec, spec)
+    assert is_equal(ModelConfig.from_dict(back.as_dict()).transformer_layer_spec, spec)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("latent", [False, True])
@@ -78,8 +78,8 @@ def test_a_callable_that_returns_a_spec_survives(latent: bool) -> None:
     transformer = (MLATransformerConfig if latent else TransformerConfig)(**TRANSFORMER)
     made_by = functools.partial(gpt_layer_specs.get_gpt_layer_local_spec, multi_latent_attention=latent)
     config = GPTModelConfig(transformer=transformer, vocab_size=64, transformer_layer_spec=made_by)
-    back = through_both_texts(config)
-    assert same(back.transformer_layer_spec, made_by)
+    back = round_trip(config)
+    assert is_equal(back.transformer_layer_spec, made_by)
     assert isinstance(back.transformer_layer_spec(), ModuleSpec)
 
 
@@ -87,7 +87,7 @@ def test_generation_settings_survive() -> None:
     transformers = pytest.importorskip("transformers")
     settings = transformers.GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True, eos_token_id=[2, 3])
     config = GPTModelConfig(transformer=TransformerConfig(**TRANSFORMER), vocab_size=64, generation_config=settings)
-    back = through_both_texts(config)
+    back = round_trip(config)
     assert type(back.generation_config) is transformers.GenerationConfig
     assert back.generation_config.to_dict() == settings.to_dict()
 

@@ -1,3 +1,5 @@
+"""Paths of values in documents are parsed and formatted."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Names in documents: what resolves, what does not, and that nothing is imported or run on the way."""
+"""Names in documents: which ones resolve, and that looking them up imports and runs nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Guarded(ModelConfig):
 
 @pytest.fixture
 def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Declare]:
-    """Installs a distribution that declares names: declare(module_text, name="module:attribute", ...)."""
+    """Return a function that installs a distribution: declare(module_text, name="module:attribute", ...)."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(module: str, *, dist: str = "extension", group: str = registry.GROUP, **names: str) -> None:
@@ -132,7 +132,7 @@ def test_a_moved_object_keeps_its_declared_name(
         "kind": "extension_module.Kind",
     }
     try:
-        for _ in range(2):  # before its module is loaded, and after
+        for _ in range(2):  # before and after its module is loaded
             config: Any = ModelConfig.from_dict(document)
             assert canonicalize(document) == document | {"_version_": 1}
         module = sys.modules["extension_module.inner"]
@@ -143,7 +143,7 @@ def test_a_moved_object_keeps_its_declared_name(
         for name in names:
             for name_of in (registry.document_name, registry.name_of):
                 assert name_of(vars(module)[name]) == f"extension_module.{name}"
-            # Where it is defined is no name for it, whether or not that is loaded.
+            # The name of the defining module is never accepted, whether or not the module is loaded.
             assert not registry.is_registered(f"extension_module.inner.{name}")
             with pytest.raises(TargetError, match="is not a name"):
                 registry.resolve(f"extension_module.inner.{name}")
@@ -204,7 +204,7 @@ def test_a_built_in_name_cannot_be_declared_again(name: str, declare: Declare, m
         with pytest.raises(DocumentError, match=f"'{name}' is declared differently by several distributions"):
             read(document)
     [alone] = [point for point in registry.declared()[name] if point.value == "extension_module:f"]
-    monkeypatch.setattr(registry, "declared", lambda: {name: [alone]})  # as where bridge-builders is not installed
+    monkeypatch.setattr(registry, "declared", lambda: {name: [alone]})  # as if bridge-builders were not installed
     for read in (ModelConfig.from_dict, check):
         with pytest.raises(DocumentError, match=r"that name is 'torch\.nn\.functional\.[a-z]+' alone") as error:
             read(document | {"anything": None})
@@ -238,7 +238,7 @@ def test_the_error_for_an_unknown_name_suggests_a_distribution(monkeypatch: pyte
     def distribution(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    # The workspace's environment has every package; what an absent one raises is importlib's documented answer.
+    # All packages are installed here; importlib documents this error for a missing one.
     registry.refresh()
     monkeypatch.setattr(registry, "distribution", distribution)
     monkeypatch.setattr(registry, "declared", dict)
@@ -246,8 +246,8 @@ def test_the_error_for_an_unknown_name_suggests_a_distribution(monkeypatch: pyte
         registry.resolve("torch.nn.functional.mish")
 
 
-# Names that run or import something, hide something, or stand in the wrong place. TRAP is a module that leaves a mark
-# when it is imported.
+# Names that would run or import something, deceive the reader, or are used in the wrong field. TRAP is a module that
+# fails when it is imported.
 HOSTILE_NAMES = [
     "TRAP",
     "TRAP.anything",
@@ -280,8 +280,8 @@ HOSTILE_NAMES = [
 ]
 
 
-def placed(name: Any) -> dict[str, dict[str, Any]]:
-    """The documents that put `name` where a name is read."""
+def documents_with_name(name: Any) -> dict[str, dict[str, Any]]:
+    """Return documents with `name` in every position of a name, by its path."""
     base = {"_target_": f"{__name__}.Guarded"}
     call = {"_target_": name, "_call_": False}
     return {
@@ -313,11 +313,11 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_hostile_name_is_refused_everywhere_and_runs_nothing(name: str, trap: str) -> None:
     name = name.replace("TRAP", trap)
     registry.declared()
-    for path, document in placed(name).items():
+    for path, document in documents_with_name(name).items():
         fits = name == f"{__name__}.Nested" and path in ("$.nested._target_", "$.kind")
         if fits:
             continue
-        events = audited(document)
+        events = audit_events(document)
         assert events.pop() == path
         assert events == [], f"{name} at {path}"
 
@@ -326,19 +326,19 @@ WATCHED = ("import", "exec", "open", "os.system", "subprocess.Popen", "socket.co
 _events: list[str] | None = None
 
 
-def _hook(event: str, args: tuple[Any, ...]) -> None:
+def _audit(event: str, args: tuple[Any, ...]) -> None:
     if _events is not None and event in WATCHED:
         _events.append(f"{event} {args!r:.80}")
 
 
-sys.addaudithook(_hook)
+sys.addaudithook(_audit)
 
 
-def audited(document: dict[str, Any]) -> list[str]:
-    """What Python was asked to do while `document` was refused, and at the end the path of the problem."""
+def audit_events(document: dict[str, Any]) -> list[str]:
+    """Read a document that is refused; return the audit events, followed by the paths of the problems."""
     global _events
     with pytest.raises(DocumentError):
-        ModelConfig.from_dict(document)  # what reading itself needs is loaded by now
+        ModelConfig.from_dict(document)  # loads the modules that reading needs
     before, _events = set(sys.modules), []
     try:
         ModelConfig.from_dict(document)

@@ -1,4 +1,4 @@
-"""A ModelConfig through `as_dict` and `from_dict`: what is kept, what is refused."""
+"""Round trips of a ModelConfig through `as_dict` and `from_dict`: kept values and errors."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def unregistered(x: Any) -> Any:
 
 
 class Builder:
-    """Stands where a ModelBuilder would."""
+    """A stand-in for a ModelBuilder."""
 
 
 class OtherBuilder:
-    """Another one, for the same configs."""
+    """Another builder of the same configs."""
 
 
 class ForeignBuilder:
-    """One for other configs."""
+    """A builder of other configs."""
 
 
 @dataclass
@@ -125,8 +125,8 @@ register_builder(OtherBuilder, Sample)
 register_builder(ForeignBuilder, Flatter)
 
 
-def through_text(config: ModelConfig) -> Any:
-    """`config` after the way through JSON, which must be the same as the way through YAML."""
+def round_trip(config: ModelConfig) -> Any:
+    """Write `config` as JSON and read it back; check that YAML gives the same data."""
     document = Document(config.as_dict())
     from_json = ModelConfig.from_dict(json.loads(document.to_json()))
     assert parse_yaml(document.to_yaml()).data == json.loads(document.to_json())
@@ -274,7 +274,7 @@ FULL = Inner(
 def test_every_kind_of_value_survives() -> None:
     config = Sample(inner=FULL, layers=[Layer(1), WideLayer(2, width=3)], layer=Layer(4), pre_wrap_hooks=[twice])
     config.extra_checkpoint_metadata = {"function": twice, "list": [1, None, "x"]}
-    back = through_text(config)
+    back = round_trip(config)
     function = back.inner.function
     assert (function.func, function.args, function.keywords) == (twice, (1,), {"key": (1, 2)})
     back.inner.function = FULL.function
@@ -285,7 +285,7 @@ def test_every_kind_of_value_survives() -> None:
 
 def test_a_string_and_an_enum_member_stay_distinct() -> None:
     for value in ("red", Color.red, None):
-        back = through_text(Sample(inner=Inner(1, color_or_name=value)))
+        back = round_trip(Sample(inner=Inner(1, color_or_name=value)))
         assert back.inner.color_or_name == value
         assert type(back.inner.color_or_name) is type(value)
 
@@ -312,7 +312,7 @@ def test_computed_fields_are_recomputed() -> None:
 def test_full_mappings_restore_state_and_partial_ones_construct() -> None:
     config = Sample(inner=Inner(3))
     config.inner.frequency = 7
-    assert through_text(config).inner.frequency == 7
+    assert round_trip(config).inner.frequency == 7
     data = config.as_dict()
     del data["inner"]["ratio"]
     assert Sample.from_dict(data).inner.frequency == [7, 7, 7]
@@ -330,7 +330,7 @@ def test_unwritable_values_are_declared_and_warned_of_on_write_and_read() -> Non
     with pytest.warns(OmittedWarning, match="generation_config"):
         back = Sample.from_dict(json.loads(json.dumps(data)))
     assert back.inner.anything == {"b": 2}
-    assert back.inner.frequency == 7, "the omission must not make the mapping a partial one"
+    assert back.inner.frequency == 7, "the mapping is still read as a full state despite the omission"
 
 
 def test_an_unregistered_function_is_written_but_not_read() -> None:
@@ -351,7 +351,7 @@ def test_an_unwritable_item_omits_the_whole_list() -> None:
     with pytest.warns(OmittedWarning):
         data = Flat(pre_wrap_hooks=[twice, lambda stages: stages]).as_dict()
     [entry] = data["_omitted_"]
-    assert entry["path"] == "$.pre_wrap_hooks", "the first hook is gone too"
+    assert entry["path"] == "$.pre_wrap_hooks", "the first hook is omitted, too"
     assert entry["reason"].startswith("$.pre_wrap_hooks[1]: ")
 
 
@@ -378,7 +378,7 @@ class Sequences(ModelConfig):
     ],
 )
 def test_sequences_keep_their_type(field: str, value: Any) -> None:
-    back = getattr(through_text(Sequences(**{field: value})), field)
+    back = getattr(round_trip(Sequences(**{field: value})), field)
     assert (type(back), back) == (type(value), value)
 
 
@@ -465,7 +465,7 @@ def test_any_value_survives(value: Any, num_layers: int, window: Any) -> None:
     config = Sample(inner=Inner(num_layers, anything=value, window=window), extra_checkpoint_metadata={"x": value})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert through_text(config) == config
+        assert round_trip(config) == config
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""run_config.yaml is read and written; the real megatron.training is the judge."""
+"""run_config.yaml files are read and written, checked with the installed megatron.training."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from bridge.config.schema.registry import document_name
 CORE = "megatron.core.transformer.transformer_config"
 
 
-REFERENCE = "megatron.training.models.gpt.GPTModelConfig"
+MEGATRON_TRAINING = "megatron.training.models.gpt.GPTModelConfig"
 
 
 PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 
 
-OURS = "bridge.models.gpt.GPTModelConfig"
+BRIDGE = "bridge.models.gpt.GPTModelConfig"
 
 
 HYBRID = "megatron.training.models.hybrid.HybridModelConfig"
 
 
-def nested(transformer: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+def nested_model(transformer: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
     inner = {"_target_": f"{CORE}.TransformerConfig", "num_layers": 2, "activation_func": "silu"}
     known = {"transformer_layer_spec": None}
-    return {"_target_": REFERENCE, "transformer": inner | (transformer or {})} | known | top
+    return {"_target_": MEGATRON_TRAINING, "transformer": inner | (transformer or {})} | known | top
 
 
 @pytest.mark.parametrize("container", [None, "megatron.bridge.training.config.ConfigContainer"])
 def test_a_run_config_is_read_as_its_model(container: str | None) -> None:
     head = {"_target_": container} if container else {}
-    result = convert_foreign({**head, "ddp": {}, "model": nested(typo=3), "train": {"x": 1}})
-    assert result.data == convert_foreign(nested()).data
+    result = convert_foreign({**head, "ddp": {}, "model": nested_model(typo=3), "train": {"x": 1}})
+    assert result.data == convert_foreign(nested_model()).data
     assert result.notes == ["left out, Bridge reads only the model: ddp, train"]
     assert dict(result.moves)[()] == ("model",)
     assert [path for path, _ in result.problems] == [("model", "typo")]
@@ -53,7 +53,7 @@ def test_only_models_of_megatron_training_can_be_written(name: str) -> None:
 
 def test_values_that_megatron_training_cannot_express_are_noted() -> None:
     data = {
-        "_target_": OURS,
+        "_target_": BRIDGE,
         "_builder_": "my.Builder",
         "_omitted_": [{"path": "$.transformer.init_method", "reason": "a lambda"}],
         "hf_model_id": "me/mine",
@@ -70,7 +70,7 @@ def test_values_that_megatron_training_cannot_express_are_noted() -> None:
         "read by megatron.training as a list, not a tuple: transformer.window_size",
     ]
     assert result.data == {
-        "_target_": REFERENCE,
+        "_target_": MEGATRON_TRAINING,
         "_builder_": "megatron.training.models.gpt.GPTModelBuilder",
         "transformer": {"_target_": f"{CORE}.TransformerConfig", "window_size": [4, 0]},
     }
@@ -122,11 +122,11 @@ def test_hybrid_fields_that_megatron_training_lacks_are_noted() -> None:
     ]
 
 
-# The real reference.
+# With the installed megatron.training.
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
+def megatron_training() -> Any:
     pytest.importorskip("omegaconf")
     return pytest.importorskip("megatron.training.models.gpt")
 
@@ -159,7 +159,7 @@ TOP = {"vocab_size": 128, "position_embedding_type": "rope", "rotary_base": 5000
 
 
 def as_yaml(data: Any) -> Any:
-    """What the reference's own YAML writer makes of live data, read back as plain data."""
+    """Return data as written by megatron.training's YAML writer and parsed again."""
     import yaml
     from megatron.training.config.yaml_utils import safe_yaml_representers
 
@@ -167,7 +167,7 @@ def as_yaml(data: Any) -> Any:
         return yaml.safe_load(yaml.safe_dump(data))
 
 
-def same(value: Any, other: Any) -> bool:
+def is_equal(value: Any, other: Any) -> bool:
     if isinstance(value, partial) and isinstance(other, partial):
         return (value.func, value.args, value.keywords) == (other.func, other.args, other.keywords)
     if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
@@ -175,86 +175,100 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other) and type(value) is type(other)
 
 
-def differing(config: Any, other: Any) -> list[str]:
-    return [f.name for f in fields(config) if not same(getattr(config, f.name), getattr(other, f.name))]
+def differing_fields(config: Any, other: Any) -> list[str]:
+    return [f.name for f in fields(config) if not is_equal(getattr(config, f.name), getattr(other, f.name))]
 
 
-def live(config: Any) -> Any:
+def as_data(config: Any) -> Any:
     return config.as_dict()
 
 
-def written(config: Any) -> Any:
+def as_parsed_yaml(config: Any) -> Any:
     return as_yaml(config.as_dict())
 
 
-def run_config(config: Any) -> Any:
+def as_run_config(config: Any) -> Any:
     return {"model": as_yaml(config.as_dict()), "train": {"train_iters": 5}}
 
 
-def provider(config: Any) -> Any:
-    """As a GPTModelProvider, which writes functions too, in a run_config.yaml."""
+def as_provider_run_config(config: Any) -> Any:
+    """Return the run_config.yaml of an equal GPTModelProvider, which contains functions, too."""
     top = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("transformer", "post_wrap_hooks")}
     inner = {f.name: getattr(config.transformer, f.name) for f in fields(config.transformer)}
     return {"model": as_yaml({"_target_": PROVIDER} | top | inner)}
 
 
-# The reference's as_dict leaves out functions.
-LOST = ["activation_func", "init_method", "output_layer_init_method", "embedding_init_method"]
+# as_dict of megatron.training leaves out functions.
+FUNCTION_FIELDS = ["activation_func", "init_method", "output_layer_init_method", "embedding_init_method"]
 
 
-@pytest.mark.parametrize(("form", "lost"), [(live, LOST), (written, LOST), (run_config, LOST), (provider, [])])
-def test_run_configs_of_megatron_training_are_read(reference: Any, form: Callable[[Any], Any], lost: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("form", "lost"),
+    [
+        (as_data, FUNCTION_FIELDS),
+        (as_parsed_yaml, FUNCTION_FIELDS),
+        (as_run_config, FUNCTION_FIELDS),
+        (as_provider_run_config, []),
+    ],
+)
+def test_run_configs_of_megatron_training_are_read(
+    megatron_training: Any, form: Callable[[Any], Any], lost: list[str]
+) -> None:
     from bridge.config import ModelConfig
 
-    theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
-    ours: Any = ModelConfig.from_dict(form(theirs))
-    assert document_name(type(ours)) == "bridge.models.gpt.GPTModelConfig"
-    assert set(differing(theirs.transformer, ours.transformer)) <= set(lost)
-    shared = [f.name for f in fields(theirs) if f.name not in ("transformer", "extra_checkpoint_metadata")]
-    assert [name for name in shared if getattr(theirs, name) != getattr(ours, name)] == []
+    megatron_config = megatron_training.GPTModelConfig(transformer=transformer(), **TOP)
+    bridge_config: Any = ModelConfig.from_dict(form(megatron_config))
+    assert document_name(type(bridge_config)) == "bridge.models.gpt.GPTModelConfig"
+    assert set(differing_fields(megatron_config.transformer, bridge_config.transformer)) <= set(lost)
+    shared = [f.name for f in fields(megatron_config) if f.name not in ("transformer", "extra_checkpoint_metadata")]
+    assert [name for name in shared if getattr(megatron_config, name) != getattr(bridge_config, name)] == []
 
 
-def test_an_activation_function_in_the_run_config_is_kept(reference: Any) -> None:
+def test_an_activation_function_in_the_run_config_is_kept(megatron_training: Any) -> None:
     import torch
 
     from bridge.config import ModelConfig
 
-    data = reference.GPTModelConfig(transformer=transformer(), **TOP).as_dict()
+    data = megatron_training.GPTModelConfig(transformer=transformer(), **TOP).as_dict()
     data["transformer"]["activation_func"] = "silu"  # as Megatron Bridge's own config writes it
-    ours: Any = ModelConfig.from_dict(data)
-    assert ours.transformer.activation_func is torch.nn.functional.silu
+    bridge_config: Any = ModelConfig.from_dict(data)
+    assert bridge_config.transformer.activation_func is torch.nn.functional.silu
 
 
 @pytest.mark.parametrize("given", [{}, {"num_moe_experts": 4, "add_bias_linear": False}])
-def test_megatron_training_reads_written_run_configs(reference: Any, given: dict[str, Any]) -> None:
-    """Through its `instantiate`, as it reads a run_config.yaml, and through its `from_dict`; equal field by field."""
+def test_megatron_training_reads_written_run_configs(megatron_training: Any, given: dict[str, Any]) -> None:
+    """Its `instantiate`, which reads run_config.yaml, and its `from_dict` give configs with equal fields."""
     import yaml
     from megatron.training.config.instantiate_utils import instantiate
 
     from bridge.config import ModelConfig
 
-    theirs = reference.GPTModelConfig(transformer=transformer(**given), **TOP)
-    section = to_run_config(ModelConfig.from_dict(provider(theirs)).as_dict())
+    megatron_config = megatron_training.GPTModelConfig(transformer=transformer(**given), **TOP)
+    section = to_run_config(ModelConfig.from_dict(as_provider_run_config(megatron_config)).as_dict())
     assert section.notes == ["read by megatron.training as a list, not a tuple: transformer.window_size"]
     read = yaml.safe_load(yaml.safe_dump(section.data))
     assert read == section.data
 
     again = instantiate(read)
-    assert type(again) is reference.GPTModelConfig
-    assert differing(theirs.transformer, again.transformer) == []
-    assert [f.name for f in fields(theirs) if f.name != "transformer" and f.name in differing(theirs, again)] == []
+    assert type(again) is megatron_training.GPTModelConfig
+    assert differing_fields(megatron_config.transformer, again.transformer) == []
+    assert [
+        f.name
+        for f in fields(megatron_config)
+        if f.name != "transformer" and f.name in differing_fields(megatron_config, again)
+    ] == []
 
-    # Its from_dict takes live values, and every mapping with a `_target_` for a config.
+    # Its from_dict expects live values and takes every mapping with a `_target_` for a config.
     leaves = {
         key: instantiate(value) if isinstance(value, dict) else value for key, value in read["transformer"].items()
     }
-    again = reference.GPTModelConfig.from_dict(read | {"transformer": leaves})
-    assert again.get_builder_cls() is reference.GPTModelBuilder
-    assert differing(theirs.transformer, again.transformer) == []
+    again = megatron_training.GPTModelConfig.from_dict(read | {"transformer": leaves})
+    assert again.get_builder_cls() is megatron_training.GPTModelBuilder
+    assert differing_fields(megatron_config.transformer, again.transformer) == []
 
 
 def test_enumeration_values_count_from_one() -> None:
-    """What lets a member be found by its value without the class."""
+    """Bridge relies on this to find a member by its value without importing the class."""
     import inspect
     from enum import Enum
 
@@ -266,10 +280,10 @@ def test_enumeration_values_count_from_one() -> None:
             assert [member.value for member in cls] == list(range(1, len(cls) + 1))
 
 
-def test_a_run_config_survives_the_round_trip(reference: Any) -> None:
+def test_a_run_config_survives_the_round_trip(megatron_training: Any) -> None:
     from bridge.config import ModelConfig
 
-    theirs = reference.GPTModelConfig(transformer=transformer(), **TOP)
-    ours = ModelConfig.from_dict(provider(theirs)).as_dict()
-    again = ModelConfig.from_dict(to_run_config(ours).data).as_dict()
-    assert again == ours
+    megatron_config = megatron_training.GPTModelConfig(transformer=transformer(), **TOP)
+    bridge_config = ModelConfig.from_dict(as_provider_run_config(megatron_config)).as_dict()
+    again = ModelConfig.from_dict(to_run_config(bridge_config).data).as_dict()
+    assert again == bridge_config

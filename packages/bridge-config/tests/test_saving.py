@@ -1,3 +1,5 @@
+"""Saving documents: kept text, file modes, and the schema written beside a new file."""
+
 from __future__ import annotations
 
 import json
@@ -107,9 +109,15 @@ def test_a_failed_save_keeps_the_file(file: Path) -> None:
             lambda folder: Document({"a": {1: 2}}).save(folder / "a.json"),
             r"\$.a cannot be written: keys must be strings",
         ),
-        (lambda folder: Document(endless()).save(folder / "a.json"), r"\$ cannot be written: nested more than"),
-        (lambda folder: Document(endless()).save(folder / "a.yaml"), r"\$ cannot be written: nested more than"),
-        (lambda folder: Document(endless()).override(["a=1"]), "nested too deeply"),
+        (
+            lambda folder: Document(make_cyclic_data()).save(folder / "a.json"),
+            r"\$ cannot be written: nested more than",
+        ),
+        (
+            lambda folder: Document(make_cyclic_data()).save(folder / "a.yaml"),
+            r"\$ cannot be written: nested more than",
+        ),
+        (lambda folder: Document(make_cyclic_data()).override(["a=1"]), "nested too deeply"),
         (lambda folder: Document({"a": ["x" * 1000] * 20_000}).save(folder / "a.yaml"), "larger than 10 MiB"),
     ],
 )
@@ -119,7 +127,7 @@ def test_saving_to_an_impossible_path_is_an_error(tmp_path: Path, save: Callable
     assert os.listdir(tmp_path) == []
 
 
-def endless() -> dict[str, Any]:
+def make_cyclic_data() -> dict[str, Any]:
     data: dict[str, Any] = {}
     data["again"] = data
     return data

@@ -1,3 +1,5 @@
+"""Parsing and writing YAML and JSON: values, errors, bounds and positions."""
+
 from __future__ import annotations
 
 import contextlib
@@ -144,8 +146,8 @@ def test_texts_of_every_shape_are_read(text: str, value: Any) -> None:
     assert parse_yaml(text).data == value
 
 
-# What a process that may have 600 MiB of addresses says to a text made by an expression, and its peak memory in MiB.
-BOUNDED = """
+# Parses the text of an expression with 600 MiB of address space; prints the results and the peak memory in MiB.
+BOUNDED_PROGRAM = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (600 * 2**20, 600 * 2**20))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
@@ -165,17 +167,17 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 """
 
 
-BOMB = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))"""
+ALIAS_BOMB = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))"""
 
 
-TALL = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))"""
+DEEP_ALIASES = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))"""
 
 
 @pytest.mark.parametrize(
     ("text", "yaml_says", "json_says"),
     [
-        (BOMB, "more than 100000 values", "not JSON"),
-        (TALL, "nested more than 100 deep", "not JSON"),
+        (ALIAS_BOMB, "more than 100000 values", "not JSON"),
+        (DEEP_ALIASES, "nested more than 100 deep", "not JSON"),
         ("'[' * 10_000", "nested more than 100 deep", "not JSON|nested more than 100 deep"),
         ("'[' * 10_000 + ']' * 10_000", "nested more than 100 deep", "nested more than 100 deep"),
         ("'[' * 5_000_000", "nested more than 100 deep", "more than 100000 values"),
@@ -202,23 +204,25 @@ TALL = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range
     ],
 )
 def test_oversized_texts_are_refused_in_bounded_time_and_memory(text: str, yaml_says: str, json_says: str) -> None:
-    of_yaml, of_json = said_within_bounds(text, "c")
-    assert re.search(yaml_says, of_yaml)
-    assert re.search(json_says, of_json)
+    yaml_message, json_message = parse_in_bounded_process(text, "c")
+    assert re.search(yaml_says, yaml_message)
+    assert re.search(json_says, json_message)
 
 
-@pytest.mark.parametrize(("text", "message"), [(BOMB, "values"), (TALL, "deep"), ("'[' * 10_000", "deep")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(ALIAS_BOMB, "values"), (DEEP_ALIASES, "deep"), ("'[' * 10_000", "deep")]
+)
 def test_bounds_are_the_same_without_libyaml(text: str, message: str) -> None:
-    assert message in said_within_bounds(text, "python")[0]
+    assert message in parse_in_bounded_process(text, "python")[0]
 
 
-def said_within_bounds(text: str, loader: str) -> tuple[str, str]:
-    """What the two readers say to a text made by an expression, in a process of its own that may not grow."""
-    command = [sys.executable, "-c", BOUNDED, text, loader]
+def parse_in_bounded_process(text: str, loader: str) -> tuple[str, str]:
+    """Parse the text of an expression as YAML and as JSON in a process with limited memory; return the messages."""
+    command = [sys.executable, "-c", BOUNDED_PROGRAM, text, loader]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    of_yaml, of_json, peak = done.stdout.splitlines()
+    yaml_message, json_message, peak = done.stdout.splitlines()
     assert int(peak) < 300
-    return of_yaml, of_json
+    return yaml_message, json_message
 
 
 def test_texts_within_the_bounds_are_read() -> None:

@@ -1,4 +1,4 @@
-"""Values that no model has, and fields that contradict each other, in documents."""
+"""Documents with values out of range or contradictory fields are refused."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def test_contradictory_fields_are_reported() -> None:
         ("$.transformer.kv_channels", "channels are rotated in pairs, and 15 is odd: choose an even number")
     ]
     assert problems({}, num_query_groups=3)[0][0] == "$.transformer.num_query_groups"
-    # What is given may be anything; what is derived loses channels.
+    # An explicit kv_channels may have any value; a derived one is rounded down, which would lose channels.
     Document(GPT | {"transformer": SIZES | {"hidden_size": 100, "num_attention_heads": 3, "kv_channels": 33}}).check()
     assert "channels would be lost" in problems({}, hidden_size=100, num_attention_heads=3)[0][1]

@@ -1,4 +1,4 @@
-"""One verdict: `check` and `from_dict` agree, and what `as_dict` writes without a warning is read back equal."""
+"""`check` and `from_dict` agree, and values that `as_dict` writes without a warning are read back equal."""
 
 from __future__ import annotations
 
@@ -176,14 +176,14 @@ values = st.recursive(
 FIELDS = [name for name in Verdicts.__dataclass_fields__ if name not in ("builder", "schema")]
 
 
-def said_and_document(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def warnings_and_document(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         document = config.as_dict()
     return "\n".join(str(warning.message) for warning in caught), document
 
 
-def verdict(read: Callable[[], object]) -> list[tuple[str, str]]:
+def problems_of(read: Callable[[], object]) -> list[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -193,25 +193,25 @@ def verdict(read: Callable[[], object]) -> list[tuple[str, str]]:
     return []
 
 
-def verdicts(data: Any) -> list[tuple[str, str]]:
-    """What is wrong with a document, which `check` and `from_dict` must say alike."""
-    found = verdict(lambda: ModelConfig.from_dict(data))
-    assert verdict(Document(data).check) == found
+def agreed_problems(data: Any) -> list[tuple[str, str]]:
+    """Return the problems of a document; check that `check` and `from_dict` find the same ones."""
+    found = problems_of(lambda: ModelConfig.from_dict(data))
+    assert problems_of(Document(data).check) == found
     return found
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal in value and type, where NaN and partials of equal parts are equal."""
+def is_equal(one: Any, other: Any) -> bool:
+    """Compare values and types; NaN equals NaN, and partials are compared by their parts."""
     if type(one) is not type(other):
         return False
     if isinstance(one, functools.partial):
-        return same((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
+        return is_equal((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
     if hasattr(one, "__dataclass_fields__") and not isinstance(one, type):
-        return all(same(getattr(one, name), getattr(other, name)) for name in vars(one))
+        return all(is_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
     if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(is_equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(is_equal, one, other))
     return bool(one == other) or (one != one and other != other)
 
 
@@ -219,16 +219,16 @@ def same(one: Any, other: Any) -> bool:
 @given(st.dictionaries(st.sampled_from([name for name in FIELDS if "hooks" not in name]), values, max_size=2))
 def test_values_written_without_a_warning_are_read_back_equal(fields: dict[str, Any]) -> None:
     config = Verdicts(**fields)
-    said, data = said_and_document(config)
+    warned, data = warnings_and_document(config)
     data = json.loads(json.dumps(data))
-    found = verdicts(data)
-    if not said:
+    found = agreed_problems(data)
+    if not warned:
         assert not found
         back = ModelConfig.from_dict(data)
-        assert same(back, config)
+        assert is_equal(back, config)
         assert parse_yaml(Document(data).to_yaml()).data == data
-    for path, _ in found:  # what a reader refuses was said in these very words, or left out
-        assert path in said or "is written without" in said
+    for path, _ in found:  # every value that is refused when read gave a warning when written
+        assert path in warned or "is written without" in warned
 
 
 documents = st.recursive(
@@ -263,7 +263,7 @@ documents = st.recursive(
 @settings(deadline=None, max_examples=400)
 @given(st.dictionaries(st.sampled_from(FIELDS), documents, min_size=1, max_size=3))
 def test_check_and_from_dict_agree(fields: dict[str, Any]) -> None:
-    verdicts({"_target_": f"{HOME}.Verdicts"} | fields)
+    agreed_problems({"_target_": f"{HOME}.Verdicts"} | fields)
 
 
 def enum_member(enum: str, name: str) -> dict[str, Any]:
@@ -312,7 +312,7 @@ POINT = {"_target_": f"{HOME}.Point"}
     ],
 )
 def test_verdicts_are_as_expected(fields: dict[str, Any], found: dict[str, str]) -> None:
-    assert dict(verdicts({"_target_": f"{HOME}.Verdicts"} | fields)) == found
+    assert dict(agreed_problems({"_target_": f"{HOME}.Verdicts"} | fields)) == found
 
 
 @pytest.mark.parametrize(
@@ -345,10 +345,10 @@ def test_verdicts_are_as_expected(fields: dict[str, Any], found: dict[str, str])
     ],
 )
 def test_values_that_cannot_be_read_back_give_a_warning(field: str, value: Any, message: str) -> None:
-    said, data = said_and_document(Verdicts(**{field: value}))
-    assert message.format(home=HOME) in said
-    assert bool(said) == bool(message)
-    assert field in data, "it has a written form, and another process may know its names"
+    warned, data = warnings_and_document(Verdicts(**{field: value}))
+    assert message.format(home=HOME) in warned
+    assert bool(warned) == bool(message)
+    assert field in data, "it has a written form, and its names may be registered in another process"
 
 
 def test_registering_a_hook_ends_the_warning() -> None:
@@ -361,8 +361,8 @@ def test_registering_a_hook_ends_the_warning() -> None:
     with pytest.warns(OmittedWarning, match=r"cannot be read back: \$\.post_wrap_hooks\[0\]"):
         config.as_dict()
     register(hook)
-    said, data = said_and_document(config)
-    assert said == ""
+    warned, data = warnings_and_document(config)
+    assert warned == ""
     assert ModelConfig.from_dict(data) == config
 
 
@@ -386,12 +386,12 @@ def test_an_init_var_is_declared_omitted() -> None:
         assert ModelConfig.from_dict(data) == config
     given = {"_target_": f"{HOME}.Seeded", "first": 1, "seed": 3, "last": 2}
     assert ModelConfig.from_dict(given) == Seeded(drawn=300)
-    assert verdicts(given | {"seed": "x"}) == [("$.seed", "expected an integer, got 'x'")]
+    assert agreed_problems(given | {"seed": "x"}) == [("$.seed", "expected an integer, got 'x'")]
 
 
 @dataclass
 class OwnOrder(ModelConfig):
-    """Its constructor takes the fields in an order of its own."""
+    """A config whose constructor takes the fields in another order."""
 
     builder: ClassVar[str] = "nowhere.Builder"
     first: int = 1
@@ -417,21 +417,21 @@ def test_a_constructor_with_another_field_order_gets_the_right_values() -> None:
     ],
 )
 def test_self_describing_values_are_read_back_in_any_field(value: Any) -> None:
-    said, data = said_and_document(Verdicts(anything=value))
-    assert said == ""
-    assert same(ModelConfig.from_dict(json.loads(json.dumps(data))).anything, value)  # type: ignore[attr-defined]
+    warned, data = warnings_and_document(Verdicts(anything=value))
+    assert warned == ""
+    assert is_equal(ModelConfig.from_dict(json.loads(json.dumps(data))).anything, value)  # type: ignore[attr-defined]
 
 
 def test_unreadable_builders_and_generation_settings_give_a_warning() -> None:
     config = Verdicts()
     object.__setattr__(config, "builder", f"{HOME}.OtherBuilder")
-    assert said_and_document(config)[0] == ""
+    assert warnings_and_document(config)[0] == ""
     object.__setattr__(config, "builder", "os.system")
-    assert "$._builder_ ('os.system' is not a name" in said_and_document(config)[0]
-    assert "$._target_ (bridge.config.model.ModelConfig is the abstract base" in said_and_document(ModelConfig())[0]
+    assert "$._builder_ ('os.system' is not a name" in warnings_and_document(config)[0]
+    assert "$._target_ (bridge.config.model.ModelConfig is the abstract base" in warnings_and_document(ModelConfig())[0]
 
 
 def test_sequences_in_a_union_keep_their_type() -> None:
     for window in ((1, 2), [1, 2], [1, 2, 3]):
-        said, data = said_and_document(Verdicts(window=window))
-        assert (said, same(ModelConfig.from_dict(data).window, window)) == ("", True)  # type: ignore[attr-defined]
+        warned, data = warnings_and_document(Verdicts(window=window))
+        assert (warned, is_equal(ModelConfig.from_dict(data).window, window)) == ("", True)  # type: ignore[attr-defined]

@@ -1,3 +1,5 @@
+"""WriteThrough: a config exposes the fields of an embedded config."""
+
 from __future__ import annotations
 
 import copy
@@ -126,7 +128,7 @@ def test_a_copy_can_get_another_embedded_config() -> None:
     other.transformer = Rotary(rotary_base=9)
     assert other == Outer(transformer=Rotary(rotary_base=9), vocab_size=3)
     assert config == Outer(transformer=Rotary(rotary_base=2.5), vocab_size=3)
-    # dataclasses.replace passes the values of all fields on, and cannot tell whose they were.
+    # dataclasses.replace passes all fields to the constructor, including those that belong to the embedded config.
     with pytest.raises(ConfigError, match=r"rotary_base=2.5 conflicts with transformer.rotary_base=9"):
         dataclasses.replace(config, transformer=Rotary(rotary_base=9))
 
@@ -147,7 +149,7 @@ def test_the_embedded_config_must_be_required() -> None:
 
 @dataclass
 class Elsewhere:
-    """Knows nothing of write-through configs."""
+    """A plain dataclass that is not a WriteThrough."""
 
     num_layers: int = 7
 

@@ -262,7 +262,7 @@ def test_megatron_still_fails_with_frozen_parameters_and_only_a_sharded_optimize
         run_ranks(train_frozen_unchecked, 2)
 
 
-def test_fsdp2_trains_tied_embeddings() -> None:
+def test_fsdp2_refuses_tied_embeddings() -> None:
     with pytest.raises(PreflightError, match="torch FSDP2 fails with tied embeddings: untie them"):
         run_ranks(train_cases, 1, {"": fsdp2(tied=True)})
 

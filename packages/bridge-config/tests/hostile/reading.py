@@ -1,9 +1,9 @@
-"""Reads every document of corpus.yaml with one reader, each in a process of its own, and tells what it did.
+"""Read every document of corpus.yaml with one reader, each in a separate process, and print the outcomes.
 
     python reading.py READER FOLDER [NAME...] > outcomes.json
 
-READER is one of READERS; the trap is laid and the documents are written in FOLDER; NAMEs choose documents. Authorised
-imports are done before the first of them is read, so that whatever happens while one is read happens on its account.
+READER is a key of READERS. FOLDER receives the trap package and the documents. NAMEs select documents. Harmless and
+wrong documents are read first, so that all authorised imports are done: any later import is caused by a document.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 import yaml
 
 MEMORY = 512 * 2**20
-"""Bytes that reading one document may take, beside what was there before."""
+"""Bytes of address space that reading one document may add."""
 
 SECONDS = 10
-"""Time that reading one document may take."""
+"""Time limit for reading one document."""
 
 Data = dict[str, Any]
 Entry = dict[str, Any]
@@ -47,7 +47,7 @@ GPT: Data = {
     "transformer": {"_target_": "TRANSFORMER", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
 }
 CORE = "megatron.core"
-# Documents that are right, so that what they need is there before the first hostile one is read.
+# Valid documents: reading them first imports all that valid documents need.
 HARMLESS: list[Entry] = [
     {"gpt": {}},
     {"gpt": {"pre_wrap_hooks": ["torch.nn.functional.silu"], "post_wrap_hooks": ["torch.nn.functional.silu"]}},
@@ -72,7 +72,7 @@ HARMLESS: list[Entry] = [
     },
     {"gpt": {"generation_config": {"_target_": f"{CORE}.transformer.heterogeneous.heterogeneous_config.MLPConfig"}}},
 ]
-# Documents that are wrong in every ordinary way, so that what it takes to say so is there too.
+# Invalid documents that are not hostile: reading them first imports all that error messages need.
 WRONG: list[Entry] = [
     {"gpt": {"_omitted_": [{"path": "$.x", "reason": "a test"}], "_builder_": "bridge.models.gpt.GPTModelBuilde"}},
     {"gpt": {"_target_": "bridge.models.gpt.GPTModelConfi", "transformer_layer_spec": "BUILDER"}},
@@ -103,7 +103,7 @@ class Config:
 TrapConfig = Config
 Builder = Config
 """
-# What the trap's distribution declares: names of others, pointing at itself.
+# The entry points of the trap's distribution: names of other packages that point to the trap.
 DECLARED = """\
 [bridge.targets]
 json.loads = bridge_trap:run
@@ -115,8 +115,8 @@ bridge.models.gpt.OtherBuilder = bridge_trap:Builder
 """
 
 
-def lay_trap(folder: Path) -> None:
-    """An importable package that writes a file whenever it is run, with a distribution that declares foreign names."""
+def install_trap(folder: Path) -> None:
+    """Install a package that writes a file when its code runs, and declares names of other packages as its own."""
     package, information = folder / "site/bridge_trap", folder / "site/bridge_trap-1.0.dist-info"
     package.mkdir(parents=True)
     information.mkdir()
@@ -128,56 +128,56 @@ def lay_trap(folder: Path) -> None:
     sys.path.insert(0, str(folder / "site"))
 
 
-def corpus() -> list[Entry]:
-    """All documents of corpus.yaml, in its order, each with its `group`."""
+def load_corpus() -> list[Entry]:
+    """Return all documents of corpus.yaml, in order, each with its `group`."""
     groups = yaml.load((Path(__file__).parent / "corpus.yaml").read_text(), yaml.CSafeLoader)
     return [entry | {"group": group} for group, entries in groups.items() for entry in entries]
 
 
-def data_of(entry: Entry, names: dict[str, str]) -> Data | None:
-    """The data of an entry, unless it is a text."""
+def entry_data(entry: Entry, names: dict[str, str]) -> Data | None:
+    """Return the data of an entry, or None if the entry is a text."""
     if "document" in entry:
-        return dict(_named(entry["document"], names))
+        return dict(_replace_names(entry["document"], names))
     if "gpt" not in entry and "transformer" not in entry:
         return None
-    return _gpt(entry.get("gpt", {}), entry.get("transformer", {}), names)
+    return _gpt_document(entry.get("gpt", {}), entry.get("transformer", {}), names)
 
 
-def text_of(entry: Entry, names: dict[str, str]) -> tuple[str, str]:
-    """An entry as the text of a file, and the file's suffix."""
-    if (data := data_of(entry, names)) is not None:
+def entry_text(entry: Entry, names: dict[str, str]) -> tuple[str, str]:
+    """Return an entry as the text of a file, and the file's suffix."""
+    if (data := entry_data(entry, names)) is not None:
         return json.dumps(data), ".json"
     form = "yaml" if "yaml" in entry.get("repeat", entry) else "json"
-    text: str = _named(entry.get("repeat", entry)[form], names)
+    text: str = _replace_names(entry.get("repeat", entry)[form], names)
     if "repeat" in entry:
         unit, times = entry["repeat"]["text"], entry["repeat"]["times"]
         text = text.replace("TEXT", "".join(unit % i for i in range(times)) if "%d" in unit else unit * times)
     return text, f".{form}"
 
 
-def _gpt(keys: Data, transformer: Data, names: dict[str, str]) -> Data:
+def _gpt_document(keys: Data, transformer: Data, names: dict[str, str]) -> Data:
     document = GPT | keys
     if transformer:
         document["transformer"] = document["transformer"] | transformer
-    return dict(_named(document, names))
+    return dict(_replace_names(document, names))
 
 
-def _named(value: Any, names: dict[str, str]) -> Any:
+def _replace_names(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, str):
         for name, stands_for in names.items():
             value = value.replace(name, stands_for)
         return value
     if isinstance(value, dict):
-        return {_named(key, names): _named(item, names) for key, item in value.items()}
-    return [_named(item, names) for item in value] if isinstance(value, list) else value
+        return {_replace_names(key, names): _replace_names(item, names) for key, item in value.items()}
+    return [_replace_names(item, names) for item in value] if isinstance(value, list) else value
 
 
-# The readers: each reads a document, given as data or as a file, and returns the problems it has with it.
+# A reader reads a document, given as data or as a file, and returns its problems.
 Reader = Callable[[Data | None, Path], list[tuple[str, str]]]
 
 
 def from_dict(data: Data | None, file: Path) -> list[tuple[str, str]]:
-    """`ModelConfig.from_dict` on data, `load_config` on a text, with torch and megatron-core."""
+    """Read data with `ModelConfig.from_dict`, or a file with `load_config`; torch and megatron-core are imported."""
     from bridge.config import DocumentError, ModelConfig, load_config
 
     try:
@@ -191,7 +191,7 @@ def from_dict(data: Data | None, file: Path) -> list[tuple[str, str]]:
 
 
 def validate(data: Data | None, file: Path) -> list[tuple[str, str]]:
-    """`bridge validate`."""
+    """Read a file with `bridge validate`."""
     from bridge.config.cli.entry import main
 
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
@@ -201,8 +201,8 @@ def validate(data: Data | None, file: Path) -> list[tuple[str, str]]:
     return [(problem["path"], problem["message"]) for problem in verdict["problems"]]
 
 
-def reference(data: Data | None, file: Path) -> list[tuple[str, str]]:
-    """The reference, and the builder that it would build with. It reads no files: PyYAML and json do that for it."""
+def megatron_training(data: Data | None, file: Path) -> list[tuple[str, str]]:
+    """Read data with megatron.training and look up its builder; PyYAML or json parse files, which it does not read."""
     from megatron.training.models.base import ModelConfig
 
     if data is None:
@@ -213,8 +213,8 @@ def reference(data: Data | None, file: Path) -> list[tuple[str, str]]:
     return []
 
 
-def naive(data: Data | None, file: Path) -> list[tuple[str, str]]:
-    """A reader that does what documents ask for, to show that the watch sees it."""
+def call_target(data: Data | None, file: Path) -> list[tuple[str, str]]:
+    """Call whatever the document names, to show that the audit hook detects it."""
     target = yaml.unsafe_load(file.read_text())["_target_"]
     called = pkgutil.resolve_name(target)
     if callable(called):
@@ -222,36 +222,38 @@ def naive(data: Data | None, file: Path) -> list[tuple[str, str]]:
     return []
 
 
-READERS: dict[str, Reader] = {reader.__name__: reader for reader in (from_dict, validate, reference, naive)}
+READERS: dict[str, Reader] = {
+    reader.__name__: reader for reader in (from_dict, validate, megatron_training, call_target)
+}
 
-# Python says these about reading itself: what was allocated, which line is running.
+# Audit events of every read, whatever the document says: allocations, frames, garbage collection.
 _UNWATCHED = ("object.", "sys._getframe", "builtins.id", "gc.", "sys.unraisablehook", "sys.excepthook", "syntax.")
 _events: list[str] | None = None
 
 
-def _watch(event: str, args: tuple[Any, ...]) -> None:
+def _audit(event: str, args: tuple[Any, ...]) -> None:
     if _events is not None and not event.startswith(_UNWATCHED):
         _events.append(f"{event} {args[0]!r:.200}" if args else event)
         if event == "open" and any(letter in str(args[1]) for letter in "wax+"):
             _events[-1] += " for writing"
 
 
-def outcome(reader: Reader, data: Data | None, file: Path) -> Data:
-    """What reading one document leads to."""
+def read_once(reader: Reader, data: Data | None, file: Path) -> Data:
+    """Read one document and return the verdict, the audit events and the new modules."""
     global _events
     before, start = set(sys.modules), time.process_time()
     said = io.StringIO()
-    told: Data = {"verdict": "accepted", "problems": [], "error": None}
+    result: Data = {"verdict": "accepted", "problems": [], "error": None}
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             _events = []
-            told["problems"] = reader(data, file)
-        told["verdict"] = "refused" if told["problems"] else "accepted"
+            result["problems"] = reader(data, file)
+        result["verdict"] = "refused" if result["problems"] else "accepted"
     except BaseException as error:
-        told |= {"verdict": "failed", "error": f"{type(error).__name__}: {error}"[:300]}
+        result |= {"verdict": "failed", "error": f"{type(error).__name__}: {error}"[:300]}
     events, _events = _events or [], None
-    return told | {
-        # The document itself may be read, and what an installed distribution says of itself.
+    return result | {
+        # A reader may open the document and the metadata of installed distributions.
         "events": [event for event in events if event != f"open {str(file)!r}" and not event.endswith("/METADATA'")],
         "modules": sorted(set(sys.modules) - before),
         "said": said.getvalue()[:1000],
@@ -259,8 +261,8 @@ def outcome(reader: Reader, data: Data | None, file: Path) -> Data:
     }
 
 
-def isolated(reader: Reader, data: Data | None, file: Path) -> Data:
-    """`outcome`, in a process of its own with bounded memory and time."""
+def read_in_child(reader: Reader, data: Data | None, file: Path) -> Data:
+    """Run `read_once` in a forked process with limits on memory and time."""
     incoming, outgoing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -269,9 +271,9 @@ def isolated(reader: Reader, data: Data | None, file: Path) -> Data:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         signal.alarm(SECONDS)
         tracemalloc.start()
-        told = outcome(reader, data, file)
+        result = read_once(reader, data, file)
         with os.fdopen(outgoing, "w") as stream:
-            json.dump(told | {"peak": tracemalloc.get_traced_memory()[1]}, stream)
+            json.dump(result | {"peak": tracemalloc.get_traced_memory()[1]}, stream)
         os._exit(0)
     os.close(outgoing)
     with os.fdopen(incoming) as stream:
@@ -283,37 +285,37 @@ def isolated(reader: Reader, data: Data | None, file: Path) -> Data:
     return {"verdict": "died", "error": died, "problems": [], "events": [], "modules": [], "said": "", "peak": 0}
 
 
-def outcomes(reader: Reader, folder: Path, chosen: list[str]) -> Iterator[tuple[str, Data]]:
-    """What reading each document leads to, by name."""
+def read_all(reader: Reader, folder: Path, chosen: list[str]) -> Iterator[tuple[str, Data]]:
+    """Yield the name and the outcome of each document."""
     names = NAMES | {"CANARY": str(folder / "canary"), "SECRET": str(folder / "secret.json")}
-    if reader is reference:
+    if reader is megatron_training:
         names |= {"bridge.models.": "megatron.training.models."}
-    lay_trap(folder)
-    importlib.metadata.version("bridge-config")  # reading what a distribution says of itself needs modules, too
-    sys.addaudithook(_watch)
+    install_trap(folder)
+    importlib.metadata.version("bridge-config")  # imports the modules that read metadata
+    sys.addaudithook(_audit)
     warnings.simplefilter("ignore")
     for number, entry in enumerate([*HARMLESS, *WRONG]):
-        text, suffix = text_of(entry, names)
+        text, suffix = entry_text(entry, names)
         file = folder / f"warm{number}{suffix}"
         file.write_text(text)
-        told = outcome(reader, data_of(entry, names), file)
+        result = read_once(reader, entry_data(entry, names), file)
         if number < len(HARMLESS):
-            yield f"harmless {number}", told
-    for entry in corpus():
+            yield f"harmless {number}", result
+    for entry in load_corpus():
         if chosen and entry["name"] not in chosen:
             continue
-        text, suffix = text_of(entry, names)
+        text, suffix = entry_text(entry, names)
         file = folder / f"{entry['name']}{suffix}"
         file.write_text(text)
-        told = isolated(reader, data_of(entry, names), file)
+        result = read_in_child(reader, entry_data(entry, names), file)
         file.unlink()
         canary = folder / "canary"
-        told["ran"] = canary.exists()
+        result["ran"] = canary.exists()
         canary.unlink(missing_ok=True)
-        yield entry["name"], told
+        yield entry["name"], result
 
 
 if __name__ == "__main__":
-    told = dict(outcomes(READERS[sys.argv[1]], Path(sys.argv[2]), sys.argv[3:]))
-    told[""] = {"modules": sorted(sys.modules)}
-    json.dump(told, sys.stdout, indent=1)
+    result = dict(read_all(READERS[sys.argv[1]], Path(sys.argv[2]), sys.argv[3:]))
+    result[""] = {"modules": sorted(sys.modules)}
+    json.dump(result, sys.stdout, indent=1)

@@ -1,6 +1,6 @@
-"""Hostile documents are refused where they are hostile, and nothing else happens.
+"""Hostile documents are refused at the hostile value, without side effects.
 
-corpus.yaml lists them, reading.py reads and watches.
+corpus.yaml lists them; reading.py reads them and records audit events.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bridge.config import DocumentError, ModelConfig, register
 from bridge.config.schema.table import shipped, shipped_names
 
 READING = Path(__file__).parent / "reading.py"
-CORPUS: list[dict[str, Any]] = runpy.run_path(str(READING))["corpus"]()
+CORPUS: list[dict[str, Any]] = runpy.run_path(str(READING))["load_corpus"]()
 MEGABYTE = 2**20
 
 Read = Callable[..., dict[str, Any]]
@@ -31,7 +31,7 @@ Read = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
-    """What a reader does with the documents: read(reader, name, ...), each once."""
+    """Return a function that reads documents once with a reader: read(reader, name, ...) -> outcomes by name."""
 
     @cache
     def outcomes(reader: str, *names: str) -> dict[str, Any]:
@@ -40,32 +40,32 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
         program = [sys.executable, str(READING), reader, str(tmp_path_factory.mktemp(reader)), *names]
         done = subprocess.run(program, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
-        return told
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
 
     return outcomes
 
 
 @pytest.mark.parametrize("reader", ["from_dict", "validate"])
 def test_harmless_documents_are_accepted(reader: str, read: Read) -> None:
-    harmless = {name: told for name, told in read(reader).items() if name.startswith("harmless")}
+    harmless = {name: result for name, result in read(reader).items() if name.startswith("harmless")}
     assert len(harmless) == len(runpy.run_path(str(READING))["HARMLESS"])
-    assert {name: told["problems"] for name, told in harmless.items() if told["verdict"] != "accepted"} == {}
+    assert {name: result["problems"] for name, result in harmless.items() if result["verdict"] != "accepted"} == {}
 
 
 @pytest.mark.parametrize("reader", ["from_dict", "validate"])
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry["name"]) for entry in CORPUS])
 def test_hostile_documents_are_refused_without_side_effects(entry: dict[str, Any], reader: str, read: Read) -> None:
-    told = read(reader)[entry["name"]]
-    assert told["verdict"] == ("refused" if "at" in entry else "accepted"), told
+    result = read(reader)[entry["name"]]
+    assert result["verdict"] == ("refused" if "at" in entry else "accepted"), result
     at = entry.get("at") or []
     if at or "at" not in entry:
-        assert {path for path, _ in told["problems"]} == set([at] if isinstance(at, str) else at)
-    assert (told["events"], told["modules"], told["ran"]) == ([], [], False)
-    assert told["said"] == "", "nothing is said but the problems"
-    assert [message for _, message in told["problems"] if not message.isprintable() or len(message) > 2000] == []
-    assert told["peak"] < 64 * MEGABYTE
-    assert told["seconds"] < 5
+        assert {path for path, _ in result["problems"]} == set([at] if isinstance(at, str) else at)
+    assert (result["events"], result["modules"], result["ran"]) == ([], [], False)
+    assert result["said"] == "", "nothing is printed except the problems"
+    assert [message for _, message in result["problems"] if not message.isprintable() or len(message) > 2000] == []
+    assert result["peak"] < 64 * MEGABYTE
+    assert result["seconds"] < 5
 
 
 def test_the_verdict_is_the_same_with_and_without_torch(read: Read) -> None:
@@ -77,12 +77,12 @@ def test_the_verdict_is_the_same_with_and_without_torch(read: Read) -> None:
 
 
 def test_the_audit_hook_detects_what_a_naive_reader_does(read: Read) -> None:
-    told = read("naive", "import-class", "os-system", "yaml-apply", "large-text")
-    assert told["import-class"]["ran"]
-    assert "bridge_trap" in told["import-class"]["modules"]
-    assert told["os-system"]["events"] == ["os.system b'true'"]
-    assert told["yaml-apply"]["ran"]
-    assert told["large-text"]["verdict"] == "died"
+    result = read("call_target", "import-class", "os-system", "yaml-apply", "large-text")
+    assert result["import-class"]["ran"]
+    assert "bridge_trap" in result["import-class"]["modules"]
+    assert result["os-system"]["events"] == ["os.system b'true'"]
+    assert result["yaml-apply"]["ran"]
+    assert result["large-text"]["verdict"] == "died"
 
 
 def test_no_constructor_opens_a_file_named_in_a_document(tmp_path: Path) -> None:
@@ -93,12 +93,12 @@ def test_no_constructor_opens_a_file_named_in_a_document(tmp_path: Path) -> None
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     tried = 0
     for target in (one for name in shipped_names() if (one := shipped(name)) and one.kind == "config"):
-        # A transformer of no size divides by zero before it does anything else.
+        # Without sizes the constructor divides by zero before it opens anything.
         sizes = {"num_layers", "hidden_size", "num_attention_heads"}
         given = {field.name: 1 for field in target.fields.values() if field.required or field.name in sizes}
         for name in [field.name for field in target.fields.values() if str in field.ready]:
             config = {"_target_": target.name, **given, name: str(file)}
-            with contextlib.suppress(DocumentError):  # most are no good texts for their field
+            with contextlib.suppress(DocumentError):  # a file name is not a valid value of most fields
                 ModelConfig.from_dict({"_target_": f"{__name__}.Hooked", "generation_config": config})
             tried += 1
     assert tried > 30
