@@ -1,4 +1,4 @@
-"""The numbers of microbatches that a step may have are those that Megatron's own schedule takes."""
+"""Valid numbers of microbatches are those that Megatron's interleaved schedule accepts."""
 
 import itertools
 from types import SimpleNamespace
@@ -16,11 +16,11 @@ from bridge.dist.train.batch import Batch
 
 
 class AcceptedError(Exception):
-    """The schedule has accepted the number of microbatches, and looks at the model again."""
+    """The schedule has accepted the number of microbatches."""
 
 
 class Chunk(torch.nn.Module):
-    """A virtual stage that tells when the schedule goes on: it asks for the type before its checks, and after them."""
+    """A virtual stage that stops the schedule: its model type is read once before the checks and again after them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class Chunk(torch.nn.Module):
         return ModelType.encoder_or_decoder
 
 
-def schedule_takes(microbatches: int, group_size: int, pp: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether Megatron's schedule goes on after its own checks, on a pipeline whose groups are only asked for sizes."""
+def does_schedule_accept(microbatches: int, group_size: int, pp: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether the checks of Megatron's schedule pass, for groups that have only a rank and a size."""
     monkeypatch.setattr(schedules, "get_model_type", Chunk.model_type)
     group = SimpleNamespace(size=lambda: pp, rank=lambda: 0)
     config = TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=1)
@@ -72,13 +72,13 @@ def test_valid_microbatch_counts_match_megatrons_schedule(monkeypatch: pytest.Mo
     verdicts = {}
     for pp, group_size, microbatches in itertools.product((2, 3, 4), range(2, 7), range(1, 15)):
         if group_size < pp:
-            continue  # the rule interleaving-group-size refuses it
+            continue  # refused by the rule interleaving-group-size
         batch = Batch(seq_length=8, global_batch_size=microbatches)
         try:
             taken = batch.microbatches(Layout(pp=pp, vp=2), group_size=group_size) == microbatches
         except TrainingError:
             taken = False
-        assert taken == schedule_takes(microbatches, group_size, pp, monkeypatch), (pp, group_size, microbatches)
+        assert taken == does_schedule_accept(microbatches, group_size, pp, monkeypatch), (pp, group_size, microbatches)
         verdicts[pp, group_size, microbatches] = taken
     assert not verdicts[2, 3, 4]
     assert verdicts[2, 4, 7]

@@ -1,4 +1,4 @@
-"""The engine on real process groups: what it builds, in what order, and what it leaves alone."""
+"""The engine on real process groups: stages, order of the build, wrappers, and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDTH = 8
 
 
 class Stage(MegatronModule):
-    """A stage that remembers where it was told to stand."""
+    """A stage that stores its position in the pipeline."""
 
     def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, place: tuple[Any, ...]) -> None:
         super().__init__(config)
@@ -48,7 +48,7 @@ class Stage(MegatronModule):
 
 
 class Router(torch.nn.Module):
-    """Keeps a bias in fp32 the way Megatron's router does."""
+    """A module that keeps a bias in fp32 in the way of Megatron's router."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,54 +87,54 @@ class BareBuilder(DistributedModelBuilder[Stage, BareConfig]):
         raise NotImplementedError
 
 
-def config_of(**transformer: Any) -> StageConfig:
+def make_config(**transformer: Any) -> StageConfig:
     defaults: dict[str, Any] = {"num_layers": 6, "hidden_size": WIDTH, "num_attention_heads": 2}
     return StageConfig(transformer=TransformerConfig(**defaults | transformer))
 
 
-def groups_of(config: StageConfig) -> ProcessGroupCollection:
+def make_groups(config: StageConfig) -> ProcessGroupCollection:
     groups = create_process_groups(Layout.of(config.transformer, torch.distributed.get_world_size()))
     model_parallel_cuda_manual_seed(1)
     return groups
 
 
-def innermost(stage: torch.nn.Module) -> Stage:
+def unwrap_stage(stage: torch.nn.Module) -> Stage:
     while not isinstance(stage, Stage):
         stage = stage.module  # type: ignore[assignment]
     return stage
 
 
-def chain(stage: torch.nn.Module) -> list[str]:
+def module_names(stage: torch.nn.Module) -> list[str]:
     names = [type(stage).__name__]
-    return names + chain(stage.module) if isinstance(getattr(stage, "module", None), torch.nn.Module) else names  # type: ignore[arg-type]
+    return names + module_names(stage.module) if isinstance(getattr(stage, "module", None), torch.nn.Module) else names  # type: ignore[arg-type]
 
 
 # Stages
 
 
-def places(**transformer: Any) -> list[tuple[Any, ...]]:
-    config = config_of(**transformer)
-    stages = StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
+def stage_positions(**transformer: Any) -> list[tuple[Any, ...]]:
+    config = make_config(**transformer)
+    stages = StageBuilder(config).build_distributed_models(make_groups(config), wrap_with_ddp=False)
     assert all(stage.model_type is ModelType.encoder_or_decoder for stage in stages)
     return [stage.place for stage in stages]
 
 
 def test_one_rank_has_one_stage_for_any_virtual_size() -> None:
-    assert run_ranks(places_without_pipeline, 1) == [[(True, True, None)]]
+    assert run_ranks(positions_without_pipeline, 1) == [[(True, True, None)]]
 
 
-def places_without_pipeline() -> list[tuple[Any, ...]]:
-    return places(virtual_pipeline_model_parallel_size=3)
+def positions_without_pipeline() -> list[tuple[Any, ...]]:
+    return stage_positions(virtual_pipeline_model_parallel_size=3)
 
 
 def test_two_ranks_build_their_virtual_stages() -> None:
-    first, last = run_ranks(places_of_virtual_pipeline, 2)
+    first, last = run_ranks(positions_in_virtual_pipeline, 2)
     assert first == [(True, False, 0), (False, False, 1), (False, False, 2)]
     assert last == [(False, False, 0), (False, False, 1), (False, True, 2)]
 
 
-def places_of_virtual_pipeline() -> list[tuple[Any, ...]]:
-    return places(
+def positions_in_virtual_pipeline() -> list[tuple[Any, ...]]:
+    return stage_positions(
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=3,
         pipeline_dtype=torch.float32,
@@ -143,23 +143,23 @@ def places_of_virtual_pipeline() -> list[tuple[Any, ...]]:
     )
 
 
-# The order of the build, and what it leaves alone
+# The order of the build, and arguments that it must not change
 
 
 def build_twice() -> list[list[list[str]]]:
-    config = config_of(bf16=True)
-    seen: list[list[list[str]]] = []
+    config = make_config(bf16=True)
+    recorded: list[list[list[str]]] = []
 
-    def see(stages: list[MegatronModule]) -> list[MegatronModule]:
-        seen.append([chain(stage) for stage in stages])
+    def record(stages: list[MegatronModule]) -> list[MegatronModule]:
+        recorded.append([module_names(stage) for stage in stages])
         return stages
 
-    config.pre_wrap_hooks.append(see)
-    config.post_wrap_hooks.append(see)
+    config.pre_wrap_hooks.append(record)
+    config.post_wrap_hooks.append(record)
     ddp_config = DistributedDataParallelConfig(num_buckets=2, overlap_grad_reduce=True)
-    before = dict(vars(ddp_config)), dict(vars(config.transformer)), [see], [see]
+    before = dict(vars(ddp_config)), dict(vars(config.transformer)), [record], [record]
     builder = StageBuilder(config)
-    groups = groups_of(config)
+    groups = make_groups(config)
     builds = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -171,81 +171,81 @@ def build_twice() -> list[list[list[str]]]:
     first, second = (dict(stages[0].named_parameters()) for stages in builds)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    # What is split says so, and everything else has Megatron's defaults for the optimizer to read.
-    stage = innermost(builds[0][0])
+    # Split parameters are marked; all others have Megatron's defaults, which the optimizer reads.
+    stage = unwrap_stage(builds[0][0])
     assert stage.split.weight.tensor_model_parallel is True
     assert stage.whole.weight.tensor_model_parallel is False
-    # Mixed precision has cast everything but what the router keeps.
+    # Mixed precision has cast everything except the router's bias.
     assert stage.whole.weight.dtype is torch.bfloat16
     assert stage.router.bias.dtype is torch.float32
-    return seen
+    return recorded
 
 
 def test_hooks_get_bare_then_wrapped_stages_and_builds_repeat() -> None:
-    (seen,) = run_ranks(build_twice, 1)
+    (recorded,) = run_ranks(build_twice, 1)
     bare, wrapped = [["Stage"]], [["DistributedDataParallel", "Float16Module", "Stage"]]
-    assert seen == [bare, wrapped, bare, wrapped]
+    assert recorded == [bare, wrapped, bare, wrapped]
 
 
 def build_without_precision_wrapper() -> tuple[list[str], str]:
-    config = config_of(bf16=True)
+    config = make_config(bf16=True)
     builder = StageBuilder(config)
-    stages = builder.build_distributed_models(groups_of(config), wrap_with_ddp=False, mixed_precision_wrapper=None)
-    return chain(stages[0]), str(stages[0].whole.weight.dtype)
+    stages = builder.build_distributed_models(make_groups(config), wrap_with_ddp=False, mixed_precision_wrapper=None)
+    return module_names(stages[0]), str(stages[0].whole.weight.dtype)
 
 
 def test_without_a_precision_wrapper_nothing_is_cast() -> None:
     assert run_ranks(build_without_precision_wrapper, 1) == [(["Stage"], "torch.float32")]
 
 
-def hooked(hook: Any) -> None:
-    config = config_of()
+def build_with_hook(hook: Any) -> None:
+    config = make_config()
     config.post_wrap_hooks.append(hook)
-    StageBuilder(config).build_distributed_models(groups_of(config), wrap_with_ddp=False)
+    StageBuilder(config).build_distributed_models(make_groups(config), wrap_with_ddp=False)
 
 
-def returns_none(stages: Any) -> None:
+def return_none(stages: Any) -> None:
     pass
 
 
-def returns_a_tuple(stages: Any) -> Any:
+def return_tuple(stages: Any) -> Any:
     return tuple(stages)
 
 
 def test_a_hook_that_returns_a_tuple_stops_the_build() -> None:
-    with pytest.raises(HookError, match=r"hook 1 of 1, .*returns_a_tuple, returned a tuple: return a list"):
-        run_ranks(hooked, 1, returns_a_tuple)
+    with pytest.raises(HookError, match=r"hook 1 of 1, .*return_tuple, returned a tuple: return a list"):
+        run_ranks(build_with_hook, 1, return_tuple)
 
 
-def stages_that_none_keeps() -> list[str]:
-    """The stages of a build whose last hooks return None: those of the configuration, and of its caller."""
-    config = config_of()
-    config.pre_wrap_hooks.append(returns_none)
-    config.post_wrap_hooks.append(returns_none)
-    groups = groups_of(config)
-    with pytest.warns(UserWarning, match=r"hook 1 of 1, .*returns_none, returned None: its input list is kept"):
+def build_with_hooks_that_return_none() -> list[str]:
+    """Build with last hooks that return None, in the configuration and as arguments; return the stages' classes."""
+    config = make_config()
+    config.pre_wrap_hooks.append(return_none)
+    config.post_wrap_hooks.append(return_none)
+    groups = make_groups(config)
+    with pytest.warns(UserWarning, match=r"hook 1 of 1, .*return_none, returned None: its input list is kept"):
         stages = StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)
-    with pytest.warns(UserWarning, match="returns_none, returned None"):
+    with pytest.warns(UserWarning, match="return_none, returned None"):
         stages += build_distributed(
             StageBuilder(config).build_model,
             config.transformer,
             groups,
             options=BuildOptions(wrap_with_ddp=False),
-            pre_wrap_hook=returns_none,  # type: ignore[arg-type]
-            post_wrap_hook=returns_none,  # type: ignore[arg-type]
+            pre_wrap_hook=return_none,  # type: ignore[arg-type]
+            post_wrap_hook=return_none,  # type: ignore[arg-type]
         )
-    return [name for stage in stages for name in chain(stage)]
+    return [name for stage in stages for name in module_names(stage)]
 
 
 def test_the_last_hook_may_return_none() -> None:
-    assert run_ranks(stages_that_none_keeps, 1) == [["Stage", "Stage"]]
+    assert run_ranks(build_with_hooks_that_return_none, 1) == [["Stage", "Stage"]]
 
 
 def devices_after_cpu_initialization() -> set[str]:
-    config = config_of(use_cpu_initialization=True)
-    groups = groups_of(config)
+    config = make_config(use_cpu_initialization=True)
+    groups = make_groups(config)
     stages = build_stages(StageBuilder(config).build_model, groups, vp_size=None)
-    with on_meta():  # where `cuda` is no longer what the stages were made on
+    with on_meta():  # redirects `cuda` to another device than that of the stages
         (stage,) = prepare_stages(list(stages), config.transformer, groups, BuildOptions(wrap_with_ddp=False))
     return {tensor.device.type for tensor in (*stage.parameters(), *stage.buffers())}
 
@@ -257,23 +257,23 @@ def test_weights_initialised_on_the_cpu_are_moved_to_the_device() -> None:
 # Data-parallel wrappers
 
 
-def weights_after(random_init: bool, flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[list[str], list[float]]:
+def wrapped_weights(random_init: bool, flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[list[str], list[float]]:
     """Build from weights that differ by rank; return the wrappers and a whole weight's values after wrapping."""
-    config = config_of()
-    groups = groups_of(config)
+    config = make_config()
+    groups = make_groups(config)
 
-    def differ(stages: list[MegatronModule]) -> list[MegatronModule]:
+    def fill_with_rank(stages: list[MegatronModule]) -> list[MegatronModule]:
         for parameter in stages[0].parameters():
             parameter.data.fill_(1.0 + torch.distributed.get_rank())
         return stages
 
-    config.pre_wrap_hooks.append(differ)
+    config.pre_wrap_hooks.append(fill_with_rank)
     (stage,) = StageBuilder(config).build_distributed_models(
         groups, DistributedDataParallelConfig(**ddp), data_parallel_random_init=random_init, **flags
     )
-    weight = innermost(stage).whole.weight
+    weight = unwrap_stage(stage).whole.weight
     local = weight.to_local() if hasattr(weight, "to_local") else weight
-    return chain(stage), sorted(set(local.detach().float().flatten().tolist()))
+    return module_names(stage), sorted(set(local.detach().float().flatten().tolist()))
 
 
 WRAPPERS = {
@@ -287,7 +287,7 @@ WRAPPERS = {
             "use_distributed_optimizer": True,
             "data_parallel_sharding_strategy": "optim_grads_params",
             "gradient_reduce_div_fusion": False,
-            "suggested_communication_unit_size": 1_000,  # Megatron derives one from its own layers, which are not here
+            "suggested_communication_unit_size": 1_000,  # Megatron derives it from its own layers; there are none here
         },
     ),
 }
@@ -295,18 +295,18 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_random_init_copies_the_weights_of_the_first_rank(name: str) -> None:
-    for wrappers, values in run_ranks(weights_after, 2, True, *WRAPPERS[name]):
+    for wrappers, values in run_ranks(wrapped_weights, 2, True, *WRAPPERS[name]):
         assert wrappers[0] == name.split(",")[0]
         assert values == [1.0]
 
 
 def test_without_random_init_each_rank_keeps_its_weights() -> None:
-    results = run_ranks(weights_after, 2, False, {}, {})
+    results = run_ranks(wrapped_weights, 2, False, {}, {})
     assert [values for _, values in results] == [[1.0], [2.0]]
 
 
 def test_bucket_sizes_follow_megatron_training() -> None:
-    """By the reference: parameters // num_buckets; else max(40M, 1M per rank); none without overlap."""
+    """As in megatron.training: parameters // num_buckets, or max(40M, 1M per rank); None without overlap."""
     stages = [torch.nn.Linear(9, 10)]  # 100 parameters
 
     def size(**ddp: Any) -> int | None:
@@ -323,7 +323,7 @@ def test_bucket_sizes_follow_megatron_training() -> None:
 
 
 def bucket_counts(distributed_optimizer: bool, one_bucket: bool) -> list[int]:
-    config = config_of(
+    config = make_config(
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=3,
         pipeline_dtype=torch.float32,
@@ -334,7 +334,7 @@ def bucket_counts(distributed_optimizer: bool, one_bucket: bool) -> list[int]:
         overlap_grad_reduce=True, bucket_size=1, use_distributed_optimizer=distributed_optimizer
     )
     stages = StageBuilder(config).build_distributed_models(
-        groups_of(config), ddp_config, overlap_param_gather_with_optimizer_step=one_bucket
+        make_groups(config), ddp_config, overlap_param_gather_with_optimizer_step=one_bucket
     )
     return [sum(len(buffer.buckets) for buffer in stage.buffers) for stage in stages]  # type: ignore[operator, union-attr]
 
@@ -342,17 +342,17 @@ def bucket_counts(distributed_optimizer: bool, one_bucket: bool) -> list[int]:
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_only_the_first_chunk_of_the_first_stage_is_split_into_buckets(distributed_optimizer: bool) -> None:
     first, second = run_ranks(bucket_counts, 2, distributed_optimizer, False)
-    assert first == [4, 1, 1]  # two layers of weight and bias, the frozen one counts for nothing
+    assert first == [4, 1, 1]  # weights and biases of two layers; the frozen layer has no gradients
     assert second == [1, 1, 1]
     assert run_ranks(bucket_counts, 2, distributed_optimizer, True)[0] == [1, 1, 1]
 
 
-# Refusals
+# Errors
 
 
 def test_ddp_without_its_config_is_refused() -> None:
     with pytest.raises(OptionsError, match="ddp_config is None: pass a DistributedDataParallelConfig"):
-        StageBuilder(config_of()).build_distributed_models(None)  # type: ignore[arg-type]
+        StageBuilder(make_config()).build_distributed_models(None)  # type: ignore[arg-type]
 
 
 def test_a_configuration_without_a_transformer_is_refused() -> None:
@@ -365,11 +365,11 @@ def test_preflight_errors_survive_pickling() -> None:
     assert (error.problems, str(error)) == (("one", "two"), "one\ntwo")
 
 
-def groups_of_another_size() -> None:
-    groups = groups_of(config_of())
-    StageBuilder(config_of(tensor_model_parallel_size=2)).build_distributed_models(groups, wrap_with_ddp=False)
+def build_in_groups_of_another_size() -> None:
+    groups = make_groups(make_config())
+    StageBuilder(make_config(tensor_model_parallel_size=2)).build_distributed_models(groups, wrap_with_ddp=False)
 
 
 def test_a_configuration_that_does_not_match_its_groups_is_refused() -> None:
     with pytest.raises(PreflightError, match="tensor_model_parallel_size is 2 but the tp process group has 1 rank"):
-        run_ranks(groups_of_another_size, 1)
+        run_ranks(build_in_groups_of_another_size, 1)

@@ -1,4 +1,4 @@
-"""Build reports and plans side by side: the numbers, what is said of them, and files that are neither."""
+"""Comparison of build reports and plans: numbers, notes, and invalid files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def rank(pp: int, allocated: float | None) -> dict[str, Any]:
     return {"pp": pp, "peak_memory_bytes": peak}
 
 
-PLAN = {"kind": "plan", **JOB, "stages": [stage(0, 4, 8, 2, 4, 2, 0), stage(1, 4, 8, 0, 8, 5, 0)]}  # 20 and 25
+PLAN = {
+    "kind": "plan",
+    **JOB,
+    "stages": [stage(0, 4, 8, 2, 4, 2, 0), stage(1, 4, 8, 0, 8, 5, 0)],
+}  # 20 and 25 GiB in total
 ON_GPUS = {
     "kind": "build",
     **JOB,
@@ -64,13 +68,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def compared(**files: dict[str, Any]) -> Comparison:
+def compare_files(**files: dict[str, Any]) -> Comparison:
     for name, data in files.items():
         Path(f"{name}.json").write_text(json.dumps(data))
     return compare([f"{name}.json" for name in files])
 
 
-def words(comparison: Comparison) -> str:
+def render(comparison: Comparison) -> str:
     console = Console(file=io.StringIO(), width=80)
     for part in render_comparison(comparison):
         console.print(part)
@@ -81,9 +85,9 @@ def words(comparison: Comparison) -> str:
 
 @pytest.mark.usefixtures("folder")
 def test_a_run_is_compared_with_its_plan() -> None:
-    found = compared(plan=PLAN, run=ON_GPUS)
+    found = compare_files(plan=PLAN, run=ON_GPUS)
     rows = {row.name: (row.values, row.differences) for row in found.rows}
-    # The fullest stage of the plan is 1, of 25 GiB; the fullest rank is one of that stage, and 26 / 25 = 1.04.
+    # The largest stage of the plan is stage 1 with 25 GiB; the largest rank is in that stage, and 26 / 25 = 1.04.
     assert rows["stage"][0] == [1, 1]
     assert rows["peak"] == ([25 * GIB, 26 * GIB], [None, pytest.approx(4.0)])
     kinds = {"weights": 4, "gradients": 8, "master": 0, "state": 8, "activations": 5, "unsharded": 0}
@@ -98,7 +102,7 @@ def test_a_run_is_compared_with_its_plan() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_every_later_file_is_compared_with_the_first() -> None:
-    found = compared(run=ON_GPUS, faster=FASTER, cpu=ON_THE_CPU)
+    found = compare_files(run=ON_GPUS, faster=FASTER, cpu=ON_THE_CPU)
     rows = {row.name: row.differences for row in found.rows}
     assert rows["step_seconds"] == [None, pytest.approx(-20.0), 0.0]
     assert rows["tokens_per_second_per_gpu"] == [None, pytest.approx(25.0), 0.0]
@@ -106,15 +110,15 @@ def test_every_later_file_is_compared_with_the_first() -> None:
     assert rows["peak"] == [None, 0.0, None]
     assert found.notes[0] == "not the same job: they differ in layout"
     assert found.notes[1].startswith("resident memory includes the interpreter and libraries: it cannot be compared")
-    untrained = compared(run=ON_GPUS, untrained=ON_GPUS | {"seq_length": None})
+    untrained = compare_files(run=ON_GPUS, untrained=ON_GPUS | {"seq_length": None})
     assert untrained.notes == ["untrained.json trained no step: its memory covers the build only"]
 
 
 @pytest.mark.usefixtures("folder")
 def test_the_table_fits_80_columns() -> None:
-    shown = words(compared(**{"a run of Tuesday night": ON_GPUS, "faster": FASTER, "plan": PLAN}))
-    assert "…" not in shown
-    rows = [line.split("  ") for line in shown.splitlines()]
+    text = render(compare_files(**{"a run of Tuesday night": ON_GPUS, "faster": FASTER, "plan": PLAN}))
+    assert "…" not in text
+    rows = [line.split("  ") for line in text.splitlines()]
     cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
     assert cells["step, s"] == ["0.500", "0.400 -20.0 %", "-"]
     assert cells["total or allocated, GiB"] == ["26.000", "26.000 +0.0 %", "25.000 -3.8 %"]
@@ -164,7 +168,7 @@ def test_files_that_are_neither_reports_nor_plans_are_refused(
 @pytest.mark.usefixtures("folder")
 def test_a_single_plan_is_an_error() -> None:
     with pytest.raises(DocumentError, match=r"plan\.json: \$\.kind: a single plan cannot be compared"):
-        compared(plan=PLAN)
+        compare_files(plan=PLAN)
 
 
 def test_the_command_without_files_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

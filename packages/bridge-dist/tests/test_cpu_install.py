@@ -1,4 +1,4 @@
-"""Installing the CPU runtime, and removing it: what it puts back, and where it refuses."""
+"""The CPU runtime is installed and removed without traces, or refused."""
 
 import re
 import subprocess
@@ -24,9 +24,9 @@ def runtime() -> Iterator[None]:
         yield
 
 
-def _watched() -> list[type | ModuleType]:
+def _patched_owners() -> list[type | ModuleType]:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    from torch._dynamo import eval_frame  # holds the compiler's stance
+    from torch._dynamo import eval_frame  # its variables hold the stance of the compiler
 
     return [
         *(torch, torch.Tensor, torch.autograd, torch.autograd.graph, torch.random),
@@ -36,16 +36,16 @@ def _watched() -> list[type | ModuleType]:
     ]
 
 
-def _names() -> dict[tuple[str, str], object]:
-    return {(owner.__name__, name): value for owner in _watched() for name, value in vars(owner).items()}
+def _patched_names() -> dict[tuple[str, str], object]:
+    return {(owner.__name__, name): value for owner in _patched_owners() for name, value in vars(owner).items()}
 
 
 def test_uninstall_restores_every_name() -> None:
-    before, modes = _names(), _get_current_function_mode_stack()
+    before, modes = _patched_names(), _get_current_function_mode_stack()
     cpu.install()
-    during = _names()
+    during = _patched_names()
     cpu.uninstall()
-    after = _names()
+    after = _patched_names()
     assert sum(before.get(key) is not value for key, value in during.items()) > 20
     assert list(after) == list(before)
     assert [key for key, value in after.items() if value is not before[key]] == []
@@ -54,13 +54,13 @@ def test_uninstall_restores_every_name() -> None:
 
 def test_a_second_installation_changes_nothing() -> None:
     with cpu.cpu_runtime():
-        during = _names()
+        during = _patched_names()
         cpu.install()
         assert len(_get_current_function_mode_stack()) == 1
         with cpu.cpu_runtime():
             pass
         assert cpu.is_installed()
-        assert _names() == during
+        assert _patched_names() == during
     assert not cpu.is_installed()
     cpu.uninstall()
     assert not cpu.is_installed()
@@ -108,18 +108,18 @@ def test_another_thread_cannot_uninstall(runtime: None) -> None:
 
 
 def test_a_real_gpu_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # this machine has no GPU: see `pytestmark`
-    before = _names()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # only without a real GPU: see `pytestmark`
+    before = _patched_names()
     with pytest.raises(cpu.CpuRuntimeError, match="CUDA_VISIBLE_DEVICES"):
         cpu.install()
-    assert _names() == before
+    assert _patched_names() == before
 
 
 def test_a_torch_version_without_the_private_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No such version is known: the name is taken away from this one.
+    # No such version is known, so the name is removed from the installed one.
     monkeypatch.delattr(torch.autograd.graph, "_engine_run_backward")
-    before = _names()
+    before = _patched_names()
     with pytest.raises(cpu.CpuRuntimeError, match=rf"torch {re.escape(torch.__version__)}.*_engine_run_backward"):
         cpu.install()
-    assert _names() == before
+    assert _patched_names() == before
     assert not cpu.is_installed()

@@ -1,4 +1,4 @@
-"""The CPU runtime on real ranks: meshes, collectives, and megatron-core training."""
+"""The CPU runtime on real ranks: meshes, collectives and training by megatron-core."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ def _distribute() -> tuple[list[str], tuple[int, ...], float]:
     mesh = device_mesh.init_device_mesh("cuda", (2,))
     same = device_mesh.DeviceMesh.from_group(mesh.get_group(), "cuda")
     sharded = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-    dropped: Any = torch.nn.functional.dropout(sharded.cuda(), 0.5)  # torch has no generator for a mesh of absent GPUs
+    dropped: Any = torch.nn.functional.dropout(sharded.cuda(), 0.5)  # torch has no generator for a mesh of missing GPUs
     return [mesh.device_type, same.device_type], tuple(dropped.to_local().shape), sharded.full_tensor().sum().item()
 
 
@@ -52,7 +52,7 @@ class _Case:
 
 
 def _train(case: _Case) -> list[tuple[float, float]]:
-    """Loss and gradient norm per step, by megatron-core's own model, wrapper, schedule and optimizer."""
+    """Train with megatron-core's model, wrapper, schedule and optimizer; return loss and gradient norm of each step."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -116,7 +116,7 @@ def _train(case: _Case) -> list[tuple[float, float]]:
         overlap_param_gather=case.overlap,
         use_megatron_fsdp=case.wrapper == "megatron-fsdp",
         data_parallel_sharding_strategy="optim_grads_params" if case.wrapper == "megatron-fsdp" else "no_shard",
-        gradient_reduce_div_fusion=case.wrapper != "megatron-fsdp",  # gloo cannot scale while it reduces
+        gradient_reduce_div_fusion=case.wrapper != "megatron-fsdp",  # gloo cannot scale in a reduction
         check_for_nan_in_grad=True,
     )
     wrappers: dict[str, Callable[..., MegatronModule]] = {
@@ -182,7 +182,7 @@ HALF = _Case(bf16=True)
 
 
 @functools.cache
-def _alone(case: _Case) -> list[tuple[float, float]]:
+def _train_alone(case: _Case) -> list[tuple[float, float]]:
     return run_ranks(_train, 1, case)[0]
 
 
@@ -204,21 +204,21 @@ def _alone(case: _Case) -> list[tuple[float, float]]:
 def test_a_layout_trains_like_one_process(case: _Case, alone: _Case) -> None:
     if case.wrapper == "megatron-fsdp":
         pytest.importorskip("einops", reason="Megatron-FSDP imports einops, which megatron-core does not depend on")
-    expected = _alone(alone)
+    expected = _train_alone(alone)
     last = run_ranks(_train, case.world_size, case)[-1]
     assert last == [pytest.approx(values, rel=1e-5) for values in expected]
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_bf16_trains_the_same_on_two_ranks(distributed_optimizer: bool) -> None:
-    expected = _alone(HALF)
+    expected = _train_alone(HALF)
     case = replace(HALF, dp=2, distributed_optimizer=distributed_optimizer)
     assert run_ranks(_train, 2, case)[-1] == [pytest.approx(values, rel=1e-2) for values in expected]
 
 
 def test_fused_functions_compute_the_same() -> None:
-    """GELU's fused form is its tanh approximation: the two agree to about 1e-5, not to the last digit."""
-    expected = _alone(DENSE)
+    """The fused GELU is the tanh approximation, which differs from the exact one by about 1e-5."""
+    expected = _train_alone(DENSE)
     assert run_ranks(_train, 1, _Case(fused=True))[0] == [pytest.approx(values, rel=1e-3) for values in expected]
 
 
@@ -228,7 +228,7 @@ def test_dropout_is_repeated_by_recomputation() -> None:
 
 
 def start_collectives() -> list[float]:
-    """On each of two ranks: what asynchronous collectives have written by the time that they return, unawaited."""
+    """Start asynchronous collectives on two ranks; return what they have written before they are awaited."""
     import torch
     from torch import distributed
 
@@ -248,12 +248,12 @@ def start_collectives() -> list[float]:
 
 
 def test_a_collective_is_complete_when_it_returns() -> None:
-    # Otherwise what is freed after it, as streams allow on a GPU, is written to by gloo: a crash now and then.
+    # Megatron may free a buffer after the call, as streams allow on a GPU; ranks crash if gloo still writes to it.
     assert run_ranks(start_collectives, 2) == [[1.5, 3.0, 1.5, 3.0]] * 2
 
 
 def exchange_uneven_parts() -> tuple[list[float], list[float]]:
-    """On each of two ranks: gather one row of rank 0 and two of rank 1, and add up shares of the same sizes."""
+    """Gather one row of rank 0 and two rows of rank 1; reduce-scatter parts of the same sizes."""
     import torch
     from torch import distributed
 
@@ -266,17 +266,17 @@ def exchange_uneven_parts() -> tuple[list[float], list[float]]:
 
 
 def test_parts_of_different_sizes_are_exchanged() -> None:
-    # As expert-tensor parallelism does; gloo alone takes equal ones only.
+    # Expert-tensor parallelism needs this; gloo itself accepts only equal parts.
     assert run_ranks(exchange_uneven_parts, 2) == [([5.0, 6.0, 6.0], [10.0]), ([5.0, 6.0, 6.0], [12.0, 14.0])]
 
 
 def gather_two_precisions(*, by_gloo: bool) -> tuple[list[float], list[float]]:
-    """On each of two ranks: what two tensors of different precision hold that were gathered at once."""
+    """Gather two tensors of different precision in one coalesced operation on two ranks; return both."""
     import torch
     from torch import distributed
     from torch.distributed import distributed_c10d
 
-    # torch's own name is not replaced where it is defined.
+    # The CPU runtime replaces the name in torch.distributed only, so this one still uses gloo itself.
     coalescing = distributed_c10d._coalescing_manager if by_gloo else distributed._coalescing_manager
     rank = distributed.get_rank()
     half, full = torch.zeros(4, dtype=torch.bfloat16), torch.zeros(2)
@@ -298,5 +298,5 @@ def gather_by_gloo() -> tuple[list[float], list[float]]:
 def test_tensors_of_different_precision_are_gathered_at_once() -> None:
     expected = ([1.0, 1.0, 2.0, 2.0], [3.0, 4.0])
     assert run_ranks(gather_at_once, 2) == [expected] * 2
-    # When gloo itself can, `_not_coalesced` is no longer needed for that.
+    # If gloo can do this, `_not_coalesced` is no longer needed for it.
     assert run_ranks(gather_by_gloo, 2) != [expected] * 2

@@ -1,4 +1,4 @@
-"""What the CPU runtime redirects: tensors, streams, generators and the backward pass."""
+"""The CPU runtime redirects tensors, streams, generators and the backward pass to the CPU."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bridge.dist import cpu
 
-CUDA = torch.device("cuda", 0)  # named before any installation, as megatron-core's default arguments are
+CUDA = torch.device("cuda", 0)  # created before the runtime is installed, like megatron-core's default arguments
 SPELLINGS = ["cuda", "cuda:0", 0, CUDA, torch.device("cuda")]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime refuses beside a real GPU")
@@ -117,7 +117,7 @@ def test_there_is_one_device_with_no_memory_in_use(runtime: None) -> None:
 
 
 class _OnCuda(torch.autograd.Function):
-    """A function whose backward makes tensors on the CUDA device, as megatron-core's parallel mappings do."""
+    """A function whose backward pass creates tensors on the CUDA device, like megatron-core's parallel mappings."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
@@ -128,30 +128,30 @@ class _OnCuda(torch.autograd.Function):
         return torch.full_like(grad, 3.0, device="cuda") + torch.zeros(1, device=torch.cuda.current_device())
 
 
-def _by_tensor(x: torch.Tensor) -> torch.Tensor | None:
+def _tensor_backward(x: torch.Tensor) -> torch.Tensor | None:
     _OnCuda.apply(x).sum().backward()
     return x.grad
 
 
-def _by_autograd(x: torch.Tensor) -> torch.Tensor | None:
+def _autograd_backward(x: torch.Tensor) -> torch.Tensor | None:
     torch.autograd.backward([_OnCuda.apply(x).sum()])
     return x.grad
 
 
-def _by_grad(x: torch.Tensor) -> torch.Tensor | None:
+def _autograd_grad(x: torch.Tensor) -> torch.Tensor | None:
     (grad,) = torch.autograd.grad(_OnCuda.apply(x).sum(), x)
     return grad
 
 
-def _by_engine(x: torch.Tensor) -> torch.Tensor | None:
-    """As megatron-core's schedules call it once pipeline outputs are deallocated."""
+def _engine_backward(x: torch.Tensor) -> torch.Tensor | None:
+    """Call the engine as megatron-core's schedules do after they deallocate pipeline outputs."""
     from megatron.core.pipeline_parallel.schedules import custom_backward
 
     custom_backward(_OnCuda.apply(x).sum(), None)
     return x.grad
 
 
-@pytest.mark.parametrize("backward", [_by_tensor, _by_autograd, _by_grad, _by_engine])
+@pytest.mark.parametrize("backward", [_tensor_backward, _autograd_backward, _autograd_grad, _engine_backward])
 def test_the_backward_pass_is_redirected(
     backward: Callable[[torch.Tensor], torch.Tensor | None], runtime: None
 ) -> None:
@@ -202,7 +202,7 @@ def test_cuda_seed_and_state_are_those_of_the_cpu(runtime: None) -> None:
 
 
 def test_megatron_still_does_not_move_redirected_tensors_to_the_cpu() -> None:
-    """megatron-core 0.19.2; when this fails it is mended, and `_maybe_move_tensor_to_cpu` can go."""
+    """A fault of megatron-core 0.19.2: when this test fails, remove `_maybe_move_tensor_to_cpu`."""
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
     assert isinstance(maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True), torch.Tensor)

@@ -1,4 +1,4 @@
-"""Which device each rank gets; where GPUs are needed, the operating system and torch are made to show some."""
+"""Each rank chooses its device; tests that need GPUs patch the driver files and torch's device count."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.start import prepare
 
 
-def rank(number: int, world_size: int = 4, local_rank: int | None = None) -> RankEnvironment:
-    return RankEnvironment(rank=number, world_size=world_size, address="localhost", port=1, local_rank=local_rank)
+def make_rank(number: int, world_size: int = 4, local_rank: int | None = None) -> RankEnvironment:
+    return RankEnvironment(make_rank=number, world_size=world_size, address="localhost", port=1, local_rank=local_rank)
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with two GPUs."""
+    """Pretend that the machine has two GPUs."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(devices, "_DRIVER_FILES", ("/dev/null",))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -43,7 +43,7 @@ def test_auto_chooses_gpus_if_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> No
 
 
 def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -> None:
-    gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # put back after the test
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # restored after the test
     start_method = prepare(Device.AUTO, None, ranks=2)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method=start_method)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
@@ -61,7 +61,7 @@ def test_cuda_with_too_few_gpus_is_an_error(gpus: pytest.MonkeyPatch) -> None:
 
 
 def test_hidden_gpus_are_not_counted(gpus: pytest.MonkeyPatch) -> None:
-    gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # put back after the test
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # restored after the test
     hide_gpus()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert count_gpus() == 0
@@ -71,25 +71,25 @@ def test_a_rank_that_sees_one_gpu_uses_it(gpus: pytest.MonkeyPatch) -> None:
     shown = {"CUDA_VISIBLE_DEVICES": "3"}
     gpus.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device(Device.AUTO, local_ranks=8, environment=shown) is Device.CUDA
-    assert choose_gpu(rank(3, local_rank=3), gpus=1, environment=shown) == 0
+    assert choose_gpu(make_rank(3, local_rank=3), gpus=1, environment=shown) == 0
     assert choose_device(Device.AUTO, local_ranks=8, environment={}) is Device.CPU
 
 
 def test_a_rank_that_sees_all_gpus_uses_its_local_rank() -> None:
-    assert choose_gpu(rank(5, 8, local_rank=1), gpus=4, environment={}) == 1
-    assert choose_gpu(rank(0, 1), gpus=4, environment={}) == 0
+    assert choose_gpu(make_rank(5, 8, local_rank=1), gpus=4, environment={}) == 1
+    assert choose_gpu(make_rank(0, 1), gpus=4, environment={}) == 0
 
 
 @pytest.mark.parametrize(
     ("place", "count", "message"),
     [
         (
-            rank(3, local_rank=3),
+            make_rank(3, local_rank=3),
             2,
             "rank 3 is number 3 on its node, where 2 GPU\\(s\\) are visible: start one rank for",
         ),
-        (rank(1, local_rank=1), 1, "rank 1 is number 1 on its node, where 1 GPU"),
-        (rank(1), 4, "LOCAL_RANK is not set and rank 1 sees 4 GPU"),
+        (make_rank(1, local_rank=1), 1, "rank 1 is number 1 on its node, where 1 GPU"),
+        (make_rank(1), 4, "LOCAL_RANK is not set and rank 1 sees 4 GPU"),
     ],
 )
 def test_a_rank_without_its_own_gpu_is_an_error(place: RankEnvironment, count: int, message: str) -> None:
@@ -102,19 +102,19 @@ class _Properties:
 
 
 def test_two_ranks_on_one_gpu_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher shows them the same one; the comparison of what ranks are about to do finds the difference."""
+    """Ranks that a launcher gave the same GPU claim it differently, which the comparison of ranks then reports."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
     store = torch.distributed.HashStore()
-    assert [world._claim_gpu(0, rank(number), store) for number in (1, 0, 2)] == [
+    assert [world._claim_gpu(0, make_rank(number), store) for number in (1, 0, 2)] == [
         "its own",
         "that of rank 1",
         "that of rank 1",
     ]
-    assert world._claim_gpu(0, rank(1), store) == "its own"
+    assert world._claim_gpu(0, make_rank(1), store) == "its own"
 
 
 def test_tf32_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # put back after the test
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # restored after the test
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     devices.forbid_tf32()

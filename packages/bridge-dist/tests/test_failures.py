@@ -1,4 +1,4 @@
-"""What ranks of a launcher make of a failure, through the store alone; real ones are killed in tests/test_nodes.py."""
+"""Ranks of a launcher report failures through the store; tests/test_nodes.py kills real ranks."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from bridge.dist.run.rank_environment import RankEnvironment
 LOST = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
 
 
-def place(rank: int) -> RankEnvironment:
+def make_rank(rank: int) -> RankEnvironment:
     return RankEnvironment(rank=rank, world_size=4, address="localhost", port=1, node=rank // 2, nodes=2)
 
 
 def verdicts(
     causes: dict[int, Exception], monkeypatch: pytest.MonkeyPatch, *, told_to_end: tuple[int, ...] = ()
 ) -> set[str]:
-    """What each of the ranks that are left learns."""
+    """Report the failures of some ranks; return the verdicts that these ranks get."""
     monkeypatch.setattr(failures, "_COLLECT_FAILURES_S", 0.5)
     store = torch.distributed.HashStore()
     for rank in range(4):
-        store.set(f"names/{rank}", failures._make_name(place(rank)))
+        store.set(f"names/{rank}", failures._make_name(make_rank(rank)))
     monkeypatch.setattr(failures, "open_store", lambda *_, **__: store)
     for rank in told_to_end:
-        failures._report_termination(place(rank))
+        failures._report_termination(make_rank(rank))
     with ThreadPoolExecutor() as threads:
-        told = [
-            threads.submit(failures._report_failure, place(rank), store, failures._find_cause(error))
+        futures = [
+            threads.submit(failures._report_failure, make_rank(rank), store, failures._find_cause(error))
             for rank, error in causes.items()
         ]
-        return {each.result() for each in told}
+        return {each.result() for each in futures}
 
 
 def test_the_silent_rank_is_reported_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:

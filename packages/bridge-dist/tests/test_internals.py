@@ -1,4 +1,4 @@
-"""Names that torch and megatron-core do not promise to keep: a version that lacks one is told by it."""
+"""Private names of torch and megatron-core that bridge-dist uses exist in the installed versions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_private_names_exist(name: str) -> None:
 
 
 def attributes_of_built_models() -> set[str]:
-    """The attributes of all that two built and trained models consist of."""
+    """Build and train two models; return which of the listed attributes their modules, parameters and groups have."""
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob

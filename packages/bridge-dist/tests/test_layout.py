@@ -1,4 +1,4 @@
-"""The ranks of every process group, against their definition, for fake worlds; and that nothing of them is left."""
+"""Process groups have the ranks of their definition, in fake worlds, and leave nothing behind when destroyed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bridge.dist.errors import LayoutError
 
 
 def layouts(world_size: int) -> Iterator[Layout]:
-    """Every layout of a world: tp, cp, pp and dp by all divisors, ep by all that fit a stage."""
+    """Yield every layout of a world: all divisors for tp, cp, pp and dp, and all ep that fit a stage."""
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     for tp, cp, pp in itertools.product(sizes, repeat=3):
         if world_size % (tp * cp * pp) == 0:
@@ -28,10 +28,10 @@ def layouts(world_size: int) -> Iterator[Layout]:
                     yield Layout(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep)
 
 
-def expected(layout: Layout, rank: int) -> dict[str, list[int]]:
-    """The ranks that share all coordinates with this one but those a group is of.
+def expected_ranks(layout: Layout, rank: int) -> dict[str, list[int]]:
+    """Return, by group, the ranks that share all coordinates with this one except those of the group.
 
-    Megatron numbers ranks with tp fastest, then cp, dp, pp; for expert layers with etp fastest, then ep, edp, pp.
+    Megatron's rank order is tp (fastest), cp, dp, pp; for expert layers it is etp (fastest), ep, edp, pp.
     """
     edp = layout.tp * layout.cp * layout.dp // (layout.etp * layout.ep)  # type: ignore[operator]
     dense = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
@@ -81,9 +81,10 @@ def test_groups_match_their_definition_in_every_layout(fake_world: tuple[int, in
         before = set(pg_map)
         groups = create_process_groups(layout)
         found = {
-            name: torch.distributed.get_process_group_ranks(getattr(groups, name)) for name in expected(layout, rank)
+            name: torch.distributed.get_process_group_ranks(getattr(groups, name))
+            for name in expected_ranks(layout, rank)
         }
-        assert found == expected(layout, rank), layout
+        assert found == expected_ranks(layout, rank), layout
         destroy_process_groups()
         assert set(pg_map) == before
 
@@ -95,7 +96,7 @@ def test_a_world_of_another_size_is_refused(fake_world: tuple[int, int]) -> None
 
 
 def timeouts_of_groups() -> set[timedelta]:
-    """On each rank: how long collectives of each group wait, those of wrappers and of the optimizer included."""
+    """Return the timeouts of all groups of a build, including those that wrappers and the optimizer create."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -124,28 +125,28 @@ def test_the_timeout_applies_to_every_group() -> None:
     assert run_ranks(timeouts_of_groups, 2) == [{timedelta(seconds=77)}] * 2
 
 
-def left_after(times: int) -> tuple[int, int, int]:
-    """On each rank: what creating and destroying all groups again and again adds to groups, files and threads."""
+def leaked_resources(times: int) -> tuple[int, int, int]:
+    """Create and destroy all groups several times; return how many groups, open files and threads were added."""
 
-    def counted() -> tuple[int, int, int]:
+    def count_resources() -> tuple[int, int, int]:
         threads = len(os.listdir("/proc/self/task"))
         return len(torch.distributed.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/fd")), threads
 
-    def once() -> None:
+    def create_and_destroy() -> None:
         create_process_groups(Layout(tp=2), optimizer_instances=1)
         destroy_process_groups()
         torch.distributed.barrier()
 
-    once()
-    before = counted()
+    create_and_destroy()
+    before = count_resources()
     for _ in range(times):
-        once()
-    after = counted()
+        create_and_destroy()
+    after = count_resources()
     return after[0] - before[0], after[1] - before[1], after[2] - before[2]
 
 
 def test_destroyed_groups_leave_nothing_behind() -> None:
-    for groups, files, threads in run_ranks(left_after, 2, 20):
+    for groups, files, threads in run_ranks(leaked_resources, 2, 20):
         assert groups == 0
         assert files <= 2
         assert threads <= 2

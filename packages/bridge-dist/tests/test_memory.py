@@ -1,4 +1,4 @@
-"""The peak memory of a process: what it held at most, and nothing of the process that started it."""
+"""The peak memory of a process, without that of the process that started it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_the_peak_remains_after_memory_is_freed() -> None:
     assert peak.reserved is None
     assert peak.resident is not None
     assert with_it > before + 290 * MIB
-    assert peak.resident > with_it - MIB  # the kernel adds up pages a little late
+    assert peak.resident > with_it - MIB  # the kernel updates its counters with a delay
     assert resident_now() < peak.resident - 200 * MIB
 
 
 def test_a_process_does_not_inherit_the_peak_of_its_parent() -> None:
-    """As ``ru_maxrss`` does: were this to fail in its last line, ``getrusage`` would do as well."""
+    """``ru_maxrss`` includes the parent's peak. If the last assertion fails, ``getrusage`` can replace this code."""
     held = bytearray(1000 * MIB)
     ended = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     peak, inherited = map(int, ended.stdout.split())

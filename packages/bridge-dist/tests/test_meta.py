@@ -1,4 +1,4 @@
-"""Stages that were built on the meta device: what gives them memory and weights."""
+"""Stages built on the meta device get memory and initial weights."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def test_materialize_keeps_attributes_and_ties() -> None:
     assert not model[0].weight.is_meta
 
 
-def attributes(made: Built) -> dict[str, list[str]]:
+def parameter_attributes(made: Built) -> dict[str, list[str]]:
     return {name: sorted(vars(parameter)) for name, parameter in made.stages[0].named_parameters()}
 
 
 def train_on_meta(cases: dict[str, Case]) -> list[str]:
-    """On each rank: from the meta device and without it, the same is trained; return what was warned of."""
+    """Check that stages train the same with and without the meta device; return the warnings."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
     for name, case in cases.items():
         with built(case) as made:
-            expected_attributes, expected = attributes(made), trained(made, steps=1)
+            expected_attributes, expected = parameter_attributes(made), trained(made, steps=1)
         with built(replace(case, transformer=case.transformer | {"init_model_with_meta_device": True})) as made:
             assert not any(tensor.is_meta for tensor in made.stages[0].state_dict().values() if tensor is not None)
-            assert attributes(made) == expected_attributes, name
+            assert parameter_attributes(made) == expected_attributes, name
             assert trained(made, steps=1) == expected, name
     return records
 
@@ -76,7 +76,7 @@ def test_stages_from_the_meta_device_train_the_same() -> None:
 
 
 class Unknown(torch.nn.Module):
-    """Cannot initialise itself again."""
+    """A module without a `reset_parameters` method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Unknown(torch.nn.Module):
 
 
 class MetaStage(MegatronModule):
-    """Has, on the meta device, a module of each kind: known, unknown, and half loaded."""
+    """A stage with three modules on the meta device: known, unknown, and partly materialized."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -94,7 +94,7 @@ class MetaStage(MegatronModule):
         self.partly.bias = torch.nn.Parameter(torch.full((3,), 5.0))
 
 
-def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def build_unknown_modules(flags: dict[str, Any], ddp: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def build_what_cannot_initialise_itself(flags: dict[str, Any], ddp: dict[str, An
 
 @pytest.mark.parametrize("case", [Case(), fsdp("optim_grads"), fsdp(), fsdp2(), Case(flags={"wrap_with_ddp": False})])
 def test_modules_that_cannot_initialise_are_nan_and_named(case: Case) -> None:
-    ((values, records),) = run_ranks(build_what_cannot_initialise_itself, 1, case.flags, case.ddp)
+    ((values, records),) = run_ranks(build_unknown_modules, 1, case.flags, case.ddp)
     assert values["known.weight"] == [1.0] * 3
     assert values["unknown.scale"] == pytest.approx([float("nan")] * 3, nan_ok=True)
     assert values["partly.bias"] == [5.0] * 3

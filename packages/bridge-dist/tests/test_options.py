@@ -1,4 +1,4 @@
-"""The flags of a build: which wrapper they mean, and which contradict each other."""
+"""Flags of a build select a wrapper; contradictory flags are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process groups of a planned rank are those that Megatron makes."""
+"""A planned rank has the same process groups as a rank of Megatron."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_planned_groups_match_megatrons_groups(layout: Layout) -> None:
-    """Every rank's groups, by their ranks, from Megatron's initialiser under torch's fake backend."""
+    """Compare the groups of every rank with those that Megatron creates under torch's fake backend."""
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,15 +31,15 @@ def test_planned_groups_match_megatrons_groups(layout: Layout) -> None:
     for rank in range(layout.world_size):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         create_process_groups(layout)
-        expected = state()
+        expected = group_variables()
         destroy_process_groups()
         torch.distributed.destroy_process_group()
         with act_as_rank(layout, rank):
-            assert state() == expected
+            assert group_variables() == expected
 
 
-def state() -> dict[str, Any]:
-    """What Megatron's global variables about groups say, but for groups of gloo, which a plan has none of."""
+def group_variables() -> dict[str, Any]:
+    """Return Megatron's global variables about groups, without the gloo groups, which plans do not have."""
     import torch
 
     found: dict[str, Any] = {}

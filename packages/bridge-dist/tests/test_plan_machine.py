@@ -1,4 +1,4 @@
-"""Speeds that a search estimates with."""
+"""Machine speeds that a search estimates with."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MACHINE = Machine(gpus_per_node=4, node_bandwidth=2, network_bandwidth=1)
         # Ranks 0 to 2 and 3 to 5: the second group has ranks on both sides of 4.
         (Layout(tp=3, dp=2), "tp", [False]),
         (Layout(tp=4, dp=2), "tp", [True]),
-        # Experts are split by etp, whatever tp is.
+        # Experts are split by etp, independent of tp.
         (Layout(tp=4, dp=2, ep=2, etp=1), "tp_ep", [True]),
         (Layout(tp=4, dp=2, ep=4, etp=2), "tp_ep", [False]),
         (Layout(dp=8, etp=8), "expt_tp", [False]),
         (Layout(tp=4, dp=2, ep=2, etp=1), "ep", [True]),
         (Layout(dp=8, ep=2, etp=1), "expt_dp", [False]),
         (Layout(pp=2, dp=4, ep=2, etp=1), "expt_dp", [True, True]),
-        # Ranks 0, 2, 4, 6: from the second stage to the third is from one node to the next.
+        # Ranks 0, 2, 4, 6: the second and the third stage are on different nodes.
         (Layout(pp=4, dp=2), "pp", [True, False, False, True]),
         (Layout(pp=2, dp=2), "embd", [True, True]),
         (Layout(pp=4, dp=2), "embd", [False, False, False, False]),

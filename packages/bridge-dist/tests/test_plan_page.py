@@ -1,4 +1,4 @@
-"""A plan's page, parsed."""
+"""The HTML page of a plan."""
 
 import html
 import re
@@ -58,15 +58,15 @@ def test_the_page_draws_memory_by_kind_to_scale(plan: Plan) -> None:
 
 
 def test_the_page_draws_the_schedule() -> None:
-    """One-forward-one-backward on two ranks, the backward pass twice as long: what the textbook has."""
+    """The 1F1B schedule on two ranks, with a backward pass that takes twice as long as the forward pass."""
     section = parse_page(SMALL).one("section", id="schedule")
     picture = section.one("svg", role="img")
     passes = picture.all("g", class_="pass")
     order = ["F0", "F1", "B0", "F2", "B1", "F3", "B2", "F4", "B3", "F5", "B4", "F6", "B5", "F7", "B6", "B7"]
-    assert [_short(one) for one in passes[:16]] == order
+    assert [_pass_name(one) for one in passes[:16]] == order
     rows = [passes[:16], passes[16:]]
     width = float(picture.attributes["width"])
-    unit = width / (3 * 9)  # of eight microbatches on two ranks
+    unit = width / (3 * 9)  # eight microbatches and one bubble, each 3 units
     assert [float(row[0].one("rect").attributes["x"]) for row in rows] == pytest.approx([0, unit], abs=0.01)
     for row in rows:
         for one in row:
@@ -78,7 +78,7 @@ def test_the_page_draws_the_schedule() -> None:
     assert section.text.count("11.1% idle") == 2
 
 
-def _short(drawn: Element) -> str:
+def _pass_name(drawn: Element) -> str:
     (label,) = drawn.all("text")
     return ("F" if "forward" in drawn.attributes["class"] else "B") + label.text
 
@@ -92,7 +92,7 @@ def test_a_long_schedule_is_truncated_with_a_note() -> None:
     missing = re.search(r"The first [\d.]+% of the step is shown; ([\d,]+) later passes are not.", scope)
     assert missing is not None
     assert int(missing[1].replace(",", "")) == 16 * 64 * 2 * 2 - len(passes)
-    # All ranks run backward passes: the warm-up is over.
+    # The shown part includes backward passes of all ranks, so it covers more than the warm-up.
     first = {float(one.one("rect").attributes["y"]) for one in passes if "backward" in one.attributes["class"]}
     assert len(first) == 16
     assert {one.text for one in passes[0].all("text")} == {"0"}
@@ -145,7 +145,7 @@ def test_the_page_is_self_contained_and_accessible() -> None:
             assert title.text
             assert description.text
     assert all(table.attributes["aria-label"] for table in found.all("table"))
-    assert all("hidden" in button.attributes for button in found.all("button"))  # without a script they do nothing
+    assert all("hidden" in button.attributes for button in found.all("button"))  # they need the script
 
 
 def test_the_page_escapes_its_input() -> None:

@@ -1,4 +1,4 @@
-"""A plan's page, opened in a browser."""
+"""The HTML page of a plan in a headless browser."""
 
 import html
 import json
@@ -47,8 +47,8 @@ addEventListener("load", () => { probe.textContent = JSON.stringify({ ...found, 
 </script>"""
 
 
-def _opened(plan: Plan, folder: Path, *, dark: bool) -> dict[str, Any]:
-    """What a browser makes of the page of a plan."""
+def _open_page(plan: Plan, folder: Path, *, dark: bool) -> dict[str, Any]:
+    """Open the page of a plan in a browser and return the values that the probe script found."""
     assert _BROWSER is not None
     file = folder / "plan.html"
     text = render_page(plan, "a <b> model")
@@ -65,7 +65,7 @@ def _opened(plan: Plan, folder: Path, *, dark: bool) -> dict[str, Any]:
 
 @pytest.mark.skipif(_BROWSER is None, reason=f"no browser of {', '.join(_BROWSERS)} is installed")
 def test_a_browser_shows_the_pictures_in_light_and_dark_mode(tmp_path: Path) -> None:
-    light, dark = (_opened(LARGE, tmp_path, dark=scheme) for scheme in (False, True))
+    light, dark = (_open_page(LARGE, tmp_path, dark=scheme) for scheme in (False, True))
     assert light["page"] == "rgb(255, 255, 255)"
     assert sum(map(int, re.findall(r"\d+", dark["page"]))) < 150
     assert sum(map(int, re.findall(r"\d+", dark["text"]))) > 600

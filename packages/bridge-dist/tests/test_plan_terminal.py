@@ -1,4 +1,4 @@
-"""A plan's tables on the terminal."""
+"""The tables of a plan on the terminal."""
 
 import re
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_colour_adds_nothing_to_the_text() -> None:
 def test_the_worst_stages_come_first_and_equal_ones_share_a_row() -> None:
     rows = [line.split() for line in render_on_terminal(LARGE).splitlines() if "1,234,567,890" in line]
     assert [(row[0], row[1], row[3]) for row in rows] == [
-        ("0", "1", "90.000!"),  # more than a GPU has
+        ("0", "1", "90.000!"),  # exceeds the memory of a GPU
         ("15", "1", "70.000"),
         ("1-14", "1", "60.000"),
     ]

@@ -1,4 +1,4 @@
-"""The simulated pipeline: published bubbles, and what holds of every schedule."""
+"""Simulated pipelines: published bubbles, and invariants of every schedule."""
 
 import itertools
 
@@ -12,19 +12,19 @@ from bridge.dist.plan.count.schedule import Pass, list_passes
 from bridge.dist.plan.forecast.timeline import Timeline, simulate
 
 
-def _schedule(pp: int, vp: int, microbatches: int, group_size: int | None = None) -> list[list[Pass]]:
+def _passes_by_rank(pp: int, vp: int, microbatches: int, group_size: int | None = None) -> list[list[Pass]]:
     layout = Layout(pp=pp, vp=vp)
     return [list_passes(layout, rank, microbatches, group_size=group_size) for rank in range(pp)]
 
 
-def _equal(pp: int, vp: int, microbatches: int, backward: float) -> Timeline:
-    return simulate(_schedule(pp, vp, microbatches), forward=[[1.0] * vp] * pp, backward=[[backward] * vp] * pp)
+def _simulate_equal_stages(pp: int, vp: int, microbatches: int, backward: float) -> Timeline:
+    return simulate(_passes_by_rank(pp, vp, microbatches), forward=[[1.0] * vp] * pp, backward=[[backward] * vp] * pp)
 
 
 @pytest.mark.parametrize("backward", [1.0, 2.0])
 @pytest.mark.parametrize(("pp", "microbatches"), [(2, 1), (2, 8), (4, 4), (4, 6), (8, 64)])
 def test_the_1f1b_bubble_matches_the_published_formula(pp: int, microbatches: int, backward: float) -> None:
-    step = _equal(pp, 1, microbatches, backward)
+    step = _simulate_equal_stages(pp, 1, microbatches, backward)
     assert step.length == pytest.approx((microbatches + pp - 1) * (1 + backward))
     assert step.bubbles == pytest.approx([(pp - 1) / (microbatches + pp - 1)] * pp)
 
@@ -35,24 +35,24 @@ def test_the_interleaved_1f1b_bubble_matches_the_published_formula(
     pp: int, vp: int, microbatches: int, backward: float
 ) -> None:
     """Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters", 2021, section 2.2."""
-    step = _equal(pp, vp, microbatches, backward)
+    step = _simulate_equal_stages(pp, vp, microbatches, backward)
     assert step.length == pytest.approx((vp * microbatches + pp - 1) * (1 + backward))
     assert step.bubble == pytest.approx((pp - 1) / (vp * microbatches + pp - 1))
 
 
 def test_one_rank_has_no_bubble() -> None:
-    step = _equal(1, 1, 3, 2.0)
+    step = _simulate_equal_stages(1, 1, 3, 2.0)
     assert (step.length, step.bubbles, step.bubble) == (9.0, [0.0], 0.0)
 
 
 def test_a_slow_rank_makes_the_others_wait() -> None:
-    step = simulate(_schedule(2, 1, 10), forward=[[1.0], [3.0]], backward=[[2.0], [6.0]])
-    assert step.length == 1 + 10 * 9 + 2  # the slow one never waits once it has begun
+    step = simulate(_passes_by_rank(2, 1, 10), forward=[[1.0], [3.0]], backward=[[2.0], [6.0]])
+    assert step.length == 1 + 10 * 9 + 2  # the slow rank never waits after its start
     assert step.bubbles == pytest.approx([1 - 30 / 93, 1 - 90 / 93])
 
 
 def test_stages_without_cost_take_no_time() -> None:
-    assert simulate(_schedule(2, 1, 2), forward=[[0.0]] * 2, backward=[[0.0]] * 2).bubbles == [0.0, 0.0]
+    assert simulate(_passes_by_rank(2, 1, 2), forward=[[0.0]] * 2, backward=[[0.0]] * 2).bubbles == [0.0, 0.0]
 
 
 def test_deadlocked_schedules_are_refused() -> None:
@@ -66,11 +66,11 @@ def _pipelines(draw: st.DrawFn) -> tuple[list[list[Pass]], list[list[float]], li
     pp, vp = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     vp = vp if pp > 1 else 1
     group = draw(st.integers(pp, 2 * pp)) if vp > 1 else None
-    # With a virtual pipeline, the last group of microbatches may be smaller, but not than the pipeline.
+    # With a virtual pipeline, the last group may be smaller than the others, but not smaller than pp.
     rest = draw(st.sampled_from([0, *range(pp, group)])) if group else 0
     microbatches = draw(st.integers(1, 4)) * group + rest if group else draw(st.integers(1, 12))
     cost = st.lists(st.lists(st.integers(0, 9).map(float), min_size=vp, max_size=vp), min_size=pp, max_size=pp)
-    return _schedule(pp, vp, microbatches, group), draw(cost), draw(cost)
+    return _passes_by_rank(pp, vp, microbatches, group), draw(cost), draw(cost)
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +82,7 @@ def test_every_pass_runs_once_and_as_early_as_possible(
     step = simulate(orders, forward=forward, backward=backward)
     assert [[one.what for one in rank] for rank in step.ranks] == orders
 
-    # The way of a microbatch: up through the chunks of all ranks and down again.
+    # A microbatch passes forward through the chunks of all ranks, then backward in reverse order.
     way = [(chunk, rank) for chunk in range(len(forward[0])) for rank in range(len(orders))]
     found = {(one.what, rank): one for rank, timed in enumerate(step.ranks) for one in timed}
     earliest = dict.fromkeys(found, 0.0)

@@ -1,4 +1,4 @@
-"""Local ranks that stay up, and how they are started where there are GPUs."""
+"""Pools of local ranks, and how ranks are started on machines with GPUs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_rank_outlives_the_pool() -> None:
 
 
 def test_ranks_started_for_gpus_can_initialise_cuda() -> None:
-    """torch refuses CUDA in forks of a process that has asked for its devices, as megatron-core's import does."""
+    """torch refuses CUDA in a fork if the parent has queried devices, which importing megatron-core does."""
     start_fork_server(1)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="spawn")
     assert not launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method="forkserver")

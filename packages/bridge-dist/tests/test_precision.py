@@ -1,4 +1,4 @@
-"""Mixed-precision wrappers, Megatron's and an extension's own."""
+"""Mixed-precision wrappers of Megatron and of extensions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bridge.dist.errors import BuilderContractError
 
 
 class Half(MegatronModule):
-    """A wrapper of an extension's own, which keeps norms in fp32."""
+    """A wrapper of an extension, which keeps norms in fp32."""
 
     def __init__(self, config: TransformerConfig, module: MegatronModule) -> None:
         super().__init__(config)
@@ -32,12 +32,12 @@ def cast_in_place(_: TransformerConfig, module: MegatronModule) -> MegatronModul
     return module.bfloat16()
 
 
-def returns_nothing(_: TransformerConfig, __: MegatronModule) -> None:
+def return_nothing(_: TransformerConfig, __: MegatronModule) -> None:
     pass
 
 
 def wrap_precision(wrapper: Any) -> tuple[str, dict[str, str], list[float]]:
-    """Build experts with a router bias that bf16 cannot hold, and return the dtypes and that bias."""
+    """Build experts with a router bias that bf16 cannot represent; return the class, the dtypes and the bias."""
     case = Case(
         transformer=BF16
         | EXPERTS
@@ -66,13 +66,13 @@ def wrap_precision(wrapper: Any) -> tuple[str, dict[str, str], list[float]]:
 def test_mixed_precision_wrappers_cast_the_expected_parameters(wrapper: Any) -> None:
     ((name, dtypes, bias),) = run_ranks(wrap_precision, 1, wrapper)
     assert name == ("GPTModel" if wrapper is cast_in_place else wrapper.__name__)
-    assert bias == pytest.approx([1 / 3] * 4, rel=1e-7)  # fp32: bf16 would be off by 1e-3
+    assert bias == pytest.approx([1 / 3] * 4, rel=1e-7)  # in bf16 the error would be 1e-3
     kept = {parameter for parameter, dtype in dtypes.items() if dtype == "torch.float32"}
     norms = {parameter for parameter in dtypes if "layernorm" in parameter}
     assert norms
     assert kept == (norms if wrapper is Half else set())
 
 
-def test_a_mixed_precision_wrapper_that_returns_nothing_is_an_error() -> None:
-    with pytest.raises(BuilderContractError, match="mixed_precision_wrapper returns_nothing returned NoneType: return"):
-        run_ranks(wrap_precision, 1, returns_nothing)
+def test_a_mixed_precision_wrapper_that_return_nothing_is_an_error() -> None:
+    with pytest.raises(BuilderContractError, match="mixed_precision_wrapper return_nothing returned NoneType: return"):
+        run_ranks(wrap_precision, 1, return_nothing)

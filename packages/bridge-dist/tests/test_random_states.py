@@ -1,4 +1,4 @@
-"""Random states of a build are those that Megatron-LM starts training with."""
+"""Random states of a build equal those at the start of training with Megatron-LM."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Draws = tuple[float, float, float, float]
 
 
 def draw() -> Draws:
-    """A number of each state."""
+    """Draw a number from each random state."""
     with get_cuda_rng_tracker().fork():
-        of_tensor_parallel_rank = torch.rand(())
-    return random.random(), float(numpy.random.random()), torch.rand(()).item(), of_tensor_parallel_rank.item()
+        megatron_draw = torch.rand(())
+    return random.random(), float(numpy.random.random()), torch.rand(()).item(), megatron_draw.item()
 
 
 def draw_both() -> tuple[Draws, Draws]:
-    """What we seed, and what Megatron-LM does."""
+    """Draw numbers after seeding by Bridge and after seeding by Megatron-LM."""
     from megatron.training.initialize import _set_random_seed
 
     config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=1)
     groups = create_process_groups(Layout(tp=2, pp=2))
     seed_random_states(config, groups, seed=SEED)
-    ours = draw()
+    bridge_draws = draw()
     _set_random_seed(SEED)
-    return ours, draw()
+    return bridge_draws, draw()
 
 
 def test_each_rank_draws_the_same_numbers_as_megatron_lm() -> None:
     by_rank = run_ranks(draw_both, 4)
-    for ours, theirs in by_rank:
-        assert ours == pytest.approx(theirs, abs=0)
-    stages = {ours[:3] for ours, _ in by_rank}
-    assert len(stages) == 2  # the states but Megatron's are those of the stage
-    assert len({ours[3] for ours, _ in by_rank}) == 4
+    for bridge_draws, megatron_draws in by_rank:
+        assert bridge_draws == pytest.approx(megatron_draws, abs=0)
+    stages = {bridge_draws[:3] for bridge_draws, _ in by_rank}
+    assert len(stages) == 2  # all states except Megatron's are seeded by stage
+    assert len({bridge_draws[3] for bridge_draws, _ in by_rank}) == 4

@@ -1,4 +1,4 @@
-"""What torchrun and srun set, as a rank reads it, and what is wrong with it."""
+"""Ranks read the variables of torchrun and srun; invalid variables are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a build as data and as tables, where it ran on GPUs."""
+"""Reports of builds on GPUs, as data and as tables, and progress output."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bridge.dist.train.flops import peak_flops
 GIB = 2**30
 
 
-def rank(index: int, *, allocated: int) -> RankReport:
+def make_rank_report(index: int, *, allocated: int) -> RankReport:
     wrappers = ["DistributedDataParallel", "Float16Module", "GPTModel"]
     return RankReport(
-        rank=index,
+        make_rank_report=index,
         tp=index,
         pp=0,
         dp=0,
@@ -46,7 +46,7 @@ ON_GPUS = BuildReport(
     global_batch_size=8,
     parameters=1_235_814_400,
     padded_parameters=1_235_814_400,
-    ranks=[rank(0, allocated=20 * GIB), rank(1, allocated=21 * GIB)],
+    ranks=[make_rank_report(0, allocated=20 * GIB), make_rank_report(1, allocated=21 * GIB)],
     losses=[11.8, 11.7, 11.6],
     grad_norms=[5.0, 4.0, None],
     step_seconds=0.5,
@@ -61,7 +61,7 @@ def test_rates_are_derived_from_the_step_time() -> None:
     data = ON_GPUS.as_dict()
     assert data["kind"] == "build"
     assert data["tokens_per_second_per_gpu"] == 8 * 4096 / 0.5 / 2
-    assert data["model_flops_utilization"] == pytest.approx(0.5)  # 494.7 T in half a second, of 2 x 989.4 T a second
+    assert data["model_flops_utilization"] == pytest.approx(0.5)  # 494.7 TFLOPs in 0.5 s, out of 2 x 989.4 TFLOP/s
     assert data["ranks"][1]["peak_memory_bytes"] == {"allocated": 21 * GIB, "reserved": 22 * GIB, "resident": 3 * GIB}
     assert replace(ON_GPUS, device_peak_flops=None).as_dict()["model_flops_utilization"] is None
     untimed = replace(ON_GPUS, step_seconds=None).as_dict()
@@ -119,7 +119,7 @@ def test_progress_is_printed_as_lines_without_a_terminal(
         )
 
     assert passed() == names
-    assert capsys.readouterr().err == ""  # it was over at once
+    assert capsys.readouterr().err == ""  # nothing is printed for a fast loop
     monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
     assert passed() == names
     assert capsys.readouterr().err.splitlines() == [

@@ -1,4 +1,4 @@
-"""Meeting the other ranks: each way in which that fails is one error."""
+"""Joining the store of the other ranks: every failure is a LaunchError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the wrappers, on real ranks: each trains as one plain process does, or is refused."""
+"""Options of the wrappers on real ranks: training gives the same result as one process, or is refused."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from bridge.dist.errors import PreflightError
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Run]:
-    """What one process gives."""
+def one_process() -> dict[str, Run]:
+    """Return the results of one process."""
     cases = {
         "fp32": Case(),
         "bf16": Case(transformer=BF16, ddp={"grad_reduce_in_fp32": True}),
@@ -64,7 +64,7 @@ DDP = {
         ddp=SHARDED | OVERLAP | {"pad_buckets_for_high_nccl_busbw": True}
     ),
     "fp32 accumulation": Case(ddp=SHARDED | OVERLAP | {"reduce_scatter_with_fp32_accumulation": True}),
-    # After the one before: what that leaves in megatron-core must not reach this one.
+    # Must come after "fp32 accumulation", which leaves a function replaced in megatron-core.
     "all overlap": Case(ddp=SHARDED | OVERLAP | {"overlap_param_gather": True}),
     "all overlap, aligned": Case(ddp=SHARDED | OVERLAP | {"overlap_param_gather": True, "align_param_gather": True}),
     "all overlap, one bucket": Case(
@@ -73,23 +73,23 @@ DDP = {
 }
 
 
-def test_options_of_ddp_do_not_change_the_training_result(alone: dict[str, Run]) -> None:
+def test_options_of_ddp_do_not_change_the_training_result(one_process: dict[str, Run]) -> None:
     for runs in run_ranks(train_cases, 2, DDP):
         for run in runs.values():
-            assert_equal(run, alone["fp32"])
+            assert_equal(run, one_process["fp32"])
 
 
-def leave_fp32_accumulation() -> bool:
+def is_function_restored() -> bool:
     with built(DDP["fp32 accumulation"]):
         return bool(param_and_grad_buffer.dist_reduce_scatter_func is torch.distributed.reduce_scatter_tensor)
 
 
 def test_megatron_still_leaves_fp32_accumulation_behind() -> None:
-    """When this fails megatron-core has mended it: let wrap/ddp.py no longer put the function back."""
-    assert run_ranks(leave_fp32_accumulation, 1) == [False]
+    """When this fails, megatron-core has fixed it: remove the code in wrap/ddp.py that restores the function."""
+    assert run_ranks(is_function_restored, 1) == [False]
 
 
-def test_gradients_have_the_requested_precision(alone: dict[str, Run]) -> None:
+def test_gradients_have_the_requested_precision(one_process: dict[str, Run]) -> None:
     cases = {
         "fp32": Case(transformer=BF16, ddp={"grad_reduce_in_fp32": True}),
         "fp32 accumulation": Case(transformer=BF16, ddp={"param_name_patterns_for_fp32_local_accumulation": ("all",)}),
@@ -98,10 +98,10 @@ def test_gradients_have_the_requested_precision(alone: dict[str, Run]) -> None:
     }
     for runs in run_ranks(train_cases, 2, cases):
         for run in runs.values():
-            assert_equal(run, alone["bf16"], rel=2**-10)
+            assert_equal(run, one_process["bf16"], rel=2**-10)
 
 
-def test_several_optimizer_instances_train_the_same(alone: dict[str, Run]) -> None:
+def test_several_optimizer_instances_train_the_same(one_process: dict[str, Run]) -> None:
     instances = {"num_distributed_optimizer_instances": 2}
     cases = {
         "ddp": Case(ddp=SHARDED | instances),
@@ -113,7 +113,7 @@ def test_several_optimizer_instances_train_the_same(alone: dict[str, Run]) -> No
     }
     for runs in run_ranks(train_cases, 4, cases, 2):
         for run in runs.values():
-            assert_equal(run, alone["fp32"])
+            assert_equal(run, one_process["fp32"])
 
 
 def test_optimizer_instances_without_groups_are_refused() -> None:
@@ -121,8 +121,8 @@ def test_optimizer_instances_without_groups_are_refused() -> None:
         run_ranks(train_cases, 2, {"": Case(ddp=SHARDED | {"num_distributed_optimizer_instances": 2})})
 
 
-def layer_wise_gradients() -> None:
-    """On each rank: the layout keeps matrices whole on one rank, whose gradients are those of plain DDP."""
+def check_layer_wise_gradients() -> None:
+    """Check that each matrix is on one rank only, and that its gradient is that of plain DDP."""
     expected = gradients(Case())
     flags = {"use_layer_wise_distributed_optimizer": True}
     whole = gradients(Case(ddp=OVERLAP, flags=flags | {"use_layer_wise_param_layout": False}))
@@ -169,13 +169,13 @@ def backward(made: Built) -> None:
 
 
 def test_the_layer_wise_layout_gives_the_gradients_of_plain_ddp() -> None:
-    run_ranks(layer_wise_gradients, 2)
+    run_ranks(check_layer_wise_gradients, 2)
 
 
 # The FSDP wrappers
 
 
-def test_options_of_megatron_fsdp_do_not_change_the_training_result(alone: dict[str, Run]) -> None:
+def test_options_of_megatron_fsdp_do_not_change_the_training_result(one_process: dict[str, Run]) -> None:
     cases = {
         **{strategy: fsdp(strategy) for strategy in STRATEGIES},
         **{f"{strategy}, tp2": fsdp(strategy, transformer=TP2) for strategy in STRATEGIES},
@@ -185,11 +185,11 @@ def test_options_of_megatron_fsdp_do_not_change_the_training_result(alone: dict[
     }
     for runs in run_ranks(train_cases, 2, cases):
         for run in runs.values():
-            assert_equal(run, alone["fp32"])
+            assert_equal(run, one_process["fp32"])
 
 
 class Plain(MegatronModule):
-    """A stage of none of Megatron's layers."""
+    """A stage without Megatron's layers."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -203,7 +203,7 @@ def wrap_plain_model() -> int:
     options = BuildOptions(ddp_config=ddp_config, use_megatron_fsdp=True)
     (stage,) = prepare_stages([Plain(config)], config, groups, options)
     assert ddp_config.suggested_communication_unit_size is None
-    with pytest.raises(ZeroDivisionError):  # when it is no longer raised, wrap/megatron_fsdp.py need not give a size
+    with pytest.raises(ZeroDivisionError):  # when this stops failing, wrap/megatron_fsdp.py need not set a size
         FullyShardedDataParallel(config=config, ddp_config=ddp_config, module=Plain(config), pg_collection=groups)
     return int(stage.ddp_config.suggested_communication_unit_size)
 
@@ -226,15 +226,15 @@ def test_megatron_fsdp_wraps_a_model_without_megatron_layers() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["embedding", "decoder.layers.0.self_attention", "decoder.layers.0", ""])
-def test_frozen_parameters_train_the_same_in_every_wrapper(frozen: str, alone: dict[str, Run]) -> None:
+def test_frozen_parameters_train_the_same_in_every_wrapper(frozen: str, one_process: dict[str, Run]) -> None:
     names = {
         "embedding": "frozen embedding",
         "decoder.layers.0": "frozen layer",
         "decoder.layers.0.self_attention": "frozen part of a layer",
         "": "frozen",
     }
-    expected = alone[names[frozen]]
-    assert expected.losses[1:] != pytest.approx(alone["fp32"].losses[1:], rel=1e-5)
+    expected = one_process[names[frozen]]
+    assert expected.losses[1:] != pytest.approx(one_process["fp32"].losses[1:], rel=1e-5)
     cases = {
         "ddp": Case(frozen=frozen),
         "distributed optimizer": Case(ddp=SHARDED, frozen=frozen),
@@ -257,7 +257,7 @@ def train_frozen_unchecked() -> None:
 
 
 def test_megatron_still_fails_with_frozen_parameters_and_only_a_sharded_optimizer() -> None:
-    """When this fails megatron-core has mended it: lift the refusal."""
+    """When this fails, megatron-core has fixed it: remove the pre-flight rule."""
     with pytest.raises(AttributeError, match="is_data_distributed"):
         run_ranks(train_frozen_unchecked, 2)
 
@@ -285,13 +285,13 @@ def test_random_init_copies_weights_of_the_first_rank_in_every_wrapper() -> None
             assert_equal(run, runs["expected"])
 
 
-def weights_of_experts() -> dict[str, float]:
+def expert_weights() -> dict[str, float]:
     with built(Case(transformer=EXPERTS | {"expert_model_parallel_size": 2}, drawn=False, seed_by_rank=True)) as made:
         return {name: parameter.sum().item() for name, parameter in made.stages[0].named_parameters()}
 
 
 def test_experts_are_equal_only_within_their_group() -> None:
-    ranks = run_ranks(weights_of_experts, 4)
+    ranks = run_ranks(expert_weights, 4)
     experts = {name for name in ranks[0] if "local_experts" in name and "weight" in name}
     assert experts
     assert ranks[0] == ranks[2]
