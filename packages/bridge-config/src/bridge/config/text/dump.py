@@ -1,4 +1,4 @@
-"""Plain data as YAML and JSON text that reads back equal."""
+"""Dump plain data as YAML and JSON text that reads back equal."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML text that reads back equal, by YAML 1.2 and by 1.1; every scalar on one line.
+    """Return plain data as YAML that reads back equal under YAML 1.2 and 1.1, with every scalar on one line.
 
     Raises:
-        ConfigError: there is something in it that YAML cannot say; with its path.
+        ConfigError: YAML cannot express a value; the message has its path.
     """
     check_writable(data)
     return _dump(data, flow=False)
 
 
 def dump_flow(data: Any) -> str:
-    """Writable data as YAML on one line, with brackets and braces, as it may stand among others."""
-    return _dump([data], flow=True)[1:-2]
+    """Return data that `check_writable` accepts as YAML on one line, for use inside a flow collection."""
+    return _dump([data], flow=True)[1:-2]  # in a list, so that PyYAML quotes what is special between brackets
 
 
 def dump_json(data: Any) -> str:
-    """Plain data as indented JSON text. An infinite number, which JSON has not, is written as a call of `float`.
+    """Return plain data as indented JSON. Infinity, which JSON lacks, is written as a call of `float`.
 
     Raises:
-        ConfigError: there is something in it that JSON cannot say; with its path.
+        ConfigError: JSON cannot express a value; the message has its path.
     """
     check_writable(data)
     return json.dumps(_encode_infinity(data), indent=2, ensure_ascii=False)
 
 
 def check_writable(data: Any) -> None:
-    """Refuse what no text can say, or what could not be read back.
+    """Check that data can be written and read back.
 
     Raises:
-        ConfigError: says what it is, and its path.
+        ConfigError: a value cannot be written; the message has its path.
     """
     count = 0
 
@@ -57,7 +57,7 @@ def check_writable(data: Any) -> None:
         count += 1
         if flaw := find_flaw(value):
             raise ConfigError(f"{format_path(path)} cannot be written: {flaw}")
-        if count > MAX_VALUES or len(path) > MAX_DEPTH:  # what holds itself is among these
+        if count > MAX_VALUES or len(path) > MAX_DEPTH:  # a collection that contains itself ends here too
             bound = f"more than {MAX_VALUES} values" if count > MAX_VALUES else f"nested more than {MAX_DEPTH} deep"
             raise ConfigError(f"$ cannot be written: {bound}")
         if type(value) is dict:
@@ -73,7 +73,7 @@ def check_writable(data: Any) -> None:
 
 
 def _encode_infinity(data: Any) -> Any:
-    """`data` with infinite numbers in the form that documents have for them."""
+    """Return `data` with each infinite number replaced by a call of `float`."""
     if isinstance(data, dict):
         return {key: _encode_infinity(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -84,13 +84,14 @@ def _encode_infinity(data: Any) -> Any:
 
 
 def _dump(data: Any, *, flow: bool) -> str:
+    # PyYAML ends a document that is one plain scalar with "...".
     return str(_load_dumper()(data, default_flow_style=flow)).removesuffix("...\n")
 
 
 @cache
 def _load_dumper() -> Callable[..., Any]:
-    """PyYAML's dump by its safe dumper, without aliases for what stands in two places, and strict about text."""
-    import yaml  # it takes 20 ms: JSON and `bridge --help` need it not
+    """Return PyYAML's `dump` with a safe dumper that writes no aliases and quotes ambiguous text."""
+    import yaml  # takes 20 ms, which JSON and `bridge --help` should not pay
 
     base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     strict: Any = type("StrictDumper", (base,), {"ignore_aliases": lambda self, data: True})
@@ -100,13 +101,16 @@ def _load_dumper() -> Callable[..., Any]:
 
 def _represent_text(dumper: SafeRepresenter, text: str) -> ScalarNode:
     style = None if _is_unambiguous(text) else "'"
-    # Line separators, tabs and the like are best seen; and a scalar stays on its line.
+    # Double quotes make tabs and line separators visible as escapes and keep the scalar on one line.
     style = style if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _is_unambiguous(text: str) -> bool:
-    """Whether `text`, written plainly, is text to YAML 1.2, and y and n to 1.1. (The rest of 1.1 PyYAML knows.)"""
+    """Return whether `text` is a string without quotes.
+
+    This covers YAML 1.2 and the booleans y and n of YAML 1.1. PyYAML itself quotes the other special words of 1.1.
+    """
     try:
         return isinstance(read_plain(text), str) and text not in ("y", "Y", "n", "N")
     except ValueError:

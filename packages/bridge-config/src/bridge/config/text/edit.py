@@ -1,4 +1,4 @@
-"""Changes to YAML text that leave alone what they are not about: comments, order, spelling, blank lines."""
+"""Edit YAML text in place: comments, order, spelling and blank lines outside the changed values stay."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from bridge.config.text.spans import LINE_BREAK, REST_OF_LINE, Spans, is_block_c
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value stands: at the top, after a key or a dash in that column, or between brackets."""
+    """The context of a value: the top level, after a key or a dash in `column`, or in a flow collection."""
 
     kind: Literal["top", "key", "item", "flow"]
     column: int = 0
 
 
 def edit_text(parsed: ParsedText, data: Any, dropped: Collection[Node] = ()) -> str:
-    """The YAML text of `parsed`, changed where its data differs from `data`, and nowhere else.
+    """Return the YAML text of `parsed`, changed only where its data differs from `data`.
 
-    What is added to a mapping goes after its last key, what is removed goes with its line. An alias stays as long as
-    what it stands for stays; otherwise the value it had is written in its place. Between brackets, what is written
-    is written on one line.
+    New keys follow the last key of their mapping, and a removed value takes its line with it. An alias stays if its
+    anchor keeps its value; otherwise the value replaces the alias. New values in a flow collection are written on one
+    line.
 
     Args:
-        parsed: what `parse_yaml` read.
-        data: what the text shall say.
-        dropped: items of lists that are known to be removed. (Of equal items, the data does not tell which one was.)
+        parsed: The result of `parse_yaml`.
+        data: The data of the returned text.
+        dropped: List items that were removed. Without them, the data does not tell which of several equal items went.
 
     Raises:
-        ConfigError: the text is laid out so that it cannot be changed in place, or YAML cannot say `data`.
+        ConfigError: the layout of the text does not allow the change, or YAML cannot express `data`.
     """
     check_writable(data)
     root = parsed.root
@@ -46,24 +46,24 @@ def edit_text(parsed: ParsedText, data: Any, dropped: Collection[Node] = ()) -> 
     try:
         text = _check_result(_Editor(parsed.text, dropped).edit(root, data), data)
     except ConfigError:
-        # The lines of a block scalar end where others begin: what comes after one may have become a part of it.
+        # A new line after a block scalar may have become part of it: rewrite block scalars too.
         text = _check_result(_Editor(parsed.text, dropped, keep_blocks=False).edit(root, data), data)
     return parsed.byte_order_mark + text
 
 
 def are_equal(one: Any, other: Any) -> bool:
-    """Whether two pieces of plain data are equal in value and type, in any order of keys."""
+    """Return whether plain data is equal in values and types, regardless of the order of keys."""
     if isinstance(one, dict):
         if not isinstance(other, dict) or one.keys() != other.keys():
             return False
         return all(are_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list):
         return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(are_equal, one, other))
-    return type(one) is type(other) and repr(one) == repr(other)
+    return type(one) is type(other) and repr(one) == repr(other)  # repr tells -0.0 from 0.0
 
 
 def _check_result(text: str, data: Any) -> str:
-    """`text`, which must say `data`."""
+    """Return `text` after checking that it reads back as `data`."""
     try:
         right = are_equal(parse_yaml(text).data, data)
     except DocumentError:
@@ -74,7 +74,7 @@ def _check_result(text: str, data: Any) -> str:
 
 
 def _append(text: str, data: Any) -> str:
-    """A text without data, and `data` after its comments."""
+    """Return a text that has only comments, with `data` appended."""
     if data is None:
         return text
     newline = _find_newline(text)
@@ -88,7 +88,7 @@ def _find_newline(text: str) -> str:
 
 
 class _Editor:
-    """Compares a tree with data, and notes what has to change in the text."""
+    """Compares the tree of a text with data and collects the splices that change the text."""
 
     def __init__(self, text: str, dropped: Collection[Node], *, keep_blocks: bool = True) -> None:
         self._newline = _find_newline(text)
@@ -98,25 +98,26 @@ class _Editor:
         self._dropped = dropped
         self._keep_blocks = keep_blocks
         self._splices: list[tuple[int, int, str]] = []
-        self._replaced: set[Node] = set()  # what aliases can no longer stand for
+        self._replaced: set[Node] = set()  # nodes that aliases can no longer refer to
 
     def edit(self, root: Node, data: Any) -> str:
+        """Return the text after all changes."""
         self._compare(root, data, _Place("top"))
         pieces, at, written = [], 0, ""
         for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
-            if start < at:
+            if start < at:  # two changes of the same characters
                 raise ConfigError("this YAML text cannot be changed in place: the changes overlap")
             pieces += [self._text[at:start], written]
             at = end
         text = "".join([*pieces, self._text[at:]])
-        if at == len(self._text) and not written:  # the last line went
+        if at == len(self._text) and not written:  # the last line was removed, and its line break with it
             return text
         return text.removesuffix(self._newline) if self._lacks_line_break else text
 
     # Comparing
 
     def _compare(self, node: Node, data: Any, place: _Place) -> bool:
-        """Note what makes `node` say `data`; returns whether that is nothing."""
+        """Record the changes that turn `node` into `data`; return True if none are needed."""
         if node.alias is not None:
             unchanged = node.alias not in self._replaced and are_equal(node.data(), data)
         elif isinstance(node.value, dict) and isinstance(data, dict) and (node.value.keys() & data.keys() or not data):
@@ -137,6 +138,7 @@ class _Editor:
     def _compare_list(self, node: Node, data: list[Any] | tuple[Any, ...], place: _Place) -> bool:
         children = [child for child in node.value if child not in self._dropped]
         if len(data) < len(children):
+            # Items were removed, but not which: assume that they were consecutive, up to where the lists differ.
             pairs = zip(children, data, strict=False)
             first = next((i for i, (child, item) in enumerate(pairs) if not are_equal(child.data(), item)), len(data))
             children[first : first + len(children) - len(data)] = []
@@ -147,12 +149,12 @@ class _Editor:
         self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
     ) -> bool:
         children = list_children(node)
-        if not kept and (children or added):
+        if not kept and (children or added):  # no child is left to insert beside
             self._replace(node, added, place)
             return False
         entries = self._find_entries(node, children)
         unchanged = True
-        for child in children:  # in the order of the text: an anchor comes before its aliases
+        for child in children:  # in text order: an anchor comes before its aliases
             if child in kept:
                 inner = _Place("flow") if node.style else _Place(*entries[child])
                 unchanged &= self._compare(child, kept[child], inner)
@@ -166,7 +168,7 @@ class _Editor:
         return unchanged
 
     def _mark_replaced(self, node: Node) -> None:
-        """Note that `node` and all in it go away."""
+        """Mark `node` and everything inside as replaced."""
         self._replaced.add(node)
         if node.alias is None and isinstance(node.value, (dict, list)):
             for child in list_children(node):
@@ -184,7 +186,7 @@ class _Editor:
             start, line = starts[i], self._spans.find_line_start(starts[i])
             if not self._text[line:start].strip():
                 self._splice(line, self._spans.find_line_after(child))
-            elif i == 0:  # the rest moves up, to the dash before it
+            elif i == 0:  # it shares its line with the dash of the outer list: the next kept entry moves up to it
                 last = next(children[j - 1] for j in range(1, len(children)) if children[j] in kept)
                 rest = re.compile(r"\s*").match(self._text, self._spans.find_line_after(last))
                 assert rest
@@ -228,7 +230,7 @@ class _Editor:
     # Replacing
 
     def _replace(self, node: Node, data: Any, place: _Place) -> None:
-        """Note that `data` shall stand where `node` does."""
+        """Record the replacement of `node` with `data`."""
         self._mark_replaced(node)
         holds = isinstance(data, (dict, list, tuple)) and len(data) > 0
         if place.kind == "flow" or not holds or (node.style == "{" and node.value):
@@ -249,11 +251,11 @@ class _Editor:
             self._splice(start, end, missing + self._find_missing_space(start) + written + self._find_tail(node))
 
     def _replace_below(self, node: Node, lines: list[str], column: int) -> None:
-        """Put a collection on the lines after its key."""
+        """Write a collection on the lines after its key."""
         start, _ = self._spans.find_span(node)
         colon, after = self._spans.find_colon_end(node), self._spans.find_line_after(node)
         content = self._spans.find_content(node) if is_block_collection(node) else start
-        if content < self._spans.find_next_line(colon):  # beside the key: what follows on that line stays there
+        if content < self._spans.find_next_line(colon):  # on the line of the key, whose comment stays there
             self._splice(colon, self._spans.find_end(node), self._find_tail(node))
             self._insert_lines(after, lines, column)
         else:
@@ -262,22 +264,24 @@ class _Editor:
             self._insert_lines(after, lines, column)
 
     def _replace_beside(self, node: Node, data: Any, place: _Place) -> None:
-        """Put a collection after a dash, or at the top."""
+        """Write a collection after a dash or at the top level."""
         start, end = self._spans.find_span(node)
         lines = dump_yaml([data]).split("\n")[:-1]
         gap = self._find_missing_space(start)
         column = start - self._spans.find_line_start(start) + len(gap)
-        if place.kind == "top" and self._text[self._spans.find_line_start(start) : start].strip():  # after three dashes
+        if (
+            place.kind == "top" and self._text[self._spans.find_line_start(start) : start].strip()
+        ):  # after a document marker (---)
             gap, column = self._newline, 0
         indent = self._newline + " " * column
         self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._find_tail(node))
 
     def _find_missing_space(self, index: int) -> str:
-        """The space that is missing before a value at `index`."""
+        """Return the space to insert before a value at `index`; empty if the text has one."""
         return " " if self._text[max(index - 1, 0) : index].strip(" \t\r\n[{") else ""
 
     def _find_tail(self, node: Node) -> str:
-        """What stays of a value that goes: the comment in a block scalar's first line, the line break it ends with."""
+        """Return the part of a replaced value to keep: a block scalar's header comment, and the final line break."""
         comment = self._spans.match_header(node)["comment"] if node.style in ("|", ">") else ""
         return (comment or "") + (self._newline if self._text[self._spans.find_end(node) - 1] in "\r\n" else "")
 
@@ -295,5 +299,5 @@ class _Editor:
 
 
 def _dump_inline(data: Any) -> str:
-    """A scalar or an empty collection, as it stands after a key."""
+    """Return a scalar or an empty collection as it is written after a key."""
     return dump_yaml({"": data}).split(" ", 1)[1].removesuffix("\n")

@@ -1,4 +1,4 @@
-"""What can be the key of a mapping: text, short enough, and once."""
+"""Check the keys of mappings: unique strings of limited length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DUPLICATE = "duplicate key"
 
 
 def find_key_flaw(key: Any, siblings: Container[str], *, is_plain: bool) -> str:
-    """Why `key`, written without quotes if `is_plain`, cannot stand beside `siblings`; empty if it can."""
+    """Return why `key` cannot be a key beside `siblings`, or an empty string. `is_plain`: it has no quotes."""
     if not isinstance(key, str):
         return "keys must be strings: quote this one"
     if len(key) > MAX_KEY:
@@ -24,12 +24,12 @@ def find_key_flaw(key: Any, siblings: Container[str], *, is_plain: bool) -> str:
 
 
 def has_key_flaw(made: dict[str, Any], pairs: list[tuple[str, Any]]) -> bool:
-    """Whether the mapping `made` of the pairs of a JSON object shows a key given twice, or one that is too long."""
+    """Return whether the pairs of a JSON object, of which `made` is the dict, have a duplicate or too long key."""
     return len(made) < len(pairs) or (bool(made) and max(map(len, made)) > MAX_KEY)
 
 
 def find_written_key_flaw(key: Any) -> str:
-    """Why no text can have `key`; empty if one can."""
+    """Return why `key` cannot be written, or an empty string."""
     if type(key) is not str:
         return f"keys must be strings, got {describe_value(key)}"
     if flaw := find_flaw(key):

@@ -1,4 +1,4 @@
-"""The values of a text where they stand in it, and the lines and columns of its characters."""
+"""Values with their position in a text, and lines and columns of a text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ Position = tuple[int, int]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A value where it stands in a text. `start` and `end` count characters; a block collection ends with its last
-    value, and a block scalar with the blank lines after it.
+    """A value and its position in a text.
+
+    `start` and `end` are character offsets. A block collection ends with its last value, a block scalar with the blank
+    lines after it.
     """
 
     start: int
@@ -19,18 +21,18 @@ class Node:
     value: Any = None
     """A scalar, a `dict[str, Node]` or a `list[Node]`."""
     style: str = ""
-    """How it is written: empty (plain, or a block collection), a quote, `|`, `>`, or `{` (any flow collection)."""
+    """Empty for a plain scalar or a block collection; otherwise a quote, `|`, `>`, or `{` (any flow collection)."""
     anchored: bool = False
     alias: Node | None = None
-    """What it stands for, if it is an alias."""
+    """The anchored node that an alias refers to."""
     key: tuple[int, int] | None = None
-    """Where its key starts and ends, if it is in a mapping."""
+    """Start and end of its key; None outside a mapping."""
     size: int = 1
-    """How many values it stands for, itself included."""
+    """The number of values, itself and those behind aliases included."""
     depth: int = 0
 
     def data(self) -> Any:
-        """The plain data that it stands for."""
+        """Return the plain data of the node, with aliases resolved."""
         value = self.alias.value if self.alias else self.value
         if type(value) is dict:
             return {key: node.data() for key, node in value.items()}
@@ -38,7 +40,7 @@ class Node:
 
 
 class Places:
-    """The lines and columns (from 1) of the characters of a text. Quick for places near the one asked for before."""
+    """Lines and columns of a text, counted from 1, by character offset. Fast for offsets near the previous one."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -47,6 +49,7 @@ class Places:
 
     def __getitem__(self, index: int) -> Position:
         text = self._text
+        # Counting from the previous offset avoids a scan of the whole text for every problem.
         low, high = min(index, self._index), max(index, self._index)
         breaks = text.count("\n", low, high)
         if returns := text.count("\r", low, high):

@@ -1,6 +1,6 @@
-"""YAML 1.2 and JSON texts as plain data, with the place of every value.
+"""Parse YAML 1.2 and JSON into plain data with the position of every value.
 
-Text is read as a stream and given up as soon as it is out of bounds: in size, depth or number of values.
+Parsing stops as soon as a text exceeds the limits on size, depth or number of values.
 """
 
 from __future__ import annotations
@@ -27,49 +27,50 @@ _JSON_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 @dataclass
 class ParsedText:
-    """Plain data, and the text that it was read from."""
+    """Plain data and the text that it was read from."""
 
     data: Any
     text: str
-    """Without the byte order mark that it may have begun with."""
+    """The text without a byte order mark."""
     byte_order_mark: str
     kind: Literal["yaml", "json"]
 
     @cached_property
     def root(self) -> Node | None:
-        """The tree of the values as they stand in the text; None if there is none in it."""
+        """The tree of values in the text; None if it has none."""
         builder = TreeBuilder(self.text, None)
         (_read_yaml if self.kind == "yaml" else _read_json)(builder)
         return builder.root
 
     @cached_property
     def places(self) -> Places:
-        """The lines and columns of the text."""
+        """Lines and columns of the text."""
         return Places(self.text)
 
 
 def parse_yaml(text: str, file: str | None = None) -> ParsedText:
-    """The data of a YAML text. Anchors and aliases stand for copies.
+    """Parse a YAML text. Aliases become copies of the anchored values.
 
     Raises:
-        DocumentError: it is not YAML 1.2, has duplicate keys, tags or merge keys, or is out of bounds.
+        DocumentError: the text is not YAML 1.2, has duplicate keys, tags or merge keys, or exceeds a limit.
     """
     mark, text = _split_byte_order_mark(text, file)
     builder = TreeBuilder(text, file)
     _read_yaml(builder)
     parsed = ParsedText(builder.root.data() if builder.root else None, text, mark, "yaml")
-    parsed.root = builder.root
+    parsed.root = builder.root  # fills the cached property: JSON builds its tree only on demand
     return parsed
 
 
 def parse_json(text: str, file: str | None = None) -> ParsedText:
-    """The data of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        DocumentError: it is not JSON, has duplicate keys, NaN or infinity, or is out of bounds.
+        DocumentError: the text is not JSON, has duplicate keys, NaN or infinity, or exceeds a limit.
     """
     mark, text = _split_byte_order_mark(text, file)
     _check_count(text, file)
+    # json.loads is ten times faster than the tree, but has no positions: here it only detects that something is wrong.
     flaws: list[object] = []
 
     def make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,18 +105,18 @@ def parse_json(text: str, file: str | None = None) -> ParsedText:
         data = None
         flaws.append("depth")
     if flaws or _is_deep(data) or _may_have_surrogates(text):
-        _read_json(TreeBuilder(text, file))  # says what is wrong, and where
+        _read_json(TreeBuilder(text, file))  # raises with positions; false alarms pass
     return ParsedText(data, text, mark, "json")
 
 
 def _read_yaml(builder: TreeBuilder) -> None:
-    from bridge.config.text.yaml_events import read_yaml  # PyYAML takes 20 ms: JSON and `bridge --help` need it not
+    from bridge.config.text.yaml_events import read_yaml  # PyYAML takes 20 ms, JSON does not need it
 
     read_yaml(builder)
 
 
 def _read_json(builder: TreeBuilder) -> None:
-    """Read what `json.loads` has found to be JSON, as far as it is within bounds."""
+    """Read a text that `json.loads` accepted, and check the limits."""
     for token in _JSON_TOKEN.finditer(builder.text):
         text, (start, end) = token[0], token.span()
         if text in ("[", "{"):
@@ -129,7 +130,7 @@ def _read_json(builder: TreeBuilder) -> None:
 
 
 def _split_byte_order_mark(text: str, file: str | None) -> tuple[str, str]:
-    """The byte order mark at the beginning of a text, if there is one, and the text after it."""
+    """Return the byte order mark of a text, or an empty string, and the text after it; check the size first."""
     if len(text) > MAX_BYTES:
         raise DocumentError([Problem("$", f"larger than {MAX_BYTES // 2**20} MiB", file)])
     mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
@@ -137,16 +138,17 @@ def _split_byte_order_mark(text: str, file: str | None) -> tuple[str, str]:
 
 
 def _check_count(text: str, file: str | None) -> None:
-    """Refuse JSON of too many values before anything is made of it."""
+    """Refuse JSON with too many values before memory is allocated for them."""
     if text.count(",") + text.count("[") + text.count("{") < MAX_VALUES:
         return
+    # Only now exclude strings, whose text may have commas and brackets: this is slow.
     bare = re.sub(rf"{_STRING}|\s+", "", text)
     if bare.count(",") + sum(bare.count(a) - bare.count(b) for a, b in (("[", "[]"), ("{", "{}"))) >= MAX_VALUES:
         raise DocumentError([Problem("$", f"more than {MAX_VALUES} values", file)])
 
 
 def _is_deep(data: Any) -> bool:
-    level = [data]
+    level = [data]  # level by level, since recursion may exceed Python's limit
     for _ in range(MAX_DEPTH + 1):
         inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
         level = [value for values in inner for value in values]

@@ -1,4 +1,4 @@
-"""What a scalar stands for, by the core schema of YAML 1.2 (and nothing beside it) and in JSON."""
+"""Read scalars by the core schema of YAML 1.2, without extensions, and of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITY = re.compile(r"([-+]?)\.(inf|Inf|INF)")
 _CONSTANTS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),  # "": a value that is missing, as in `key:`
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),  # "": no value, as in `key:`
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
@@ -24,20 +24,20 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_plain(text: str) -> Any:
-    """A plain scalar by YAML 1.2's core schema; what is missing is null.
+    """Return the value of a plain scalar by the core schema of YAML 1.2; an empty one is null.
 
     Raises:
-        ValueError: it is out of bounds, or not a value.
+        ValueError: the scalar exceeds a limit, is ambiguous, or is NaN.
     """
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    if text[0] not in "+-.0123456789":
+    if text[0] not in "+-.0123456789":  # a word, as most scalars are: skip the patterns
         return text
     if _INTEGER.fullmatch(text):
         return _parse_integer(text)
     if _BASED.fullmatch(text):
         return _parse_based_integer(text)
-    if _OCTAL.fullmatch(text):
+    if _OCTAL.fullmatch(text):  # octal in YAML 1.1, decimal in 1.2
         raise ValueError(
             f"{text[:20]} is ambiguous: drop the leading zero (decimal), write 0o (octal), or quote it (string)"
         )
@@ -51,10 +51,10 @@ def read_plain(text: str) -> Any:
 
 
 def read_json_scalar(text: str) -> Any:
-    """A scalar of JSON.
+    """Return the value of a JSON scalar.
 
     Raises:
-        ValueError: it is out of bounds, or not a value.
+        ValueError: the scalar exceeds a limit, is not JSON, or has an unpaired surrogate.
     """
     value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_integer, parse_float=_parse_float)
     if isinstance(value, str):
@@ -63,7 +63,7 @@ def read_json_scalar(text: str) -> Any:
 
 
 def find_flaw(value: Any) -> str:
-    """Why no text can say `value` by itself; empty if one can."""
+    """Return why `value` cannot be written, or an empty string. Items of collections are not checked."""
     kind = type(value)
     if kind is str:
         wrong = None if value.isascii() else _SURROGATE.search(value)
@@ -82,7 +82,7 @@ def _parse_integer(text: str) -> int:
 
 
 def _parse_based_integer(text: str) -> int:
-    number = int(text, 0)  # takes time in proportion to its length, and so may come before the check
+    number = int(text, 0)  # before the check: linear time for bases that are powers of two
     if number >= _TOO_LARGE:
         raise ValueError(f"integer with more than {MAX_DIGITS:,} decimal digits: quote it if it is a string")
     return number

@@ -1,4 +1,4 @@
-"""The tree of a text's values: made of what a reader comes to, kept within bounds, with all that is wrong."""
+"""Build the tree of a text's values, check the limits, and collect all problems."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridge.config.text.nodes import Node, Places
 
 
 class TreeBuilder:
-    """Makes a tree of what comes out of a text, keeps it within bounds, and collects all that is wrong."""
+    """Builds a tree from the events of a parser, checks the limits, and collects all problems."""
 
     def __init__(self, text: str, file: str | None) -> None:
         self.text = text
@@ -27,7 +27,7 @@ class TreeBuilder:
         self._size = 0
 
     def add_scalar(self, node: Node, text: str, read: Callable[[str], Any]) -> None:
-        """A scalar; `read` makes its value of `text`, and a ValueError is a problem."""
+        """Add a scalar, whose value is `read(text)`. A ValueError becomes a problem."""
         self._check_bounds(node)
         try:
             node.value = read(text)
@@ -36,7 +36,7 @@ class TreeBuilder:
         self._attach(node)
 
     def add_alias(self, node: Node, name: str) -> None:
-        """An alias of what was anchored as `name`."""
+        """Add an alias of the node with the anchor `name`."""
         meant = self._anchors.get(name)
         if meant is None:
             self.add_problem(f"undefined alias *{name}", node.start)
@@ -44,47 +44,48 @@ class TreeBuilder:
             self.add_problem(f"the alias *{name} is inside the value that it refers to", node.start)
         else:
             node.alias = meant.alias or meant
+            # Counted as a copy: nested aliases can stand for billions of values ("billion laughs").
             node.size, node.depth = meant.size, meant.depth
         self._check_bounds(node)
         self._attach(node)
 
     def add_anchor(self, node: Node, name: str | None) -> None:
-        """Remember what `name` stands for from here on."""
+        """Set the node that `name` refers to from here on."""
         if name is not None:
             node.anchored = True
             self._anchors[name] = node
 
     def open_collection(self, node: Node) -> None:
-        """A collection begins."""
+        """Begin a collection."""
         self._check_bounds(node)
         self._open.append(_OpenCollection(node))
 
     def close_collection(self, end: int) -> None:
-        """The collection that began last is complete; `end` is where its closing bracket ends, if it has any."""
+        """End the innermost collection. `end` is the end of its closing bracket, ignored for block collections."""
         node = self._open.pop().node
         if node.style:
             node.end = end
         self._attach(node)
 
     def add_problem(self, message: str, index: int, *below: str) -> None:
-        """Note what is wrong at a character of the text."""
+        """Record a problem at an offset in the text. `below` extends the path of the current value."""
         path = (*(opened.step for opened in self._open if opened.step is not None), *below)
         self._problems.append(Problem(format_path(path), message, self._file, *self._places[index]))
         if len(self._problems) == MAX_PROBLEMS:
             self.fail(f"stopped after {MAX_PROBLEMS} problems", index)
 
     def fail(self, message: str, index: int | None) -> NoReturn:
-        """Stop for a problem of the whole document."""
+        """Raise all problems recorded so far, and one about the whole document."""
         place = self._places[index] if index is not None else (None, None)
         raise DocumentError([*self._problems, Problem("$", message, self._file, *place)])
 
     def finish(self) -> None:
-        """Raise what was found."""
+        """Raise the recorded problems, if any."""
         if self._problems:
             raise DocumentError(self._problems)
 
     def _attach(self, node: Node) -> None:
-        """Put a complete value where it belongs."""
+        """Attach a complete value to the innermost open collection."""
         if not self._open:
             self.root = node
             return
@@ -111,7 +112,7 @@ class TreeBuilder:
         return str(key)
 
     def _check_bounds(self, node: Node) -> None:
-        if not (self._open and self._open[-1].wants_key):
+        if not (self._open and self._open[-1].wants_key):  # keys do not count as values
             self._size += node.size
         if self._size > MAX_VALUES:
             self.fail(f"more than {MAX_VALUES} values", node.start)
@@ -120,7 +121,7 @@ class TreeBuilder:
 
 
 class _OpenCollection:
-    """A collection that is not complete."""
+    """A collection whose end has not been read."""
 
     __slots__ = ("is_list", "key", "node", "step", "wants_key")
 
@@ -128,8 +129,8 @@ class _OpenCollection:
         self.node = node
         self.is_list = isinstance(node.value, list)
         self.wants_key = not self.is_list
-        self.key: tuple[int, int] | None = None  # where the last key is
-        self.step: str | int | None = 0 if self.is_list else None  # where the next value goes
+        self.key: tuple[int, int] | None = None  # span of the last key
+        self.step: str | int | None = 0 if self.is_list else None  # path step of the next value
 
     def add(self, node: Node) -> None:
         holder = self.node

@@ -1,4 +1,4 @@
-"""YAML as PyYAML's parser gives it, event by event, made a tree."""
+"""Build a tree from the events of PyYAML's parser."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from bridge.config.text.nodes import Node
 from bridge.config.text.scalars import read_plain
 from bridge.config.text.tree import TreeBuilder
 
+# Checked here, since libyaml 0.2.5 reports byte offsets and raises UnicodeEncodeError for surrogates.
 _UNPRINTABLE = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def read_yaml(builder: TreeBuilder) -> None:
-    """Read the text of `builder`.
+    """Read the YAML text of `builder`.
 
     Raises:
-        DocumentError: it is not YAML 1.2, has duplicate keys, tags or merge keys, or is out of bounds.
+        DocumentError: the text is not YAML 1.2, has duplicate keys, tags or merge keys, or exceeds a limit.
     """
     if wrong := _UNPRINTABLE.search(builder.text):
         code = f"U+{ord(wrong[0]):04X}"
@@ -28,17 +29,18 @@ def read_yaml(builder: TreeBuilder) -> None:
     try:
         _build_yaml(builder, _parse_events(builder.text))
     except yaml.MarkedYAMLError as error:
-        said = " ".join(part for part in (error.context, error.problem) if part)
+        reason = " ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
-        is_deep = error.problem == "exceeded maximum nesting depth"  # libyaml 0.2.6 reads ahead, to a depth of 1000
-        found = f"nested more than {MAX_DEPTH} deep" if is_deep else f"not YAML: {said}"
-        builder.fail(found, mark.index if mark else None)
+        is_deep = error.problem == "exceeded maximum nesting depth"  # libyaml 0.2.6 reads ahead to depth 1000
+        message = f"nested more than {MAX_DEPTH} deep" if is_deep else f"not YAML: {reason}"
+        builder.fail(message, mark.index if mark else None)
     except yaml.YAMLError as error:
         builder.fail(f"not YAML: {error}", None)
     builder.finish()
 
 
 def _parse_events(text: str) -> Iterator[Any]:
+    # The base loader resolves no types: `read_plain` does, by YAML 1.2 instead of PyYAML's 1.1.
     events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
     return events
 
@@ -70,7 +72,7 @@ def _build_yaml(builder: TreeBuilder, events: Iterator[Any]) -> None:
 
 
 def _check_tag(builder: TreeBuilder, event: Any) -> None:
-    """Refuse tags: plain data needs none, and others would be code."""
+    """Refuse tags: plain data does not need them, and other tags construct objects."""
     if event.tag is not None:
         tag = event.tag.replace("tag:yaml.org,2002:", "!!")
         builder.add_problem(f"the tag {tag} is not allowed: write plain data", event.start_mark.index)
