@@ -1,4 +1,5 @@
-"""Documents of other systems: recognised, converted to Bridge's own form, and run_config.yaml written for them.
+"""Documents of other systems: recognized and converted to Bridge's form. It also writes `run_config.yaml` for them.
 
-It imports the schema and the errors, paths and problems of `bridge.config`, and nothing that reads or makes a config.
+It imports the schema and the errors, paths and problems of `bridge.config`, and nothing that reads or creates
+configurations.
 """

@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments by name: which fields of ours they are, and which are about the training run alone."""
+"""Megatron-LM's arguments by name: the fields that they set, and those that concern only the training run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-# Names that no document has but one of Megatron-LM's arguments.
+# Names that identify Megatron-LM's arguments.
 MARKERS = frozenset(
     [
         "untie_embeddings_and_output_weights",
@@ -24,9 +24,9 @@ MARKERS = frozenset(
         "tokenizer_type",
     ]
 )
-# What a switch that says no is called where it says yes.
+# Arguments that switch a field off, and the field.
 NEGATED_FLAGS = {"no_persist_layer_norm": "persist_layer_norm", "disable_bias_linear": "add_bias_linear"}
-# Fields of the transformer that are called otherwise there.
+# Fields of the transformer that have another name in Megatron-LM.
 RENAMED_FIELDS = {
     "num_experts": "num_moe_experts",
     "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
@@ -37,13 +37,13 @@ RENAMED_FIELDS = {
     "model_parallel_size": "tensor_model_parallel_size",
     "norm_epsilon": "layernorm_epsilon",
 }
-# Fields of the model that are called otherwise there.
+# Fields of the model that have another name in Megatron-LM.
 MODEL_FIELDS = {
     "max_position_embeddings": "seq_length",
     "use_rope_scaling": "rope_scaling",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
 }
-# What becomes of several arguments together; these are looked at by name.
+# Arguments that are converted together with others, by name.
 COMBINED = frozenset(
     [
         "num_layers",
@@ -79,7 +79,7 @@ COMBINED = frozenset(
         "model_type",
     ]
 )
-# Arguments that change the model in a way that no document of ours says.
+# Arguments that change the model in a way that no field expresses, and what to do about them.
 REFUSED = {
     "kitchen_config_file": "Bridge does not support Kitchen layers",
     "kitchen_recipe_number": "Bridge does not support Kitchen layers",
@@ -93,7 +93,8 @@ REFUSED = {
     "encoder_pipeline_model_parallel_size": "megatron-core no longer has separate ranks for the encoder",
     "vision_pretraining": "Bridge does not support vision models",
 }
-# How names about the run alone begin that the parser of megatron-core 0.19.2 has not: of its course, or former ones.
+# Prefixes of names that concern only the training run and that the parser of megatron-core 0.19.2 lacks: set during the
+# run, or arguments of earlier versions.
 RUN_ARGUMENTS = re.compile(
     "DDP_impl|activations_checkpoint_|adam_|adlr_|async_|auto_detect_|batch_size|bert_|biencoder_|checkpoint_|ckpt_|consumed_|"
     "curr_iteration|data_|dataloader_|dataset_|ddp_|delay_grad_reduce|delay_param_gather|dino_|dist_ckpt_|"
@@ -104,12 +105,12 @@ RUN_ARGUMENTS = re.compile(
     "transformer_pipeline_model_parallel_size|use_contiguous_buffers_in_local_ddp|use_dist_ckpt|"
     "use_layer_wise_distributed_optimizer|use_(legacy|mcore)_models|use_ring_exchange_p2p|valid_|wandb_|warmup|world_size"
 )
-# Specs that say in so many words what the default choice of layers comes to.
+# Specs that name the layers that Bridge selects by default.
 DEFAULT_SPECS = (
     ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
     ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
 )
-# The defaults of YaRN, where an argument is not given.
+# Arguments of YaRN: the field, and Megatron-LM's default.
 YARN_FIELDS = {
     "rotary_scaling_factor": ("yarn_rotary_scaling_factor", 1.0),
     "yarn_original_max_position_embeddings": ("yarn_original_max_position_embeddings", 4096),
@@ -119,7 +120,7 @@ YARN_FIELDS = {
     "mscale_all_dim": ("yarn_mscale_all_dim", 0.0),
     "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
 }
-# Fields that the parser takes as text too: a number, or a list made of lists by + and *.
+# Fields that Megatron-LM's parser also accepts as text: an integer, or lists joined by + and *.
 PATTERN_FIELDS = frozenset(["moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"])
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "swiglu": ("torch.nn.functional.silu", True),
@@ -130,7 +131,7 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
 
 @cache
 def load_arguments() -> dict[str, Any]:
-    """The arguments of Megatron-LM that the shipped list has, and their defaults."""
+    """Return Megatron-LM's arguments and their defaults from the shipped list."""
     text = files("bridge.config.foreign").joinpath("arguments.json").read_text(encoding="utf-8")
     arguments: dict[str, Any] = json.loads(text)["arguments"]
     return arguments

@@ -1,4 +1,4 @@
-"""What the conversions from other systems share: their values in our form, and what is told of the rest."""
+"""Conversion, the base class of the conversions from other systems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field
 
 _NAMES = {
-    # Where Python says that torch's built-in functions live.
+    # The modules that torch's built-in functions report as theirs.
     "torch._C._nn.gelu": "torch.nn.functional.gelu",
     "torch._C._nn.softplus": "torch.nn.functional.softplus",
     "torch._VariableFunctionsClass.tanh": "torch.tanh",
@@ -24,7 +24,7 @@ _NAMES = {
     "torch.nn.functional.sigmoid": "torch.sigmoid",
 }
 _ACTIVATIONS = {"relu2": "squared_relu", "gelu_pytorch_tanh": "fast_gelu"}
-# Set by a training loop, for its own run.
+# Fields that the training loop sets.
 _RUNTIME = frozenset(
     [
         "timers",
@@ -43,10 +43,16 @@ _BLOCKS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_enco
 
 
 class Conversion:
-    """One model of another system on its way to a document of ours."""
+    """Converts another system's model to a Bridge document."""
 
     def __init__(self, target: str, at: Path, names: Mapping[str, str] | None = None) -> None:
-        """`target`: our config. `at`: where the model stands. `names`: our names for things of that system."""
+        """Start an empty document.
+
+        Args:
+            target: Name of the configuration class of the result.
+            at: Path of the model in the original document.
+            names: Bridge's names of the other system's classes and functions.
+        """
         self.at = at
         self.result = Migration({}, moves=[((), at)] if at else [])
         self.top: dict[str, Any] = {"_target_": target}
@@ -55,36 +61,36 @@ class Conversion:
         self._left_out: dict[str, list[str]] = {}
 
     def finish(self) -> Migration:
-        """The document, and what is to be said about it."""
+        """Return the document, with its notes and problems."""
         for why, names in self._left_out.items():
             self.note(f"left out, {why}: {', '.join(names)}")
         self.result.data = self.top
         return self.result
 
     def note(self, text: str) -> None:
-        """Say `text` about the document."""
+        """Add a note."""
         self.result.notes.append(text)
 
     def refuse(self, path: Path, message: str) -> None:
-        """Refuse what stands at `path`."""
+        """Record a problem with the value at `path`."""
         self.result.problems.append((path, message))
 
     def record_move(self, now: Path, before: Path) -> None:
-        """Take note of where the value at `now` stood."""
+        """Record that the value at `now` was at `before` in the original."""
         self.result.moves.append((now, before))
 
     def leave_out(self, why: str, path: Path) -> None:
-        """Say that what stands at `path` is left out."""
+        """Note that the value at `path` is left out. Values with the same reason share a note."""
         self._left_out.setdefault(why, []).append(".".join(str(step) for step in path[len(self.at) :]))
 
     def convert_field(self, where: dict[str, Any], field: Field, value: Any, path: Path) -> None:
-        """Take over the value of a field that we have too."""
+        """Set `where[field.name]` to the converted value, or leave the value out."""
         if field.name in _RUNTIME:
             if value:
                 self.leave_out("set by the training loop", path)
         elif field.name.startswith("_") or not field.init:
             self.leave_out("private or computed", path)
-        elif value is None and _allows_only(field.type, "bool"):
+        elif value is None and _allows_only(field.type, "bool"):  # a flag without a value is off
             where[field.name] = False
         elif field.name == "activation_func" and isinstance(value, str):
             where[field.name] = _ACTIVATIONS.get(value, self.rename(value))
@@ -92,7 +98,7 @@ class Conversion:
             where[field.name] = self._convert_value(value, field.type)
 
     def handle_unknown(self, key: str, value: Any, path: Path) -> None:
-        """Leave out what we have no field for, or refuse it if it could matter."""
+        """Leave out a value without a field in Bridge, or refuse it if it may affect the model."""
         if str(key).startswith("_"):
             self.leave_out("private or computed", path)
         elif is_off(value):
@@ -101,11 +107,11 @@ class Conversion:
             self.refuse(path, "unknown to Bridge: remove it if it does not affect the model")
 
     def rename(self, name: Any) -> Any:
-        """Our name for a thing of theirs; whatever else is given, as it is."""
+        """Return Bridge's name of a class or function; return other values unchanged."""
         return self._names.get(name, name) if isinstance(name, str) else name
 
     def _convert_value(self, value: Any, type_: Type) -> Any:
-        """A value of theirs, written or live, in our form."""
+        """Convert a value, either written or a live Python object."""
         if isinstance(value, Enum):
             return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", "_name_": value.name}
         if isinstance(value, float) and value.is_integer() and _allows_only(type_, "int"):
@@ -138,7 +144,7 @@ class Conversion:
 
 
 def choose_transformer(data: Mapping[str, Any], cls: Any = None) -> Any:
-    """The class of the transformer that has the fields `data`: `cls`, or what extends it so that it can have them."""
+    """Return the name of a transformer class with the fields in `data`: `cls`, or one that adds what `cls` lacks."""
     if cls is None and data.get("multi_latent_attention"):
         cls = MLA
     if cls is None and any(data.get(key) for key in _BLOCKS):
@@ -149,12 +155,12 @@ def choose_transformer(data: Mapping[str, Any], cls: Any = None) -> Any:
 
 
 def is_off(value: object) -> bool:
-    """Whether a value is that of something that is not used."""
+    """Return whether a value means that a feature is off."""
     return value is None or value is False or value in ("", [], {})
 
 
 def _find_enum_member(name: str, value: Mapping[str, Any]) -> str | None:
-    """The name of the enumeration member that a call with its value makes; None if it makes none that is known."""
+    """Return the enum member that a call such as `{_target_: Color, _args_: [1]}` creates; None if unknown."""
     target = shipped(name)
     if target is None or target.kind != "enum":
         return None
@@ -169,7 +175,7 @@ def _find_enum_member(name: str, value: Mapping[str, Any]) -> str | None:
 
 
 def _allows_only(type_: Type, kind: str) -> bool:
-    """Whether a type has numbers and truth values of this kind alone, and no null."""
+    """Return whether `kind` is the only plain kind that a type allows, strings aside."""
     return {member.kind for member in type_ if isinstance(member, Plain)} - {"str"} == {kind}
 
 

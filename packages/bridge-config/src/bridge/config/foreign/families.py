@@ -1,4 +1,4 @@
-"""Families of models in `megatron.training.models` and Megatron Bridge: their names, fields and defaults, and ours."""
+"""Model families of megatron.training and Megatron Bridge: names, fields and defaults that differ from Bridge's."""
 
 from __future__ import annotations
 
@@ -13,43 +13,47 @@ BRIDGE = "megatron.bridge.models"
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: their names for it, and ours."""
+    """A model family: its names in Bridge and in the other systems, and the differences between them."""
 
     config: str
+    """Bridge's configuration class."""
+
     builder: str
+    """Bridge's builder."""
+
     provider: str
-    """The provider that has its fields and defaults, and no others."""
+    """Megatron Bridge's base provider of the family."""
 
     provider_modules: tuple[str, ...]
-    """Modules whose providers add fields and defaults to that one, and no code."""
+    """Modules whose providers only add fields and change defaults, without code."""
 
     defaults: Mapping[str, Any]
-    """Where that provider's defaults are not those of our config and its transformer."""
+    """Defaults of the base provider that differ from Bridge's."""
 
     megatron_configs: tuple[str, ...] = ()
-    """Configs that embed a transformer; the first is the one that we write."""
+    """Configuration classes that embed a transformer. Bridge writes the first one."""
 
     megatron_builder: str = ""
-    """The builder that we write."""
+    """The builder that Bridge writes."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Things of theirs that are ours under another name."""
+    """Their classes and functions, and the equivalent ones of Bridge."""
 
     renamed_fields: Mapping[str, str] = field(default_factory=dict)
-    """Fields that have another name here."""
+    """Their fields that have another name in Bridge."""
 
     no_effect: frozenset[str] = frozenset()
-    """Fields that change nothing about the model, or that other fields repeat."""
+    """Their fields that do not affect the model, or repeat other fields."""
 
     off_at_zero: frozenset[str] = frozenset()
-    """Fields that are off at 0, and have no counterpart."""
+    """Their fields without an equivalent that are off at 0."""
 
     only_ours: dict[str, Any] = field(default_factory=dict)
-    """Fields that its config has not, and the values that its model has."""
+    """Fields that only Bridge's configuration has, and the values that match their model."""
 
     @property
     def layers(self) -> str:
-        """The field that holds the layers."""
+        """The field with the layer spec."""
         return "hybrid_stack_spec" if self.config == MAMBA else "transformer_layer_spec"
 
 

@@ -1,4 +1,4 @@
-"""Patterns of layers as text: those of hybrid models, and the lists that Megatron-LM's arguments spell by + and *."""
+"""Layer patterns as text: those of hybrid models, and lists in Megatron-LM's arguments such as `([0]*1+[1]*3)`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ _MAX_LAYERS = 10_000
 
 
 def count_layers(pattern: object) -> int | None:
-    """The number of layers of a hybrid model's pattern, those of multi-token prediction aside; None if it has none."""
+    """Return the number of layers in a hybrid pattern, without multi-token prediction; None without a pattern."""
     return len(pattern.partition("/")[0].replace("|", "")) if isinstance(pattern, str) and pattern else None
 
 
 def add_mtp_pattern(pattern: Any, predictions: Any, depths: Any) -> Any:
-    """A hybrid model's pattern with that of multi-token prediction, which older versions gave apart."""
+    """Append the pattern of multi-token prediction, which older versions kept in a separate field."""
     if not isinstance(pattern, str) or not isinstance(predictions, str) or not isinstance(depths, int):
         return pattern
+    # The bound keeps a bad file from exhausting memory.
     is_apart = predictions and "/" not in pattern and 0 < depths < 1000
     return "/".join([pattern, *[predictions] * depths]) if is_apart else pattern
 
 
 def parse_layer_pattern(text: str) -> int | list[int] | None:
-    """What the parser makes of a pattern of layers, `([0]*1+[1]*3)`; None if it is none. Nothing is evaluated."""
+    """Parse a pattern such as `([0]*1+[1]*3)` as Megatron-LM does, but without `eval`; None if it is not one."""
     if len(text) > _MAX_PATTERN_LENGTH:
         return None
     try:
@@ -34,10 +35,10 @@ def parse_layer_pattern(text: str) -> int | list[int] | None:
 
 
 def _evaluate(node: ast.expr) -> int | list[int]:
-    """The value of a node made of whole numbers, lists of them, `list + list`, `list * number`.
+    """Evaluate integers, lists of integers, `list + list` and `list * integer`.
 
     Raises:
-        ValueError: it is something else, or has more layers than any model.
+        ValueError: the node is something else, or the list is too long.
     """
     match node:
         case ast.Constant(value=int() as value) if type(value) is int:

@@ -1,8 +1,9 @@
-"""Megatron-LM's arguments, as its checkpoints keep them: read as a document.
+"""Convert the arguments in Megatron-LM's checkpoints to a document.
 
 They are the `args` of a `model_optim_rng.pt` or `common.pt`, exported as JSON: `json.dump(vars(args), file,
-default=str)`. What describes the model and how it is split is taken, as `core_transformer_config_from_args` and
-`gpt_config_from_args` of megatron-core 0.19.2 take it; what the training run alone is about is left out, by name.
+default=str)`. Arguments about the model and its layout are converted as `core_transformer_config_from_args` and
+`gpt_config_from_args` of megatron-core 0.19.2 do it. Arguments that concern only the training run are left out and
+listed in a note.
 """
 
 from __future__ import annotations
@@ -40,22 +41,21 @@ _CLASS_CHOICES = (
 )
 _XAVIER = "torch.nn.init.xavier_uniform_"
 _SCALING = 8.0
-"""The factor by which Megatron-LM scales rotary frequencies, whatever rope_scaling_factor is (megatron-core 0.19.2)."""
+"""The factor that Megatron-LM uses instead of rope_scaling_factor, which it ignores (megatron-core 0.19.2)."""
 
 
 def convert_arguments(data: object) -> Migration | None:
-    """The document of the model that Megatron-LM's arguments `data` describe; None if `data` is nothing of the kind.
-
-    They may stand in a section `args`, as in a checkpoint.
+    """Convert Megatron-LM's arguments, or a checkpoint with a section `args`; return None for any other document.
 
     Raises:
-        DocumentError: they are not complete.
+        DocumentError: required arguments are missing.
     """
     if not isinstance(data, dict) or "_target_" in data or "transformer" in data:
         return None
     section = data.get("args")
     args, at = (section, ("args",)) if isinstance(section, dict) else (data, ())
     found = sorted(MARKERS & args.keys())
+    # One marker is not enough: another program may use the same name.
     if len(found) < 2 or "_target_" in args:
         return None
     missing = [name for name in _NEEDED if args.get(name) is None]
@@ -73,15 +73,16 @@ def _get_pattern(args: dict[str, Any]) -> Any:
 
 
 def _choose_model(args: dict[str, Any]) -> str:
-    """Our config for the model of these arguments."""
+    """Return the name of the configuration class for these arguments."""
     if _get_pattern(args) or (isinstance(args.get("spec"), list) and args["spec"] in DEFAULT_SPECS):
         return MAMBA
     has_decoder = any(args.get(name) is not None for name in ("decoder_num_layers", "decoder_seq_length"))
+    # The export writes the enum ModelType with `str`: "ModelType.encoder_and_decoder".
     return T5 if has_decoder or str(args.get("model_type")).endswith("encoder_and_decoder") else GPT
 
 
 class _ArgumentsConversion(Conversion):
-    """The arguments of one model on their way to a document of ours."""
+    """Converts Megatron-LM's arguments to a Bridge document."""
 
     def __init__(self, args: dict[str, Any], at: Path) -> None:
         target = _choose_model(args)
@@ -104,7 +105,7 @@ class _ArgumentsConversion(Conversion):
         return self._args.get("position_embedding_type") == "yarn" and not self._args.get("multi_latent_attention")
 
     def _convert_single(self) -> list[str]:
-        """Take over what stands for one field; names what is about the run alone."""
+        """Convert the arguments that set one field each; return the names of those about the training run."""
         run, usual = [], 0
         for name, value in self._args.items():
             path, known = (*self.at, name), name in load_arguments()
@@ -124,12 +125,13 @@ class _ArgumentsConversion(Conversion):
             elif name in COMBINED or (name in YARN_FIELDS and self._is_yarn()):
                 continue
             elif name in self._inner.fields:
+                # Unset, it may still be set by its negated flag: None must not overwrite that.
                 if value is not None or name not in NEGATED_FLAGS.values():
                     self._convert_field(name, value, name)
             elif name in self._model.fields:
                 self._convert_model_field(name, value, name)
             elif known and value == load_arguments()[name]:
-                usual += 1
+                usual += 1  # hundreds of these: the note gives only their number
             elif known or RUN_ARGUMENTS.match(str(name)):
                 run.append(str(name))
             else:
@@ -137,7 +139,7 @@ class _ArgumentsConversion(Conversion):
         return [*run, f"{usual} more with default values"] if usual else run
 
     def _convert_field(self, name: str, value: Any, given: str) -> None:
-        """A field of the transformer."""
+        """Convert a field of the transformer."""
         path, field = (*self.at, given), self._inner.fields[name]
         if name in PATTERN_FIELDS and isinstance(value, str):
             if (pattern := parse_layer_pattern(value)) is None:
@@ -150,13 +152,13 @@ class _ArgumentsConversion(Conversion):
                 "$.transformer.perform_initialization to true"
             )
         if value is None and not {"null", "bool"} & _list_kinds(field.type):
-            return  # not given: the default is taken
+            return  # not set: keep the default
         self.convert_field(self.transformer, field, _parse_enums(value, field.type), path)
         if name in self.transformer:
             self.record_move(("transformer", name), path)
 
     def _convert_model_field(self, name: str, value: Any, given: str) -> None:
-        """A field of the model."""
+        """Convert a field of the model."""
         path, field = (*self.at, given), self._model.fields.get(name)
         if field is None:
             self.handle_unknown(given, value, path)
@@ -180,12 +182,12 @@ class _ArgumentsConversion(Conversion):
         self._set_derived("batch_p2p_comm", not self._args.get("overlap_p2p_comm"))
 
     def _set_derived(self, name: str, value: Any) -> None:
-        """A field of the transformer that Megatron-LM derives; one that is given itself, by an override say, stays."""
+        """Set a field of the transformer that Megatron-LM derives, unless the arguments set it directly."""
         if self._args.get(name) is None:
             self.transformer[name] = value
 
     def _set_derived_model_field(self, name: str, value: Any) -> None:
-        """A field of the model that Megatron-LM derives, likewise."""
+        """Set a field of the model that Megatron-LM derives, unless the arguments set it directly."""
         if self._args.get(name) is None:
             self.top[name] = value
 
@@ -228,7 +230,7 @@ class _ArgumentsConversion(Conversion):
         self._set_derived("gated_linear_unit", is_gated)
         if args.get("ffn_hidden_size") is not None:
             self._convert_field("ffn_hidden_size", args["ffn_hidden_size"], "ffn_hidden_size")
-        elif args.get("swiglu") and isinstance(args["hidden_size"], int):  # as many weights as without a gate, in 64s
+        elif args.get("swiglu") and isinstance(args["hidden_size"], int):  # as Megatron-LM: a multiple of 64
             self._set_derived("ffn_hidden_size", 4 * args["hidden_size"] * 2 // 3 // 64 * 64)
         if args.get("init_method_xavier_uniform"):
             self._set_derived("init_method", _XAVIER)
@@ -311,7 +313,7 @@ class _ArgumentsConversion(Conversion):
             self.refuse((*self.at, layers[0]), f"Bridge does not read this file: put its contents into {layers[1]}")
 
     def _convert_stages(self) -> None:
-        """The virtual pipeline, for arguments that Megatron-LM has not worked out yet."""
+        """Convert the virtual pipeline if Megatron-LM has not computed its size from the other arguments."""
         args = self._args
         if args.get("virtual_pipeline_model_parallel_size") is not None:
             return
@@ -325,12 +327,12 @@ class _ArgumentsConversion(Conversion):
 
 
 def _list_kinds(type_: Type) -> set[str]:
-    """The kinds of plain values of a type."""
+    """Return the kinds of plain values that a type allows."""
     return {member.kind for member in type_ if isinstance(member, Plain)}
 
 
 def _parse_enums(value: Any, type_: Type) -> Any:
-    """A value of the arguments, in which an enumeration's member stands as Python prints it: `AttnBackend.auto`."""
+    """Return a value with enum members by name; the export writes them as `str` does: `AttnBackend.auto`."""
     if isinstance(value, list):
         return [_parse_enums(item, inner_type(type_)) for item in value]
     if isinstance(value, str) and "." in value:

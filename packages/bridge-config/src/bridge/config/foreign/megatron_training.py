@@ -1,7 +1,7 @@
-"""Models as `megatron.training.models` and Megatron Bridge write them, converted to our form.
+"""Convert models as `megatron.training.models` and Megatron Bridge write them.
 
-They write a model as a config that embeds a transformer, or as a provider that is a transformer with more fields. What
-they say that Bridge cannot know of is told by name.
+They write a model as a configuration that embeds a transformer, or as a provider, which is a transformer with more
+fields. Values that Bridge cannot express are listed by name.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Target
 
 _NAMES = {f"{BRIDGE}.transformer_config.{name.rpartition('.')[2]}": name for name in (TRANSFORMER, MLA, HETEROGENEOUS)}
-# Layer specs that the default choice comes to by itself, for a transformer that sets the field.
+# Layer specs that Bridge selects by default if the transformer sets the field.
 _DEFAULT_SPECS = {
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec": "num_moe_experts",
     "megatron.core.models.gpt.experimental_attention_variant_module_specs."
     "get_transformer_block_with_experimental_attention_variant_spec": "experimental_attention_variant",
 }
-# Fields without a counterpart that are looked at together with others.
+# Fields without an equivalent that are converted together with others.
 _CONVERTED_ELSEWHERE = {
     MAMBA: ("mtp_hybrid_override_pattern", "mtp_mamba_stack_spec"),
     T5: ("transformer_layer_spec",),
 }
 _T5_LAYERS = f"{BRIDGE}.t5_provider.%s_layer_spec"
-# Where the configs of Megatron Bridge that lose their activation function keep its name.
+# The metadata key for the name of an activation function that Megatron Bridge's configurations lose.
 _ACTIVATION_KEY = "megatron_bridge.activation_func"
 _IMPORTANT_FIELDS = (
     "hidden_size",
@@ -61,26 +61,31 @@ _IMPORTANT_FIELDS = (
     "mamba_num_heads",
     "mamba_state_dim",
 )
-"""The fields that models differ by most: these are named where hundreds have defaults."""
+"""Fields that differ most between models. A note about hundreds of defaults names only these."""
 
-# Llama 3.1 as older providers wrote it; these are the numbers that megatron-core's own scaling has built in.
+# Llama 3.1 scaling as older providers wrote it. Megatron-core 0.19.2 hard-codes these values.
 _ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
 def convert(data: dict[str, Any], at: Path, sections: list[str]) -> Migration:
-    """The model `data`, which stands at `at` beside other sections of a document, as a document of ours.
+    """Convert a model.
+
+    Args:
+        data: The model.
+        at: Its path in the original document.
+        sections: Names of the other sections of that document.
 
     Raises:
-        DocumentError: Bridge has no configuration for it.
+        DocumentError: Bridge has no configuration for the model.
     """
     return _ModelConversion(data, at, sections).finish()
 
 
 def _find_family(name: str, path: Path) -> tuple[Family, bool]:
-    """The family of the model called `name`, and whether it is written as a provider.
+    """Return the family of the class `name`, and whether the class is a provider.
 
     Raises:
-        DocumentError: it is not known to be of one.
+        DocumentError: no family has that class.
     """
     module, _, cls = name.rpartition(".")
     for family in FAMILIES:
@@ -96,7 +101,7 @@ def _find_family(name: str, path: Path) -> tuple[Family, bool]:
 
 
 class _ModelConversion(Conversion):
-    """One model of the reference on its way to a document of ours."""
+    """Converts a model of megatron.training or Megatron Bridge."""
 
     def __init__(self, data: dict[str, Any], at: Path, sections: list[str]) -> None:
         family, is_provider = _find_family(data["_target_"], (*at, "_target_"))
@@ -117,7 +122,7 @@ class _ModelConversion(Conversion):
             cls = choose_transformer(data | nested, self.rename(nested.get("_target_", TRANSFORMER)))
         transformer, model = shipped(cls) if isinstance(cls, str) else None, shipped(self._family.config)
         if model is None or (inner is not None and not nested and not self._is_provider):
-            self.top |= {"transformer": inner}  # whoever reads the document says what is wrong with it
+            self.top |= {"transformer": inner}  # not a mapping: reading the document reports the problem
         else:
             self.transformer["_target_"] = cls
             self.top["transformer"] = self.transformer
@@ -171,7 +176,7 @@ class _ModelConversion(Conversion):
                 self._refuse_or_leave_out(given, value, path)
 
     def _check_duplicate(self, key: str, value: Any, *, declared: bool, path: Path) -> None:
-        """A field of the transformer that the model gives too; the reference then reads the transformer's."""
+        """Check a field that the transformer has too. megatron.training uses the transformer's value."""
         if value == self.transformer[key]:
             return
         if declared:
@@ -192,7 +197,7 @@ class _ModelConversion(Conversion):
             self.handle_unknown(key, value, path)
 
     def _convert_pattern(self, data: dict[str, Any]) -> None:
-        """The pattern of a hybrid model, with that of multi-token prediction if it is given apart; and what follows."""
+        """Convert the pattern of a hybrid model, and fields that depend on it."""
         if self.transformer.get("mtp_num_layers") == 0:
             self.transformer["mtp_num_layers"] = None
         depths = self.transformer.get("mtp_num_layers")
@@ -211,14 +216,14 @@ class _ModelConversion(Conversion):
         elif spec is not None:
             self.handle_unknown("mtp_mamba_stack_spec", spec, (*self.at, "mtp_mamba_stack_spec"))
         if not (layers := count_layers(whole)):
-            # HybridModel of megatron-core 0.19.2 has no layers then; those of earlier versions had these.
+            # HybridModel of megatron-core 0.19.2 has no layers then. Earlier versions had Mamba layers.
             self.note("the document has no hybrid_layer_pattern: only Mamba layers are assumed")
         elif self.transformer.get("num_layers") is None:
             self.transformer["num_layers"] = layers
             self.note(f"transformer.num_layers: set to {layers}, the number of layers in hybrid_layer_pattern")
 
     def _convert_provider(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
-        """What only providers have."""
+        """Convert what only providers have."""
         self.record_move(("transformer",), self.at)
         self._convert_rope(data)
         plain = self._family.provider.rpartition(".")[2]
@@ -252,7 +257,7 @@ class _ModelConversion(Conversion):
         )
 
     def _convert_layers(self, data: dict[str, Any]) -> None:
-        """Layers that the default choice comes to by itself."""
+        """Convert layer specs that Bridge selects by default."""
         spec = data.get("transformer_layer_spec") if self._family is T5_FAMILY else self.top.get(self._family.layers)
         name = str(spec.get("_target_")) if isinstance(spec, dict) else ""
         path = (*self.at, self._family.layers)

@@ -1,4 +1,4 @@
-"""Names of our models, of megatron-core's transformers, and of what belongs to them."""
+"""Names of Bridge's model configurations and of megatron-core's transformer configurations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LAYERS = {
     GPT: "bridge.models.layer_specs.default_layer_spec",
     MAMBA: "bridge.models.hybrid_layers.default_stack_spec",
 }
-"""The functions that choose the layers of a model by its fields."""
+"""The functions that select the layers of a model by its fields."""
 
 _CORE = "megatron.core.transformer"
 TRANSFORMER = f"{_CORE}.transformer_config.TransformerConfig"
@@ -17,6 +17,6 @@ MLA = f"{_CORE}.transformer_config.MLATransformerConfig"
 HETEROGENEOUS = f"{_CORE}.heterogeneous.heterogeneous_config.HeterogeneousTransformerConfig"
 YARN = "bridge.models.transformer.YarnTransformerConfig"
 EXTENDED = {YARN: TRANSFORMER}
-"""Our transformers, and those of megatron-core that they extend."""
+"""Bridge's transformer configurations, and the base class of each in megatron-core."""
 
-ENUMS = f"{_CORE}.enums."  # the values of all of these count from 1
+ENUMS = f"{_CORE}.enums."  # the values of these enums count from 1

@@ -1,4 +1,4 @@
-"""Recognises documents of other systems and converts them."""
+"""Recognize documents of other systems and convert them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from bridge.config.rewrite import Migration
 
 
 def convert_foreign(data: object) -> Migration:
-    """The document `data` of another system in Bridge's own form; any other document as it is, the very same object.
+    """Convert a document of another system to Bridge's form. Any other document is returned as the same object.
 
-    A document is the reference's if its `_target_` is, or if it has none and that of its `model` section is; and
-    Megatron-LM's if it has no `_target_` and the names of its arguments.
+    A document comes from megatron.training or Megatron Bridge if its `_target_` is one of their classes, or that of its
+    `model` section if the document has none. It comes from Megatron-LM if it has no `_target_` and the names of
+    Megatron-LM's arguments.
 
     Raises:
-        DocumentError: it describes a model that Bridge has no configuration for.
+        DocumentError: Bridge has no configuration for the model.
     """
     return read_run_config(data) or megatron_args.convert_arguments(data) or Migration(data)

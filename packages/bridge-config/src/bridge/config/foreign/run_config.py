@@ -1,7 +1,6 @@
-"""run_config.yaml, which `megatron.training` and Megatron Bridge keep beside checkpoints: read, and written for them.
+"""Read and write `run_config.yaml`, which megatron.training and Megatron Bridge store with checkpoints.
 
-The model stands in its section `model`; it can also be a document by itself. What these forms cannot say is told by
-name.
+The model is in the section `model`, or is the whole document. Values that a form cannot express are listed by name.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from bridge.config.schema.table import shipped, shipped_aliases, shipped_dtypes
 from bridge.config.schema.target import Target
 
 _FOREIGN_PREFIXES = ("megatron.training.", "megatron.bridge.")
-# Fields that no config of the reference has, or writes, and the values at which nothing is lost.
+# Fields that no configuration of megatron.training has or writes, and the values at which nothing is lost.
 _ONLY_OURS: dict[str, Any] = {
     "hf_model_id": None,
     "generation_config": None,
@@ -43,17 +42,17 @@ _ONLY_OURS: dict[str, Any] = {
 
 
 def read_run_config(data: object) -> Migration | None:
-    """The document of the model in `data`, a `run_config.yaml` or its model alone; None if `data` is neither.
+    """Convert a `run_config.yaml`, or its model section alone; return None for any other document.
 
     Raises:
-        DocumentError: it describes a model that Bridge has no configuration for.
+        DocumentError: Bridge has no configuration for the model.
     """
     found = _find_model(data)
     return megatron_training.convert(*found) if found is not None else None
 
 
 def _find_model(data: object) -> tuple[dict[str, Any], Path, list[str]] | None:
-    """The model in a document of the reference, where it stands, and the names of the other sections."""
+    """Return the model in a `run_config.yaml`, its path, and the names of the other sections."""
     if not isinstance(data, dict):
         return None
     model = data.get("model")
@@ -68,16 +67,15 @@ def _is_foreign(data: object) -> TypeGuard[dict[str, Any]]:
 
 
 def to_run_config(data: Mapping[str, Any]) -> Migration:
-    """A GPT's or hybrid model's document as the `model` section of a `run_config.yaml`, for the reference and Megatron
-    Bridge to read.
+    """Convert a GPT or hybrid document to the `model` section of a `run_config.yaml`.
 
-    What they have no form for is left out, and told in the notes.
+    Values that megatron.training and Megatron Bridge cannot express are left out and listed in the notes.
 
     Args:
-        data: a document that was found to be right.
+        data: A document without problems, in canonical form.
 
     Raises:
-        DocumentError: the reference has no model like it.
+        DocumentError: megatron.training has no such model.
     """
     family = next((one for one in FAMILIES if one.megatron_configs and data.get("_target_") == one.config), None)
     model = shipped(family.config) if family else None
@@ -105,12 +103,13 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
 
 
 def _write_pattern(section: dict[str, Any]) -> list[str]:
-    """Write out the pattern of a hybrid model, with borders where the reference needs them; what is said about it."""
+    """Write the layer pattern, with the stage borders that megatron.training expects; return notes about it."""
     transformer = section["transformer"]
     given = section.get("hybrid_layer_pattern")
     main, slash, predictions = (given or "M" * transformer.get("num_layers", 0)).partition("/")
     ranks = transformer.get("pipeline_model_parallel_size", 1)
     virtual = transformer.get("virtual_pipeline_model_parallel_size") or 1
+    # megatron-core 0.19.2 splits a pattern without borders evenly over ranks, but requires borders for virtual stages.
     if ranks == 1:
         main = main.replace("|", "")
     elif virtual > 1 and "|" not in main:
@@ -121,7 +120,7 @@ def _write_pattern(section: dict[str, Any]) -> list[str]:
 
 
 def _drop_extensions(section: dict[str, Any]) -> list[str]:
-    """Make the transformer in `section` one of megatron-core; what is said about what that has not."""
+    """Replace Bridge's transformer in `section` by its base class in megatron-core; return notes about lost fields."""
     transformer = section["transformer"]
     theirs = shipped(EXTENDED.get(transformer["_target_"], ""))
     if theirs is None:
@@ -133,7 +132,7 @@ def _drop_extensions(section: dict[str, Any]) -> list[str]:
 
 
 def _encode_value(value: Any, type_: Type) -> Any:
-    """A value of a right document as the reference writes it."""
+    """Return a value of a valid document as megatron.training writes it."""
     if isinstance(value, str):
         return _encode_name(value, type_)
     if isinstance(value, list):
@@ -190,7 +189,7 @@ def _encode_enum(target: Target | None, member: str) -> Any:
 
 
 def _find_tuples(data: Mapping[str, Any], target: Target) -> list[str]:
-    """The fields whose value is a tuple."""
+    """Return the fields whose value is a tuple."""
     found = []
     for key, value in data.items():
         type_ = target.fields[key].type if key in target.fields else ()

@@ -268,10 +268,9 @@ class _Editor:
         start, end = self._spans.find_span(node)
         lines = dump_yaml([data]).split("\n")[:-1]
         gap = self._find_missing_space(start)
-        column = start - self._spans.find_line_start(start) + len(gap)
-        if (
-            place.kind == "top" and self._text[self._spans.find_line_start(start) : start].strip()
-        ):  # after a document marker (---)
+        line = self._spans.find_line_start(start)
+        column = start - line + len(gap)
+        if place.kind == "top" and self._text[line:start].strip():  # after a document marker (---)
             gap, column = self._newline, 0
         indent = self._newline + " " * column
         self._splice(start, end, gap + indent.join(line[2:] for line in lines) + self._find_tail(node))
