@@ -18,7 +18,7 @@ from bridge.dist.run.start import prepare
 
 
 def make_rank(number: int, world_size: int = 4, local_rank: int | None = None) -> RankEnvironment:
-    return RankEnvironment(make_rank=number, world_size=world_size, address="localhost", port=1, local_rank=local_rank)
+    return RankEnvironment(rank=number, world_size=world_size, address="localhost", port=1, local_rank=local_rank)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ GIB = 2**30
 def make_rank_report(index: int, *, allocated: int) -> RankReport:
     wrappers = ["DistributedDataParallel", "Float16Module", "GPTModel"]
     return RankReport(
-        make_rank_report=index,
+        rank=index,
         tp=index,
         pp=0,
         dp=0,
