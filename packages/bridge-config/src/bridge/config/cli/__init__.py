@@ -1,4 +1,4 @@
 """The command line: the `bridge` command, and the commands of bridge-config.
 
-It imports everything of `bridge.config`; nothing imports it but entry points and tests.
+It may import everything in `bridge.config`. Only entry points and tests import it.
 """

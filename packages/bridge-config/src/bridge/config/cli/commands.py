@@ -1,4 +1,4 @@
-"""The commands of bridge-config. They need no torch: documents are checked against the shipped descriptions."""
+"""The commands of bridge-config. They check documents against the shipped table and do not need torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Check = Callable[[Document], list[Problem]]
 
 LAYOUT_CHECKS = "bridge.preflight"
-"""The entry-point group of functions of a document, sizes by axis and, by name, a wrapper, that return problems."""
+"""The entry-point group of functions that check a document: `(document, sizes, *, wrapper=...) -> problems`."""
 
 _SIZE = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
 _FILE = "FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input."
@@ -38,10 +38,11 @@ _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 
 
 def _parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, int] | None:
-    """A layout as sizes by axis."""
+    """Parse the option --layout into sizes by axis."""
     if text is None:
         return None
     pairs = [part.strip().partition("=") for part in text.split(",")]
+    # Fewer sizes than pairs: an axis was given twice, or a size is malformed.
     sizes = {axis: int(size) for axis, _, size in pairs if _SIZE.fullmatch(size)}
     if len(sizes) < len(pairs):
         raise click.BadParameter(
@@ -125,7 +126,7 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @_as_json
 @click.pass_context
 def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_code: bool, as_json: bool) -> None:
-    """Print what differs between two documents."""
+    """Print the differences between two documents."""
     from bridge.config.compare import find_differences
 
     _check_sources([first, second])
@@ -220,14 +221,14 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
 )
 @_as_json
 def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
-    """Print a document in the present form."""
+    """Print a document in the current format."""
     from bridge.config.documents.document import Document
 
     if write and to_form:
         raise click.UsageError("--write and --to exclude each other: use one of them")
     document = Document.load(file)
     with _collect_omissions() as omissions:
-        document.check()  # first: as `validate`, it tells all problems, and migrating only those that it meets
+        document.check()  # first, since migrating stops at the first problems that it meets
     notes = document.migrate() + omissions
     if write:
         document.save()
@@ -235,7 +236,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
         from bridge.config.canonical import canonicalize
         from bridge.config.foreign.run_config import to_run_config
 
-        with _collect_omissions():  # told already
+        with _collect_omissions():  # already reported by the check
             theirs = to_run_config(canonicalize(document.data))
         document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
     _print_notes(file, notes)
@@ -244,7 +245,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Files and overrides, in order."""
+    """Split arguments into files and overrides."""
     overrides = [argument for argument in arguments if is_override(argument)]
     sources = [argument for argument in arguments if not is_override(argument)]
     if not sources:
@@ -257,13 +258,13 @@ def _split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 
 def _check_sources(sources: list[str]) -> None:
-    """Refuse standard input twice: it is read to its end once."""
+    """Refuse standard input given twice, since it can be read only once."""
     if sources.count("-") > 1:
         raise click.UsageError("standard input (-) can be read only once: name a file")
 
 
 def _check_document(source: str, overrides: list[str], checks: list[Check]) -> tuple[list[Problem], list[str]]:
-    """What is wrong with a document, and what was done to bring it into the present form."""
+    """Return the problems of a document, and notes about its conversion to the current format."""
     from bridge.config.documents.document import Document
 
     with _collect_omissions() as omissions:
@@ -276,7 +277,7 @@ def _check_document(source: str, overrides: list[str], checks: list[Check]) -> t
 
 
 def _load_layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
-    """The installed checks of documents against a layout."""
+    """Load the installed checks of documents against a layout."""
     points = entry_points(group=LAYOUT_CHECKS)
     if not points:
         raise click.UsageError("--layout requires bridge-dist, which is not installed: pip install bridge-dist")
@@ -285,14 +286,14 @@ def _load_layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]
     def check(document: Document, function: Callable[..., list[Problem]]) -> list[Problem]:
         try:
             return function(document, layout, **wrapper)
-        except BridgeError as error:  # an axis or a wrapper that it does not know
+        except BridgeError as error:  # an unknown axis or wrapper
             raise click.UsageError(str(error)) from error
 
     return [partial(check, function=point.load()) for point in points]
 
 
 def _load_checked(source: str, *, defaults: bool) -> Checked:
-    """A document that was checked; what it leaves out is told."""
+    """Load and check a document; print notes about values that it leaves out."""
     from bridge.config.documents.document import Document
 
     with _collect_omissions() as notes:
@@ -303,7 +304,7 @@ def _load_checked(source: str, *, defaults: bool) -> Checked:
 
 @contextlib.contextmanager
 def _collect_omissions() -> Iterator[list[str]]:
-    """What the documents that are read inside leave out; known at the end, and no warnings of the program."""
+    """Collect the OmittedWarnings raised inside into the yielded list, filled on exit; other warnings pass."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", OmittedWarning)

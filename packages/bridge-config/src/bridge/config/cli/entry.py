@@ -1,4 +1,4 @@
-"""The `bridge` command: a group whose commands are declared by the installed distributions.
+"""The `bridge` command, whose subcommands are declared by installed distributions.
 
 A distribution declares a click command in the entry-point group `bridge.commands`. Its module must be cheap to import:
 `bridge --help` loads every command for its help line.
@@ -24,7 +24,7 @@ from bridge.config.frames import describe
 
 GROUP = "bridge.commands"
 
-# Which package declares a command: said where it is not installed.
+# The package of each command, for the message if it is not installed.
 _PACKAGES = {
     **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
     **dict.fromkeys(("presets", "from-hf", "to-hf"), "bridge-models"),
@@ -34,7 +34,7 @@ _DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-mod
 
 
 class _Commands(click.Group):
-    """The declared commands; one that cannot be loaded says so itself and leaves the others alone."""
+    """The declared commands. One that cannot be loaded fails with the reason when it runs; the others work."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_find_commands())
@@ -49,7 +49,7 @@ class _Commands(click.Group):
             return _make_broken_command(point, f"{type(error).__name__}: {error}")
         if not isinstance(command, click.Command):
             return _make_broken_command(point, "it is not a click command")
-        command = copy.copy(command)
+        command = copy.copy(command)  # the module's own object must not get the option
         command.params = [*command.params, _make_traceback_option()]
         return command
 
@@ -65,12 +65,12 @@ class _Commands(click.Group):
 
 
 def _make_traceback_option() -> click.Option:
-    """The option of every command that `main` looks for."""
+    """Return the option --traceback of every command. `main` looks for it among the arguments."""
     return click.Option([_TRACEBACK], is_flag=True, expose_value=False, help="Print the full traceback on errors.")
 
 
 def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Print the version of each distribution, as its metadata says: importing torch would take seconds."""
+    """Print the version of each distribution from its metadata: importing torch would take seconds."""
     if not value or ctx.resilient_parsing:
         return
     for name in _DISTRIBUTIONS:
@@ -91,13 +91,16 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool)
     help="Print the versions of Bridge's packages, megatron-core and torch.",
 )
 def bridge() -> None:
-    """Model configurations as data: check them, show them, build distributed models from them."""
+    """Check, show and convert model configurations, and build distributed models from them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the `bridge` command. Exit codes: 0 fine, 1 the input is at fault, 2 usage, 128 + the number of a signal."""
+    """Run the `bridge` command.
+
+    Exit codes: 0 success, 1 an error, 2 wrong usage, 128 + N ended by signal N.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # documents are UTF-8; names of files need not be
+        if isinstance(stream, TextIOWrapper):  # documents are UTF-8, but file names may not be
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         with _exit_on_signals():
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             click.echo(f"the output cannot be written: {error.strerror}", err=True)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
         elif _TRACEBACK in (sys.argv[1:] if arguments is None else arguments):
             raise
         elif isinstance(error, BridgeError):
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """End the command by an exit on Ctrl-C and SIGTERM, so that what it started is ended and cleaned up too."""
+    """Exit on SIGINT and SIGTERM by an exception, so that child processes are ended and temporary files removed."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, _exit) for number in numbers}
     try:
@@ -128,7 +131,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _exit(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # who sends it again does not want to wait
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise SystemExit(128 + number)
 
 
@@ -138,7 +141,7 @@ def _find_commands() -> dict[str, EntryPoint]:
 
 
 def _make_broken_command(point: EntryPoint, reason: str) -> click.Command:
-    """Stands in for a command that cannot be loaded."""
+    """Return a replacement for a command that cannot be loaded, which fails with the reason."""
     owner = point.dist.name if point.dist else point.value
 
     def fail(arguments: tuple[str, ...]) -> None:

@@ -1,5 +1,5 @@
-"""Documents: data that remembers where it came from, and the files, presets and overrides that it is made of.
+"""Documents: data that knows its source, and the files, presets and overrides that it comes from.
 
-It imports everything of `bridge.config` but the command line. Nothing but the command line and `bridge.config` itself
-imports it.
+It may import everything in `bridge.config` except the command line. Only the command line and `bridge.config` itself
+import it.
 """

@@ -1,4 +1,4 @@
-"""Values in plain data, by their path."""
+"""Read, set and remove values in plain data by path."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bridge.config.problems import describe_value
 
 
 def get_value(data: Any, path: Path) -> Any:
-    """The value at `path`.
+    """Return the value at `path`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no value.
     """
     node = data
     for depth, key in enumerate(path):
@@ -25,15 +25,16 @@ def get_value(data: Any, path: Path) -> Any:
 
 
 def set_value(data: Any, path: Path, value: Any) -> None:
-    """Put `value` at `path`, which is not empty; mappings on the way are made where there are none.
+    """Set the value at `path`, which must not be empty. Missing mappings are created.
 
     Raises:
-        ConfigError: something on the way is neither a mapping nor a list that is long enough.
+        ConfigError: `path` leads through a value that is not a mapping, or past the end of a list.
     """
     *before, last = path
     node = data
     for depth, key in enumerate(before):
         if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+            # null counts as missing. Built before it is attached: on an error, `data` is unchanged.
             node[key] = _nest(path[depth + 1 :], value, format_path(path[: depth + 1]))
             return
         node = _step_into(node, path, depth)
@@ -43,24 +44,24 @@ def set_value(data: Any, path: Path, value: Any) -> None:
 
 
 def remove_value(data: Any, path: Path) -> None:
-    """Remove the value at `path`, which is not empty.
+    """Remove the value at `path`, which must not be empty.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no value.
     """
     get_value(data, path)
     del get_value(data, path[:-1])[path[-1]]
 
 
 def copy_data(data: Any) -> Any:
-    """`data` with mappings and lists of its own."""
+    """Return a copy of `data` with new mappings and lists."""
     if isinstance(data, dict):
         return {key: copy_data(value) for key, value in data.items()}
     return [copy_data(value) for value in data] if isinstance(data, list) else data
 
 
 def _step_into(node: Any, path: Path, depth: int) -> Any:
-    """What `node`, which stands `depth` steps down `path`, has at the next step."""
+    """Return the value in `node`, which is at `path[:depth]`, at the next step of `path`."""
     key = path[depth]
     if not _has_item(node, key):
         size = f" of length {len(node)}" if isinstance(node, list) else ""
@@ -75,7 +76,7 @@ def _has_item(node: Any, key: str | int) -> bool:
 
 
 def _nest(path: Path, value: Any, above: str) -> Any:
-    """`value` inside the mappings that are on `path`, below `above`."""
+    """Return `value` wrapped in mappings with the keys in `path`. `above` is the path before, for the error."""
     for key in reversed(path):
         if not isinstance(key, str):
             raise ConfigError(f"{above} is not a list, or not in the document: set the whole list")

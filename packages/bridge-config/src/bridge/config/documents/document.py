@@ -1,4 +1,4 @@
-"""Documents: plain data with a memory of where each value came from."""
+"""Document: a configuration as plain data, with the source of each value."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from bridge.config.text.dump import dump_json, dump_yaml
 from bridge.config.text.edit import edit_text
 from bridge.config.text.parse import ParsedText, parse_json, parse_yaml
 
-# `bridge --help` and `bridge show` need this module, and nothing that checks a document: that takes 30 ms to import, as
-# long as all the rest. So the methods import what they need of it.
+# `bridge --help` and `bridge show` need this module, but not the modules that check documents. Those take 30 ms to
+# import, as long as all others together, so the methods that need them import them.
 if TYPE_CHECKING:
     from bridge.config.compare import Difference
     from bridge.config.read.decode import Checked
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Document:
-    """A configuration as plain data, before any class has seen it."""
+    """A configuration as plain data. No class of the configuration needs to be installed."""
 
     data: dict[str, Any]
     source: str = ""
-    """The file or preset that the data came from; empty if from neither."""
+    """The file or preset that the data came from; empty if there is none."""
 
     _provenance: Provenance = field(default_factory=Provenance, repr=False, compare=False)
     _is_converted: bool = field(default=False, repr=False, compare=False)
-    """Whether the data is what `migrate` made of a document of the reference, whose file says more than that."""
+    """True if `migrate` converted a document of another system, whose file holds more than the model."""
 
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
-        """The document in a `.yaml`, `.yml` or `.json` file, or the preset of that name, or on standard input.
+        """Load a document from a `.yaml`, `.yml` or `.json` file, a preset, or standard input.
 
         Args:
-            source: the file, or the preset's name, or `-` for standard input, which is YAML or JSON.
-            overrides: `path=value` sets (the value is YAML), `~path` removes; in order.
+            source: A file, the name of a preset, or `-` for standard input (YAML or JSON).
+            overrides: Applied in order: `path=value` sets a value, written in YAML, and `~path` removes one.
 
         Raises:
-            DocumentError: it cannot be read, is no mapping, or an override is malformed or does not apply.
+            DocumentError: the source cannot be read or is not a mapping, or an override is malformed or does not apply.
         """
         source = str(source)
         found = _parse(read_source(source), source)
@@ -69,37 +69,37 @@ class Document:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
-        """The document that describes `config`."""
+        """Return the document of a configuration."""
         return cls(config.as_dict())
 
     @classmethod
     def from_text(cls, text: ParsedText, source: str) -> Self:
-        """The document that `text` says, a mapping read from `source`."""
+        """Return the document of a parsed text, a mapping that was read from `source`."""
         return cls(text.data, source, Provenance(text))
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path such as `transformer.num_layers` or `blocks[0].size`.
+        """Return the value at a dotted path such as `transformer.num_layers` or `blocks[0].size`.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no value.
         """
         return get_value(self.data, parse_path(path))
 
     def set(self, path: str, value: Any) -> None:
-        """Put `value` at a dotted path; mappings on the way are made where there are none.
+        """Set the value at a dotted path. Missing mappings are created.
 
         Raises:
-            ConfigError: something on the way is neither a mapping nor a list that is long enough.
+            ConfigError: the path leads through a value that is not a mapping, or past the end of a list.
         """
         steps = self._parse_inner_path(path)
         set_value(self.data, steps, value)
-        self._provenance.note_set(steps, self.source)  # no line of it has this value
+        self._provenance.note_set(steps, self.source)  # without a line: no line of the text has this value
 
     def remove(self, path: str) -> None:
         """Remove the value at a dotted path.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no value.
         """
         steps = self._parse_inner_path(path)
         remove_value(self.data, steps)
@@ -108,15 +108,16 @@ class Document:
     def override(self, overrides: Sequence[str]) -> None:
         """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
 
-        In a document of the reference, a path that begins with none of its sections leads into its model.
+        In a document of another system, such as a `run_config.yaml`, a path that does not begin with one of its
+        sections is a path in the converted model.
 
         Raises:
-            DocumentError: lists those that are malformed or do not apply; then none is applied.
+            DocumentError: lists all overrides that are malformed or do not apply. None is applied then.
         """
         if isinstance(overrides, str):
             raise ConfigError(f"expected a list of overrides, got a string: write [{overrides!r}]")
         try:
-            data = copy_data(self.data)
+            data = copy_data(self.data)  # the document changes only if all overrides apply
         except RecursionError:
             raise make_source_error(self.source, "nested too deeply") from None
         changed = replace(self, data=data, _provenance=self._provenance.copy())
@@ -133,10 +134,10 @@ class Document:
         self.data, self._provenance = changed.data, changed._provenance
 
     def config(self) -> ModelConfig:
-        """The configuration that the document describes.
+        """Create the configuration that the document describes.
 
         Raises:
-            DocumentError: it describes none; every problem with the file, line and column of its value.
+            DocumentError: lists every problem with file, line and column.
         """
         from bridge.config.read.decode import decode_config
 
@@ -144,13 +145,13 @@ class Document:
             return decode_config(self.data, ModelConfig)
 
     def check(self, *, defaults: bool = False) -> Checked:
-        """Check the document against the shipped descriptions: no class is needed, and none is made.
+        """Check the document against the shipped table, without importing or creating any class.
 
         Args:
-            defaults: whether the result has the defaults of fields that the document leaves out.
+            defaults: Add the defaults of fields that the document leaves out to the result.
 
         Raises:
-            DocumentError: it describes no configuration; every problem with the file, line and column of its value.
+            DocumentError: lists every problem with file, line and column.
         """
         from bridge.config.read.decode import check
 
@@ -158,10 +159,10 @@ class Document:
             return check(self.data, defaults=defaults)
 
     def fingerprint(self) -> str:
-        """The fingerprint of what the document says, see `bridge.config.canonical.fingerprint`.
+        """Return the fingerprint of the document's contents, see `bridge.config.canonical.fingerprint`.
 
         Raises:
-            DocumentError: it describes no configuration; every problem with the file, line and column of its value.
+            DocumentError: lists every problem with file, line and column.
         """
         from bridge.config.canonical import fingerprint
 
@@ -169,24 +170,24 @@ class Document:
             return fingerprint(self.data)
 
     def diff(self, other: Document, *, defaults: bool = True) -> list[Difference]:
-        """What differs in `other`, field by field.
+        """Return the differences of `other` from this document, field by field.
 
         Args:
-            other: the document to compare with.
-            defaults: whether a field that is left out counts as given with its default.
+            other: The document to compare with.
+            defaults: Count a field that is left out as set to its default.
 
         Raises:
-            DocumentError: one of them describes no configuration.
+            DocumentError: one of the documents has problems.
         """
         from bridge.config.compare import find_differences
 
         return list(find_differences(self.check(defaults=defaults), other.check(defaults=defaults)))
 
     def migrate(self) -> list[str]:
-        """Bring the document into the present form: of this version, and Bridge's own. Returns what was done.
+        """Convert the document to Bridge's current form; return notes about the changes.
 
         Raises:
-            DocumentError: it has no such form; every problem with the file, line and column of its value.
+            DocumentError: the document cannot be converted; lists every problem with file, line and column.
         """
         from bridge.config.read.decode import migrate_document
         from bridge.config.read.lookup import TableLookup
@@ -203,17 +204,17 @@ class Document:
 
     @contextlib.contextmanager
     def locate_problems(self) -> Iterator[None]:
-        """Add file, line and column to the problems that a reader of the data finds inside."""
+        """Add file, line and column to the problems of a DocumentError raised inside."""
         try:
             yield
         except DocumentError as error:
             raise DocumentError(self._provenance.locate(error.problems, self.source)) from error.__cause__
 
     def to_yaml(self) -> str:
-        """The document as YAML text: what it was loaded from, if that was YAML, changed only where the data changed.
+        """Return the document as YAML. If it was loaded from YAML, that text changes only where the data changed.
 
         Raises:
-            ConfigError: the text cannot be changed so, or YAML cannot say the data.
+            ConfigError: the layout of the text does not allow the change, or YAML cannot express the data.
         """
         self._check_top()
         if (text := self._get_yaml_text()) is None:
@@ -221,16 +222,16 @@ class Document:
         return edit_text(text, self.data, self._provenance.dropped)
 
     def to_json(self) -> str:
-        """The document as JSON text.
+        """Return the document as JSON.
 
         Raises:
-            ConfigError: JSON cannot say the data.
+            ConfigError: JSON cannot express the data.
         """
         self._check_top()
         return dump_json(self.data)
 
     def _get_yaml_text(self) -> ParsedText | None:
-        """The YAML text that the document was loaded from, if it was from one."""
+        """Return the YAML text that the document was loaded from, or None."""
         text = self._provenance.text
         return text if text is not None and text.kind == "yaml" else None
 
@@ -239,16 +240,16 @@ class Document:
             raise ConfigError(f"expected a mapping at the top of the document, got {describe_value(self.data)}")
 
     def save(self, path: str | FilePath | None = None) -> None:
-        """Write the document to a `.yaml`, `.yml` or `.json` file, whole or not at all; from then on it is that file's.
+        """Write the document to a `.yaml`, `.yml` or `.json` file, which becomes the source of the document.
 
-        YAML text that the document was loaded from keeps its comments. A new YAML file names its JSON Schema for
-        editors, and a schema that is named so is put beside its file unless it is there.
+        The file is replaced atomically. YAML keeps the comments of the text that the document was loaded from. A new
+        YAML file names its JSON Schema for editors, and the schema is written beside it unless the file exists.
 
         Args:
-            path: the file; without it, the file that the document was loaded from.
+            path: The file to write. By default, the file that the document was loaded from.
 
         Raises:
-            ConfigError: there is no such file, or it cannot be written, or the data has no such text.
+            ConfigError: there is no file to write to, it cannot be written, or the format cannot express the data.
         """
         file = self._get_own_file() if path is None else FilePath(path)
         check_name(str(file))
@@ -258,14 +259,14 @@ class Document:
         text = self.to_json() + "\n" if is_json else self.to_yaml()
         if not (is_json or is_own):
             text = add_schema_line(text, self.data.get("_target_"))
-        saved = _parse(text, str(file))
+        saved = _parse(text, str(file))  # before writing: an error here must not leave a changed file
         write_file(file, text)
         self.source, self._provenance, self._is_converted = str(file), Provenance(saved), False
         if not is_json:
             write_schema_beside(file, saved.text, self.data.get("_target_"))
 
     def _get_own_file(self) -> FilePath:
-        """The file that the document was loaded from."""
+        """Return the file that the document was loaded from, if it can be overwritten."""
         if not self.source:
             raise ConfigError("this document was not loaded from a file: give a path to save it to")
         if self.source == STANDARD_INPUT:
@@ -289,7 +290,7 @@ class Document:
         self._provenance.note_set(path, origin)
 
     def _resolve_path(self, text: str) -> Path:
-        """The path that an override names; in one of the reference, what it names in the model's present form."""
+        """Return the path of an override, which in another system's document may be a path in the converted model."""
         from bridge.config.foreign.recognize import convert_foreign
         from bridge.config.read.decode import CurrentDocument
 
@@ -298,7 +299,7 @@ class Document:
             return path
         try:
             step = convert_foreign(self.data)
-        except DocumentError:  # a model that is not known has no present form
+        except DocumentError:  # the model is unknown: reading the document reports it
             return path
         return CurrentDocument(self.data, step.data, (step,)).origin(path)
 
@@ -310,16 +311,16 @@ class Document:
 
 
 def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelConfig:
-    """The configuration in a file or preset, with overrides applied; see `Document.load` and `Document.config`.
+    """Load a configuration from a file or preset, with overrides; see `Document.load` and `Document.config`.
 
     Raises:
-        DocumentError: it cannot be read, or describes no configuration; lists every problem.
+        DocumentError: the source cannot be read, or the document has problems; lists every problem.
     """
     return Document.load(source, overrides).config()
 
 
 def _parse(text: str, source: str) -> ParsedText:
     if source == STANDARD_INPUT and text.startswith("{"):
-        with contextlib.suppress(DocumentError):  # a mapping of YAML may begin so too
+        with contextlib.suppress(DocumentError):  # a YAML mapping can also start with a brace
             return parse_json(text, source)
     return parse_json(text, source) if source.endswith(".json") else parse_yaml(text, source)

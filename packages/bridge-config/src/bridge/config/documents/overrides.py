@@ -1,4 +1,4 @@
-"""Overrides, as command lines have them: `path=value` sets a value, `~path` removes one."""
+"""Parse overrides on command lines: `path=value` sets a value, `~path` removes one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _OVERRIDE = re.compile(rf"\+{{0,2}}(?P<path>{_PATH})=(?P<value>.*)|~(?P<removed>
 
 
 def is_override(text: str) -> bool:
-    """Whether a command line argument is an override rather than a file."""
+    """Return whether a command line argument is an override rather than a file."""
     return _OVERRIDE.fullmatch(text) is not None and not os.path.exists(text)
 
 
 def suggest_override(text: str) -> str | None:
-    """The override that a text without an equals sign may be meant as, such as `num_layers` or `num_layers:8`."""
+    """Suggest an override for text without an equals sign, such as `num_layers` or `num_layers:8`."""
     match = _FORGOTTEN_EQUALS.fullmatch(text)
     if match is None or FilePath(text).suffix in SUFFIXES:
         return None
@@ -28,10 +28,10 @@ def suggest_override(text: str) -> str | None:
 
 
 def split_override(text: str) -> tuple[str, str | None]:
-    """The path that an override names, and the YAML text of its value; None if it removes what is there.
+    """Return the path of an override and the YAML text of its value, which is None for a removal.
 
     Raises:
-        ConfigError: it is malformed.
+        ConfigError: the override is malformed.
     """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
@@ -43,5 +43,5 @@ def split_override(text: str) -> tuple[str, str | None]:
 
 
 def describe_override(text: str) -> str:
-    """How problems name an override as the place that a value came from."""
+    """Return the name of an override for problems with its value."""
     return f"override {text!r}"

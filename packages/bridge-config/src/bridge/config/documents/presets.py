@@ -1,6 +1,6 @@
-"""The presets that installed distributions ship: documents known by name.
+"""Find presets: named documents that installed distributions ship.
 
-A distribution declares a package in the entry-point group `bridge.presets`; each `*.yaml` in it is a preset.
+A distribution declares a package in the entry-point group `bridge.presets`. Each `*.yaml` file in it is a preset.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ GROUP = "bridge.presets"
 
 
 def list_presets() -> dict[str, Traversable]:
-    """Every preset's file by its name, sorted by name. A name that two presets have is nobody's.
+    """Return the file of every preset by name, sorted. A name with two files is left out.
 
     Raises:
-        ConfigError: a declared package is not there.
+        ConfigError: a declared package is missing.
     """
     return {name: files[0] for name, files in sorted(_find_presets().items()) if len(files) == 1}
 
 
 def find_preset(name: str) -> Traversable | None:
-    """The file of the preset called `name`; None if there is none.
+    """Return the file of a preset, or None.
 
     Raises:
-        ConfigError: two are called so, or a declared package is not there.
+        ConfigError: two presets have the name, or a declared package is missing.
     """
     found = _find_presets().get(name, [])
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""Where the values of a document came from: its text, overrides, and what moved them since."""
+"""Track the source of each value of a document through overrides and migrations."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class Provenance:
-    """The text that a document was read from, and what was done to its values since."""
+    """The text that a document was read from, and the changes to its values since."""
 
     text: ParsedText | None = None
     dropped: frozenset[Node] = frozenset()
-    """The removed items of lists: those after them have another index now than in the text."""
+    """Removed list items. The items after them have other indices in the data than in the text."""
 
     _origins: dict[Path, str] = field(default_factory=dict)
-    """What values that were set came from: an override, or the source without a place in it."""
+    """The source of values that were set: an override, or the document without a line."""
 
     _migrations: tuple[Migration, ...] = ()
-    """How the data came to stand elsewhere than in the text."""
+    """Migrations that moved values away from their place in the text."""
 
     _given_origins: dict[Path, str] = field(default_factory=dict)
-    """What `_origins` was before that, by the places in the text."""
+    """The origins before the migrations, by path in the text."""
 
     def copy(self) -> Self:
-        """One that can be changed without changing this one."""
+        """Return an independent copy."""
         return replace(self, _origins=dict(self._origins))
 
     def note_set(self, path: Path, origin: str) -> None:
-        """Note that the value at `path` was replaced by one that came from `origin`."""
+        """Record that the value at `path` was replaced by one from `origin`."""
         self._forget(path)
         self._origins[path] = origin
 
     def note_removed(self, path: Path, source: str) -> None:
-        """Note that the value at `path` was removed from the document of `source`."""
+        """Record that the value at `path` was removed from the document of `source`."""
         is_item = isinstance(path[-1], int)
         if is_item:
             self._drop(path, source)
@@ -51,13 +51,13 @@ class Provenance:
             self._origins = {_shift_index(at, path): text for at, text in self._origins.items()}
 
     def note_migrated(self, steps: tuple[Migration, ...]) -> None:
-        """Note that the data went through `steps`."""
+        """Record that `steps` converted the data."""
         self._given_origins |= {self._find_text_path(at): text for at, text in self._origins.items()}
         self._migrations += steps
         self._origins = {}
 
     def locate(self, problems: Iterable[Problem], source: str) -> list[Problem]:
-        """Problems of the document of `source` with file, line and column, in the order of the text."""
+        """Return problems with file, line and column, in text order."""
         located = [self._locate(problem, source) for problem in problems]
         return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
@@ -73,11 +73,11 @@ class Provenance:
         return Problem(problem.path, problem.message, source, *place)
 
     def _forget(self, path: Path) -> None:
-        """Forget which overrides the values at `path` and below came from: they have been replaced."""
+        """Forget the origins of the values at `path` and below, which were replaced."""
         self._origins = {at: text for at, text in self._origins.items() if at[: len(path)] != path}
 
     def _find_nodes(self, path: Path) -> list[Node]:
-        """What stands in the text along a path, from the top on, as far as there is anything."""
+        """Return the nodes of the text along a path, from the root to the last one that exists."""
         node = self.text.root if self.text else None
         found: list[Node] = []
         for step in (*self._find_text_path(path), None):
@@ -93,29 +93,29 @@ class Provenance:
         return found
 
     def _drop(self, path: Path, source: str) -> None:
-        """Note that the item at `path` is removed from its list. What an alias stands for stays."""
+        """Record that the list item at `path` was removed. Behind an alias, the anchored list keeps the item."""
         nodes = self._find_nodes(path)
         if any(node.alias for node in nodes[:-1]):
-            self._origins.setdefault(path[:-1], source)  # its items now have other indices than those in the text
+            self._origins.setdefault(path[:-1], source)  # indices no longer match the text
         elif len(nodes) == len(path) + 1:
             self.dropped |= {nodes[-1]}
 
     def _find_text_path(self, path: Path) -> Path:
-        """Where the value that is now at `path` stands in the text."""
+        """Return the path in the text of the value that is now at `path`."""
         if not self._migrations:
             return path
-        from bridge.config.read.decode import original_path  # loaded already, as it was migrated
+        from bridge.config.read.decode import original_path  # already loaded by the migration
 
         return original_path(path, self._migrations)
 
 
 def _find_origin(origins: dict[Path, str], path: Path) -> str | None:
-    """Where the value at `path` came from: said for it, or for what it is in."""
+    """Return the origin of the value at `path`, or of the closest value around it; None if none is recorded."""
     return next((origins[path[:length]] for length in range(len(path), -1, -1) if path[:length] in origins), None)
 
 
 def _shift_index(path: Path, gone: Path) -> Path:
-    """`path` once the item at `gone` is removed from its list."""
+    """Return `path` as it is after the list item at `gone` was removed."""
     *above, index = gone
     depth = len(above)
     if len(path) > depth and path[:depth] == gone[:-1] and path[depth] > index:  # type: ignore[operator]  # both in a list

@@ -1,4 +1,4 @@
-"""Saving: files written whole or not at all, and the JSON Schema that editors find beside a YAML file."""
+"""Write files atomically, and the JSON Schema of a YAML file beside it for editors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODELINE = re.compile(r"^\ufeff?#\s*yaml-language-server:(?:\s*\$schema=(?P<sch
 
 
 def add_schema_line(text: str, target: object) -> str:
-    """The YAML `text` of a new file, with the line that names the JSON Schema of `target` if there is one."""
+    """Return YAML text with a first line that names the JSON Schema of `target`, if `target` has one."""
     if _MODELINE.search(text) or _make_schema(target) is None:
         return text
     mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
@@ -26,8 +26,9 @@ def add_schema_line(text: str, target: object) -> str:
 
 
 def write_schema_beside(file: FilePath, text: str, target: object) -> None:
-    """Put the JSON Schema that the text of `file` names beside it, unless it is there. Where else it may be is not
-    looked.
+    """Write the JSON Schema that the text of `file` names beside it, unless it exists.
+
+    Other locations are not searched.
     """
     named = _MODELINE.search(text)
     beside = file.with_name(_make_schema_name(target))
@@ -37,12 +38,12 @@ def write_schema_beside(file: FilePath, text: str, target: object) -> None:
 
 
 def write_file(file: FilePath, text: str) -> None:
-    """Put `text` into a file: all of it or, where that fails, nothing.
+    """Write `text` to a file atomically: on failure, the file is unchanged.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
-    target = FilePath(os.path.realpath(file))  # a link stays one
+    target = FilePath(os.path.realpath(file))  # replace the target of a link, not the link
     if target.exists() and not target.is_file():
         raise ConfigError(f"{file} cannot be written: not a regular file")
     written = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
@@ -50,7 +51,7 @@ def write_file(file: FilePath, text: str) -> None:
         with written.open("xb") as stream:
             stream.write(text.encode())
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(stream.fileno())  # after a crash, the renamed file must not be empty
         if target.exists():
             shutil.copymode(target, written)
         written.replace(target)
@@ -62,15 +63,15 @@ def write_file(file: FilePath, text: str) -> None:
 
 
 def _make_schema(target: object) -> dict[str, Any] | None:
-    """The JSON Schema of the config that `target` names; None if there is none."""
-    from bridge.config.schema.jsonschema import json_schema  # 20 ms that only new files need
+    """Return the JSON Schema of the configuration class `target`, or None."""
+    from bridge.config.schema.jsonschema import json_schema  # takes 20 ms, needed only for new files
 
     try:
         return json_schema(target) if isinstance(target, str) else None
-    except TargetError:  # a class of the running program, say
+    except TargetError:  # for example, a class of the running program
         return None
 
 
 def _make_schema_name(target: object) -> str:
-    """What the file of the JSON Schema is called."""
+    """Return the file name of the JSON Schema."""
     return f"{str(target).rpartition('.')[2]}.schema.json"

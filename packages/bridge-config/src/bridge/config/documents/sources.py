@@ -1,4 +1,4 @@
-"""What stands for a document: a file, a preset's name, or standard input; and its text."""
+"""Read the text of a document from a file, a preset or standard input."""
 
 from __future__ import annotations
 
@@ -14,45 +14,46 @@ from bridge.config.errors import DocumentError, Problem, find_closest
 from bridge.config.text.limits import MAX_BYTES
 
 STANDARD_INPUT = "-"
-"""What stands for standard input where a file is asked for."""
+"""The name for standard input in place of a file."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _CHUNK = 2**16
 
 
 def is_source(text: str) -> bool:
-    """Whether there is a file or a preset of this name, or it stands for standard input."""
+    """Return whether `text` names an existing file, a preset or standard input."""
     return text == STANDARD_INPUT or os.path.exists(text) or find_preset(text) is not None
 
 
 def is_preset(source: str) -> bool:
-    """Whether only a preset can be meant, or one is and no file of that name is there."""
+    """Return whether `source` must be a preset: it has no document suffix, or there is a preset but no file."""
     return FilePath(source).suffix not in SUFFIXES or (not os.path.exists(source) and source in list_presets())
 
 
 def read_source(source: str) -> str:
-    """The text of a file or preset, or of standard input.
+    """Return the text of a file, a preset or standard input.
 
     Raises:
-        DocumentError: it cannot be read.
+        DocumentError: the source cannot be read.
     """
     check_name(source)
     return _read_preset(source) if source != STANDARD_INPUT and is_preset(source) else read_file(source)
 
 
 def read_file(source: str) -> str:
-    """The text of a file that somebody names, or of standard input if they name `-`.
+    """Return the text of a file, or of standard input for `-`.
 
     Raises:
-        DocumentError: it cannot be read, is no regular file, too large, or not UTF-8.
+        DocumentError: the file cannot be read, is not a regular file, is too large, or is not UTF-8.
     """
     check_name(source)
     if source == STANDARD_INPUT:
         return _decode(sys.stdin.buffer.read(MAX_BYTES + 1), source)
     try:
-        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may never end, or do things when opened
+        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may block forever, or act when opened
             raise make_source_error(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:
+            # In chunks: one read of MAX_BYTES + 1 would allocate that much for every small file.
             chunks = iter(partial(stream.read, _CHUNK), b"")
             return _decode(b"".join(islice(chunks, MAX_BYTES // _CHUNK + 1)), source)
     except FileNotFoundError as error:
@@ -62,7 +63,7 @@ def read_file(source: str) -> str:
 
 
 def suggest_source(source: str) -> str:
-    """The end of a message about a source that is not there: the nearest document beside it, or preset, or nothing."""
+    """Return the end of a message about a missing source: the closest file or preset name, or an empty string."""
     file = FilePath(source)
     try:
         entries = os.listdir(file.parent)
@@ -76,10 +77,10 @@ def suggest_source(source: str) -> str:
 
 
 def check_name(source: str) -> None:
-    """Refuse what can be no file's name.
+    """Check that `source` is a valid file name.
 
     Raises:
-        DocumentError: it is none.
+        DocumentError: it is not.
     """
     try:
         is_name = b"\0" not in os.fsencode(source)
@@ -90,7 +91,7 @@ def check_name(source: str) -> None:
 
 
 def make_source_error(source: str, message: str) -> DocumentError:
-    """The error about a source as a whole."""
+    """Return an error about a whole source."""
     return DocumentError([Problem("$", message, source)])
 
 
