@@ -56,7 +56,7 @@ BAD_INPUT = {
     "Megatron-FSDP with a pipeline": (
         "good.yaml",
         ["--nproc", "2", "--pp", "2", "--wrap", "megatron-fsdp"],
-        "Megatron-FSDP fails in a pipeline: set pp = 1, or wrap with ddp [megatron-fsdp-pipeline]",
+        "Megatron-FSDP does not support pipeline parallelism: set pp = 1, or wrap with ddp [megatron-fsdp-pipeline]",
     ),
     "stages that send another dtype than is expected": (
         "good.yaml",

@@ -107,10 +107,10 @@ CONNECTIONS: dict[str, tuple[Setting, str | None]] = {
     "Blackwell": (Setting(sizes=TENSOR_PARALLEL, environment=connections(8, (10, 0))), None),
     "no GPU": (Setting(sizes=TENSOR_PARALLEL), None),
     "FSDP goes before": (Setting(sizes=TENSOR_PARALLEL, flags=TORCH_FSDP2, environment=connections(8)), None),
-    "context parallelism": (Setting(sizes=CONTEXT_PARALLEL, environment=connections(8)), "= 1, not 8"),
+    "context parallelism": (Setting(sizes=CONTEXT_PARALLEL, environment=connections(8)), "= 1, got 8"),
     "Megatron-FSDP on Blackwell": (
         Setting(**megatron_fsdp(), environment=connections(1, (10, 0))),
-        "megatron-fsdp overlaps nothing with CUDA_DEVICE_MAX_CONNECTIONS = 1",
+        "megatron-fsdp cannot overlap communication with CUDA_DEVICE_MAX_CONNECTIONS = 1",
     ),
 }
 

@@ -37,7 +37,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "the document's sizes": (
         ["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp"],
         1,
-        ["good.yaml: $: Megatron-FSDP fails in a pipeline", "[megatron-fsdp-pipeline]"],
+        ["good.yaml: $: Megatron-FSDP does not support pipeline parallelism", "[megatron-fsdp-pipeline]"],
     ),
     "sizes in place of the document's": (
         ["good.yaml", "--layout", "dp=2,pp=1", "--wrap", "megatron-fsdp"],

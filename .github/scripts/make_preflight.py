@@ -21,9 +21,9 @@ HEAD = """\
 
 # Pre-flight rules
 
-Setups that are known to fail late, to hang, or to train silently wrong are refused before anything is built. Every
-`DistributedModelBuilder`, `bridge build` and `bridge verify` check these rules. This command checks them without any
-rank:
+Setups that are known to fail late, to hang, or to train incorrectly without an error are refused before the build.
+Every `DistributedModelBuilder`, `bridge build` and `bridge verify` check these rules. This command checks them without
+starting ranks:
 
 ```console
 $ uv run bridge validate tiny --layout pp=2,dp=2 --wrap megatron-fsdp
@@ -41,9 +41,9 @@ come last.
 def section(rule: Rule) -> str:
     """Return the section about a rule."""
     message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
-    origin = f"Seen in {rule.seen}." if rule.seen else "By arithmetic."
+    origin = f"Seen in {rule.seen}." if rule.seen else "Follows from arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
-    unseen = f" The common test does not show it: {rule.not_shown}." if rule.not_shown else ""
+    unseen = f" The common test does not show the failure: {rule.not_shown}." if rule.not_shown else ""
     return f"## {rule.name}\n\n{why} {origin}{unseen}\n\n> {message}\n"
 
 

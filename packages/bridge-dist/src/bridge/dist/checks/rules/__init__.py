@@ -1,4 +1,7 @@
-"""The pre-flight rules of all models, one file a subject; families add their own. Importing them imports no torch."""
+"""The pre-flight rules of all models, one file per subject. Model families add their own.
+
+Importing this package does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     *torch_fsdp2.RULES,
     *megatron_fsdp.RULES,
 )
-"""What follows from a configuration, a layout and the build options."""
+"""Rules that depend only on the configuration, the layout and the build options."""
 
 RULES: tuple[Rule, ...] = (*MODEL_RULES, *machine.RULES)
-"""With what depends on the machine, too."""
+"""All rules, including those that depend on the machine."""

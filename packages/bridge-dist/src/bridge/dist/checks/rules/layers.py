@@ -1,4 +1,4 @@
-"""Kinds of layers and how they are initialised."""
+"""Rules about kinds of layers and their initialisation."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from bridge.dist.wrapper import Wrapper
 
 @rule(seen=MEGATRON)
 def experts_without_sequence_parallelism(setup: Setup) -> Iterator[str]:
-    """Layers with experts raise a ValueError in the first forward pass of training."""
+    """Expert layers raise a ValueError in the first forward pass of training."""
     config, wrapper = setup.transformer, setup.options.wrapper
     if config.num_moe_experts and setup.layout.tp > 1 and not config.sequence_parallel and wrapper is not Wrapper.NONE:
-        yield "a model with experts does not train with tp > 1 alone: set sequence_parallel = True, or tp = 1"
+        yield "training experts with tp > 1 needs sequence parallelism: set sequence_parallel = True, or tp = 1"
 
 
 @rule(seen=MEGATRON)
 def meta_device_and_cpu_initialization(setup: Setup) -> Iterator[str]:
-    """Parallel layers end on the meta device without an initialiser, and losses are NaN."""
+    """Parallel layers are left on the meta device without an initialiser, and losses are NaN."""
     if setup.transformer.init_model_with_meta_device and setup.transformer.use_cpu_initialization:
         yield "init_model_with_meta_device and use_cpu_initialization leave weights uninitialised: set one to False"
 
 
-@rule(seen=MEGATRON, not_shown="the backward pass does not end")
+@rule(seen=MEGATRON, not_shown="the backward pass does not terminate")
 def recomputed_mlp_with_biases(setup: Setup) -> Iterator[str]:
-    """The bias of the last layer is an output of the recomputed part, which the backward pass then enters again and
+    """The recomputed part returns the bias of its last layer, and the backward pass enters that part again and
     again.
     """
     config = setup.transformer
     recomputed = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
     if recomputed and config.add_bias_linear and has_dense_layers(setup):
         yield (
-            "an MLP with biases cannot be recomputed: set add_bias_linear = False, or take mlp out of recompute_modules"
+            "an MLP with biases cannot be recomputed: set add_bias_linear = False, or remove mlp from recompute_modules"
         )
 
 

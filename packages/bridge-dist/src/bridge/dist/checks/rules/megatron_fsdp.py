@@ -1,4 +1,4 @@
-"""Megatron-FSDP."""
+"""Rules about Megatron-FSDP."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ _STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_pipeline(setup: Setup) -> Iterator[str]:
-    """An EinopsError while wrapping: its device mesh takes the whole world for one pipeline stage."""
+    """Its device mesh assumes that the whole world is one pipeline stage: wrapping raises an EinopsError."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.pp > 1:
-        yield "Megatron-FSDP fails in a pipeline: set pp = 1, or wrap with ddp"
+        yield "Megatron-FSDP does not support pipeline parallelism: set pp = 1, or wrap with ddp"
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_distributed_optimizer(setup: Setup) -> Iterator[str]:
-    """The weights that the model reads are never updated, and each rank clips by its own norm, without an error."""
+    """The weights that the model reads are never updated, and each rank clips gradients by its own norm, without an
+    error.
+    """
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and not setup.ddp.use_distributed_optimizer:
         yield (
-            "Megatron-FSDP trains wrong without the distributed optimizer: set use_distributed_optimizer = True, "
-            "in the optimizer's configuration too"
+            "Megatron-FSDP trains incorrectly without the distributed optimizer: set use_distributed_optimizer = True, "
+            "also in the optimizer's configuration"
         )
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_fp16(setup: Setup) -> Iterator[str]:
-    """The optimizer unscales gradients that a rank's shard may not have: an AttributeError in the first step."""
+    """The optimizer unscales gradients that a rank's shard may lack: the first step raises an AttributeError."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.transformer.fp16:
-        yield "Megatron-FSDP fails with fp16: set bf16 = True and fp16 = False, or wrap with ddp"
+        yield "Megatron-FSDP does not support fp16: set bf16 = True and fp16 = False, or wrap with ddp"
 
 
 @rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
@@ -40,57 +42,63 @@ def megatron_fsdp_grouped_parameters(setup: Setup) -> Iterator[str]:
     names = ("moe_single_grouped_weight", "moe_single_grouped_bias")
     grouped = [name for name in names if getattr(setup.transformer, name)]
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and grouped:
-        yield f"Megatron-FSDP does not take grouped parameters: set {' and '.join(grouped)} to False, or wrap with ddp"
+        yield (
+            f"Megatron-FSDP does not support grouped parameters: set {' and '.join(grouped)} to False, or wrap with ddp"
+        )
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_average(setup: Setup) -> Iterator[str]:
-    """An AttributeError about expert groups while wrapping."""
+    """Wrapping raises an AttributeError about expert groups."""
     wrapped = setup.is_wrapped_with(Wrapper.MEGATRON_FSDP)
     if wrapped and setup.ddp.average_in_collective and setup.transformer.num_moe_experts is None:
-        yield "Megatron-FSDP fails with average_in_collective in a model without experts: set it to False"
+        yield "Megatron-FSDP supports average_in_collective only in models with experts: set it to False"
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_single_experts(setup: Setup) -> Iterator[str]:
-    """With several microbatches the gradients of experts that live on one rank only are wrong, without an error."""
+    """With several microbatches, the gradients of experts that exist on one rank only are wrong, without an error."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.ep > 1 and setup.layout.expert_dp == 1:
         yield (
-            "Megatron-FSDP computes wrong gradients when each expert lives on one rank only (expert data parallelism "
+            "Megatron-FSDP computes wrong gradients if each expert exists on one rank only (expert data parallelism "
             "of 1): raise dp, lower ep, or wrap with ddp"
         )
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_strategy(setup: Setup) -> Iterator[str]:
-    """A bare AssertionError while wrapping."""
+    """Wrapping raises a bare AssertionError."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
         return
     strategy = setup.ddp.data_parallel_sharding_strategy
     if strategy not in _STRATEGIES:
-        yield f"data_parallel_sharding_strategy {strategy!r} is unknown: set one of {', '.join(_STRATEGIES)}"
+        yield f"data_parallel_sharding_strategy {strategy!r} is unknown: choose one of {', '.join(_STRATEGIES)}"
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_instances(setup: Setup) -> Iterator[str]:
-    """Gradients are reduced within one instance only: they are wrong, without an error."""
+    """Gradients are reduced within one optimizer instance only: they are wrong, without an error."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
         return
     strategy = setup.ddp.data_parallel_sharding_strategy
     if setup.ddp.num_distributed_optimizer_instances > 1 and strategy in ("no_shard", "optim"):
         yield (
             f"Megatron-FSDP computes wrong gradients with num_distributed_optimizer_instances > 1 and "
-            f"data_parallel_sharding_strategy {strategy}: set 1, or optim_grads or optim_grads_params"
+            f"data_parallel_sharding_strategy {strategy}: set num_distributed_optimizer_instances = 1, or the strategy "
+            "to optim_grads or optim_grads_params"
         )
 
 
 @rule(seen=MEGATRON)
 def megatron_fsdp_outer_sharding(setup: Setup) -> Iterator[str]:
-    """Gradient norms are wrong, and so is clipping, without an error; fails outright with one instance."""
+    """Gradient norms and clipping are wrong, without an error. With one optimizer instance, training fails outright."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
         return
     if (strategy := setup.ddp.outer_dp_sharding_strategy) != "no_shard":
-        yield f"Megatron-FSDP computes wrong norms with outer_dp_sharding_strategy {strategy}: set it to no_shard"
+        yield (
+            f"Megatron-FSDP computes wrong gradient norms with outer_dp_sharding_strategy {strategy}: "
+            "set it to no_shard"
+        )
 
 
 RULES: tuple[Rule, ...] = (

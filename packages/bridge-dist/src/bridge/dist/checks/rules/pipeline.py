@@ -1,4 +1,4 @@
-"""Pipelines, with and without virtual stages."""
+"""Rules about pipelines, with and without virtual stages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bridge.dist.layout import embedding_ranks, prediction_rank
 
 @rule(seen=MEGATRON)
 def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
-    """With two pipeline ranks the previous and the next one are the same, and batched sends and receives of different
-    chunks are matched with each other: gradients are wrong, without an error.
+    """With two pipeline ranks, the previous and the next rank are the same. Batched sends and receives of different
+    virtual stages are matched with each other: gradients are wrong, without an error.
     """
     config = setup.transformer
     if setup.has_virtual_pipeline and setup.layout.pp == 2 and config.batch_p2p_comm and not config.overlap_p2p_comm:
@@ -28,8 +28,8 @@ def interleaving_group_size(setup: Setup) -> Iterator[str]:
     size, pp = setup.transformer.microbatch_group_size_per_vp_stage, setup.layout.pp
     if setup.has_virtual_pipeline and size is not None and size < pp:
         yield (
-            f"microbatch_group_size_per_vp_stage = {size} is smaller than pp = {pp}, which a virtual pipeline does not "
-            f"take: set it to {pp} or more"
+            f"microbatch_group_size_per_vp_stage must be at least pp = {pp} in a virtual pipeline, got {size}: "
+            f"set it to {pp} or more"
         )
 
 
@@ -38,19 +38,21 @@ def overlapped_and_batched_messages(setup: Setup) -> Iterator[str]:
     """The interleaved schedule raises a ValueError in the first step."""
     config = setup.transformer
     if setup.has_virtual_pipeline and config.overlap_p2p_comm and config.batch_p2p_comm:
-        yield "a virtual pipeline does not take both overlap_p2p_comm and batch_p2p_comm: set batch_p2p_comm = False"
+        yield "a virtual pipeline cannot use both overlap_p2p_comm and batch_p2p_comm: set batch_p2p_comm = False"
 
 
 @rule(seen=MEGATRON)
 def overlapped_messages_without_interleaving(setup: Setup) -> Iterator[str]:
-    """The schedule of a pipeline without virtual stages raises a ValueError in the first step."""
+    """The non-interleaved schedule raises a ValueError in the first step."""
     if setup.layout.pp > 1 and not setup.has_virtual_pipeline and setup.transformer.overlap_p2p_comm:
-        yield "a pipeline without virtual stages does not take overlap_p2p_comm: set it to False, or vp > 1"
+        yield "a pipeline without virtual stages cannot use overlap_p2p_comm: set it to False, or vp > 1"
 
 
 @rule(seen=MEGATRON)
 def pipeline_dtype(setup: Setup) -> Iterator[str]:
-    """The receiving stage allocates ``pipeline_dtype``, whatever the sending one sends: it hangs or crashes."""
+    """The receiving stage allocates a buffer of ``pipeline_dtype``. If the sending stage sends another dtype, the run
+    hangs or crashes.
+    """
     config = setup.transformer
     if config.fp32_residual_connection:
         sent = "torch.float32"
@@ -68,8 +70,8 @@ _CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def uneven_pipeline(setup: Setup) -> Iterator[str]:
-    """What the first and the last stage leave is divided equally over the others, and each rank's part over its virtual
-    stages.
+    """Layers beyond those assigned to the first and the last stage are divided equally over the other ranks, and each
+    rank's layers over its virtual stages.
     """
     config, pp, vp = setup.transformer, setup.layout.pp, setup.layout.vp
     first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
@@ -82,73 +84,74 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
     ends = {name: layers for name, layers in given.items() if layers is not None}
     for name, layers in ends.items():
         if layers % vp:
-            yield f"{name} = {layers} does not divide into vp = {vp} virtual stages: choose a multiple"
+            yield f"{name} = {layers} is not a multiple of vp = {vp}: choose a multiple"
+    fixed = " and ".join(f"{name} = {layers}" for name, layers in ends.items())
     between, ranks = config.num_layers - sum(ends.values()), pp - len(ends)
     if ranks < 0 or (ranks == 0 and between) or between < 0:
         yield (
-            f"without {' and '.join(ends)} there are {between} of num_layers = {config.num_layers} for {ranks} of "
-            f"pp = {pp} ranks: change one of them"
+            f"with {fixed}, {between} of num_layers = {config.num_layers} remain for {ranks} of pp = {pp} ranks: "
+            "change one of them"
         )
     elif ranks and between % (ranks * vp):
         yield (
-            f"without {' and '.join(ends)} there are {between} layers, which do not divide into {ranks} ranks x "
-            f"vp = {vp}: change one of them"
+            f"with {fixed}, {between} of num_layers = {config.num_layers} remain, which do not divide into "
+            f"{ranks} ranks x vp = {vp}: change one of them"
         )
 
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def pipeline_layout(setup: Setup) -> Iterator[str]:
-    """The layout names every layer, the embedding first and the loss last, in as many stages for each rank."""
+    """The layout must list every layer, begin with the embedding, end with the loss, and give each rank the same number
+    of stages.
+    """
     config, pp, vp = setup.transformer, setup.layout.pp, setup.layout.vp
-    stages = parse_stages(
-        config.pipeline_model_parallel_layout
-    )  # of a document; a live one was checked when it was made
-    if stages is None:
+    stages = parse_stages(config.pipeline_model_parallel_layout)
+    if stages is None:  # none, or Megatron's own class, whose constructor has checked it
         return
     layers = [layer for stage in stages for layer in stage]
     if len(stages) % pp:
         yield f"pipeline_model_parallel_layout has {len(stages)} stages, not a multiple of pp = {pp}: choose another pp"
     elif len(stages) // pp != vp:
         yield (
-            f"pipeline_model_parallel_layout has {len(stages)} stages for pp = {pp} ranks, not vp = {vp} for each: "
+            f"pipeline_model_parallel_layout has {len(stages)} stages for pp = {pp} ranks, but vp = {vp}: "
             f"set vp = {len(stages) // pp}"
         )
     if layers[:1] != ["embedding"] or layers[-1:] != ["loss"]:
-        yield "pipeline_model_parallel_layout begins with the embedding (E) and ends with the loss (L): write it so"
+        yield "pipeline_model_parallel_layout must begin with the embedding (E) and end with the loss (L)"
     if "mtp" in layers and "decoder" in layers[layers.index("mtp") :]:
         yield "pipeline_model_parallel_layout has decoder layers (t) after multi-token prediction (m): put m after them"
-    wanted = {"decoder": config.num_layers, "mtp": config.mtp_num_layers or 0, "embedding": 1, "loss": 1}
-    for layer, number in wanted.items():
+    expected = {"decoder": config.num_layers, "mtp": config.mtp_num_layers or 0, "embedding": 1, "loss": 1}
+    for layer, number in expected.items():
         if layers.count(layer) != number:
             yield (
-                f"pipeline_model_parallel_layout has {layers.count(layer)} {layer} layer(s), the model has {number}: "
-                "change one of them"
+                f"pipeline_model_parallel_layout has {layers.count(layer)} {layer} layer(s), but the model has "
+                f"{number}: change one of them"
             )
 
 
-@rule(seen=MEGATRON, not_shown="ranks wait for each other")
+@rule(seen=MEGATRON, not_shown="the ranks deadlock")
 def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
-    """Both stages hold a copy of the embedding, and the gradients of one are left out; or ranks wait for each other
-    without end.
+    """The first and a later stage of one rank both hold a copy of the embedding. The gradients of one copy are left
+    out, or the ranks deadlock.
     """
     if setup.has_virtual_pipeline and prediction_rank(setup.transformer) == 0:
         yield (
-            "multi-token prediction on a later virtual stage of the first pipeline rank trains wrong: write m into a "
-            "stage of another rank in pipeline_model_parallel_layout"
+            "multi-token prediction on a later virtual stage of the first pipeline rank trains incorrectly: move m to "
+            "a stage of another rank in pipeline_model_parallel_layout"
         )
 
 
 @rule(seen=MEGATRON)
 def embedding_group(setup: Setup) -> Iterator[str]:
-    """Copies of an embedding whose rank is not in the group are trained on their own, and the output layer of a rank
-    that need not be there gets the gradients of the embedding.
+    """A copy of the embedding is trained independently if its rank is not in the group. A rank of the group without a
+    copy adds the gradients of the embedding to its output layer.
     """
-    wanted = embedding_ranks(setup.transformer, tied=getattr(setup.model, "share_embeddings_and_output_weights", False))
-    made = setup.embedding_ranks
-    if setup.layout.pp > 1 and None not in (wanted, made) and made != wanted:
+    tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
+    holders, members = embedding_ranks(setup.transformer, tied=tied), setup.embedding_ranks
+    if setup.layout.pp > 1 and None not in (holders, members) and members != holders:
         yield (
-            f"pipeline ranks {wanted} hold the word embedding or a copy, the embedding group has {made}: pass "
-            f"embedding_ranks={wanted} to create_process_groups"
+            f"pipeline ranks {holders} hold the word embedding or a copy, but the embedding group has {members}: pass "
+            f"embedding_ranks={holders} to create_process_groups"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sizes that a layout divides."""
+"""Rules about sizes that a layout divides."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from bridge.dist.layout import CONFIG_FIELDS, has_custom_split
 
 @rule(seen=MEGATRON, is_first=True)
 def values_fit(setup: Setup) -> Iterator[str]:
-    """Sizes that no model has, and fields that contradict each other, end in a bare error while a model is built or in
-    its first step, or train something else. Documents with such values are refused when they are read.
+    """Invalid sizes and contradictory fields raise a bare error during the build or in the first step, or train a
+    different model. Documents with such values are refused when they are read.
     """
-    found = [*check_live(setup.transformer, "transformer."), *check_live(setup.model)]
-    yield from (f"{path}: {said}" for path, said in found)
+    problems = [*check_live(setup.transformer, "transformer."), *check_live(setup.model)]
+    yield from (f"{path}: {message}" for path, message in problems)
 
 
 @rule()
 def groups_fit_configuration(setup: Setup) -> Iterator[str]:
-    """Megatron cuts layers by the process groups in some places and by the configuration in others."""
+    """Megatron splits layers by the process groups in some places and by the configuration in others, so both must
+    agree.
+    """
     names = ["tp", "pp", "cp", "ep"]
     if setup.transformer.num_moe_experts:
         names.append("etp")
     for name in names:
-        wanted, there = getattr(setup.transformer, CONFIG_FIELDS[name]), getattr(setup.layout, name)
-        if wanted != there:
+        configured, ranks = getattr(setup.transformer, CONFIG_FIELDS[name]), getattr(setup.layout, name)
+        if configured != ranks:
             yield (
-                f"{CONFIG_FIELDS[name]} is {wanted} but the {name} process group has {there} rank(s): "
-                f"set it to {there}, or create the groups for {wanted}"
+                f"{CONFIG_FIELDS[name]} is {configured} but the {name} process group has {ranks} rank(s): "
+                f"set it to {ranks}, or create the process groups with {name} = {configured}"
             )
 
 
 @rule()
 def heads_divide(setup: Setup) -> Iterator[str]:
-    """Each tensor-parallel rank holds whole attention heads, and whole query groups or a share of one."""
+    """Each tensor-parallel rank holds whole attention heads. It holds whole query groups, or shares one with others."""
     tp, heads, groups = setup.layout.tp, setup.transformer.num_attention_heads, setup.transformer.num_query_groups
     if heads % tp:
         yield f"num_attention_heads = {heads} is not a multiple of tp = {tp}: choose a tp that divides it"
     if groups and groups % tp and tp % groups:
-        yield f"num_query_groups = {groups} is neither a multiple nor a divisor of tp = {tp}: choose a tp that is"
+        yield (
+            f"num_query_groups = {groups} is neither a multiple nor a divisor of tp = {tp}: "
+            "choose a tp that divides it or is a multiple of it"
+        )
 
 
 @rule()
@@ -64,7 +69,7 @@ def feed_forward_divides(setup: Setup) -> Iterator[str]:
 
 
 def has_dense_layers(setup: Setup) -> bool:
-    """Whether any layer has a feed-forward network that is no layer of experts."""
+    """Return whether any layer has a dense feed-forward network, as opposed to experts."""
     config = setup.transformer
     model: Any = setup.model
     if hasattr(model, "hybrid_layer_pattern"):
@@ -83,7 +88,7 @@ def experts_divide(setup: Setup) -> Iterator[str]:
 
 @rule()
 def layers_divide(setup: Setup) -> Iterator[str]:
-    """Stages are equal unless the configuration says how to split."""
+    """All stages have the same number of layers unless the configuration assigns layers to stages."""
     pattern: str | None = getattr(setup.model, "hybrid_layer_pattern", None)
     if has_custom_split(setup.transformer) or "|" in (pattern or ""):
         return
@@ -92,12 +97,12 @@ def layers_divide(setup: Setup) -> Iterator[str]:
     if layers % stages:
         yield (
             f"num_layers = {layers} does not divide into pp x vp = {pp} x {vp} = {stages} equal stages: change pp or "
-            f"vp, {_suggest_counting(layers, stages)}or say how to split in pipeline_model_parallel_layout"
+            f"vp, {_suggest_counting(layers, stages)}or assign layers to stages in pipeline_model_parallel_layout"
         )
 
 
 def _suggest_counting(layers: int, stages: int) -> str:
-    """What can count as a layer of its own, so that layers divide."""
+    """Suggest counting the embedding or the loss as a layer if the layers then divide; empty if they do not."""
     if (layers + 2) % stages == 0:
         return "set account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split to True, "
     if (layers + 1) % stages == 0:
@@ -110,25 +115,25 @@ _CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def sequences_without_tensor_parallelism(setup: Setup) -> Iterator[str]:
-    """Sequence parallelism splits what tensor-parallel ranks would hold twice."""
+    """Sequence parallelism splits activations that tensor-parallel ranks would otherwise replicate."""
     if setup.transformer.sequence_parallel and setup.layout.tp == 1:
-        yield "sequence_parallel splits sequences over tensor-parallel ranks, tp = 1: set it to False, or tp > 1"
+        yield "sequence_parallel needs tensor parallelism, got tp = 1: set sequence_parallel = False, or tp > 1"
 
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def expert_parallelism_without_experts(setup: Setup) -> Iterator[str]:
-    """There is nothing to split."""
+    """A model without experts has nothing that expert parallelism could split."""
     if setup.layout.ep > 1 and setup.transformer.num_moe_experts is None:
         yield f"ep = {setup.layout.ep}, but the model has no experts: set ep = 1, or num_moe_experts"
 
 
 @rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
 def biases_of_split_experts(setup: Setup) -> Iterator[str]:
-    """An expert's biases are not split over tensor-parallel ranks."""
+    """Megatron does not split the biases of an expert over tensor-parallel ranks."""
     config = setup.transformer
     if config.num_moe_experts and config.add_bias_linear and setup.layout.etp != 1:
         yield (
-            f"experts that {setup.layout.etp} tensor-parallel ranks share (etp) have no biases: "
+            f"experts cannot have biases with etp = {setup.layout.etp} (expert tensor parallelism): "
             "set add_bias_linear = False, or etp = 1"
         )
 

@@ -1,4 +1,4 @@
-"""torch's FSDP2."""
+"""Rules about torch FSDP2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
-    """The tied weight is sharded in one of its uses only: an error about mixed tensors in the first forward pass."""
+    """The tied weight is sharded in only one of its uses: the first forward pass raises a mixed-tensor error."""
     tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and tied:
         yield (
@@ -28,24 +28,28 @@ def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
 
 @rule(seen=MEGATRON)
 def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
-    """Megatron's distributed optimizer looks for DDP's buffers: a TypeError when it is made. FSDP2 shards by itself."""
+    """Megatron's distributed optimizer looks for DDP's buffers: its constructor raises a TypeError. FSDP2 shards the
+    optimizer's state itself.
+    """
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.ddp.use_distributed_optimizer:
-        yield "torch FSDP2 does not take Megatron's distributed optimizer: set use_distributed_optimizer = False"
+        yield "torch FSDP2 does not support Megatron's distributed optimizer: set use_distributed_optimizer = False"
 
 
 @rule(seen=MEGATRON, not_shown="the kernel runs on a GPU only")
 def torch_fsdp2_fused_gradients(setup: Setup) -> Iterator[str]:
-    """The kernel adds to a buffer of Megatron's (``main_grad``) that FSDP2's parameters do not have."""
+    """The fused kernel accumulates into a buffer of Megatron (``main_grad``) that FSDP2's parameters do not have."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.transformer.gradient_accumulation_fusion:
-        yield "torch FSDP2 has no buffers to accumulate gradients in: set gradient_accumulation_fusion = False"
+        yield "torch FSDP2 does not support fused gradient accumulation: set gradient_accumulation_fusion = False"
 
 
 @rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
 def torch_fsdp2_quantized_parameters(setup: Setup) -> Iterator[str]:
-    """Transformer Engine 2 has no way for FSDP2 to gather them: Megatron's start-up turns them off."""
+    """FSDP2 cannot gather the quantised parameters of Transformer Engine 2. megatron.training disables them at
+    start-up.
+    """
     quantized = [name for name in ("fp8_param", "fp4_param") if getattr(setup.transformer, name)]
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and quantized:
-        yield f"torch FSDP2 does not take parameters of 8 or 4 bits: set {' and '.join(quantized)} to False"
+        yield f"torch FSDP2 does not support FP8 or FP4 parameters: set {' and '.join(quantized)} to False"
 
 
 RULES: tuple[Rule, ...] = (
