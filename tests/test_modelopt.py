@@ -448,7 +448,7 @@ def test_t5_with_modelopt_state_is_refused() -> None:
     config = T5ModelConfig(transformer=small().transformer, vocab_size=VOCAB, restore_modelopt_state=True)
     with pytest.raises(ModelConfigError, match="neither ModelOpt nor Megatron-Core supports it for T5"):
         config.validate()
-    with pytest.raises(BuilderContractError, match="T5ModelBuilder restores no ModelOpt state"):
+    with pytest.raises(BuilderContractError, match="T5ModelBuilder cannot restore a ModelOpt state"):
         config.get_builder_cls()(config).check_restore()
 
 

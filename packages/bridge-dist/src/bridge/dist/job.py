@@ -56,8 +56,8 @@ class BuildJob:
             BuilderContractError: The configuration's builder is not a ``DistributedModelBuilder``.
             LayoutError: The layout does not fit ``world_size`` ranks.
             PreflightError: Configuration, layout and wrapper conflict in a known way.
-            TrainingError: The batch sizes do not fit the layout, or the text the model.
-            BridgeError: Whatever the configuration's own ``finalize`` raises.
+            TrainingError: The batch sizes do not fit the layout, or the text does not fit the model.
+            BridgeError: Raised by the configuration's own ``finalize``.
         """
         layout = self.finalize(config, world_size)
         builder = self.builder(config)
@@ -80,7 +80,7 @@ class BuildJob:
         Raises:
             BuilderContractError: The configuration's builder is not a ``DistributedModelBuilder``.
             LayoutError: The layout does not fit ``world_size`` ranks.
-            BridgeError: Whatever the configuration's own ``finalize`` raises.
+            BridgeError: Raised by the configuration's own ``finalize``.
         """
         finalize = getattr(config, "finalize", None)
         if finalize is not None:
@@ -125,13 +125,16 @@ def make_builder(
         BuilderContractError: It is not a ``DistributedModelBuilder``, or it cannot restore a ModelOpt state.
     """
     builder_cls = config.get_builder_cls()
-    given = {} if modelopt_checkpoint is None else {"modelopt_checkpoint": modelopt_checkpoint}
-    if not given.keys() <= inspect.signature(builder_cls).parameters.keys():
-        raise BuilderContractError(f"{builder_cls.__name__} restores no ModelOpt state: give no checkpoint to load")
-    builder = builder_cls(config, **given)
+    arguments = {} if modelopt_checkpoint is None else {"modelopt_checkpoint": modelopt_checkpoint}
+    if not arguments.keys() <= inspect.signature(builder_cls).parameters.keys():
+        raise BuilderContractError(
+            f"{builder_cls.__name__} cannot restore a ModelOpt state: leave out the ModelOpt checkpoint"
+        )
+    builder = builder_cls(config, **arguments)
     if not isinstance(builder, DistributedModelBuilder):
         raise BuilderContractError(
-            f"{type(builder).__name__} is no DistributedModelBuilder: derive it from that class of bridge.dist"
+            f"{type(builder).__name__} is not a DistributedModelBuilder: "
+            "derive it from bridge.dist.DistributedModelBuilder"
         )
     return builder
 
@@ -144,10 +147,13 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     """
     vocab = vocab_size(config)
     if vocab is None:
-        raise TrainingError(f"training on a text needs a vocab_size, {type(config).__name__} has none: set it")
+        raise TrainingError(f"training needs a vocab_size, but {type(config).__name__} has none: add the field")
     longest: int | None = getattr(config, "seq_length", None)
     if longest is not None and options.seq_length > longest:
-        raise TrainingError(f"samples of {options.seq_length} tokens are longer than the model's seq_length, {longest}")
+        raise TrainingError(
+            f"samples of {options.seq_length} tokens are longer than the model's seq_length = {longest}: "
+            "use shorter samples, or raise seq_length"
+        )
     return Text.read(options.text, vocab_size=vocab)
 
 
