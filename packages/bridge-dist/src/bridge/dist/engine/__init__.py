@@ -1,4 +1,4 @@
-"""Building, placing and wrapping the stages of this rank, from process groups to what trains.
+"""Build, place and wrap the stages of a rank, from process groups to stages that are ready to train.
 
-It imports the checks and what they may import; training, the plan and the command line import it.
+May import the checks and what they may import. Training, the plan and the command line import it.
 """

@@ -44,18 +44,18 @@ def build_distributed(
     model: ModelConfig | None = None,
     rules: Sequence[Rule] = (),
 ) -> list[MegatronModule]:
-    """Run the whole build: agreement of the ranks, pre-flight check, stages, hooks, placement, precision, wrapping.
+    """Run the whole build: agreement of ranks, pre-flight checks, stages, hooks, placement, precision, wrapping.
 
-    ``model``, the whole configuration, and ``rules``, those of its family, are for agreement and checks alone. What
-    hooks did is checked if ``model`` has any.
+    ``model``, the whole configuration, and ``rules``, those of its family, are used only for agreement and checks. The
+    effects of hooks are checked if ``model`` has any.
 
     Raises:
-        AgreementError: The ranks are about to build different things.
+        AgreementError: The ranks would build different models.
         PreflightError: The configuration does not fit the process groups or the wrapper.
         CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
         HookError: See ``compose_hooks``.
     """
-    if not is_alone():
+    if not is_alone():  # first: a rank with another configuration would hang in the collectives below
         agree_in_groups(
             collect_facts(config=model or config, options=options, versions=collect_versions()), pg_collection
         )
@@ -82,7 +82,7 @@ def build_distributed(
             vp_size=config.virtual_pipeline_model_parallel_size,
             model_type=options.model_type,
         )
-    tied = is_tied(built)
+    tied = is_tied(built)  # before the hooks, which may untie it
     stages = compose_hooks([pre_wrap_hook])(list(built))
     if model is not None and (hooks := list_user_hooks(model.pre_wrap_hooks)):
         check_copies(stages, pg_collection, tied=tied, hooks=hooks)
@@ -95,12 +95,12 @@ def prepare_stages(
     pg_collection: ProcessGroupCollection,
     options: BuildOptions,
 ) -> list[MegatronModule]:
-    """Take built stages through placement, mixed precision and the data-parallel wrapper."""
+    """Move built stages to the device, and apply mixed precision and the data-parallel wrapper."""
     set_default_attributes(stages)
-    _log_parameters(stages, pg_collection)
+    _log_parameters(stages, pg_collection)  # before wrapping: FSDP leaves each rank only a part
 
     on_meta = config.init_model_with_meta_device
-    if not (on_meta or options.wrapper is Wrapper.TORCH_FSDP2):  # that moves what it shards
+    if not (on_meta or options.wrapper is Wrapper.TORCH_FSDP2):  # FSDP2 moves the stages itself
         _move_to_device(stages)
     stages = wrap_mixed_precision(
         stages,
@@ -110,19 +110,20 @@ def prepare_stages(
     )
     if on_meta and not options.shards_weights:
         initialise_stages(stages, pg_collection)
-    correct_amax_history_if_needed(list(stages))  # casting changed what FP8 modules remember
+    correct_amax_history_if_needed(list(stages))  # casting changed the amax history of FP8 modules
     if options.wrapper is Wrapper.NONE:
         return stages
     return wrap_data_parallel(stages, pg_collection, options)
 
 
 def _move_to_device(stages: Sequence[MegatronModule]) -> None:
-    """Move the stages to this rank's CUDA device (on the CPU runtime: where they are already)."""
+    """Move the stages to this rank's CUDA device (under the CPU runtime they are already there)."""
     for stage in stages:
         stage.cuda(torch.cuda.current_device())
 
 
 def _log_parameters(stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> None:
+    """Log the number of parameters, once for each pair of tensor and pipeline rank."""
     if pg_collection.dp.rank() == 0 and pg_collection.cp.rank() == 0:
         parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
         coordinates = (pg_collection.tp.rank(), pg_collection.pp.rank())

@@ -1,4 +1,4 @@
-"""The base of builders whose models are one module a stage: they write ``build_model``, the engine does the rest."""
+"""Base class of builders whose stages are single modules: they implement ``build_model``, the engine does the rest."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from bridge.dist.errors import BuilderContractError
 
 
 class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
-    """A builder of single-module models: a subclass writes ``build_model`` and has everything else.
+    """A builder of single-module stages: a subclass only implements ``build_model``.
 
     The configuration must embed a ``TransformerConfig`` as ``transformer``; a subclass whose configuration keeps it
     elsewhere overrides ``transformer_config``.
     """
 
     rules: ClassVar[Sequence[Rule]] = ()
-    """What is known not to work for this family, beside the rules for all: see ``bridge.dist.checks.preflight``."""
+    """Pre-flight rules of this family, in addition to the rules for all: see ``bridge.dist.checks.preflight``."""
 
     @property
     def transformer_config(self) -> TransformerConfig:
-        """The Megatron configuration that decides on precision, devices and the virtual pipeline."""
+        """The Megatron configuration of the model: precision, devices and the virtual pipeline."""
         transformer = getattr(self._model_config, "transformer", None)
         if not isinstance(transformer, TransformerConfig):
             raise BuilderContractError(
@@ -46,7 +46,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
     ) -> torch.Tensor:
         """Run a stage on a microbatch of text, as `bridge build --steps` and `bridge verify` train.
 
-        A family of models that are no decoders overrides it.
+        Override it for models that are not decoders.
 
         Args:
             stage: One of those that ``build_distributed_models`` returned.
@@ -55,26 +55,26 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
 
         Returns:
             On the last stage a loss for each token, shape [microbatch, this context-parallel rank's part of the
-            sequence]; on others what the next stage takes.
+            sequence]; on other stages the input of the next one.
         """
         return next_token_step(stage, tokens, pg_collection)
 
     def check_restore(self) -> None:
-        """Check what stages are restored from, before anything is built.
+        """Check before the build that stages can be restored.
 
-        A family of models that can restore a ModelOpt state overrides this and ``restore``.
+        Builders that can restore a ModelOpt state override this and ``restore``.
 
         Raises:
-            BuilderContractError: The configuration asks for it, and this builder restores nothing.
+            BuilderContractError: The configuration requests a restore that this builder does not support.
         """
         if self._model_config.restore_modelopt_state:
             raise BuilderContractError(
-                f"restore_modelopt_state is true, but {type(self).__name__} restores no ModelOpt state: "
+                f"restore_modelopt_state is true, but {type(self).__name__} cannot restore a ModelOpt state: "
                 "set it to false, or derive the builder from bridge.models.modelopt.ModelOptBuilder"
             )
 
     def restore(self, stages: list[MegatronModule], pg_collection: ProcessGroupCollection) -> list[MegatronModule]:
-        """Restore the stages of this rank when they were built, before any hook; here there is nothing to restore."""
+        """Restore the stages of this rank after they are built and before any hook. The default does nothing."""
         return stages
 
     def build_distributed_models(
@@ -98,17 +98,17 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
         data-parallel wrapper, broadcast, post-wrap hooks. Neither ``ddp_config`` nor the configuration nor its hooks
         are changed.
 
-        Two arguments more than there, by name only: ``use_layer_wise_distributed_optimizer`` for an optimizer (Muon)
-        that updates each parameter as a whole on one rank, and ``use_layer_wise_param_layout`` to lay out DDP's buffers
-        so that gradients are reduced to that rank only.
+        Two keyword-only arguments are added: ``use_layer_wise_distributed_optimizer`` for an optimizer (Muon) that
+        updates each parameter as a whole on one rank, and ``use_layer_wise_param_layout`` to lay out DDP's buffers so
+        that gradients are reduced to that rank only.
 
         Raises:
-            AgreementError: The ranks are about to build different things.
+            AgreementError: The ranks would build different models.
             OptionsError: The options contradict each other.
             PreflightError: The configuration does not fit the process groups or the wrapper.
             HookError: A hook returned anything but the list of stages; see ``compose_hooks``.
             CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
-            BridgeError: Whatever ``check_restore`` and ``restore`` raise.
+            BridgeError: Raised by ``check_restore`` or ``restore``.
         """
         self.check_restore()
         options = BuildOptions(
@@ -134,5 +134,5 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             model=self._model_config,
             rules=self.rules,
         )
-        # The wrappers forward to the model they hold; the reference API types them as that model.
+        # The wrappers forward to the model they hold; Megatron Bridge's signature types them as that model.
         return cast(list[ModelT], stages)

@@ -1,4 +1,4 @@
-"""Parameters of which several ranks hold a copy: hooks must treat all copies alike, and gradients must be the same.
+"""Checks of parameters that several ranks hold copies of: their values after hooks, and their gradients.
 
 Tensor-parallel ranks hold copies of every parameter that is not split. The first and the last pipeline stage hold a
 tied embedding, each under a name of its own.
@@ -26,37 +26,37 @@ from bridge.dist.errors import CopyError
 
 ItemT = TypeVar("ItemT")
 
-# Copies compute the same with the same: their gradients differ by rounding, or because they are no copies.
+# Gradients of true copies differ only by rounding. Below this fraction of the largest norm, rounding may dominate.
 _GRADIENT_TOLERANCE = 0.05
 _SMALLEST_GRADIENT = 1e-4
 _MOST_PROBLEMS = 20
-_MOST_GRADIENTS = 5  # a wrong gradient makes those of all that comes before it wrong
+_MOST_GRADIENTS = 5  # a wrong gradient makes those of all earlier layers wrong
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings", "output_layer"
 _MARK_A_SHARD = """\
-If each rank holds a part of it, say so when it is made:
+If each rank holds a part of it, mark it when it is created:
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
     set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=DIM, stride=1)
-    parameter.allreduce = False  # as well, if it is an expert's, and experts have process groups of their own"""
+    parameter.allreduce = False  # only for parameters of experts that have process groups of their own"""
 _MAKE_COPIES = """\
-If each rank holds a copy, all must start from the same values: seed torch alike on all ranks before it is drawn."""
+If each rank holds a copy, all must start from the same values: set the same seed on all ranks before drawing it."""
 _SYNCHRONISE = """\
-If each rank holds a copy, each must get the whole gradient: pass what goes into split layers through
+If each rank holds a copy, each must get the whole gradient: pass the input of split layers through
 copy_to_tensor_model_parallel_region of megatron.core.tensor_parallel, or let Megatron average the copies' gradients:
     parameter.average_gradients_across_tp_domain = True"""
 
 
 class _State(NamedTuple):
-    """What copies of a parameter have in common."""
+    """The properties that all copies of a parameter must share."""
 
     shape: tuple[int, ...]
     dtype: str
     requires_grad: bool
     values: str | None = None
-    """A fingerprint; None if ranks hold different values, or none yet (the meta device)."""
+    """A fingerprint; None if ranks hold different shards, or no values yet (the meta device)."""
 
 
 class _Copy(NamedTuple):
-    """One of the copies of a tied embedding: its name on a stage of some rank, and None if it is gone."""
+    """A copy of a tied embedding: its name on a stage of a rank, and its state, None if the copy is missing."""
 
     name: str
     rank: int
@@ -69,7 +69,7 @@ def is_tied(stages: Sequence[MegatronModule]) -> bool:
 
 
 def list_user_hooks(hooks: Iterable[Hook]) -> list[str]:
-    """Name those of some hooks that are not Bridge's own, which treat copies alike."""
+    """Return the names of the hooks that are not Bridge's own. Bridge's hooks keep copies equal."""
     each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # some are composed
     return [hook_name(hook) for hook in each if not getattr(hook, "__module__", "").startswith("bridge.")]
 
@@ -77,13 +77,13 @@ def list_user_hooks(hooks: Iterable[Hook]) -> list[str]:
 def check_copies(
     stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, tied: bool, hooks: Sequence[str]
 ) -> None:
-    """Check that the pre-wrap hooks left copies of parameters as copies. Collective.
+    """Check that the pre-wrap hooks kept copies of parameters equal. Collective.
 
     Args:
-        stages: Those of this rank that the hooks returned.
+        stages: The stages of this rank, as returned by the hooks.
         pg_collection: The process groups of this rank.
         tied: Whether the embedding was tied before the hooks.
-        hooks: Their names, for the error.
+        hooks: The names of the hooks, for the error.
 
     Raises:
         CopyError: On every rank, naming the parameters.
@@ -96,10 +96,10 @@ def check_copies(
 
 
 def check_gradients(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> None:
-    """Check, after a backward pass, that tensor-parallel ranks have the same gradients of copies. Collective.
+    """Check after a backward pass that the gradients of copies agree on tensor-parallel ranks. Collective.
 
     Raises:
-        CopyError: On every rank, naming the parameters whose copies would train apart.
+        CopyError: On every rank, naming the parameters whose copies would diverge.
     """
     if is_alone() or pg_collection.tp.size() == 1:
         return
@@ -111,23 +111,24 @@ def check_gradients(stages: Sequence[MegatronModule], pg_collection: ProcessGrou
         and tensor_group(named.parameter, pg_collection) is pg_collection.tp
         and (gradient := _get_gradient(named.parameter)) is not None
     }
-    apart = _compare_gradients(gradients, pg_collection.tp)
-    problems = [*apart[-_MOST_GRADIENTS:], _MARK_A_SHARD, _SYNCHRONISE] if apart else []
-    where = "in their gradients, so that tensor-parallel ranks would train them apart"
-    _raise_if_any(problems, pg_collection, f"{where}; the last ones, after which nothing differs, are")
+    differences = _compare_gradients(gradients, pg_collection.tp)
+    # The backward pass goes from the last layer to the first, so the last difference is nearest to the cause.
+    problems = [*differences[-_MOST_GRADIENTS:], _MARK_A_SHARD, _SYNCHRONISE] if differences else []
+    where = "in their gradients, so that their values would diverge between tensor-parallel ranks"
+    _raise_if_any(problems, pg_collection, f"{where}; the last differences in model order")
 
 
 def _compare_gradients(gradients: dict[str, torch.Tensor], group: ProcessGroup) -> list[str]:
-    """Compare this rank's gradients with those of the first of its group."""
+    """Compare this rank's gradients with those of the first rank of its group; return a problem for each difference."""
     shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
     everyone = _gather([shapes], group)
     rank = torch.distributed.get_rank()
     problems = [
         f"{name}: no gradient of the same shape on all tensor-parallel ranks"
-        for name in dict.fromkeys(name for found in everyone for name in found)
-        if len({found.get(name) for found in everyone}) > 1
+        for name in dict.fromkeys(name for shapes_of in everyone for name in shapes_of)
+        if len({shapes_of.get(name) for shapes_of in everyone}) > 1
     ]
-    if problems or not gradients:
+    if problems or not gradients:  # the same on every rank, so all skip the broadcast below
         return problems
     mine = [gradient.detach().float().flatten() for gradient in gradients.values()]
     first = torch.cat(mine)
@@ -155,32 +156,32 @@ def _language_models(stages: Iterable[torch.nn.Module]) -> Iterator[LanguageModu
 
 
 def _find_lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]:
-    """Describe what hooks did to the tie itself, on this rank."""
+    """Yield a problem for each way in which hooks broke the tie on this rank."""
     for model in _language_models(stages):
         if model.share_embeddings_and_output_weights != tied:
             yield (
-                f"share_embeddings_and_output_weights was {tied} and is {not tied}: "
-                "stages were built for what it was; set it in the configuration, not in a hook"
+                f"share_embeddings_and_output_weights was {tied} and is {not tied}, but the stages were built for "
+                f"{tied}: set it in the configuration, not in a hook"
             )
         embedding, output = _get_weight(model, _EMBEDDING), _get_weight(model, _OUTPUT)
         if tied and model.pre_process and model.post_process and output is not None and output is not embedding:
             yield (
-                f"{_OUTPUT}.weight is new, and nothing uses it: the output layer takes the weight of {_EMBEDDING}; "
-                "set share_embeddings_and_output_weights to False in the configuration for one of its own"
+                f"{_OUTPUT}.weight is new but unused, because the output layer uses the weight of {_EMBEDDING}: for "
+                "separate weights, set share_embeddings_and_output_weights to False in the configuration"
             )
         path = _copy_of_embedding(model, tied=tied)
         copy = None if path is None else _get_weight(model, path)
         if copy is not None and _marks(model) - vars(copy).keys():
             yield (
-                f"{path}.weight is another parameter than the one that was built, without its marks: "
-                "keep the parameter of a tied embedding and change its data (weight.data.copy_)"
+                f"{path}.weight was replaced by a parameter without Megatron's attributes for tied embeddings: "
+                "keep the parameter and change its data (weight.data.copy_)"
             )
 
 
 def _copy_of_embedding(model: LanguageModule, *, tied: bool) -> str | None:
-    """Return which layer holds the copy of an embedding that stages share, by the rule of megatron-core 0.19.2.
+    """Return the layer that holds the copy of a shared embedding, following megatron-core 0.19.2.
 
-    Its multi-token prediction has a copy of the embedding where it does not stand on the first stage.
+    Multi-token prediction has its own copy unless it is on the first stage.
     """
     if model.pre_process or getattr(model, "mtp_process", False):
         return _EMBEDDING if tied or model.config.mtp_num_layers else None
@@ -188,20 +189,20 @@ def _copy_of_embedding(model: LanguageModule, *, tied: bool) -> str | None:
 
 
 def _marks(model: LanguageModule) -> set[str]:
-    """Return the attributes by which Megatron tells a copy, in the gradient norm and in the optimizer."""
+    """Return the attributes by which Megatron's gradient norm and optimizer recognise a copy."""
     if model.config.pipeline_model_parallel_size == 1:
         return set()
     return {"shared_embedding"} if model.pre_process else {"shared_embedding", "shared"}
 
 
 def _list_embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
-    """Return the copies on this rank of an embedding that stages share."""
+    """Return this rank's copies of a shared embedding."""
     copies = []
     for model in _language_models(stages):
         path = _copy_of_embedding(model, tied=tied)
         if path is not None:
             weight = _get_weight(model, path)
-            # From the meta device, the copy gets its values later.
+            # On the meta device the copy has no values yet.
             values = not model.config.init_model_with_meta_device
             state = None if weight is None else _make_state(weight, values=values)
             copies.append(_Copy(f"{path}.weight", torch.distributed.get_rank(), state))
@@ -211,15 +212,15 @@ def _list_embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_C
 def _compare_embeddings(copies: Sequence[_Copy]) -> Iterator[str]:
     if len({copy.state for copy in copies}) <= 1:
         return
-    found = {f"{copy.name} (rank {copy.rank})": copy.state for copy in copies}
+    states = {f"{copy.name} (rank {copy.rank})": copy.state for copy in copies}
     yield (
-        f"the copies of the tied embedding differ: {_describe(found)}. "
-        "They train as one: change all of them alike (on the last pipeline stage it is output_layer.weight)"
+        f"the copies of the tied embedding differ: {_describe(states)}. "
+        "They train as one: change all of them in the same way (on the last pipeline stage it is output_layer.weight)"
     )
 
 
 def _compare_parameters(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> Iterator[str]:
-    """Describe what differs between the tensor-parallel ranks of this one, and how to mark it."""
+    """Yield the differences between this rank's tensor-parallel ranks, and how to fix them."""
     groups = [pg_collection.tp]
     if getattr(pg_collection, "expt_tp", None) is not None:
         groups.append(pg_collection.expt_tp)
@@ -246,7 +247,7 @@ def _compare_parameters(stages: Sequence[MegatronModule], pg_collection: Process
 
 
 def _gather_by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, dict[str, _State | None]]:
-    """Gather states over a group: by the parameter's name, and then by rank."""
+    """Gather states over a group, keyed by parameter name and rank."""
     ranks = torch.distributed.get_process_group_ranks(group)
     everyone = dict(zip(ranks, _gather([mine], group), strict=True))
     names = dict.fromkeys(name for states in everyone.values() for name in states)
@@ -254,14 +255,14 @@ def _gather_by_name(mine: dict[str, _State], group: ProcessGroup) -> dict[str, d
 
 
 def _describe(states: Mapping[str, _State | None]) -> str:
-    """``requires_grad is False on rank 0, True on rank 1``: the first of what differs."""
-    if gone := [place for place, state in states.items() if state is None]:
-        return f"missing on {', '.join(gone)}"
-    there = {place: state for place, state in states.items() if state is not None}
-    field = next(field for field in _State._fields if len({getattr(state, field) for state in there.values()}) > 1)
-    if field == "values":
-        return f"other values on {', '.join(there)}"
-    return f"{field} is " + ", ".join(f"{getattr(state, field)} on {place}" for place, state in there.items())
+    """Describe the first difference: ``requires_grad is False on rank 0, True on rank 1``."""
+    if missing := [place for place, state in states.items() if state is None]:
+        return f"missing on {', '.join(missing)}"
+    present = {place: state for place, state in states.items() if state is not None}
+    field = next(field for field in _State._fields if len({getattr(state, field) for state in present.values()}) > 1)
+    if field == "values":  # fingerprints mean nothing to a reader
+        return f"different values on {', '.join(present)}"
+    return f"{field} is " + ", ".join(f"{getattr(state, field)} on {place}" for place, state in present.items())
 
 
 def _get_weight(model: torch.nn.Module, path: str) -> torch.nn.Parameter | None:
@@ -287,7 +288,7 @@ def _make_state(parameter: torch.nn.Parameter, *, values: bool) -> _State:
 
 def _fingerprint(parameter: torch.nn.Parameter) -> str:
     data = parameter.detach()
-    if type(data) is not torch.Tensor:  # such as one of 8-bit floats, whose scales are kept elsewhere
+    if type(data) is not torch.Tensor:  # a tensor subclass, for example FP8 with separate scales
         data = data.float()
     return hashlib.blake2b(data.cpu().reshape(-1).view(torch.uint8).numpy(), digest_size=8).hexdigest()
 
@@ -302,11 +303,12 @@ def _gather(mine: list[ItemT], group: ProcessGroup) -> list[ItemT]:
 
 
 def _raise_if_any(problems: Sequence[str], pg_collection: ProcessGroupCollection, where: str) -> None:
-    """Tell all ranks that build this model what any of them found."""
+    """Raise the problems of all ranks that build this model, on each of them."""
     known = list(dict.fromkeys(problems))
     if not is_alone():
+        # Together these groups connect all ranks of the model, so passing problems on along each reaches every rank.
         for group in (pg_collection.tp, pg_collection.dp_cp, pg_collection.pp):
             known = list(dict.fromkeys(_gather(known, group)))
     if known:
-        shown = textwrap.indent("\n".join(known), "  ")
-        raise CopyError(f"parameters that are copies of each other differ {where}:\n{shown}")
+        lines = textwrap.indent("\n".join(known), "  ")
+        raise CopyError(f"parameters that are copies of each other differ {where}:\n{lines}")

@@ -1,4 +1,4 @@
-"""The process that a model is built in: what pre-flight rules look at, and what a configuration wants set."""
+"""The process of a build: its environment for the pre-flight rules, and the settings that a configuration needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def inspect_process() -> Environment:
-    """Return what is true of this process and its GPU."""
+    """Return the environment of this process and its GPU."""
     return Environment(
         compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         variables=dict(os.environ),
@@ -27,7 +27,7 @@ def inspect_process() -> Environment:
     )
 
 
-# Neither imports what nobody has imported: then nothing was set there.
+# Both read sys.modules: nothing can be set in a module that was not imported.
 
 
 def _has_user_buffers() -> bool:
@@ -41,22 +41,22 @@ def _is_batch_invariant() -> bool:
 
 
 def prepare_process(config: TransformerConfig) -> None:
-    """Set what Megatron's own start-up sets in a process, for this configuration alone.
+    """Set the process state that megatron.training sets at start-up, for this configuration.
 
-    To be called after the device was chosen and before anything is computed there.
+    Call it after the device is chosen and before anything is computed on it.
     """
     # Transformer Engine captures its CUDA graphs on another stream than the default one.
     of_graphs = config.cuda_graph_impl == "transformer_engine"
     torch.cuda.set_stream(torch.cuda.Stream() if of_graphs else torch.cuda.default_stream())
-    if torch.are_deterministic_algorithms_enabled() != config.deterministic_mode:  # setting it imports the compiler
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic_mode:  # the setter imports torch's compiler
         torch.use_deterministic_algorithms(config.deterministic_mode)
 
 
 def leave_out_cuda_graphs(config: TransformerConfig) -> None:
-    """Set a configuration to go without CUDA graphs where there is no GPU; they change no number. The log says so."""
+    """Disable CUDA graphs in a configuration if there is no GPU, and log it. Results do not change."""
     if config.cuda_graph_impl == "none" or torch.cuda.is_available():
         return
-    if torch.distributed.is_initialized():  # once: the process that starts ranks checks before they do
+    if torch.distributed.is_initialized():  # logged by ranks only, not by the process that starts them
         message = "cuda_graph_impl is %s, but there is no GPU: computing without CUDA graphs"
         log_single_rank(logger, logging.WARNING, message, config.cuda_graph_impl)
     config.cuda_graph_impl = "none"

@@ -19,11 +19,16 @@ class ForwardStep(Protocol):
 
 
 def next_token_step(stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection) -> torch.Tensor:
-    """Run a stage of a decoder on tokens, shape [microbatch, sequence + 1], each to be told from those before it.
+    """Run a stage of a decoder that predicts each token from the previous ones.
+
+    Args:
+        stage: A stage, wrapped or not.
+        tokens: [microbatch, sequence + 1].
+        pg_collection: The process groups of this rank.
 
     Returns:
-        On the last stage the losses, shape [microbatch, this context-parallel rank's part of the sequence]; on others
-        what the next stage takes.
+        On the last stage the losses, shape [microbatch, this context-parallel rank's part of the sequence]; on other
+        stages the input of the next one.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs).contiguous()

@@ -19,7 +19,7 @@ from bridge.dist.layout import Layout
 
 
 def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Layout:
-    """Return the layout of process groups; the virtual pipeline, which has no group, is the configuration's."""
+    """Return the layout of process groups. The virtual pipeline has no group and comes from the configuration."""
     return Layout(
         tp=pg_collection.tp.size(),
         pp=pg_collection.pp.size(),
@@ -32,7 +32,7 @@ def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColle
 
 
 def embedding_ranks_of(pg_collection: ProcessGroupCollection) -> list[int] | None:
-    """Return the pipeline ranks in the embedding group, on each rank of the pipeline; None if nobody made one.
+    """Return the pipeline ranks in the embedding group, on each rank of the pipeline; None if there is no such group.
 
     Collective over the pipeline.
     """
@@ -68,8 +68,8 @@ def create_process_groups(
             ``bridge.dist.layout.embedding_ranks``; by default the first and the last.
 
     Raises:
-        AgreementError: The ranks do not all ask for this layout.
-        LayoutError: The world has another size than the layout, or its data-parallel ranks do not divide into the
+        AgreementError: The ranks call it with different arguments.
+        LayoutError: The sizes of the world and the layout differ, or the data-parallel ranks do not divide into the
             optimizer instances.
     """
     agree_in_world(
@@ -77,7 +77,7 @@ def create_process_groups(
     )
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
-        raise LayoutError(f"the layout {layout} takes {layout.world_size} ranks, the world has {world_size}")
+        raise LayoutError(f"the layout {layout} needs {layout.world_size} ranks, but the world has {world_size}")
     if (layout.dp * layout.cp) % optimizer_instances:
         raise LayoutError(
             f"{optimizer_instances} optimizer instances do not divide the {layout.dp * layout.cp} ranks of "
@@ -85,21 +85,22 @@ def create_process_groups(
         )
     fake = torch.distributed.get_backend() == "fake"
     global _existing
-    _existing = frozenset(_all_groups())
+    _existing = frozenset(_all_groups())  # those of the caller, which destroy_process_groups keeps
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        # Megatron rejects a virtual pipeline where pp = 1.
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 and layout.pp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=optimizer_instances,
         get_embedding_ranks=embedding_members(embedding_ranks),  # type: ignore[arg-type]  # called with the ranks alone
-        create_gloo_process_groups=not fake,  # gloo would look for the other ranks
+        create_gloo_process_groups=not fake,  # gloo would wait for the other ranks
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
     )
     if not fake:
-        # Megatron-core 0.19.2 gives none to the gloo group of the experts' data parallelism.
+        # megatron-core 0.19.2 sets no timeout for the gloo group of expert data parallelism.
         for group in _all_groups():
             if group not in _existing:
                 _set_timeout(timeout, group)
@@ -108,18 +109,18 @@ def create_process_groups(
 
 
 def embedding_members(ranks: Sequence[int] | None) -> Callable[[list[int]], list[int]]:
-    """Return what picks the members of an embedding group out of a pipeline's ranks, as Megatron asks for it."""
+    """Return the callback by which Megatron selects the members of an embedding group from a pipeline's ranks."""
     if ranks is None:
         return parallel_state.default_embedding_ranks
     return lambda pipeline: [pipeline[rank] for rank in ranks]
 
 
 def destroy_process_groups() -> None:
-    """Destroy Megatron's process groups, and those that were made after them, as FSDP does; the world stays."""
-    parallel_state.destroy_model_parallel()  # which forgets them only
+    """Destroy Megatron's process groups and all that were made after them, such as FSDP's. The world stays."""
+    parallel_state.destroy_model_parallel()  # only drops its references to them
     release_sharded_models()
-    # megatron-core 0.19.2 remembers what these computed, with the module: its group, and under Megatron-FSDP by way of
-    # its hooks the whole model.
+    # megatron-core 0.19.2 caches the results of these with the module as key. The module holds its group, and under
+    # Megatron-FSDP, through hooks, the whole model.
     for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
         rotary.forward.cache_clear()
     for group in _all_groups():
@@ -128,11 +129,11 @@ def destroy_process_groups() -> None:
     clear_sharding_caches()
 
 
-# Public, and the other deprecated, in torch 2.15; not there in 2.6.
+# torch 2.15 has the public function and deprecates the private one; torch 2.6 has only the private one.
 _set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
 
 _existing: frozenset[torch.distributed.ProcessGroup] = frozenset()
-"""The groups that were there before Megatron's."""
+"""The groups that existed before Megatron's."""
 
 
 def _all_groups() -> list[torch.distributed.ProcessGroup]:

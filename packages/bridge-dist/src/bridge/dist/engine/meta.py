@@ -1,7 +1,7 @@
-"""Weights of stages that were built on the meta device, where a tensor has a shape and no memory.
+"""Initialise stages that were built on the meta device, where a tensor has a shape but no memory.
 
-A module initialises itself again (``reset_parameters``) once its tensors have memory. What no module initialises is
-filled with NaN, never left as whatever the memory held, and a warning names it: a checkpoint has to be loaded.
+A module initialises itself again (``reset_parameters``) once its tensors have memory. Tensors that no module
+initialises are filled with NaN instead of arbitrary memory, and a warning names them: they need a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Share = Callable[[torch.nn.Parameter], None]
 
 
 def materialize(module: ModuleT, device: torch.device, *, recurse: bool = True) -> ModuleT:
-    """Give meta tensors uninitialised memory on ``device`` and move the others there, values kept.
+    """Allocate meta tensors on ``device``, uninitialised, and move other tensors there.
 
     Parameters keep their attributes, and a parameter that two modules share stays shared.
 
     Args:
         module: Changed in place and returned.
-        device: Where its parameters and buffers shall be.
-        recurse: False leaves the children as they are.
+        device: The device of its parameters and buffers.
+        recurse: Whether to include the children.
     """
     placed: dict[torch.Tensor, torch.nn.Parameter] = {}
     for owner in module.modules() if recurse else [module]:
@@ -59,14 +59,14 @@ def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _copy_parameter(parameter: torch.Tensor, data: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter of other data; Megatron keeps what it knows of one, such as how it is split, in attributes."""
-    made = torch.nn.Parameter(data, parameter.requires_grad)
-    vars(made).update(vars(parameter))
-    return made
+    """Return a parameter with new data and the attributes of another, in which Megatron records how it is split."""
+    copy = torch.nn.Parameter(data, parameter.requires_grad)
+    vars(copy).update(vars(parameter))
+    return copy
 
 
 def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection) -> None:
-    """Give whole stages that were built on the meta device memory on this rank's device, and weights."""
+    """Allocate and initialise stages from the meta device on this rank's device. They must not be sharded."""
     missing: list[str] = []
     for stage in stages:
         pending = _find_pending(stage)
@@ -79,12 +79,13 @@ def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGr
 
 @contextlib.contextmanager
 def initialise_while_wrapping(stage: MegatronModule, share: Share | None) -> Iterator[None]:
-    """While Megatron-FSDP wraps a stage on the meta device: it empties module after module and resets each.
+    """Initialise a stage from the meta device while Megatron-FSDP wraps it, one module at a time.
 
-    megatron-core 0.19.2 loses the attributes of parameters on the way, and fails for a module that cannot reset itself.
+    Megatron-FSDP allocates each module and calls its ``reset_parameters``. In megatron-core 0.19.2 this loses the
+    attributes of parameters, and fails for a module without that method.
 
     Args:
-        stage: Has its modules' ``reset_parameters`` replaced until the context is left.
+        stage: Its modules' ``reset_parameters`` are replaced until the context is left.
         share: Called with each initialised parameter, before it is sharded.
     """
     missing: list[str] = []
@@ -105,11 +106,11 @@ def initialise_while_wrapping(stage: MegatronModule, share: Share | None) -> Ite
 
 
 def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
-    """Give a stage that torch FSDP2 sharded on the meta device weights: no more than one module is whole at a time.
+    """Initialise a stage that torch FSDP2 sharded on the meta device. At most one module is unsharded at a time.
 
     Args:
-        stage: Its sharded parameters are replaced by ones with memory, which FSDP2 expects before the first step.
-        share: Called with each whole parameter, before this rank's shard is cut out of it.
+        stage: Its sharded parameters are replaced by allocated ones, which FSDP2 expects before the first step.
+        share: Called with each unsharded parameter, before it is sharded.
     """
     missing: list[str] = []
     for module in _find_pending(stage):
@@ -128,17 +129,17 @@ def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
 
 
 class _Tensor(NamedTuple):
-    """What is to be kept of a meta tensor when it gets memory."""
+    """The properties of a meta tensor that must survive its allocation."""
 
     dtype: torch.dtype
     attributes: dict[str, Any]
 
 
 class _Pending(NamedTuple):
-    """A module that holds meta tensors of its own, and what to keep of each; ``kept`` are its other tensors.
+    """A module with meta tensors of its own, the properties to keep of each, and its other tensors (``kept``).
 
-    ``draws_in_fp32`` is for modules that Megatron draws in fp32, whatever it casts them to. On a CPU it makes a
-    difference: torch 2.11 draws bf16 from coarser random numbers, 2.15 no longer does.
+    ``draws_in_fp32`` marks modules that Megatron draws in fp32 before it casts them. On a CPU the values differ
+    otherwise: torch 2.11 draws bf16 from coarser random numbers, 2.15 no longer does.
     """
 
     name: str
@@ -149,7 +150,7 @@ class _Pending(NamedTuple):
     draws_in_fp32: bool
 
     def allocate(self) -> None:
-        """Give the tensors memory on this rank's device, each as a whole."""
+        """Allocate the tensors on this rank's device, unsharded."""
         for name in self.tensors:
             meta = self.own(name)
             whole = torch.empty(meta.shape, dtype=meta.dtype, device=torch.device("cuda"))
@@ -159,7 +160,7 @@ class _Pending(NamedTuple):
                 self.module._buffers[name] = whole
 
     def initialise(self) -> list[str]:
-        """Initialise the tensors, which have memory by now; return the names of those that nothing initialised."""
+        """Initialise the allocated tensors; return the names of those that nothing initialised."""
         kind = type(self.module)
         reset = getattr(kind, "reset_parameters", None) or getattr(kind, "_reset_parameters", None)
         with torch.no_grad():
@@ -167,16 +168,17 @@ class _Pending(NamedTuple):
                 tensor = self.own(name)
                 if self.draws_in_fp32:
                     tensor.data = tensor.data.float()
+                # A value that an initialiser replaces: what is still NaN afterwards was not initialised.
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
             if reset is not None:
                 reset(self.module)
             if self.initialise_embedding is not None:
                 self.initialise_embedding(self.own("weight"))
-            for name, tensor in self.kept.items():
+            for name, tensor in self.kept.items():  # reset_parameters has overwritten them too
                 self.own(name).copy_(tensor)
         for name, (dtype, attributes) in self.tensors.items():
             tensor = self.own(name)
-            tensor.data = tensor.data.to(dtype)  # the wrapper's
+            tensor.data = tensor.data.to(dtype)  # of the mixed-precision wrapper, which ran on the meta device
             for attribute, value in attributes.items():
                 vars(tensor).setdefault(attribute, value)
         return [f"{self.name}.{name}".lstrip(".") for name in self.tensors if self._is_missing(name, reset)]
@@ -190,27 +192,27 @@ class _Pending(NamedTuple):
                     share(tensor)
 
     def own(self, name: str) -> torch.Tensor:
-        """Return a tensor of the module as it is now."""
+        """Return the current tensor of this name. Allocation and wrappers replace tensors, so none is kept."""
         tensor = (self.module._parameters | self.module._buffers)[name]
         assert tensor is not None
         return tensor
 
     def _is_missing(self, name: str, reset: object) -> bool:
         tensor = self.own(name)
-        if tensor.is_meta:  # a plan has no values
+        if tensor.is_meta:  # in a plan, which computes no values
             return False
         return bool(tensor.isnan().any()) if tensor.is_floating_point() else reset is None
 
 
 def _find_pending(stage: torch.nn.Module) -> list[_Pending]:
-    """List the modules that hold meta tensors, in the order in which modules are made."""
+    """List the modules that hold meta tensors, in construction order, so that random draws keep their order."""
     config = get_model_config(stage)
     embeddings = {
         child: config.embedding_init_method if isinstance(module, LanguageModelEmbedding) else config.init_method
         for module in stage.modules()
         if isinstance(module, LanguageModelEmbedding | RelativePositionEmbedding)
         for child in module.children()
-        if isinstance(child, torch.nn.Embedding)  # of positions and token types: Megatron initialises them anew
+        if isinstance(child, torch.nn.Embedding)  # positions and token types, which Megatron initialises itself
     }
     pending = []
     for name, module in stage.named_modules():
@@ -224,9 +226,9 @@ def _find_pending(stage: torch.nn.Module) -> list[_Pending]:
 
 
 def _share_tied_embedding(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> None:
-    """Give the last pipeline stage the first one's embedding where they are tied, as Megatron does off the meta device.
+    """Copy a tied embedding from the first pipeline stage to the other stages that hold it.
 
-    megatron-core 0.19.2 leaves it to whoever loads the weights (``setup_embeddings_and_output_layer``).
+    On the meta device megatron-core 0.19.2 leaves this to the caller (``setup_embeddings_and_output_layer``).
     """
     if pg_collection.pp.size() == 1:
         return
@@ -234,7 +236,7 @@ def _share_tied_embedding(stage: MegatronModule, pg_collection: ProcessGroupColl
         if isinstance(model, LanguageModule) and model._is_in_embd_group() and _has_tied_embedding(model):
             weight = model.shared_embedding_or_output_weight()
             if not model.pre_process:
-                weight.data.zero_()
+                weight.data.zero_()  # the sum over the group is then the embedding of the first stage
             torch.distributed.all_reduce(weight.data, group=model.embd_group)
 
 
@@ -244,7 +246,7 @@ def _has_tied_embedding(model: LanguageModule) -> bool:
 
 def _warn_uninitialised(missing: Sequence[str]) -> None:
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         logger.warning(
-            "init_model_with_meta_device: nothing initialises %s, they are NaN; load a checkpoint before use", shown
+            "init_model_with_meta_device: no module initialises %s, which are NaN: load a checkpoint before use", names
         )

@@ -1,4 +1,4 @@
-"""The flags of a distributed build as one checked, frozen value."""
+"""The options of a distributed build, checked when they are created."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from bridge.dist.wrapper import Wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How the stages of this rank are wrapped; the parameters of ``ModelBuilder.build_distributed_models`` by name.
+    """The options by which the stages of a rank are wrapped, named like those of ``build_distributed_models``.
 
-    The two for layer-wise optimizers are those of ``DistributedModelBuilder``.
+    ``use_layer_wise_distributed_optimizer`` and ``use_layer_wise_param_layout`` are described in
+    ``DistributedModelBuilder``, the others in ``ModelBuilder``.
 
     Raises:
-        OptionsError: On contradictory options, when the value is made, so before anything is built.
+        OptionsError: The options contradict each other.
     """
 
     ddp_config: DistributedDataParallelConfig | None = None
@@ -37,17 +38,17 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.use_megatron_fsdp and self.use_torch_fsdp2:
             raise OptionsError(
-                "use_megatron_fsdp and use_torch_fsdp2 are both True: a stage has one data-parallel wrapper, choose one"
+                "use_megatron_fsdp and use_torch_fsdp2 are both True, but a stage has one wrapper: set one to False"
             )
         if self.wrap_with_ddp and self.ddp_config is None:
             raise OptionsError(
                 "wrap_with_ddp is True but ddp_config is None: "
-                "pass a DistributedDataParallelConfig, or wrap_with_ddp=False for bare stages"
+                "pass a DistributedDataParallelConfig, or wrap_with_ddp=False for unwrapped stages"
             )
         if self.ddp_config is not None and self.ddp_config.use_megatron_fsdp and not self.use_megatron_fsdp:
             raise OptionsError(
-                "ddp_config.use_megatron_fsdp is True but use_megatron_fsdp is not, so that the optimizer would look "
-                "for Megatron-FSDP's buffers in another wrapper: make both the same"
+                "ddp_config.use_megatron_fsdp is True but use_megatron_fsdp is False: set both to the same value "
+                "(Megatron's optimizer reads the first and would look for buffers that the wrapper does not have)"
             )
         if self.use_layer_wise_distributed_optimizer:
             self._check_layer_wise()
@@ -55,7 +56,7 @@ class BuildOptions:
     def _check_layer_wise(self) -> None:
         if self.wrapper is not Wrapper.DDP:
             raise OptionsError(
-                f"use_layer_wise_distributed_optimizer lays out the buffers of DDP, the wrapper is {self.wrapper}: "
+                f"use_layer_wise_distributed_optimizer needs the ddp wrapper, got {self.wrapper}: "
                 "wrap with ddp, or set it to False"
             )
         assert self.ddp_config is not None
@@ -67,7 +68,7 @@ class BuildOptions:
 
     @property
     def wrapper(self) -> Wrapper:
-        """The data-parallel wrapper that these options ask for."""
+        """The data-parallel wrapper that these options select."""
         if not self.wrap_with_ddp:
             return Wrapper.NONE
         if self.use_megatron_fsdp:
@@ -76,7 +77,7 @@ class BuildOptions:
 
     @property
     def shards_weights(self) -> bool:
-        """Whether the wrapper leaves each data-parallel rank a part of every weight only."""
+        """Whether the wrapper shards every weight over the data-parallel ranks."""
         if self.wrapper is Wrapper.MEGATRON_FSDP:
             assert self.ddp_config is not None
             return self.ddp_config.data_parallel_sharding_strategy == "optim_grads_params"
@@ -84,5 +85,5 @@ class BuildOptions:
 
     @property
     def has_layer_wise_layout(self) -> bool:
-        """Whether DDP's buffers keep the parameters whole that a layer-wise optimizer (Muon) updates."""
+        """Whether DDP's buffers are laid out so that each parameter is whole on one rank, for Muon."""
         return self.use_layer_wise_distributed_optimizer and self.use_layer_wise_param_layout

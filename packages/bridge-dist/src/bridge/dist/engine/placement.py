@@ -1,7 +1,7 @@
-"""Where the parameters of a stage stand in the whole model: what a layout must not change.
+"""Map the parameters of a stage to the whole model: their full-model names and the part that a rank holds.
 
-A pipeline stage counts its layers from zero and a rank its experts; the whole model has one name for each parameter.
-Weights drawn by that name, and totals counted by it, are the same under every layout.
+A pipeline stage numbers its layers from zero, and so does a rank its experts. The whole model has one name for each
+parameter. Weights drawn by that name, and totals counted by it, are the same under every layout.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _VOCABULARY = re.compile(r"(.*\.)?(word_embeddings|output_layer)\.(weight|bias)"
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a parameter of one stage stands in the whole model: its name there, and which part of it the rank holds.
+    """The name of a stage's parameter in the whole model, and the part of it that this rank holds.
 
-    A parameter of several parts that are split over the ranks one by one has ``stride`` of them, all equal (gated
-    layers), or ``blocks``, the size of each on this rank (Mamba's projections).
+    Some parameters are a concatenation of parts that are split over the ranks one by one: ``stride`` equal parts (gated
+    layers), or ``blocks`` with the size of each part on this rank (Mamba's projections).
     """
 
     name: str
@@ -53,19 +53,19 @@ class Placement:
         return torch.Size(shape)
 
     def logical_shape(self, vocab_size: int | None) -> torch.Size:
-        """The shape of the whole parameter, without the rows that pad the vocabulary beyond ``vocab_size``."""
+        """Return the shape of the whole parameter without rows that pad the vocabulary beyond ``vocab_size``."""
         shape = self.full_shape
         if vocab_size is not None and _VOCABULARY.fullmatch(self.full_name):
             return torch.Size((min(shape[0], vocab_size), *shape[1:]))
         return shape
 
     def pad(self, logical: torch.Tensor) -> torch.Tensor:
-        """Add the rows of zeros that pad the vocabulary to a parameter of the logical shape."""
+        """Pad a parameter of the logical shape with rows of zeros, up to the padded vocabulary."""
         padding = self.full_shape[0] - logical.shape[0]
         return torch.cat([logical, logical.new_zeros(padding, *logical.shape[1:])]) if padding else logical
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Cut this rank's part out of a whole parameter, as Megatron does."""
+        """Return this rank's shard of a whole parameter, split as Megatron splits it."""
         if self.shards == 1:
             return whole
         if self.blocks is not None:
@@ -84,7 +84,7 @@ class NamedParameter(NamedTuple):
 
 
 def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
-    """Yield the parameters of a built (not yet sharded by FSDP) stage with their full-model names."""
+    """Yield the parameters of a stage with their placement. FSDP must not have sharded it yet."""
     model: torch.nn.Module = unwrap(stage)
     modules = dict(model.named_modules())
     renamed = _full_module_names(modules, pg_collection)
@@ -94,7 +94,7 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
         leaf = _full_leaf(leaf, modules[path], pg_collection)
         full_name = f"{renamed[path]}.{leaf}".lstrip(".")
         if tied and full_name == "output_layer.weight":
-            # The last pipeline stage holds a copy of the embedding of the first.
+            # On the last pipeline stage it is a copy of the first stage's embedding.
             full_name = EMBEDDING
         yield NamedParameter(_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
 
@@ -119,13 +119,13 @@ def _placement(
 
 
 def tensor_group(parameter: torch.Tensor, pg_collection: ProcessGroupCollection) -> ProcessGroup:
-    """Return the ranks that a parameter is split over, or that hold copies of it: for an expert's, its own group."""
+    """Return the group that a parameter is split over or copied in: expt_tp for parameters of experts, otherwise tp."""
     group: ProcessGroup = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
     return group
 
 
 def layer_indices(stage: MegatronModule) -> list[int]:
-    """Return the layers that a stage holds, counted from zero over the whole model, those of an encoder first."""
+    """Return the zero-based indices of a stage's layers in the whole model. An encoder's layers come first."""
     stacks: dict[str, list[int]] = {}
     for name, module in unwrap(stage).named_modules():
         stack = re.fullmatch(r"(\w+)\.layers\.\d+", name)
@@ -136,7 +136,10 @@ def layer_indices(stage: MegatronModule) -> list[int]:
 
 
 def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection) -> dict[str, str]:
-    """Map the name of each module in a stage to its name in the whole model. Parents come before children."""
+    """Map the name of each module of a stage to its full-model name.
+
+    ``modules`` must list parents before children, as ``named_modules`` does.
+    """
     experts = {
         name: sum(1 for other in modules if re.fullmatch(re.escape(name) + r"\.\d+", other))
         for name in modules
@@ -156,7 +159,7 @@ def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: Proce
 
 
 def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCollection) -> str:
-    """The name of a parameter within its module: grouped experts are numbered from zero on each rank, too."""
+    """Return the full-model name of a parameter within its module. Grouped experts restart from zero on each rank."""
     experts: int | None = getattr(owner, "num_gemms", None)
     grouped = _GROUPED.fullmatch(leaf)
     if experts is None or grouped is None:
@@ -165,7 +168,6 @@ def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCol
 
 
 def _layer_index(layer: torch.nn.Module) -> int:
-    """Megatron numbers layers from one."""
     number = layer.layer_number
     assert isinstance(number, int)
-    return number - 1
+    return number - 1  # Megatron counts from one

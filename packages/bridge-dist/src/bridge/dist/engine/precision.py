@@ -1,4 +1,4 @@
-"""Mixed precision of freshly built stages."""
+"""Apply mixed precision to built stages."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ def wrap_mixed_precision(
     *,
     one_precision: bool = False,
 ) -> list[MegatronModule]:
-    """Wrap each stage for fp16 or bf16, if the configuration says so and there is a wrapper.
+    """Wrap each stage for fp16 or bf16 if the configuration requests it and there is a wrapper.
 
-    What stays in fp32 is put back there, with the values it had, after the wrapper has cast everything: router biases
-    that Megatron keeps so, and parameters with an attribute ``keep_fp32`` that is true. The wrapper may also cast in
-    place and return the stage itself; other modules of its choice may stay in another precision.
+    After the wrapper has cast everything, some tensors are restored to fp32 with their exact values: the router biases
+    that Megatron keeps in fp32, and parameters whose attribute ``keep_fp32`` is true. The wrapper may return a module
+    around the stage, or cast in place and return the stage.
 
-    With ``one_precision`` parameters stay as the wrapper cast them, as torch FSDP2 needs; a warning says so.
+    Args:
+        stages: The stages of this rank.
+        config: Selects fp16, bf16 or neither.
+        wrapper: Called with the configuration and each stage; None for no mixed precision.
+        one_precision: Whether all parameters keep the precision that the wrapper gave them, as torch FSDP2 requires. A
+            warning is logged if this affects any parameter.
 
     Raises:
-        BuilderContractError: The wrapper returned something else than a MegatronModule.
+        BuilderContractError: The wrapper did not return a MegatronModule.
     """
     if wrapper is None or not (config.fp16 or config.bf16):
         return stages
@@ -53,10 +58,10 @@ def wrap_mixed_precision(
         getattr(router, _KEEP_BIAS_FP32)()
     for router, name, value in exact:
         buffer = router.get_buffer(name)
-        if buffer.dtype is torch.float32:
+        if buffer.dtype is torch.float32:  # in fp32 again, but with values rounded by the cast
             buffer.copy_(value)
     if kept and one_precision:
-        logger.warning("torch FSDP2 shards parameters of one precision: %d do not stay in fp32", len(kept))
+        logger.warning("torch FSDP2 needs one precision for all parameters: %d with keep_fp32 were cast", len(kept))
         kept = []
     for parameter, value in kept:
         parameter.data = value
@@ -64,10 +69,10 @@ def wrap_mixed_precision(
 
 
 def _wrap_stage(stage: MegatronModule, config: TransformerConfig, wrapper: MixedPrecisionWrapper) -> MegatronModule:
-    made: object = wrapper(config, stage)
-    if not isinstance(made, MegatronModule):
+    wrapped: object = wrapper(config, stage)
+    if not isinstance(wrapped, MegatronModule):
         raise BuilderContractError(
-            f"mixed_precision_wrapper {getattr(wrapper, '__qualname__', wrapper)} returned {type(made).__name__}: "
-            "return the stage, or a MegatronModule around it"
+            f"mixed_precision_wrapper {getattr(wrapper, '__qualname__', wrapper)} must return the stage or a "
+            f"MegatronModule around it, got {type(wrapped).__name__}"
         )
-    return made
+    return wrapped

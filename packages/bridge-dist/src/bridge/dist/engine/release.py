@@ -1,4 +1,4 @@
-"""Letting go of models and process groups that megatron-core and torch would keep for ever."""
+"""Release models and process groups that megatron-core and torch would otherwise keep alive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 
 _megatron_fsdp: weakref.WeakSet[Any] = weakref.WeakSet()
 _meshes: weakref.WeakValueDictionary[int, DeviceMesh] = weakref.WeakValueDictionary()
-"""By identity: meshes of the same ranks are equal."""
+"""Keyed by identity, because meshes of the same ranks compare equal."""
 
 
 def remember_megatron_fsdp(wrapped: torch.nn.Module) -> None:
@@ -29,11 +29,11 @@ def remember_meshes(meshes: Iterable[DeviceMesh | None]) -> None:
 
 
 def release_sharded_models() -> None:
-    """Take from all models that an FSDP wraps, whose process groups are no more, what would keep those for ever.
+    """Break the references that keep FSDP-wrapped models and their destroyed process groups alive.
 
-    In megatron-core 0.19.2 a model that Megatron-FSDP wraps and its gradient hooks hold each other by way of torch's
-    C++, so that Python never frees it. In torch 2.11 DTensor never frees the meshes it computes with, and a mesh holds
-    its groups, with their threads and files; 2.15 frees them.
+    In megatron-core 0.19.2 a Megatron-FSDP model and its gradient hooks form a reference cycle through torch's C++,
+    which Python never frees. In torch 2.11 DTensor never frees the meshes it computes with, and a mesh holds its
+    groups, with their threads and files; 2.15 frees them.
     """
     for wrapped in list(_megatron_fsdp):
         for handle in wrapped.grad_acc_hooks.values():
@@ -45,9 +45,9 @@ def release_sharded_models() -> None:
 
 
 def clear_sharding_caches() -> None:
-    """Let DTensor forget what it once computed, with the groups of then, for any mesh of the same ranks.
+    """Clear DTensor's caches, which hold destroyed groups and would return them for a new mesh of the same ranks.
 
-    ``torch.distributed.tensor.debug`` has a function for it, in a module that imports torch's compiler (torch 2.15).
+    ``torch.distributed.tensor.debug`` has a function for this, but importing it imports torch's compiler (torch 2.15).
     """
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
     if TORCH < TESTED_THROUGHOUT:  # seen in 2.6: the only cache is Python's
@@ -55,5 +55,5 @@ def clear_sharding_caches() -> None:
     else:
         propagator.propagate_op_sharding.cache_clear()
         torch._C._clear_DTensor_sharding_propagator_cache()
-        # Which finds a mesh of then by its ranks too.
+        # This cache also finds an old mesh by its ranks.
         importlib.import_module("torch.distributed.tensor._redistribute").clear_redistribute_planner_cache()

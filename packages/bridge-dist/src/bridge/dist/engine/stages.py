@@ -1,4 +1,4 @@
-"""Building the pipeline stages of this rank."""
+"""Build the pipeline stages of this rank."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def build_stages(
 
     Args:
         build_stage: Builds one stage.
-        pg_collection: The process groups of this rank; ``pp`` places it in the pipeline.
-        vp_size: Virtual pipeline stages per rank. None, or a pipeline of one rank, gives a single stage.
+        pg_collection: The process groups of this rank. ``pp`` gives its position in the pipeline.
+        vp_size: Virtual pipeline stages per rank. The result is a single stage if it is None or pp = 1.
         model_type: Set on each stage.
 
     Returns:
@@ -70,7 +70,7 @@ def build_stages(
 def unwrap(stage: MegatronModule) -> MegatronModule:
     """Return the model of a stage, without its wrappers.
 
-    ``unwrap_model`` of megatron-core 0.19.2 stops at the inner one of Megatron-FSDP's two wrappers.
+    Megatron-FSDP has two wrappers, and ``unwrap_model`` of megatron-core 0.19.2 removes only the outer one.
     """
     model: MegatronModule = unwrap_model(stage)
     while isinstance(model, MegatronFSDP):
@@ -79,6 +79,6 @@ def unwrap(stage: MegatronModule) -> MegatronModule:
 
 
 def layers_of(stages: Sequence[MegatronModule]) -> str:
-    """Return whose layers stages are made of: ``transformer_engine``, or ``pytorch`` if there is none of those."""
+    """Return which layers the stages use: ``transformer_engine``, or ``pytorch`` if none is of Transformer Engine."""
     packages = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
     return "transformer_engine" if "transformer_engine" in packages else "pytorch"

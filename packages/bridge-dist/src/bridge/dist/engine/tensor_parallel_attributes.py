@@ -1,4 +1,4 @@
-"""Setting Megatron's tensor-parallel attributes of parameters: which are split over ranks, and how."""
+"""Set Megatron's tensor-parallel attributes, which record whether and how a parameter is split over ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import MegatronModule
 
 _SPLIT_DIMENSIONS = {"softmax_offset": 0}
-"""The dimension that is split, by a parameter's own name.
+"""The split dimension of parameters that Megatron does not mark, by the last part of their name.
 
-Attention sinks hold a value for each head of this rank. megatron-core 0.19.2 marks neither those of its own attention
-(``DotProductAttention``) nor those that it takes from Transformer Engine's: without a mark its gradient norm counts
-them on the first rank alone.
+Attention sinks (``softmax_offset``) hold a value for each head of this rank. megatron-core 0.19.2 marks neither those
+of ``DotProductAttention`` nor those of Transformer Engine's attention. Unmarked, its gradient norm would count them on
+the first rank only.
 """
 
 
 def mark_split_parameters(stage: MegatronModule) -> None:
-    """Give each parameter of a built stage that is split, and does not say so, Megatron's attributes for it."""
+    """Set the attributes of parameters that are split but not marked by Megatron."""
     for name, parameter in stage.named_parameters():
         dim = _SPLIT_DIMENSIONS.get(name.rpartition(".")[2])
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
@@ -28,7 +28,7 @@ def mark_split_parameters(stage: MegatronModule) -> None:
 
 
 def set_default_attributes(stages: Sequence[MegatronModule]) -> None:
-    """Give each parameter without these attributes those of one that is whole; Megatron's optimizer reads them."""
+    """Set the attributes of all other parameters to unsplit; Megatron's optimizer reads them."""
     for stage in stages:
         for parameter in stage.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

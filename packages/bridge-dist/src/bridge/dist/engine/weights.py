@@ -1,4 +1,4 @@
-"""Drawing weights by the name of each parameter in the whole model, so that they are the same under every layout."""
+"""Draw weights by full-model parameter name, so that they are the same under every layout."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from bridge.dist.engine.placement import EMBEDDING, NamedParameter, named_parame
 
 Initialiser = Callable[[torch.Tensor], object]
 
-# Their biases are random, unlike those of Megatron's layers.
+# torch initialises biases randomly; Megatron's layers start with zeros.
 _TORCH_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 def draw_weights(
     stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, *, vocab_size: int | None
 ) -> None:
-    """Draw every random parameter anew, by the configuration's own initialisers, seeded by its full-model name.
+    """Draw every random parameter again with the configuration's initialisers, seeded by its full-model name.
 
-    The whole parameter is drawn on the CPU and each rank keeps its shard, so that a model starts from the same weights
-    under every layout and on every device. Rows that pad the vocabulary beyond ``vocab_size`` are zero. Matrices are
-    random. So are vectors whose elements differ; those of equal elements (norm weights, most biases) stay as they were
-    built. A module may have initialisers of its own: a mapping ``initialisers`` from a parameter's name to a function
-    that fills a tensor.
+    Each rank draws the whole parameter on the CPU and keeps its shard, so that a model starts from the same weights
+    under every layout and on every device. Matrices are random, and so are vectors whose elements differ. Vectors of
+    equal elements (norm weights, most biases) keep their values.
+
+    Args:
+        stages: The stages of this rank, not yet sharded by FSDP. A module may override initialisers with an attribute
+            ``initialisers``, a mapping from a parameter's name to a function that fills a tensor.
+        pg_collection: The process groups of this rank.
+        vocab_size: Rows of the embedding and the output layer beyond it are padding, set to zero; None for no padding.
     """
     for stage in stages:
         config = get_model_config(stage)
@@ -43,7 +47,7 @@ def draw_weights(
 def _initialiser(
     named: NamedParameter, config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> Initialiser | None:
-    """Return what draws a parameter; None if it is a constant."""
+    """Return the initialiser of a parameter; None if the parameter is constant."""
     leaf = named.placement.name.rpartition(".")[2]
     own: Initialiser | None = getattr(named.owner, "initialisers", {}).get(leaf)
     if own is not None:
@@ -66,7 +70,7 @@ def _vector_initialiser(
     owner = named.owner
     if isinstance(owner, _TORCH_LAYERS) and leaf == "bias":
         return partial(_draw_bias, bound=owner.weight[0].numel() ** -0.5)
-    # Megatron draws attention sinks and the biases of routers as it draws matrices.
+    # Megatron draws attention sinks and router biases with the initialiser of matrices.
     if leaf == "softmax_offset" or isinstance(owner, Router) or not _is_constant(named, pg_collection):
         assert config.init_method is not None
         return config.init_method
@@ -74,18 +78,18 @@ def _vector_initialiser(
 
 
 def _draw_bias(bias: torch.Tensor, *, bound: float) -> None:
-    """Draw the bias of a layer of torch's as torch does: ``bound`` is the root of one over the inputs of an output."""
+    """Draw a bias like ``torch.nn.Linear.reset_parameters``; ``bound`` is 1 / sqrt(inputs per output)."""
     bias.uniform_(-bound, bound)
 
 
 def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -> bool:
-    """Whether all elements of a whole vector are equal. Collective over the ranks that it is split over."""
-    if named.parameter.is_meta or not named.parameter.numel():  # without elements
+    """Return whether all elements of an unsharded vector are equal. Collective over the ranks that it is split over."""
+    if named.parameter.is_meta or not named.parameter.numel():  # no values to compare
         return True
     low, high = named.parameter.detach().float().aminmax()
-    extremes = torch.stack([-low, high])
+    extremes = torch.stack([-low, high])  # negated, so that one MAX reduction finds both
     if named.placement.shards > 1:
-        extremes = extremes.cuda()  # stages are not moved to the device yet
+        extremes = extremes.cuda()  # the stages are still on the CPU, and NCCL needs GPU tensors
         group = tensor_group(named.parameter, pg_collection)
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
     return bool(-extremes[0] == extremes[1])
@@ -94,7 +98,7 @@ def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -
 def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None) -> None:
     placement = named.placement
     drawn = torch.empty(placement.logical_shape(vocab_size), dtype=torch.float32, device="cpu")
-    generator = torch.default_generator
+    generator = torch.default_generator  # initialisers take no generator: seed the default one, then restore it
     state = generator.get_state()
     try:
         generator.manual_seed(_seed(placement.full_name))
@@ -106,4 +110,4 @@ def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None
 
 
 def _seed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1  # fits a signed 64-bit integer

@@ -1,4 +1,4 @@
-"""Wrapping stages for data parallelism: what every wrapper needs, and a file for each of them.
+"""Wrap stages for data parallelism: ``data_parallel`` for all wrappers, and one file per wrapper.
 
-It imports the rest of the engine and what that may import; only ``engine.build`` imports it.
+May import the rest of the engine and what that may import. Only ``engine.build`` imports it.
 """

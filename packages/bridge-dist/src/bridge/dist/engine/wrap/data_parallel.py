@@ -1,4 +1,4 @@
-"""Wrapping the stages of this rank for data parallelism, and giving its ranks the same weights."""
+"""Wrap the stages of this rank for data parallelism, and broadcast weights to its data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from bridge.dist.wrapper import Wrapper
 def wrap_data_parallel(
     stages: list[MegatronModule], pg_collection: ProcessGroupCollection, options: BuildOptions
 ) -> list[MegatronModule]:
-    """Wrap each stage as the options say, and make data-parallel ranks start from the same weights if asked for.
+    """Wrap each stage, and broadcast weights to data-parallel ranks if ``options.data_parallel_random_init``.
 
-    ``options.ddp_config`` is not changed: the wrappers get a copy, with what depends on the stages filled in.
+    ``options.ddp_config`` is not changed: the wrappers get a copy with values that depend on the stages.
 
     Raises:
         PreflightError: The wrapper cannot train these stages.
@@ -44,7 +44,7 @@ def wrap_data_parallel(
         # Before wrapping: parameters that are sharded afterwards (DTensor) cannot be broadcast.
         for stage in stages:
             for parameter in stage.parameters():
-                if not parameter.is_meta:  # those that are still to be initialised are shared then
+                if not parameter.is_meta:  # meta parameters are shared when they are initialised
                     share(parameter)
     with _on_side_stream(stages[0]):
         wrapped = [
@@ -61,28 +61,32 @@ def wrap_data_parallel(
 def _resolve_ddp_config(
     stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection, options: BuildOptions
 ) -> DistributedDataParallelConfig:
-    """Return a copy of the options' configuration with what depends on the stages and on the wrapper filled in."""
+    """Return a copy of the DDP configuration, completed with values that depend on the stages and the wrapper."""
     assert options.ddp_config is not None
     resolved = copy.copy(options.ddp_config)
     if options.wrapper is not Wrapper.TORCH_FSDP2:
         resolved.bucket_size = bucket_size(resolved, stages, data_parallel_size=pg_collection.dp_cp.size())
     if options.has_layer_wise_layout:
-        resolved.use_distributed_optimizer = True  # reduces to each rank the gradients of its own parameters
+        resolved.use_distributed_optimizer = True  # reduces the gradients of a parameter only to the rank that owns it
     if options.wrapper is Wrapper.MEGATRON_FSDP:
         fill_in_megatron_fsdp(resolved, stages)
     return resolved
 
 
 def _broadcast(parameter: torch.nn.Parameter, *, pg_collection: ProcessGroupCollection) -> None:
-    """Give every data-parallel rank the weight of the first; an expert's within its own data-parallel group."""
+    """Broadcast a weight from the first data-parallel rank. Experts have a data-parallel group of their own."""
     group = pg_collection.dp_cp if getattr(parameter, "allreduce", True) else pg_collection.expt_dp
-    weight = parameter.data.cuda()
+    weight = parameter.data.cuda()  # FSDP2 moves a stage only when it shards it, and NCCL needs GPU tensors
     torch.distributed.broadcast(weight, group_src=0, group=group)
     parameter.data.copy_(weight)
 
 
 def _one_bucket_flags(stages: int, options: BuildOptions) -> list[bool]:
-    """Whether each chunk goes without buckets: only the first chunk's communication is on the critical path."""
+    """Return for each stage whether to put all gradients into one bucket.
+
+    Buckets overlap communication with the backward pass, and only the first stage's communication is on the critical
+    path.
+    """
     return [index > 0 or options.overlap_param_gather_with_optimizer_step for index in range(stages)]
 
 
@@ -103,10 +107,10 @@ def _wrap_stage(
 
 @contextlib.contextmanager
 def _on_side_stream(stage: MegatronModule) -> Iterator[None]:
-    """Construct wrappers on a stream of their own, which waits for the current one, and the current one for it.
+    """Construct wrappers on a side stream that is synchronised with the current stream before and after.
 
-    With a full-iteration CUDA graph it must be the capture stream, since the autograd nodes that the wrappers keep
-    remember the stream they were made on.
+    With a full-iteration CUDA graph this must be the capture stream, because the autograd nodes that wrappers keep
+    remember the stream on which they were created.
     """
     full_iteration = get_model_config(stage).cuda_graph_impl == "full_iteration"
     stream = get_shared_capture_stream() if full_iteration else torch.cuda.Stream()

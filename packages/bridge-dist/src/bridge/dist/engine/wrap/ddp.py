@@ -1,4 +1,4 @@
-"""Wrapping a stage with Megatron's DistributedDataParallel, and laying out its buffers."""
+"""Wrap a stage with Megatron's DistributedDataParallel, and lay out its buffers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from megatron.core.utils import get_model_config
 
 from bridge.dist.engine.options import BuildOptions
 
-# A bucket should be large enough that a ring all-reduce over all ranks is bound by bandwidth, not by latency.
+# In parameters, the defaults of megatron-core's DistributedDataParallelConfig: buckets must be large enough that a ring
+# all-reduce over all ranks is bound by bandwidth, not by latency.
 _SMALLEST_BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
 
@@ -27,10 +28,10 @@ _BUCKET_PER_RANK = 1_000_000
 def wrap_ddp(
     stage: MegatronModule, pg_collection: ProcessGroupCollection, options: BuildOptions, *, one_bucket: bool
 ) -> DistributedDataParallel:
-    """Wrap a stage with DDP; with a distributed optimizer its buffers are laid out for that."""
+    """Wrap a stage with DDP. With a distributed optimizer, lay out its buffers for sharding."""
     assert options.ddp_config is not None
-    # Megatron-core 0.19.2 replaces this for all models of the process when one of them is wrapped with
-    # reduce_scatter_with_fp32_accumulation; gradients of a later one are then lost. The latest build decides.
+    # Wrapping with reduce_scatter_with_fp32_accumulation makes megatron-core 0.19.2 replace this function for all
+    # models of the process, and gradients of later models are lost. Restore it, so that the latest build decides.
     param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
     layout = None
     if options.ddp_config.use_distributed_optimizer:
@@ -48,10 +49,14 @@ def wrap_ddp(
 def bucket_size(
     ddp_config: DistributedDataParallelConfig, stages: Sequence[torch.nn.Module], *, data_parallel_size: int
 ) -> int | None:
-    """Return how many parameters a gradient bucket holds; None puts all into one bucket.
+    """Return the number of parameters per gradient bucket; None for a single bucket.
 
-    Without overlap of the gradient reduction there is nothing to gain from several buckets. ``num_buckets`` counts
-    buckets over all stages of this rank. ``data_parallel_size`` includes context-parallel ranks.
+    Several buckets help only if the gradient reduction overlaps with the backward pass.
+
+    Args:
+        ddp_config: Its ``num_buckets`` counts buckets over all stages of this rank.
+        stages: The stages of this rank.
+        data_parallel_size: Number of data-parallel ranks, including context-parallel ranks.
     """
     if not ddp_config.overlap_grad_reduce:
         return None
@@ -66,14 +71,12 @@ def bucket_size(
 def _parameter_layout(
     stage: MegatronModule, pg_collection: ProcessGroupCollection, options: BuildOptions, *, one_bucket: bool
 ) -> FullParamLayout:
-    """Lay out the trainable parameters for the group that the optimizer shards over.
-
-    That is the group within one optimizer instance where there are several instances.
-    """
+    """Lay out the trainable parameters over the ranks of one optimizer instance."""
     assert options.ddp_config is not None
+
     shards = getattr(pg_collection, "intra_dp_cp", None) or pg_collection.dp_cp
     expert_shards = getattr(pg_collection, "intra_expt_dp", None) or pg_collection.expt_dp
-    no_buckets = one_bucket or pg_collection.pp.rank() > 0
+    no_buckets = one_bucket or pg_collection.pp.rank() > 0  # as DDP decides in megatron-core 0.19.2
     optimizer = LayerWiseDistributedOptimizer if options.has_layer_wise_layout else DistributedOptimizer
     layout: FullParamLayout = optimizer.compute_full_param_layout(
         [parameter for parameter in stage.parameters() if parameter.requires_grad],

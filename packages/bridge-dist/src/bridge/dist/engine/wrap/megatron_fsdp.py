@@ -1,4 +1,4 @@
-"""Wrapping a stage with Megatron-FSDP."""
+"""Wrap a stage with Megatron-FSDP."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bridge.dist.engine import meta
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.release import remember_megatron_fsdp, remember_meshes
 
-# Megatron-FSDP (megatron-core 0.19.2) derives how much to communicate at once from the mean size of these layers, and
-# divides by zero where a model has none. The number is what it takes at least.
+# Megatron-FSDP (megatron-core 0.19.2) derives its communication unit, in elements, from the mean size of these layers,
+# and divides by zero if a model has none. The constant is its minimum.
 _UNITS = (TransformerLayer, MambaLayer)
 _COMMUNICATION_UNIT = 1_000_000_000
 _AVERAGED = "average_gradients_across_tp_domain"
@@ -31,7 +31,7 @@ def wrap_megatron_fsdp(
     one_bucket: bool,
     share: meta.Share | None,
 ) -> FullyShardedDataParallel:
-    """Wrap a stage with Megatron-FSDP; ``share`` is called with what is initialised meanwhile."""
+    """Wrap a stage with Megatron-FSDP. ``share`` is called with each parameter that is initialised meanwhile."""
     assert options.ddp_config is not None
     with meta.initialise_while_wrapping(stage, share):
         wrapped = FullyShardedDataParallel(
@@ -49,8 +49,8 @@ def wrap_megatron_fsdp(
 
 
 def fill_in_megatron_fsdp(ddp_config: DistributedDataParallelConfig, stages: Sequence[MegatronModule]) -> None:
-    """Set, in place, what Megatron-FSDP and Megatron's optimizer read in a configuration."""
-    ddp_config.use_megatron_fsdp = True  # what Megatron's optimizer looks at
+    """Set the fields that Megatron-FSDP and Megatron's optimizer read, in place."""
+    ddp_config.use_megatron_fsdp = True  # Megatron's optimizer reads it
     if not any(isinstance(module, _UNITS) for stage in stages for module in stage.modules()):
         ddp_config.suggested_communication_unit_size = (
             ddp_config.suggested_communication_unit_size or _COMMUNICATION_UNIT
@@ -58,9 +58,9 @@ def fill_in_megatron_fsdp(ddp_config: DistributedDataParallelConfig, stages: Seq
 
 
 def _keep_gradient_averaging(wrapped: FullyShardedDataParallel) -> None:
-    """Mark the sharded parameters whose gradients tensor-parallel ranks average, as the whole ones were marked.
+    """Copy the attribute for averaging gradients over tensor-parallel ranks to the sharded parameters.
 
-    Megatron-FSDP (megatron-core 0.19.2) carries other marks over, and without this one gradients are added up.
+    Megatron-FSDP (megatron-core 0.19.2) copies other attributes but not this one, and gradients would be summed.
     """
     inner: Any = wrapped.module
     for _, parameter in inner.param_and_grad_buffer.optimizer_named_parameters:

@@ -1,4 +1,4 @@
-"""Wrapping a stage with torch's FSDP2, by way of Megatron's wrapper for it."""
+"""Wrap a stage with torch FSDP2, through Megatron's wrapper for it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def wrap_torch_fsdp2(
     one_bucket: bool,
     share: meta.Share | None,
 ) -> TorchFullyShardedDataParallel:
-    """Wrap with FSDP2, telling it which layers there are; ``share`` is called with what is initialised afterwards.
+    """Wrap a stage with FSDP2. ``share`` is called with each parameter that is initialised afterwards.
 
-    megatron-core 0.19.2 shards the linear layers inside a layer a second time, and fails, unless transformer_impl is
-    local. Without Transformer Engine the layers are local whatever the configuration says.
+    Unless transformer_impl is local, megatron-core 0.19.2 shards the linear layers inside a transformer layer a second
+    time, and fails. Without Transformer Engine the layers are local whatever the configuration says, so the wrapper
+    gets a copy of the configuration that says so.
     """
     assert options.ddp_config is not None
     config = wrapper_config = get_model_config(stage)
@@ -56,11 +57,11 @@ def wrap_torch_fsdp2(
 
 
 def _make_viewless(module: torch.nn.Module, args: object, output: Any) -> Any:
-    """Return what a module returns as a tensor that is no view of another, without a copy.
+    """Return a module's output as a tensor that is not a view, without a copy.
 
-    FSDP2 gathers a module's weights for the backward pass when the gradient of its output comes. It loses sight of a
+    FSDP2 gathers a module's weights for the backward pass when the gradient of its output arrives. It loses track of a
     view that is changed in place, and gradients are then wrong (torch 2.15 warns). Megatron's embedding and GPT model
-    return transposed tensors.
+    return transposed views.
     """
     if isinstance(output, torch.Tensor) and output.requires_grad:
         return make_viewless_tensor(output, requires_grad=True, keep_graph=True)
