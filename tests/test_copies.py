@@ -208,9 +208,9 @@ def test_user_hooks_are_listed_without_those_of_bridge() -> None:
             "freeze_by_name",
             "requires_grad is False on embedding.word_embeddings.weight (rank 0), True on output_layer.weight (rank 1)",
         ),
-        ("draw_anew", "other values on embedding.word_embeddings.weight (rank 0), output_layer.weight (rank 1)"),
+        ("draw_anew", "different values on embedding.word_embeddings.weight (rank 0), output_layer.weight (rank 1)"),
         ("enlarge", "shape is (512, 64) on embedding.word_embeddings.weight (rank 0), (256, 64) on"),
-        ("replace_both", "output_layer.weight is another parameter than the one that was built"),
+        ("replace_both", "output_layer.weight was replaced by a parameter without"),
         ("untie", "share_embeddings_and_output_weights was True and is False"),
         ("delete", "missing on output_layer.weight (rank 1)"),
     ],
@@ -232,7 +232,7 @@ def test_a_hook_may_change_both_copies_of_a_tied_embedding(hook: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hook", "says"), [("untie", "is False"), ("add_weight_of_its_own", "output_layer.weight is new, and nothing uses")]
+    ("hook", "says"), [("untie", "is False"), ("add_weight_of_its_own", "output_layer.weight is new but unused")]
 )
 def test_a_hook_that_unties_on_one_stage_is_refused(hook: str, says: str) -> None:
     (error,) = run_ranks(tied_on_one_stage, 1, hook)
@@ -243,7 +243,7 @@ def test_a_hook_that_unties_on_one_stage_is_refused(hook: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("hook", "says"),
     [
-        ("draw_on_each_rank", "decoder.final_layernorm.weight differs between tensor-parallel ranks: other values"),
+        ("draw_on_each_rank", "decoder.final_layernorm.weight differs between tensor-parallel ranks: different values"),
         (
             "freeze_on_one_rank",
             "decoder.layers.1.mlp.linear_fc1.weight differs between tensor-parallel ranks: "

@@ -91,7 +91,7 @@ def test_groups_match_their_definition_in_every_layout(fake_world: tuple[int, in
 
 @pytest.mark.parametrize("fake_world", [(0, 4)], indirect=True)
 def test_a_world_of_another_size_is_refused(fake_world: tuple[int, int]) -> None:
-    with pytest.raises(LayoutError, match="takes 8 ranks, the world has 4"):
+    with pytest.raises(LayoutError, match="needs 8 ranks, but the world has 4"):
         create_process_groups(Layout(tp=8))
 
 

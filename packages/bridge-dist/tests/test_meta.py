@@ -118,4 +118,4 @@ def test_modules_that_cannot_initialise_are_nan_and_named(case: Case) -> None:
     assert values["partly.bias"] == [5.0] * 3
     assert all(abs(value) < 1 for value in values["partly.weight"])
     (record,) = records
-    assert "nothing initialises unknown.scale, unknown.count, they are NaN; load a checkpoint before use" in record
+    assert "no module initialises unknown.scale, unknown.count, which are NaN: load a checkpoint before use" in record

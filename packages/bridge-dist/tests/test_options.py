@@ -29,7 +29,7 @@ def test_flags_select_the_wrapper() -> None:
     ("options", "message"),
     [
         ({"ddp_config": {"use_megatron_fsdp": True}}, "ddp_config.use_megatron_fsdp is True but use_megatron_fsdp is"),
-        ({"ddp_config": {}, "use_torch_fsdp2": True, "use_layer_wise_distributed_optimizer": True}, "is torch-fsdp2"),
+        ({"ddp_config": {}, "use_torch_fsdp2": True, "use_layer_wise_distributed_optimizer": True}, "got torch-fsdp2"),
         (
             {
                 "ddp_config": SHARDED,

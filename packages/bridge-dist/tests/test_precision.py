@@ -74,5 +74,5 @@ def test_mixed_precision_wrappers_cast_the_expected_parameters(wrapper: Any) -> 
 
 
 def test_a_mixed_precision_wrapper_that_return_nothing_is_an_error() -> None:
-    with pytest.raises(BuilderContractError, match="mixed_precision_wrapper return_nothing returned NoneType: return"):
+    with pytest.raises(BuilderContractError, match="mixed_precision_wrapper return_nothing must return the stage"):
         run_ranks(wrap_precision, 1, return_nothing)

@@ -73,7 +73,6 @@ def _parameter_layout(
 ) -> FullParamLayout:
     """Lay out the trainable parameters over the ranks of one optimizer instance."""
     assert options.ddp_config is not None
-
     shards = getattr(pg_collection, "intra_dp_cp", None) or pg_collection.dp_cp
     expert_shards = getattr(pg_collection, "intra_expt_dp", None) or pg_collection.expt_dp
     no_buckets = one_bucket or pg_collection.pp.rank() > 0  # as DDP decides in megatron-core 0.19.2
