@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from bridge.config import Document, ModelConfig, register
-from bridge.dist.documents import replace_layout
+from bridge.dist.document_layout import replace_layout
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.config import Document
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
 from bridge.dist.train.batch import Batch

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bridge.config import Document
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.job import BuildJob
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import StagePlan

@@ -33,7 +33,7 @@ def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: 
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
 
     rank = torch.distributed.get_rank()
     document = Document.load("tiny")

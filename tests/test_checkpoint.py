@@ -19,7 +19,7 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
     from bridge.dist.engine.weights import draw_weights
     from bridge.dist.train.step import TrainOptions, train
     from bridge.dist.train.text import Text, default_text

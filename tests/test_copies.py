@@ -156,7 +156,7 @@ def train(sizes: dict[str, int], hook: str, *, tied: bool, steps: int = 2) -> st
 
     from bridge.config import Document
     from bridge.dist import create_process_groups
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.step import TrainOptions
@@ -195,7 +195,7 @@ def over_tensor_parallel_ranks(hook: str) -> str | list[float]:
 
 def test_user_hooks_are_listed_without_those_of_bridge() -> None:
     from bridge.builders import compose_hooks
-    from bridge.dist.engine.copies import list_user_hooks
+    from bridge.dist.engine.replicas import list_user_hooks
 
     names = list_user_hooks([compose_hooks([freeze_both, compose_hooks([])]), freeze_by_name])
     assert names == [f"{__name__}.freeze_both", f"{__name__}.freeze_by_name"]

@@ -32,7 +32,7 @@ Changes = dict[str, Any]
 
 
 def configuration(preset: str, changes: Changes, sizes: dict[str, int] | None = None) -> Any:
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
 
     document = Document.load(preset)
     for path, value in changes.items():

@@ -14,7 +14,7 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
 
     from bridge.config import Document
     from bridge.dist import create_process_groups
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.step import TrainOptions
@@ -90,7 +90,7 @@ def build_twice() -> None:
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
 
     document = Document.load("tiny")
     apply_layout(document, {"pp": 2, "vp": 2})

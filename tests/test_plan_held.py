@@ -8,7 +8,7 @@ import pytest
 from planned_jobs import plan_preset
 
 from bridge.config import Document
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper

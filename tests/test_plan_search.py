@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bridge.config import Document
-from bridge.dist.documents import replace_layout
+from bridge.dist.document_layout import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.ranking import Candidate

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from bridge.config import Document
 from bridge.dist import Layout, create_process_groups
 from bridge.dist.cpu import cpu_runtime, on_meta
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.stages import build_stages
 from bridge.dist.engine.weights import draw_weights

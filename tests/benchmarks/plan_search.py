@@ -10,7 +10,7 @@ import sys
 import time
 
 from bridge.config import Document
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.search import search
 from bridge.dist.plan.plan import PlanOptions, plan

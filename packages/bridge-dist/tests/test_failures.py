@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from bridge.dist.errors import LayoutError
-from bridge.dist.run import failures
+from bridge.dist.run import failure_detection
 from bridge.dist.run.rank_environment import RankEnvironment
 
 LOST = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
@@ -24,16 +24,18 @@ def verdicts(
     causes: dict[int, Exception], monkeypatch: pytest.MonkeyPatch, *, told_to_end: tuple[int, ...] = ()
 ) -> set[str]:
     """Report the failures of some ranks; return the verdicts that these ranks get."""
-    monkeypatch.setattr(failures, "_COLLECT_FAILURES_S", 0.5)
+    monkeypatch.setattr(failure_detection, "_COLLECT_FAILURES_S", 0.5)
     store = torch.distributed.HashStore()
     for rank in range(4):
-        store.set(f"names/{rank}", failures._make_name(make_rank(rank)))
-    monkeypatch.setattr(failures, "open_store", lambda *_, **__: store)
+        store.set(f"names/{rank}", failure_detection._make_name(make_rank(rank)))
+    monkeypatch.setattr(failure_detection, "open_store", lambda *_, **__: store)
     for rank in told_to_end:
-        failures._report_termination(make_rank(rank))
+        failure_detection._report_termination(make_rank(rank))
     with ThreadPoolExecutor() as threads:
         futures = [
-            threads.submit(failures._report_failure, make_rank(rank), store, failures._find_cause(error))
+            threads.submit(
+                failure_detection._report_failure, make_rank(rank), store, failure_detection._find_cause(error)
+            )
             for rank, error in causes.items()
         ]
         return {each.result() for each in futures}
@@ -66,7 +68,7 @@ def test_a_failed_rank_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_the_cause_of_an_error_is_found(error: Exception, cause: str | None) -> None:
-    assert failures._find_cause(error) == cause
+    assert failure_detection._find_cause(error) == cause
 
 
 def test_a_node_sends_its_first_heartbeat_at_once() -> None:
@@ -77,5 +79,5 @@ def test_a_node_sends_its_first_heartbeat_at_once() -> None:
     there = RankEnvironment(
         rank=1, world_size=2, address="localhost", port=port, node=1, nodes=2, local_rank=0, has_agent=True
     )
-    with failures.watch_nodes(there):
+    with failure_detection.watch_nodes(there):
         assert torch.distributed.PrefixStore("bridge/0", server).add("beats/1", 0) == 1

@@ -64,7 +64,7 @@ def gradients(case: Case) -> list[tuple[Any, Any]]:
 
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.documents import replace_layout
+    from bridge.dist.document_layout import replace_layout
     from bridge.dist.engine.placement import named_parameters
     from bridge.dist.engine.weights import draw_weights
 

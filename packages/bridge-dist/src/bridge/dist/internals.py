@@ -64,8 +64,8 @@ MEGATRON_ATTRIBUTES = {
     "intra_dp_cp": "engine.wrap.ddp: the ranks of one optimizer instance",
     "intra_expt_dp": "engine.wrap.ddp: the same for experts",
     "layer_number": "engine.placement: the position of a layer in the whole model",
-    "main_grad": "plan.virtual_rank.sharding, engine.copies: where gradients accumulate",
-    "mtp_process": "engine.meta, engine.copies: whether a stage does multi-token prediction",
+    "main_grad": "plan.virtual_rank.sharding, engine.replicas: where gradients accumulate",
+    "mtp_process": "engine.meta, engine.replicas: whether a stage does multi-token prediction",
     "num_gemms": "engine.placement: how many experts a module holds",
     "output_layer": "train.invariance: its logits are masked",
     "partition_dim": "engine.placement: the dimension that is split",
@@ -74,7 +74,7 @@ MEGATRON_ATTRIBUTES = {
     "post_process": "plan.count: whether a stage is the last",
     "pre_process": "plan.count: whether a stage is the first",
     "share_embeddings_and_output_weights": "engine.placement: whether an embedding is tied",
-    "tensor_model_parallel": "engine.placement, engine.copies: whether a parameter is split",
+    "tensor_model_parallel": "engine.placement, engine.replicas: whether a parameter is split",
     "zero_grad_buffer": "train.step: stages with gradient buffers",
 }
 """Attributes read with a default because not every object has them; a rename in Megatron would go unnoticed.

@@ -17,7 +17,7 @@ from bridge.config.schema.table import shipped
 from bridge.config.schema.values import Made
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.errors import LayoutError, OptionsError, PreflightError
 from bridge.dist.layout import CONFIG_FIELDS, Layout
 from bridge.dist.wrapper import Wrapper, usual_ddp_options

@@ -19,12 +19,12 @@ from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import describe_slowdown
 from bridge.dist.checks.stages import check_optimizer_instances, check_torch
-from bridge.dist.engine.copies import check_copies, is_tied, list_user_hooks
 from bridge.dist.engine.environment import inspect_process
 from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
 from bridge.dist.engine.meta import initialise_stages
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.precision import wrap_mixed_precision
+from bridge.dist.engine.replicas import check_copies, is_tied, list_user_hooks
 from bridge.dist.engine.stages import BuildStage, build_stages
 from bridge.dist.engine.tensor_parallel_attributes import set_default_attributes
 from bridge.dist.engine.wrap.data_parallel import wrap_data_parallel

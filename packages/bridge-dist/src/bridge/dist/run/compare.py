@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bridge.config import Document
-from bridge.dist.documents import switch_off_dropout
-from bridge.dist.format import format_gib
+from bridge.dist.document_layout import switch_off_dropout
+from bridge.dist.formatting import format_gib
 from bridge.dist.plan.results import NOT_COVERED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from bridge.config import Document
-from bridge.dist.documents import replace_layout
+from bridge.dist.document_layout import replace_layout
 from bridge.dist.wrapper import Wrapper
 
 

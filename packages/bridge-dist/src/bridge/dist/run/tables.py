@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bridge.dist.format import format_gib, format_layer_ranges
+from bridge.dist.formatting import format_gib, format_layer_ranges
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import BridgeError, Document, ModelConfig
-from bridge.dist.documents import switch_off_dropout
+from bridge.dist.document_layout import switch_off_dropout
 from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
 from bridge.dist.run.parity import TrainingResult, train_and_compare, train_reference

@@ -16,7 +16,7 @@ from bridge.dist import cpu
 from bridge.dist.checks.agreement import LONGEST_WAIT, Facts, agree
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.devices import choose_gpu
-from bridge.dist.run.failures import explain_lost_ranks
+from bridge.dist.run.failure_detection import explain_lost_ranks
 from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.store import open_store
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from bridge.dist.documents import DROPOUT_RATES
+from bridge.dist.document_layout import DROPOUT_RATES
 from bridge.dist.engine.stages import unwrap
 
 

@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
-from bridge.dist.engine.copies import check_gradients
 from bridge.dist.engine.forward import ForwardStep, next_token_step
+from bridge.dist.engine.replicas import check_gradients
 from bridge.dist.layout import Layout
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.optimizer import set_up_optimizer

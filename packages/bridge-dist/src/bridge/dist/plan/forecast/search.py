@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
 from bridge.config.frames import describe
-from bridge.dist.documents import replace_layout
+from bridge.dist.document_layout import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
 from bridge.dist.plan.count.microbatch import Memo

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil, log10
 from xml.etree.ElementTree import Element
 
-from bridge.dist.format import format_gib
+from bridge.dist.formatting import format_gib
 from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
 from bridge.dist.plan.show.words import used_kinds

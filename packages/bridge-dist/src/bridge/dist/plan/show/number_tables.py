@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from bridge.dist.format import format_layer_ranges
+from bridge.dist.formatting import format_layer_ranges
 from bridge.dist.plan.forecast.timeline import Timeline
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.elements import make_table, node

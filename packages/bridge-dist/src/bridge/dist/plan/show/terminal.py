@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bridge.dist.format import format_gib, format_layer_ranges
+from bridge.dist.formatting import format_gib, format_layer_ranges
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.ranking import SearchResult
 from bridge.dist.plan.forecast.timeline import timeline_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bridge.dist.format import format_gib
+from bridge.dist.formatting import format_gib
 from bridge.dist.layout import Layout
 from bridge.dist.plan.forecast.timeline import Timeline
 from bridge.dist.plan.results import NOT_COVERED, Plan, StagePlan

@@ -15,7 +15,7 @@ from bridge.config import BridgeError, Document
 from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.frames import describe
 from bridge.dist.checks.document import refuse_before_imports
-from bridge.dist.documents import apply_layout
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, device_option, train_options, training_options
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.devices import Device
@@ -122,15 +122,17 @@ def _report_errors(place: RankEnvironment | None) -> Iterator[None]:
     if place is None:
         yield
         return
-    from bridge.dist.run import failures  # imports torch, which `bridge -h` must not wait for
+    from bridge.dist.run import failure_detection  # imports torch, which `bridge -h` must not wait for
 
-    failures.die_with_launcher()
+    failure_detection.die_with_launcher()
     try:
-        with failures.exit_on_signals(place), failures.watch_nodes(place):
+        with failure_detection.exit_on_signals(place), failure_detection.watch_nodes(place):
             yield
     except Exception as error:
-        failures.record_for_launcher(error)
-        if failures.is_first_to_print(str(error) if isinstance(error, BridgeError) else describe(error), place):
+        failure_detection.record_for_launcher(error)
+        if failure_detection.is_first_to_print(
+            str(error) if isinstance(error, BridgeError) else describe(error), place
+        ):
             raise
         raise click.exceptions.Exit(1) from None
 

@@ -15,7 +15,7 @@ import click
 
 from bridge.config import Document
 from bridge.dist.checks.document import refuse_before_imports
-from bridge.dist.documents import apply_layout, replace_layout
+from bridge.dist.document_layout import apply_layout, replace_layout
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.request import PlanRequest
 from bridge.dist.process.imports import import_megatron
