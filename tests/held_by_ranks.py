@@ -99,7 +99,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
         groups = create_process_groups(job.check(config, WORLD))
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         builder = make_builder(config)
-        options = job.options(builder.transformer_config)
+        options = job.make_options(builder.transformer_config)
         stages: list[Any] = builder.build_distributed_models(
             groups, ddp_config=options.ddp_config, wrap_with_ddp=options.wrap_with_ddp
         )
@@ -212,7 +212,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
         groups = create_process_groups(layout)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         builder = make_builder(config)
-        options = job.options(builder.transformer_config)
+        options = job.make_options(builder.transformer_config)
         stages: list[Any] = builder.build_distributed_models(
             groups,
             ddp_config=options.ddp_config,

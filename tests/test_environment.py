@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
-from bridge.dist.engine.environment import inspect_process, leave_out_cuda_graphs, prepare_process
+from bridge.dist.engine.environment import disable_cuda_graphs, inspect_process, prepare_process
 from bridge.dist.errors import TrainingError
 from bridge.dist.job import BuildJob
 from bridge.dist.train.step import TrainOptions
@@ -67,7 +67,7 @@ def test_without_a_gpu_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
 def test_without_a_gpu_there_are_no_cuda_graphs(implementation: str) -> None:
     config = transformer(cuda_graph_impl=implementation)
-    leave_out_cuda_graphs(config)
+    disable_cuda_graphs(config)
     assert config.cuda_graph_impl == "none"
 
 
@@ -75,7 +75,7 @@ def test_a_job_with_cuda_graphs_runs_without_a_gpu() -> None:
     build = job(*GRAPHS)
     config = ModelConfig.from_dict(build.document)
     build.check(config, 1)
-    assert build.builder(config).transformer_config.cuda_graph_impl == "none"
+    assert build.make_builder(config).transformer_config.cuda_graph_impl == "none"
 
 
 LEFT_TO_OTHERS = {

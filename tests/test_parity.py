@@ -29,7 +29,7 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
     layout = job.check(config, torch.distributed.get_world_size())
-    groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))
+    groups = create_process_groups(layout, embedding_ranks=job.find_embedding_ranks(config))
     steps = build_and_train(job, config, layout, groups).steps
     return [step.loss for step in steps], [step.grad_norm for step in steps]
 

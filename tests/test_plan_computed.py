@@ -6,7 +6,7 @@ import pytest
 from planned_jobs import RECOMPUTED, plan_preset
 
 from bridge.config import Document
-from bridge.dist.job import BuildJob, make_builder, vocab_size
+from bridge.dist.job import BuildJob, get_vocab_size, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.rank import measure_rank
 from bridge.dist.train.batch import Batch
@@ -44,7 +44,7 @@ def flops_of(document: Document) -> tuple[int, int]:
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP)
     config = document.config()
     rank = measure_rank(job, Layout(), batch, rank=0, memo={})
-    shapes = {placement.full_name: placement.logical_shape(vocab_size(config)) for placement, _ in rank.placements}
+    shapes = {placement.full_name: placement.logical_shape(get_vocab_size(config)) for placement, _ in rank.placements}
     by_shapes = model_flops(shapes, make_builder(config).transformer_config, batch)
     return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)
 

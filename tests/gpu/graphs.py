@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.dist.engine.weights import draw_weights
-from bridge.dist.job import vocab_size
+from bridge.dist.job import get_vocab_size
 from bridge.dist.train.optimizer import set_up_optimizer
 from bridge.dist.train.step import zero_gradients
 from bridge.dist.train.text import Text
@@ -29,8 +29,8 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
     job, options = make_job(model, overrides), few_steps()
     losses, norms = [], []
     with only_rank(job) as rank:
-        builder = job.builder(rank.config)
-        vocab = vocab_size(rank.config)
+        builder = job.make_builder(rank.config)
+        vocab = get_vocab_size(rank.config)
         assert vocab is not None
 
         def draw(stages: list[Any]) -> list[Any]:

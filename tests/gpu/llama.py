@@ -143,7 +143,7 @@ def _bridge(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Tim
 
 def _train_with_bridge(job: BuildJob, stages: list[Any], rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
     text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
-    step = job.builder(rank.config).forward_step
+    step = job.make_builder(rank.config).forward_step
     for taken in train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=step):
         yield _Timed(taken.loss, taken.seconds)
 

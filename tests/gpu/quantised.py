@@ -43,7 +43,7 @@ def _quantise_and_save(model: str, checkpoint: Path) -> torch.Tensor:
     job = make_job(model)
     with only_rank(job) as rank:
         model_parallel_cuda_manual_seed(1)
-        built = job.builder(rank.config).build_model(rank.groups).cuda()
+        built = job.make_builder(rank.config).build_model(rank.groups).cuda()
         mtq.quantize(built, mtq.INT8_DEFAULT_CFG, lambda model: _logits(model, rank.config))
         mto.save(built, checkpoint)
         return _logits(built, rank.config)

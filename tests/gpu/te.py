@@ -41,8 +41,10 @@ def _kept(layers: int, implementation: str, small: bool) -> int:
     job = make_job(LLAMA, [*PRECISIONS["bf16"], *overrides])
     with only_rank(job) as rank:
         model_parallel_cuda_manual_seed(1)
-        builder = job.builder(rank.config)
-        (stage,) = builder.build_distributed_models(rank.groups, job.options(builder.transformer_config).ddp_config)
+        builder = job.make_builder(rank.config)
+        (stage,) = builder.build_distributed_models(
+            rank.groups, job.make_options(builder.transformer_config).ddp_config
+        )
         tokens = torch.zeros(1, length + 1, dtype=torch.long).cuda()
         gc.collect()
         before = torch.cuda.memory_allocated()

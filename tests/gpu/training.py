@@ -122,7 +122,7 @@ def train_as_initialised(model: str, overrides: Sequence[str], wrapper: str) -> 
 
 def train_stages(stages: list[MegatronModule], rank: Joined, job: BuildJob, options: TrainOptions) -> list[float]:
     """Train stages that were built; return the losses."""
-    builder = job.builder(rank.config)
+    builder = job.make_builder(rank.config)
     text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
     steps = train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=builder.forward_step)
     return [step.loss for step in steps]

@@ -27,7 +27,7 @@ from bridge.dist import (
 )
 from bridge.dist.cpu import on_meta
 from bridge.dist.engine.build import build_distributed
-from bridge.dist.engine.wrap.ddp import bucket_size
+from bridge.dist.engine.wrap.ddp import compute_bucket_size
 from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
 
 WIDTH = 8
@@ -310,13 +310,14 @@ def test_bucket_sizes_follow_megatron_training() -> None:
     stages = [torch.nn.Linear(9, 10)]  # 100 parameters
 
     def size(**ddp: Any) -> int | None:
-        return bucket_size(DistributedDataParallelConfig(**ddp), stages, data_parallel_size=64)
+        return compute_bucket_size(DistributedDataParallelConfig(**ddp), stages, data_parallel_size=64)
 
     assert size(overlap_grad_reduce=True, num_buckets=4) == 25
     assert size(overlap_grad_reduce=True, bucket_size=7) == 7
     assert size(overlap_grad_reduce=True) == 64_000_000
     assert (
-        bucket_size(DistributedDataParallelConfig(overlap_grad_reduce=True), stages, data_parallel_size=2) == 4 * 10**7
+        compute_bucket_size(DistributedDataParallelConfig(overlap_grad_reduce=True), stages, data_parallel_size=2)
+        == 4 * 10**7
     )
     assert size(num_buckets=4) is None
     assert size() is None

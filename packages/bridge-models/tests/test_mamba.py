@@ -335,7 +335,7 @@ def layers_of_stages() -> list[tuple[list[int], list[str]]]:
     """On each of two ranks: numbers and parts of the layers of its two virtual stages."""
     from bridge.config import load_config
     from bridge.dist import Layout, create_process_groups
-    from bridge.dist.engine.placement import layer_indices
+    from bridge.dist.engine.placement import list_layer_indices
 
     split = {
         "hybrid_layer_pattern": "M|*-E|M|-",
@@ -351,7 +351,7 @@ def layers_of_stages() -> list[tuple[list[int], list[str]]]:
     model_parallel_cuda_manual_seed(1)
     stages = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
     return [
-        (layer_indices(stage), [next(iter(layer.named_children()))[0] for layer in stage.decoder.layers])
+        (list_layer_indices(stage), [next(iter(layer.named_children()))[0] for layer in stage.decoder.layers])
         for stage in stages
     ]
 

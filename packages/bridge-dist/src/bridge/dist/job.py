@@ -16,10 +16,10 @@ from bridge.config import ModelConfig
 from bridge.dist.checks.preflight import Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.engine.builder import DistributedModelBuilder
-from bridge.dist.engine.environment import inspect_process, leave_out_cuda_graphs
+from bridge.dist.engine.environment import disable_cuda_graphs, inspect_process
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.errors import BuilderContractError, TrainingError
-from bridge.dist.layout import Layout, embedding_ranks
+from bridge.dist.layout import Layout, find_embedding_ranks
 from bridge.dist.train.refusals import check_training
 from bridge.dist.train.step import TrainOptions
 from bridge.dist.train.text import Text
@@ -41,7 +41,7 @@ class BuildJob:
     training: TrainOptions | None = None
     modelopt_checkpoint: Path | None = None
 
-    def builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
+    def make_builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
         """Make the builder that a configuration names.
 
         Raises:
@@ -60,9 +60,9 @@ class BuildJob:
             BridgeError: Raised by the configuration's own ``finalize``.
         """
         layout = self.finalize(config, world_size)
-        builder = self.builder(config)
+        builder = self.make_builder(config)
         transformer = builder.transformer_config
-        options = self.options(transformer)
+        options = self.make_options(transformer)
         setup = Setup(
             transformer=transformer, layout=layout, options=options, model=config, environment=inspect_process()
         )
@@ -85,16 +85,16 @@ class BuildJob:
         finalize = getattr(config, "finalize", None)
         if finalize is not None:
             finalize()
-        transformer = self.builder(config).transformer_config
-        leave_out_cuda_graphs(transformer)
+        transformer = self.make_builder(config).transformer_config
+        disable_cuda_graphs(transformer)
         return Layout.of(transformer, world_size, dp=self.dp)
 
-    def embedding_ranks(self, config: ModelConfig) -> list[int] | None:
+    def find_embedding_ranks(self, config: ModelConfig) -> list[int] | None:
         """Return the pipeline ranks that hold the word embedding or a copy; None for the first and the last."""
         tied = getattr(config, "share_embeddings_and_output_weights", False)
-        return embedding_ranks(self.builder(config).transformer_config, tied=tied)
+        return find_embedding_ranks(self.make_builder(config).transformer_config, tied=tied)
 
-    def options(self, config: TransformerConfig) -> BuildOptions:
+    def make_options(self, config: TransformerConfig) -> BuildOptions:
         """Return the default build options of the wrapper."""
         if self.wrapper is Wrapper.NONE:
             return BuildOptions(wrap_with_ddp=False)
@@ -145,7 +145,7 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     Raises:
         TrainingError: The text cannot be read, or the configuration has no vocabulary or too small a one.
     """
-    vocab = vocab_size(config)
+    vocab = get_vocab_size(config)
     if vocab is None:
         raise TrainingError(f"training needs a vocab_size, but {type(config).__name__} has none: add the field")
     longest: int | None = getattr(config, "seq_length", None)
@@ -157,7 +157,7 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
     return Text.read(options.text, vocab_size=vocab)
 
 
-def vocab_size(config: ModelConfig) -> int | None:
+def get_vocab_size(config: ModelConfig) -> int | None:
     """Return the unpadded vocabulary size of a configuration; None if it has none."""
     size: int | None = getattr(config, "vocab_size", None)
     return size

@@ -121,7 +121,7 @@ def has_custom_split(config: TransformerConfig) -> bool:
     )
 
 
-def prediction_rank(config: TransformerConfig) -> int | None:
+def find_prediction_rank(config: TransformerConfig) -> int | None:
     """Return the pipeline rank of multi-token prediction if the pipeline layout places it; None otherwise."""
     layout: Any = config.pipeline_model_parallel_layout
     pp = config.pipeline_model_parallel_size
@@ -132,7 +132,7 @@ def prediction_rank(config: TransformerConfig) -> int | None:
     return next((index % pp for index, layers in enumerate(stages) if "mtp" in layers), None)
 
 
-def embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] | None:
+def find_embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] | None:
     """Return the pipeline ranks that hold the word embedding or a copy; None for the default, the first and the last.
 
     The last rank holds a copy if the output layer is tied to the embedding. The rank of multi-token prediction holds
@@ -142,7 +142,7 @@ def embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] | Non
         config: The configuration of the pipeline.
         tied: Whether the output layer uses the embedding's weight.
     """
-    predicting = prediction_rank(config)
+    predicting = find_prediction_rank(config)
     if predicting is None:
         return None
     return sorted({0, predicting, *([config.pipeline_model_parallel_size - 1] if tied else [])})

@@ -20,7 +20,7 @@ from bridge.dist.checks.rules import RULES
 from bridge.dist.checks.rules.machine import describe_slowdown
 from bridge.dist.checks.stages import check_optimizer_instances, check_torch
 from bridge.dist.engine.environment import inspect_process
-from bridge.dist.engine.groups import embedding_ranks_of, layout_of_groups
+from bridge.dist.engine.groups import get_embedding_ranks, get_layout
 from bridge.dist.engine.meta import initialise_stages
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.precision import wrap_mixed_precision
@@ -59,14 +59,14 @@ def build_distributed(
         agree_in_groups(
             collect_facts(config=model or config, options=options, versions=collect_versions()), pg_collection
         )
-    layout = layout_of_groups(config, pg_collection)
+    layout = get_layout(config, pg_collection)
     setup = Setup(
         transformer=config,
         layout=layout,
         options=options,
         model=model,
         groups=pg_collection,
-        embedding_ranks=embedding_ranks_of(pg_collection),
+        embedding_ranks=get_embedding_ranks(pg_collection),
         environment=inspect_process(),
     )
     check(setup, (*RULES, *rules))

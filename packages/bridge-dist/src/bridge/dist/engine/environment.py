@@ -52,7 +52,7 @@ def prepare_process(config: TransformerConfig) -> None:
         torch.use_deterministic_algorithms(config.deterministic_mode)
 
 
-def leave_out_cuda_graphs(config: TransformerConfig) -> None:
+def disable_cuda_graphs(config: TransformerConfig) -> None:
     """Disable CUDA graphs in a configuration if there is no GPU, and log it. Results do not change."""
     if config.cuda_graph_impl == "none" or torch.cuda.is_available():
         return

@@ -18,7 +18,7 @@ from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
 
 
-def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Layout:
+def get_layout(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Layout:
     """Return the layout of process groups. The virtual pipeline has no group and comes from the configuration."""
     return Layout(
         tp=pg_collection.tp.size(),
@@ -31,7 +31,7 @@ def layout_of_groups(config: TransformerConfig, pg_collection: ProcessGroupColle
     )
 
 
-def embedding_ranks_of(pg_collection: ProcessGroupCollection) -> list[int] | None:
+def get_embedding_ranks(pg_collection: ProcessGroupCollection) -> list[int] | None:
     """Return the pipeline ranks in the embedding group, on each rank of the pipeline; None if there is no such group.
 
     Collective over the pipeline.
@@ -65,7 +65,7 @@ def create_process_groups(
         optimizer_instances: Copies of the distributed optimizer's state, each sharded over its own part of the
             data-parallel ranks.
         embedding_ranks: The pipeline ranks that hold the word embedding or a copy, see
-            ``bridge.dist.layout.embedding_ranks``; by default the first and the last.
+            ``bridge.dist.layout.find_embedding_ranks``; by default the first and the last.
 
     Raises:
         AgreementError: The ranks call it with different arguments.
@@ -95,7 +95,7 @@ def create_process_groups(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=optimizer_instances,
-        get_embedding_ranks=embedding_members(embedding_ranks),  # type: ignore[arg-type]  # called with the ranks alone
+        get_embedding_ranks=make_embedding_selector(embedding_ranks),  # type: ignore[arg-type]  # called with the ranks alone
         create_gloo_process_groups=not fake,  # gloo would wait for the other ranks
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]  # fractions are fine
     )
@@ -108,7 +108,7 @@ def create_process_groups(
     return groups
 
 
-def embedding_members(ranks: Sequence[int] | None) -> Callable[[list[int]], list[int]]:
+def make_embedding_selector(ranks: Sequence[int] | None) -> Callable[[list[int]], list[int]]:
     """Return the callback by which Megatron selects the members of an embedding group from a pipeline's ranks."""
     if ranks is None:
         return parallel_state.default_embedding_ranks

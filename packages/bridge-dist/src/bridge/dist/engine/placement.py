@@ -87,25 +87,25 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
     """Yield the parameters of a stage with their placement. FSDP must not have sharded it yet."""
     model: torch.nn.Module = unwrap(stage)
     modules = dict(model.named_modules())
-    renamed = _full_module_names(modules, pg_collection)
+    renamed = _map_module_names(modules, pg_collection)
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        leaf = _full_leaf(leaf, modules[path], pg_collection)
+        leaf = _make_full_leaf(leaf, modules[path], pg_collection)
         full_name = f"{renamed[path]}.{leaf}".lstrip(".")
         if tied and full_name == "output_layer.weight":
             # On the last pipeline stage it is a copy of the first stage's embedding.
             full_name = EMBEDDING
-        yield NamedParameter(_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
+        yield NamedParameter(_make_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
 
 
-def _placement(
+def _make_placement(
     name: str, full_name: str, parameter: torch.nn.Parameter, pg_collection: ProcessGroupCollection
 ) -> Placement:
     if not getattr(parameter, "tensor_model_parallel", False):
         return Placement(name=name, full_name=full_name, shape=parameter.shape)
     blocks: Sequence[int] | None = getattr(parameter, "partition_sizes", None)
-    group = tensor_group(parameter, pg_collection)
+    group = get_tensor_group(parameter, pg_collection)
     return Placement(
         name=name,
         full_name=full_name,
@@ -118,24 +118,24 @@ def _placement(
     )
 
 
-def tensor_group(parameter: torch.Tensor, pg_collection: ProcessGroupCollection) -> ProcessGroup:
+def get_tensor_group(parameter: torch.Tensor, pg_collection: ProcessGroupCollection) -> ProcessGroup:
     """Return the group that a parameter is split over or copied in: expt_tp for parameters of experts, otherwise tp."""
     group: ProcessGroup = pg_collection.tp if getattr(parameter, "allreduce", True) else pg_collection.expt_tp
     return group
 
 
-def layer_indices(stage: MegatronModule) -> list[int]:
+def list_layer_indices(stage: MegatronModule) -> list[int]:
     """Return the zero-based indices of a stage's layers in the whole model. An encoder's layers come first."""
     stacks: dict[str, list[int]] = {}
     for name, module in unwrap(stage).named_modules():
         stack = re.fullmatch(r"(\w+)\.layers\.\d+", name)
         if stack and stack[1] != "mtp" and hasattr(module, "layer_number"):
             before = sum(len(others) for other, others in stacks.items() if other != stack[1])
-            stacks.setdefault(stack[1], []).append(before + _layer_index(module))
+            stacks.setdefault(stack[1], []).append(before + _get_layer_index(module))
     return sorted(index for stack in stacks.values() for index in stack)
 
 
-def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection) -> dict[str, str]:
+def _map_module_names(modules: dict[str, torch.nn.Module], pg_collection: ProcessGroupCollection) -> dict[str, str]:
     """Map the name of each module of a stage to its full-model name.
 
     ``modules`` must list parents before children, as ``named_modules`` does.
@@ -151,14 +151,14 @@ def _full_module_names(modules: dict[str, torch.nn.Module], pg_collection: Proce
             continue
         parent, _, leaf = name.rpartition(".")
         if _LAYER.fullmatch(name) and hasattr(module, "layer_number"):
-            leaf = str(_layer_index(module))
+            leaf = str(_get_layer_index(module))
         elif _EXPERT.fullmatch(name):
             leaf = str(int(leaf) + pg_collection.ep.rank() * experts[parent])
         full[name] = f"{full[parent]}.{leaf}".lstrip(".")
     return full
 
 
-def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCollection) -> str:
+def _make_full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCollection) -> str:
     """Return the full-model name of a parameter within its module. Grouped experts restart from zero on each rank."""
     experts: int | None = getattr(owner, "num_gemms", None)
     grouped = _GROUPED.fullmatch(leaf)
@@ -167,7 +167,7 @@ def _full_leaf(leaf: str, owner: torch.nn.Module, pg_collection: ProcessGroupCol
     return f"{grouped[1]}{int(grouped[2]) + pg_collection.ep.rank() * experts}"
 
 
-def _layer_index(layer: torch.nn.Module) -> int:
+def _get_layer_index(layer: torch.nn.Module) -> int:
     number = layer.layer_number
     assert isinstance(number, int)
     return number - 1  # Megatron counts from one

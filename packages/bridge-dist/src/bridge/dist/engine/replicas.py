@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from bridge.builders.hooks import Hook, hook_name
 from bridge.dist.checks.agreement import is_alone
-from bridge.dist.engine.placement import named_parameters, tensor_group
+from bridge.dist.engine.placement import get_tensor_group, named_parameters
 from bridge.dist.errors import CopyError
 
 ItemT = TypeVar("ItemT")
@@ -65,7 +65,7 @@ class _Copy(NamedTuple):
 
 def is_tied(stages: Sequence[MegatronModule]) -> bool:
     """Return whether the output layer of these stages uses the weight of the embedding."""
-    return any(model.share_embeddings_and_output_weights for model in _language_models(stages))
+    return any(model.share_embeddings_and_output_weights for model in _iter_language_models(stages))
 
 
 def list_user_hooks(hooks: Iterable[Hook]) -> list[str]:
@@ -108,7 +108,7 @@ def check_gradients(stages: Sequence[MegatronModule], pg_collection: ProcessGrou
         for stage in stages
         for named in named_parameters(stage, pg_collection)
         if not _is_split(named.parameter)
-        and tensor_group(named.parameter, pg_collection) is pg_collection.tp
+        and get_tensor_group(named.parameter, pg_collection) is pg_collection.tp
         and (gradient := _get_gradient(named.parameter)) is not None
     }
     differences = _compare_gradients(gradients, pg_collection.tp)
@@ -150,14 +150,14 @@ def _get_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _language_models(stages: Iterable[torch.nn.Module]) -> Iterator[LanguageModule]:
+def _iter_language_models(stages: Iterable[torch.nn.Module]) -> Iterator[LanguageModule]:
     for stage in stages:
         yield from (module for module in stage.modules() if isinstance(module, LanguageModule))
 
 
 def _find_lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator[str]:
     """Yield a problem for each way in which hooks broke the tie on this rank."""
-    for model in _language_models(stages):
+    for model in _iter_language_models(stages):
         if model.share_embeddings_and_output_weights != tied:
             yield (
                 f"share_embeddings_and_output_weights was {tied} and is {not tied}, but the stages were built for "
@@ -169,16 +169,16 @@ def _find_lost_ties(stages: Sequence[MegatronModule], *, tied: bool) -> Iterator
                 f"{_OUTPUT}.weight is new but unused, because the output layer uses the weight of {_EMBEDDING}: for "
                 "separate weights, set share_embeddings_and_output_weights to False in the configuration"
             )
-        path = _copy_of_embedding(model, tied=tied)
+        path = _find_embedding_copy(model, tied=tied)
         copy = None if path is None else _get_weight(model, path)
-        if copy is not None and _marks(model) - vars(copy).keys():
+        if copy is not None and _get_copy_attributes(model) - vars(copy).keys():
             yield (
                 f"{path}.weight was replaced by a parameter without Megatron's attributes for tied embeddings: "
                 "keep the parameter and change its data (weight.data.copy_)"
             )
 
 
-def _copy_of_embedding(model: LanguageModule, *, tied: bool) -> str | None:
+def _find_embedding_copy(model: LanguageModule, *, tied: bool) -> str | None:
     """Return the layer that holds the copy of a shared embedding, following megatron-core 0.19.2.
 
     Multi-token prediction has its own copy unless it is on the first stage.
@@ -188,7 +188,7 @@ def _copy_of_embedding(model: LanguageModule, *, tied: bool) -> str | None:
     return _OUTPUT if tied and model.post_process else None
 
 
-def _marks(model: LanguageModule) -> set[str]:
+def _get_copy_attributes(model: LanguageModule) -> set[str]:
     """Return the attributes by which Megatron's gradient norm and optimizer recognise a copy."""
     if model.config.pipeline_model_parallel_size == 1:
         return set()
@@ -198,8 +198,8 @@ def _marks(model: LanguageModule) -> set[str]:
 def _list_embeddings(stages: Sequence[MegatronModule], *, tied: bool) -> list[_Copy]:
     """Return this rank's copies of a shared embedding."""
     copies = []
-    for model in _language_models(stages):
-        path = _copy_of_embedding(model, tied=tied)
+    for model in _iter_language_models(stages):
+        path = _find_embedding_copy(model, tied=tied)
         if path is not None:
             weight = _get_weight(model, path)
             # On the meta device the copy has no values yet.
@@ -227,7 +227,7 @@ def _compare_parameters(stages: Sequence[MegatronModule], pg_collection: Process
     mine: list[dict[str, _State]] = [{} for _ in groups]
     for stage in stages:
         for named in named_parameters(stage, pg_collection):
-            group = groups.index(tensor_group(named.parameter, pg_collection))
+            group = groups.index(get_tensor_group(named.parameter, pg_collection))
             values = not (_is_split(named.parameter) or named.parameter.is_meta)
             mine[group][named.placement.full_name] = _make_state(named.parameter, values=values)
     differing = {

@@ -78,7 +78,7 @@ def unwrap(stage: MegatronModule) -> MegatronModule:
     return model
 
 
-def layers_of(stages: Sequence[MegatronModule]) -> str:
+def identify_layers(stages: Sequence[MegatronModule]) -> str:
     """Return which layers the stages use: ``transformer_engine``, or ``pytorch`` if none is of Transformer Engine."""
     packages = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
     return "transformer_engine" if "transformer_engine" in packages else "pytorch"

@@ -13,7 +13,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 
-from bridge.dist.engine.placement import EMBEDDING, NamedParameter, named_parameters, tensor_group
+from bridge.dist.engine.placement import EMBEDDING, NamedParameter, get_tensor_group, named_parameters
 
 Initialiser = Callable[[torch.Tensor], object]
 
@@ -39,12 +39,12 @@ def draw_weights(
     for stage in stages:
         config = get_model_config(stage)
         for named in named_parameters(stage, pg_collection):
-            initialise = _initialiser(named, config, pg_collection)
+            initialise = _find_initialiser(named, config, pg_collection)
             if initialise is not None:
                 _draw(named, initialise, vocab_size)
 
 
-def _initialiser(
+def _find_initialiser(
     named: NamedParameter, config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> Initialiser | None:
     """Return the initialiser of a parameter; None if the parameter is constant."""
@@ -53,7 +53,7 @@ def _initialiser(
     if own is not None:
         return own
     if named.parameter.dim() < 2:
-        return _vector_initialiser(named, leaf, config, pg_collection)
+        return _find_vector_initialiser(named, leaf, config, pg_collection)
     if named.placement.full_name == EMBEDDING or isinstance(named.owner, VocabParallelEmbedding | torch.nn.Embedding):
         initialiser = config.embedding_init_method
     elif getattr(named.parameter, "partition_dim", None) == 1:  # a row-parallel layer, the last of attention or MLP
@@ -64,7 +64,7 @@ def _initialiser(
     return initialiser
 
 
-def _vector_initialiser(
+def _find_vector_initialiser(
     named: NamedParameter, leaf: str, config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> Initialiser | None:
     owner = named.owner
@@ -90,7 +90,7 @@ def _is_constant(named: NamedParameter, pg_collection: ProcessGroupCollection) -
     extremes = torch.stack([-low, high])  # negated, so that one MAX reduction finds both
     if named.placement.shards > 1:
         extremes = extremes.cuda()  # the stages are still on the CPU, and NCCL needs GPU tensors
-        group = tensor_group(named.parameter, pg_collection)
+        group = get_tensor_group(named.parameter, pg_collection)
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
     return bool(-extremes[0] == extremes[1])
 
@@ -101,7 +101,7 @@ def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None
     generator = torch.default_generator  # initialisers take no generator: seed the default one, then restore it
     state = generator.get_state()
     try:
-        generator.manual_seed(_seed(placement.full_name))
+        generator.manual_seed(_derive_seed(placement.full_name))
         initialise(drawn)
     finally:
         generator.set_state(state)
@@ -109,5 +109,5 @@ def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None
         named.parameter.copy_(placement.cut(placement.pad(drawn)))
 
 
-def _seed(name: str) -> int:
+def _derive_seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1  # fits a signed 64-bit integer

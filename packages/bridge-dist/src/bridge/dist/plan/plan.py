@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from bridge.config import Document, ModelConfig
 from bridge.dist.errors import PlanError
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
-from bridge.dist.job import BuildJob, make_builder, vocab_size
+from bridge.dist.job import BuildJob, get_vocab_size, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes
 from bridge.dist.plan.count.rank import Rank, measure_rank
@@ -125,7 +125,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
         global_batch_size=batch.global_batch_size,
         microbatches=microbatches,
         microbatch_group_size=group_size,
-        parameters=_count_parameters(ranks, layout, vocab_size(config)),
+        parameters=_count_parameters(ranks, layout, get_vocab_size(config)),
         buffers=sum(rank.buffers for rank in ranks),
         gpu_memory=options.gpu_memory,
         stages=[

@@ -14,9 +14,9 @@ from megatron.core.transformer import MegatronModule
 
 from bridge.config import ModelConfig
 from bridge.dist.checks.agreement import collect_versions
-from bridge.dist.engine.placement import Placement, layer_indices
-from bridge.dist.engine.stages import layers_of
-from bridge.dist.job import BuildJob, vocab_size
+from bridge.dist.engine.placement import Placement, list_layer_indices
+from bridge.dist.engine.stages import identify_layers
+from bridge.dist.job import BuildJob, get_vocab_size
 from bridge.dist.layout import Layout
 from bridge.dist.run.execute import BuiltRank
 from bridge.dist.run.peak_memory import PeakMemory, read_peak_memory
@@ -34,8 +34,8 @@ def collect_report(
     placements = [placement for stage in run.placements for placement in stage]
     everyone = _gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
     whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
-    shapes = {name: placement.logical_shape(vocab_size(config)) for name, placement in whole.items()}
-    transformer, training = job.builder(config).transformer_config, job.training
+    shapes = {name: placement.logical_shape(get_vocab_size(config)) for name, placement in whole.items()}
+    transformer, training = job.make_builder(config).transformer_config, job.training
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     in_half_precision = transformer.bf16 or transformer.fp16
     return BuildReport(
@@ -43,7 +43,7 @@ def collect_report(
         layout=asdict(layout),
         wrap=str(job.wrapper),
         distributed_optimizer=job.distributed_optimizer,
-        layers=layers_of(run.stages),
+        layers=identify_layers(run.stages),
         device="cpu" if device is None else "cuda",
         device_name=device,
         device_peak_flops=peak_flops(device) if device is not None and in_half_precision else None,
@@ -64,7 +64,7 @@ def collect_report(
 def _make_chunk_report(index: int, stage: MegatronModule, placements: list[Placement]) -> ChunkReport:
     return ChunkReport(
         vp_stage=index,
-        layers=layer_indices(stage),
+        layers=list_layer_indices(stage),
         parameters=sum(placement.shape.numel() for placement in placements),
         wrappers=list(wrapper_names(stage)),
     )

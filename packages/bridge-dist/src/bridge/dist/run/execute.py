@@ -18,7 +18,7 @@ from bridge.config import ModelConfig
 from bridge.dist.engine.environment import prepare_process
 from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.weights import draw_weights
-from bridge.dist.job import BuildJob, read_text, vocab_size
+from bridge.dist.job import BuildJob, get_vocab_size, read_text
 from bridge.dist.layout import Layout
 from bridge.dist.run.peak_memory import reset_peak_memory
 from bridge.dist.run.progress import show_progress
@@ -52,14 +52,14 @@ def build_and_train(
     prints the loss of each step to standard error.
     """
     reset_peak_memory()
-    builder = job.builder(config)
+    builder = job.make_builder(config)
     prepare_process(builder.transformer_config)
     seed_random_states(builder.transformer_config, groups)
     leader = torch.distributed.get_rank() == 0
     placements: list[list[Placement]] = []
 
     def draw(stages: list[MegatronModule]) -> list[MegatronModule]:
-        draw_weights(stages, groups, vocab_size=vocab_size(config))
+        draw_weights(stages, groups, vocab_size=get_vocab_size(config))
         return stages
 
     def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
@@ -76,7 +76,7 @@ def build_and_train(
         if job.modelopt_checkpoint is None:
             hooks.insert(0, draw)
     config.pre_wrap_hooks = hooks
-    options = job.options(builder.transformer_config)
+    options = job.make_options(builder.transformer_config)
     stages = builder.build_distributed_models(
         groups,
         ddp_config=options.ddp_config,

@@ -43,6 +43,6 @@ def join_job(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupC
     with contextlib.redirect_stdout(sys.stderr), join_world(collect_facts(job=job, versions=collect_versions())):
         config = ModelConfig.from_dict(job.document)
         layout = job.finalize(config, torch.distributed.get_world_size())
-        groups = create_process_groups(layout, embedding_ranks=job.embedding_ranks(config))
+        groups = create_process_groups(layout, embedding_ranks=job.find_embedding_ranks(config))
         yield config, layout, groups
         destroy_process_groups()

@@ -157,6 +157,6 @@ def _check_job(job: BuildJob, *, world_size: int) -> TransformerConfig:
     """
     config = ModelConfig.from_dict(job.document)
     job.check(config, world_size)
-    builder = job.builder(config)
+    builder = job.make_builder(config)
     builder.check_restore()
     return builder.transformer_config

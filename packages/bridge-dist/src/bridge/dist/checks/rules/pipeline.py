@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
-from bridge.dist.layout import embedding_ranks, prediction_rank
+from bridge.dist.layout import find_embedding_ranks, find_prediction_rank
 
 
 @rule(seen=MEGATRON)
@@ -134,7 +134,7 @@ def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
     """The first and a later stage of one rank both hold a copy of the embedding. The gradients of one copy are left
     out, or the ranks deadlock.
     """
-    if setup.has_virtual_pipeline and prediction_rank(setup.transformer) == 0:
+    if setup.has_virtual_pipeline and find_prediction_rank(setup.transformer) == 0:
         yield (
             "multi-token prediction on a later virtual stage of the first pipeline rank trains incorrectly: move m to "
             "a stage of another rank in pipeline_model_parallel_layout"
@@ -147,7 +147,7 @@ def embedding_group(setup: Setup) -> Iterator[str]:
     copy adds the gradients of the embedding to its output layer.
     """
     tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
-    holders, members = embedding_ranks(setup.transformer, tied=tied), setup.embedding_ranks
+    holders, members = find_embedding_ranks(setup.transformer, tied=tied), setup.embedding_ranks
     if setup.layout.pp > 1 and None not in (holders, members) and members != holders:
         yield (
             f"pipeline ranks {holders} hold the word embedding or a copy, but the embedding group has {members}: pass "

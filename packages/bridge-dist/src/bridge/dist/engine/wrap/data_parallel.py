@@ -19,8 +19,8 @@ from megatron.core.utils import get_model_config
 from bridge.dist.checks.stages import check_stages
 from bridge.dist.engine.meta import Share
 from bridge.dist.engine.options import BuildOptions
-from bridge.dist.engine.wrap.ddp import bucket_size, wrap_ddp
-from bridge.dist.engine.wrap.megatron_fsdp import fill_in_megatron_fsdp, wrap_megatron_fsdp
+from bridge.dist.engine.wrap.ddp import compute_bucket_size, wrap_ddp
+from bridge.dist.engine.wrap.megatron_fsdp import complete_ddp_config, wrap_megatron_fsdp
 from bridge.dist.engine.wrap.torch_fsdp2 import wrap_torch_fsdp2
 from bridge.dist.wrapper import Wrapper
 
@@ -46,10 +46,10 @@ def wrap_data_parallel(
             for parameter in stage.parameters():
                 if not parameter.is_meta:  # meta parameters are shared when they are initialised
                     share(parameter)
-    with _on_side_stream(stages[0]):
+    with _use_side_stream(stages[0]):
         wrapped = [
             _wrap_stage(stage, pg_collection, options, one_bucket=one_bucket, share=share)
-            for stage, one_bucket in zip(stages, _one_bucket_flags(len(stages), options), strict=True)
+            for stage, one_bucket in zip(stages, _list_one_bucket_flags(len(stages), options), strict=True)
         ]
     if options.data_parallel_random_init and options.wrapper is Wrapper.DDP:
         for stage in wrapped:
@@ -65,11 +65,11 @@ def _resolve_ddp_config(
     assert options.ddp_config is not None
     resolved = copy.copy(options.ddp_config)
     if options.wrapper is not Wrapper.TORCH_FSDP2:
-        resolved.bucket_size = bucket_size(resolved, stages, data_parallel_size=pg_collection.dp_cp.size())
+        resolved.bucket_size = compute_bucket_size(resolved, stages, data_parallel_size=pg_collection.dp_cp.size())
     if options.has_layer_wise_layout:
         resolved.use_distributed_optimizer = True  # reduces the gradients of a parameter only to the rank that owns it
     if options.wrapper is Wrapper.MEGATRON_FSDP:
-        fill_in_megatron_fsdp(resolved, stages)
+        complete_ddp_config(resolved, stages)
     return resolved
 
 
@@ -81,7 +81,7 @@ def _broadcast(parameter: torch.nn.Parameter, *, pg_collection: ProcessGroupColl
     parameter.data.copy_(weight)
 
 
-def _one_bucket_flags(stages: int, options: BuildOptions) -> list[bool]:
+def _list_one_bucket_flags(stages: int, options: BuildOptions) -> list[bool]:
     """Return for each stage whether to put all gradients into one bucket.
 
     Buckets overlap communication with the backward pass, and only the first stage's communication is on the critical
@@ -106,7 +106,7 @@ def _wrap_stage(
 
 
 @contextlib.contextmanager
-def _on_side_stream(stage: MegatronModule) -> Iterator[None]:
+def _use_side_stream(stage: MegatronModule) -> Iterator[None]:
     """Construct wrappers on a side stream that is synchronised with the current stream before and after.
 
     With a full-iteration CUDA graph this must be the capture stream, because the autograd nodes that wrappers keep

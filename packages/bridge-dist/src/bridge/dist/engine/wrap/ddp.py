@@ -35,7 +35,7 @@ def wrap_ddp(
     param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
     layout = None
     if options.ddp_config.use_distributed_optimizer:
-        layout = _parameter_layout(stage, pg_collection, options, one_bucket=one_bucket)
+        layout = _compute_layout(stage, pg_collection, options, one_bucket=one_bucket)
     return DistributedDataParallel(
         config=get_model_config(stage),
         ddp_config=options.ddp_config,
@@ -46,7 +46,7 @@ def wrap_ddp(
     )
 
 
-def bucket_size(
+def compute_bucket_size(
     ddp_config: DistributedDataParallelConfig, stages: Sequence[torch.nn.Module], *, data_parallel_size: int
 ) -> int | None:
     """Return the number of parameters per gradient bucket; None for a single bucket.
@@ -68,7 +68,7 @@ def bucket_size(
     return max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * data_parallel_size)
 
 
-def _parameter_layout(
+def _compute_layout(
     stage: MegatronModule, pg_collection: ProcessGroupCollection, options: BuildOptions, *, one_bucket: bool
 ) -> FullParamLayout:
     """Lay out the trainable parameters over the ranks of one optimizer instance."""

@@ -48,7 +48,7 @@ def wrap_megatron_fsdp(
     return wrapped
 
 
-def fill_in_megatron_fsdp(ddp_config: DistributedDataParallelConfig, stages: Sequence[MegatronModule]) -> None:
+def complete_ddp_config(ddp_config: DistributedDataParallelConfig, stages: Sequence[MegatronModule]) -> None:
     """Set the fields that Megatron-FSDP and Megatron's optimizer read, in place."""
     ddp_config.use_megatron_fsdp = True  # Megatron's optimizer reads it
     if not any(isinstance(module, _UNITS) for stage in stages for module in stage.modules()):

@@ -11,9 +11,9 @@ from megatron.core.transformer import MegatronModule
 from bridge.builders import compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.cpu import on_meta
-from bridge.dist.engine.environment import leave_out_cuda_graphs
-from bridge.dist.engine.placement import Placement, layer_indices, named_parameters
-from bridge.dist.engine.stages import layers_of
+from bridge.dist.engine.environment import disable_cuda_graphs
+from bridge.dist.engine.placement import Placement, list_layer_indices, named_parameters
+from bridge.dist.engine.stages import identify_layers
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.collectives import StepCalls
@@ -87,13 +87,13 @@ def measure_rank(
     passed = {} if passed is None else passed
     is_fsdp = job.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
     sharding = allow_sharding_on_meta() if is_fsdp else contextlib.nullcontext()
-    embedding_ranks = job.embedding_ranks(ModelConfig.from_dict(job.document))
+    embedding_ranks = job.find_embedding_ranks(ModelConfig.from_dict(job.document))
     as_this_rank = act_as_rank(layout, rank, embedding_ranks=embedding_ranks)
     with on_meta(), assume_equal_shares(), as_this_rank as groups, sharding, answer_for_all_ranks():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
-        leave_out_cuda_graphs(builder.transformer_config)
+        disable_cuda_graphs(builder.transformer_config)
         builder.transformer_config.perform_initialization = False  # meta tensors have no values
         placements: list[tuple[Placement, bool]] = []
 
@@ -131,12 +131,12 @@ def measure_rank(
             state=state,
             buckets=[bucket.grad_data.numel() for stage in stages for bucket in gradient_buckets(stage)],
             chunks=[
-                Chunk(layers=layer_indices(stage), parameters=count, work=work)
+                Chunk(layers=list_layer_indices(stage), parameters=count, work=work)
                 for stage, count, work in zip(stages, parameters, step.works, strict=True)
             ],
             placements=placements,
             buffers=sum(count_saved_buffer_elements(stage) for stage in stages),
             unsharded=step.unsharded,
             traffic=step.traffic,
-            layers=layers_of(stages),
+            layers=identify_layers(stages),
         )

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import FakeProcessGroup, _register_process_group
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bridge.dist.engine.groups import embedding_members
+from bridge.dist.engine.groups import make_embedding_selector
 from bridge.dist.layout import Layout
 from bridge.dist.plan.virtual_rank.rank_order import ranks_along
 from bridge.dist.plan.virtual_rank.state import isolate_state
@@ -94,7 +94,7 @@ def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] |
             state[ranks_of_group] = ranks
     pipeline = state["_PIPELINE_GLOBAL_RANKS"]
     for kind, members in (
-        ("_EMBEDDING", embedding_members(embedding_ranks)(pipeline)),
+        ("_EMBEDDING", make_embedding_selector(embedding_ranks)(pipeline)),
         ("_POSITION_EMBEDDING", parallel_state.default_position_embedding_ranks(pipeline)),
     ):
         state[f"{kind}_GROUP"] = _make_fake_group(members, rank, name=kind) if rank in members else None

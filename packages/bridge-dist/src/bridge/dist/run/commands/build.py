@@ -110,7 +110,7 @@ def build(
             modelopt_checkpoint=load,
         )
         job.check(config, ranks)
-        job.builder(config).check_restore()
+        job.make_builder(config).check_restore()
         report = run_rank(job) if place else launch(run_rank, job, ranks=ranks, start_method=start_method)
     if place is None or place.rank == 0:
         _print_report(report, as_json=as_json)
