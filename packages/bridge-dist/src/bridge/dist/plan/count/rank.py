@@ -108,7 +108,7 @@ def measure_rank(
 
         # Composed, because the last hook of the model may return None.
         config.pre_wrap_hooks = [compose_hooks(config.pre_wrap_hooks), record_placements]
-        options = job.options(builder.transformer_config)
+        options = job.make_options(builder.transformer_config)
         ddp_config = options.ddp_config
         if ddp_config is not None:  # meta tensors have no values to check
             ddp_config = replace(ddp_config, check_for_nan_in_grad=False)
