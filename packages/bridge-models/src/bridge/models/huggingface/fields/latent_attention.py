@@ -7,10 +7,12 @@ import math
 from bridge.models.huggingface.fields.norms import rms_norm_of
 from bridge.models.huggingface.fields.rope import (
     Scaling,
-    check_attention_factor,
     find_scaling,
+    read_mscales,
     read_scaling,
+    read_yarn_range,
     rope_names,
+    write_yarn_range,
 )
 from bridge.models.huggingface.fields.row import Row, always, derived, same
 from bridge.models.huggingface.targets import LATENT_TRANSFORMER
@@ -37,19 +39,14 @@ def _read_positions(t: Translation) -> None:
 
 
 def _read_yarn(t: Translation, scaling: Scaling) -> None:
-    factor = scaling.factor()
-    mscale, all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
-    check_attention_factor(scaling, factor, mscale, all_dim)
+    mscale, all_dim = read_mscales(scaling)
     if mscale is None and all_dim is not None:
         scaling.refuse("mscale_all_dim", "Megatron-Core also scales sines and cosines by it: set mscale too")
     if not scaling.flag("truncate", True):
         scaling.refuse("truncate", "Megatron-Core rounds the range of channels where frequencies change: must be true")
     t["transformer.rope_type"] = "yarn"
-    t["transformer.rotary_scaling_factor"] = float(factor)
-    t["transformer.original_max_position_embeddings"] = scaling.original(None)
-    t["transformer.beta_fast"] = float(scaling.get("beta_fast") or 32)
-    t["transformer.beta_slow"] = float(scaling.get("beta_slow") or 1)
-    # without mscale_all_dim, transformers uses 1 for mscale
+    read_yarn_range(t, scaling, "transformer.")
+    # Without mscale_all_dim, transformers uses 1 for mscale.
     t["transformer.mscale"] = float(mscale if mscale and all_dim else 1)
     t["transformer.mscale_all_dim"] = float(all_dim or 0)
 
@@ -67,13 +64,7 @@ def _write_positions(t: Translation) -> None:
                 "Megatron-Core scales attention scores by it even where rope_type is rope: must be 0",
             )
         return
-    scaling = {
-        "rope_type": "yarn",
-        "factor": t["transformer.rotary_scaling_factor"],
-        "original_max_position_embeddings": t["transformer.original_max_position_embeddings"],
-        "beta_fast": t["transformer.beta_fast"],
-        "beta_slow": t["transformer.beta_slow"],
-    }
+    scaling = write_yarn_range(t, "transformer.")
     mscale, all_dim = t["transformer.mscale"], t["transformer.mscale_all_dim"]
     if mscale and all_dim:
         scaling |= {"mscale": mscale, "mscale_all_dim": all_dim}

@@ -240,34 +240,52 @@ def _read_yarn(t: Translation, scaling: Scaling) -> None:
         raise scaling.refuse(scaling.key, "Megatron-Core supports yarn only with partial_rotary_factor 1")
     if scaling.get("attn_factor", 1) != 1:
         scaling.refuse("attn_factor", "Megatron-Core has no such factor, and transformers ignores it: remove it")
-    factor = scaling.factor()
+    mscale, mscale_all_dim = read_mscales(scaling)
     given = t["original_max_position_embeddings"] if "original_max_position_embeddings" in t.names else None
-    mscale, mscale_all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
-    check_attention_factor(scaling, factor, mscale, mscale_all_dim)
     t["position_embedding_type"] = "yarn"
     t["transformer._target_"] = YARN_TRANSFORMER
-    t["transformer.yarn_rotary_scaling_factor"] = float(factor)
-    t["transformer.yarn_original_max_position_embeddings"] = scaling.original(given)
-    t["transformer.yarn_beta_fast"] = float(scaling.get("beta_fast") or 32)
-    t["transformer.yarn_beta_slow"] = float(scaling.get("beta_slow") or 1)
+    read_yarn_range(t, scaling, "transformer.yarn_", original=given)
     if mscale is not None and mscale_all_dim is not None:
         t["transformer.yarn_mscale"] = float(mscale)
         t["transformer.yarn_mscale_all_dim"] = float(mscale_all_dim)
     t["transformer.yarn_correction_range_round_to_int"] = scaling.flag("truncate", True)
 
 
-def check_attention_factor(scaling: Scaling, factor: float, mscale: float | None, mscale_all_dim: float | None) -> None:
-    """Refuse an ``attention_factor`` that differs from the one computed from the other fields."""
-    given = scaling.get("attention_factor")
-    if mscale and mscale_all_dim:
-        follows = compute_concentration(factor, mscale) / compute_concentration(factor, mscale_all_dim)
+def read_mscales(scaling: Scaling) -> tuple[float | None, float | None]:
+    """Return YaRN's ``mscale`` and ``mscale_all_dim``; None, as in transformers, for 0 too.
+
+    An ``attention_factor`` that does not follow from them is refused.
+    """
+    factor, given = scaling.factor(), scaling.get("attention_factor")
+    mscale, all_dim = (scaling.get(key) or None for key in ("mscale", "mscale_all_dim"))
+    if mscale and all_dim:
+        follows = _compute_concentration(factor, mscale) / _compute_concentration(factor, all_dim)
     else:
-        follows = compute_concentration(factor, 1)
+        follows = _compute_concentration(factor, 1)
     if given is not None and not math.isclose(given, follows, rel_tol=1e-6):
         scaling.refuse("attention_factor", f"Megatron-Core computes it from the other fields: must be {follows}")
+    return mscale, all_dim
 
 
-def compute_concentration(factor: float, mscale: float) -> float:
+def read_yarn_range(t: Translation, scaling: Scaling, prefix: str, *, original: int | None = None) -> None:
+    """Set the fields that determine which frequencies YaRN scales; their paths start with ``prefix``."""
+    t[f"{prefix}rotary_scaling_factor"] = float(scaling.factor())
+    t[f"{prefix}original_max_position_embeddings"] = scaling.original(original)
+    # The defaults of transformers, which treats 0 like a missing value.
+    t[f"{prefix}beta_fast"] = float(scaling.get("beta_fast") or 32)
+    t[f"{prefix}beta_slow"] = float(scaling.get("beta_slow") or 1)
+
+
+def write_yarn_range(t: Translation, prefix: str) -> dict[str, Any]:
+    """Return the scaling mapping with the fields of ``read_yarn_range``."""
+    return {
+        "rope_type": "yarn",
+        "factor": t[f"{prefix}rotary_scaling_factor"],
+        **{key: t[f"{prefix}{key}"] for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")},
+    }
+
+
+def _compute_concentration(factor: float, mscale: float) -> float:
     """Return YaRN's factor on sines and cosines: 0.1 mscale ln(factor) + 1 (https://arxiv.org/abs/2309.00071)."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
@@ -295,14 +313,8 @@ def _write_scaling(t: Translation) -> dict[str, Any] | None:
 def _write_yarn(t: Translation) -> dict[str, Any]:
     if t["transformer._target_"] != YARN_TRANSFORMER:
         raise t.refuse("transformer._target_", f"the position_embedding_type yarn needs {YARN_TRANSFORMER}")
-    scaling = {
-        "rope_type": "yarn",
-        "factor": t["transformer.yarn_rotary_scaling_factor"],
-        "original_max_position_embeddings": t["transformer.yarn_original_max_position_embeddings"],
-        "beta_fast": t["transformer.yarn_beta_fast"],
-        "beta_slow": t["transformer.yarn_beta_slow"],
-        "truncate": t["transformer.yarn_correction_range_round_to_int"],
-    }
+    scaling = write_yarn_range(t, "transformer.yarn_")
+    scaling["truncate"] = t["transformer.yarn_correction_range_round_to_int"]
     mscale, mscale_all_dim = t["transformer.yarn_mscale"], t["transformer.yarn_mscale_all_dim"]
     if mscale is not None and mscale_all_dim is not None:
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
