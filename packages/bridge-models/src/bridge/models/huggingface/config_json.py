@@ -45,7 +45,7 @@ _TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?Infinity\b', re.DOTALL)
 
 def _replace_infinity(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
-        found = match[0]
-        return found if found.startswith('"') else f'{{"__float__": "{found}"}}'
+        text = match[0]
+        return text if text.startswith('"') else f'{{"__float__": "{text}"}}'
 
     return _TEXT_OR_INFINITY.sub(replace, text)

@@ -64,6 +64,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
             f"seq_length is {data['seq_length']:,}, the maximum of the model: training and plans use sequences of this "
             "length unless you set it"
         )
+    # A document that would be written as another architecture, or not at all, has to name its own.
     written_as, written = find_closest(read_fields(data), _find_by_class(architecture.target))
     if written_as is not architecture or written.problems:
         data["extra_checkpoint_metadata"] = {MODEL_TYPE: architecture.model_type}
@@ -86,7 +87,7 @@ def _note_heads(t: Translation) -> None:
 
 
 _OTHER_TASK = re.compile(r"(?:For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel\w*)|(RewardModel))$")
-_LONG_SEQUENCE = 16_384
+_LONG_SEQUENCE = 16_384  # tokens; models are rarely pre-trained with longer sequences
 
 
 def _resolve_aliases(given: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def _resolve_aliases(given: Mapping[str, Any], architecture: Architecture) -> di
     problems = []
     for name, value in given.items():
         usual = architecture.aliases.get(name, name)
+        # Types too, because 1 == True.
         if fields.setdefault(usual, value) != value or type(fields[usual]) is not type(value):
             problems.append(Problem(f"$.{name}", f"is an alias of {usual}, which has a different value"))
     if problems:
@@ -130,7 +132,7 @@ def _map_problem(problem: Problem, given: Mapping[str, Any], architecture: Archi
 
 def _raise_problems(t: Translation) -> None:
     if t.problems:
-        raise DocumentError(list(dict.fromkeys(t.problems)))
+        raise DocumentError(list(dict.fromkeys(t.problems)))  # several rows may report the same problem
 
 
 def to_hf(data: Mapping[str, Any]) -> Converted:
@@ -170,11 +172,11 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
     Raises:
         DocumentError: A size is out of range.
     """
-    most = {"transformer.num_layers": MAX_LAYERS, "encoder_num_layers": MAX_LAYERS}
-    sizes = ("transformer.hidden_size", "transformer.num_attention_heads", "transformer.kv_channels", *most)
+    maxima = {"transformer.num_layers": MAX_LAYERS, "encoder_num_layers": MAX_LAYERS}
+    sizes = ("transformer.hidden_size", "transformer.num_attention_heads", "transformer.kv_channels", *maxima)
     problems = []
     for path in sizes:
-        size, maximum = fields.get(path), most.get(path)
+        size, maximum = fields.get(path), maxima.get(path)
         if size is not None and not 1 <= size <= (maximum or size):
             limits = "at least 1" if maximum is None else f"from 1 to {maximum:,}"
             problems.append(Problem(f"$.{path}", f"must be {limits}, got {describe_value(size)}"))

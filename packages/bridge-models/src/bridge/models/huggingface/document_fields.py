@@ -114,16 +114,16 @@ AFFECTS_COMPUTATION = frozenset(
 """Fields that change what a model computes or which parameters it has: ``to_hf`` must not drop them."""
 
 
-def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def make_document(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the fields as a document, without defaults except ``ALWAYS_WRITTEN``."""
     target = shipped(architecture.target)
-    inner = made.get("transformer._target_", TRANSFORMER)
+    inner = fields.get("transformer._target_", TRANSFORMER)
     transformer = shipped(inner)
     assert target
     assert transformer
     top: dict[str, Any] = {"_target_": architecture.target}
     inside: dict[str, Any] = {} if inner == TRANSFORMER else {"_target_": inner}
-    for path, value in made.items():
+    for path, value in fields.items():
         outer, dot, name = path.partition(".")
         if name == "_target_":
             continue
@@ -136,12 +136,15 @@ def make_document(made: Mapping[str, Any], architecture: Architecture) -> dict[s
 
 
 def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a document by dotted path, with defaults; generation settings are kept as they are."""
+    """Return the fields of a document by dotted path, with defaults. Generation settings have no defaults added.
+
+    Generation settings of other classes than transformers' are left out.
+    """
     whole = canonicalize(data, defaults=True)
     transformer = whole.pop("transformer")
     generation = canonicalize(data).get("generation_config")
-    is_theirs = isinstance(generation, dict) and generation.get("_target_") == GENERATION
-    whole["generation_config"] = generation if is_theirs else None
+    is_supported = isinstance(generation, dict) and generation.get("_target_") == GENERATION
+    whole["generation_config"] = generation if is_supported else None
     return whole | {f"transformer.{name}": value for name, value in transformer.items()}
 
 

@@ -138,6 +138,7 @@ def _explain_no_effect(t: Translation, name: str) -> str | None:
         return "it is off, and unknown to Bridge"
     if value in ("", [], {}):
         return "it is empty, and unknown to Bridge"
+    # Not a boolean, because 1 == True.
     if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
         return f"{describe_value(value)} has no effect"
     if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):

@@ -24,10 +24,10 @@ def find_architecture(given: Mapping[str, Any]) -> Architecture:
         DocumentError: ``model_type`` is missing or not supported.
     """
     model_type = given.get("model_type")
-    if (inside := _find_text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
+    if (text_model := _find_text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
         raise make_error(
             "$.text_config",
-            f"the language model, {inside}, is in this field: save the field as a config.json of its own",
+            f"the language model, {text_model}, is in this field: save the field as a config.json of its own",
         )
     if not isinstance(model_type, str):
         missing = "missing: expected the config.json of a transformers model"

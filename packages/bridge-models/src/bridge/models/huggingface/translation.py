@@ -36,6 +36,7 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "a mapping": lambda value: isinstance(value, dict),
     "anything": lambda value: True,
 }
+# The keys in the same order: each name is also the text of messages.
 INTEGER, COUNT, LAYERS, NUMBER, FLAG, TEXT, LIST, INTEGERS, TEXTS, MAPPING, ANYTHING = _KINDS
 
 
@@ -128,7 +129,7 @@ def format_value(value: Any) -> str:
     """Format a value for a message."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
-    return value if isinstance(value, str) else describe_value(value)
+    return value if isinstance(value, str) else describe_value(value)  # strings without quotes
 
 
 def refuse_choice(t: Translation, name: str, value: str, known: Iterable[str], *inside: str) -> RefusedError:

@@ -17,7 +17,7 @@ def _read_heads(t: Translation) -> None:
     if heads * t["head_dim"] != t["expand"] * t["hidden_size"]:
         t.refuse("num_heads", "num_heads * head_dim must equal expand * hidden_size")
     t["transformer.mamba_num_heads"] = heads
-    # unused, but Megatron-Core needs a number that tensor parallelism divides
+    # Unused, but Megatron-Core requires a multiple of the tensor-parallel size.
     t["transformer.num_attention_heads"] = heads
 
 

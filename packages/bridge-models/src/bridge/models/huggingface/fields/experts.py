@@ -32,9 +32,9 @@ def experts(name: str, number: int | None, chosen: int | None) -> tuple[Row, ...
         t["transformer.num_moe_experts"] = t[name]
 
     def read_chosen(t: Translation) -> None:
-        if (found := t["num_experts_per_tok"]) is None:
+        if (topk := t["num_experts_per_tok"]) is None:
             raise t.refuse("num_experts_per_tok", "missing: set the number of experts per token")
-        t["transformer.moe_router_topk"] = found
+        t["transformer.moe_router_topk"] = topk
 
     def write_chosen(t: Translation) -> None:
         t["num_experts_per_tok"] = t["transformer.moe_router_topk"]
@@ -83,7 +83,7 @@ def list_expert_layers(t: Translation) -> list[int]:
     """Return 1 for each layer of a document with experts, 0 for the others."""
     layers: int = t["transformer.num_layers"]
     frequency: int | Sequence[int] = t["transformer.moe_layer_freq"]
-    if isinstance(frequency, int):
+    if isinstance(frequency, int):  # N: the first of every N layers, as in Megatron-Core
         return [int(index % frequency == 0) for index in range(layers)]
     if len(frequency) != layers:
         raise t.refuse("transformer.moe_layer_freq", f"has {len(frequency)} entries, but num_layers is {layers}")
@@ -106,6 +106,7 @@ def _read_sparse_layers(t: Translation) -> None:
 def _write_sparse_layers(t: Translation) -> None:
     has_experts = list_expert_layers(t)
     sparse = [index + 1 for index, one in enumerate(has_experts) if one]
+    # The largest step that reaches all layers with experts. Layers that it reaches without need are listed as dense.
     every = next(step for step in range(min(sparse, default=1), 0, -1) if not any(at % step for at in sparse))
     t["decoder_sparse_step"] = every
     t["mlp_only_layers"] = [index for index, one in enumerate(has_experts) if not one and (index + 1) % every == 0]
@@ -130,7 +131,7 @@ def dense_first_layers(default: int) -> Row:
 
     def write(t: Translation) -> None:
         has_experts = list_expert_layers(t)
-        if has_experts != sorted(has_experts):
+        if has_experts != sorted(has_experts):  # 0 for all dense layers, then 1
             raise t.refuse(
                 "transformer.moe_layer_freq", f"{t.model_type} can only have layers without experts before all others"
             )

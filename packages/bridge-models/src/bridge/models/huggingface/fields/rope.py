@@ -135,7 +135,7 @@ def rotary(
         scaling = find_scaling(t, default)
         t["position_embedding_type"] = "rope"
         base = scaling.get("rope_theta", t["rope_theta"])
-        if base != int(base):
+        if base != int(base):  # GPTModelConfig declares an integer
             t.refuse("rope_theta", f"Megatron-Core needs a whole number, got {describe_value(base)}")
         t["rotary_base"] = int(base)
         _read_share(t, scaling, partial=partial)
@@ -188,6 +188,7 @@ def find_scaling(t: Translation, default: Mapping[str, Any] | None = None) -> Sc
     """Return the scaling mapping; version 4's has precedence if both are set, as in transformers."""
     for name in ("rope_scaling", "rope_parameters"):
         values = t[name]
+        # An empty mapping means that nothing is scaled in version 5; in version 4, it counts as missing.
         if values or (values is not None and name == "rope_parameters"):
             return Scaling(t, name, values)
     return Scaling(t, "rope_parameters", default or {})

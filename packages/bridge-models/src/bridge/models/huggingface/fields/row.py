@@ -71,8 +71,8 @@ def only(name: str, value: Any, kind: str, why: str, *, default: Any = ..., also
     default = value if default is ... else default
 
     def read(t: Translation) -> None:
-        found = t[name]
-        if found != value and found not in also:
+        given = t[name]
+        if given != value and given not in also:
             t.refuse_value(name, why, value)
 
     def write(t: Translation) -> None:

@@ -77,6 +77,7 @@ def window_by_switch(*, everywhere: bool = False, alternating: bool = False) -> 
             if not all(slides):
                 t.refuse("transformer.window_attn_skip_freq", f"{t.model_type} has windows in all layers: must be null")
             return
+        # `layer_types` decides; this field agrees with it where it can.
         t["max_window_layers"] = slides.index(True) if slides == sorted(slides) and not alternating else len(slides)
         t["layer_types"] = _write_types(slides)
 
@@ -139,7 +140,7 @@ def _set_windows(t: Translation, window: int, slides: list[bool]) -> None:
 
 
 def _encode_layers(slides: list[bool]) -> int | list[int]:
-    """Return N if exactly every N-th layer has no window; else 1 or 0 for each layer."""
+    """Return ``window_attn_skip_freq``: N if exactly every N-th layer has no window, else 1 or 0 for each layer."""
     every = slides.index(False) + 1
     if every > 1 and slides == [bool((index + 1) % every) for index in range(len(slides))]:
         return every
@@ -165,7 +166,7 @@ def _write_types(slides: list[bool]) -> list[str]:
 
 def _write_window(t: Translation) -> int | None:
     size: Any = t["transformer.window_size"]
-    if size is None or size[0] < 0:
+    if size is None or size[0] < 0:  # -1: unlimited
         return None
     before, after = size
     if after:
