@@ -23,7 +23,7 @@ def test_every_version_is_pinned_and_every_file_has_a_hash() -> None:
     pinned = re.findall(r'^    "([\w.-]+==\S+?)(?: ;.*)?",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert pinned == names
     assert len(re.findall(r" \\\n    --hash=sha256:[0-9a-f]{64}", LOCKED)) > len(names)
-    assert list(SCRIPT["problems"](LOCKED)) == []
+    assert list(SCRIPT["find_differences"](LOCKED)) == []
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,6 @@ def test_every_version_is_pinned_and_every_file_has_a_hash() -> None:
 )
 def test_changed_versions_hashes_and_packages_are_reported(before: str, after: str) -> None:
     here = LOCKED.replace(before, after, 1)
-    found = list(SCRIPT["problems"](here))
+    found = list(SCRIPT["find_differences"](here))
     assert any(one.startswith("- ") and before in one for one in found)
     assert any(one.startswith("+ ") and after in one for one in found)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Keep locked.txt, which is uv.lock without the addresses of a package index, and the versions that it pins for uv.
+"""Write locked.txt, a copy of uv.lock without index addresses, and the version pins in pyproject.toml.
 
-    lock.py [ARG]...    `uv lock ARG...` without the pins, such as --upgrade, then write both anew
-    lock.py --check     does uv.lock, as uv has just written it here, hold the same versions and files?
+    lock.py [ARG]...    run `uv lock ARG...` without the pins (ARG: --upgrade, for example), then write both
+    lock.py --check     check that the uv.lock that uv writes here has the same versions and files
 
-uv.lock itself is not committed. It names the index that it was made with, and uv either rewrites it or refuses it when
-the names are taken out: it asks for a path in place of each address, or for a server that is not there. So uv makes
-uv.lock in each clone, from whichever index that is set up for, and `constraint-dependencies` in pyproject.toml leave it
-one version of each package. They have no hashes: that the files are the locked ones is for `--check` to say.
+uv.lock itself is not committed, because it names the index that it was made with. Without these addresses, uv rewrites
+the file or refuses it. So each clone has its own uv.lock, made from the index that is configured there, and
+`constraint-dependencies` in pyproject.toml allow uv only one version of each package. Constraints have no hashes, so
+`--check` compares those.
 """
 
 import os
@@ -30,14 +30,14 @@ PINS = re.compile(r"(?<=^constraint-dependencies = \[  # written by \.github/scr
 
 
 def uv(*args: str) -> str:
-    """Run the uv that runs this script, or the one on PATH; return what it printed."""
+    """Run the uv that runs this script, or the one on PATH; return its output."""
     return subprocess.run(
         [os.environ.get("UV", "uv"), *args], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
-def locked() -> str:
-    """Return what uv.lock holds, as requirements with hashes; those of which there is one need no marker."""
+def export_lock() -> str:
+    """Return uv.lock as requirements with hashes. Packages with a single version lose their markers."""
     exported = uv(*EXPORT)
     names = Counter(re.findall(r"^[\w.-]+(?===)", exported, re.M))
 
@@ -47,34 +47,34 @@ def locked() -> str:
     return HEADER + re.sub(r"^(?P<name>[\w.-]+)==(?P<version>\S+)( ; .*)? \\$", unmarked, exported, flags=re.M)
 
 
-def pins(requirements: str) -> str:
+def format_pins(requirements: str) -> str:
     """Return the requirements, without hashes, as lines of a TOML list."""
     lines = (line.removesuffix(" \\") for line in requirements.splitlines() if not line.startswith((" ", "#")))
     return "".join(f'    "{line}",\n' for line in lines)
 
 
-def with_pins(project: str, lines: str) -> str:
-    """Return the text of pyproject.toml with other pins."""
+def replace_pins(project: str, lines: str) -> str:
+    """Return the text of pyproject.toml with `lines` as its pins."""
     assert PINS.search(project)
     return PINS.sub(lambda _: lines, project)
 
 
 def relock(*args: str) -> None:
-    """Let uv choose versions without the pins, prefer those of uv.lock if there is one, and pin what it chose."""
+    """Run `uv lock` without the pins, then pin the chosen versions. uv prefers the versions of an existing uv.lock."""
     before = PROJECT.read_text()
-    PROJECT.write_text(with_pins(before, ""))
+    PROJECT.write_text(replace_pins(before, ""))
     try:
         uv("lock", *args)
-        requirements = locked()
-    except BaseException:
+        requirements = export_lock()
+    except BaseException:  # Ctrl-C too: never leave pyproject.toml without pins
         PROJECT.write_text(before)
         raise
     LOCKED.write_text(requirements)
-    PROJECT.write_text(with_pins(before, pins(requirements)))
+    PROJECT.write_text(replace_pins(before, format_pins(requirements)))
 
 
-def entries(requirements: str) -> Iterator[str]:
-    """Yield each requirement, and each of its files with it."""
+def list_entries(requirements: str) -> Iterator[str]:
+    """Yield each requirement, and each of its hashes with the requirement."""
     requirement = ""
     for line in requirements.removeprefix(HEADER).splitlines():
         text = line.strip().removesuffix(" \\")
@@ -84,12 +84,12 @@ def entries(requirements: str) -> Iterator[str]:
             yield (requirement := text)
 
 
-def problems(requirements: str) -> Iterator[str]:
-    """Yield how what uv locks here differs from what is committed."""
-    here, committed = set(entries(requirements)), set(entries(LOCKED.read_text()))
+def find_differences(requirements: str) -> Iterator[str]:
+    """Yield the differences between the lock that uv makes here and the committed one."""
+    here, committed = set(list_entries(requirements)), set(list_entries(LOCKED.read_text()))
     yield from (f"- {entry}" for entry in sorted(committed - here))
     yield from (f"+ {entry}" for entry in sorted(here - committed))
-    if with_pins(project := PROJECT.read_text(), pins(LOCKED.read_text())) != project:
+    if replace_pins(project := PROJECT.read_text(), format_pins(LOCKED.read_text())) != project:
         yield f"the versions in {PROJECT.name} are not those of {LOCKED.name}"
 
 
@@ -98,8 +98,10 @@ def main(*args: str) -> int:
     if args != ("--check",):
         relock(*args)
         return 0
-    if found := list(problems(locked())):
-        print(*found, f"{LOCKED.name} (-) is not what uv locks here (+): run lock.py, or find out why", sep="\n")
+    if found := list(find_differences(export_lock())):
+        print(
+            *found, f"{LOCKED.name} (-) differs from what uv locks here (+): run lock.py, or find the cause", sep="\n"
+        )
         return 1
     return 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write bridge.builders.embeds: the fields of megatron-core's TransformerConfig, declared for type checkers.
+"""Write bridge.builders.embeds, which declares the fields of megatron-core's TransformerConfig for type checkers.
 
-make_embeds.py            from the megatron-core that is installed
+make_embeds.py            writes the file from the installed megatron-core
 make_embeds.py --check    fails if that would change the file
 """
 
@@ -49,37 +49,37 @@ class EmbedsTransformer(WriteThrough):
 
 
 class Source:
-    """Annotations as source text, and the imports that the text needs."""
+    """Formats annotations as source text and collects the imports that the text needs."""
 
     def __init__(self) -> None:
         self._imports: defaultdict[str, set[str]] = defaultdict(set)
 
-    def imports(self) -> list[str]:
-        """The import statements; the names of a package without a dot are used through it."""
+    def list_imports(self) -> list[str]:
+        """Return the import statements. Top-level packages such as torch are imported as a whole."""
         return [
             f"from {module} import {', '.join(sorted(names))}" if names else f"import {module}"
             for module, names in sorted(self._imports.items())
         ]
 
-    def text(self, hint: Any) -> str:
-        """The source of a type hint; what a bare generic leaves open is Any."""
+    def format_hint(self, hint: Any) -> str:
+        """Return the source of a type hint. A generic without arguments gets Any."""
         origin, args = get_origin(hint), get_args(hint)
         if origin in (Union, UnionType):
-            return " | ".join(self.text(arg) for arg in args)
+            return " | ".join(self.format_hint(arg) for arg in args)
         if origin is Literal:
-            return f"{self._name(Literal)}[{', '.join(map(repr, args))}]"
+            return f"{self._format_name(Literal)}[{', '.join(map(repr, args))}]"
         if origin is Callable:
-            return f"{self._name(Callable)}[{self._signature(args)}]"
+            return f"{self._format_name(Callable)}[{self._format_signature(args)}]"
         if origin or hint is list:
-            return f"{self._name(origin or hint)}[{', '.join(self.text(arg) for arg in args or (Any,))}]"
-        return "None" if hint is NoneType else self._name(hint)
+            return f"{self._format_name(origin or hint)}[{', '.join(self.format_hint(arg) for arg in args or (Any,))}]"
+        return "None" if hint is NoneType else self._format_name(hint)
 
-    def _signature(self, args: tuple[Any, ...]) -> str:
+    def _format_signature(self, args: tuple[Any, ...]) -> str:
         parameters, result = args or (..., Any)
-        shown = "..." if parameters is ... else f"[{', '.join(map(self.text, parameters))}]"
-        return f"{shown}, {self.text(result)}"
+        inputs = "..." if parameters is ... else f"[{', '.join(map(self.format_hint, parameters))}]"
+        return f"{inputs}, {self.format_hint(result)}"
 
-    def _name(self, named: Any) -> str:
+    def _format_name(self, named: Any) -> str:
         module, name = named.__module__, named.__qualname__
         if module == "builtins":
             return str(name)
@@ -90,33 +90,33 @@ class Source:
         return str(name)
 
 
-def generated() -> str:
-    """The text of the module."""
+def generate() -> str:
+    """Return the text of the module."""
     source, hints = Source(), get_type_hints(TransformerConfig)
     declarations = [
-        f"{field.name}: {source.text(hints[field.name])}"
+        f"{field.name}: {source.format_hint(hints[field.name])}"
         for field in fields(TransformerConfig)
         if not field.name.startswith("_")
     ]
-    text = TEMPLATE.format(imports="\n    ".join(source.imports()), declarations="\n        ".join(declarations))
+    text = TEMPLATE.format(imports="\n    ".join(source.list_imports()), declarations="\n        ".join(declarations))
     for command in (["check", "--select", "I", "--fix"], ["format"]):
-        text = ruff(*command, text=text)
+        text = run_ruff(*command, text=text)
     return text
 
 
-def ruff(*command: str, text: str) -> str:
-    """The text after a ruff command that changes it."""
+def run_ruff(*command: str, text: str) -> str:
+    """Return a text after a ruff command that changes it."""
     line = [sys.executable, "-m", "ruff", *command, "--quiet", "--stdin-filename", str(FILE), "-"]
     return subprocess.run(line, input=text, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main(*args: str) -> int:
     """Write the file, or check it."""
-    text = generated()
+    text = generate()
     if args == ("--check",):
         if FILE.read_text() == text:
             return 0
-        print(f"{FILE.name} does not fit the megatron-core that is installed: run make_embeds.py")
+        print(f"{FILE.name} does not match the installed megatron-core: run make_embeds.py")
         return 1
     FILE.write_text(text)
     return 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/gpu.md: every row of the GPU suite, with its last outcome.
 
-make_gpu_page.py            from tests/gpu and its record
+make_gpu_page.py            writes the page from tests/gpu and its record
 make_gpu_page.py --check    fails if that would change the page
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the map of .github/CONTRIBUTING.md: every subpackage, and every module beside them, by its first sentence.
+"""Write the map in .github/CONTRIBUTING.md: the first sentence of every subpackage and top-level module.
 
-make_map.py            from the docstrings
+make_map.py            writes the map from the docstrings
 make_map.py --check    fails if that would change the page
 
 Both fail if the page mentions a module that does not exist.
@@ -26,7 +26,7 @@ def list_modules(package: Path) -> Iterator[Path]:
     yield from sorted(package.glob("*/**/__init__.py"))
 
 
-def first_sentence(file: Path) -> str:
+def read_first_sentence(file: Path) -> str:
     """Return the first sentence of a file's docstring.
 
     Raises:
@@ -42,7 +42,7 @@ def first_sentence(file: Path) -> str:
 def make_row(file: Path, source: Path) -> str:
     """Return a row of the table of one package."""
     path = file.parent if file.name == "__init__.py" else file.with_suffix("")
-    return f"| `{'.'.join(path.relative_to(source).parts)}` | {first_sentence(file).replace('|', r'\|')} |"
+    return f"| `{'.'.join(path.relative_to(source).parts)}` | {read_first_sentence(file).replace('|', r'\|')} |"
 
 
 def make_table(name: str) -> str:

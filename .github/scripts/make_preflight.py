@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/preflight.md: every pre-flight rule, with its message for the setup in its test.
 
-make_preflight.py            from the packages that are installed
+make_preflight.py            writes the page from the installed packages
 make_preflight.py --check    fails if that would change the page
 """
 
@@ -38,7 +38,7 @@ come last.
 """
 
 
-def section(rule: Rule) -> str:
+def make_section(rule: Rule) -> str:
     """Return the section about a rule."""
     message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
     origin = f"Seen in {rule.seen}." if rule.seen else "Follows from arithmetic."
@@ -49,7 +49,7 @@ def section(rule: Rule) -> str:
 
 def main(*args: str) -> int:
     """Write the page, or check it."""
-    text = "\n".join([HEAD, *map(section, every_rule())])
+    text = "\n".join([HEAD, *map(make_section, every_rule())])
     if args != ("--check",):
         PAGE.write_text(text)
     elif text != PAGE.read_text():

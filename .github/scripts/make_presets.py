@@ -201,11 +201,11 @@ Dumper.add_representer(
 )
 
 
-def text(preset: Preset) -> str:
+def make_text(preset: Preset) -> str:
     """Return the text of a preset file."""
     data = from_hf(json.loads(preset.published.read_text()), model_id=preset.model_id).data
     for path, value in preset.changes.items():
-        change(data, path, value)
+        set_field(data, path, value)
     data["transformer"] = data.pop("transformer")  # keep the longest field last
     lines = yaml.dump(data, Dumper=Dumper, sort_keys=False, width=1000, allow_unicode=True).splitlines()
     for name, comment in preset.comments.items():
@@ -213,7 +213,7 @@ def text(preset: Preset) -> str:
     return "\n".join([f"# {preset.description}", *lines]) + "\n"
 
 
-def change(data: dict[str, Any], path: str, value: Any) -> None:
+def set_field(data: dict[str, Any], path: str, value: Any) -> None:
     """Set a field, or remove it."""
     *outer, name = path.split(".")
     for part in outer:
@@ -226,4 +226,4 @@ def change(data: dict[str, Any], path: str, value: Any) -> None:
 
 if __name__ == "__main__":
     for name, preset in MODELS.items():
-        (PRESETS / f"{name}.yaml").write_text(text(preset))
+        (PRESETS / f"{name}.yaml").write_text(make_text(preset))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the table of docs/security.md: what Bridge and megatron.training do with every hostile document.
 
-make_security.py            with the packages that are installed
+make_security.py            writes the table with the installed packages
 make_security.py --check    fails if that would change the page
 """
 
@@ -32,7 +32,7 @@ def read_all(reader: str) -> dict[str, Outcome]:
     return outcomes
 
 
-def bridge_cell(outcome: Outcome) -> str:
+def make_bridge_cell(outcome: Outcome) -> str:
     """Return the cell of a document in the column of Bridge."""
     if outcome["verdict"] != "refused":
         return "accepts it as text" if outcome["verdict"] == "accepted" else f"**{outcome['verdict']}**"
@@ -40,12 +40,12 @@ def bridge_cell(outcome: Outcome) -> str:
     return "refused at " + (", ".join(f"`{path}`" for path in paths) if len(paths) < 5 else f"{len(paths)} places")
 
 
-def megatron_cell(outcome: Outcome) -> str:
+def make_megatron_cell(outcome: Outcome) -> str:
     """Return the cell of a document in the column of megatron.training."""
     verdict = (
         "accepts it"
         if outcome["verdict"] == "accepted"
-        else "fails" + (f": {_kind(outcome)}" if outcome["error"] else "")
+        else "fails" + (f": {_format_error(outcome)}" if outcome["error"] else "")
     )
     if outcome["ran"]:
         return f"**runs it**, then {verdict}"
@@ -58,13 +58,13 @@ def megatron_cell(outcome: Outcome) -> str:
     return verdict
 
 
-def _kind(outcome: Outcome) -> str:
+def _format_error(outcome: Outcome) -> str:
     return str(outcome["error"]).partition(":")[0]
 
 
 def make_table() -> str:
     """Return the lines between the marks."""
-    ours, reference = read_all("validate"), read_all("megatron_training")
+    ours, theirs = read_all("validate"), read_all("megatron_training")
     lines = []
     for group, entries in groupby(load_corpus(), key=lambda entry: str(entry["group"])):
         lines += [
@@ -74,15 +74,15 @@ def make_table() -> str:
         ]
         for entry in entries:
             name = entry["name"]
-            cells = [f"`{name}`", entry["tries"], bridge_cell(ours[name]), megatron_cell(reference[name])]
+            cells = [f"`{name}`", entry["tries"], make_bridge_cell(ours[name]), make_megatron_cell(theirs[name])]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join([summarize(ours, reference), *lines])
+    return "\n".join([summarize(ours, theirs), *lines])
 
 
-def summarize(ours: dict[str, Outcome], reference: dict[str, Outcome]) -> str:
+def summarize(ours: dict[str, Outcome], theirs: dict[str, Outcome]) -> str:
     """Return a sentence with the totals of both columns."""
     names = [entry["name"] for entry in load_corpus() if "at" in entry]
-    cells = [megatron_cell(reference[name]) for name in names]
+    cells = [make_megatron_cell(theirs[name]) for name in names]
     runs = sum(cell.startswith(("**runs", "**imports")) for cell in cells)
     opens = sum(cell.startswith(("**opens", "**does not terminate")) for cell in cells)
     accepts = cells.count("accepts it")

@@ -212,7 +212,7 @@ def test_presets_equal_the_converted_published_files() -> None:
     made = runpy.run_path(str(SCRIPT))
     for name, preset in made["MODELS"].items():
         committed = (made["PRESETS"] / f"{name}.yaml").read_text()
-        assert committed == made["text"](preset), f"run {SCRIPT.name}"
+        assert committed == made["make_text"](preset), f"run {SCRIPT.name}"
         ours, theirs = (
             flat(data)
             for data in (
