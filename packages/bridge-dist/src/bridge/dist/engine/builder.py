@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from bridge.builders import BuildConfigT, MixedPrecisionWrapper, ModelBuilder, ModelT, compose_hooks
 from bridge.dist.checks.preflight import Rule
 from bridge.dist.engine.build import build_distributed
-from bridge.dist.engine.forward import next_token_step
+from bridge.dist.engine.forward import decoder_logits_step, next_token_step
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.errors import BuilderContractError
 
@@ -58,6 +58,24 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
             sequence]; on other stages the input of the next one.
         """
         return next_token_step(stage, tokens, pg_collection)
+
+    def logits_step(
+        self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+    ) -> torch.Tensor:
+        """Run a stage on a microbatch of text and compute logits, as `bridge verify` compares with transformers.
+
+        A family of models that are no decoders overrides it.
+
+        Args:
+            stage: One of those that ``build_distributed_models`` returned.
+            tokens: [microbatch, sequence], the same on all ranks that share the microbatch.
+            pg_collection: The process groups of this rank.
+
+        Returns:
+            On the last stage the logits of this rank, [microbatch, its part of the sequence, its part of the
+            vocabulary]; on others what the next stage takes.
+        """
+        return decoder_logits_step(stage, tokens, pg_collection)
 
     def check_restore(self) -> None:
         """Check before the build that stages can be restored.

@@ -31,9 +31,26 @@ def next_token_step(stage: MegatronModule, tokens: torch.Tensor, pg_collection: 
         stages the input of the next one.
     """
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs).contiguous()
-    batch = {"inputs": inputs, "labels": labels, "positions": positions}
-    if pg_collection.cp.size() > 1:
-        batch = get_batch_on_this_cp_rank(batch, False, cp_group=pg_collection.cp)
+    batch = _take_part(inputs, pg_collection, labels=labels)
     output: torch.Tensor = stage(batch["inputs"], batch["positions"], None, labels=batch["labels"])
     return output
+
+
+def decoder_logits_step(
+    stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+) -> torch.Tensor:
+    """Run a stage of a decoder on tokens, shape [microbatch, sequence], and compute logits on the last stage."""
+    batch = _take_part(tokens, pg_collection)
+    output: torch.Tensor = stage(batch["inputs"], batch["positions"], None)
+    return output
+
+
+def _take_part(
+    inputs: torch.Tensor, pg_collection: ProcessGroupCollection, **more: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return this context-parallel rank's part of a batch, with positions."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs).contiguous()
+    batch = {"inputs": inputs, "positions": positions, **more}
+    if pg_collection.cp.size() > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, cp_group=pg_collection.cp)
+    return batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,6 +74,25 @@ def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGr
         for module in pending:
             missing += module.initialise()
         _share_tied_embedding(stage, pg_collection)
+    _warn_uninitialised(missing)
+
+
+def allocate_stages(stages: Sequence[MegatronModule], loaded: Collection[str]) -> None:
+    """Give whole stages that were built on the meta device memory on this rank's device, without drawing weights.
+
+    Args:
+        stages: Changed in place. Those that are not on the meta device stay as they are.
+        loaded: Names of tensors, within their stages, that the caller fills; modules that hold others are initialised.
+    """
+    missing: list[str] = []
+    for stage in stages:
+        pending = _find_pending(stage)
+        if pending:
+            materialize(stage, torch.device("cuda"))
+        for module in pending:
+            names = {f"{module.name}.{tensor}".lstrip(".") for tensor in module.tensors}
+            if not names <= set(loaded):
+                missing += [name for name in module.initialise() if name not in loaded]
     _warn_uninitialised(missing)
 
 

@@ -83,6 +83,14 @@ class NamedParameter(NamedTuple):
     owner: torch.nn.Module
 
 
+class NamedBuffer(NamedTuple):
+    """A buffer of one stage that checkpoints keep, and its place in the whole model."""
+
+    placement: Placement
+    buffer: torch.Tensor
+    owner: torch.nn.Module
+
+
 def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedParameter]:
     """Yield the parameters of a stage with their placement. FSDP must not have sharded it yet."""
     model: torch.nn.Module = unwrap(stage)
@@ -97,6 +105,18 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
             # On the last pipeline stage it is a copy of the first stage's embedding.
             full_name = EMBEDDING
         yield NamedParameter(_make_placement(name, full_name, parameter, pg_collection), parameter, modules[path])
+
+
+def named_buffers(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedBuffer]:
+    """Yield the buffers of a stage that checkpoints keep, such as the biases of routers; none of them is split."""
+    modules = dict(unwrap(stage).named_modules())
+    renamed = _map_module_names(modules, pg_collection)
+    for path, module in modules.items():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set:
+                full_name = f"{renamed[path]}.{leaf}".lstrip(".")
+                name = f"{path}.{leaf}".lstrip(".")
+                yield NamedBuffer(Placement(name=name, full_name=full_name, shape=buffer.shape), buffer, module)
 
 
 def _make_placement(

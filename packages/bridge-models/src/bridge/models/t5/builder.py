@@ -117,6 +117,14 @@ class T5ModelBuilder(DistributedModelBuilder[T5Model, T5ModelConfig]):
         )
         return losses
 
+    def logits_step(
+        self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
+    ) -> torch.Tensor:
+        """Compute logits with the same tokens in encoder and decoder; see ``DistributedModelBuilder``."""
+        encoder_mask, cross_mask = self._no_padding_masks(tokens)
+        logits: torch.Tensor = stage(tokens, tokens, encoder_mask, None, cross_mask)
+        return logits
+
     def _no_padding_masks(
         self, tokens: torch.Tensor
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
