@@ -6,12 +6,14 @@ each direction. A field that no row handles is an error, in either direction, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from bridge.models.huggingface.fields.row import Row
 from bridge.models.huggingface.targets import TRANSFORMER
 from bridge.models.huggingface.translation import Name
+from bridge.models.huggingface.weights.sizes import Sizes
+from bridge.models.huggingface.weights.weight import Entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,15 @@ class Architecture:
     """The config classes allowed for ``transformer`` in the document."""
 
     rows: tuple[Row, ...]
+    weights: Callable[[Sizes], Iterator[Entry]]
+    """Yields the weights of the whole model."""
+
+    base: str = "model."
+    """The prefix of the tensors of the base model, which folders without an output layer leave out."""
+
+    unused_tensors: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    """Patterns of tensors that old versions of transformers saved and no version reads."""
+
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Aliases of fields of config.json: alias -> usual name."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.decoder import latent_decoder
 from bridge.models.huggingface.fields.experts import dense_first_layers, expert_width, experts, shared_experts
@@ -11,6 +13,8 @@ from bridge.models.huggingface.fields.row import always, only
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import GPT, LATENT_TRANSFORMER
 from bridge.models.huggingface.translation import FLAG, TEXT
+from bridge.models.huggingface.weights.attention import latent_attention as latent_attention_weights
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 DEEPSEEK_V2 = Architecture(
     model_type="deepseek_v2",
@@ -48,6 +52,7 @@ DEEPSEEK_V2 = Architecture(
             only("mlp_bias", False, FLAG, "{model_type} has no biases in linear layers"),
         ),
     ),
+    weights=partial(decoder_weights, attention=latent_attention_weights),
     aliases={"num_experts": "n_routed_experts"},
     ignored=frozenset(("ep_size", "pretraining_tp")),
 )

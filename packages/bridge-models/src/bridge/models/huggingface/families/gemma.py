@@ -15,6 +15,7 @@ from bridge.models.huggingface.fields.row import Row, always, only
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 from bridge.models.huggingface.translation import FLAG, TEXT, Name, Translation
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 _ZERO_CENTERED = always(
     "transformer.layernorm_zero_centered_gamma",
@@ -111,4 +112,5 @@ GEMMA = Architecture(
         ),
         tied=True,
     ),
+    weights=decoder_weights,
 )

@@ -12,6 +12,7 @@ from bridge.models.huggingface.fields.row import always, only, same
 from bridge.models.huggingface.fields.sizes import feed_forward
 from bridge.models.huggingface.targets import GPT
 from bridge.models.huggingface.translation import COUNT, FLAG, LAYERS, NUMBER
+from bridge.models.huggingface.weights.gpt2 import gpt2 as gpt2_weights
 
 GPT2 = Architecture(
     model_type="gpt2",
@@ -40,6 +41,9 @@ GPT2 = Architecture(
         only("add_cross_attention", False, FLAG, "Megatron-Core's GPT has no cross attention"),
         *language_model(tied=True),
     ),
+    weights=gpt2_weights,
+    base="transformer.",
+    unused_tensors=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     aliases={
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.biases import ALL_BIASES
@@ -15,6 +17,8 @@ from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import alternating_windows
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 from bridge.models.huggingface.translation import FLAG, NUMBER, TEXT
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
+from bridge.models.huggingface.weights.experts import packed_experts
 
 _YARN = {
     "rope_type": "yarn",
@@ -64,6 +68,7 @@ GPT_OSS = Architecture(
         ),
         experts=(*experts("num_local_experts", 128, 4), softmax_router(normalises=None), AUX_LOSS),
     ),
+    weights=partial(decoder_weights, experts=packed_experts),
     aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
     ignored=frozenset(("initial_context_length",)),  # unused: rope_scaling says it
 )

@@ -7,6 +7,7 @@ from bridge.models.huggingface.fields.biases import BIASES
 from bridge.models.huggingface.fields.decoder import decoder
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 LLAMA = Architecture(
     model_type="llama",
@@ -24,5 +25,6 @@ LLAMA = Architecture(
         ),
         biases=(BIASES,),
     ),
+    weights=decoder_weights,
     ignored=frozenset(("pretraining_tp",)),
 )

@@ -10,6 +10,7 @@ from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import MAMBA
 from bridge.models.huggingface.translation import COUNT, FLAG, Name, Translation
+from bridge.models.huggingface.weights.mamba import hybrid
 
 
 def _read_heads(t: Translation) -> None:
@@ -65,6 +66,9 @@ MAMBA2 = Architecture(
         NO_HIDDEN_DROPOUT,
         *language_model(tied=False, std=0.1),
     ),
+    weights=hybrid,
+    base="backbone.",
+    unused_tensors=(),
     # transformers normalises after the gate whatever norm_before_gate is, and derives intermediate_size
     ignored=IGNORED_BY_MAMBA | {"norm_before_gate", "intermediate_size", "time_step_init_scheme", "time_step_scale"},
 )

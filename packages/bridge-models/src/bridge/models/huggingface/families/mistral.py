@@ -8,6 +8,7 @@ from bridge.models.huggingface.fields.decoder import decoder
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_everywhere
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 MISTRAL = Architecture(
     model_type="mistral",
@@ -25,5 +26,6 @@ MISTRAL = Architecture(
         ),
         attention=(*heads(8), window_everywhere(4096)),
     ),
+    weights=decoder_weights,
     yields_to=("llama",),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.decoder import decoder
@@ -14,6 +16,8 @@ from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_everywhere
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 from bridge.models.huggingface.translation import NUMBER
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
+from bridge.models.huggingface.weights.experts import experts as expert_weights
 
 MIXTRAL = Architecture(
     model_type="mixtral",
@@ -40,6 +44,9 @@ MIXTRAL = Architecture(
             AUX_LOSS,
             only("router_jitter_noise", 0.0, NUMBER, "Megatron-Core adds noise to the input of routers only"),
         ),
+    ),
+    weights=partial(
+        decoder_weights, experts=partial(expert_weights, names=("w1", "w3", "w2"), module="block_sparse_moe")
     ),
     aliases={"num_experts": "num_local_experts"},
 )

@@ -18,6 +18,7 @@ from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import MAMBA
 from bridge.models.huggingface.translation import COUNT, FLAG, INTEGER, LAYERS, NUMBER, TEXT, TEXTS, Name, Translation
+from bridge.models.huggingface.weights.mamba import hybrid
 
 _LAYERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 _KINDS = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "experts"}
@@ -135,6 +136,9 @@ NEMOTRON_H = Architecture(
         same("residual_in_fp32", "transformer.fp32_residual_connection", FLAG, False),
         *language_model(tied=None),
     ),
+    weights=hybrid,
+    base="backbone.",
+    unused_tensors=(),
     yields_to=("mamba2",),
     aliases={
         "attention_head_dim": "head_dim",

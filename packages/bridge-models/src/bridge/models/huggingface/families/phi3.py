@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.decoder import decoder
@@ -11,6 +13,9 @@ from bridge.models.huggingface.fields.rope import rotary
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_everywhere
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.weights.attention import fused_attention
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
+from bridge.models.huggingface.weights.feed_forward import fused_feed_forward
 
 PHI3 = Architecture(
     model_type="phi3",
@@ -31,5 +36,6 @@ PHI3 = Architecture(
         norms=rms_norm("rms_norm_eps", 1e-5),
         dropout=(attention_dropout("attention_dropout", 0.0), residual_dropout(0.0, 0.0)),
     ),
+    weights=partial(decoder_weights, attention=fused_attention, feed_forward=fused_feed_forward),
     yields_to=("llama", "mistral"),
 )

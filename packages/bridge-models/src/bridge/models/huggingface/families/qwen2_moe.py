@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.attention import heads
 from bridge.models.huggingface.fields.biases import NO_BIASES
@@ -13,6 +15,8 @@ from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_by_switch
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
 from bridge.models.huggingface.translation import FLAG, Name, Translation
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
+from bridge.models.huggingface.weights.experts import experts as expert_weights
 
 
 def _read_qkv_bias(t: Translation) -> None:
@@ -49,4 +53,5 @@ QWEN2_MOE = Architecture(
             AUX_LOSS,
         ),
     ),
+    weights=partial(decoder_weights, experts=partial(expert_weights, shared="shared_expert")),
 )

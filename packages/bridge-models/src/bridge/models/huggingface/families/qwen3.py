@@ -9,6 +9,7 @@ from bridge.models.huggingface.fields.decoder import decoder
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_by_switch
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 QWEN3 = Architecture(
     model_type="qwen3",
@@ -27,4 +28,5 @@ QWEN3 = Architecture(
         attention=(*heads(32, 128), window_by_switch()),
         biases=(NO_BIASES, NO_ATTENTION_BIAS, *QK_NORM),
     ),
+    weights=decoder_weights,
 )

@@ -11,6 +11,7 @@ from bridge.models.huggingface.fields.routers import AUX_LOSS, softmax_router
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_by_switch
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
+from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
@@ -36,6 +37,7 @@ QWEN3_MOE = Architecture(
             AUX_LOSS,
         ),
     ),
+    weights=decoder_weights,
     aliases={"num_local_experts": "num_experts"},
     ignored=frozenset(("max_window_layers",)),
 )

@@ -13,6 +13,7 @@ from bridge.models.huggingface.fields.row import Row, always, only, same
 from bridge.models.huggingface.fields.sizes import feed_forward
 from bridge.models.huggingface.targets import T5 as T5_CONFIG
 from bridge.models.huggingface.translation import COUNT, FLAG, LAYERS, NUMBER, TEXT, Name, Translation
+from bridge.models.huggingface.weights.t5 import t5 as t5_weights
 
 _GATED = "gated-"
 
@@ -187,6 +188,9 @@ T5 = Architecture(
         SPECIAL_TOKENS,
         DTYPE,
     ),
+    weights=t5_weights,
+    base="",
+    unused_tensors=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     aliases={
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
