@@ -5,7 +5,6 @@ Megatron-Core fuses queries, keys and values, interleaved by query group, and ga
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -215,7 +214,7 @@ def t5(config: Any, weights: Weights) -> Weights:
             ours = t5_layer(config, strip_prefix(theirs, f"block.{layer}."))
             found |= add_prefix(f"{stack}.layers.{layer}.", ours)
     if config.scale_decoder_outputs:  # a factor on the last norm's output, which Megatron-Core's T5 lacks
-        found["decoder.final_layernorm.weight"] = found["decoder.final_layernorm.weight"] / math.sqrt(config.d_model)
+        found["decoder.final_layernorm.weight"] = found["decoder.final_layernorm.weight"] * config.d_model**-0.5
     return found
 
 

@@ -5,18 +5,16 @@ All weights are random, including norms and biases, and are copied by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from huggingface_cases import MODELS
+from huggingface_models import build_transformers_model
 from huggingface_weights import Weights, carry
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
@@ -27,25 +25,6 @@ from bridge.models.huggingface import from_hf
 def _on_cpu(pg_collection: ProcessGroupCollection) -> Iterator[None]:
     with cpu_runtime():
         yield
-
-
-def theirs(config: dict[str, Any]) -> Any:
-    """Return the model of transformers with random values in every parameter."""
-    generator = torch.Generator().manual_seed(5)
-    read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    kind = AutoModelForSeq2SeqLM if read.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_config(read, attn_implementation="eager").eval()
-    biases_of_routers = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *biases_of_routers]:
-            drawn = torch.randn(tensor.shape, generator=generator)
-            if "norm" in name or ".ln_" in name:
-                tensor.add_(0.3 * drawn)
-            elif tensor.dim() == 1 or name.endswith("_bias"):
-                tensor.copy_(0.3 * drawn)
-            else:
-                tensor.copy_(drawn / math.sqrt(tensor.shape[-1]))
-    return model
 
 
 def ours(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
@@ -68,7 +47,7 @@ def load(model: Any, weights: Weights) -> None:
 @torch.no_grad()
 def test_logits_match_transformers(case: str, pg_collection: ProcessGroupCollection) -> None:
     config = MODELS[case]
-    reference = theirs(config)
+    reference = build_transformers_model(config)
     model = ours(config, pg_collection)
     load(model, carry(reference.config, reference.state_dict()))
     generator = torch.Generator().manual_seed(3)

@@ -1,10 +1,25 @@
-"""Convert the config.json of transformers to documents and back.
+"""Models of transformers: convert their config.json to documents and back, and load and save their weights.
 
-Each architecture has one table (``families``) of rows (``fields``), read in both directions (``convert``). Imports
-bridge.config alone: no torch, megatron or transformers.
+Each architecture has one table (``families``) of rows (``fields``) for its config.json and one for its weights
+(``weights``), both read in both directions. ``convert`` and ``folder`` import no torch; ``transfer`` does.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.convert import Converted, from_hf, to_hf
 
-__all__ = ["Converted", "from_hf", "load_config_json", "to_hf"]
+if TYPE_CHECKING:
+    from bridge.models.huggingface.transfer.load import load_weights
+
+__all__ = ["Converted", "from_hf", "load_config_json", "load_weights", "to_hf"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "load_weights":
+        from bridge.models.huggingface.transfer.load import load_weights  # torch and megatron-core take seconds
+
+        return load_weights
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""Which rows of which tensors make up the part of a parameter that this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bridge.dist.engine.placement import Placement
+from bridge.models.huggingface.weights.weight import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Rows of a rank's parameter, and the rows and columns of a tensor that they are."""
+
+    local: slice
+    part: Part
+    rows: range
+    columns: slice
+
+
+def find_regions(parts: Sequence[Part], placement: Placement) -> Iterator[Region]:
+    """Yield the overlaps of a rank's rows with the parts of a parameter, in the order of the rank's rows.
+
+    Rows beyond the last part, which pad the vocabulary, are in no region.
+    """
+    pieces, columns = _find_pieces(placement)
+    local = 0
+    for piece in pieces:
+        start = 0
+        for part in parts:
+            stop = start + len(part.rows)
+            first, last = max(piece.start, start), min(piece.stop, stop)
+            if first < last:
+                here = local + first - piece.start
+                rows = part.rows[first - start : last - start]
+                yield Region(slice(here, here + last - first), part, rows, columns)
+            start = stop
+        local += len(piece)
+
+
+def _find_pieces(placement: Placement) -> tuple[list[range], slice]:
+    """Return the rows of the whole parameter that a rank holds, and the columns."""
+    shape, shards, shard = placement.full_shape, placement.shards, placement.shard
+    if shards == 1:
+        return [range(shape[0])], slice(None)
+    if placement.dim == 1:
+        width = placement.shape[1]
+        return [range(shape[0])], slice(shard * width, (shard + 1) * width)
+    sizes = placement.blocks or (placement.shape[0] // placement.stride,) * placement.stride
+    pieces, start = [], 0
+    for size in sizes:
+        first = start + shard * size
+        pieces.append(range(first, first + size))
+        start += size * shards
+    return pieces, slice(None)

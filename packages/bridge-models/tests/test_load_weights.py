@@ -1,0 +1,159 @@
+"""A folder of transformers, loaded into any layout: every parameter to the bit, and the logits of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from huggingface_cases import MODELS
+from huggingface_weights import Weights, carry
+from ranks import run_ranks
+
+
+class Layout(NamedTuple):
+    """Sizes, wrapper and more settings of the transformer."""
+
+    sizes: dict[str, int]
+    wrapper: str = "none"
+    settings: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """The fewest ranks that show the layout; expert parallelism without tensor parallelism takes no more."""
+        tp, pp, cp = (self.sizes.get(name, 1) for name in ("tp", "pp", "cp"))
+        return max(2, tp * pp * cp * (self.sizes.get("ep", 1) if tp > 1 else 1))
+
+
+META = "init_model_with_meta_device"
+TP_SP = ("sequence_parallel",)
+LAYOUTS = {
+    "tp2": Layout({"tp": 2}),
+    "tp2 sp": Layout({"tp": 2}, settings=TP_SP),
+    "tp4, two query groups": Layout({"tp": 4}),
+    "pp2": Layout({"pp": 2}),
+    "pp2 vp2": Layout({"pp": 2, "vp": 2}),
+    "ep2": Layout({"ep": 2}),
+    "tp2 etp2": Layout({"tp": 2, "etp": 2}, settings=TP_SP),
+    "tp2 ep2": Layout({"tp": 2, "ep": 2, "etp": 1}, settings=TP_SP),
+    "cp2": Layout({"cp": 2}),
+    "ddp": Layout({}, "ddp"),
+    "megatron-fsdp": Layout({}, "megatron-fsdp"),
+    "torch-fsdp2": Layout({}, "torch-fsdp2"),
+    "tp2 from meta": Layout({"tp": 2}, settings=(META,)),
+    "megatron-fsdp from meta": Layout({}, "megatron-fsdp", (META,)),
+    "torch-fsdp2 from meta": Layout({}, "torch-fsdp2", (META,)),
+}
+EXPERT_LAYOUTS = ("ep2", "tp2 etp2", "tp2 ep2")
+
+
+def make_folder(tmp_path: Path, config: dict[str, Any]) -> tuple[Any, Weights]:
+    """Save a model of transformers; return it, and its weights by Megatron-Core's names, converted by other code."""
+    from huggingface_models import build_transformers_model  # transformers, which ranks do without
+
+    model = build_transformers_model(config)
+    model.save_pretrained(tmp_path)
+    return model, carry(model.config, model.state_dict())
+
+
+TOKENS = torch.randint(96, (2, 1, 24), generator=torch.Generator().manual_seed(3))
+VOCABULARY = 96
+
+
+@torch.no_grad()
+def compute_expected_logits(model: Any) -> torch.Tensor:
+    tokens = TOKENS.flatten(0, 1)
+    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {"use_cache": False}
+    logits: torch.Tensor = model(input_ids=tokens, **given).logits
+    return logits
+
+
+def load_on_ranks(folder: str, layout: Layout, expected: Weights) -> tuple[list[str], list[Any] | None]:
+    """Build a model with the folder's weights on this rank.
+
+    Returns:
+        The parameters that are not the expected ones cut for this rank, and on the last stage the logits.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from bridge.config import Document, ModelConfig
+    from bridge.dist.documents import apply_layout
+    from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
+    from bridge.dist.engine.placement import named_buffers, named_parameters
+    from bridge.dist.job import BuildJob
+    from bridge.dist.train.logits import compute_logits
+    from bridge.dist.wrapper import Wrapper
+    from bridge.models.huggingface import from_hf
+    from bridge.models.huggingface.transfer.load import load_weights
+
+    document = Document(from_hf(json.loads((Path(folder) / "config.json").read_text())).data)
+    apply_layout(document, dict(layout.sizes))
+    document.data["transformer"] |= dict.fromkeys(layout.settings, True)
+    document.data["should_pad_vocab"] = True
+    config: Any = ModelConfig.from_dict(document.data)
+    job = BuildJob(document=document.data, wrapper=Wrapper(layout.wrapper))
+    sizes = job.finalize(config, torch.distributed.get_world_size())
+    groups = create_process_groups(sizes, embedding_ranks=job.embedding_ranks(config))
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    wrong: list[str] = []
+
+    def load(stages: list[Any]) -> list[Any]:
+        load_weights(stages, folder, groups)
+        tensors = [one for stage in stages for find in (named_parameters, named_buffers) for one in find(stage, groups)]
+        for placement, tensor, _ in tensors:
+            whole = expected.get(placement.full_name, torch.zeros(VOCABULARY))  # T5's bias, which transformers lacks
+            if not torch.equal(placement.cut(placement.pad(whole)), tensor):
+                wrong.append(placement.full_name)
+        return stages
+
+    config.pre_wrap_hooks = [load]
+    builder = job.builder(config)
+    options = job.options(builder.transformer_config)
+    stages = builder.build_distributed_models(
+        groups,
+        ddp_config=options.ddp_config,
+        use_megatron_fsdp=options.use_megatron_fsdp,
+        use_torch_fsdp2=options.use_torch_fsdp2,
+        wrap_with_ddp=options.wrap_with_ddp,
+    )
+    for stage in stages:
+        stage.eval()
+    logits = compute_logits(stages, groups, sizes, TOKENS, logits_step=builder.logits_step)
+    destroy_process_groups()
+    return wrong, None if logits is None else logits[..., :VOCABULARY].float().tolist()
+
+
+def check(folder: Path, config: dict[str, Any], layout: Layout) -> None:
+    """Load the folder of a small model under a layout, and compare parameters and logits with transformers."""
+    model, expected = make_folder(folder, config)
+    results = run_ranks(load_on_ranks, layout.ranks, str(folder), layout, expected)
+    assert [wrong for wrong, _ in results] == [[]] * layout.ranks
+    logits = compute_expected_logits(model)
+    computed = [torch.tensor(found) for _, found in results if found is not None]
+    assert computed
+    for found in computed:
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in EXPERT_LAYOUTS])
+def test_dense_model_under_each_layout(layout: str, tmp_path: Path) -> None:
+    check(tmp_path, MODELS["llama"] | {"num_hidden_layers": 4}, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("case", ["qwen3_moe", "deepseek_v3", "nemotron_h, experts"])
+def test_experts_under_each_layout(case: str, layout: str, tmp_path: Path) -> None:
+    check(tmp_path, MODELS[case], LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2 vp2", "megatron-fsdp"])
+def test_tied_embedding_across_stages(layout: str, tmp_path: Path) -> None:
+    check(tmp_path, MODELS["llama 3.2, tied"] | {"num_hidden_layers": 4}, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_each_architecture_on_two_ranks(case: str, tmp_path: Path) -> None:
+    """Under tensor parallelism; GPT-OSS, whose experts have biases, with experts on different ranks."""
+    check(tmp_path, MODELS[case], LAYOUTS["ep2" if case == "gpt_oss" else "tp2"])
