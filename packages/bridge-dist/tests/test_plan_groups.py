@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from bridge.dist.layout import Layout
 from bridge.dist.plan.virtual_rank.groups import act_as_rank
-from bridge.dist.plan.virtual_rank.rank_order import extents, ranks_along
+from bridge.dist.plan.virtual_rank.rank_order import list_extents, ranks_along
 
 LAYOUTS = [
     Layout(tp=2, pp=2, vp=2, dp=2, etp=2),
@@ -58,4 +58,4 @@ def test_groups_of_a_stage_span_their_first_to_last_rank(axes: tuple[str, ...]) 
     for pp in range(3):
         stage = range(16 * pp, 16 * (pp + 1))
         groups = {tuple(ranks_along(layout, rank, axes)) for rank in stage}
-        assert sorted(extents(layout, axes, pp=pp)) == sorted((min(group), max(group)) for group in groups)
+        assert sorted(list_extents(layout, axes, pp=pp)) == sorted((min(group), max(group)) for group in groups)

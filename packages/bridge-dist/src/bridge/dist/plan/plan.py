@@ -16,7 +16,7 @@ from bridge.dist.job import BuildJob, get_vocab_size, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes
 from bridge.dist.plan.count.rank import Rank, measure_rank
-from bridge.dist.plan.count.schedule import list_passes, peak_kept
+from bridge.dist.plan.count.schedule import compute_peak, list_passes
 from bridge.dist.plan.request import PlanRequest
 from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
@@ -35,7 +35,7 @@ class PlanOptions:
     gpu_memory: int | None = None
 
 
-def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layout:
+def derive_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layout:
     """Return the layout of a document on some GPUs.
 
     Args:
@@ -49,7 +49,7 @@ def job_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layou
     return Layout.of(make_builder(document.config()).transformer_config, gpus, dp=dp)
 
 
-def sequence_length(document: Document) -> int:
+def get_sequence_length(document: Document) -> int:
     """Return the length of a model's sequences, in tokens.
 
     Raises:
@@ -62,19 +62,19 @@ def sequence_length(document: Document) -> int:
     return length
 
 
-def plan_options(document: Document, request: PlanRequest) -> PlanOptions:
+def make_plan_options(document: Document, request: PlanRequest) -> PlanOptions:
     """Return the options of a document's plan; by default one microbatch per rank, or two per pipeline stage.
 
     Raises:
         BridgeError: The layout does not fit, a ModelOpt state is missing, or the model has no ``seq_length``.
     """
-    layout = job_layout(document, gpus=request.gpus, dp=request.dp)
+    layout = derive_layout(document, gpus=request.gpus, dp=request.dp)
     make_builder(document.config()).check_restore()
     # A multiple of pp, because the interleaved schedule requires one.
     microbatches = 2 * layout.pp if layout.pp > 1 else 1
     return PlanOptions(
         batch=Batch(
-            seq_length=request.seq_length or sequence_length(document),
+            seq_length=request.seq_length or get_sequence_length(document),
             micro_batch_size=request.micro_batch_size,
             global_batch_size=request.global_batch_size or request.micro_batch_size * layout.dp * microbatches,
         ),
@@ -161,7 +161,7 @@ def _count_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) 
 
 def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
     order = list_passes(layout, pp, microbatches, group_size=group_size)
-    activations = peak_kept(order, [chunk.work.kept for chunk in rank.chunks])
+    activations = compute_peak(order, [chunk.work.kept for chunk in rank.chunks])
     return StagePlan(
         pp=pp,
         rank=rank.rank,

@@ -11,7 +11,7 @@ from bridge.dist.wrapper import Wrapper
 class PlanRequest:
     """Values from the command line; None if the model, its layout or the other values decide.
 
-    ``plan_options`` in ``bridge.dist.plan.plan`` fills in the rest. ``gpu_memory`` is in bytes.
+    ``make_plan_options`` in ``bridge.dist.plan.plan`` fills in the rest. ``gpu_memory`` is in bytes.
     """
 
     tp: int | None = None

@@ -124,7 +124,7 @@ class TorchAttention(HasExtraState, DotProductAttention):
             mask = None if is_causal else allowed
             if attention_bias is not None:
                 mask, is_causal = _mask_bias(attention_bias.to(query.dtype), allowed), False
-            with self._dropout_generator():
+            with self._fork_dropout_state():
                 context = torch.nn.functional.scaled_dot_product_attention(
                     query,
                     key,
@@ -154,7 +154,7 @@ class TorchAttention(HasExtraState, DotProductAttention):
         allowed = None if attention_mask is None else ~attention_mask
         if not is_causal and self.window is None:
             return allowed, False
-        query, key = self._positions(queries, keys, device)
+        query, key = self._get_positions(queries, keys, device)
         conditions = [key <= query] if is_causal else []
         if self.window is not None:
             before, after = self.window  # -1: unlimited
@@ -166,7 +166,7 @@ class TorchAttention(HasExtraState, DotProductAttention):
         is_plain = attention_mask is None and self.window is None and self.cp_group.size() == 1 and queries == keys
         return allowed, is_plain
 
-    def _positions(self, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _get_positions(self, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return positions in the whole sequence of queries, [queries, 1], and keys, [1, keys]."""
         ranks = self.cp_group.size()
         if ranks == 1:  # with a KV cache, queries are the last positions
@@ -199,11 +199,11 @@ class TorchAttention(HasExtraState, DotProductAttention):
             scores = scores.masked_fill(~allowed, -math.inf)
         sinks = sink.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(value.dtype)
-        with self._dropout_generator():
+        with self._fork_dropout_state():
             weights = torch.nn.functional.dropout(weights, self.attention_dropout.p, self.training)
         return weights @ value
 
-    def _dropout_generator(self) -> AbstractContextManager[None]:
+    def _fork_dropout_state(self) -> AbstractContextManager[None]:
         """Return a context with the random state for dropout: the tensor-parallel one, as ranks hold different heads.
 
         Under sequence parallelism, the transformer block has already selected it.

@@ -108,7 +108,7 @@ class TorchMambaMixer(WrappableMambaMixer):
     """A mixer in plain PyTorch, see ``backend.scan``, for training and scoring. It does not generate token by token."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _without_kernels():
+        with _allow_missing_kernels():
             super().__init__(*args, **kwargs)
 
     def _ssm_training(self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None) -> torch.Tensor:  # noqa: N803 - Megatron's names
@@ -179,7 +179,7 @@ class _ShardedGatedNorm(GatedRMSNorm):
 
 
 @contextlib.contextmanager
-def _without_kernels() -> Iterator[None]:
+def _allow_missing_kernels() -> Iterator[None]:
     """Let a mixer be constructed without mamba-ssm, which megatron-core 0.19.2 refuses, and give it a norm."""
     replaced = {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": _ShardedGatedNorm}
     before = {name: getattr(mamba_mixer, name) for name in replaced}

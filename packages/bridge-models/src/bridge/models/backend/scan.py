@@ -65,7 +65,7 @@ class _SelectiveScan(torch.autograd.Function):
         y = torch.empty_like(x)
         state = initial_state.float()
         states = []
-        for chunk in _chunks(x.shape[1], chunk_size):
+        for chunk in _split_into_chunks(x.shape[1], chunk_size):
             states.append(state)
             y[:, chunk], state = _scan_chunk(x[:, chunk], dt[:, chunk], a, b[:, chunk], c[:, chunk], state)
         ctx.save_for_backward(x, dt, a, b, c, torch.stack(states) if states else initial_state[None])
@@ -79,7 +79,7 @@ class _SelectiveScan(torch.autograd.Function):
         x, dt, a, b, c, states = ctx.saved_tensors
         grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
         grad_a = torch.zeros_like(a, dtype=torch.float32)
-        for chunk, state in reversed(list(zip(_chunks(x.shape[1], ctx.chunk_size), states, strict=True))):
+        for chunk, state in reversed(list(zip(_split_into_chunks(x.shape[1], ctx.chunk_size), states, strict=True))):
             inputs = [x[:, chunk], dt[:, chunk], a, b[:, chunk], c[:, chunk], state]
             with torch.enable_grad():
                 inputs = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -90,7 +90,7 @@ class _SelectiveScan(torch.autograd.Function):
         return grad_x, grad_dt, grad_a.to(a.dtype), grad_b, grad_c, grad_state.to(ctx.state_dtype), None
 
 
-def _chunks(length: int, chunk_size: int) -> list[slice]:
+def _split_into_chunks(length: int, chunk_size: int) -> list[slice]:
     return [slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
 
 

@@ -9,16 +9,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.models.errors import ModelConfigError
 
 
-def virtual_stages(transformer: TransformerConfig) -> int:
+def count_virtual_stages(transformer: TransformerConfig) -> int:
     """Return the number of virtual stages per rank; always 1 without pipeline parallelism, as in megatron.training."""
     if transformer.pipeline_model_parallel_size == 1:
         return 1
     return transformer.virtual_pipeline_model_parallel_size or 1
 
 
-def pipeline_stages(transformer: TransformerConfig) -> int:
+def count_pipeline_stages(transformer: TransformerConfig) -> int:
     """Return the number of stages in the whole pipeline, including virtual stages."""
-    return transformer.pipeline_model_parallel_size * virtual_stages(transformer)
+    return transformer.pipeline_model_parallel_size * count_virtual_stages(transformer)
 
 
 def first_and_last(
@@ -36,7 +36,7 @@ def first_and_last(
     Raises:
         ModelConfigError: ``vp_stage`` is not a stage of the virtual pipeline.
     """
-    stages = virtual_stages(transformer)
+    stages = count_virtual_stages(transformer)
     if stages == 1 and vp_stage not in (None, 0):
         raise ModelConfigError(f"vp_stage is {vp_stage}, but there is no virtual pipeline: pass None")
     if stages > 1 and (vp_stage is None or not 0 <= vp_stage < stages):

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.dist.layout import has_custom_split
 from bridge.models.common.config import LanguageModelConfig
-from bridge.models.common.stages import virtual_stages
+from bridge.models.common.stages import count_virtual_stages
 from bridge.models.common.yarn import check_yarn
 from bridge.models.errors import ModelConfigError
 from bridge.models.gpt.rules import find_prediction_problem
@@ -76,7 +76,7 @@ def _check_pipeline_split(transformer: TransformerConfig) -> None:
     if has_custom_split(transformer):
         return
     pp = transformer.pipeline_model_parallel_size
-    vp = virtual_stages(transformer)
+    vp = count_virtual_stages(transformer)
     if transformer.num_layers % (pp * vp):
         raise ModelConfigError(
             f"transformer.num_layers {transformer.num_layers} is not divisible by {pp * vp} chunks, "

@@ -8,7 +8,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.dist.checks.preflight import Rule
-from bridge.models.common.stages import first_and_last, pipeline_stages
+from bridge.models.common.stages import count_pipeline_stages, first_and_last
 from bridge.models.mamba.config import MambaModelConfig
 from bridge.models.mamba.layers import stack_spec
 from bridge.models.mamba.rules import MAMBA_RULES, split_model_pattern
@@ -54,7 +54,7 @@ class MambaModelBuilder(ModelOptBuilder[HybridModel, MambaModelConfig]):
             hybrid_stack_spec=stack_spec(config),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.seq_length,
-            hybrid_layer_pattern=split_model_pattern(config, pipeline_stages(config.transformer)),
+            hybrid_layer_pattern=split_model_pattern(config, count_pipeline_stages(config.transformer)),
             pre_process=pre_process,
             post_process=post_process,
             fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,

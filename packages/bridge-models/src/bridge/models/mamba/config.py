@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config.schema.versions import Moved, Removed, Schema
 from bridge.models.common.config import LanguageModelConfig
-from bridge.models.common.stages import pipeline_stages
+from bridge.models.common.stages import count_pipeline_stages
 from bridge.models.common.yarn import check_yarn
 from bridge.models.mamba.rules import layer_pattern, split_model_pattern
 
@@ -70,7 +70,7 @@ class MambaModelConfig(LanguageModelConfig):
             ModelConfigError: A required field is missing, or two fields contradict each other.
         """
         super().validate()
-        split_model_pattern(self, pipeline_stages(self.transformer))
+        split_model_pattern(self, count_pipeline_stages(self.transformer))
         check_yarn(self.position_embedding_type, self.transformer)
 
     @property

@@ -28,7 +28,7 @@ def split_pattern(pattern: str, stages: int) -> str:
     if len(parts) > 1:
         # The message points at the first layer of each stage; `|` counts as one place.
         starts = [sum(len(part) + 1 for part in parts[:index]) for index in range(len(parts))]
-        raise _error(
+        raise _make_error(
             f"has {len(parts)} stages, the pipeline has {stages} (pipeline_model_parallel_size x virtual stages): "
             "change one of them, or remove every | for equal stages",
             pattern,
@@ -36,7 +36,7 @@ def split_pattern(pattern: str, stages: int) -> str:
         )
     size, remainder = divmod(len(decoder), stages)
     if remainder:
-        raise _error(
+        raise _make_error(
             f"has {len(decoder)} layers, which do not divide into {stages} equal stages: "
             "put | between layers where a stage ends",
             pattern,
@@ -53,8 +53,8 @@ def refuse_layers(pattern: str, symbols: str, reason: str) -> None:
     """
     if places := [at for at, symbol in enumerate(pattern) if symbol in symbols]:
         names = " and ".join(f"{MEANINGS[symbol]} ({symbol})" for symbol in symbols if symbol in pattern)
-        raise _error(f"has layers of {names}: {reason}", pattern, places)
+        raise _make_error(f"has layers of {names}: {reason}", pattern, places)
 
 
-def _error(problem: str, pattern: str, places: Iterable[int]) -> ModelConfigError:
+def _make_error(problem: str, pattern: str, places: Iterable[int]) -> ModelConfigError:
     return ModelConfigError(f"hybrid_layer_pattern {point_at(problem, pattern, places)}")

@@ -116,7 +116,7 @@ def import_modelopt() -> ModuleType:
             warnings.simplefilter("ignore")
             from bridge.models.modelopt import state
     except ImportError as error:
-        raise _not_installed(str(error)) from error
+        raise _make_import_error(str(error)) from error
     return state
 
 
@@ -125,12 +125,12 @@ def _require_modelopt() -> None:
     try:
         spec = importlib.util.find_spec("modelopt")
     except ImportError as error:
-        raise _not_installed(str(error)) from error
+        raise _make_import_error(str(error)) from error
     if spec is None:
-        raise _not_installed("no module named 'modelopt'")
+        raise _make_import_error("no module named 'modelopt'")
 
 
-def _not_installed(why: str) -> UnsupportedError:
+def _make_import_error(why: str) -> UnsupportedError:
     return UnsupportedError(
         f"restore_modelopt_state requires nvidia-modelopt, which cannot be imported ({why}): "
         "install bridge-models[modelopt], or set it to false"

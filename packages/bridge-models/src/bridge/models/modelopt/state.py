@@ -72,9 +72,9 @@ def _restore_sharded(stage: MegatronModule, folder: Path) -> MegatronModule:
             )
     except CheckpointException as error:  # from torch, with the errors of all ranks
         causes = [cause for cause, _ in error.failures.values()]
-        raise _mismatch_error(folder, str(causes[0])) from error
+        raise _make_mismatch_error(folder, str(causes[0])) from error
     except (RuntimeError, CheckpointingException) as error:
-        raise _mismatch_error(folder, str(error)) from error
+        raise _make_mismatch_error(folder, str(error)) from error
     state, missing, unexpected = loaded
     parts = dict(stage.named_children())  # other names in the checkpoint are not the model's, but the optimizer's
     only = {
@@ -82,7 +82,7 @@ def _restore_sharded(stage: MegatronModule, folder: Path) -> MegatronModule:
         "only the model has": unexpected,
     }
     if mismatches := [f"{side} {_format_names(names)}" for side, names in only.items() if names]:
-        raise _mismatch_error(folder, "; ".join(mismatches))
+        raise _make_mismatch_error(folder, "; ".join(mismatches))
     _load_weights(stage, state["model"], folder)
     return stage
 
@@ -95,14 +95,14 @@ def _ignore_strides() -> AbstractContextManager[None]:
     """
     list_tensors: Any = TorchDistLoadShardedStrategy.load_tensors_metadata
 
-    def without_strides(self: object, folder: Path, metadata: Metadata | None = None) -> object:
+    def list_without_strides(self: object, folder: Path, metadata: Metadata | None = None) -> object:
         metadata = metadata or FileSystemReader(folder).read_metadata()
         for stored in metadata.state_dict_metadata.values():
             if isinstance(stored, TensorStorageMetadata):
                 vars(stored.properties).pop("strides", None)
         return list_tensors(self, folder, metadata)
 
-    return replace_attributes(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", without_strides))
+    return replace_attributes(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", list_without_strides))
 
 
 def _restore_file(stage: MegatronModule, file: Path) -> MegatronModule:
@@ -121,11 +121,11 @@ def _restore_file(stage: MegatronModule, file: Path) -> MegatronModule:
         with convert_attention_as_saved(quantizers):
             restored: MegatronModule = mto.restore_from_modelopt_state(stage, state)
     except RuntimeError as error:  # from ModelOpt: names differ
-        raise _mismatch_error(file, str(error)) from error
+        raise _make_mismatch_error(file, str(error)) from error
     shapes = {name: tuple(parameter.shape) for name, parameter in restored.named_parameters()}
     different = {name for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != shape}
     if different:
-        raise _mismatch_error(file, f"the model has other shapes of {_format_names(different)}")
+        raise _make_mismatch_error(file, f"the model has other shapes of {_format_names(different)}")
     _load_weights(restored, weights, file)
     return restored
 
@@ -134,7 +134,7 @@ def _load_weights(stage: MegatronModule, weights: dict[str, Any], source: Path) 
     try:
         stage.load_state_dict(weights)
     except RuntimeError as error:  # names or shapes differ
-        raise _mismatch_error(source, str(error)) from error
+        raise _make_mismatch_error(source, str(error)) from error
 
 
 def _format_names(names: set[str]) -> str:
@@ -142,7 +142,7 @@ def _format_names(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _mismatch_error(source: Path, reason: str) -> CheckpointError:
+def _make_mismatch_error(source: Path, reason: str) -> CheckpointError:
     shown = reason if len(reason) <= _MAX_REASON_LENGTH else f"{reason[:_MAX_REASON_LENGTH]} ..."
     return CheckpointError(
         f"{source} cannot be restored into this model: {shown}\n"

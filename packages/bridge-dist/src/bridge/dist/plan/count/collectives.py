@@ -96,26 +96,26 @@ class Collectives(TorchDispatchMode):
         if group.size() > 1 and operation not in _MESSAGES:
             key = (self._names.get(group.group_name, "other"), group.size(), operation)
             self.calls.number[key] += 1
-            self.calls.size[key] += max(map(tensor_bytes, arguments))
+            self.calls.size[key] += max(map(count_tensor_bytes, arguments))
 
 
-def tensor_bytes(argument: object) -> int:
+def count_tensor_bytes(argument: object) -> int:
     """Return the bytes of a tensor, or of all tensors in a list; 0 for anything else."""
     if isinstance(argument, torch.Tensor):
         return argument.numel() * argument.element_size()
-    return sum(map(tensor_bytes, argument)) if isinstance(argument, list | tuple) else 0
+    return sum(map(count_tensor_bytes, argument)) if isinstance(argument, list | tuple) else 0
 
 
-def named_groups(groups: ProcessGroupCollection) -> list[tuple[str, ProcessGroup]]:
+def list_groups(groups: ProcessGroupCollection) -> list[tuple[str, ProcessGroup]]:
     """Return the process groups of a rank, each with its kind."""
     kinds = ("tp", "cp", "ep", "pp", "dp", "dp_cp", "expt_tp", "expt_dp", "tp_ep", "tp_cp", "embd", "pos_embd", "mp")
     present = [(kind, getattr(groups, kind, None)) for kind in kinds]
     return [(kind, group) for kind, group in present if group is not None]
 
 
-def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
+def map_group_names(groups: ProcessGroupCollection) -> dict[str, str]:
     """Return the kind of each group by its name; a group that serves several kinds gets the first."""
-    return {group.group_name: kind for kind, group in reversed(named_groups(groups))}
+    return {group.group_name: kind for kind, group in reversed(list_groups(groups))}
 
 
 def is_group(argument: Any) -> bool:

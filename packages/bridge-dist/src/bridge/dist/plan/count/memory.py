@@ -15,7 +15,7 @@ from bridge.dist.engine.stages import unwrap
 from bridge.dist.train.optimizer import set_up_optimizer
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the local shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -34,7 +34,7 @@ def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
             if group.model_weight_buffer is not None:
                 yield group.model_weight_buffer.data
     else:
-        yield from map(local_part, stage.parameters())
+        yield from map(to_local, stage.parameters())
 
 
 def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
@@ -45,14 +45,14 @@ def sharded_gradients(stage: MegatronModule) -> Iterator[torch.Tensor]:
                 yield group.main_grad_buffer.data
     for parameter in stage.parameters():
         if parameter.grad is not None:
-            yield local_part(parameter.grad)
+            yield to_local(parameter.grad)
 
 
 def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
     """Yield the tensors that hold the weights and buffers of stages."""
     for stage in stages:
         yield from weight_tensors(stage)
-        yield from (local_part(buffer) for buffer in unwrap(stage).buffers())
+        yield from (to_local(buffer) for buffer in unwrap(stage).buffers())
 
 
 def count_saved_buffer_elements(stage: MegatronModule) -> int:
@@ -62,7 +62,7 @@ def count_saved_buffer_elements(stage: MegatronModule) -> int:
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
 
 
-def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
+def count_storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
     """Return the bytes of the storages of tensors, each storage once; a view counts as its whole storage."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
@@ -76,23 +76,23 @@ def gradient_buckets(stage: MegatronModule) -> list[Any]:
     return [bucket for buffer in buffers for bucket in buffer.buckets]
 
 
-def gradient_bytes(stages: Sequence[MegatronModule]) -> int:
+def count_gradient_bytes(stages: Sequence[MegatronModule]) -> int:
     """Return the gradient bytes of stages with unsharded weights."""
-    buffered = storage_bytes(bucket.grad_data for stage in stages for bucket in gradient_buckets(stage))
+    buffered = count_storage_bytes(bucket.grad_data for stage in stages for bucket in gradient_buckets(stage))
     if buffered:
         return buffered
     parameters = [
-        local_part(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad
+        to_local(parameter) for stage in stages for parameter in stage.parameters() if parameter.requires_grad
     ]
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
+def count_optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     """Return the bytes of full-precision weights and of Adam's two moments in Megatron's optimizer."""
     held = {tensor.untyped_storage()._cdata for tensor in held_tensors(stages)}
     with set_up_optimizer(list(stages), use_gloo_process_groups=False) as optimizer:
         updated = [
-            local_part(parameter)
+            to_local(parameter)
             for one in getattr(optimizer, "chained_optimizers", [optimizer])
             for group in one.param_groups
             for parameter in group["params"]
@@ -100,7 +100,7 @@ def optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
     # What the optimizer updates and no stage holds is its full-precision copy. The two moments of an element have the
     # data type of what is updated.
     copies = (tensor for tensor in updated if tensor.untyped_storage()._cdata not in held)
-    return storage_bytes(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
+    return count_storage_bytes(copies), sum(2 * tensor.numel() * tensor.element_size() for tensor in updated)
 
 
 class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
@@ -118,6 +118,6 @@ class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
 
     def total(self) -> int:
         """Return the bytes saved so far. Unsharded weights that a wrapper has not freed yet count as parameters."""
-        others = (*held_tensors([self._stage]), *(local_part(parameter) for parameter in self._stage.parameters()))
+        others = (*held_tensors([self._stage]), *(to_local(parameter) for parameter in self._stage.parameters()))
         cdata = {tensor.untyped_storage()._cdata for tensor in others}
         return sum(storage.nbytes() for storage in self._storages.values() if storage._cdata not in cdata)

@@ -16,7 +16,7 @@ from bridge.dist.engine.builder import DistributedModelBuilder
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.attention import ATTENTION_FLOPS, use_fused_attention
-from bridge.dist.plan.count.collectives import Calls, Collectives, group_names, named_groups, tensor_bytes
+from bridge.dist.plan.count.collectives import Calls, Collectives, count_tensor_bytes, list_groups, map_group_names
 from bridge.dist.plan.count.memory import SavedMemory
 from bridge.dist.train.batch import Batch
 
@@ -30,7 +30,7 @@ class Message(NamedTuple):
     @classmethod
     def describe(cls, tensor: torch.Tensor) -> Self:
         """Return the message that sends a tensor."""
-        return cls(tensor.shape, tensor_bytes(tensor))
+        return cls(tensor.shape, count_tensor_bytes(tensor))
 
 
 PassedShapes = dict[int, torch.Size]
@@ -95,7 +95,7 @@ def _hidden_states_shape(rank: RankStages) -> torch.Size:
 
 
 def _measure_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size, memo: Memo) -> Work:
-    sizes = {kind: group.size() for kind, group in named_groups(rank.groups)}
+    sizes = {kind: group.size() for kind, group in list_groups(rank.groups)}
     chunk = (_chunk_signature(unwrap(stage)), input_shape, rank.batch.micro_batch_size, rank.batch.seq_length)
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
@@ -121,7 +121,7 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
     """Run one microbatch forward and backward through a chunk. Chunks with an embedding ignore ``input_shape``."""
     model: Any = unwrap(stage)
     received = passed_on = None
-    kept, sent = SavedMemory(stage), Collectives(group_names(rank.groups))
+    kept, sent = SavedMemory(stage), Collectives(map_group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with kept, flops, sent, use_fused_attention():
         if not getattr(model, "pre_process", True):

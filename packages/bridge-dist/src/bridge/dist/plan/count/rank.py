@@ -18,12 +18,12 @@ from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.collectives import StepCalls
 from bridge.dist.plan.count.memory import (
+    count_optimizer_bytes,
     count_saved_buffer_elements,
+    count_storage_bytes,
     gradient_buckets,
     held_tensors,
-    local_part,
-    optimizer_bytes,
-    storage_bytes,
+    to_local,
 )
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work
 from bridge.dist.plan.count.step import run_replicated, run_sharded
@@ -120,12 +120,12 @@ def measure_rank(
             wrap_with_ddp=options.wrap_with_ddp,
         )
         rank_stages = RankStages(stages, builder, groups, layout, batch)
-        parameters = [sum(local_part(parameter).numel() for parameter in stage.parameters()) for stage in stages]
-        master, state = optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
+        parameters = [sum(to_local(parameter).numel() for parameter in stage.parameters()) for stage in stages]
+        master, state = count_optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
         step = run_sharded(rank_stages, passed) if options.shards_weights else run_replicated(rank_stages, memo, passed)
         return Rank(
             rank=rank,
-            weights=storage_bytes(held_tensors(stages)),
+            weights=count_storage_bytes(held_tensors(stages)),
             gradients=step.gradients,
             master=master,
             state=state,

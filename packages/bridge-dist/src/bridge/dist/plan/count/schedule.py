@@ -71,7 +71,7 @@ def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: 
     return order + backward[steady:]
 
 
-def peak_kept(order: Sequence[Pass], kept: Sequence[int]) -> int:
+def compute_peak(order: Sequence[Pass], kept: Sequence[int]) -> int:
     """Return the peak bytes kept at a time if each microbatch keeps ``kept[chunk]`` bytes between its two passes."""
     now = highest = 0
     for one in order:

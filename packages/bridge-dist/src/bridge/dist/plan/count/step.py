@@ -11,8 +11,8 @@ from megatron.core.transformer import MegatronModule
 
 from bridge.dist.patch import Replacement, replace_attributes
 from bridge.dist.plan.count.attention import use_fused_attention
-from bridge.dist.plan.count.collectives import Calls, Collectives, StepCalls, group_names
-from bridge.dist.plan.count.memory import gradient_bytes, sharded_gradients, storage_bytes
+from bridge.dist.plan.count.collectives import Calls, Collectives, StepCalls, map_group_names
+from bridge.dist.plan.count.memory import count_gradient_bytes, count_storage_bytes, sharded_gradients
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work, run_chunks
 from bridge.dist.plan.count.schedule import list_passes
 from bridge.dist.plan.count.unsharded import UnshardedMemory
@@ -33,7 +33,7 @@ class MeasuredStep(NamedTuple):
 def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> MeasuredStep:
     """Measure a step with unsharded weights: run a microbatch through each chunk not in ``memo``, then end the step."""
     works = run_chunks(rank, memo, passed)
-    ending, more = Collectives(group_names(rank.groups)), Calls.empty()
+    ending, more = Collectives(map_group_names(rank.groups)), Calls.empty()
     for work in works:
         more.add(work.calls)
     if isinstance(rank.stages[0], DistributedDataParallel):
@@ -44,7 +44,7 @@ def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> Measur
                 if isinstance(stage, DistributedDataParallel) and stage.ddp_config.use_distributed_optimizer:
                     stage.start_param_sync(force_sync=True)
     traffic = StepCalls(microbatches=0, first=ending.calls, more=more)
-    return MeasuredStep(works, traffic, gradient_bytes(rank.stages), 0)
+    return MeasuredStep(works, traffic, count_gradient_bytes(rank.stages), 0)
 
 
 def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
@@ -83,10 +83,10 @@ def _group_size(rank: RankStages) -> int:
 
 def _end_step(rank: RankStages) -> tuple[int, Calls]:
     """End a step without the update by the optimizer; return the bytes of gradients and the collectives."""
-    sent = Collectives(group_names(rank.groups))
+    sent = Collectives(map_group_names(rank.groups))
     with sent:
         finalize_model_grads(list(rank.stages))
-        gradients = storage_bytes(gradient for stage in rank.stages for gradient in sharded_gradients(stage))
+        gradients = count_storage_bytes(gradient for stage in rank.stages for gradient in sharded_gradients(stage))
         _start_gathering(rank.stages)
     return gradients, sent.calls
 
@@ -95,7 +95,7 @@ def _run_step(rank: RankStages, microbatches: int, optimizer: Any, works: Sequen
     """Run a step without the update by the optimizer; return its collectives."""
     shape = (microbatches, rank.batch.micro_batch_size, rank.batch.seq_length + 1)
     samples = torch.empty(shape, dtype=torch.long)
-    sent = Collectives(group_names(rank.groups))
+    sent = Collectives(map_group_names(rank.groups))
     with sent, use_fused_attention(), replace_attributes(_supply_step_shapes(rank, microbatches, works)):
         zero_gradients(rank.stages)
         optimizer.zero_grad()

@@ -36,10 +36,10 @@ class UnshardedMemory(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "fsdp" and "record" not in func._schema.name:
             # `fsdp::record_grad_output_stream` (torch 2.15) moves no data.
-            self._record_buffers(list(_tensors((args, *(kwargs or {}).values()))))
+            self._record_buffers(list(_flatten_tensors((args, *(kwargs or {}).values()))))
         elif func.namespace == "c10d" and any(_is_in_groups(argument, self._groups) for argument in args):
             # The smaller tensor is part of the larger one, or a shard that is counted elsewhere.
-            self._record_buffers([max(_tensors(args), key=lambda tensor: tensor.numel())])
+            self._record_buffers([max(_flatten_tensors(args), key=lambda tensor: tensor.numel())])
         return func(*args, **kwargs or {})
 
     def _record_buffers(self, buffers: list[torch.Tensor]) -> None:
@@ -67,12 +67,12 @@ class UnshardedMemory(TorchDispatchMode):
                     yield from (tensor for tensor in (parameter, *gradient) if tensor is not None)
 
 
-def _tensors(argument: object) -> Iterator[torch.Tensor]:
+def _flatten_tensors(argument: object) -> Iterator[torch.Tensor]:
     if isinstance(argument, torch.Tensor):
         yield argument
     elif isinstance(argument, list | tuple):
         for item in argument:
-            yield from _tensors(item)
+            yield from _flatten_tensors(item)
 
 
 def _is_in_groups(argument: Any, groups: set[str]) -> bool:

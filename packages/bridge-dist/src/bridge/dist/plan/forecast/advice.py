@@ -23,7 +23,7 @@ class Advice(NamedTuple):
 def advise(document: Document, options: PlanOptions, planned: Plan) -> list[Advice]:
     """Return the changes that reduce the memory of the largest rank, most effective first."""
     helpful = []
-    for change, changed, other in _changes(document, options, planned):
+    for change, changed, other in _propose_changes(document, options, planned):
         try:
             total = plan(changed, other).worst.total_bytes
         except BridgeError:  # the job is not possible with this change
@@ -33,7 +33,9 @@ def advise(document: Document, options: PlanOptions, planned: Plan) -> list[Advi
     return sorted(helpful, key=lambda advice: advice.total_bytes)
 
 
-def _changes(document: Document, options: PlanOptions, planned: Plan) -> Iterator[tuple[str, Document, PlanOptions]]:
+def _propose_changes(
+    document: Document, options: PlanOptions, planned: Plan
+) -> Iterator[tuple[str, Document, PlanOptions]]:
     if options.wrapper is Wrapper.DDP and not options.distributed_optimizer:
         yield "--distributed-optimizer", document, replace(options, distributed_optimizer=True)
     prefix = "transformer." if "transformer" in document.data else ""
@@ -44,20 +46,20 @@ def _changes(document: Document, options: PlanOptions, planned: Plan) -> Iterato
     }
     yield (
         " ".join(f"{prefix}{name}={value}" for name, value in settings.items()),
-        _with_settings(document, {f"{prefix}{name}": value for name, value in settings.items()}),
+        _apply_settings(document, {f"{prefix}{name}": value for name, value in settings.items()}),
         options,
     )
     if planned.layout["tp"] > 1:
         yield (
             f"{prefix}sequence_parallel=true",
-            _with_settings(document, {f"{prefix}sequence_parallel": True}),
+            _apply_settings(document, {f"{prefix}sequence_parallel": True}),
             options,
         )
     if options.batch.micro_batch_size > 1:
         yield "--micro-batch-size 1", document, replace(options, batch=replace(options.batch, micro_batch_size=1))
 
 
-def _with_settings(document: Document, values: dict[str, object]) -> Document:
+def _apply_settings(document: Document, values: dict[str, object]) -> Document:
     changed = deepcopy(document)
     for path, value in values.items():
         changed.set(path, value)

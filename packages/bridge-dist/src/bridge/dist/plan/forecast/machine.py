@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bridge.dist.layout import Layout
 from bridge.dist.plan.results import StagePlan
-from bridge.dist.plan.virtual_rank.rank_order import extents, rank_of
+from bridge.dist.plan.virtual_rank.rank_order import list_extents, rank_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class Machine:
 
         Ranks are placed in Megatron's order; the slowest group determines the time.
         """
-        nodes = ((low // self.gpus_per_node, high // self.gpus_per_node) for low, high in _extents(group, layout, pp))
+        nodes = (
+            (low // self.gpus_per_node, high // self.gpus_per_node) for low, high in _list_extents(group, layout, pp)
+        )
         return self.node_bandwidth if all(low == high for low, high in nodes) else self.network_bandwidth
 
 
@@ -56,10 +58,10 @@ _AXES = {
 """The axes of each kind of group within a pipeline stage."""
 
 
-def _extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
+def _list_extents(group: str, layout: Layout, pp: int) -> Iterator[tuple[int, int]]:
     """Yield the lowest and highest rank of each group of a kind with ranks in a stage."""
     if group in _AXES:
-        yield from extents(layout, _AXES[group], pp=pp)
+        yield from list_extents(layout, _AXES[group], pp=pp)
         return
     if group not in ("pp", "embd"):
         yield 0, layout.world_size - 1  # an unknown kind: assume that it spans the whole job

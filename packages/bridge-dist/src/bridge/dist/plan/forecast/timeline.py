@@ -87,7 +87,7 @@ def simulate(
             while len(done) < len(order):
                 one = order[len(done)]
                 stage = one.chunk * len(orders) + rank
-                prerequisites = list(_prerequisites(one, stage, virtual_stages))
+                prerequisites = list(_list_prerequisites(one, stage, virtual_stages))
                 if any(need not in ends for need in prerequisites):
                     break
                 start = max([done[-1].end if done else 0.0, *(ends[need] for need in prerequisites)])
@@ -99,7 +99,7 @@ def simulate(
     return Timeline(timed)
 
 
-def _prerequisites(one: Pass, stage: int, virtual_stages: int) -> Iterator[tuple[bool, int, int]]:
+def _list_prerequisites(one: Pass, stage: int, virtual_stages: int) -> Iterator[tuple[bool, int, int]]:
     if one.forward:
         if stage > 0:
             yield True, stage - 1, one.microbatch

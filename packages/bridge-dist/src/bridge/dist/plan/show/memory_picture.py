@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 from bridge.dist.formatting import format_gib
 from bridge.dist.plan.results import Plan, StagePlan
 from bridge.dist.plan.show.elements import GAP, ROW, make_legend, make_picture, node
-from bridge.dist.plan.show.words import used_kinds
+from bridge.dist.plan.show.words import list_used_kinds
 
 _KIND_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # distinguishable with colour blindness
 _BARS = (70, 800)
@@ -18,7 +18,7 @@ _BARS = (70, 800)
 
 def make_memory_section(plan: Plan) -> Element:
     """Draw the memory per rank of each stage."""
-    legend = [(kind.name, colour) for kind, colour in zip(used_kinds(plan), _KIND_COLOURS, strict=False)]
+    legend = [(kind.name, colour) for kind, colour in zip(list_used_kinds(plan), _KIND_COLOURS, strict=False)]
     return node(
         "section",
         node("h2", "Memory per rank by pipeline stage"),
@@ -37,7 +37,7 @@ def _draw_memory(plan: Plan) -> Element:
         node("title", "Memory per rank by pipeline stage", id="memory-title"),
         node("desc", _describe_memory(plan), id="memory-desc"),
     ]
-    for tick in _ticks(longest / 2**30):
+    for tick in _place_ticks(longest / 2**30):
         x = left + tick * 2**30 * scale
         parts += [
             node("line", x1=x, x2=x, y1=20, y2=bottom, class_="grid"),
@@ -57,7 +57,7 @@ def _draw_memory(plan: Plan) -> Element:
 def _draw_stage(plan: Plan, stage: StagePlan, y: float, scale: float) -> Element:
     row = node("g", node("text", f"stage {stage.pp}", x=_BARS[0] - 8, y=y + 16, class_="end"), class_="stage")
     x: float = _BARS[0]
-    for kind, colour in zip(used_kinds(plan), _KIND_COLOURS, strict=False):
+    for kind, colour in zip(list_used_kinds(plan), _KIND_COLOURS, strict=False):
         width = kind.of(stage) * scale
         tooltip = node("title", f"stage {stage.pp}: {kind.name} {format_gib(kind.of(stage))} GiB")
         row.append(
@@ -73,13 +73,13 @@ def _describe_memory(plan: Plan) -> str:
     smallest = min(stage.total_bytes for stage in plan.stages)
     limit = "" if plan.gpu_memory is None else f" A line marks the {format_gib(plan.gpu_memory)} GiB per GPU."
     return (
-        f"One bar per stage ({len(plan.stages)}), stacked: {', '.join(kind.name for kind in used_kinds(plan))}: "
+        f"One bar per stage ({len(plan.stages)}), stacked: {', '.join(kind.name for kind in list_used_kinds(plan))}: "
         f"from {format_gib(smallest)} to {format_gib(plan.worst.total_bytes)} GiB.{limit} "
         "The numbers are in the table of stages."
     )
 
 
-def _ticks(longest: float) -> Iterator[float]:
+def _place_ticks(longest: float) -> Iterator[float]:
     """Yield four to nine round numbers, starting at zero."""
     # A tenth of the smallest power of ten that is at least `longest`, times the first factor that gives few enough.
     step: float = 10.0 ** ceil(log10(longest)) / 10

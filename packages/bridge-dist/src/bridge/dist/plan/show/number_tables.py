@@ -16,15 +16,15 @@ def make_numbers_section(plan: Plan, timeline: Timeline) -> Element:
         "section",
         node("h2", "Numbers"),
         node("p", "For one rank of each stage, in bytes and FLOPs per step. Copied numbers have no digit groups."),
-        *make_table("stages", "Stages", _stage_rows(plan, timeline), is_open=True),
-        *make_table("chunks", "Chunks, per microbatch", _chunk_rows(plan)),
-        *make_table("traffic", "Traffic per step", _traffic_rows(plan)),
+        *make_table("stages", "Stages", _make_stage_rows(plan, timeline), is_open=True),
+        *make_table("chunks", "Chunks, per microbatch", _make_chunk_rows(plan)),
+        *make_table("traffic", "Traffic per step", _make_traffic_rows(plan)),
         *make_table("layout", "Layout", [{"axis": axis, "size": size} for axis, size in plan.layout.items()]),
         id="numbers",
     )
 
 
-def _stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int]]:
+def _make_stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int]]:
     return [
         {
             "stage": stage.pp,
@@ -45,7 +45,7 @@ def _stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int]]:
     ]
 
 
-def _chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
+def _make_chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
     return [
         {
             "stage": stage.pp,
@@ -61,7 +61,7 @@ def _chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
     ]
 
 
-def _traffic_rows(plan: Plan) -> list[dict[str, str | int]]:
+def _make_traffic_rows(plan: Plan) -> list[dict[str, str | int]]:
     return [
         {
             "stage": stage.pp,

@@ -15,7 +15,7 @@ from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.forecast.ranking import SearchResult
 from bridge.dist.plan.forecast.timeline import timeline_of
 from bridge.dist.plan.results import Plan, StagePlan, Traffic
-from bridge.dist.plan.show.words import KINDS, describe_plan, format_teraflops, used_kinds
+from bridge.dist.plan.show.words import KINDS, describe_plan, format_teraflops, list_used_kinds
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
 _SHORTEST_BAR, _LONGEST_BAR = 10, 60
@@ -24,9 +24,15 @@ _SHORTEST_BAR, _LONGEST_BAR = 10, 60
 def render_plan(plan: Plan) -> list[RenderableType]:
     """Render a plan for a terminal of 80 columns or more: memory by stage, worst first, then traffic and a summary."""
     groups = list(_group_equal_stages(plan))
-    parts: list[RenderableType] = [_memory_table(plan, groups), _legend(plan), "", _numbers_table(plan, groups), ""]
+    parts: list[RenderableType] = [
+        _make_memory_table(plan, groups),
+        _make_legend(plan),
+        "",
+        _make_numbers_table(plan, groups),
+        "",
+    ]
     if any(stage.traffic for stage in plan.stages):
-        parts += [_traffic_table(plan), ""]
+        parts += [_make_traffic_table(plan), ""]
     words = Table.grid(padding=(0, 2))
     words.add_column(style="bold", no_wrap=True)
     for subject, statement in describe_plan(plan, timeline_of(plan)).items():
@@ -57,7 +63,7 @@ def _make_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
+def _make_memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     table = _make_table("memory per rank by pipeline stage, worst first", "stage", "layers", "parameters", "GiB")
     table.add_column("", ratio=1)
     for stages in groups:
@@ -73,9 +79,9 @@ def _memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     return table
 
 
-def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
+def _make_numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     table = _make_table("GiB per rank by kind, and TFLOPs per step", "stage", "weights", "gradients")
-    unsharded = ["unsharded"] if len(used_kinds(plan)) == len(KINDS) else []
+    unsharded = ["unsharded"] if len(list_used_kinds(plan)) == len(KINDS) else []
     for name in ("master", "state", "activations", *unsharded, "TFLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for stages in groups:
@@ -92,7 +98,7 @@ def _numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     return table
 
 
-def _traffic_table(plan: Plan) -> Table:
+def _make_traffic_table(plan: Plan) -> Table:
     """Show each operation of each group on the stage where it moves the most bytes."""
     most: dict[tuple[str, int, str], tuple[Traffic, StagePlan]] = {}
     for stage in plan.stages:
@@ -113,9 +119,9 @@ def _format_stages(stages: list[StagePlan]) -> str:
     return format_layer_ranges([stage.pp for stage in stages])
 
 
-def _legend(plan: Plan) -> Text:
+def _make_legend(plan: Plan) -> Text:
     legend = Text()
-    for kind, colour in zip(used_kinds(plan), _COLOURS, strict=False):
+    for kind, colour in zip(list_used_kinds(plan), _COLOURS, strict=False):
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
         legend.append(f"| {format_gib(plan.gpu_memory)} GiB per GPU")

@@ -32,7 +32,7 @@ KINDS = (
 """All kinds of memory, in the order of the stacked bars."""
 
 
-def used_kinds(plan: Plan) -> list[Kind]:
+def list_used_kinds(plan: Plan) -> list[Kind]:
     """Return the kinds of memory to show for a plan; unsharded memory only if a stage has some."""
     return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
 
@@ -59,7 +59,7 @@ def describe_plan(plan: Plan, timeline: Timeline) -> dict[str, str]:
             f"proportional to its FLOPs and that communication takes none"
         )
     statements["measured"] = f"activations and FLOPs with the layers of {plan.layers}; all else in the real model"
-    if len(used_kinds(plan)) == len(KINDS):
+    if len(list_used_kinds(plan)) == len(KINDS):
         statements["unsharded"] = (
             "peak of unsharded weights and gradients and of the buffers for gathering and reducing; it may not "
             "coincide with the peak of activations, so the total is an upper bound"

@@ -36,7 +36,7 @@ def ranks_along(layout: Layout, rank: int, axes: tuple[str, ...]) -> list[int]:
     return ranks
 
 
-def extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
+def list_extents(layout: Layout, axes: tuple[str, ...], *, pp: int) -> Iterator[tuple[int, int]]:
     """Yield the lowest and highest rank of each group along the given axes in a pipeline stage.
 
     The axes are those of ``ranks_along``, without pp.

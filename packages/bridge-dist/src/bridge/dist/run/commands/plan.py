@@ -188,9 +188,9 @@ def _plan_layout(document: Document, request: PlanRequest, html: Path | None, *,
     )
     import_megatron(with_compiler=False)
     from bridge.dist.plan.forecast.advice import advise
-    from bridge.dist.plan.plan import plan, plan_options
+    from bridge.dist.plan.plan import make_plan_options, plan
 
-    options = plan_options(document, request)
+    options = make_plan_options(document, request)
     found = plan(document, options)
     if html is not None:
         from bridge.dist.plan.show.page import render_page
@@ -215,11 +215,11 @@ def _search_layouts(document: Document, request: PlanRequest, machine: Machine, 
     start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search")
     import_megatron(with_compiler=False)
     from bridge.dist.plan.forecast.search import search
-    from bridge.dist.plan.plan import plan_options
+    from bridge.dist.plan.plan import make_plan_options
     from bridge.dist.plan.show.terminal import render_search
     from bridge.dist.run.progress import show_progress
 
-    options = plan_options(document, request)
+    options = make_plan_options(document, request)
     watch = partial(show_progress, first="planning", describe=lambda *_: "layouts planned")
     found = search(document, options, machine, fixed=request.sizes, watch=watch)
     if as_json:

@@ -46,7 +46,7 @@ def window_by_switch(*, everywhere: bool = False, alternating: bool = False) -> 
             layers from there on.
     """
 
-    def usual(t: Translation, index: int) -> bool:
+    def slides_by_default(t: Translation, index: int) -> bool:
         limit: int = t["max_window_layers"]
         return index % 2 == 0 and index < limit if alternating else index >= limit
 
@@ -63,7 +63,7 @@ def window_by_switch(*, everywhere: bool = False, alternating: bool = False) -> 
         if everywhere:
             t["transformer.window_size"] = _to_window_size(window)
             return
-        _set_windows(t, window, _read_types(t, lambda index: usual(t, index), layers))
+        _set_windows(t, window, _read_types(t, lambda index: slides_by_default(t, index), layers))
 
     def write(t: Translation) -> None:
         window = _write_window(t)
@@ -114,10 +114,10 @@ def alternating_windows(default: int, slides: Callable[[int], bool]) -> Row:
     return Row({"sliding_window": Name(COUNT, default, null=True), "layer_types": Name(TEXTS)}, _FIELDS, read, write)
 
 
-def _read_types(t: Translation, usual: Callable[[int], bool], layers: int) -> list[bool]:
+def _read_types(t: Translation, slides_by_default: Callable[[int], bool], layers: int) -> list[bool]:
     types = t["layer_types"]
     if types is None:
-        return [usual(index) for index in range(layers)]
+        return [slides_by_default(index) for index in range(layers)]
     wrong = [(index, kind) for index, kind in enumerate(types) if kind not in (SLIDING, FULL)]
     for index, kind in wrong:
         t.refuse("layer_types", f"expected {SLIDING} or {FULL}, got {describe_value(kind)}", index)
