@@ -79,7 +79,7 @@ def load_on_ranks(folder: str, layout: Layout, expected: Weights) -> tuple[list[
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from bridge.config import Document, ModelConfig
-    from bridge.dist.documents import apply_layout
+    from bridge.dist.document_layout import apply_layout
     from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
     from bridge.dist.engine.placement import named_buffers, named_parameters
     from bridge.dist.job import BuildJob
