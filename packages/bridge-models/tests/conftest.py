@@ -18,7 +18,7 @@ TransformerFactory = Callable[..., TransformerConfig]
 GPTFactory = Callable[..., GPTModelConfig]
 T5Factory = Callable[..., T5ModelConfig]
 
-# Four layers, each of another kind: grouped queries, no attention, linear attention and no MLP, linear MLP.
+# Four different layers: grouped queries; no attention and a linear MLP; linear attention and no MLP; a standard layer.
 BLOCKS = [
     {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 48}},
     {"attention": {"no_op": True, "num_query_groups": None}, "mlp": {"ffn_hidden_size": 64}},
@@ -32,7 +32,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def pg_collection() -> Iterator[ProcessGroupCollection]:
-    """The process groups of a world of one."""
+    """Create the process groups of a world of one rank."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield ProcessGroupCollection.use_mpu_process_groups()
@@ -49,13 +49,13 @@ def make_transformer(cls: type[TransformerConfig] = TransformerConfig, **given: 
 
 @pytest.fixture(scope="session")
 def transformer() -> TransformerFactory:
-    """Makes small transformers: ``transformer(cls, num_layers=2, ...)``."""
+    """Return a function that makes small transformers: ``transformer(cls, num_layers=2, ...)``."""
     return make_transformer
 
 
 @pytest.fixture(scope="session")
 def gpt() -> GPTFactory:
-    """Makes small GPTs from the fields of the transformer: ``gpt(num_layers=2, ...)``, other fields in ``outer``."""
+    """Return a function that makes small GPTs: ``gpt(num_layers=2, outer={"vocab_size": 64})``."""
 
     def make(
         cls: type[TransformerConfig] = TransformerConfig, *, outer: dict[str, Any] | None = None, **given: Any
@@ -69,7 +69,7 @@ def gpt() -> GPTFactory:
 
 @pytest.fixture(scope="session")
 def t5() -> T5Factory:
-    """Makes small T5s from the fields of the transformer: ``t5(num_layers=2, ...)``, other fields in ``outer``."""
+    """Return a function that makes small T5s: ``t5(num_layers=2, outer={"vocab_size": 64})``."""
 
     def make(
         cls: type[TransformerConfig] = TransformerConfig, *, outer: dict[str, Any] | None = None, **given: Any

@@ -1,4 +1,4 @@
-"""What the tests try of each architecture: strategies that draw any file of it, and small models to compute with."""
+"""Test cases for each Hugging Face architecture: strategies that draw a config.json, and small models."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from huggingface_meaning import Config
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-# --- Any files
+# --- Strategies of config.json files
 
 
-def one_in(*values: Any) -> SearchStrategy[Any]:
+def one_of(*values: Any) -> SearchStrategy[Any]:
     return st.sampled_from(values)
 
 
 SIZES = st.integers(1, 512)
 SHARES = st.floats(0, 1, width=16)
 TOKENS = st.none() | st.integers(0, 15)
-ACTIVATIONS = one_in("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
+ACTIVATIONS = one_of("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
 FLAGS = st.booleans()
 FACTORS = st.integers(1, 64) | st.floats(1, 64, width=16)
-EPSILONS = one_in(1e-8, 1e-6, 1e-5, 1e-3)
+EPSILONS = one_of(1e-8, 1e-6, 1e-5, 1e-3)
 COMMON = {
-    "vocab_size": st.integers(60000, 300000),  # more than any token that a class has by default
+    "vocab_size": st.integers(60000, 300000),  # larger than every default token of the classes
     "initializer_range": SHARES,
     "tie_word_embeddings": FLAGS,
     "bos_token_id": TOKENS,
     "eos_token_id": TOKENS | st.lists(st.integers(0, 15), min_size=1, max_size=3),
     "pad_token_id": TOKENS,
-    "dtype": one_in(None, "float32", "bfloat16", "float16"),
+    "dtype": one_of(None, "float32", "bfloat16", "float16"),
     "use_cache": FLAGS,
 }
 DECODER = COMMON | {
     "max_position_embeddings": st.integers(9000, 100000),
     "intermediate_size": SIZES,
-    "num_key_value_heads": one_in(1, 2),
+    "num_key_value_heads": one_of(1, 2),
     "attention_dropout": SHARES,
     "rms_norm_eps": EPSILONS,
     "hidden_act": ACTIVATIONS,
@@ -45,9 +45,9 @@ DECODER = COMMON | {
 
 @st.composite
 def ropes(draw: DrawFn, kinds: tuple[str, ...]) -> Config:
-    """``rope_theta`` and, at times, ``rope_scaling``, as version 4 has them."""
+    """Draw ``rope_theta`` and ``rope_scaling`` as version 4 of transformers writes them; both are optional."""
     config: Config = draw(st.fixed_dictionaries({}, optional={"rope_theta": st.integers(1, 10**7).map(float)}))
-    kind = draw(one_in(None, "default", *kinds))
+    kind = draw(one_of(None, "default", *kinds))
     scaling: Config = {"rope_type": kind}
     if kind == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -55,11 +55,11 @@ def ropes(draw: DrawFn, kinds: tuple[str, ...]) -> Config:
         scaling |= draw(
             st.fixed_dictionaries(
                 {"original_max_position_embeddings": st.integers(1, 8192)},
-                optional={"beta_fast": one_in(32, 16.0), "beta_slow": one_in(1, 2.0), "truncate": FLAGS},
+                optional={"beta_fast": one_of(32, 16.0), "beta_slow": one_of(1, 2.0), "truncate": FLAGS},
             )
         )
         if draw(FLAGS):
-            scaling |= {"mscale": draw(one_in(0.5, 1)), "mscale_all_dim": draw(one_in(0.5, 1))}
+            scaling |= {"mscale": draw(one_of(0.5, 1)), "mscale_all_dim": draw(one_of(0.5, 1))}
     if kind in ("linear", "llama3", "yarn"):
         scaling["factor"] = draw(FACTORS)
     return config | ({} if kind is None else {"rope_scaling": scaling})
@@ -67,7 +67,7 @@ def ropes(draw: DrawFn, kinds: tuple[str, ...]) -> Config:
 
 @st.composite
 def windows(draw: DrawFn, layers: int) -> Config:
-    """Windows of Qwen2 and Qwen3."""
+    """Draw the sliding-window fields of Qwen2 and Qwen3."""
     config: Config = draw(
         st.fixed_dictionaries(
             {},
@@ -84,7 +84,7 @@ def windows(draw: DrawFn, layers: int) -> Config:
 
 
 def layer_types(layers: int) -> SearchStrategy[list[str]]:
-    return st.lists(one_in("sliding_attention", "full_attention"), min_size=layers, max_size=layers)
+    return st.lists(one_of("sliding_attention", "full_attention"), min_size=layers, max_size=layers)
 
 
 def fields(
@@ -101,43 +101,43 @@ def decoders(
     without: tuple[str, ...] = (),
     kinds: tuple[str, ...] = ("linear", "llama3", "yarn"),
 ) -> Config:
-    """A decoder in the manner of Llama."""
-    heads, layers = draw(one_in(2, 4, 8)), draw(st.integers(1, 6))
+    """Draw the config of a decoder similar to Llama."""
+    heads, layers = draw(one_of(2, 4, 8)), draw(st.integers(1, 6))
     shape = {
         "model_type": model_type,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "hidden_size": heads * draw(one_in(2, 8, 16)),
+        "hidden_size": heads * draw(one_of(2, 8, 16)),
     }
     if "head_dim" not in without and draw(FLAGS):
-        shape["head_dim"] = draw(one_in(4, 8))
+        shape["head_dim"] = draw(one_of(4, 8))
     optional = {name: strategy for name, strategy in DECODER.items() if name not in without}
     return shape | draw(fields({}, optional)) | draw(ropes(kinds)) | draw(more(layers))
 
 
-def of_experts(number: str, width: bool = True) -> dict[str, SearchStrategy[Any]]:
+def expert_fields(number: str, width: bool = True) -> dict[str, SearchStrategy[Any]]:
     wide = {"moe_intermediate_size": SIZES} if width else {}
     return {number: st.integers(8, 16), "num_experts_per_tok": st.integers(2, 8), "router_aux_loss_coef": SHARES} | wide
 
 
-def sparse(layers: int) -> SearchStrategy[Config]:
-    """Which layers have experts; the last one does."""
+def expert_layers(layers: int) -> SearchStrategy[Config]:
+    """Return a strategy for the layers with experts, which include the last one."""
     return st.fixed_dictionaries(
         {},
         optional={
-            "decoder_sparse_step": one_in(*(step for step in (1, 2, 3) if layers % step == 0)),
+            "decoder_sparse_step": one_of(*(step for step in (1, 2, 3) if layers % step == 0)),
             "mlp_only_layers": st.lists(st.integers(0, 6).filter(lambda layer: layer != layers - 1), max_size=3),
         },
     )
 
 
-def both(*parts: SearchStrategy[Config]) -> SearchStrategy[Config]:
+def merge(*parts: SearchStrategy[Config]) -> SearchStrategy[Config]:
     return st.tuples(*parts).map(lambda found: {name: value for part in found for name, value in part.items()})
 
 
 @st.composite
 def gpt2s(draw: DrawFn) -> Config:
-    heads = draw(one_in(1, 2, 4))
+    heads = draw(one_of(1, 2, 4))
     dropout = draw(SHARES)
     optional = COMMON | {
         "n_positions": SIZES,
@@ -154,14 +154,14 @@ def gpt2s(draw: DrawFn) -> Config:
 @st.composite
 def gemmas(draw: DrawFn) -> Config:
     config: Config = draw(decoders("gemma", without=("hidden_act",)))
-    return config | draw(fields({}, {"hidden_act": one_in("gelu", "gelu_pytorch_tanh", "silu", "relu")}))
+    return config | draw(fields({}, {"hidden_act": one_of("gelu", "gelu_pytorch_tanh", "silu", "relu")}))
 
 
 @st.composite
 def phi3s(draw: DrawFn) -> Config:
     dropout = draw(SHARES)
     config: Config = draw(decoders("phi3", without=("head_dim",), kinds=()))
-    more = draw(fields({}, {"sliding_window": st.none() | SIZES, "partial_rotary_factor": one_in(0.25, 0.5, 1.0)}))
+    more = draw(fields({}, {"sliding_window": st.none() | SIZES, "partial_rotary_factor": one_of(0.25, 0.5, 1.0)}))
     return config | more | {"resid_pdrop": dropout, "embd_pdrop": dropout}
 
 
@@ -180,7 +180,7 @@ def deepseeks(draw: DrawFn, model_type: str) -> Config:
         "v_head_dim": SIZES,
         "moe_intermediate_size": SIZES,
         "n_shared_experts": st.integers(1, 4),
-        "routed_scaling_factor": one_in(1.0, 2.5, 16.0),
+        "routed_scaling_factor": one_of(1.0, 2.5, 16.0),
         "attention_bias": st.just(False),
         "pretraining_tp": st.just(1),
         "ep_size": st.just(1),
@@ -190,19 +190,19 @@ def deepseeks(draw: DrawFn, model_type: str) -> Config:
     config |= {
         "num_key_value_heads": config["num_attention_heads"],
         "n_routed_experts": 16,
-        "num_experts_per_tok": draw(one_in(2, 4, 6, 8)),
+        "num_experts_per_tok": draw(one_of(2, 4, 6, 8)),
     }
     chosen = config["num_experts_per_tok"]
     if model_type == "deepseek_v2":
         groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": chosen}
         return config | (groups if draw(FLAGS) else {"topk_method": "greedy", "n_group": 1, "topk_group": 1})
-    config |= draw(one_in({"n_group": 1, "topk_group": 1}, {"n_group": 8, "topk_group": chosen // 2}))
+    config |= draw(one_of({"n_group": 1, "topk_group": 1}, {"n_group": 8, "topk_group": chosen // 2}))
     return config | draw(fields({}, {"num_nextn_predict_layers": st.integers(0, 2), "norm_topk_prob": st.just(True)}))
 
 
 @st.composite
 def mamba2s(draw: DrawFn) -> Config:
-    heads, channels = draw(one_in(4, 8)), draw(one_in(4, 8))
+    heads, channels = draw(one_of(4, 8)), draw(one_of(4, 8))
     optional = COMMON | {
         "state_size": SIZES,
         "residual_in_fp32": FLAGS,
@@ -210,9 +210,9 @@ def mamba2s(draw: DrawFn) -> Config:
         "time_step_limit": st.just([0.0, {"__float__": "Infinity"}]),
         "norm_before_gate": FLAGS,
     }
-    expand = draw(one_in(1, 2, 4))
+    expand = draw(one_of(1, 2, 4))
     shape = {"num_heads": heads, "head_dim": channels, "expand": expand, "hidden_size": heads * channels // expand}
-    return {"model_type": "mamba2", "n_groups": draw(one_in(1, 2, 4))} | shape | draw(fields({}, optional))
+    return {"model_type": "mamba2", "n_groups": draw(one_of(1, 2, 4))} | shape | draw(fields({}, optional))
 
 
 @st.composite
@@ -223,7 +223,7 @@ def nemotrons(draw: DrawFn) -> Config:
         "max_position_embeddings": SIZES,
         "hidden_size": SIZES.map(lambda size: 8 * size),
         "intermediate_size": SIZES,
-        "num_key_value_heads": one_in(1, 2),
+        "num_key_value_heads": one_of(1, 2),
         "head_dim": SIZES,
         "ssm_state_size": SIZES,
         "mamba_num_heads": SIZES,
@@ -238,10 +238,10 @@ def nemotrons(draw: DrawFn) -> Config:
         "moe_intermediate_size": SIZES,
         "moe_shared_expert_intermediate_size": SIZES,
         "moe_latent_size": st.none() | SIZES,
-        "routed_scaling_factor": one_in(1.0, 2.5),
+        "routed_scaling_factor": one_of(1.0, 2.5),
     }
     config = {"model_type": "nemotron_h", "num_attention_heads": 8} | draw(fields({}, optional))
-    names = {"M": one_in("mamba", "linear_attention"), "*": one_in("attention", "full_attention")}
+    names = {"M": one_of("mamba", "linear_attention"), "*": one_of("attention", "full_attention")}
     names |= {"-": st.just("mlp"), "E": st.just("moe")}
     if draw(FLAGS):
         return config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
@@ -261,7 +261,7 @@ def t5s(draw: DrawFn) -> Config:
         "relative_attention_max_distance": SIZES,
         "dropout_rate": SHARES,
         "layer_norm_epsilon": EPSILONS,
-        "feed_forward_proj": one_in("relu", "gelu", "gelu_new", "gated-gelu", "gated-silu", "gated-relu"),
+        "feed_forward_proj": one_of("relu", "gelu", "gelu_new", "gated-gelu", "gated-silu", "gated-relu"),
         "tie_word_embeddings": FLAGS,
         "decoder_start_token_id": TOKENS,
     }
@@ -270,7 +270,7 @@ def t5s(draw: DrawFn) -> Config:
 
 FAMILIES: dict[str, SearchStrategy[Config]] = {
     "gpt2": gpt2s(),
-    "llama": one_in({}, {"attention_bias": True, "mlp_bias": True}).flatmap(
+    "llama": one_of({}, {"attention_bias": True, "mlp_bias": True}).flatmap(
         lambda biases: decoders("llama").map(lambda config: config | biases)
     ),
     "mistral": decoders("mistral", lambda layers: fields({}, {"sliding_window": st.none() | SIZES})),
@@ -280,23 +280,25 @@ FAMILIES: dict[str, SearchStrategy[Config]] = {
     "gemma": gemmas(),
     "mixtral": decoders(
         "mixtral",
-        lambda layers: fields({}, {"sliding_window": st.none() | SIZES} | of_experts("num_local_experts", width=False)),
+        lambda layers: fields(
+            {}, {"sliding_window": st.none() | SIZES} | expert_fields("num_local_experts", width=False)
+        ),
     ),
     "qwen2_moe": decoders(
         "qwen2_moe",
-        lambda layers: both(
-            fields({}, of_experts("num_experts") | {"norm_topk_prob": FLAGS, "qkv_bias": FLAGS}),
+        lambda layers: merge(
+            fields({}, expert_fields("num_experts") | {"norm_topk_prob": FLAGS, "qkv_bias": FLAGS}),
             fields({}, {"shared_expert_intermediate_size": SIZES}),
-            sparse(layers),
+            expert_layers(layers),
             windows(layers),
         ),
         without=("head_dim",),
     ),
     "qwen3_moe": decoders(
         "qwen3_moe",
-        lambda layers: both(
-            fields({}, of_experts("num_experts") | {"norm_topk_prob": FLAGS}),
-            sparse(layers),
+        lambda layers: merge(
+            fields({}, expert_fields("num_experts") | {"norm_topk_prob": FLAGS}),
+            expert_layers(layers),
             fields({}, {"use_sliding_window": FLAGS, "sliding_window": SIZES}),
         ),
     ),
@@ -304,8 +306,8 @@ FAMILIES: dict[str, SearchStrategy[Config]] = {
         "gpt_oss",
         lambda layers: fields(
             {},
-            of_experts("num_local_experts", width=False)
-            | {"sliding_window": SIZES, "layer_types": layer_types(layers), "swiglu_limit": one_in(7.0, 3.5)},
+            expert_fields("num_local_experts", width=False)
+            | {"sliding_window": SIZES, "layer_types": layer_types(layers), "swiglu_limit": one_of(7.0, 3.5)},
         ),
         without=("hidden_act",),
     ),
@@ -318,15 +320,15 @@ FAMILIES: dict[str, SearchStrategy[Config]] = {
 
 # --- Small models
 
-WORDS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
-SMALL = WORDS | {
+TOKENIZER = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
+SMALL = TOKENIZER | {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    # Far from all defaults, so that they show.
+    # Far from the defaults, so that an ignored value changes the logits.
     "rope_theta": 500.0,
     "rms_norm_eps": 1e-2,
 }
@@ -354,7 +356,7 @@ LATENT = SMALL | {
 }
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-2}
-STATES = WORDS | {"hidden_size": 32, "n_groups": 2, "chunk_size": 8, "conv_kernel": 4}
+STATES = TOKENIZER | {"hidden_size": 32, "n_groups": 2, "chunk_size": 8, "conv_kernel": 4}
 HYBRID = STATES | {
     "model_type": "nemotron_h",
     "num_attention_heads": 4,
@@ -367,9 +369,9 @@ HYBRID = STATES | {
     "max_position_embeddings": 64,
 }
 MODELS: dict[str, Config] = {
-    "gpt2": WORDS | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gpt2, of other widths, untied": (
-        WORDS
+    "gpt2": TOKENIZER | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2, other MLP width, untied": (
+        TOKENIZER
         | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40}
         | {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}
     ),
@@ -420,7 +422,7 @@ MODELS: dict[str, Config] = {
         LATENT
         | {
             "model_type": "deepseek_v3",
-            "num_nextn_predict_layers": 0,  # transformers has no such layer
+            "num_nextn_predict_layers": 0,  # transformers lacks multi-token prediction
             "n_shared_experts": 1,
             "routed_scaling_factor": 2.5,
             "n_group": 4,
@@ -441,7 +443,7 @@ MODELS: dict[str, Config] = {
             "num_experts_per_tok": 2,
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],
-            "swiglu_limit": 1.0,  # cuts off some
+            "swiglu_limit": 1.0,  # low enough to clip some activations
             "rope_scaling": YARN | {"truncate": False},
             "tie_word_embeddings": False,
         }

@@ -1,4 +1,4 @@
-"""The meaning of a config.json, according to transformers' own config classes."""
+"""The meaning of a config.json according to the config classes of transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Config = dict[str, Any]
 PUBLISHED = {file.stem: file for file in sorted((Path(__file__).parent / "huggingface").glob("*.json"))}
 
 
-def made(config: Config) -> Any:
+def make_transformers_config(config: Config) -> Any:
     """Return the config object of transformers."""
     given = json.loads(json.dumps(config))
     cls = CONFIG_MAPPING[given.pop("model_type")]
@@ -23,9 +23,9 @@ def made(config: Config) -> Any:
     return cls(**given)
 
 
-def saved(config: Config) -> Config:
+def write_with_transformers_5(config: Config) -> Config:
     """Return the config.json that version 5 of transformers writes."""
-    written: Config = json.loads(made(config).to_json_string(use_diff=False))
+    written: Config = json.loads(make_transformers_config(config).to_json_string(use_diff=False))
     return {name: value for name, value in written.items() if name != "_name_or_path"}
 
 
@@ -45,7 +45,7 @@ _NO_EFFECT = {
 
 def meaning(config: Config) -> Config:
     """Return the fields of transformers' class, normalised so that equal models compare equal."""
-    read = made(config)
+    read = make_transformers_config(config)
     known = {field.name for field in dataclasses.fields(read)} | {"_name_or_path", "scale_decoder_outputs"}
     fields = {name: value for name, value in vars(read).items() if name in known - _NO_EFFECT}
     fields["dtype"] = str(read.dtype or "torch.float32")
@@ -97,6 +97,6 @@ def without_experts(fields: Config) -> Config:
 
 def missing_tokens(config: Config) -> Config:
     """Return the special tokens that version 5 writes although the file does not set them."""
-    read = made(config)
+    read = make_transformers_config(config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(read, name) for name in names if name not in config and hasattr(read, name)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 Weights = dict[str, torch.Tensor]
-Carry = Callable[[Any, Weights], Weights]
+Converter = Callable[[Any, Weights], Weights]
 """Converts weights, given the config of transformers."""
 
 
@@ -249,9 +249,9 @@ def t5_layer(config: Any, weights: Weights) -> Weights:
     return found
 
 
-CARRY: dict[str, Carry] = {"gpt2": gpt2, "mamba2": mamba, "nemotron_h": mamba, "t5": t5}
-"""By ``model_type``; all others name their weights as Llama does."""
+CONVERTERS: dict[str, Converter] = {"gpt2": gpt2, "mamba2": mamba, "nemotron_h": mamba, "t5": t5}
+"""By ``model_type``; all other architectures name their weights like Llama."""
 
 
-def carry(config: Any, weights: Weights) -> Weights:
-    return CARRY.get(config.model_type, llama)(config, weights)
+def convert_weights(config: Any, weights: Weights) -> Weights:
+    return CONVERTERS.get(config.model_type, llama)(config, weights)

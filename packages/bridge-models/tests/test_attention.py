@@ -1,4 +1,4 @@
-"""Attention in PyTorch: each result is computed by another formula, too."""
+"""Attention in PyTorch is compared with a direct implementation of its formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bridge.models.errors import UnsupportedError
 Transformer = Callable[..., TransformerConfig]
 
 
-def attention(config: TransformerConfig, groups: ProcessGroupCollection, **given: Any) -> TorchAttention:
+def make_attention(config: TransformerConfig, groups: ProcessGroupCollection, **given: Any) -> TorchAttention:
     given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "attention_dropout": 0.0} | given
     return TorchAttention(config, layer_number=1, pg_collection=groups, **given)
 
@@ -36,7 +36,9 @@ def softmax_attention(
     sink: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention as its definition says, one query of one head at a time; all [sequence, batch, heads, channels].
+    """Compute attention from its definition, one query of one head at a time.
+
+    Tensors are [sequence, batch, heads, channels].
 
     The bias is [batch or 1, heads, queries, keys].
     """
@@ -66,8 +68,8 @@ def random_heads(length: int, groups: int, *, channels: int = 8, values: int = 8
     ]
 
 
-def check(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-    """Outputs and the gradients of all inputs are equal."""
+def assert_equal_with_gradients(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Check that outputs and gradients of all inputs are equal."""
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     weights = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(3))
     gradients = [torch.autograd.grad((output * weights).sum(), inputs) for output in (found, expected)]
@@ -82,8 +84,10 @@ def test_causal_attention_matches_the_formula(
 ) -> None:
     config = transformer(num_query_groups=groups)
     inputs = random_heads(length, groups, values=values)
-    found = attention(config, pg_collection)(*inputs, None)
-    check(found, softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8)), inputs)
+    found = make_attention(config, pg_collection)(*inputs, None)
+    assert_equal_with_gradients(
+        found, softmax_attention(*inputs, lambda at, of: of <= at, scale=1 / math.sqrt(8)), inputs
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,15 +104,15 @@ def test_attention_variants_match_the_formula(
     allowed: Callable[[int, int], bool],
 ) -> None:
     inputs = random_heads(6, 4)
-    found = attention(transformer(**fields), pg_collection)(*inputs, None)
-    check(found, softmax_attention(*inputs, allowed, scale=1 / math.sqrt(8)), inputs)
+    found = make_attention(transformer(**fields), pg_collection)(*inputs, None)
+    assert_equal_with_gradients(found, softmax_attention(*inputs, allowed, scale=1 / math.sqrt(8)), inputs)
 
 
 def test_a_sink_takes_its_share_of_the_softmax(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
     from bridge.dist.cpu import cpu_runtime
 
-    with cpu_runtime():  # megatron-core puts the sink on a GPU
-        layer = attention(transformer(softmax_type="learnable"), pg_collection)
+    with cpu_runtime():  # megatron-core creates the sink on the GPU
+        layer = make_attention(transformer(softmax_type="learnable"), pg_collection)
     inputs = [part.detach().float().requires_grad_() for part in random_heads(5, 2)]
     sink = layer.softmax_offset
     assert isinstance(sink, torch.nn.Parameter)
@@ -140,10 +144,10 @@ def test_a_bias_is_added_to_the_scaled_scores(
         mask[..., 3] = True
         allowed = lambda at, of: of != 3  # noqa: E731
     bias = torch.randn(samples, 4, 5, 5, dtype=torch.float64, requires_grad=True)
-    layer = attention(config, pg_collection, attn_mask_type=mask_type, softmax_scale=config.softmax_scale)
+    layer = make_attention(config, pg_collection, attn_mask_type=mask_type, softmax_scale=config.softmax_scale)
     found = layer(*inputs, mask, attention_bias=bias)
     scale = config.softmax_scale or 1 / math.sqrt(8)
-    check(found, softmax_attention(*inputs, allowed, scale=scale, bias=bias), [*inputs, bias])
+    assert_equal_with_gradients(found, softmax_attention(*inputs, allowed, scale=scale, bias=bias), [*inputs, bias])
 
 
 def test_a_bias_may_join_sequences_of_unequal_length(
@@ -152,10 +156,10 @@ def test_a_bias_may_join_sequences_of_unequal_length(
     query, *_ = random_heads(3, 4)
     _, key, value = random_heads(6, 4)
     bias = torch.randn(1, 4, 3, 6, dtype=torch.float64, requires_grad=True)
-    layer = attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.arbitrary, attention_type="cross")
+    layer = make_attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.arbitrary, attention_type="cross")
     found = layer(query, key, value, None, attention_bias=bias)
     expected = softmax_attention(query, key, value, lambda at, of: True, scale=1 / math.sqrt(8), bias=bias)
-    check(found, expected, [query, key, value, bias])
+    assert_equal_with_gradients(found, expected, [query, key, value, bias])
 
 
 @pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding, AttnMaskType.causal])
@@ -164,8 +168,10 @@ def test_a_given_mask_replaces_the_causal_one(
 ) -> None:
     inputs = random_heads(6, 4)
     mask = torch.ones(6, 6, dtype=torch.bool).triu(3)[None, None]  # two tokens ahead may be seen
-    found = attention(transformer(), pg_collection, attn_mask_type=mask_type)(*inputs, mask)
-    check(found, softmax_attention(*inputs, lambda at, of: of <= at + 2, scale=1 / math.sqrt(8)), inputs)
+    found = make_attention(transformer(), pg_collection, attn_mask_type=mask_type)(*inputs, mask)
+    assert_equal_with_gradients(
+        found, softmax_attention(*inputs, lambda at, of: of <= at + 2, scale=1 / math.sqrt(8)), inputs
+    )
 
 
 def test_a_padding_mask_is_combined_with_the_causal_mask(
@@ -174,27 +180,27 @@ def test_a_padding_mask_is_combined_with_the_causal_mask(
     inputs = random_heads(6, 4)
     mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     mask[..., 1] = True
-    found = attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.padding_causal)(*inputs, mask)
+    found = make_attention(transformer(), pg_collection, attn_mask_type=AttnMaskType.padding_causal)(*inputs, mask)
     allowed = softmax_attention(*inputs, lambda at, of: of <= at and of != 1, scale=1 / math.sqrt(8))
-    check(found, allowed, inputs)
+    assert_equal_with_gradients(found, allowed, inputs)
 
 
 def test_queries_after_cached_keys_attend_to_all_of_them(
     pg_collection: ProcessGroupCollection, transformer: Transformer
 ) -> None:
     query, key, value = random_heads(6, 4)
-    layer = attention(transformer(), pg_collection)
+    layer = make_attention(transformer(), pg_collection)
     torch.testing.assert_close(layer(query[4:], key, value, None), layer(query, key, value, None)[4:])
 
 
 def test_packed_sequences_are_refused(pg_collection: ProcessGroupCollection, transformer: Transformer) -> None:
-    layer = attention(transformer(), pg_collection)
+    layer = make_attention(transformer(), pg_collection)
     with pytest.raises(UnsupportedError, match="packed sequences"):
         layer(*random_heads(4, 4), None, packed_seq_params=object())
 
 
 def attend_in_parallel(config: TransformerConfig) -> list[torch.Tensor]:
-    """On each rank: attend to this rank's pieces of the sequence, and return output and gradients."""
+    """Attend to this rank's pieces of the sequence; return output and gradients."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     from bridge.dist import Layout, create_process_groups
@@ -202,13 +208,13 @@ def attend_in_parallel(config: TransformerConfig) -> list[torch.Tensor]:
     ranks = torch.distributed.get_world_size()
     groups = create_process_groups(Layout(cp=ranks))
     inputs = [
-        # as data loaders deal it out: [batch, sequence, ...]
+        # the split of megatron-core's data loaders, which takes [batch, sequence, ...]
         get_batch_on_this_cp_rank({"part": part.detach().transpose(0, 1)}, False, cp_group=groups.cp)["part"]
         .transpose(0, 1)
         .requires_grad_()
         for part in random_heads(4 * ranks, 2)
     ]
-    output = attention(config, groups)(*inputs, None)
+    output = make_attention(config, groups)(*inputs, None)
     return [part.detach() for part in (output, *torch.autograd.grad(output.sin().sum(), inputs))]
 
 
@@ -218,7 +224,7 @@ def test_context_parallel_ranks_match_one_process(
 ) -> None:
     config = transformer(num_query_groups=2, **fields)
     whole = random_heads(8, 2)
-    output = attention(config, pg_collection)(*whole, None)
+    output = make_attention(config, pg_collection)(*whole, None)
     expected = [output, *torch.autograd.grad(output.sin().sum(), whole)]
     config.context_parallel_size = 2
     for rank, found in enumerate(run_ranks(attend_in_parallel, 2, config)):
@@ -228,10 +234,10 @@ def test_context_parallel_ranks_match_one_process(
 
 
 def attend_in_parallel_with_bias(config: TransformerConfig) -> str:
-    """On each rank: what is said to an attention bias under context parallelism."""
+    """Use an attention bias under context parallelism; return the error message."""
     from bridge.dist import Layout, create_process_groups
 
-    layer = attention(config, create_process_groups(Layout(cp=2)))
+    layer = make_attention(config, create_process_groups(Layout(cp=2)))
     try:
         layer(*random_heads(4, 4), None, attention_bias=torch.zeros(1, 4, 4, 4))
     except UnsupportedError as error:

@@ -1,4 +1,4 @@
-"""The layers in PyTorch under layouts: every parameter's gradient is that of one process."""
+"""Layers in PyTorch under layouts: every parameter has the same gradient as on one process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ranks import run_ranks
 
 
 class Case(NamedTuple):
-    """A preset with some of its values changed, and a layout."""
+    """A preset, changed by OVERRIDES, and a layout."""
 
     preset: str
     sizes: dict[str, int]
     sequence_parallel: bool = False
 
 
-# Attention that is far from uniform, so that all of it has gradients that matter; and norms of queries and keys.
+# Larger weights make attention far from uniform, so that all of its parameters get significant gradients.
 OVERRIDES = {
     "tiny": [
         "transformer.init_method_std=0.2",
@@ -57,7 +57,7 @@ LAYOUTS = {
 
 
 def gradients(case: Case) -> list[tuple[Any, Any]]:
-    """On each rank: where each parameter stands in the whole model, and its gradient after one backward pass."""
+    """Run one backward pass; return this rank's parameters by their placement in the whole model, with gradients."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -89,7 +89,7 @@ def gradients(case: Case) -> list[tuple[Any, Any]]:
 
 
 def save_gradients(folder: Path) -> None:
-    """On one rank: write the gradients of each whole model."""
+    """Write the gradients of each whole model, on one rank."""
     import torch
 
     from bridge.dist import destroy_process_groups
@@ -101,7 +101,7 @@ def save_gradients(folder: Path) -> None:
 
 
 def compare_gradients(cases: dict[str, Case], folder: Path) -> dict[str, dict[str, float]]:
-    """On each rank: by case and parameter, the largest difference in units of the parameter's largest gradient."""
+    """Return the largest difference of each parameter's gradient, relative to its largest gradient, by case."""
     import torch
 
     from bridge.dist import destroy_process_groups
@@ -122,7 +122,7 @@ def compare_gradients(cases: dict[str, Case], folder: Path) -> dict[str, dict[st
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
-    """By case, for each rank: differences of gradients from those of one process."""
+    """Return the differences from the gradients of one process by case, for each rank."""
     folder = tmp_path_factory.mktemp("gradients")
     run_ranks(save_gradients, 1, folder)
     return {

@@ -1,7 +1,7 @@
-"""Layers in PyTorch write the checkpoint keys that megatron-core writes for layers of Transformer Engine.
+"""Layers in PyTorch have the checkpoint keys of layers of Transformer Engine.
 
-What is expected comes from a process of its own: this file as a program, with a stand-in for Transformer Engine, where
-megatron-core's specs and its own ``sharded_state_dict`` give the keys.
+A separate process computes the expected keys: it runs this file as a program, with a stand-in for Transformer Engine,
+and collects the keys from megatron-core's own layer specs and ``sharded_state_dict``.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def build(name: str) -> Any:
 
 
 def checkpoint_keys(model: Any) -> list[Key]:
-    """All that a model writes into a sharded checkpoint: key, and shape of the whole."""
+    """Return the key and the global shape of everything that a model writes into a sharded checkpoint."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
@@ -119,7 +119,7 @@ def checkpoint_keys(model: Any) -> list[Key]:
 
 @contextmanager
 def world_of_one() -> Iterator[None]:
-    """Process groups and random states of one rank, on the CPU."""
+    """Create the process groups and random states of one rank on the CPU."""
     from bridge.dist.cpu import cpu_runtime
 
     with cpu_runtime():
@@ -140,7 +140,7 @@ def world_of_one() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[Key]]:
-    """The keys of every model, from megatron-core with layers of Transformer Engine."""
+    """Return the keys of every model, from megatron-core with layers of Transformer Engine."""
     tests = Path(__file__).parents[3] / "tests"
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"PYTHONPATH": str(tests)}, capture_output=True, text=True
@@ -181,18 +181,18 @@ def main() -> None:
 
     from bridge.dist.process import gpu_libraries
 
-    vars(gpu_libraries)["_NAMES"] = ()  # else the CPU runtime hides it
+    vars(gpu_libraries)["_NAMES"] = ()  # otherwise the CPU runtime hides the stand-in
     transformer_engine_stand_in.install()
     with world_of_one():
         models = {name: build(name) for name in MODELS}
-        ours = {
+        bridge_layers = {
             type(module).__name__
             for model in models.values()
             for module in model.modules()
             if type(module).__module__.startswith("bridge.models.backend.")
-            and type(module).__module__ != "bridge.models.backend.mixer"  # Transformer Engine has none
+            and type(module).__module__ != "bridge.models.backend.mixer"  # Transformer Engine has no mixer
         }
-        assert not ours, f"the keys expected of {ours} come from the same"
+        assert not bridge_layers, f"the expected keys would come from layers of Bridge: {bridge_layers}"
         sys.stdout.write(json.dumps({name: checkpoint_keys(model) for name, model in models.items()}))
 
 

@@ -1,4 +1,4 @@
-"""Transformer Engine or PyTorch: which is taken, and what is refused for it."""
+"""The choice between layers of Transformer Engine and PyTorch, and features that neither supports."""
 
 import logging
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
-from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
+from megatron.training.models.gpt import GPTModelBuilder as MegatronGPTBuilder
+from megatron.training.models.gpt import GPTModelConfig as MegatronGPTConfig
 
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.backend import choice
@@ -30,7 +30,7 @@ Transformer = Callable[..., TransformerConfig]
 without_te = pytest.mark.skipif(HAVE_TE, reason="says what happens where Transformer Engine is not installed")
 
 
-def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
+def attention_classes(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
     model: Any = GPTModelBuilder(config).build_model(pg_collection)
     return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
 
@@ -57,8 +57,8 @@ def test_the_fallback_to_pytorch_layers_is_logged_once(
     assert "Transformer Engine is not installed" in said[0]
 
 
-# What the local layers of megatron-core 0.19.2 cannot do and ours can.
-ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
+# Features that megatron-core 0.19.2 lacks in local layers and Bridge has in PyTorch layers.
+ONLY_PYTORCH_LAYERS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
     "sequence parallelism": (TransformerConfig, {"sequence_parallel": True, "tensor_model_parallel_size": 2}),
     "context parallelism": (TransformerConfig, {"context_parallel_size": 2}),
     "multi-latent attention": (MLATransformerConfig, {}),
@@ -66,8 +66,8 @@ ONLY_OURS: dict[str, tuple[type[TransformerConfig], dict[str, Any]]] = {
     "zero-centered norms": (TransformerConfig, {"layernorm_zero_centered_gamma": True}),
 }
 
-# What neither can, and how we say so. A test below tells when the local ones can.
-BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+# Features that both lack, with the message of the error. A test below fails when local layers gain one.
+UNSUPPORTED: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
     "persistent norms": (TransformerConfig, {"persist_layer_norm": True}, r"persist_layer_norm to false"),
     "saving norms": (TransformerConfig, {"memory_efficient_layer_norm": True}, r"memory_efficient_layer_norm to false"),
     "latent experts": (
@@ -87,8 +87,8 @@ BEYOND_PYTORCH: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] =
     ),
 }
 
-# What neither can train; built it can be.
-BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
+# Features with which both can be built but not trained.
+UNTRAINABLE: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
     "offloaded inputs": (
         TransformerConfig,
         {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
@@ -108,49 +108,49 @@ BEYOND_TRAINING: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] 
 
 
 @without_te
-@pytest.mark.parametrize("case", ONLY_OURS)
+@pytest.mark.parametrize("case", ONLY_PYTORCH_LAYERS)
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_features_missing_from_local_layers_are_built(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
-    cls, inner = ONLY_OURS[case]
+    cls, inner = ONLY_PYTORCH_LAYERS[case]
     config = gpt(cls, transformer_impl=implementation, **inner)
-    with cpu_runtime():  # the rotary embedding of multi-latent attention is made on a GPU
-        assert attention_of(config, pg_collection) == [TorchAttention] * 4
+    with cpu_runtime():  # the rotary embedding of multi-latent attention is created on the GPU
+        assert attention_classes(config, pg_collection) == [TorchAttention] * 4
 
 
 @without_te
-@pytest.mark.parametrize("case", [*BEYOND_PYTORCH, *BEYOND_TRAINING])
+@pytest.mark.parametrize("case", [*UNSUPPORTED, *UNTRAINABLE])
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_features_missing_from_pytorch_layers_are_refused(
     pg_collection: ProcessGroupCollection, gpt: GPT, case: str, implementation: str
 ) -> None:
-    cls, inner, message = (BEYOND_PYTORCH | BEYOND_TRAINING)[case]
+    cls, inner, message = (UNSUPPORTED | UNTRAINABLE)[case]
     with pytest.raises(UnsupportedError, match=message):
         GPTModelBuilder(gpt(cls, transformer_impl=implementation, **inner)).build_model(pg_collection)
 
 
 @without_te
-@pytest.mark.parametrize("case", [*ONLY_OURS, *BEYOND_PYTORCH])
+@pytest.mark.parametrize("case", [*ONLY_PYTORCH_LAYERS, *UNSUPPORTED])
 def test_local_layers_still_lack_these_features(
     pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
 ) -> None:
-    cls, inner, *_ = ONLY_OURS.get(case) or BEYOND_PYTORCH[case]
-    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
+    cls, inner, *_ = ONLY_PYTORCH_LAYERS.get(case) or UNSUPPORTED[case]
+    config = MegatronGPTConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
     with pytest.raises((AssertionError, RuntimeError, TypeError)):
-        ReferenceBuilder(config).build_model(pg_collection)
+        MegatronGPTBuilder(config).build_model(pg_collection)
 
 
 @without_te
-@pytest.mark.parametrize("case", BEYOND_TRAINING)
+@pytest.mark.parametrize("case", UNTRAINABLE)
 def test_local_layers_still_cannot_train_these_features(
     pg_collection: ProcessGroupCollection, transformer: Transformer, case: str
 ) -> None:
-    cls, inner, _ = BEYOND_TRAINING[case]
-    config = ReferenceConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
+    cls, inner, _ = UNTRAINABLE[case]
+    config = MegatronGPTConfig(transformer=transformer(cls, transformer_impl="local", **inner), vocab_size=96)
     with cpu_runtime():
-        model_parallel_cuda_manual_seed(1)  # dispatched tokens ask for its states
-        model = ReferenceBuilder(config).build_model(pg_collection)
+        model_parallel_cuda_manual_seed(1)  # the token dispatcher uses these random states
+        model = MegatronGPTBuilder(config).build_model(pg_collection)
         tokens = torch.arange(8)[None]
         mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
         with pytest.raises((NameError, RuntimeError)):

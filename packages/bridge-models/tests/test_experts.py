@@ -1,4 +1,4 @@
-"""Experts in PyTorch, grouped and one by one."""
+"""Grouped and sequential experts in PyTorch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Transformer = Callable[..., TransformerConfig]
 
 
 def test_grouped_and_sequential_experts_are_equal() -> None:
-    run_ranks(grouped_beside_sequential, 1)
+    run_ranks(compare_grouped_and_sequential, 1)
 
 
-def grouped_beside_sequential() -> None:
-    """On one rank: both kinds of experts with the same weights give the same output and gradients."""
+def compare_grouped_and_sequential() -> None:
+    """Check that both kinds of experts give the same output and gradients from the same weights, on one rank."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -56,17 +56,17 @@ def grouped_beside_sequential() -> None:
         output.sin().sum().backward()
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
         results.append((output, gradients))
-    (output, gradients), (expected, theirs) = results
+    (output, gradients), (expected, expected_gradients) = results
     torch.testing.assert_close(output, expected)
-    assert len(gradients) == len(theirs)
+    assert len(gradients) == len(expected_gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, theirs[sequential_name(name)])
-    # A checkpoint of the one is a checkpoint of the other.
-    assert parts_in_checkpoint(one) == parts_in_checkpoint(other)
+        torch.testing.assert_close(gradient, expected_gradients[sequential_name(name)])
+    # Each can load the checkpoint of the other.
+    assert checkpoint_parts(one) == checkpoint_parts(other)
 
 
-def parts_in_checkpoint(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...], list[float]]]:
-    """What a layer writes into a sharded checkpoint: name and shape of the whole, where the part stands, its values."""
+def checkpoint_parts(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...], list[float]]]:
+    """Return name, global shape, offset and values of all that a layer writes into a sharded checkpoint."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -76,8 +76,8 @@ def parts_in_checkpoint(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ..
     return sorted((part.key, part.global_shape, part.global_offset, part.data.flatten().tolist()) for part in parts)
 
 
-def part_of_experts(layer: type[ColumnParallelGroupedLinear]) -> torch.Tensor:
-    """On each of two ranks: its part of an expert's gated weight, [8, 6] in all, initialised on the CPU."""
+def initialise_part_of_weight(layer: type[ColumnParallelGroupedLinear]) -> torch.Tensor:
+    """Initialise an expert's gated weight, [8, 6] in total, on the CPU of two ranks; return this rank's part."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.dist import Layout, create_process_groups
@@ -116,12 +116,12 @@ def test_tensor_parallel_ranks_initialise_parts_of_one_weight(
     layer: type[ColumnParallelGroupedLinear], parts: Any
 ) -> None:
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    for found, (rows, columns) in zip(run_ranks(part_of_experts, 2, layer), parts, strict=True):
+    for found, (rows, columns) in zip(run_ranks(initialise_part_of_weight, 2, layer), parts, strict=True):
         torch.testing.assert_close(found, whole[list(rows)][:, list(columns)])
 
 
-def experts_of_a_rank(ep: int, grouped: bool) -> dict[int, torch.Tensor]:
-    """On each rank of expert parallelism: the first matrix of its experts by their number, initialised on the CPU."""
+def initialise_experts(ep: int, grouped: bool) -> dict[int, torch.Tensor]:
+    """Initialise experts on the CPU; return the first matrix of this rank's experts by their global number."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.dist import Layout, create_process_groups
@@ -149,14 +149,14 @@ def experts_of_a_rank(ep: int, grouped: bool) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_ranks_initialise_different_experts_of_one_model(grouped: bool) -> None:
-    (whole,) = run_ranks(experts_of_a_rank, 1, 1, grouped)
+    (whole,) = run_ranks(initialise_experts, 1, 1, grouped)
     assert len({expert.sum().item() for expert in whole.values()}) == 4
-    parts = run_ranks(experts_of_a_rank, 2, 2, grouped)
+    parts = run_ranks(initialise_experts, 2, 2, grouped)
     torch.testing.assert_close(parts[0] | parts[1], whole, rtol=0, atol=0)
 
 
 def sequential_name(name: str) -> str:
-    """`experts.linear_fc1.weight3`, Transformer Engine's name of it, as Megatron calls it in experts one by one."""
+    """Convert a name of grouped experts, `experts.linear_fc1.weight3`, to that of sequential experts in Megatron."""
     return re.sub(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)", r"experts.local_experts.\3.\1.\2", name)
 
 

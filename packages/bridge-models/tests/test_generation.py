@@ -1,4 +1,4 @@
-"""Generation settings are checked against the vocabulary and the longest sequence of every family."""
+"""Generation settings are checked against the vocabulary and sequence length of every model family."""
 
 from __future__ import annotations
 

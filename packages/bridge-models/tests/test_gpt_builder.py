@@ -1,3 +1,5 @@
+"""GPT models are built like those of megatron.training, whole and in pipeline stages."""
+
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +13,8 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.models.gpt import GPTModelBuilder as ReferenceBuilder
-from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
+from megatron.training.models.gpt import GPTModelBuilder as MegatronGPTBuilder
+from megatron.training.models.gpt import GPTModelConfig as MegatronGPTConfig
 from ranks import run_ranks
 from torch.nn.functional import silu
 
@@ -37,7 +39,7 @@ LLAMA = {
 }
 ROPE = {"position_embedding_type": "rope"}
 
-# Class of the transformer, its fields, the fields around it.
+# Class of the transformer, its fields, and the fields of the model.
 MODELS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, Any]]] = {
     "plain": (TransformerConfig, {}, {}),
     "tied": (TransformerConfig, {}, {"share_embeddings_and_output_weights": True}),
@@ -45,13 +47,13 @@ MODELS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, Any]]
     "llama": (TransformerConfig, LLAMA, {**ROPE, "rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
     "bf16": (TransformerConfig, {**LLAMA, "bf16": True, "params_dtype": torch.bfloat16}, ROPE),
     "no positions": (TransformerConfig, {"add_qkv_bias": True}, {"position_embedding_type": "none"}),
-    "normed queries": (TransformerConfig, {"qk_layernorm": True}, {}),
+    "query and key norms": (TransformerConfig, {"qk_layernorm": True}, {}),
     "experts": (TransformerConfig, MOE, {}),
     "experts in every other layer": (TransformerConfig, {**MOE, "moe_layer_freq": [0, 1, 0, 1]}, {}),
     "shared experts": (TransformerConfig, {**MOE, "moe_shared_expert_intermediate_size": 16}, {}),
     "heterogeneous": (HeterogeneousTransformerConfig, {}, {}),
-    "two tokens ahead": (TransformerConfig, {"mtp_num_layers": 1}, {}),
-    "two tokens ahead, experts": (
+    "multi-token prediction": (TransformerConfig, {"mtp_num_layers": 1}, {}),
+    "multi-token prediction, experts": (
         TransformerConfig,
         {**MOE, "mtp_num_layers": 1, "moe_layer_freq": [1, 1, 1, 0]},
         {"position_embedding_type": "rope"},
@@ -68,18 +70,20 @@ def test_the_model_equals_that_of_megatron_training(
     cls, inner, outer = MODELS[model]
     outer = {"vocab_size": 96, "seq_length": 16} | outer
     local = transformer(cls, transformer_impl="local", **inner)
-    theirs = drawn(lambda: ReferenceBuilder(ReferenceConfig(transformer=local, **outer)).build_model(pg_collection))
+    megatron_model = build_seeded(
+        lambda: MegatronGPTBuilder(MegatronGPTConfig(transformer=local, **outer)).build_model(pg_collection)
+    )
     config = GPTModelConfig(transformer=transformer(cls, transformer_impl="local", **inner), **outer)
-    ours = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
-    assert state(ours) == state(theirs)
-    in_place_of: dict[type, type] = {
+    bridge_model = build_seeded(lambda: GPTModelBuilder(config).build_model(pg_collection))
+    assert parameter_values(bridge_model) == parameter_values(megatron_model)
+    replaced_by: dict[type, type] = {
         TorchAttention: DotProductAttention,
         TorchLayerNorm: torch.nn.LayerNorm,
         TorchRMSNorm: torch.nn.RMSNorm,
         SequentialExperts: SequentialMLP,
     }
-    kinds = [in_place_of.get(type(module), type(module)) for module in ours.modules()]
-    assert kinds == [type(module) for module in theirs.modules()]
+    kinds = [replaced_by.get(type(module), type(module)) for module in bridge_model.modules()]
+    assert kinds == [type(module) for module in megatron_model.modules()]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -90,8 +94,8 @@ def test_building_twice_gives_equal_models_and_keeps_the_config(
     config = gpt(cls, outer=outer, **inner)
     before = repr(config)
     builder = GPTModelBuilder(config)
-    first, second = (drawn(lambda: builder.build_model(pg_collection)) for _ in range(2))
-    assert state(first) == state(second)
+    first, second = (build_seeded(lambda: builder.build_model(pg_collection)) for _ in range(2))
+    assert parameter_values(first) == parameter_values(second)
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
     assert repr(config) == before
 
@@ -105,9 +109,9 @@ def test_a_config_read_back_builds_the_same_model(pg_collection: ProcessGroupCol
     assert type(read.transformer) is cls
     assert read.as_dict() == config.as_dict()
     assert repr(read) == repr(config)
-    first = drawn(lambda: GPTModelBuilder(config).build_model(pg_collection))
-    second = drawn(lambda: GPTModelBuilder(read).build_model(pg_collection))
-    assert state(first) == state(second)
+    first = build_seeded(lambda: GPTModelBuilder(config).build_model(pg_collection))
+    second = build_seeded(lambda: GPTModelBuilder(read).build_model(pg_collection))
+    assert parameter_values(first) == parameter_values(second)
 
 
 def test_outer_fields_are_passed_to_the_model(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
@@ -132,7 +136,7 @@ def test_outer_fields_are_passed_to_the_model(pg_collection: ProcessGroupCollect
     assert not model.parallel_output
     assert model.share_embeddings_and_output_weights
     assert model.rotary_scaling
-    # 8 channels a head, half of them rotated: 4 rotated channels are two pairs, of frequencies 1 and 5000 ** -1/2.
+    # 8 channels per head, half of them rotated: two pairs, with frequencies 1 and 5000 ** -1/2.
     assert model.rotary_pos_emb.inv_freq.shape == (2,)
     assert model.rotary_pos_emb.inv_freq[0] == 1.0
     assert model.rotary_pos_emb.seq_len_interpolation_factor == 2.0
@@ -185,9 +189,9 @@ def test_a_missing_vocabulary_size_is_an_error(pg_collection: ProcessGroupCollec
 Stage = tuple[bool, bool, list[tuple[int, str]], bool]
 
 
-@pytest.mark.parametrize("model", ["experts in every other layer", "heterogeneous", "two tokens ahead, experts"])
+@pytest.mark.parametrize("model", ["experts in every other layer", "heterogeneous", "multi-token prediction, experts"])
 def test_stages_of_a_pipeline_make_up_the_model(pg_collection: ProcessGroupCollection, gpt: GPT, model: str) -> None:
-    """Two ranks with two virtual stages each hold the layers of the whole model, one each and in order."""
+    """The stages of two ranks with two virtual stages each have all layers of the model, in order."""
     cls, inner, outer = MODELS[model]
     whole = GPTModelBuilder(gpt(cls, outer=outer, **inner)).build_model(pg_collection)
     split = {
@@ -195,7 +199,7 @@ def test_stages_of_a_pipeline_make_up_the_model(pg_collection: ProcessGroupColle
         "virtual_pipeline_model_parallel_size": 2,
         "pipeline_dtype": torch.float32,
     }
-    ranks = run_ranks(stages_of_rank, 2, gpt(cls, outer=outer, **split, **inner))
+    ranks = run_ranks(build_stages, 2, gpt(cls, outer=outer, **split, **inner))
     in_order = [ranks[pp_rank][vp_stage] for vp_stage in range(2) for pp_rank in range(2)]
     assert [(pre, post) for pre, post, _, _ in in_order] == [
         (True, False),
@@ -203,30 +207,32 @@ def test_stages_of_a_pipeline_make_up_the_model(pg_collection: ProcessGroupColle
         (False, False),
         (False, True),
     ]
-    assert [layer for _, _, layers, _ in in_order for layer in layers] == layers_of(whole)
+    assert [layer for _, _, layers, _ in in_order for layer in layers] == layer_descriptions(whole)
     assert [mtp for _, _, _, mtp in in_order] == [False, False, False, hasattr(whole, "mtp")]
 
 
-def stages_of_rank(config: GPTModelConfig) -> list[Stage]:
+def build_stages(config: GPTModelConfig) -> list[Stage]:
     groups = create_process_groups(Layout(pp=2, vp=2))
     stages = [GPTModelBuilder(config).build_model(groups, vp_stage=vp_stage) for vp_stage in range(2)]
-    return [(stage.pre_process, stage.post_process, layers_of(stage), hasattr(stage, "mtp")) for stage in stages]
+    return [
+        (stage.pre_process, stage.post_process, layer_descriptions(stage), hasattr(stage, "mtp")) for stage in stages
+    ]
 
 
-def layers_of(model: GPTModel) -> list[tuple[int, str]]:
-    """Number of each layer, and what it is made of."""
+def layer_descriptions(model: GPTModel) -> list[tuple[int, str]]:
+    """Return the number of each layer with the names and shapes of its parameters."""
     layers: Any = model.decoder.layers
     return [
         (layer.layer_number, str([(name, tuple(p.shape)) for name, p in layer.named_parameters()])) for layer in layers
     ]
 
 
-def drawn(build: Callable[[], GPTModel]) -> GPTModel:
-    """Build from a known state of the random generator."""
+def build_seeded(build: Callable[[], GPTModel]) -> GPTModel:
+    """Build a model from a fixed random state."""
     torch.manual_seed(1234)
     return build()
 
 
-def state(model: GPTModel) -> dict[str, tuple[torch.dtype, list[Any]]]:
-    """Every parameter by name, with its type and values."""
+def parameter_values(model: GPTModel) -> dict[str, tuple[torch.dtype, list[Any]]]:
+    """Return the dtype and the values of every parameter by name."""
     return {name: (p.dtype, p.tolist()) for name, p in model.named_parameters()}

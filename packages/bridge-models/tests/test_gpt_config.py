@@ -1,3 +1,5 @@
+"""The configuration of a GPT: defaults, access to transformer fields, checks and documents."""
+
 import copy
 import json
 import pickle
@@ -223,7 +225,7 @@ ROUND_TRIPS: dict[str, tuple[type[TransformerConfig], dict[str, Any], dict[str, 
         {},
     ),
     "heterogeneous": (HeterogeneousTransformerConfig, {}, {}),
-    "more than one token ahead": (TransformerConfig, {"mtp_num_layers": 2}, {}),
+    "multi-token prediction": (TransformerConfig, {"mtp_num_layers": 2}, {}),
     "layer spec function": (TransformerConfig, {}, {"transformer_layer_spec": default_layer_spec}),
     "explicit stages": (
         TransformerConfig,
@@ -246,11 +248,11 @@ def test_documents_keep_every_field(gpt: GPT, tmp_path: Path, case: str) -> None
     for read in (ModelConfig.from_dict(json.loads(json.dumps(config.as_dict()))), load_config(file)):
         assert isinstance(read, GPTModelConfig)
         assert type(read.transformer) is cls
-        assert alike(read) == alike(config)
+        assert comparable_text(read) == comparable_text(config)
 
 
-def alike(config: GPTModelConfig) -> str:
-    """The config as text; a layer layout has no text of its own."""
+def comparable_text(config: GPTModelConfig) -> str:
+    """Return the config as text, with the input of its pipeline layout, whose repr is an address."""
     layout = config.pipeline_model_parallel_layout
     return repr(config).replace(repr(layout), str(layout and layout.input_data))
 

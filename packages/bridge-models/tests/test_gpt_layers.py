@@ -1,4 +1,4 @@
-"""Which layers a GPT is built from."""
+"""The layer specs of a GPT: given, chosen, and for multi-token prediction."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +25,8 @@ from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training.models import gpt as reference
-from megatron.training.models.gpt import GPTModelConfig as ReferenceConfig
+from megatron.training.models import gpt as megatron_gpt
+from megatron.training.models.gpt import GPTModelConfig as MegatronGPTConfig
 
 from bridge.models.backend import choice
 from bridge.models.backend.attention import TorchAttention
@@ -44,7 +44,7 @@ without_te = pytest.mark.skipif(HAVE_TE, reason="says what happens where Transfo
 
 
 class OtherAttention(DotProductAttention):
-    """Stands for the attention of another backend."""
+    """A stand-in for the attention of another backend."""
 
 
 def other_spec() -> ModuleSpec:
@@ -54,14 +54,14 @@ def other_spec() -> ModuleSpec:
     return spec
 
 
-def attention_of(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
+def attention_classes(config: GPTModelConfig, pg_collection: ProcessGroupCollection) -> list[type]:
     model: Any = GPTModelBuilder(config).build_model(pg_collection)
     return [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
 
 
 def test_a_given_spec_is_used(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     config = gpt(outer={"transformer_layer_spec": other_spec()})
-    assert attention_of(config, pg_collection) == [OtherAttention] * 4
+    assert attention_classes(config, pg_collection) == [OtherAttention] * 4
 
 
 def test_a_function_of_the_config_may_return_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
@@ -72,7 +72,7 @@ def test_a_function_of_the_config_may_return_the_spec(pg_collection: ProcessGrou
         return other_spec()
 
     config = gpt(outer={"transformer_layer_spec": spec})
-    assert attention_of(config, pg_collection) == [OtherAttention] * 4
+    assert attention_classes(config, pg_collection) == [OtherAttention] * 4
     assert asked == [config]
     assert asked[0] is config
 
@@ -98,7 +98,7 @@ def test_a_spec_function_may_take_the_virtual_stage(pg_collection: ProcessGroupC
 def test_a_partial_may_return_the_spec(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     spec = partial(gpt_layers.default_layer_spec, pp_rank=0)
     config = gpt(outer={"transformer_layer_spec": spec})
-    assert attention_of(config, pg_collection) == [TorchAttention] * 4
+    assert attention_classes(config, pg_collection) == [TorchAttention] * 4
 
 
 @pytest.mark.parametrize("given", [lambda config: None, lambda config: DotProductAttention, "local"])
@@ -111,14 +111,14 @@ def test_local_attention_is_replaced_in_a_copy(pg_collection: ProcessGroupCollec
     spec = other_spec()
     before = repr(spec)
     config = gpt(outer={"transformer_layer_spec": spec}, attention_backend=AttnBackend.local)
-    assert attention_of(config, pg_collection) == [TorchAttention] * 4
+    assert attention_classes(config, pg_collection) == [TorchAttention] * 4
     assert repr(spec) == before
 
 
 def test_local_attention_is_replaced_in_every_layer_of_a_block(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
     block = TransformerBlockSubmodules(layer_specs=[other_spec() for _ in range(4)], layer_norm=L2Norm)
     config = gpt(outer={"transformer_layer_spec": lambda config: block}, attention_backend=AttnBackend.local)
-    assert attention_of(config, pg_collection) == [TorchAttention] * 4
+    assert attention_classes(config, pg_collection) == [TorchAttention] * 4
     assert repr(block.layer_specs) == repr([other_spec() for _ in range(4)])
 
 
@@ -136,7 +136,7 @@ def test_experts_take_precedence_over_heterogeneous_blocks(pg_collection: Proces
 
 
 def test_qk_l2_norm_is_applied(pg_collection: ProcessGroupCollection, gpt: GPT) -> None:
-    # The reference forgets qk_l2_norm where layers are local and all alike.
+    # megatron.training ignores qk_l2_norm for local layers that are all equal.
     model: Any = GPTModelBuilder(gpt(qk_l2_norm=True)).build_model(pg_collection)
     assert all(isinstance(layer.self_attention.q_layernorm, L2Norm) for layer in model.decoder.layers)
 
@@ -157,7 +157,7 @@ def test_multi_token_prediction_repeats_the_last_decoder_layer(
 
 
 class OtherLayer(TransformerLayer):
-    """A layer that a user gives."""
+    """A layer given by the user."""
 
 
 @pytest.mark.parametrize("as_block", [False, True])
@@ -170,7 +170,7 @@ def test_multi_token_prediction_repeats_a_given_layer(
     model = GPTModelBuilder(gpt(num_layers=2, mtp_num_layers=1, outer=outer)).build_model(pg_collection)
     (depth,) = model.mtp.layers
     assert type(depth.mtp_model_layer) is type(model.decoder.layers[-1]) is OtherLayer
-    # It is used as it is given; only what surrounds it is ours.
+    # The given layer is used unchanged; only the modules around it are Bridge's.
     assert type(depth.mtp_model_layer.self_attention.core_attention) is DotProductAttention
     assert isinstance(depth.hnorm, TorchNorm)
 
@@ -190,15 +190,15 @@ def test_a_stage_without_layers_predicts_with_the_default_layer(
 
 
 class MarkedProvider(LocalSpecProvider):
-    """Gives local parts, apart from an attention to know it by."""
+    """A provider of local modules, except the attention, which marks its use."""
 
     def core_attention(self) -> type:
         return OtherAttention
 
 
 @pytest.fixture
-def pretended_te(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine as if it were installed, which takes a GPU: what is chosen is real, its parts are not."""
+def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that Transformer Engine, which needs a GPU, is installed: only the choice of layers is real."""
     monkeypatch.setattr(choice, "HAVE_TE", True)
     monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", MarkedProvider)
@@ -215,7 +215,7 @@ def test_megatron_specs_still_norm_uncompressed_queries(transformer: Transformer
 
 
 @without_te
-@pytest.mark.usefixtures("pretended_te")
+@pytest.mark.usefixtures("fake_transformer_engine")
 def test_transformer_engine_norms_of_uncompressed_queries_are_refused(gpt: GPT) -> None:
     config = gpt(MLATransformerConfig, q_lora_rank=None, qk_layernorm=True)
     with pytest.raises(UnsupportedError, match=r"set transformer\.transformer_impl to local"):
@@ -223,7 +223,7 @@ def test_transformer_engine_norms_of_uncompressed_queries_are_refused(gpt: GPT) 
 
 
 @without_te
-@pytest.mark.usefixtures("pretended_te")
+@pytest.mark.usefixtures("fake_transformer_engine")
 @pytest.mark.parametrize("modelopt", [False, True])
 @pytest.mark.parametrize(
     "inner",
@@ -232,19 +232,19 @@ def test_transformer_engine_norms_of_uncompressed_queries_are_refused(gpt: GPT) 
 def test_with_transformer_engine_layers_match_megatron_training(
     pg_collection: ProcessGroupCollection, transformer: Transformer, inner: dict[str, Any], modelopt: bool
 ) -> None:
-    around: dict[str, Any] = {"vocab_size": 96, "restore_modelopt_state": modelopt}
-    theirs = ReferenceConfig(transformer=transformer(**inner), **around)
-    ours = GPTModelConfig(transformer=transformer(**inner), **around)
-    expected = reference.default_layer_spec(theirs, 0)
-    chosen = gpt_layers.layer_spec(ours, vp_stage=None, pp_rank=0)
+    outer: dict[str, Any] = {"vocab_size": 96, "restore_modelopt_state": modelopt}
+    megatron_config = MegatronGPTConfig(transformer=transformer(**inner), **outer)
+    config = GPTModelConfig(transformer=transformer(**inner), **outer)
+    expected = megatron_gpt.default_layer_spec(megatron_config, 0)
+    chosen = gpt_layers.layer_spec(config, vp_stage=None, pp_rank=0)
     assert repr(chosen) == repr(expected)
-    assert repr(gpt_layers.mtp_block_spec(ours, chosen, vp_stage=None, pp_rank=0)) == repr(
-        reference.mtp_block_spec(theirs, expected)
+    assert repr(gpt_layers.mtp_block_spec(config, chosen, vp_stage=None, pp_rank=0)) == repr(
+        megatron_gpt.mtp_block_spec(megatron_config, expected)
     )
 
 
 @without_te
-@pytest.mark.usefixtures("pretended_te")
+@pytest.mark.usefixtures("fake_transformer_engine")
 @pytest.mark.parametrize(("implementation", "attention"), [("transformer_engine", True), ("local", False)])
 def test_local_layers_are_used_on_request(
     pg_collection: ProcessGroupCollection, gpt: GPT, implementation: str, attention: bool

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
-from huggingface_weights import Weights, carry
+from huggingface_weights import Weights, convert_weights
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -27,7 +27,7 @@ def _on_cpu(pg_collection: ProcessGroupCollection) -> Iterator[None]:
         yield
 
 
-def ours(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
+def make_bridge_model(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
     """Return the model that Bridge builds from the same config.json."""
     read: Any = ModelConfig.from_dict(from_hf(config).data)
     read.transformer.use_cpu_initialization = True
@@ -36,9 +36,9 @@ def ours(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
     return read.get_builder_cls()(read).build_model(pg_collection).eval()
 
 
-def load(model: Any, weights: Weights) -> None:
+def load_weights(bridge_model: Any, weights: Weights) -> None:
     """Load weights of transformers; the bias that only Megatron-Core's T5 has stays zero."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = bridge_model.load_state_dict(weights, strict=False)
     own = [name for name in missing if not name.endswith(("_extra_state", "output_layer.bias"))]
     assert (own, unexpected) == ([], [])
 
@@ -47,15 +47,15 @@ def load(model: Any, weights: Weights) -> None:
 @torch.no_grad()
 def test_logits_match_transformers(case: str, pg_collection: ProcessGroupCollection) -> None:
     config = MODELS[case]
-    reference = build_transformers_model(config)
-    model = ours(config, pg_collection)
-    load(model, carry(reference.config, reference.state_dict()))
+    transformers_model = build_transformers_model(config)
+    bridge_model = make_bridge_model(config, pg_collection)
+    load_weights(bridge_model, convert_weights(transformers_model.config, transformers_model.state_dict()))
     generator = torch.Generator().manual_seed(3)
     source, tokens = (torch.randint(96, (2, length), generator=generator) for length in (40, 24))
-    if reference.config.is_encoder_decoder:
-        expected = reference(input_ids=source, decoder_input_ids=tokens).logits
-        found = model(source, tokens, None, None, None)
+    if transformers_model.config.is_encoder_decoder:
+        expected = transformers_model(input_ids=source, decoder_input_ids=tokens).logits
+        found = bridge_model(source, tokens, None, None, None)
     else:
-        expected = reference(tokens, use_cache=False).logits
-        found = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+        expected = transformers_model(tokens, use_cache=False).logits
+        found = bridge_model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

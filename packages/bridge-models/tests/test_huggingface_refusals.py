@@ -1,4 +1,4 @@
-"""Fields that the other side cannot express are errors; fields without effect are left out with a note."""
+"""Conversions refuse fields that the other format cannot express, and note omitted fields without effect."""
 
 from __future__ import annotations
 

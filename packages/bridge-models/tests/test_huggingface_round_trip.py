@@ -1,4 +1,4 @@
-"""From config.json to a document and back, judged by transformers' own config classes, for every architecture."""
+"""Round trips from config.json to a document and back, compared by the config classes of transformers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import json
 
 import pytest
 import transformers
-from huggingface_cases import FAMILIES, FLAGS, MODELS, one_in
-from huggingface_meaning import PUBLISHED, Config, made, meaning, missing_tokens, saved, without_experts
+from huggingface_cases import FAMILIES, FLAGS, MODELS, one_of
+from huggingface_meaning import (
+    PUBLISHED,
+    Config,
+    make_transformers_config,
+    meaning,
+    missing_tokens,
+    without_experts,
+    write_with_transformers_5,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,15 +40,15 @@ def test_published_files_survive_the_round_trip(name: str) -> None:
         return
     document = from_hf(published).data
     Document(document).check()
-    came_back = to_hf(document).data
-    (architecture,) = came_back["architectures"]
+    written_back = to_hf(document).data
+    (architecture,) = written_back["architectures"]
     assert hasattr(transformers, architecture)
-    assert meaning(came_back) == meaning(published)
-    again = from_hf(came_back).data
-    assert to_hf(again).data == came_back
-    other_spelling = from_hf(saved(published)).data
+    assert meaning(written_back) == meaning(published)
+    again = from_hf(written_back).data
+    assert to_hf(again).data == written_back
+    other_spelling = from_hf(write_with_transformers_5(published)).data
     assert to_hf(other_spelling).data == {
-        name: value for name, value in came_back.items() if name != "_name_or_path"
+        name: value for name, value in written_back.items() if name != "_name_or_path"
     } | missing_tokens(published)
 
 
@@ -75,19 +83,19 @@ def test_every_architecture_has_a_strategy() -> None:
 @given(data=st.data())
 def test_any_file_survives_the_round_trip(model_type: str, data: st.DataObject) -> None:
     config = data.draw(FAMILIES[model_type], label="config")
-    version, old_type = data.draw(one_in(4, 5), label="version"), data.draw(FLAGS, label="old type")
+    version, old_type = data.draw(one_of(4, 5), label="version"), data.draw(FLAGS, label="old type")
     config = spell(config, version, old_type=old_type)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reader, "_check_fields", lambda *_: [])  # most drawn configs could not run
-        document, came_back = _convert_both_ways(config)
+        document, written_back = _convert_both_ways(config)
         assert len(_list_first_choices(document)) == 1
-        assert to_hf(from_hf(came_back).data).data == came_back
-        assert to_hf(from_hf(saved(config)).data).data == came_back | missing_tokens(config)
-    expected, actual = meaning(config), meaning(came_back)
+        assert to_hf(from_hf(written_back).data).data == written_back
+        assert to_hf(from_hf(write_with_transformers_5(config)).data).data == written_back | missing_tokens(config)
+    expected, actual = meaning(config), meaning(written_back)
     if model_type == "nemotron_h" and "E" not in document["hybrid_layer_pattern"]:
         expected, actual = without_experts(expected), without_experts(actual)
     assert actual == expected
-    assert came_back["model_type"] == model_type
+    assert written_back["model_type"] == model_type
 
 
 def _convert_both_ways(config: Config) -> tuple[Config, Config]:
@@ -96,7 +104,7 @@ def _convert_both_ways(config: Config) -> tuple[Config, Config]:
 
 
 def _list_first_choices(document: Config) -> list[str]:
-    """Return the architectures that can express a document and do not yield to another such one."""
+    """Return the architectures that can express a document and do not yield to another of them."""
     fields = read_fields(document)
     of_class = [one for one in ARCHITECTURES.values() if one.target == document["_target_"]]
     fitting = {one.model_type: one for one in of_class if not write(fields, one).problems}
@@ -111,26 +119,26 @@ def test_the_order_of_architectures_does_not_matter(monkeypatch: pytest.MonkeyPa
     assert [to_hf(document).data for document in plain] == written
 
 
-NUMBERS = one_in(-1, 0, 1, 2, 3, 8, 64, 10**5, 10**18, 10**400, 0.0, 0.5, 1.5, -2.0, 1e308)
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | NUMBERS | one_in("", "silu", "yarn", "llama3", "MM*E"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(one_in("type", "factor", "x"), inner, max_size=3),
+numbers = one_of(-1, 0, 1, 2, 3, 8, 64, 10**5, 10**18, 10**400, 0.0, 0.5, 1.5, -2.0, 1e308)
+any_data = st.recursive(
+    st.none() | st.booleans() | numbers | one_of("", "silu", "yarn", "llama3", "MM*E"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(one_of("type", "factor", "x"), inner, max_size=3),
     max_leaves=4,
 )
-SCALINGS = st.dictionaries(
-    one_in("rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "mscale", "mscale_all_dim"),
-    NUMBERS | one_in("yarn", "linear", "llama3"),
+rope_scalings = st.dictionaries(
+    one_of("rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "mscale", "mscale_all_dim"),
+    numbers | one_of("yarn", "linear", "llama3"),
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_data_is_refused_or_survives_the_round_trip(data: st.DataObject) -> None:
-    model_type = data.draw(one_in(*ARCHITECTURES))
-    names = one_in(*ARCHITECTURES[model_type].names, "rope_scaling", "unheard_of")
-    config = data.draw(st.dictionaries(names, NUMBERS | ANYTHING, max_size=4))
+    model_type = data.draw(one_of(*ARCHITECTURES))
+    names = one_of(*ARCHITECTURES[model_type].names, "rope_scaling", "unheard_of")
+    config = data.draw(st.dictionaries(names, numbers | any_data, max_size=4))
     if data.draw(FLAGS):
-        config["rope_scaling"] = data.draw(SCALINGS)
+        config["rope_scaling"] = data.draw(rope_scalings)
     try:
         document = from_hf({"model_type": model_type} | config).data
     except DocumentError:
@@ -141,10 +149,10 @@ def test_any_data_is_refused_or_survives_the_round_trip(data: st.DataObject) -> 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_document_is_refused_or_written(data: st.DataObject) -> None:
-    preset = data.draw(one_in("llama-3.1-8b", "deepseek-v3", "nemotron-h-8b", "t5-base", "gpt2-124m", "gpt-oss-20b"))
+    preset = data.draw(one_of("llama-3.1-8b", "deepseek-v3", "nemotron-h-8b", "t5-base", "gpt2-124m", "gpt-oss-20b"))
     document = Document.load(preset)
-    paths = one_in(*sorted(AFFECTS_COMPUTATION.union(*(one.fields for one in ARCHITECTURES.values()))))
-    for path, value in data.draw(st.dictionaries(paths, NUMBERS | ANYTHING, max_size=3)).items():
+    paths = one_of(*sorted(AFFECTS_COMPUTATION.union(*(one.fields for one in ARCHITECTURES.values()))))
+    for path, value in data.draw(st.dictionaries(paths, numbers | any_data, max_size=3)).items():
         document.set(path, value)
     try:
         written = to_hf(document.data)
@@ -154,7 +162,7 @@ def test_any_document_is_refused_or_written(data: st.DataObject) -> None:
 
 
 def test_a_finalized_configuration_is_written() -> None:
-    """A finalized config states what its document leaves to be derived: channels, groups, scales, initialisers."""
+    """A finalized config has explicit channels, groups, scales and initialisers, which its document leaves out."""
     for name in ("gemma-2b", "Qwen1.5-MoE-A2.7B", "gpt-oss-20b", "Llama-3.2-1B", "t5-base"):
         (file,) = (file for stem, file in PUBLISHED.items() if stem.endswith(name))
         document = from_hf(load_config_json(str(file)).data).data
@@ -178,7 +186,7 @@ def test_a_finalized_configuration_is_written() -> None:
 def test_presets_can_be_written_as_config_json(preset: str, model_type: str) -> None:
     written = to_hf(Document.load(preset).data).data
     assert written["model_type"] == model_type
-    assert made(written)
+    assert make_transformers_config(written)
 
 
 def test_a_document_records_its_architecture() -> None:

@@ -1,4 +1,4 @@
-"""The tables agree with the classes of transformers and of Megatron-Core."""
+"""The tables of architectures agree with the config classes of transformers and megatron-core."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import re
 
 import pytest
-from huggingface_meaning import Config, saved
+from huggingface_meaning import Config, write_with_transformers_5
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -22,20 +22,22 @@ from bridge.models.huggingface.families import ARCHITECTURES
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_defaults_match_transformers(model_type: str) -> None:
     cls = CONFIG_MAPPING[model_type]
-    theirs = {field.name: field.default for field in dataclasses.fields(cls)} | {"rope_theta": cls.default_theta}
-    ours = ARCHITECTURES[model_type].names
-    unset = {"bos_token_id", "eos_token_id", "pad_token_id", "time_step_limit"}  # left out of the document too
+    transformers_defaults = {field.name: field.default for field in dataclasses.fields(cls)} | {
+        "rope_theta": cls.default_theta
+    }
+    bridge_fields = ARCHITECTURES[model_type].names
+    unset = {"bos_token_id", "eos_token_id", "pad_token_id", "time_step_limit"}  # left out of documents, too
     differing = {
-        name: (known.default, theirs[name])
-        for name, known in ours.items()
-        if name in theirs and name not in unset and known.default != theirs[name]
+        name: (known.default, transformers_defaults[name])
+        for name, known in bridge_fields.items()
+        if name in transformers_defaults and name not in unset and known.default != transformers_defaults[name]
     }
     assert not differing
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_field_of_transformers_is_known(model_type: str) -> None:
-    document = from_hf(saved({"model_type": model_type} | SMALLEST.get(model_type, {}))).data
+    document = from_hf(write_with_transformers_5({"model_type": model_type} | SMALLEST.get(model_type, {}))).data
     assert to_hf(document).data["model_type"] == model_type
 
 
@@ -86,7 +88,7 @@ def test_every_field_that_affects_computation_is_handled() -> None:
 
 def test_yarn_config_declares_the_fields_that_megatron_only_reads() -> None:
     read = set(re.findall(r'"(yarn_\w+)"', inspect.getsource(gpt_model)))
-    ours = {field.name for field in dataclasses.fields(YarnTransformerConfig)}
-    theirs = {field.name for field in dataclasses.fields(TransformerConfig)}
+    bridge_fields = {field.name for field in dataclasses.fields(YarnTransformerConfig)}
+    megatron_fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert read
-    assert read == ours - theirs, "megatron-core declares them now: remove YarnTransformerConfig"
+    assert read == bridge_fields - megatron_fields, "megatron-core declares them now: remove YarnTransformerConfig"

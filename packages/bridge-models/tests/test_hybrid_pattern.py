@@ -1,3 +1,5 @@
+"""Hybrid layer patterns: symbols, errors and pipeline stages."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +13,8 @@ from bridge.models.mamba.pattern import split_pattern
 patterns = st.text("M*-E", min_size=1, max_size=24)
 
 
-def picture(text: object) -> list[str]:
-    """The lines below the first: the pattern, and arrows at what is wrong."""
+def marked_pattern(text: object) -> list[str]:
+    """Return the lines after the first: the pattern, and arrows below its invalid symbols."""
     return str(text).splitlines()[1:]
 
 
@@ -45,7 +47,7 @@ def test_errors_mark_the_invalid_part_of_a_pattern(pattern: str, says: str, arro
     said = find_problem(pattern, 2)
     assert said is not None
     assert says in said
-    assert picture(said) == [f"  {pattern}", f"  {arrows}"]
+    assert marked_pattern(said) == [f"  {pattern}", f"  {arrows}"]
 
 
 @pytest.mark.parametrize(("num_layers", "arrows"), [(3, "    ^^"), (6, "      ^")])
@@ -53,7 +55,7 @@ def test_a_wrong_number_of_layers_is_refused(num_layers: int, arrows: str) -> No
     said = find_problem("M*-|M*", num_layers)
     assert said is not None
     assert f"has 5 layers, transformer.num_layers is {num_layers}" in said
-    assert picture(said) == ["  M*-|M*", f"  {arrows}"]
+    assert marked_pattern(said) == ["  M*-|M*", f"  {arrows}"]
 
 
 def test_separators_give_the_stages() -> None:
@@ -61,13 +63,13 @@ def test_separators_give_the_stages() -> None:
     assert split_pattern("M|*-|E|M", 1) == "M*-EM"
     with pytest.raises(ModelConfigError, match="has 4 stages, the pipeline has 3") as error:
         split_pattern("M|*-|E|M", 3)
-    assert picture(error.value) == ["  M|*-|E|M", "  ^ ^  ^ ^"]
+    assert marked_pattern(error.value) == ["  M|*-|E|M", "  ^ ^  ^ ^"]
 
 
 def test_layers_that_do_not_divide_into_stages_are_refused() -> None:
     with pytest.raises(ModelConfigError, match="5 layers, which do not divide into 2 equal stages") as error:
         split_pattern("M*-EM", 2)
-    assert picture(error.value) == ["  M*-EM", "      ^"]
+    assert marked_pattern(error.value) == ["  M*-EM", "      ^"]
 
 
 @given(patterns, st.integers(1, 4))

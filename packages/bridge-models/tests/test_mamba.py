@@ -1,4 +1,4 @@
-"""Mamba and hybrid models on one process; under layouts they stand in test_backend_layouts and in the matrix."""
+"""Mamba and hybrid models on one process; test_backend_layouts.py and tests/test_matrix.py cover layouts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _on_cpu(pg_collection: ProcessGroupCollection) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def hybrid(transformer: Callable[..., Any]) -> HybridFactory:
-    """Makes small hybrid models from a pattern and the fields of the transformer."""
+    """Return a function that makes small hybrid configs from a pattern and fields of the transformer."""
 
     def make(pattern: str | None = "M*-E", *, outer: dict[str, Any] | None = None, **given: Any) -> MambaModelConfig:
         sizes: dict[str, Any] = {
@@ -114,23 +114,23 @@ def test_the_model_is_causal(hybrid: HybridFactory, pg_collection: ProcessGroupC
 
 
 def test_the_mixer_matches_transformers(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
-    # Eight heads of eight channels, two groups of states: Megatron's order of projections is that of the paper's code.
-    ours = build(hybrid("M"), pg_collection).decoder.layers[0].mixer
+    # Megatron orders the projections like the published code of Mamba-2, and so does transformers.
+    bridge_mixer = build(hybrid("M"), pg_collection).decoder.layers[0].mixer
     config = Mamba2Config(
         num_heads=8, head_dim=8, hidden_size=32, state_size=8, expand=2, n_groups=2, chunk_size=16, use_bias=False
     )
-    theirs: Any = Mamba2Mixer(config, layer_idx=0)
-    weights = {name.replace("conv1d_", "conv1d."): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict({name: value for name, value in weights.items() if value is not None})
+    transformers_mixer: Any = Mamba2Mixer(config, layer_idx=0)
+    weights = {name.replace("conv1d_", "conv1d."): value for name, value in bridge_mixer.state_dict().items()}
+    transformers_mixer.load_state_dict({name: value for name, value in weights.items() if value is not None})
     x = torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(3))
-    found, _ = ours(x.transpose(0, 1).contiguous())
-    torch.testing.assert_close(found.transpose(0, 1), theirs(x), rtol=1e-4, atol=1e-5)
+    found, _ = bridge_mixer(x.transpose(0, 1).contiguous())
+    torch.testing.assert_close(found.transpose(0, 1), transformers_mixer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_matches_training(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     tokens = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(2))
     trained = logits(build(hybrid("MM"), pg_collection), tokens)
-    # The other of Megatron's two ways through the mixer.
+    # Without the memory-efficient path, Megatron's mixer computes the steps separately.
     scored = logits(build(hybrid("MM", use_mamba_mem_eff_path=False), pg_collection), tokens)
     torch.testing.assert_close(scored, trained)
 
@@ -149,7 +149,7 @@ def test_packed_sequences_and_generation_are_refused(
 def test_megatron_layers_still_need_missing_libraries(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection
 ) -> None:
-    # When these work, megatron-core no longer needs TorchMambaMixer's context and TorchHybridStack.
+    # If these succeed, megatron-core has changed: remove TorchMambaMixer's context and TorchHybridStack.
     config = hybrid("M")
     assert not has_mamba_kernels()
     with pytest.raises(ImportError, match="MambaSSM is not installed"):
@@ -163,7 +163,7 @@ def test_megatron_layers_still_need_missing_libraries(
 def test_installed_kernels_are_used(
     hybrid: HybridFactory, pg_collection: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # No kernel runs: what is tested is the choice.
+    # Only the choice is tested; no kernel runs.
     monkeypatch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
     monkeypatch.setattr(mamba_mixer, "causal_conv1d_fn", lambda: None)
     spec: Any = stack_spec(hybrid("M"))
@@ -176,12 +176,12 @@ def test_installed_kernels_are_used(
 def test_replaced_parameters_get_gradients(hybrid: HybridFactory, pg_collection: ProcessGroupCollection) -> None:
     mixer = build(hybrid("M"), pg_collection).decoder.layers[0].mixer
     names = ["A_log", "D", "dt_bias", "conv1d_weight", "conv1d_bias"]
-    for name in names:  # as torch FSDP2 does
+    for name in names:  # like torch FSDP2
         setattr(mixer, name, torch.nn.Parameter(getattr(mixer, name).detach().clone()))
     x = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(3))
     forward_of_megatron = super(WrappableMambaMixer, mixer).forward
     forward_of_megatron(x)[0].square().sum().backward()
-    assert [getattr(mixer, name).grad for name in names] == [None] * 5  # when mended, ours need not look them up
+    assert [getattr(mixer, name).grad for name in names] == [None] * 5  # if this fails, remove the lookup
     mixer(x)[0].square().sum().backward()
     assert all(getattr(mixer, name).grad.abs().max() > 0 for name in names)
 
@@ -198,7 +198,7 @@ def test_initial_vectors_are_within_megatrons_ranges(
         assert not torch.equal(drawn[name], before)
         torch.testing.assert_close(drawn[name].mean(), before.mean(), rtol=0.05, atol=0.05)
         torch.testing.assert_close(drawn[name].std(), before.std(), rtol=0.1, atol=0)
-    # The ranges that the mixer is made with: rates of 1 to 16, steps of 0.001 to 0.1, filters as a convolution of four.
+    # Ranges of the initial values: decay rates 1 to 16, time steps 0.001 to 0.1, and a convolution of width 4.
     assert {round(bound.item()) for bound in drawn["A_log"].exp().aminmax()} == {1, 16}
     smallest, largest = softplus(drawn["dt_bias"]).aminmax()
     assert 0.001 <= smallest < 0.0011
@@ -207,7 +207,7 @@ def test_initial_vectors_are_within_megatrons_ranges(
 
 
 def train_on_long_sequences() -> tuple[int, list[float], list[float | None]]:
-    """On one rank: parameters of a hybrid, and losses and gradient norms of steps on 4,096 tokens each."""
+    """Train a hybrid on sequences of 4,096 tokens; return the number of parameters, losses and gradient norms."""
     from bridge.config import Document
     from bridge.dist import create_process_groups
     from bridge.dist.job import BuildJob
@@ -289,7 +289,7 @@ def test_layers_that_need_transformer_engine_are_refused(
         build(hybrid("MM", num_layers=2, mtp_num_layers=1, outer={"hybrid_layer_pattern": "MM/M"}), pg_collection)
 
 
-# --- The configuration
+# --- Configuration
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,8 @@ def test_plain_attention_in_an_mla_transformer_is_refused() -> None:
         config.validate()
 
 
-def layers_of_stages() -> list[tuple[list[int], list[str]]]:
-    """On each of two ranks: numbers and parts of the layers of its two virtual stages."""
+def build_virtual_stages() -> list[tuple[list[int], list[str]]]:
+    """Build two virtual stages on each of two ranks; return the numbers and the first modules of their layers."""
     from bridge.config import load_config
     from bridge.dist import Layout, create_process_groups
     from bridge.dist.engine.placement import list_layer_indices
@@ -357,8 +357,8 @@ def layers_of_stages() -> list[tuple[list[int], list[str]]]:
 
 
 def test_uneven_virtual_stages_get_their_layers() -> None:
-    # All first virtual stages of the ranks come before the second ones.
-    found = run_ranks(layers_of_stages, 2)
+    # Layers go to the first virtual stages of all ranks, then to the second ones.
+    found = run_ranks(build_virtual_stages, 2)
     assert [[numbers for numbers, _ in stages] for stages in found] == [[[0], [4]], [[1, 2, 3], [5]]]
     assert [[parts for _, parts in stages] for stages in found] == [
         [["mixer"], ["mixer"]],

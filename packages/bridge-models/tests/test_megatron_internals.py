@@ -1,4 +1,4 @@
-"""Names that megatron-core does not promise to keep: a version that lacks one is told by it."""
+"""Private names of megatron-core that bridge-models uses exist in the installed version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms in PyTorch are the formula."""
+"""Norms in PyTorch match their formulas."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Presets have the expected size, can be finalized, and are listed by `bridge presets`."""
+
 import json
 from functools import partial
 from pathlib import Path
@@ -21,17 +23,18 @@ NAMES = list(list_presets())
 
 EMBEDDINGS = 2 * 256 * 64
 GATED_MLP = 3 * 64 * 128
-LATENT = (64 + 1) * 32 + 32 * 4 * (16 + 8) + 64 * (16 + 8) + 16 + 16 * 4 * (16 + 16)  # queries; keys and values
-EXPERTS = 4 * (64 + 3 * 64 * 64)  # and their rows of the router
+LATENT = (64 + 1) * 32 + 32 * 4 * (16 + 8) + 64 * (16 + 8) + 16 + 16 * 4 * (16 + 16)  # queries, then keys and values
+EXPERTS = 4 * (64 + 3 * 64 * 64)  # with their rows of the router
 ATTENTION = 64 * (64 + 2 * 32) + 64 * 64
-# Projections, of 128 channels twice, inputs and outputs of 4 groups' states, and steps of 8 heads; convolution, norm.
+# Input projection (twice 128 channels, B and C of 4 groups with a state of 16, 8 time steps), output projection,
+# convolution, parameters of each head, norm.
 MAMBA = 64 * (2 * 128 + 2 * 4 * 16 + 8) + 128 * 64 + (128 + 2 * 4 * 16) * (4 + 1) + 3 * 8 + 128
 T5_ATTENTION, T5_MLP, T5_BUCKETS = 4 * 64 * 64, 2 * 64 * 256, 32 * 4
-# Every parameter once, added up: embeddings, layers (norms, attention with its output, MLP), last norm. Those of
-# published models are counted in test_published_models.
+# Parameters of embeddings, layers (norms, attention, MLP) and the final norm. test_published_models.py covers published
+# models.
 TOTALS = {
-    # Tied embedding and the output's bias; the encoder with two norms a layer, the decoder with cross attention and
-    # three; for each stack biases of relative positions and a last norm.
+    # Tied embedding with the bias of the output layer; encoder layers with two norms; decoder layers with cross
+    # attention and three norms; in each stack the relative-position biases and a final norm.
     "t5-tiny": 256 * (64 + 1)
     + 4 * (T5_ATTENTION + T5_MLP + 2 * 64)
     + 4 * (2 * T5_ATTENTION + T5_MLP + 3 * 64)
@@ -43,28 +46,28 @@ TOTALS = {
 }
 
 
-def on_meta(config: ModelConfig, pg_collection: ProcessGroupCollection) -> MegatronModule:
-    """The real model, whose parameters have shapes but no values, but for the vectors of Mamba layers."""
+def build_on_meta(config: ModelConfig, pg_collection: ProcessGroupCollection) -> MegatronModule:
+    """Build the model on the meta device; the vectors of Mamba layers have values all the same."""
     builder = config.get_builder_cls()(config)
     builder.transformer_config.use_cpu_initialization = True
     builder.transformer_config.perform_initialization = False
-    with cpu_runtime(), torch.device("meta"):  # some layers name the GPU
+    with cpu_runtime(), torch.device("meta"):  # some layers create tensors on the GPU
         model_parallel_cuda_manual_seed(1)
         model: MegatronModule = builder.build_model(pg_collection)
     return model
 
 
-def total(model: MegatronModule) -> int:
+def parameter_count(model: MegatronModule) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def finalized(name: str, *overrides: str) -> Any:
+def load_finalized(name: str, *overrides: str) -> Any:
     config: Any = load_config(name, overrides)
     config.finalize()
     return config
 
 
-def gpt_preset(name: str, *overrides: str) -> GPTModelConfig:
+def load_gpt(name: str, *overrides: str) -> GPTModelConfig:
     config = load_config(name, overrides)
     assert isinstance(config, GPTModelConfig)
     return config
@@ -72,9 +75,9 @@ def gpt_preset(name: str, *overrides: str) -> GPTModelConfig:
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_presets_have_the_expected_number_of_parameters(pg_collection: ProcessGroupCollection, name: str) -> None:
-    model = on_meta(load_config(name, ["should_pad_vocab=false"]), pg_collection)
+    model = build_on_meta(load_config(name, ["should_pad_vocab=false"]), pg_collection)
     assert {parameter.device.type for parameter in model.parameters() if parameter.numel() > 100_000} <= {"meta"}
-    assert total(model) == TOTALS[name]
+    assert parameter_count(model) == TOTALS[name]
 
 
 @pytest.mark.parametrize(("name", "hidden_size"), [("gpt2-124m", 768), ("gpt2-xl", 1600)])
@@ -82,8 +85,10 @@ def test_padding_adds_rows_only_to_the_embedding(
     pg_collection: ProcessGroupCollection, name: str, hidden_size: int
 ) -> None:
     padding = 50304 - 50257  # to a multiple of 128
-    plain = on_meta(gpt_preset(name, "should_pad_vocab=false"), pg_collection)
-    assert total(on_meta(gpt_preset(name), pg_collection)) == total(plain) + padding * hidden_size
+    plain = build_on_meta(load_gpt(name, "should_pad_vocab=false"), pg_collection)
+    assert (
+        parameter_count(build_on_meta(load_gpt(name), pg_collection)) == parameter_count(plain) + padding * hidden_size
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,37 +108,40 @@ def test_a_preset_written_as_yaml_reads_back(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_can_be_finalized(name: str) -> None:
-    finalized(name)
+    load_finalized(name)
 
 
 def test_gpt2_uses_the_tanh_approximation_of_gelu() -> None:
-    activation = gpt_preset("gpt2-124m").activation_func
+    activation = load_gpt("gpt2-124m").activation_func
     assert isinstance(activation, partial)
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    # Hendrycks and Gimpel's formula, as GPT-2's own code has it.
+    # The formula of Hendrycks and Gimpel, as in the code of GPT-2.
     expected = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     torch.testing.assert_close(activation(x), expected)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-405b"])
 def test_llama_uses_the_published_rotary_frequencies(pg_collection: ProcessGroupCollection, name: str) -> None:
-    model = on_meta(gpt_preset(name, "transformer.num_layers=1"), pg_collection)
+    model = build_on_meta(load_gpt(name, "transformer.num_layers=1"), pg_collection)
     rotary: Any = model.rotary_pos_emb
     frequencies = rotary.inv_freq
     assert frequencies.shape == (64,)
     assert frequencies[0] == 1.0
-    # The slowest pair turns less than once in 8192 tokens, so it is slowed down by the factor, 8.
+    # The slowest pair rotates less than once in 8192 tokens, so the scaling divides its frequency by the factor, 8.
     torch.testing.assert_close(frequencies[-1].item(), 500000.0 ** (-126 / 128) / 8)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_presets_have_byte_tokens_and_split_evenly(name: str) -> None:
-    assert finalized(name).vocab_size >= 256
-    for overrides in (["transformer.tensor_model_parallel_size=2", *split("2", "2")], split("4", "null")):
-        finalized(name, *overrides)
+    assert load_finalized(name).vocab_size >= 256
+    for overrides in (
+        ["transformer.tensor_model_parallel_size=2", *pipeline_overrides("2", "2")],
+        pipeline_overrides("4", "null"),
+    ):
+        load_finalized(name, *overrides)
 
 
-def split(pp: str, vp: str) -> list[str]:
+def pipeline_overrides(pp: str, vp: str) -> list[str]:
     return [
         f"transformer.pipeline_model_parallel_size={pp}",
         f"transformer.virtual_pipeline_model_parallel_size={vp}",

@@ -1,7 +1,7 @@
-"""The published config.json of known models, through `bridge from-hf`, builds models of the published size.
+"""Published config.json files, converted by `bridge from-hf`, give models with the published number of parameters.
 
-The files stand in ``huggingface``, as published, but for mamba2-2.7b: the file of its authors is of another form, this
-one is of the form that transformers reads.
+The files are in ``huggingface``, as published, except mamba2-2.7b: its authors' file has another format, so this one
+has the format of transformers.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ FILES = {file.stem: file for file in (Path(__file__).parent / "huggingface").glo
 
 @dataclass(frozen=True)
 class Count:
-    """The numbers of one model; each parameter counts once, so a tied output layer does not count again."""
+    """Numbers of parameters of one model; tied parameters count once."""
 
     published: int
-    """The elements of the published weights, as the model's page says; where it says nothing, the parameters that
-    the authors' or transformers' code makes of it."""
+    """Elements of the published weights, from the model's page, or else from the authors' or transformers' code."""
 
     stored: int = 0
-    """Of them, what is no parameter of its own."""
+    """Published elements that are not parameters: buffers, copies, scales."""
 
     megatron: int = 0
-    """What Megatron's model has beside."""
+    """Additional parameters of Megatron's model."""
 
     transformers: int = 0
-    """What the class of transformers has beside."""
+    """Additional parameters of the model of transformers."""
 
     @property
     def parameters(self) -> int:
@@ -50,7 +49,7 @@ class Count:
 
 
 def causal_masks(layers: int, positions: int) -> int:
-    """GPT-2's files hold the mask of each layer."""
+    """Return the elements of the causal masks that GPT-2's files store for each layer."""
     return layers * positions**2
 
 
@@ -62,7 +61,7 @@ def elements(matrices: Matrices) -> int:
 
 
 def scales(matrices: Matrices) -> int:
-    """One for each 128 x 128 block of a matrix in 8-bit floats."""
+    """Return the number of scales of matrices in FP8: one for each block of 128 x 128."""
     return sum(-(-rows // 128) * -(-columns // 128) for rows, columns in matrices)
 
 
@@ -70,16 +69,16 @@ def gated(width: int) -> Matrices:
     return [(width, V3_HIDDEN), (width, V3_HIDDEN), (V3_HIDDEN, width)]
 
 
-# DeepSeek-V3: what its layers multiply by, and the 62nd one, which predicts a second token: two norms and a projection
-# before it, and one after.
+# DeepSeek-V3: the matrices of its layers. Its 62nd layer predicts a second token; it has two more norms and a
+# projection before it, and one norm after it.
 V3_HIDDEN = 7168
 V3_ATTENTION = [(1536, V3_HIDDEN), (128 * 192, 1536), (512 + 64, V3_HIDDEN), (128 * 256, 512), (V3_HIDDEN, 128 * 128)]
 V3_EXPERTS = gated(2048) * 257
-V3_SECOND = elements(V3_ATTENTION + V3_EXPERTS) + (1536 + 512) + 256 * V3_HIDDEN + 2 * V3_HIDDEN
-V3_SECOND += 3 * V3_HIDDEN + 2 * V3_HIDDEN**2
+V3_PREDICTION_LAYER = elements(V3_ATTENTION + V3_EXPERTS) + (1536 + 512) + 256 * V3_HIDDEN + 2 * V3_HIDDEN
+V3_PREDICTION_LAYER += 3 * V3_HIDDEN + 2 * V3_HIDDEN**2
 V3_STORED = (
-    2 * 129280 * V3_HIDDEN  # the 62nd layer's copies of embedding and output layer
-    + 59 * 256  # the routers' biases: buffers, in Megatron too
+    2 * 129280 * V3_HIDDEN  # copies of embedding and output layer in the 62nd layer
+    + 59 * 256  # biases of the routers, which are buffers, in Megatron, too
     + scales(62 * V3_ATTENTION + 3 * gated(18432) + 59 * V3_EXPERTS)
 )
 LLAMA_3 = Count(8_030_261_248)
@@ -96,14 +95,14 @@ COUNTS = {
     "Qwen--Qwen3-8B": Count(8_190_735_360),
     "deepseek-ai--DeepSeek-V2": Count(235_741_434_880),
     "deepseek-ai--DeepSeek-V2-Lite": Count(15_706_484_224),
-    "deepseek-ai--DeepSeek-V3": Count(684_531_386_000, stored=V3_STORED, transformers=-V3_SECOND),
-    # transformers 5 ties the output layer of every T5; the published weights of version 1.1 have one of its own.
+    "deepseek-ai--DeepSeek-V3": Count(684_531_386_000, stored=V3_STORED, transformers=-V3_PREDICTION_LAYER),
+    # transformers 5 ties the output layer of every T5; the published weights of version 1.1 have a separate one.
     "google--flan-t5-xl": Count(2_849_757_184, transformers=-32128 * 2048),
     "google--t5-v1_1-xl": Count(2_849_757_184, transformers=-32128 * 2048),
     "google--gemma-2b": Count(2_506_172_416),
     "google--gemma-7b": Count(8_537_680_896),
-    # Megatron's tied output layer has a bias. The file of t5-base has biases of relative positions also in the
-    # decoder's cross attention, which nothing reads.
+    # Megatron's tied output layer has a bias. The file of t5-base contains unused relative-position biases of the
+    # decoder's cross attention.
     "google-t5--t5-11b": Count(11_307_321_344, megatron=32128),
     "google-t5--t5-base": Count(222_903_936, stored=32 * 12, megatron=32128),
     "meta-llama--Llama-2-7b-hf": Count(6_738_417_664, stored=32 * 64),  # rotary frequencies in each layer
@@ -129,27 +128,27 @@ COUNTS = {
 }
 
 
-# Megatron chooses a group of experts by the sum of its best 6 // 3 of them, DeepSeek-V2 by the best one. With as many
-# groups as experts for a token the two are the same; parameters are in any case.
+# Megatron selects groups of experts by the sum of their best 6 // 3 scores, DeepSeek-V2 by the best score. With
+# topk_group = 6 both are the same, and the number of parameters does not change.
 REFUSED = {"deepseek-ai--DeepSeek-V2": ("$.topk_method", {"topk_group": 6})}
 
 
-def published(name: str) -> dict[str, Any]:
+def load_published(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(FILES[name].read_text())
     return content
 
 
-def document(config: dict[str, Any]) -> dict[str, Any]:
+def convert(config: dict[str, Any]) -> dict[str, Any]:
     return from_hf(config).data
 
 
-def built(data: dict[str, Any], pg_collection: ProcessGroupCollection) -> int:
-    """The number of parameters of the real model, on the meta device."""
+def count_parameters(data: dict[str, Any], pg_collection: ProcessGroupCollection) -> int:
+    """Build the model on the meta device and return its number of parameters."""
     config: Any = ModelConfig.from_dict(data)
     config.finalize()
     config.transformer.use_cpu_initialization = True
     config.transformer.perform_initialization = False
-    with cpu_runtime(), torch.device("meta"):  # some layers name the GPU
+    with cpu_runtime(), torch.device("meta"):  # some layers create tensors on the GPU
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         model = config.get_builder_cls()(config).build_model(pg_collection)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -162,21 +161,21 @@ def test_each_published_file_has_a_parameter_count() -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_built_model_has_the_published_parameters(name: str, pg_collection: ProcessGroupCollection) -> None:
     count = COUNTS[name]
-    _, mended = REFUSED.get(name, ("", {}))
-    assert built(document(published(name) | mended), pg_collection) == count.parameters + count.megatron
+    _, changes = REFUSED.get(name, ("", {}))
+    assert count_parameters(convert(load_published(name) | changes), pg_collection) == count.parameters + count.megatron
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_files_that_megatron_would_compute_differently_are_refused(name: str) -> None:
     path, _ = REFUSED[name]
     with pytest.raises(DocumentError) as caught:
-        document(published(name))
+        convert(load_published(name))
     assert [problem.path for problem in caught.value.problems] == [path]
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_model_of_transformers_has_the_published_parameters(name: str) -> None:
-    kept = {key: value for key, value in published(name).items() if key not in ("auto_map", "quantization_config")}
+    kept = {key: value for key, value in load_published(name).items() if key not in ("auto_map", "quantization_config")}
     config = CONFIG_MAPPING[kept["model_type"]].from_dict(kept)
     with torch.device("meta"):
         model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
@@ -188,7 +187,7 @@ def test_the_model_of_transformers_has_the_published_parameters(name: str) -> No
 
 
 SCRIPT = Path(__file__).parents[3] / ".github/scripts/make_presets.py"
-OF_TRAINING = {
+TRAINING_FIELDS = {
     "seq_length",
     "should_pad_vocab",
     "transformer.bf16",
@@ -203,7 +202,7 @@ OF_TRAINING = {
 }
 
 
-def flat(data: dict[str, Any]) -> dict[str, Any]:
+def flatten(data: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in data.items() if key != "transformer"}
     return rest | {f"transformer.{key}": value for key, value in data["transformer"].items()}
 
@@ -213,11 +212,13 @@ def test_presets_equal_the_converted_published_files() -> None:
     for name, preset in made["MODELS"].items():
         committed = (made["PRESETS"] / f"{name}.yaml").read_text()
         assert committed == made["make_text"](preset), f"run {SCRIPT.name}"
-        ours, theirs = (
-            flat(data)
+        preset_fields, published_fields = (
+            flatten(data)
             for data in (
                 Document.load(name).data,
-                from_hf(published(preset.published.stem), model_id=preset.model_id).data,
+                from_hf(load_published(preset.published.stem), model_id=preset.model_id).data,
             )
         )
-        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= OF_TRAINING, name
+        assert {
+            key for key in preset_fields | published_fields if preset_fields.get(key) != published_fields.get(key)
+        } <= TRAINING_FIELDS, name

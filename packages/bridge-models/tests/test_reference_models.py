@@ -1,9 +1,9 @@
-"""The reference builds the same model from what we write, and we from what it writes: names and shapes are equal.
+"""megatron.training and Bridge build equal models from each other's files: parameters have the same names and shapes.
 
-The reference is the installed megatron-core, on one process without Transformer Engine. So its GPTs have their local
-layers (`transformer_impl: local`). It has no such layers for hybrid models, and those for latent attention fail in
-megatron-core 0.19.2 (DotProductAttention takes no k_channels): there we give it ours, and compare the order, number and
-sizes of the layers, the embedding, the norm and the output layer.
+The models of the installed megatron.training are built on one process without Transformer Engine, from its local layers
+(`transformer_impl: local`). It has no local layers for hybrid models, and those for multi-latent attention fail in
+megatron-core 0.19.2 (DotProductAttention has no argument k_channels). These models get Bridge's layers; the tests then
+compare the order, number and sizes of the layers, the embedding, the norm and the output layer.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from bridge.models.mamba import MambaModelConfig
 from bridge.models.mamba.layers import stack_spec
 
 pytest.importorskip("omegaconf")
-reference_gpt = pytest.importorskip("megatron.training.models.gpt")
-reference_hybrid = pytest.importorskip("megatron.training.models.hybrid")
+megatron_gpt = pytest.importorskip("megatron.training.models.gpt")
+megatron_hybrid = pytest.importorskip("megatron.training.models.hybrid")
 arguments = pytest.importorskip("megatron.training.arguments")
 
 from megatron.core.models.T5.t5_model import T5Model  # noqa: E402
@@ -70,7 +70,7 @@ SMALL: dict[str, Any] = {
 TOP: dict[str, Any] = {"vocab_size": 100, "should_pad_vocab": True, "seq_length": 32, "position_embedding_type": "rope"}
 
 
-def made(cls: Any, transformer: Any = TransformerConfig, *, top: dict[str, Any], **given: Any) -> Any:
+def make_config(cls: Any, transformer: Any = TransformerConfig, *, top: dict[str, Any], **given: Any) -> Any:
     from megatron.core.transformer.enums import AttnBackend
 
     values = SMALL | {"attention_backend": AttnBackend.unfused} | given
@@ -83,12 +83,12 @@ def silu() -> Any:
     return torch.nn.functional.silu
 
 
-def models(gpt: Any, hybrid: Any) -> dict[str, Any]:
-    """Configs of all families, of our classes or of the reference's."""
+def make_configs(gpt: Any, hybrid: Any) -> dict[str, Any]:
+    """Return configs of all families, of the classes of Bridge or megatron.training."""
     mla = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
     experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_layer_freq": [0, 1], "moe_router_topk": 2}
     return {
-        "dense": made(
+        "dense": make_config(
             gpt,
             top={"share_embeddings_and_output_weights": True},
             activation_func=silu(),
@@ -96,10 +96,10 @@ def models(gpt: Any, hybrid: Any) -> dict[str, Any]:
             num_query_groups=2,
             ffn_hidden_size=96,
         ),
-        "learned": made(gpt, top={"position_embedding_type": "learned_absolute"}, add_bias_linear=True),
-        "moe": made(gpt, top={}, moe_shared_expert_intermediate_size=48, **experts),
-        "mla": made(gpt, MLATransformerConfig, top={}, multi_latent_attention=True, **mla),
-        "hybrid": made(
+        "learned": make_config(gpt, top={"position_embedding_type": "learned_absolute"}, add_bias_linear=True),
+        "moe": make_config(gpt, top={}, moe_shared_expert_intermediate_size=48, **experts),
+        "mla": make_config(gpt, MLATransformerConfig, top={}, multi_latent_attention=True, **mla),
+        "hybrid": make_config(
             hybrid,
             top={"hybrid_layer_pattern": "M*-ME", "position_embedding_type": "none"},
             num_layers=5,
@@ -115,53 +115,53 @@ def models(gpt: Any, hybrid: Any) -> dict[str, Any]:
 NAMES = ["dense", "learned", "moe", "mla", "hybrid"]
 
 
-def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def built(config: Any, groups: ProcessGroupCollection) -> dict[str, tuple[int, ...]]:
-    if isinstance(config, reference_hybrid.HybridModelConfig):
-        ours = MambaModelConfig(
+def build_shapes(config: Any, groups: ProcessGroupCollection) -> dict[str, tuple[int, ...]]:
+    if isinstance(config, megatron_hybrid.HybridModelConfig):
+        bridge_config = MambaModelConfig(
             transformer=config.transformer, hybrid_layer_pattern=config.hybrid_layer_pattern, vocab_size=100
         )
-        config = replace(config, hybrid_stack_spec=stack_spec(ours))
-    elif isinstance(config, reference_gpt.GPTModelConfig) and config.transformer.multi_latent_attention:
+        config = replace(config, hybrid_stack_spec=stack_spec(bridge_config))
+    elif isinstance(config, megatron_gpt.GPTModelConfig) and config.transformer.multi_latent_attention:
         gpt = GPTModelConfig(transformer=config.transformer, vocab_size=100)
         config = replace(config, transformer_layer_spec=layer_spec(gpt, vp_stage=None, pp_rank=0))
-    return shapes(config.get_builder_cls()(config).build_model(groups, True, True))
+    return parameter_shapes(config.get_builder_cls()(config).build_model(groups, True, True))
 
 
-def run_config(config: Any) -> Any:
-    """What the reference writes into a run_config.yaml, read back."""
+def write_run_config(config: Any) -> Any:
+    """Return the run_config.yaml that megatron.training writes, parsed."""
     with safe_yaml_representers():
         return yaml.safe_load(yaml.safe_dump({"model": config.as_dict(), "train": {"train_iters": 5}}))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_megatron_training_builds_written_run_configs(name: str, pg_collection: ProcessGroupCollection) -> None:
-    ours = models(GPTModelConfig, MambaModelConfig)[name]
-    written = yaml.safe_load(Document(to_run_config(canonicalize(ours.as_dict())).data).to_yaml())
-    theirs = instantiate(written)
-    theirs.builder = written["_builder_"]
-    assert type(theirs).__module__.startswith("megatron.training.models.")
-    assert built(theirs, pg_collection) == built(ours, pg_collection)
+    bridge_config = make_configs(GPTModelConfig, MambaModelConfig)[name]
+    written = yaml.safe_load(Document(to_run_config(canonicalize(bridge_config.as_dict())).data).to_yaml())
+    megatron_config = instantiate(written)
+    megatron_config.builder = written["_builder_"]
+    assert type(megatron_config).__module__.startswith("megatron.training.models.")
+    assert build_shapes(megatron_config, pg_collection) == build_shapes(bridge_config, pg_collection)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_run_configs_of_megatron_training_are_built(name: str, pg_collection: ProcessGroupCollection) -> None:
-    theirs = models(reference_gpt.GPTModelConfig, reference_hybrid.HybridModelConfig)[name]
-    document = Document(run_config(theirs))
+    megatron_config = make_configs(megatron_gpt.GPTModelConfig, megatron_hybrid.HybridModelConfig)[name]
+    document = Document(write_run_config(megatron_config))
     document.check()
-    overrides = ["transformer.activation_func=silu"] if theirs.transformer.gated_linear_unit else []
+    overrides = ["transformer.activation_func=silu"] if megatron_config.transformer.gated_linear_unit else []
     document.override(overrides)
-    ours = document.config()
-    assert type(ours).__module__.startswith("bridge.models.")
-    assert built(ours, pg_collection) == built(theirs, pg_collection)
+    bridge_config = document.config()
+    assert type(bridge_config).__module__.startswith("bridge.models.")
+    assert build_shapes(bridge_config, pg_collection) == build_shapes(megatron_config, pg_collection)
 
 
-# Megatron-LM's arguments.
+# Arguments of Megatron-LM.
 
-USUAL = (
+COMMON_ARGUMENTS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --vocab-size 100 --use-cpu-initialization "
     "--transformer-impl local --attention-backend unfused "
@@ -195,28 +195,28 @@ COMMANDS = {
 }
 
 
-def parsed(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, usual: str = USUAL
+def parse_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, common: str = COMMON_ARGUMENTS
 ) -> Any:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(usual + command).split()])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(common + command).split()])
     args = arguments.parse_args()
     arguments.validate_args(args)
-    args.padded_vocab_size = 128  # as the training set-up does, once it has the tokenizer
+    args.padded_vocab_size = 128  # the setup of training sets it from the tokenizer
     capsys.readouterr()
     return args
 
 
-def same(value: Any, other: Any) -> bool:
+def is_equal(value: Any, other: Any) -> bool:
     if isinstance(value, partial) and isinstance(other, partial):
         return (value.func, value.args, value.keywords) == (other.func, other.args, other.keywords)
     return bool(value == other) and type(value) is type(other)
 
 
-def differing(config: Any, other: Any) -> dict[str, Any]:
-    """What differs between two configs in what both have; Megatron-LM sets more than the fields of a class."""
+def differing_values(config: Any, other: Any) -> dict[str, Any]:
+    """Return different values of fields that both configs have; Megatron-LM sets attributes that are not fields."""
     names = vars(config).keys() & {one.name for one in fields(other)} - {"transformer"}
     pairs = {name: (getattr(config, name), getattr(other, name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if not same(*pair)}
+    return {name: pair for name, pair in pairs.items() if not is_equal(*pair)}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -226,30 +226,30 @@ def test_converted_megatron_arguments_build_the_model_of_megatron(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = parsed(COMMANDS[name], monkeypatch, capsys)
+    args = parse_command(COMMANDS[name], monkeypatch, capsys)
     data = json.loads(json.dumps(vars(args), default=str))
     document = Document(data)
     document.check()
-    ours: Any = document.config()
-    args.spec = None  # the reference cannot import the layers of Transformer Engine that it names
-    theirs = (hybrid_config_from_args if name == "hybrid" else gpt_config_from_args)(args)
-    assert vars(theirs.transformer).keys() <= {one.name for one in fields(ours.transformer)}
-    assert differing(theirs.transformer, ours.transformer) == {}
-    assert differing(theirs, ours).keys() <= {"extra_checkpoint_metadata"}
-    assert built(ours, pg_collection) == built(theirs, pg_collection)
-    assert ModelConfig.from_dict(ours.as_dict()).as_dict() == ours.as_dict()
+    bridge_config: Any = document.config()
+    args.spec = None  # it names layers of Transformer Engine, which megatron.training cannot import here
+    megatron_config = (hybrid_config_from_args if name == "hybrid" else gpt_config_from_args)(args)
+    assert vars(megatron_config.transformer).keys() <= {one.name for one in fields(bridge_config.transformer)}
+    assert differing_values(megatron_config.transformer, bridge_config.transformer) == {}
+    assert differing_values(megatron_config, bridge_config).keys() <= {"extra_checkpoint_metadata"}
+    assert build_shapes(bridge_config, pg_collection) == build_shapes(megatron_config, pg_collection)
+    assert ModelConfig.from_dict(bridge_config.as_dict()).as_dict() == bridge_config.as_dict()
 
 
 def test_converted_t5_arguments_build_the_model_of_megatron(
     pg_collection: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reference has no configuration for T5: its model is made as Megatron-LM's pretrain_t5.py makes it."""
+    """megatron.training has no config for T5, so its model is built as in pretrain_t5.py of Megatron-LM."""
     command = "--encoder-num-layers 3 --decoder-num-layers 2 --decoder-seq-length 16 --vocab-extra-ids 100"
-    args = parsed(command, monkeypatch, capsys, usual=USUAL.replace("--num-layers 2", ""))
-    ours: Any = Document(json.loads(json.dumps(vars(args), default=str))).config()
+    args = parse_command(command, monkeypatch, capsys, common=COMMON_ARGUMENTS.replace("--num-layers 2", ""))
+    bridge_config: Any = Document(json.loads(json.dumps(vars(args), default=str))).config()
     decoder = core_transformer_config_from_args(args)
     encoder = replace(decoder, num_layers=args.encoder_num_layers)
-    theirs = T5Model(
+    megatron_config = T5Model(
         config=decoder,
         encoder_config=encoder,
         transformer_encoder_layer_spec=cast(Any, get_t5_encoder_with_local_block_spec(args.encoder_num_layers)),
@@ -260,11 +260,11 @@ def test_converted_t5_arguments_build_the_model_of_megatron(
         position_embedding_type=args.position_embedding_type,
         pg_collection=pg_collection,
     )
-    # Megatron-LM counts the encoder's layers in the decoder's initialisation too.
-    assert differing(decoder, ours.transformer).keys() <= {"num_layers", "output_layer_init_method"}
-    # Its blocks end in a norm of Transformer Engine alone, and without it in none (megatron-core 0.19.2).
+    # Megatron-LM includes the encoder's layers in the initialisation of the decoder.
+    assert differing_values(decoder, bridge_config.transformer).keys() <= {"num_layers", "output_layer_init_method"}
+    # In megatron-core 0.19.2, the final norm of a block exists only in Transformer Engine.
     norms = {
         f"{stack}.final_layernorm.{part}": (64,) for stack in ("encoder", "decoder") for part in ("weight", "bias")
     }
-    assert built(ours, pg_collection) == shapes(theirs) | norms
-    assert not norms.keys() & shapes(theirs).keys()
+    assert build_shapes(bridge_config, pg_collection) == parameter_shapes(megatron_config) | norms
+    assert not norms.keys() & parameter_shapes(megatron_config).keys()

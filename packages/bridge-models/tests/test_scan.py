@@ -1,4 +1,4 @@
-"""Mamba's operations in PyTorch, against the recurrence they stand for and against other people's."""
+"""Mamba's operations in PyTorch, compared with the recurrence and with mamba-ssm."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ sizes = st.builds(
 Inputs = dict[str, torch.Tensor]
 
 
-def drawn(sizes: Sizes, seed: int) -> Inputs:
-    """What a model has at the start of training: steps of 0.001 to 0.1, and rates of decay of 1 to 16, and beyond."""
+def draw_inputs(sizes: Sizes, seed: int) -> Inputs:
+    """Draw inputs with decay rates from 1 to 16 and time steps around 0.001 to 0.1, as at the start of training."""
     generator = torch.Generator().manual_seed(seed)
     heads = sizes.groups * sizes.heads_per_group
     shapes = {
@@ -60,7 +60,7 @@ def drawn(sizes: Sizes, seed: int) -> Inputs:
 
 
 def recurrence(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, one place after the other."""
+    """Compute the recurrence from its definition, one position after the other."""
     x, dt, a, b, c, state = inputs
     heads_per_group = x.shape[2] // b.shape[2]
     b, c = (part.repeat_interleave(heads_per_group, dim=2) for part in (b, c))
@@ -72,43 +72,43 @@ def recurrence(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(outputs, dim=1), state
 
 
-def results(outputs: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Outputs, and the gradients of something made of both."""
+def outputs_and_gradients(outputs: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Return the outputs, and the gradients of a function of both."""
     y, state = outputs
     gradients = torch.autograd.grad(y.sin().sum() + state.cos().sum(), list(inputs.values()))
     return {"y": y, "last state": state} | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
 
 
-def difference(value: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(0, 2**32))
 def test_the_scan_equals_the_recurrence(sizes: Sizes, seed: int) -> None:
-    inputs = drawn(sizes, seed)
+    inputs = draw_inputs(sizes, seed)
     *sequences, state = inputs.values()
     given_state = None if sizes.starts_from_zero else state
     outputs = selective_scan(*sequences, chunk_size=sizes.chunk_size, initial_state=given_state)
     if given_state is None:
         inputs.pop("state")
-    found = results(outputs, inputs)
-    expected = results(recurrence(*sequences, state), inputs)
+    found = outputs_and_gradients(outputs, inputs)
+    expected = outputs_and_gradients(recurrence(*sequences, state), inputs)
     for name, value in expected.items():
-        assert difference(found[name], value) < (1e-3 if name.startswith("gradient") else 1e-5), name
+        assert relative_difference(found[name], value) < (1e-3 if name.startswith("gradient") else 1e-5), name
 
 
 def test_a_long_sequence_with_fast_decay_has_finite_gradients() -> None:
-    inputs = drawn(Sizes(1, 300, 1, 2, 4, 8, 128, starts_from_zero=False), seed=1)
-    inputs["dt"] = (inputs["dt"] * 100).detach().requires_grad_()  # e to the power of thousands, were it not masked
+    inputs = draw_inputs(Sizes(1, 300, 1, 2, 4, 8, 128, starts_from_zero=False), seed=1)
+    inputs["dt"] = (inputs["dt"] * 100).detach().requires_grad_()  # without the mask, exponentials would overflow
     *sequences, state = inputs.values()
-    found = results(selective_scan(*sequences, chunk_size=128, initial_state=state), inputs)
+    found = outputs_and_gradients(selective_scan(*sequences, chunk_size=128, initial_state=state), inputs)
     assert all(value.isfinite().all() for value in found.values())
 
 
-def kept_for_backward(length: int, chunk_size: int) -> int:
-    """Elements that a scan keeps, beyond its inputs."""
-    inputs = drawn(Sizes(1, length, 1, 2, 4, 8, chunk_size, starts_from_zero=True), seed=2)
+def saved_elements(length: int, chunk_size: int) -> int:
+    """Return the number of elements that a scan saves for the backward pass, without its inputs."""
+    inputs = draw_inputs(Sizes(1, length, 1, 2, 4, 8, chunk_size, starts_from_zero=True), seed=2)
     inputs.pop("state")
     kept = 0
 
@@ -124,12 +124,12 @@ def kept_for_backward(length: int, chunk_size: int) -> int:
 
 def test_the_scan_saves_one_state_per_chunk() -> None:
     state = 2 * 4 * 8
-    assert kept_for_backward(1024, 64) == 16 * state
-    assert kept_for_backward(4096, 64) == 64 * state
+    assert saved_elements(1024, 64) == 16 * state
+    assert saved_elements(4096, 64) == 64 * state
 
 
 def test_a_scan_in_half_precision_computes_in_fp32() -> None:
-    inputs = drawn(Sizes(2, 33, 1, 2, 4, 8, 16, starts_from_zero=True), seed=3)
+    inputs = draw_inputs(Sizes(2, 33, 1, 2, 4, 8, 16, starts_from_zero=True), seed=3)
     x, dt, a, b, c, _ = (tensor.detach() for tensor in inputs.values())
     half = x.bfloat16()
     y, state = selective_scan(half, dt, a, b.bfloat16(), c.bfloat16(), chunk_size=16)
@@ -140,11 +140,11 @@ def test_a_scan_in_half_precision_computes_in_fp32() -> None:
 
 
 def test_the_scan_matches_mamba_ssm() -> None:
-    reference = pytest.importorskip("mamba_ssm.modules.ssd_minimal")
+    ssd_minimal = pytest.importorskip("mamba_ssm.modules.ssd_minimal")
     x, dt, a, b, c, _ = (
-        t.detach() for t in drawn(Sizes(2, 64, 2, 1, 4, 8, 16, starts_from_zero=True), seed=4).values()
+        t.detach() for t in draw_inputs(Sizes(2, 64, 2, 1, 4, 8, 16, starts_from_zero=True), seed=4).values()
     )
-    expected, _ = reference.ssd_minimal_discrete(x * dt[..., None], dt * a, b, c, block_len=16)
+    expected, _ = ssd_minimal.ssd_minimal_discrete(x * dt[..., None], dt * a, b, c, block_len=16)
     y, _ = selective_scan(x, dt, a, b, c, chunk_size=16)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,3 +1,5 @@
+"""bridge.models.common.base re-exports the public names of bridge.config and bridge.builders."""
+
 import subprocess
 import sys
 

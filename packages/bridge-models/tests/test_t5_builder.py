@@ -1,4 +1,4 @@
-"""T5 models: what is built, and that it computes T5."""
+"""T5 models have the expected parameters and compute the losses of T5."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_outer_fields_are_passed_to_the_model(pg_collection: ProcessGroupCollect
     assert not model.lm_head.parallel_output
     rotary = {"position_embedding_type": "rope", "rotary_percent": 0.5, "seq_len_interpolation_factor": 2.0}
     model = build(t5(outer=rotary), pg_collection)
-    assert model.rotary_pos_emb.inv_freq.shape == (2,)  # of 8 channels half, in pairs
+    assert model.rotary_pos_emb.inv_freq.shape == (2,)  # half of 8 channels, in pairs
     assert model.rotary_pos_emb.seq_len_interpolation_factor == 2.0
     relative = {"position_embedding_type": "relative", "relative_attention_num_buckets": 8}
     model = build(t5(outer=relative), pg_collection)
@@ -124,19 +124,19 @@ def test_virtual_stages_are_refused(pg_collection: ProcessGroupCollection, t5: T
         T5ModelBuilder(t5()).build_model(pg_collection, vp_stage=0)
 
 
-def published_t5(
+def t5_losses(
     weights: dict[str, torch.Tensor], source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, *, heads: int
 ) -> torch.Tensor:
-    """The losses, [sequence], of one sample by T5 as its paper and code have it, from weights as Megatron names them.
+    """Compute the losses of one sample, [sequence], by the paper and code of T5, from weights with Megatron's names.
 
-    RMSNorm before each part, no biases but the output layer's, ReLU, 8 classes of distances up to 20.
+    This T5 has RMSNorm before each sublayer, biases only in the output layer, ReLU, and 8 buckets up to distance 20.
     """
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[name]
 
     def bucket(distance: int, *, both: bool) -> int:
-        """Raffel et al. 2020: half of the classes for one direction each, half of those logarithmic."""
+        """Return the bucket of a distance (Raffel et al. 2020): half per direction, and half of these logarithmic."""
         count, first = (4, 4 if distance > 0 else 0) if both else (8, 0)
         away = abs(distance) if both else max(-distance, 0)
         exact = count // 2
@@ -187,7 +187,7 @@ def published_t5(
 
 
 def small_t5(t5: T5Factory, pg_collection: ProcessGroupCollection) -> Any:
-    """A T5 as published, but small, whose weights are large enough that every part matters."""
+    """Build a small T5 with the published architecture, and with weights large enough that every part matters."""
     config = t5(
         normalization="RMSNorm",
         add_bias_linear=False,
@@ -212,12 +212,12 @@ def small_t5(t5: T5Factory, pg_collection: ProcessGroupCollection) -> Any:
 
 
 def test_losses_and_gradients_match_the_t5_formula(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
-    """Losses and the gradient of every parameter, for sequences of unequal length."""
+    """Source and target have different lengths."""
     model = small_t5(t5, pg_collection)
     generator = torch.Generator().manual_seed(2)
     source, target, labels = (torch.randint(VOCAB, (2, length), generator=generator) for length in (30, 12, 12))
     weights = {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
-    expected = torch.stack([published_t5(weights, source[n], target[n], labels[n], heads=4) for n in range(2)])
+    expected = torch.stack([t5_losses(weights, source[n], target[n], labels[n], heads=4) for n in range(2)])
     found = model(source, target, None, None, None, lm_labels=labels)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     found.mean().backward()
@@ -280,8 +280,8 @@ def test_transformer_engine_gets_masks_in_its_shapes(t5: T5Factory, monkeypatch:
     assert seen[3:] == [None, None, None]
 
 
-def said_of_given_groups() -> str:
-    """On each of two ranks: build in groups that share each layer, while the global ones share nothing."""
+def build_in_other_groups() -> str:
+    """Build with tensor-parallel groups while Megatron's global groups are of one rank; return the error message."""
     from megatron.core import parallel_state
 
     from bridge.dist import Layout, create_process_groups
@@ -298,12 +298,12 @@ def said_of_given_groups() -> str:
 
 
 def test_groups_that_are_not_the_global_ones_are_refused() -> None:
-    for said in run_ranks(said_of_given_groups, 2):
-        assert "cross attention uses Megatron's global process groups" in said
+    for message in run_ranks(build_in_other_groups, 2):
+        assert "cross attention uses Megatron's global process groups" in message
 
 
-def spread_after_the_meta_device() -> dict[str, float]:
-    """On one rank: standard deviations of what a model that was built on the meta device is initialised with."""
+def initial_deviations() -> dict[str, float]:
+    """Build a model on the meta device; return the standard deviations of its initial weights."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -318,6 +318,6 @@ def spread_after_the_meta_device() -> dict[str, float]:
 
 
 def test_relative_positions_are_initialised_after_the_meta_device() -> None:
-    (spread,) = run_ranks(spread_after_the_meta_device, 1)
-    tables = [std for name, std in spread.items() if "relative" in name]
-    assert tables == pytest.approx([0.03, 0.03], rel=0.25)  # of 128 numbers each
+    (deviations,) = run_ranks(initial_deviations, 1)
+    tables = [std for name, std in deviations.items() if "relative" in name]
+    assert tables == pytest.approx([0.03, 0.03], rel=0.25)  # each has 128 numbers

@@ -1,4 +1,4 @@
-"""The configuration of a T5: its defaults, its checks, its documents."""
+"""The configuration of a T5: defaults, checks and documents."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_encoder_is_initialised_for_its_own_depth(t5: T5Factory, pg_collecti
     model = T5ModelBuilder(config).build_model(pg_collection)
     for stack, layers in ((model.encoder, 32), (model.decoder, 2)):
         for part in (stack.layers[0].self_attention.linear_proj, stack.layers[0].mlp.linear_fc2):
-            # A transformer's last matrices: 0.02 / sqrt(2 x layers), as GPT-2 has it.
+            # The output matrices of a transformer: 0.02 / sqrt(2 x layers), as in GPT-2.
             assert part.weight.std().item() == pytest.approx(0.02 / (2 * layers) ** 0.5, rel=0.1)
     own = t5(num_layers=2, output_layer_init_method=torch.nn.init.ones_, outer=outer)
     assert own.encoder_transformer.output_layer_init_method is torch.nn.init.ones_

@@ -1,4 +1,4 @@
-"""Which layers a T5 is built from."""
+"""The layer specs of a T5: given or chosen."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def build(config: T5ModelConfig, pg_collection: ProcessGroupCollection) -> Any:
 
 
 class OtherAttention(DotProductAttention):
-    """Stands for the attention of another backend."""
+    """A stand-in for the attention of another backend."""
 
 
-def marked(layer: ModuleSpec) -> ModuleSpec:
-    """A layer whose attention is another one."""
+def with_other_attention(layer: ModuleSpec) -> ModuleSpec:
+    """Replace the attention of a layer by OtherAttention."""
     parts: Any = layer.submodules
     for name in ("self_attention", "cross_attention"):
         if isinstance(attention := getattr(parts, name), ModuleSpec):
@@ -49,7 +49,7 @@ def marked(layer: ModuleSpec) -> ModuleSpec:
     return layer
 
 
-def attentions(model: Any) -> dict[str, list[type]]:
+def attention_classes(model: Any) -> dict[str, list[type]]:
     cross = [type(layer.cross_attention.core_attention) for layer in model.decoder.layers]
     both = {stack: getattr(model, stack).layers for stack in ("encoder", "decoder")}
     return {
@@ -64,7 +64,7 @@ def test_default_layers_are_pytorch_layers(
 ) -> None:
     model = build(t5(transformer_impl=implementation, normalization="RMSNorm"), pg_collection)
     ours = [TorchAttention] * 2
-    assert attentions(model) == {"encoder": ours, "decoder": ours, "cross": ours}
+    assert attention_classes(model) == {"encoder": ours, "decoder": ours, "cross": ours}
     norms = [module for name, module in model.named_modules() if "layernorm" in name and list(module.parameters())]
     assert {type(norm) for norm in norms} == {TorchRMSNorm}
     assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1
@@ -75,27 +75,27 @@ def test_given_layers_are_used(pg_collection: ProcessGroupCollection, t5: T5Fact
 
     def encoder(config: T5ModelConfig) -> TransformerBlockSubmodules:
         asked.append(config)
-        layers = [marked(t5_spec.encoder_model_with_local_spec()) for _ in range(3)]
+        layers = [with_other_attention(t5_spec.encoder_model_with_local_spec()) for _ in range(3)]
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=t5_spec.LNImpl)
 
     config = t5(outer={"encoder_layer_spec": encoder})
-    assert attentions(build(config, pg_collection)) == {
+    assert attention_classes(build(config, pg_collection)) == {
         "encoder": [OtherAttention] * 3,
         "decoder": [TorchAttention] * 2,
         "cross": [TorchAttention] * 2,
     }
     assert asked == [config]
-    config = t5(outer={"decoder_layer_spec": marked(t5_spec.decoder_model_with_local_spec())})
-    assert attentions(build(config, pg_collection))["cross"] == [OtherAttention] * 2
+    config = t5(outer={"decoder_layer_spec": with_other_attention(t5_spec.decoder_model_with_local_spec())})
+    assert attention_classes(build(config, pg_collection))["cross"] == [OtherAttention] * 2
 
 
 def test_local_self_and_cross_attention_are_replaced_in_given_layers(
     pg_collection: ProcessGroupCollection, t5: T5Factory
 ) -> None:
-    given = marked(t5_spec.decoder_model_with_local_spec())
+    given = with_other_attention(t5_spec.decoder_model_with_local_spec())
     before = repr(given)
     config = t5(outer={"decoder_layer_spec": given}, attention_backend=AttnBackend.local)
-    assert attentions(build(config, pg_collection)) == dict.fromkeys(
+    assert attention_classes(build(config, pg_collection)) == dict.fromkeys(
         ("encoder", "decoder", "cross"), [TorchAttention] * 2
     )
     assert repr(given) == before
@@ -110,8 +110,8 @@ def test_invalid_specs_are_refused(
         build(t5(outer={field: given}), pg_collection)
 
 
-class Named:
-    """Stands for a part of Transformer Engine, which takes a GPU."""
+class FakeModule:
+    """A stand-in for a module of Transformer Engine, which needs a GPU."""
 
 
 @without_te
@@ -124,29 +124,29 @@ def test_with_transformer_engine_megatron_layers_are_used(
     monkeypatch.setattr(choice, "HAVE_TE", True)
     parts = [name for name in vars(t5_spec) if name.startswith("TE")]
     for name in parts:
-        monkeypatch.setattr(t5_spec, name, type(name, (Named,), {}))
+        monkeypatch.setattr(t5_spec, name, type(name, (FakeModule,), {}))
     config = t5(outer={"encoder_num_layers": 3}, attention_backend=backend)
     encoder, decoder = t5_layers.encoder_layer_spec(config), t5_layers.decoder_layer_spec(config)
     expected = [
         t5_spec.get_t5_encoder_with_transformer_engine_block_spec(3),
         t5_spec.get_t5_decoder_with_transformer_engine_block_spec(2),
     ]
-    theirs, ours = repr(t5_spec.TEDotProductAttention), repr(TorchAttention)
-    wanted = [repr(spec).replace(theirs, ours) if backend == AttnBackend.local else repr(spec) for spec in expected]
+    te, pytorch = repr(t5_spec.TEDotProductAttention), repr(TorchAttention)
+    wanted = [repr(spec).replace(te, pytorch) if backend == AttnBackend.local else repr(spec) for spec in expected]
     assert [repr(encoder), repr(decoder)] == wanted
 
 
-HETEROGENEOUS = {"num_layers": 4}  # as the fixture's blocks
+HETEROGENEOUS = {"num_layers": 4}  # as many as the blocks of the fixture
 
 UNSUPPORTED: dict[str, tuple[type[TransformerConfig], dict[str, Any], str]] = {
     "experts": (TransformerConfig, {"num_moe_experts": 2, "add_bias_linear": False}, "num_moe_experts to null"),
     "latent attention": (MLATransformerConfig, {"multi_latent_attention": True}, "embed a plain TransformerConfig"),
     "blocks": (HeterogeneousTransformerConfig, HETEROGENEOUS, "embed a plain TransformerConfig"),
-    "normed queries": (TransformerConfig, {"qk_layernorm": True}, "qk_layernorm and .* to false"),
-    "unit queries": (TransformerConfig, {"qk_l2_norm": True}, "qk_l2_norm to false"),
+    "query and key norms": (TransformerConfig, {"qk_layernorm": True}, "qk_layernorm and .* to false"),
+    "L2-normalised queries and keys": (TransformerConfig, {"qk_l2_norm": True}, "qk_l2_norm to false"),
     "windows": (TransformerConfig, {"window_size": (4, 0)}, "window_size to null"),
     "fusions": (TransformerConfig, {"use_transformer_engine_op_fuser": True}, "use_transformer_engine_op_fuser"),
-    "more tokens": (TransformerConfig, {"mtp_num_layers": 1}, "mtp_num_layers to null"),
+    "multi-token prediction": (TransformerConfig, {"mtp_num_layers": 1}, "mtp_num_layers to null"),
     "µP": (TransformerConfig, {"use_mup": True}, "use_mup to false"),
     "gates": (TransformerConfig, {"attention_output_gate": True}, "attention_output_gate to false"),
     "inference": (
@@ -173,8 +173,8 @@ def test_ignored_options_are_refused(pg_collection: ProcessGroupCollection, t5: 
 
 def test_options_are_accepted_with_given_layers(pg_collection: ProcessGroupCollection, t5: T5Factory) -> None:
     outer = {
-        "encoder_layer_spec": marked(t5_spec.encoder_model_with_local_spec()),
-        "decoder_layer_spec": marked(t5_spec.decoder_model_with_local_spec()),
+        "encoder_layer_spec": with_other_attention(t5_spec.encoder_model_with_local_spec()),
+        "decoder_layer_spec": with_other_attention(t5_spec.decoder_model_with_local_spec()),
     }
     build(t5(outer=outer, window_size=(4, 0)), pg_collection)
 
@@ -183,7 +183,7 @@ def test_options_are_accepted_with_given_layers(pg_collection: ProcessGroupColle
 def test_megatron_local_t5_layers_still_lack_final_norm_and_relative_positions(
     pg_collection: ProcessGroupCollection, t5: T5Factory
 ) -> None:
-    """Neither a norm at the end of its local layers, nor relative positions in them."""
+    """If this fails, Megatron's local layers can replace Bridge's."""
     config = t5()
     model = T5Model(
         config=config.transformer,

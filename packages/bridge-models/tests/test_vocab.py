@@ -1,3 +1,5 @@
+"""Padded vocabulary sizes."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +8,7 @@ from bridge.models.common.vocab import pad_vocab_size
 from bridge.models.errors import ModelConfigError
 
 
-# Worked out by hand: 32000 = 250 x 128; 50257 + 47 = 50304 = 393 x 128; 50257 + 943 = 51200 = 50 x 1024.
+# Computed by hand: 32000 = 250 x 128; 50257 + 47 = 50304 = 393 x 128; 50257 + 943 = 51200 = 50 x 1024.
 @pytest.mark.parametrize(
     ("vocab", "divisible_by", "tp", "padded"),
     [
