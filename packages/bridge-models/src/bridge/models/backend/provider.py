@@ -101,6 +101,7 @@ def _set_checkpoint_keys(layer: Any) -> Any:
         parts = _fuse_norms(attention.submodules, ("q_layernorm", "kv_layernorm"))
         attention = dataclasses.replace(attention, submodules=parts)
     builds_mlp = layer.mlp.func if isinstance(layer.mlp, partial) else None
+    # Experts: no fused norm. Latent attention: the spec lacks the entry of its MLP.
     if builds_mlp is MoELayer:
         keys.pop("pre_mlp_layernorm.", None)
     elif is_latent and builds_mlp == MLP.as_mlp_submodule:

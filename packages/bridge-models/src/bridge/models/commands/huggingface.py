@@ -36,6 +36,7 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
     _print_notes(given.source, converted.notes)
     document = Document(converted.data)
     if output is not None:
+        # Saving a YAML document may write its JSON Schema beside it.
         before = set(output.parent.glob("*.schema.json"))
         document.save(output)
         for schema in set(output.parent.glob("*.schema.json")) - before:

@@ -121,6 +121,7 @@ def _check(data: dict[str, Any], given: Mapping[str, Any], architecture: Archite
 
 
 def _map_problem(problem: Problem, given: Mapping[str, Any], architecture: Architecture) -> Problem:
+    # In config.json, generation settings are at the top level.
     if problem.path.startswith(inside := "$.generation_config."):
         return Problem(problem.path.replace(inside, "$."), problem.message)
     path = problem.path.removeprefix("$.")

@@ -70,6 +70,7 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
         yield f"Mamba layers have {heads} heads, which is not a multiple of tp x cp = {tp} x {cp}: change tp or cp"
     if groups % tp:
         yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
+    # Context parallelism splits the groups of a rank, or repeats each of them on several ranks.
     elif (groups // tp) % cp and cp % (groups // tp):
         yield (
             f"mamba_num_groups = {groups} with tp = {tp} gives {groups // tp} groups per rank, which is neither a "

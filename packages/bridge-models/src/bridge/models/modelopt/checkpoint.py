@@ -28,6 +28,7 @@ def find_checkpoint(checkpoint: Path) -> Path:
     if not checkpoint.exists():
         raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: pass another checkpoint")
     if (checkpoint / _LATEST_ITERATION_FILE).is_file():
+        # An iteration number, or the word that Megatron's converters write.
         latest = (checkpoint / _LATEST_ITERATION_FILE).read_text().strip()
         return find_checkpoint(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
     if checkpoint.is_dir() and not (is_sharded(checkpoint) or any(checkpoint.glob("mp_rank_*"))):
@@ -62,6 +63,7 @@ def find_rank_file(checkpoint: Path, pg_collection: ProcessGroupCollection) -> P
                 "checkpoint, or set tp, pp and ep to 1"
             )
         return checkpoint
+    # Megatron's names: mp_rank_TT, mp_rank_TT_PPP, mp_rank_TT_EEE or mp_rank_TT_PPP_EEE.
     name = f"mp_rank_{pg_collection.tp.rank():02d}"
     for group in (pg_collection.pp, pg_collection.ep):
         name += f"_{group.rank():03d}" if group.size() > 1 else ""

@@ -38,6 +38,7 @@ def _propose_changes(
 ) -> Iterator[tuple[str, Document, PlanOptions]]:
     if options.wrapper is Wrapper.DDP and not options.distributed_optimizer:
         yield "--distributed-optimizer", document, replace(options, distributed_optimizer=True)
+    # A configuration of another package may hold these fields itself.
     prefix = "transformer." if "transformer" in document.data else ""
     settings = {
         "recompute_granularity": "full",

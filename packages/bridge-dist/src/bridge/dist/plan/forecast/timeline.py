@@ -79,6 +79,7 @@ def simulate(
     timed: list[list[TimedPass]] = [[] for _ in orders]
     ends: dict[tuple[bool, int, int], float] = {}  # by direction, virtual stage and microbatch
     virtual_stages = len(orders) * len(forward[0])
+    # Each round runs every rank as far as possible, until nothing advances: all passes ran, or the orders deadlock.
     advanced = True
     while advanced:
         advanced = False

@@ -21,6 +21,7 @@ def render_page(plan: Plan, title: str) -> str:
         "head",
         node("meta", charset="utf-8"),
         node("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        # The page loads nothing; its style and its only script are inline.
         node(
             "meta",
             http_equiv="Content-Security-Policy",

@@ -53,6 +53,7 @@ def make_schedule_section(plan: Plan, timeline: Timeline) -> Element:
 
 def _last_drawn_time(timeline: Timeline) -> float:
     starts = sorted(one.start for rank in timeline.ranks for one in rank)
+    # All ranks end at the same time, so that the picture of a long schedule is not ragged.
     return timeline.length if len(starts) <= _MAX_PASSES else starts[_MAX_PASSES]
 
 

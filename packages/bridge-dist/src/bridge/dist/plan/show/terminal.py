@@ -121,7 +121,7 @@ def _format_stages(stages: list[StagePlan]) -> str:
 
 def _make_legend(plan: Plan) -> Text:
     legend = Text()
-    for kind, colour in zip(list_used_kinds(plan), _COLOURS, strict=False):
+    for kind, colour in zip(list_used_kinds(plan), _COLOURS, strict=False):  # the last colour is that of unsharded
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
     if plan.gpu_memory is not None:
         legend.append(f"| {format_gib(plan.gpu_memory)} GiB per GPU")

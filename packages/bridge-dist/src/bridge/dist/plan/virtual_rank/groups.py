@@ -74,7 +74,7 @@ def act_as_rank(
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
             vars(parallel_state).update(_group_variables(layout, rank, embedding_ranks))
-            parallel_state._set_global_memory_buffer()
+            parallel_state._set_global_memory_buffer()  # as `initialize_model_parallel` does
             groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
             yield groups
         finally:
@@ -97,6 +97,7 @@ def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] |
         ("_EMBEDDING", make_embedding_selector(embedding_ranks)(pipeline)),
         ("_POSITION_EMBEDDING", parallel_state.default_position_embedding_ranks(pipeline)),
     ):
+        # None on ranks outside of them, as in Megatron.
         state[f"{kind}_GROUP"] = _make_fake_group(members, rank, name=kind) if rank in members else None
         state[f"{kind}_GLOBAL_RANKS"] = members if rank in members else None
     virtual = layout.vp if layout.vp > 1 and layout.pp > 1 else None

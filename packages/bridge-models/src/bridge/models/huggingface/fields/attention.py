@@ -44,6 +44,7 @@ def heads(key_value_heads: int | None, head_dim: int | None = None) -> tuple[Row
         channels = t["head_dim"]
         if channels is None and rest:
             raise t.refuse("num_attention_heads", f"does not divide hidden_size {t['hidden_size']}: set head_dim")
+        # Left out of the document if both sides derive it from hidden_size.
         if channels is not None and (head_dim is not None or channels != share or rest):
             t["transformer.kv_channels"] = channels
 

@@ -12,6 +12,7 @@ _HALF = {"torch.bfloat16": "transformer.bf16", "torch.float16": "transformer.fp1
 
 
 def _read_dtype(t: Translation) -> None:
+    # Version 5 of transformers writes dtype, version 4 torch_dtype. Both read the latter, which is written below.
     name = "dtype" if t["dtype"] is not None else "torch_dtype"
     if t[name] is None:
         return

@@ -95,6 +95,7 @@ def _read_greedy(t: Translation) -> None:
         if t["topk_method"] not in ("greedy", None):
             t.refuse("topk_method", f"expected greedy or group_limited_greedy, got {describe_value(t['topk_method'])}")
         return
+    # Megatron-Core ranks groups by their best `each // chosen` experts, transformers by their best one.
     groups, chosen, each = t["n_group"], t["topk_group"], t["num_experts_per_tok"]
     if groups is None or chosen is None:
         raise t.refuse("topk_method", "group_limited_greedy needs n_group and topk_group")
