@@ -155,7 +155,7 @@ def test_arguments_that_are_left_out_are_noted_by_name() -> None:
     )
     note, left_out = result.notes
     assert note == (
-        "$.seq_length: 16 left out, it is that of the training run: $.seq_length is max_position_embeddings"
+        "$.seq_length: 16 left out, it is the length of training samples: $.seq_length is max_position_embeddings"
     )
     told, _, usual = left_out.rpartition(", ")
     assert told.startswith("left out, no effect on the model: ")

@@ -225,7 +225,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
     from bridge.config.documents.document import Document
 
     if write and to_form:
-        raise click.UsageError("--write and --to exclude each other: use one of them")
+        raise click.UsageError("--write and --to cannot be combined: use one of them")
     document = Document.load(file)
     with _collect_omissions() as omissions:
         document.check()  # first, since migrating stops at the first problems that it meets
@@ -237,8 +237,8 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
         from bridge.config.foreign.run_config import to_run_config
 
         with _collect_omissions():  # already reported by the check
-            theirs = to_run_config(canonicalize(document.data))
-        document, notes = Document({"model": theirs.data}), [*notes, *theirs.notes]
+            converted = to_run_config(canonicalize(document.data))
+        document, notes = Document({"model": converted.data}), [*notes, *converted.notes]
     _print_notes(file, notes)
     if not write:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
@@ -252,8 +252,10 @@ def _split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
         raise click.UsageError("at least one FILE is required")
     _check_sources(sources)
     for source in sources[1:]:
-        if not is_source(source) and (meant := suggest_override(source)):
-            raise click.UsageError(f"{source!r} is neither a file nor a preset: to override a value, write {meant}")
+        if not is_source(source) and (suggestion := suggest_override(source)):
+            raise click.UsageError(
+                f"{source!r} is neither a file nor a preset: to override a value, write {suggestion}"
+            )
     return sources, overrides
 
 

@@ -35,8 +35,8 @@ def split_override(text: str) -> tuple[str, str | None]:
     """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        if meant := suggest_override(text):
-            raise ConfigError(f"malformed: write {meant}, or ~path to remove")
+        if suggestion := suggest_override(text):
+            raise ConfigError(f"malformed: write {suggestion}, or ~path to remove")
         hint = " (one FILE at a time)" if FilePath(text).suffix in SUFFIXES else ""
         raise ConfigError(f"malformed: write path=value, or ~path to remove{hint}")
     return match["removed"] or match["path"], match["value"]

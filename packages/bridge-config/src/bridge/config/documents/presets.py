@@ -31,7 +31,9 @@ def find_preset(name: str) -> Traversable | None:
     """
     found = _find_presets().get(name, [])
     if len(found) > 1:
-        raise ConfigError(f"two presets have the name {name!r}: {found[0]} and {found[1]}")
+        raise ConfigError(
+            f"two presets have the name {name!r}: {found[0]} and {found[1]}; give the path of one of them"
+        )
     return found[0] if found else None
 
 

@@ -15,7 +15,7 @@ from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field
 
 _NAMES = {
-    # The modules that torch's built-in functions report as theirs.
+    # Built-in functions of torch report internal modules as `__module__`.
     "torch._C._nn.gelu": "torch.nn.functional.gelu",
     "torch._C._nn.softplus": "torch.nn.functional.softplus",
     "torch._VariableFunctionsClass.tanh": "torch.tanh",

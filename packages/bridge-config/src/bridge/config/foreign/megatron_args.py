@@ -114,7 +114,7 @@ class _ArgumentsConversion(Conversion):
                     self.refuse(path, REFUSED[name])
             elif name in NEGATED_FLAGS:
                 if name == "disable_bias_linear" and value and self._args.get("add_bias_linear"):
-                    self.refuse(path, "contradicts add_bias_linear: remove one of them")
+                    self.refuse(path, "conflicts with add_bias_linear: remove one of them")
                 elif value is not None:
                     self._set_derived(NEGATED_FLAGS[name], not value)
             elif name in RENAMED_FIELDS:
@@ -261,7 +261,7 @@ class _ArgumentsConversion(Conversion):
         given = "position_embedding_type"
         kind = "rope" if args.get("use_rotary_position_embeddings") else args.get(given) or "learned_absolute"
         if args.get("add_position_embedding") is False and kind == "learned_absolute":
-            self.refuse((*self.at, "add_position_embedding"), f"set {given} to the one that the model uses")
+            self.refuse((*self.at, "add_position_embedding"), f"no position embedding is given: set {given}")
         self._convert_model_field(given, kind, given)
         if self._is_yarn():
             for name, (field, default) in YARN_FIELDS.items():
@@ -274,7 +274,7 @@ class _ArgumentsConversion(Conversion):
             )
         if (length := args.get("seq_length")) not in (None, args["max_position_embeddings"]):
             self.note(
-                f"{format_path((*self.at, 'seq_length'))}: {length} left out, it is that of the training run: "
+                f"{format_path((*self.at, 'seq_length'))}: {length} left out, it is the length of training samples: "
                 "$.seq_length is max_position_embeddings"
             )
 
@@ -322,7 +322,7 @@ class _ArgumentsConversion(Conversion):
         if (layers := args.get("num_layers_per_virtual_pipeline_stage")) is not None:
             self.refuse(
                 (*self.at, "num_layers_per_virtual_pipeline_stage"),
-                f"set virtual_pipeline_model_parallel_size instead: the stages of {layers} layers on each rank",
+                f"set virtual_pipeline_model_parallel_size to the number of {layers}-layer stages per rank instead",
             )
 
 

@@ -122,12 +122,12 @@ def _write_pattern(section: dict[str, Any]) -> list[str]:
 def _drop_extensions(section: dict[str, Any]) -> list[str]:
     """Replace Bridge's transformer in `section` by its base class in megatron-core; return notes about lost fields."""
     transformer = section["transformer"]
-    theirs = shipped(EXTENDED.get(transformer["_target_"], ""))
-    if theirs is None:
+    base = shipped(EXTENDED.get(transformer["_target_"], ""))
+    if base is None:
         return []
-    lost = [key for key in transformer if key != "_target_" and key not in theirs.fields]
+    lost = [key for key in transformer if key != "_target_" and key not in base.fields]
     section["transformer"] = {key: value for key, value in transformer.items() if key not in lost}
-    section["transformer"]["_target_"] = theirs.name
+    section["transformer"]["_target_"] = base.name
     return [f"left out, megatron.training has no field for it: transformer.{key}" for key in lost]
 
 

@@ -13,6 +13,8 @@ from bridge.config.text.nodes import Node
 from bridge.config.text.parse import ParsedText, parse_yaml
 from bridge.config.text.spans import LINE_BREAK, REST_OF_LINE, Spans, is_block_collection, list_children
 
+_CANNOT_EDIT = "this YAML text cannot be changed in place: edit it by hand, or write the data to a new file"
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -69,7 +71,7 @@ def _check_result(text: str, data: Any) -> str:
     except DocumentError:
         right = False
     if not right:
-        raise ConfigError("this YAML text cannot be changed in place: edit it by hand, or write the data to a new file")
+        raise ConfigError(_CANNOT_EDIT)
     return text
 
 
@@ -106,7 +108,7 @@ class _Editor:
         pieces, at, written = [], 0, ""
         for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
             if start < at:  # two changes of the same characters
-                raise ConfigError("this YAML text cannot be changed in place: the changes overlap")
+                raise ConfigError(_CANNOT_EDIT)
             pieces += [self._text[at:start], written]
             at = end
         text = "".join([*pieces, self._text[at:]])

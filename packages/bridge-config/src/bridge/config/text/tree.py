@@ -37,15 +37,15 @@ class TreeBuilder:
 
     def add_alias(self, node: Node, name: str) -> None:
         """Add an alias of the node with the anchor `name`."""
-        meant = self._anchors.get(name)
-        if meant is None:
+        target = self._anchors.get(name)
+        if target is None:
             self.add_problem(f"undefined alias *{name}", node.start)
-        elif any(meant is opened.node for opened in self._open):
+        elif any(target is opened.node for opened in self._open):
             self.add_problem(f"the alias *{name} is inside the value that it refers to", node.start)
         else:
-            node.alias = meant.alias or meant
+            node.alias = target.alias or target
             # Counted as a copy: nested aliases can stand for billions of values ("billion laughs").
-            node.size, node.depth = meant.size, meant.depth
+            node.size, node.depth = target.size, target.depth
         self._check_bounds(node)
         self._attach(node)
 
