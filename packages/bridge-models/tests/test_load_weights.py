@@ -95,7 +95,7 @@ def load_on_ranks(folder: str, layout: Layout, expected: Weights) -> tuple[list[
     config: Any = ModelConfig.from_dict(document.data)
     job = BuildJob(document=document.data, wrapper=Wrapper(layout.wrapper))
     sizes = job.finalize(config, torch.distributed.get_world_size())
-    groups = create_process_groups(sizes, embedding_ranks=job.embedding_ranks(config))
+    groups = create_process_groups(sizes, embedding_ranks=job.find_embedding_ranks(config))
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     wrong: list[str] = []
 
