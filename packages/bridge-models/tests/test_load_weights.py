@@ -109,8 +109,8 @@ def load_on_ranks(folder: str, layout: Layout, expected: Weights) -> tuple[list[
         return stages
 
     config.pre_wrap_hooks = [load]
-    builder = job.builder(config)
-    options = job.options(builder.transformer_config)
+    builder = job.make_builder(config)
+    options = job.make_options(builder.transformer_config)
     stages = builder.build_distributed_models(
         groups,
         ddp_config=options.ddp_config,
