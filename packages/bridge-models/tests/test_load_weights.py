@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from huggingface_cases import MODELS
-from huggingface_weights import Weights, carry
+from huggingface_weights import Weights, convert_weights
 from ranks import run_ranks
 
 
@@ -55,7 +55,7 @@ def make_folder(tmp_path: Path, config: dict[str, Any]) -> tuple[Any, Weights]:
 
     model = build_transformers_model(config)
     model.save_pretrained(tmp_path)
-    return model, carry(model.config, model.state_dict())
+    return model, convert_weights(model.config, model.state_dict())
 
 
 TOKENS = torch.randint(96, (2, 1, 24), generator=torch.Generator().manual_seed(3))
