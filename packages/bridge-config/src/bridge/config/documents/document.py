@@ -93,7 +93,7 @@ class Document:
         """
         steps = self._parse_inner_path(path)
         set_value(self.data, steps, value)
-        self._provenance.note_set(steps, self.source)  # without a line: no line of the text has this value
+        self._provenance.record_set(steps, self.source)  # without a line: the text does not have this value
 
     def remove(self, path: str) -> None:
         """Remove the value at a dotted path.
@@ -103,7 +103,7 @@ class Document:
         """
         steps = self._parse_inner_path(path)
         remove_value(self.data, steps)
-        self._provenance.note_removed(steps, self.source)
+        self._provenance.record_removal(steps, self.source)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Apply overrides in order: `path=value` (the value is YAML; `+path=value` is the same) and `~path`.
@@ -198,7 +198,7 @@ class Document:
                 raise DocumentError(present.problems)
         self._is_converted |= present.steps[0].data is not self.data
         if present.data is not self.data:
-            self._provenance.note_migrated(present.steps)
+            self._provenance.record_migration(present.steps)
             self.data = present.data
         return present.notes
 
@@ -287,7 +287,7 @@ class Document:
             return
         origin = describe_override(text)
         self.set(format_path(path), parse_yaml(value, origin).data)
-        self._provenance.note_set(path, origin)
+        self._provenance.record_set(path, origin)
 
     def _resolve_path(self, text: str) -> Path:
         """Return the path of an override, which in another system's document may be a path in the converted model."""

@@ -36,22 +36,23 @@ class Provenance:
         """Return an independent copy."""
         return replace(self, _origins=dict(self._origins))
 
-    def note_set(self, path: Path, origin: str) -> None:
+    def record_set(self, path: Path, origin: str) -> None:
         """Record that the value at `path` was replaced by one from `origin`."""
         self._forget(path)
         self._origins[path] = origin
 
-    def note_removed(self, path: Path, source: str) -> None:
+    def record_removal(self, path: Path, source: str) -> None:
         """Record that the value at `path` was removed from the document of `source`."""
         is_item = isinstance(path[-1], int)
         if is_item:
-            self._drop(path, source)
+            self._drop_item(path, source)
         self._forget(path)
         if is_item:
             self._origins = {_shift_index(at, path): text for at, text in self._origins.items()}
 
-    def note_migrated(self, steps: tuple[Migration, ...]) -> None:
+    def record_migration(self, steps: tuple[Migration, ...]) -> None:
         """Record that `steps` converted the data."""
+        # Keyed by the path in the text, which later migrations do not change.
         self._given_origins |= {self._find_text_path(at): text for at, text in self._origins.items()}
         self._migrations += steps
         self._origins = {}
@@ -80,7 +81,7 @@ class Provenance:
         """Return the nodes of the text along a path, from the root to the last one that exists."""
         node = self.text.root if self.text else None
         found: list[Node] = []
-        for step in (*self._find_text_path(path), None):
+        for step in (*self._find_text_path(path), None):  # None: also append the node of the last step
             if node is None:
                 break
             found.append(node)
@@ -92,7 +93,7 @@ class Provenance:
                 node = inside.get(step) if isinstance(inside, dict) else None
         return found
 
-    def _drop(self, path: Path, source: str) -> None:
+    def _drop_item(self, path: Path, source: str) -> None:
         """Record that the list item at `path` was removed. Behind an alias, the anchored list keeps the item."""
         nodes = self._find_nodes(path)
         if any(node.alias for node in nodes[:-1]):

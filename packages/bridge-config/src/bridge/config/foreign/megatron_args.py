@@ -167,6 +167,7 @@ class _ArgumentsConversion(Conversion):
             self.record_move((name,), path)
 
     def _convert_combined(self) -> None:
+        """Convert the arguments that set fields together, and the fields that Megatron-LM derives."""
         for convert in (
             self._convert_layers,
             self._convert_activation,
@@ -211,6 +212,7 @@ class _ArgumentsConversion(Conversion):
         )
         self._convert_model_field("hybrid_layer_pattern", pattern, given)
         self._convert_field("num_layers", count_layers(pattern) or args.get("num_layers"), "num_layers")
+        # The rest follows from the pattern, as in `core_transformer_config_from_args`.
         self.transformer["is_hybrid_model"] = True
         if isinstance(pattern, str):
             if not args.get("mtp_num_layers") and "/" in pattern:
@@ -237,13 +239,14 @@ class _ArgumentsConversion(Conversion):
 
     def _convert_attention(self) -> None:
         args = self._args
+        # Without the flag, Megatron-LM ignores num_query_groups, whose default is 1.
         if args.get("group_query_attention", args.get("num_query_groups") is not None):
             self._convert_field("num_query_groups", args.get("num_query_groups"), "num_query_groups")
         if (kind := args.get("rope_type")) is not None and "rope_type" in self._inner.fields:
             self._convert_field("rope_type", kind, "rope_type")
         elif kind not in (None, "rope"):
             self.refuse((*self.at, "rope_type"), "only multi-latent attention supports a type other than 'rope'")
-        kinds = args.get("cp_comm_type")
+        kinds = args.get("cp_comm_type")  # the parser makes a list of one type for all layers
         if kinds is not None:
             self._convert_field(
                 "cp_comm_type", kinds[0] if isinstance(kinds, list) and len(kinds) == 1 else kinds, "cp_comm_type"
@@ -254,6 +257,7 @@ class _ArgumentsConversion(Conversion):
         if args.get("params_dtype") is None:
             half = "torch.bfloat16" if args.get("bf16") else "torch.float16" if args.get("fp16") else "torch.float32"
             self._set_derived("params_dtype", half)
+        # After params_dtype, from which Megatron-LM derives it.
         self._set_derived("pipeline_dtype", self.transformer["params_dtype"])
 
     def _convert_positions(self) -> None:
@@ -286,7 +290,7 @@ class _ArgumentsConversion(Conversion):
         size, padded = args.get("vocab_size"), args.get("padded_vocab_size")
         if padded is not None:
             self._convert_model_field("vocab_size", padded, "padded_vocab_size")
-            self._set_derived_model_field("should_pad_vocab", False)
+            self._set_derived_model_field("should_pad_vocab", False)  # the size is padded already
             if size not in (None, padded):
                 at = format_path((*self.at, "vocab_size"))
                 self.note(f"{at}: {size} left out, $.vocab_size is padded_vocab_size")

@@ -112,6 +112,7 @@ class _ModelConversion(Conversion):
         self._convert(data)
 
     def _convert(self, data: dict[str, Any]) -> None:
+        """Convert the model. The order matters: each step uses the fields that those before it converted."""
         if (builder := data.get("_builder_")) is not None:
             self.top["_builder_"] = self.rename(builder)
         inner = data.get("transformer")
@@ -161,6 +162,7 @@ class _ModelConversion(Conversion):
                 self.leave_out("an old name of a field that is also given", path)
             elif is_old_name and data.get(key) is not None:
                 self.refuse(path, f"this is the old name of {key}, which has a different value: keep only {key}")
+            # The transformer's fields come first: where both declare a field, the transformer owns it.
             elif key in owned and key in self.transformer:
                 self._check_duplicate(key, value, declared=key in own, path=path)
             elif key in owned and transformer is not None:
@@ -179,7 +181,7 @@ class _ModelConversion(Conversion):
         """Check a field that the transformer has too. megatron.training uses the transformer's value."""
         if value == self.transformer[key]:
             return
-        if declared:
+        if declared:  # a field of the model class too: its value has no effect there
             self.note(
                 f"{format_path(path)}: {abbreviate(value)} left out, "
                 f"transformer.{key} is {abbreviate(self.transformer[key])}"
@@ -198,7 +200,7 @@ class _ModelConversion(Conversion):
 
     def _convert_pattern(self, data: dict[str, Any]) -> None:
         """Convert the pattern of a hybrid model, and fields that depend on it."""
-        if self.transformer.get("mtp_num_layers") == 0:
+        if self.transformer.get("mtp_num_layers") == 0:  # megatron-core 0.19.2 only checks for None
             self.transformer["mtp_num_layers"] = None
         depths = self.transformer.get("mtp_num_layers")
         if depths is None and self.transformer.get("mtp_use_repeated_layer"):

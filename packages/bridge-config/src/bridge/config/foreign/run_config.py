@@ -110,6 +110,7 @@ def _write_pattern(section: dict[str, Any]) -> list[str]:
     ranks = transformer.get("pipeline_model_parallel_size", 1)
     virtual = transformer.get("virtual_pipeline_model_parallel_size") or 1
     # megatron-core 0.19.2 splits a pattern without borders evenly over ranks, but requires borders for virtual stages.
+    # On a single rank it builds only the layers before the first border.
     if ranks == 1:
         main = main.replace("|", "")
     elif virtual > 1 and "|" not in main:

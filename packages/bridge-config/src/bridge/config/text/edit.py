@@ -105,6 +105,7 @@ class _Editor:
     def edit(self, root: Node, data: Any) -> str:
         """Return the text after all changes."""
         self._compare(root, data, _Place("top"))
+        # Sorted by start and end: at the same offset, insertions come first, in the order in which they were recorded.
         pieces, at, written = [], 0, ""
         for start, end, written in sorted(self._splices, key=lambda splice: splice[:2]):
             if start < at:  # two changes of the same characters
@@ -122,6 +123,7 @@ class _Editor:
         """Record the changes that turn `node` into `data`; return True if none are needed."""
         if node.alias is not None:
             unchanged = node.alias not in self._replaced and are_equal(node.data(), data)
+        # A mapping without a common key is another value: replace it as a whole, with its comments.
         elif isinstance(node.value, dict) and isinstance(data, dict) and (node.value.keys() & data.keys() or not data):
             return self._compare_mapping(node, data, place)
         elif isinstance(node.value, list) and isinstance(data, (list, tuple)):
@@ -206,6 +208,8 @@ class _Editor:
         last = max(i for i, child in enumerate(children) if child in kept)
         removed = [i for i, child in enumerate(children) if child not in kept]
         end, close = self._spans.find_end(children[last]), self._spans.find_end(children[-1])
+        # The last items go together with the comma before them, unless the text has a trailing comma. Items on several
+        # lines go line by line.
         if (
             last + 1 < len(children)
             and self._spans.find_comma(close) is None
@@ -246,9 +250,11 @@ class _Editor:
         start, end = self._spans.find_span(node)
         colon, content = self._spans.find_colon_end(node), self._spans.find_content(node)
         if place.kind == "key" and is_block_collection(node) and content >= self._spans.find_next_line(colon):
+            # The old value is on the lines below: a comment on the line of the key stays.
             self._splice(colon, self._spans.find_anchor_end(node, colon), f" {written}")
             self._splice(self._spans.find_line_start(content), self._spans.find_line_after(node))
         else:
+            # A key without a value may lack its colon, as in `{key}`.
             missing = ":" if start == end and node.key and self._text[start - 1] != ":" else ""
             self._splice(start, end, missing + self._find_missing_space(start) + written + self._find_tail(node))
 

@@ -35,6 +35,7 @@ class Spans:
             return [self.find_key_start(child) for child in children]
         if node.style:
             return [child.start for child in children]
+        # Nodes do not store the position of their dash: it is the next text after the previous item.
         before = [self.find_content(node), *(self.find_end(child) for child in children[:-1])]
         return [self.skip_gap(index) for index in before]
 
@@ -44,6 +45,7 @@ class Spans:
         start = node.key[0]
         line = self.find_line_start(start)
         question = self._text[line:start].rstrip(" \t")
+        # A question mark at the end of a word is not an indicator.
         is_explicit = question.endswith("?") and not question[-2:-1].strip(" \t,{")
         return line + len(question) - 1 if is_explicit else start
 
