@@ -1,4 +1,4 @@
-"""A few training steps: the text and its batches, the optimizer, a step by Megatron's schedule, FLOPs of a step.
+"""Short training runs: the text and its batches, the optimizer, steps with Megatron's schedule, FLOPs of a step.
 
 May import the checks, the engine, the CPU runtime, and the modules beside the subpackages.
 """

@@ -1,4 +1,4 @@
-"""The batch of a training step, and how it divides over ranks."""
+"""The batch of a training step and its division over ranks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from bridge.dist.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sizes of a batch: of all ranks and of one forward pass, in samples, and of a sample, in tokens."""
+    """The sizes of a batch: tokens per sample, samples per step over all ranks, and samples per forward pass."""
 
     seq_length: int
     global_batch_size: int = 8
     micro_batch_size: int = 1
 
     def microbatches(self, layout: Layout, *, group_size: int | None = None) -> int:
-        """Return how many microbatches each rank computes per step.
+        """Return the number of microbatches that each rank computes per step.
 
         Args:
             layout: The sizes.
-            group_size: ``microbatch_group_size_per_vp_stage``, by default the pipeline's size.
+            group_size: ``microbatch_group_size_per_vp_stage``; by default the pipeline-parallel size.
 
         Raises:
-            TrainingError: The global batch does not divide into microbatches over the data-parallel ranks, or not into
-                the groups that a virtual pipeline takes.
+            TrainingError: The global batch does not divide into microbatches over the data-parallel ranks, or the
+                microbatches do not divide into the groups that a virtual pipeline requires.
         """
         per_round = self.micro_batch_size * layout.dp
         if self.global_batch_size % per_round:
@@ -41,29 +41,34 @@ class Batch:
         return microbatches
 
     def check_sequence(self, config: TransformerConfig) -> None:
-        """Check that samples divide into what each rank holds of them.
+        """Check that samples divide into equal parts under sequence and context parallelism.
 
         Raises:
-            TrainingError: They do not, under sequence or context parallelism.
+            TrainingError: They do not.
         """
+        # Each context-parallel rank takes two parts, one from each half of the sample, to balance causal attention.
         parts = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
         if config.sequence_parallel:
             parts *= config.tensor_model_parallel_size
         if self.seq_length % parts:
             raise TrainingError(
-                f"samples of {self.seq_length} tokens do not divide into {parts} equal parts, "
-                "2 x cp under context parallelism, times tp under sequence parallelism: "
+                f"samples of {self.seq_length} tokens do not divide into {parts} equal parts "
+                "(2 x cp with context parallelism, times tp with sequence parallelism): "
                 f"choose a multiple of {parts}"
             )
 
 
 def _check_groups(microbatches: int, group_size: int, pp: int) -> None:
-    """Refuse what Megatron's interleaved schedule refuses in the first step. Seen in megatron-core 0.19.2."""
+    """Check the number of microbatches as Megatron's interleaved schedule does in the first step (0.19.2)."""
     rest = microbatches % group_size
     if microbatches < group_size or 0 < rest < pp:
-        group = "" if group_size == pp else f" in groups of {group_size} (microbatch_group_size_per_vp_stage)"
-        last = "a multiple of" if group_size == pp else f"and leaves none or {pp} to {group_size - 1} over, at least"
+        rule = f"a multiple of {group_size}"
+        if group_size != pp:
+            rule = (
+                f"at least {group_size} (microbatch_group_size_per_vp_stage), with a remainder of 0 or "
+                f"{pp} to {group_size - 1}"
+            )
         raise TrainingError(
-            f"a virtual pipeline on pp = {pp} takes microbatches{group}, {last} {group_size}; this run has "
-            f"{microbatches}: choose another global or micro batch size"
+            f"a virtual pipeline on pp = {pp} needs a number of microbatches that is {rule}, got {microbatches}: "
+            "choose another global or micro batch size"
         )

@@ -1,4 +1,4 @@
-"""Model-FLOPs utilisation: the FLOPs that a model needs for a step, and those that a GPU could do."""
+"""Model-FLOPs utilisation: the FLOPs that a model needs per step, and the peak FLOPs of a GPU."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ _PEAKS = (
     (re.compile(r"\bB200\b"), 2250e12),
     (re.compile(r"\bGB200\b"), 2500e12),
 )
-"""Dense bf16 FLOPs a second of the tensor cores, by names that CUDA gives devices; the first that matches counts.
+"""Dense bf16 FLOPs per second of the tensor cores, by a pattern of CUDA's device name; the first match counts.
 
-From NVIDIA's data sheets of these products and the whitepaper of the Hopper architecture; a data sheet that counts
-sparse matrices shows twice as many.
+Sources: NVIDIA's data sheets of these products, and the whitepaper of the Hopper architecture. Data sheets that count
+sparse matrices list twice as many.
 """
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the dense bf16 (and fp16) FLOPs a second of a device by the name that CUDA gives it; None if unknown.
-
-    A part of a GPU (MIG) is unknown.
-    """
-    if "MIG" in device.split():
+    """Return the dense bf16 (and fp16) peak FLOPs per second of a device by its CUDA name; None if unknown."""
+    if "MIG" in device.split():  # a part of a GPU, whose share of the peak the name does not tell
         return None
     return next((peak for name, peak in _PEAKS if name.search(device)), None)
 
@@ -44,18 +41,18 @@ _AFTER_SCAN = re.compile(r".*\bmixer\.out_proj\.weight")
 
 
 def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConfig, batch: Batch) -> int:
-    """Return the FLOPs that a model needs for a training step, of all ranks, whatever the layout and the layers.
+    """Return the FLOPs that a model needs per training step, over all ranks, independent of the layout and the layers.
 
-    Per token, as in appendix B of the PaLM paper (arXiv 2204.02311): two for each element of a matrix that the token
-    is multiplied with, those of the experts by the share that a token is routed to; attention in full, not halved for
-    its mask, over the scores and the values; for a state-space layer, two for each element of the state to enter it
-    and two to be read from it. The backward pass needs twice what the forward pass does. What is computed again, or
-    for padding, does not count, nor does what is done element by element.
+    Per token, following appendix B of the PaLM paper (arXiv 2204.02311): two FLOPs for each element of a matrix that
+    the token is multiplied with, where experts count by the share of tokens routed to them; attention scores and values
+    in full, not halved for the causal mask; for a state-space layer, two FLOPs for each element of the state to update
+    it and two to read it. The backward pass needs twice the FLOPs of the forward pass. Recomputation, padding and
+    element-wise operations do not count.
 
     Args:
-        parameters: The shapes of the whole model's parameters, without padding, by Megatron's names in the whole model.
+        parameters: The shapes of the whole model's parameters, without padding, by full-model name.
         config: Sizes of attention, experts and states.
-        batch: Samples of a step, and their tokens. Encoder and decoder of T5 take as many each.
+        batch: Samples per step and tokens per sample. T5's encoder and decoder each take that many tokens.
     """
     matrices = {name: shape for name, shape in parameters.items() if len(shape) > 1}
     tied = not any(map(_OUTPUT.fullmatch, matrices))
@@ -65,22 +62,23 @@ def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConf
             products += batch.seq_length * shape[1] * (1 + _query_to_value_width(config))
         elif _AFTER_SCAN.fullmatch(name):
             products += 2 * shape[1] * config.mamba_state_dim
+    # Two FLOPs per multiply-add, and three passes: one forward, and twice its FLOPs backward.
     return round(3 * 2 * products * batch.global_batch_size * batch.seq_length)
 
 
 def _count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
-    """How often a token is multiplied with a matrix, on average."""
+    """Return how often a token is multiplied with a matrix, on average."""
     if (_EMBEDDING.fullmatch(name) and not tied) or _LOOKED_UP.fullmatch(name):
-        return 0
+        return 0  # rows are looked up, not multiplied
     if _EMBEDDING.fullmatch(name) or _OUTPUT.fullmatch(name):
-        return 1 + (config.mtp_num_layers or 0)  # predicting several tokens, the logits of each
+        return 1 + (config.mtp_num_layers or 0)  # multi-token prediction computes logits for each predicted token
     if _ROUTED.fullmatch(name) and config.num_moe_experts:
         return config.moe_router_topk / config.num_moe_experts
     return 1
 
 
 def _query_to_value_width(config: TransformerConfig) -> float:
-    """Width of a head's queries and keys over that of its values, which differ in multi-head latent attention."""
+    """Return a head's query width divided by its value width; they differ in multi-head latent attention."""
     if isinstance(config, MLATransformerConfig):
         return (config.qk_head_dim + config.qk_pos_emb_head_dim) / config.v_head_dim
     return 1.0

@@ -1,4 +1,4 @@
-"""What keeps losses independent of the layout: no dropout, and no probability for vocabulary padding."""
+"""Make losses independent of the layout: no dropout, and no probability for vocabulary padding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bridge.dist.engine.stages import unwrap
 
 
 def switch_off_dropout(config: TransformerConfig) -> list[str]:
-    """Set the dropout rates of a configuration to zero and name those that were not.
+    """Set the dropout rates of a configuration to zero and return the names of those that were not.
 
-    Each tensor-parallel rank draws its own dropout masks, so that with dropout the losses depend on the layout.
+    Each tensor-parallel rank draws its own dropout masks, so with dropout the losses depend on the layout.
     """
     names = [name for name in DROPOUT_RATES if getattr(config, name)]
     for name in names:
@@ -25,9 +25,9 @@ def switch_off_dropout(config: TransformerConfig) -> list[str]:
 
 
 def mask_vocabulary_padding(stages: Sequence[MegatronModule], *, vocab_size: int) -> None:
-    """Give the padding of the vocabulary no probability, in stages that hold an output layer.
+    """Mask the logits of vocabulary padding, in stages with an output layer.
 
-    How many rows pad the vocabulary depends on the tensor-parallel size, and a padded row takes part in the softmax.
+    The number of padding rows depends on the tensor-parallel size, and without a mask they take part in the softmax.
     """
     for stage in stages:
         layer = getattr(unwrap(stage), "output_layer", None)

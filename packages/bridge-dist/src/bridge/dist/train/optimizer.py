@@ -1,4 +1,4 @@
-"""Megatron's optimizer for a few steps that are comparable between layouts."""
+"""Set up Megatron's optimizer for short runs whose results are comparable between layouts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from megatron.core.utils import get_model_config
 from bridge.dist.patch import Replacement, replace_attributes
 
 LEARNING_RATE = 1e-4
-# Far above what rounding leaves of a gradient that is zero (of an attention key's bias, say), which Adam would blow up
-# to a full step in one direction or the other; far below the gradients that matter.
+# Adam's epsilon: far above the rounding noise of gradients that are mathematically zero (an attention key's bias, for
+# example), which Adam would otherwise scale up to a full step in an arbitrary direction; far below real gradients.
 _EPSILON = 1e-5
 _FP16_LOSS_SCALE = 2.0**16
 
 
 @contextlib.contextmanager
 def set_up_optimizer(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
-    """Make Megatron's Adam with a constant rate; the stages' configuration knows how to finish a step meanwhile.
+    """Yield Megatron's Adam with a constant learning rate, and set functions in the stages' configuration meanwhile.
 
-    Were it not put back, configuration, distributed optimizer and stages would hold each other, and Python would never
-    free them: part of the circle is held by torch's C++.
+    Megatron's schedule calls these functions. They are removed afterwards, because otherwise
+    configuration, distributed optimizer and stages would form a reference cycle through torch's C++, which Python never
+    frees.
     """
     config = get_model_config(stages[0])
     ddp_config = stages[0].ddp_config
@@ -46,7 +47,7 @@ def set_up_optimizer(stages: list[MegatronModule], *, use_gloo_process_groups: b
         stages,
         use_gloo_process_groups=use_gloo_process_groups,
     )
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # a scheduler would set it; there is none
         group["lr"] = LEARNING_RATE
     functions: dict[str, object] = {
         "finalize_model_grads_func": finalize_model_grads,

@@ -1,4 +1,4 @@
-"""A few training steps by Megatron's own schedule and optimizer, comparable between layouts."""
+"""Training steps with Megatron's own schedule and optimizer, comparable between layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bridge.dist.train.text import Text
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Batch):
-    """How many steps, on which text, and the sizes of a batch."""
+    """The number of steps, the text, and the sizes of a batch."""
 
     steps: int
     text: Path
@@ -32,9 +32,10 @@ class TrainOptions(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one training step gave, the same on every rank; no gradient norm for a step that overflowed in fp16.
+    """The result of one training step.
 
-    ``seconds`` are this rank's, until its device was done.
+    ``loss`` and ``grad_norm`` are the same on every rank; ``grad_norm`` is None if the step overflowed in fp16.
+    ``seconds`` is the time on this rank until its device had finished.
     """
 
     loss: float
@@ -51,9 +52,17 @@ def train(
     options: TrainOptions,
     forward_step: ForwardStep = next_token_step,
 ) -> Iterator[Step]:
-    """Train, one step per item taken. The loss is the mean over the tokens of the global batch, before the step.
+    """Train lazily, one step per item. The loss is the mean over the tokens of the global batch, before the step.
 
-    Every rank of the layout must take every step. ``forward_step`` is that of the builder that made the stages.
+    Collective: every rank of the layout must take every item.
+
+    Args:
+        stages: The wrapped stages of this rank.
+        pg_collection: The process groups of this rank.
+        layout: The sizes of the process groups.
+        text: Source of the batches.
+        options: Number of steps, and sizes of a batch.
+        forward_step: ``forward_step`` of the builder that made the stages.
 
     Raises:
         CopyError: Tensor-parallel ranks have different gradients of a parameter that is not split.
@@ -68,7 +77,7 @@ def train(
             zero_gradients(stages)
             optimizer.zero_grad()
             outputs = run_microbatches(stages, pg_collection, layout, mine, forward_step=forward_step)
-            if index == 0:
+            if index == 0:  # once: a missing attribute shows in the first gradients, and the check is slow
                 check_gradients(stages, pg_collection)
             _, grad_norm, _ = optimizer.step()
             loss = _global_loss([output["loss"] for output in outputs], pg_collection)
@@ -77,13 +86,13 @@ def train(
 
 
 def _time_when_done() -> float:
-    """Read the clock when the device has done what it was given."""
+    """Wait for the device and return the time in seconds."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def zero_gradients(stages: Sequence[MegatronModule]) -> None:
-    """Set the buffers of gradients that stages have to zero, as before each step."""
+    """Zero the gradient buffers of stages that have any. Do this before each step."""
     for stage in stages:
         zero: Callable[[], None] | None = getattr(stage, "zero_grad_buffer", None)
         if zero is not None:
@@ -98,19 +107,19 @@ def run_microbatches(
     *,
     forward_step: ForwardStep,
 ) -> list[dict[str, torch.Tensor]]:
-    """Run forward and backward passes by Megatron's schedule, and reduce the gradients.
+    """Run the forward and backward passes of a step with Megatron's schedule, and reduce the gradients.
 
-    Every rank of the layout must do so, within ``set_up_optimizer``.
+    Collective. Call it within ``set_up_optimizer``.
 
     Args:
-        stages: Those of this rank.
+        stages: The wrapped stages of this rank.
         pg_collection: The process groups of this rank.
-        layout: Its pipeline decides on the schedule.
-        samples: This rank's tokens, shape [microbatches, samples of each, sequence + 1].
-        forward_step: That of the builder that made the stages.
+        layout: Its pipeline sizes select the schedule.
+        samples: The tokens of this rank, shape [microbatches, micro batch size, sequence + 1].
+        forward_step: ``forward_step`` of the builder that made the stages.
 
     Returns:
-        On the last stage the loss of each microbatch.
+        On the last stage the loss of each microbatch; on other stages an empty list.
     """
     schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp if layout.vp > 1 else None)
     outputs: list[dict[str, torch.Tensor]] = schedule(
@@ -132,20 +141,20 @@ def _forward(
     forward_step: ForwardStep,
     pg_collection: ProcessGroupCollection,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
-    """Run a stage on the next microbatch; Megatron's schedule calls the returned function on the last stage."""
+    """Run a stage on the next microbatch. On the last stage, Megatron's schedule calls the returned loss function."""
     output = forward_step(stage, next(samples).to(torch.device("cuda")), pg_collection)
 
     def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = losses.float().mean()
-        # The schedule multiplies by the context-parallel size, and works in place (megatron-core 0.19.2): undo the
-        # one, and report a copy because of the other.
+        # The schedule of megatron-core 0.19.2 multiplies by the context-parallel size, in place: undo the factor, and
+        # report a copy.
         return loss / pg_collection.cp.size(), {"loss": loss.detach().clone()}
 
     return output, mean_loss
 
 
 def _global_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupCollection) -> float:
-    """Average over the data-parallel ranks, and tell the ranks that are not on the last stage."""
+    """Average the losses over the data-parallel ranks, and broadcast the result from the last pipeline stage."""
     device = torch.device("cuda")
     loss = torch.stack(list(losses)).mean() if losses else torch.zeros((), device=device)
     if losses:

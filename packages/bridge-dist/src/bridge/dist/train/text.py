@@ -1,4 +1,4 @@
-"""A real text as token batches, the same global batch under every layout."""
+"""Token batches of a text. The global batch of a step is the same under every layout."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ BYTE_VALUES = 256
 
 @functools.cache  # the list of torch's files is long
 def default_text() -> Path:
-    """Return the path of a text that every installation has: the licence of torch.
+    """Return the path of a built-in sample text: the licence of torch, which every installation has.
 
     Raises:
-        TrainingError: The installed torch came without one.
+        TrainingError: The installed torch has no licence file.
     """
     for file in importlib.metadata.files("torch") or ():
         if file.name.startswith("LICENSE"):
             path = Path(str(file.locate()))
             if path.is_file():
                 return path
-    raise TrainingError("the installed torch has no licence text to train on: name a text with --text FILE")
+    raise TrainingError("the installed torch has no licence file to train on: pass a text with --text FILE")
 
 
 @dataclass(frozen=True)
 class Text:
-    """The bytes of a text as token ids, shape (length,), dtype int64, of a vocabulary of ``vocab_size``."""
+    """The bytes of a text as token ids, shape [length], dtype int64, for a vocabulary of ``vocab_size``."""
 
     tokens: torch.Tensor
     vocab_size: int
 
     @classmethod
     def read(cls, path: Path, *, vocab_size: int) -> Text:
-        """Read a file as bytes; each byte is a token.
+        """Read a file as bytes, one token per byte.
 
         Raises:
             TrainingError: The file cannot be read, is empty, or the vocabulary is smaller than its largest byte.
@@ -48,18 +48,18 @@ class Text:
         except OSError as error:
             raise TrainingError(f"cannot read the text {path}: {error.strerror}") from error
         if not content:
-            raise TrainingError(f"the text {path} is empty")
+            raise TrainingError(f"the text {path} is empty: pass a file with content")
         if max(content) >= vocab_size:
             raise TrainingError(
-                f"the text {path} has bytes up to {max(content)}, vocab_size is {vocab_size}: "
+                f"the text {path} has bytes up to {max(content)}, but vocab_size is {vocab_size}: "
                 f"set vocab_size to at least {BYTE_VALUES}"
             )
         return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), vocab_size)
 
     def batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
-        """Return the global batch of a step, shape (size, seq_length + 1): inputs and, shifted by one, labels.
+        """Return the global batch of a step, shape [size, seq_length + 1]: inputs and, shifted by one, labels.
 
-        Consecutive samples are consecutive pieces of the text, which starts over at its end.
+        Consecutive samples are consecutive parts of the text, which wraps around at its end.
         """
         starts = torch.arange(size).add(step * size).mul(seq_length)
         positions = starts[:, None] + torch.arange(seq_length + 1)[None]
