@@ -220,7 +220,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
             use_torch_fsdp2=options.use_torch_fsdp2,
         )
         seen = Seen(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
-        shape = (LONGER.microbatches(layout), LONGER.micro_batch_size, LONGER.seq_length + 1)
+        shape = (LONGER.count_microbatches(layout), LONGER.micro_batch_size, LONGER.seq_length + 1)
         with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             updated = [local(p) for part in parts for group in part.param_groups for p in group["params"]]

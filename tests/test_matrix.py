@@ -20,7 +20,7 @@ from ranks import run_ranks
 
 from bridge.config import BridgeError, Document, ModelConfig
 from bridge.dist.run.parity import TrainingResult
-from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, product_splits, single_splits
+from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, list_product_splits, list_single_splits
 from bridge.dist.run.verify import Row, Tolerance, Verdict, judge
 from bridge.dist.wrapper import Wrapper
 
@@ -84,7 +84,7 @@ def cells(model: str, precision: str, world_size: int, splits: Sequence[Split]) 
 
 
 def every_split(world_size: int) -> list[Split]:
-    return single_splits(world_size) + product_splits(world_size)
+    return list_single_splits(world_size) + list_product_splits(world_size)
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
     import torch
 
     from bridge.dist import create_process_groups, destroy_process_groups
-    from bridge.dist.run.collect import wrapper_names
+    from bridge.dist.run.collect import list_wrapper_names
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.run.parity import compare_weights, save_weights
 
@@ -139,7 +139,7 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
         run = build_and_train(job, config, layout, create_process_groups(layout))
         half = ["Float16Module"] if cell.precision == "bf16" else []
         for stage in run.stages:
-            names = [name.removeprefix("FSDP") for name in wrapper_names(stage)]  # torch renames classes
+            names = [name.removeprefix("FSDP") for name in list_wrapper_names(stage)]  # torch renames classes
             assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, MODELS[cell.model]]
         if not weights.exists():
             save_weights(run, weights)

@@ -10,7 +10,7 @@ from bridge.dist.job import BuildJob, get_vocab_size, make_builder
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.rank import measure_rank
 from bridge.dist.train.batch import Batch
-from bridge.dist.train.flops import model_flops
+from bridge.dist.train.flops import count_model_flops
 from bridge.dist.wrapper import Wrapper
 
 
@@ -45,7 +45,7 @@ def flops_of(document: Document) -> tuple[int, int]:
     config = document.config()
     rank = measure_rank(job, Layout(), batch, rank=0, memo={})
     shapes = {placement.full_name: placement.logical_shape(get_vocab_size(config)) for placement, _ in rank.placements}
-    by_shapes = model_flops(shapes, make_builder(config).transformer_config, batch)
+    by_shapes = count_model_flops(shapes, make_builder(config).transformer_config, batch)
     return by_shapes, sum(chunk.work.forward_flops for chunk in rank.chunks)
 
 

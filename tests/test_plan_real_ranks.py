@@ -104,7 +104,7 @@ def test_the_plan_of_every_sharded_rank_matches_its_measurements(
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
     for rank in (0, WORLD - 1):  # of each kind of parallelism the first and the last
         planned = measure_rank(job, layout, LONGER, rank=rank, memo={})
-        calls = planned.traffic.count(LONGER.microbatches(layout))
+        calls = planned.traffic.count(LONGER.count_microbatches(layout))
         assert (
             HeldSharded(
                 parameters=take_notes(),

@@ -16,8 +16,8 @@ import pytest
 from environments import run_command
 
 from bridge.dist.run.parity import TrainingResult
-from bridge.dist.run.splits import cases
-from bridge.dist.run.verify import Row, Tolerance, Verdict, judge, relative_difference
+from bridge.dist.run.splits import list_cases
+from bridge.dist.run.verify import Row, Tolerance, Verdict, compute_relative_difference, judge
 
 BRIDGE = Path(sys.executable).with_name("bridge")
 EXTENSION = Path(__file__).parent / "typing" / "extension"
@@ -59,7 +59,7 @@ def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
     assert code == 0, errors
     rows = json.loads(out)
     assert [(row["layout"], row["wrapper"]) for row in rows] == [
-        (split.format_name(2), str(wrapping)) for split, wrapping in cases(2)
+        (split.format_name(2), str(wrapping)) for split, wrapping in list_cases(2)
     ]
     verdicts = [row["verdict"] for row in rows]
     assert set(verdicts) == {"equal", "refused"}
@@ -134,5 +134,5 @@ def test_rounding_is_not_a_mismatch() -> None:
 
 
 def test_an_overflow_equals_only_an_overflow() -> None:
-    assert relative_difference([1.0, None], [1.0, None]) == 0
-    assert relative_difference([None], [1.0]) == relative_difference([1.0], [None]) == math.inf
+    assert compute_relative_difference([1.0, None], [1.0, None]) == 0
+    assert compute_relative_difference([None], [1.0]) == compute_relative_difference([1.0], [None]) == math.inf

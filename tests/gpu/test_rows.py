@@ -107,7 +107,7 @@ def test_speed(row: Row, layers: str) -> None:
     name = "ddp" if layers == "same-layers" else "short"
     sides = row.run("gpu.llama:measure_speed", name, layers == "own-layers", row.rehearsing, limit=90)
     setting, flops = SETTINGS[name], REFERENCES["plans"][name]["flops"]
-    peak = row.run("bridge.dist.train.flops:peak_flops", row.device)
+    peak = row.run("bridge.dist.train.flops:find_peak_flops", row.device)
     for side, found in sides.items():
         row.measure(f"{side}, tokens/s", setting.global_batch_size * setting.seq_length / found["step_seconds"])
         row.measure(f"{side}, GiB", found["peak"] / 2**30)

@@ -75,7 +75,7 @@ def test_valid_microbatch_counts_match_megatrons_schedule(monkeypatch: pytest.Mo
             continue  # refused by the rule interleaving-group-size
         batch = Batch(seq_length=8, global_batch_size=microbatches)
         try:
-            taken = batch.microbatches(Layout(pp=pp, vp=2), group_size=group_size) == microbatches
+            taken = batch.count_microbatches(Layout(pp=pp, vp=2), group_size=group_size) == microbatches
         except TrainingError:
             taken = False
         assert taken == does_schedule_accept(microbatches, group_size, pp, monkeypatch), (pp, group_size, microbatches)

@@ -13,7 +13,7 @@ from bridge.dist.run.peak_memory import PeakMemory
 from bridge.dist.run.progress import show_progress
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.run.tables import render_report
-from bridge.dist.train.flops import peak_flops
+from bridge.dist.train.flops import find_peak_flops
 
 GIB = 2**30
 
@@ -105,7 +105,7 @@ def test_the_tables_fit_80_columns() -> None:
     ],
 )
 def test_devices_have_their_published_peak_flops(name: str, tera: float | None) -> None:
-    assert peak_flops(name) == (None if tera is None else tera * 1e12)
+    assert find_peak_flops(name) == (None if tera is None else tera * 1e12)
 
 
 def test_progress_is_printed_as_lines_without_a_terminal(

@@ -32,7 +32,7 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
 
     They are written where the document keeps its TransformerConfig: under ``transformer`` if there is such a field.
     """
-    prefix, holder = _transformer(document)
+    prefix, holder = _find_transformer(document)
     given = holder.get
     for name, size in sizes.items():
         document.set(prefix + CONFIG_FIELDS[name], size)
@@ -50,7 +50,7 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
 
 def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_parallel: bool) -> None:
     """Replace the layout of a document. Sizes that are not given become 1."""
-    prefix, holder = _transformer(document)
+    prefix, holder = _find_transformer(document)
     for name in _LAYOUT_FIELDS:
         if name in holder:
             document.remove(prefix + name)
@@ -60,11 +60,11 @@ def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_par
 
 def switch_off_dropout(document: Document) -> None:
     """Set the dropout rates of a document to zero."""
-    prefix, _ = _transformer(document)
+    prefix, _ = _find_transformer(document)
     for name in DROPOUT_RATES:
         document.set(prefix + name, 0.0)
 
 
-def _transformer(document: Document) -> tuple[str, dict[str, Any]]:
+def _find_transformer(document: Document) -> tuple[str, dict[str, Any]]:
     embedded = document.data.get("transformer")
     return ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)

@@ -23,7 +23,7 @@ from bridge.dist.layout import Layout, find_embedding_ranks
 from bridge.dist.train.refusals import check_training
 from bridge.dist.train.step import TrainOptions
 from bridge.dist.train.text import Text
-from bridge.dist.wrapper import Wrapper, usual_ddp_options
+from bridge.dist.wrapper import Wrapper, make_default_ddp_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class BuildJob:
         if self.training is not None:
             check_training(self.wrapper, config, transformer)
             self.training.check_sequence(transformer)
-            self.training.microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
+            self.training.count_microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
             read_text(self.training, config)
         return layout
 
@@ -98,7 +98,7 @@ class BuildJob:
         """Return the default build options of the wrapper."""
         if self.wrapper is Wrapper.NONE:
             return BuildOptions(wrap_with_ddp=False)
-        ddp = usual_ddp_options(
+        ddp = make_default_ddp_options(
             self.wrapper,
             bf16=config.bf16,
             fp16=config.fp16,

@@ -15,7 +15,7 @@ class Wrapper(StrEnum):
     NONE = "none"
 
 
-def usual_ddp_options(
+def make_default_ddp_options(
     wrapper: Wrapper, *, bf16: bool, fp16: bool, distributed_optimizer: bool, on_gpu: bool
 ) -> dict[str, Any]:
     """Return the fields of DistributedDataParallelConfig that `bridge build` sets for a wrapper.

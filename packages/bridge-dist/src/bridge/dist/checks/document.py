@@ -20,7 +20,7 @@ from bridge.dist.checks.rules import MODEL_RULES
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.errors import LayoutError, OptionsError, PreflightError
 from bridge.dist.layout import CONFIG_FIELDS, Layout
-from bridge.dist.wrapper import Wrapper, usual_ddp_options
+from bridge.dist.wrapper import Wrapper, make_default_ddp_options
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -95,7 +95,7 @@ def refuse_before_imports(
         LayoutError: The layout does not fit the ranks.
         PreflightError: The configuration is known to fail under the layout or with the wrapper.
     """
-    if _names_only_what_is_shipped(document.data):
+    if _names_only_shipped_targets(document.data):
         _check(
             document.check(),
             wrapper,
@@ -106,11 +106,11 @@ def refuse_before_imports(
         )
 
 
-def _names_only_what_is_shipped(value: object) -> bool:
+def _names_only_shipped_targets(value: object) -> bool:
     if isinstance(value, dict):
-        return all(map(_names_only_what_is_shipped, value.values()))
+        return all(map(_names_only_shipped_targets, value.values()))
     if isinstance(value, list):
-        return all(map(_names_only_what_is_shipped, value))
+        return all(map(_names_only_shipped_targets, value))
     return not isinstance(value, str) or value not in declared() or shipped(value) is not None
 
 
@@ -131,7 +131,7 @@ def _check(
     setup = Setup(
         transformer=config,
         layout=Layout.of(config, world_size, dp=dp),
-        options=_UsualOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
+        options=_DefaultOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
         model=cast("ModelConfig", model),
     )
     check(setup, (*MODEL_RULES, *rules(checked.builder)))
@@ -171,7 +171,7 @@ def _rule_entry_points() -> dict[str, EntryPoint]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _UsualOptions:
+class _DefaultOptions:
     """The default options of `bridge build`, as far as rules read them."""
 
     wrapper: Wrapper
@@ -180,10 +180,10 @@ class _UsualOptions:
     has_layer_wise_layout: bool = False
 
     @classmethod
-    def of(cls, wrapper: Wrapper, config: Any, *, distributed_optimizer: bool) -> _UsualOptions:
+    def of(cls, wrapper: Wrapper, config: Any, *, distributed_optimizer: bool) -> _DefaultOptions:
         if wrapper is Wrapper.NONE:
             return cls(wrapper=wrapper, ddp_config=None)
-        usual = usual_ddp_options(
+        usual = make_default_ddp_options(
             wrapper,
             bf16=config.bf16,
             fp16=config.fp16,

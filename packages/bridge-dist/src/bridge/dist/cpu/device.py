@@ -10,19 +10,19 @@ import torch
 CPU = torch.device("cpu")
 META = torch.device("meta")
 
-in_place: torch.device = CPU
-"""The device that currently backs `cuda:0`: the CPU, or within `place_on` another one."""
+backing_device: torch.device = CPU
+"""The device that currently backs `cuda:0`: the CPU, or within `back_with` another one."""
 
 
 @contextlib.contextmanager
-def place_on(device: torch.device) -> Iterator[None]:
+def back_with(device: torch.device) -> Iterator[None]:
     """Back `cuda:0` by another device than the CPU until the context is left."""
-    global in_place
-    in_place = device
+    global backing_device
+    backing_device = device
     try:
         yield
     finally:
-        in_place = CPU
+        backing_device = CPU
 
 
 class _Stream:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from bridge.dist.cpu import device as pretend
+from bridge.dist.cpu import device as emulated
 from bridge.dist.cpu.collectives import COLLECTIVES
 from bridge.dist.errors import CpuRuntimeError
 
@@ -20,7 +20,7 @@ class MetaByDefault(DeviceContext):
     """Like `with torch.device("meta")`, except for literal data. CUDA requests are redirected below."""
 
     def __init__(self) -> None:
-        super().__init__(pretend.META)
+        super().__init__(emulated.META)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,7 +34,7 @@ class _TypeName(str):
     """The result of `Tensor.type()`; also equals its CUDA name, which megatron-core's optimizers compare with."""
 
     def __eq__(self, other: object) -> bool:
-        here = f"torch.{pretend.in_place.type}.".replace("torch.cpu.", "torch.")
+        here = f"torch.{emulated.backing_device.type}.".replace("torch.cpu.", "torch.")
         return isinstance(other, str) and str(self) == other.replace("torch.cuda.", here)
 
     def __ne__(self, other: object) -> bool:
@@ -52,25 +52,25 @@ def _is_cuda(device: object) -> bool:
     return type(device) is int
 
 
-def _device(*args: Any, **kwargs: Any) -> torch.device:
+def _make_device(*args: Any, **kwargs: Any) -> torch.device:
     named = args[0] if args else kwargs.get("type", kwargs.get("device"))
-    return pretend.in_place if _is_cuda(named) else torch.device(*args, **kwargs)
+    return emulated.backing_device if _is_cuda(named) else torch.device(*args, **kwargs)
 
 
-def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _move_to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and _is_cuda(args[0]):
-        args = (pretend.in_place, *args[1:])
+        args = (emulated.backing_device, *args[1:])
     return tensor.to(*args, **kwargs)
 
 
-def _type(tensor: torch.Tensor, dtype: str | torch.dtype | None = None, **kwargs: Any) -> str | torch.Tensor:
+def _convert_type(tensor: torch.Tensor, dtype: str | torch.dtype | None = None, **kwargs: Any) -> str | torch.Tensor:
     if dtype is None:
         return _TypeName(tensor.type())
     return tensor.type(dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, **kwargs)
 
 
-def _cuda(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    return tensor.to(pretend.in_place)
+def _move_to_cuda(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor.to(emulated.backing_device)
 
 
 def _return_tensor(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -78,10 +78,10 @@ def _return_tensor(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tens
 
 
 _REDIRECTED: Mapping[object, Callable[..., Any]] = {
-    torch.device: _device,
-    torch.Tensor.to: _to,
-    torch.Tensor.type: _type,
-    torch.Tensor.cuda: _cuda,
+    torch.device: _make_device,
+    torch.Tensor.to: _move_to,
+    torch.Tensor.type: _convert_type,
+    torch.Tensor.cuda: _move_to_cuda,
     torch.Tensor.pin_memory: _return_tensor,
     **COLLECTIVES,
 }
@@ -89,7 +89,7 @@ _REDIRECTED: Mapping[object, Callable[..., Any]] = {
 
 def _redirect_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
-        kwargs = {**kwargs, "device": pretend.in_place}
+        kwargs = {**kwargs, "device": emulated.backing_device}
     if kwargs.get("pin_memory"):  # pinning needs a CUDA driver
         kwargs = {**kwargs, "pin_memory": False}
     return kwargs
@@ -123,7 +123,7 @@ def make_redirected_backward() -> Callable[..., Any]:
 
     @functools.wraps(engine)
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with CudaIsCpu(), MetaByDefault() if pretend.in_place is pretend.META else contextlib.nullcontext():
+        with CudaIsCpu(), MetaByDefault() if emulated.backing_device is emulated.META else contextlib.nullcontext():
             return engine(*args, **kwargs)
 
     return backward

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from bridge.dist.cpu.collectives import replace_group_methods, skip_coalescing
-from bridge.dist.cpu.device import META, STREAM, TORCH_CUDA, make_constant, place_on
+from bridge.dist.cpu.device import META, STREAM, TORCH_CUDA, back_with, make_constant
 from bridge.dist.cpu.redirect import CudaIsCpu, MetaByDefault, make_redirected_backward, make_redirected_mesh_init
 from bridge.dist.errors import CpuRuntimeError
 from bridge.dist.internals import MEGATRON_MESSAGE
@@ -109,7 +109,7 @@ def on_meta() -> Iterator[None]:
     Raises:
         CpuRuntimeError: See `install`.
     """
-    with cpu_runtime(), MetaByDefault(), place_on(META):
+    with cpu_runtime(), MetaByDefault(), back_with(META):
         yield
 
 

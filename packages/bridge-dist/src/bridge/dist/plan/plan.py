@@ -106,7 +106,7 @@ def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) 
     _check_supported(transformer)
     batch.check_sequence(transformer)
     group_size = transformer.microbatch_group_size_per_vp_stage
-    microbatches = batch.microbatches(layout, group_size=group_size)
+    microbatches = batch.count_microbatches(layout, group_size=group_size)
     passed: PassedShapes = {}
     # One rank per stage is enough. Stages are measured in order, because each needs the shapes that the one before
     # passes on.

@@ -21,7 +21,7 @@ from bridge.dist.layout import Layout
 from bridge.dist.run.execute import BuiltRank
 from bridge.dist.run.peak_memory import PeakMemory, read_peak_memory
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
-from bridge.dist.train.flops import model_flops, peak_flops
+from bridge.dist.train.flops import count_model_flops, find_peak_flops
 from bridge.dist.train.step import Step
 
 
@@ -32,7 +32,7 @@ def collect_report(
     memory = read_peak_memory()
     chunks = [_make_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
-    everyone = _gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _mean_seconds(run.steps)))
+    everyone = _gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _average_seconds(run.steps)))
     whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
     shapes = {name: placement.logical_shape(get_vocab_size(config)) for name, placement in whole.items()}
     transformer, training = job.make_builder(config).transformer_config, job.training
@@ -46,7 +46,7 @@ def collect_report(
         layers=identify_layers(run.stages),
         device="cpu" if device is None else "cuda",
         device_name=device,
-        device_peak_flops=peak_flops(device) if device is not None and in_half_precision else None,
+        device_peak_flops=find_peak_flops(device) if device is not None and in_half_precision else None,
         **{size: getattr(training, size, None) for size in ("seq_length", "micro_batch_size", "global_batch_size")},
         parameters=sum(shape.numel() for shape in shapes.values()),
         padded_parameters=sum(placement.full_shape.numel() for placement in whole.values()),
@@ -54,7 +54,7 @@ def collect_report(
         losses=[step.loss for step in run.steps],
         grad_norms=[step.grad_norm for step in run.steps],
         step_seconds=max((outcome.step_seconds for outcome in everyone if outcome.step_seconds), default=None),
-        model_flops=None if training is None else model_flops(shapes, transformer, training),
+        model_flops=None if training is None else count_model_flops(shapes, transformer, training),
         document=job.document,
         overrides=list(job.overrides),
         versions=collect_versions(),
@@ -66,16 +66,16 @@ def _make_chunk_report(index: int, stage: MegatronModule, placements: list[Place
         vp_stage=index,
         layers=list_layer_indices(stage),
         parameters=sum(placement.shape.numel() for placement in placements),
-        wrappers=list(wrapper_names(stage)),
+        wrappers=list(list_wrapper_names(stage)),
     )
 
 
-def wrapper_names(module: torch.nn.Module) -> Iterator[str]:
+def list_wrapper_names(module: torch.nn.Module) -> Iterator[str]:
     """Yield the class names of a stage's wrappers, outermost first, and of the model inside."""
     yield type(module).__name__
     inner = getattr(module, "module", None)
     if isinstance(inner, torch.nn.Module):
-        yield from wrapper_names(inner)
+        yield from list_wrapper_names(inner)
 
 
 def _make_rank_report(groups: ProcessGroupCollection, chunks: list[ChunkReport], memory: PeakMemory) -> RankReport:
@@ -105,6 +105,6 @@ def _gather(mine: _Outcome) -> list[_Outcome]:
     return everyone
 
 
-def _mean_seconds(steps: Sequence[Step]) -> float | None:
+def _average_seconds(steps: Sequence[Step]) -> float | None:
     """Return the mean step time without the first step, which warms up; None if there is no other."""
     return mean(step.seconds for step in steps[1:]) if len(steps) > 1 else None

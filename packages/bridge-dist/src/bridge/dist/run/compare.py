@@ -145,11 +145,11 @@ def _format_cell(measure: _Measure, value: Value, difference: float | None) -> s
 
 def _make_row(measure: _Measure, values: list[Value]) -> Row:
     first = values[0]
-    differences = [None if measure.unit is None else _difference_percent(first, value) for value in values[1:]]
+    differences = [None if measure.unit is None else _compute_difference(first, value) for value in values[1:]]
     return Row(name=measure.name, unit=measure.unit, values=values, differences=[None, *differences])
 
 
-def _difference_percent(first: Value, value: Value) -> float | None:
+def _compute_difference(first: Value, value: Value) -> float | None:
     """Return the difference from the first in per cent; None if a number is missing or the first is zero."""
     if not isinstance(first, int | float) or not isinstance(value, int | float) or first == 0:
         return None

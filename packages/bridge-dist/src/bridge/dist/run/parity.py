@@ -53,7 +53,7 @@ def train_and_compare(job: BuildJob, weights: Path) -> TrainingResult:
 
 def save_weights(run: BuiltRank, file: Path) -> None:
     """Write the weights of a single rank under their names in the whole model."""
-    torch.save({placement.full_name: weight for placement, weight in _final_weights(run)}, file)
+    torch.save({placement.full_name: weight for placement, weight in _iter_final_weights(run)}, file)
 
 
 def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
@@ -61,10 +61,10 @@ def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
     reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     mine = [
         (
-            _weight_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)),
+            _measure_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)),
             placement.full_name,
         )
-        for placement, weight in _final_weights(run)
+        for placement, weight in _iter_final_weights(run)
     ]
     largest: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(largest, max(mine))
@@ -77,7 +77,7 @@ def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
     )
 
 
-def _final_weights(run: BuiltRank) -> Iterator[tuple[Placement, torch.Tensor]]:
+def _iter_final_weights(run: BuiltRank) -> Iterator[tuple[Placement, torch.Tensor]]:
     for stage, placements in zip(run.stages, run.placements, strict=True):
         # Not parameters(): with Megatron-FSDP they hold the weights of the last forward pass, before the last update.
         state = {_strip_wrappers(name): value for name, value in stage.state_dict().items()}
@@ -91,7 +91,7 @@ def _strip_wrappers(name: str) -> str:
     return name
 
 
-def _weight_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
+def _measure_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
     local, expected = weight, placement.cut(placement.pad(reference))
     if isinstance(weight, DTensor):
         if weight.shape != placement.shape:  # Megatron-FSDP's DTensor spans the tensor-parallel shards
@@ -105,10 +105,10 @@ def _weight_difference(weight: torch.Tensor, reference: torch.Tensor, placement:
     # Megatron-FSDP's state dict holds the fp32 master weights; torch FSDP2's holds the model weights.
     coarser = max(local.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     difference = local.cpu().to(coarser).double() - expected.to(coarser).double()
-    rounding = torch.finfo(coarser).eps * _root_mean_square(reference.double())
-    relative = _root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
+    rounding = torch.finfo(coarser).eps * _compute_root_mean_square(reference.double())
+    relative = _compute_root_mean_square(difference) / (LEARNING_RATE * steps + rounding)
     return math.inf if math.isnan(relative) else relative  # max() could ignore NaN
 
 
-def _root_mean_square(tensor: torch.Tensor) -> float:
+def _compute_root_mean_square(tensor: torch.Tensor) -> float:
     return tensor.square().mean().sqrt().item()

@@ -55,43 +55,43 @@ class RankEnvironment:
             LaunchError: A variable is missing or not an integer, or the nodes of the Slurm step cannot be listed.
         """
         if "RANK" in environment and "WORLD_SIZE" in environment:
-            return cls._of_torchrun(environment)
-        if "SLURM_STEP_ID" in environment and _integer(environment, "SLURM_NTASKS", default=1) > 1:
-            return cls._of_slurm(environment)
+            return cls._read_torchrun(environment)
+        if "SLURM_STEP_ID" in environment and _read_integer(environment, "SLURM_NTASKS", default=1) > 1:
+            return cls._read_slurm(environment)
         return None
 
     @classmethod
-    def _of_torchrun(cls, environment: Mapping[str, str]) -> Self:
+    def _read_torchrun(cls, environment: Mapping[str, str]) -> Self:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise LaunchError(
                 f"RANK and WORLD_SIZE are set without {' and '.join(missing)}: start the ranks with torchrun or srun, "
                 "or set both to the host of rank 0 and a free port on it"
             )
         return cls(
-            rank=_integer(environment, "RANK"),
-            world_size=_integer(environment, "WORLD_SIZE"),
+            rank=_read_integer(environment, "RANK"),
+            world_size=_read_integer(environment, "WORLD_SIZE"),
             address=environment["MASTER_ADDR"],
-            port=_integer(environment, "MASTER_PORT"),
-            node=_optional_integer(environment, "GROUP_RANK"),
-            nodes=_optional_integer(environment, "GROUP_WORLD_SIZE"),
-            local_rank=_optional_integer(environment, "LOCAL_RANK"),
-            local_world_size=_optional_integer(environment, "LOCAL_WORLD_SIZE"),
+            port=_read_integer(environment, "MASTER_PORT"),
+            node=_read_optional_integer(environment, "GROUP_RANK"),
+            nodes=_read_optional_integer(environment, "GROUP_WORLD_SIZE"),
+            local_rank=_read_optional_integer(environment, "LOCAL_RANK"),
+            local_world_size=_read_optional_integer(environment, "LOCAL_WORLD_SIZE"),
             has_agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
     @classmethod
-    def _of_slurm(cls, environment: Mapping[str, str]) -> Self:
-        node = _optional_integer(environment, "SLURM_NODEID")
+    def _read_slurm(cls, environment: Mapping[str, str]) -> Self:
+        node = _read_optional_integer(environment, "SLURM_NODEID")
         return cls(
-            rank=_integer(environment, "SLURM_PROCID"),
-            world_size=_integer(environment, "SLURM_NTASKS"),
-            address=environment.get("MASTER_ADDR") or _first_node(environment),
-            port=_optional_integer(environment, "MASTER_PORT") or _slurm_port(environment),
+            rank=_read_integer(environment, "SLURM_PROCID"),
+            world_size=_read_integer(environment, "SLURM_NTASKS"),
+            address=environment.get("MASTER_ADDR") or _find_first_node(environment),
+            port=_read_optional_integer(environment, "MASTER_PORT") or _choose_slurm_port(environment),
             node=node,
-            nodes=_optional_integer(environment, "SLURM_NNODES"),
-            local_rank=_integer(environment, "SLURM_LOCALID"),
-            local_world_size=_tasks_on_node(environment, node),
+            nodes=_read_optional_integer(environment, "SLURM_NNODES"),
+            local_rank=_read_integer(environment, "SLURM_LOCALID"),
+            local_world_size=_count_tasks_on_node(environment, node),
         )
 
     def as_variables(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class RankEnvironment:
         return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def _integer(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+def _read_integer(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:
     text = environment.get(name)
     if text is None and default is not None:
         return default
@@ -121,22 +121,22 @@ def _integer(environment: Mapping[str, str], name: str, *, default: int | None =
     return int(text)
 
 
-def _optional_integer(environment: Mapping[str, str], name: str) -> int | None:
-    return _integer(environment, name) if environment.get(name) else None
+def _read_optional_integer(environment: Mapping[str, str], name: str) -> int | None:
+    return _read_integer(environment, name) if environment.get(name) else None
 
 
-def _slurm_port(environment: Mapping[str, str]) -> int:
+def _choose_slurm_port(environment: Mapping[str, str]) -> int:
     """Return a port that differs between jobs on one node and between steps of one job."""
-    job = _integer(environment, "SLURM_JOB_ID")
-    step = _integer(environment, "SLURM_STEP_ID")
+    job = _read_integer(environment, "SLURM_JOB_ID")
+    step = _read_integer(environment, "SLURM_STEP_ID")
     return _FIRST_SLURM_PORT + (job * _STEPS_OF_A_JOB + step) % _SLURM_PORTS
 
 
-def _tasks_on_node(environment: Mapping[str, str], node: int | None) -> int | None:
+def _count_tasks_on_node(environment: Mapping[str, str], node: int | None) -> int | None:
     """Return how many ranks run on this node, from Slurm's compressed list: ``4(x2),1`` means 4, 4, 1."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
     if tasks is None or node is None:
-        return _optional_integer(environment, "SLURM_NTASKS_PER_NODE")
+        return _read_optional_integer(environment, "SLURM_NTASKS_PER_NODE")
     counts = [
         int(count)
         for count, times in re.findall(r"(\d{1,6})(?:\(x(\d{1,6})\))?", tasks)
@@ -145,7 +145,7 @@ def _tasks_on_node(environment: Mapping[str, str], node: int | None) -> int | No
     return counts[node] if node < len(counts) else None
 
 
-def _first_node(environment: Mapping[str, str]) -> str:
+def _find_first_node(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     command = ["scontrol", "show", "hostnames", nodes]
     try:

@@ -62,14 +62,14 @@ class Split:
         return " ".join([*parts, f"dp{world_size // ranks}"])
 
 
-def single_splits(world_size: int) -> list[Split]:
+def list_single_splits(world_size: int) -> list[Split]:
     """Return the splits along one axis: data, tensor, tensor and sequence, pipeline, virtual pipeline, context, expert.
 
     The size is the smallest prime factor of the world size; data parallelism takes the remaining ranks.
     """
     if world_size == 1:
         return [Split()]
-    size = _smallest_factor(world_size)
+    size = _find_smallest_factor(world_size)
     tp = Split(sizes=(("tp", size),))
     return [
         Split(),
@@ -82,20 +82,20 @@ def single_splits(world_size: int) -> list[Split]:
     ]
 
 
-def product_splits(world_size: int) -> list[Split]:
+def list_product_splits(world_size: int) -> list[Split]:
     """Return pairs of splits along different axes, both of the same size, if the world size allows it."""
-    if world_size == 1 or world_size % _smallest_factor(world_size) ** 2:
+    if world_size == 1 or world_size % _find_smallest_factor(world_size) ** 2:
         return []
-    _, tp, tp_sp, pp, pp_vp, cp, ep = single_splits(world_size)
+    _, tp, tp_sp, pp, pp_vp, cp, ep = list_single_splits(world_size)
     pairs = [(tp, pp), (tp_sp, pp), (tp_sp, pp_vp), (tp_sp, cp), (tp_sp, ep), (cp, pp), (cp, ep), (pp, ep)]
     return [one.combine(other) for one, other in pairs]
 
 
-def _smallest_factor(number: int) -> int:
+def _find_smallest_factor(number: int) -> int:
     return next(factor for factor in range(2, number + 1) if number % factor == 0)
 
 
-def cases(world_size: int) -> list[tuple[Split, Wrapping]]:
+def list_cases(world_size: int) -> list[tuple[Split, Wrapping]]:
     """Return the layouts and wrappers that `bridge verify` tries on ``world_size`` ranks."""
-    single = [(split, wrapping) for split in single_splits(world_size) for wrapping in WRAPPINGS]
-    return single + [(split, _SHARDED_OPTIMIZER) for split in product_splits(world_size)]
+    single = [(split, wrapping) for split in list_single_splits(world_size) for wrapping in WRAPPINGS]
+    return single + [(split, _SHARDED_OPTIMIZER) for split in list_product_splits(world_size)]

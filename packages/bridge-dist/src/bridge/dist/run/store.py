@@ -37,11 +37,11 @@ def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
     except RuntimeError as error:  # torch 2.6 has no exception class for a port in use
         if serves:
             raise LaunchError(
-                f"{where}: rank 0 cannot listen there, choose a free port: {_first_line(error)}"
+                f"{where}: rank 0 cannot listen there, choose a free port: {_get_first_line(error)}"
             ) from error
-        raise LaunchError(f"{where}: rank 0 does not answer there: {_first_line(error)}") from error
+        raise LaunchError(f"{where}: rank 0 does not answer there: {_get_first_line(error)}") from error
     return PrefixStore(f"bridge/{place.attempt}", store)
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def render_report(report: BuildReport) -> list[RenderableType]:
     """Render a report for a terminal: ranks and stages, memory, training steps, and totals."""
-    parts: list[RenderableType] = [_ranks_table(report), _memory_table(report)]
+    parts: list[RenderableType] = [_make_ranks_table(report), _make_memory_table(report)]
     if report.losses:
-        parts.append(_steps_table(report))
+        parts.append(_make_steps_table(report))
     total = f"parameters of the whole model: {report.parameters:,}"
     if report.padded_parameters != report.parameters:
         total += f" ({report.padded_parameters:,} with the padded vocabulary)"
@@ -34,7 +34,7 @@ def render_report(report: BuildReport) -> list[RenderableType]:
     return parts
 
 
-def _ranks_table(report: BuildReport) -> RenderableType:
+def _make_ranks_table(report: BuildReport) -> RenderableType:
     from rich.table import Table
 
     sizes = " ".join(f"{name}={size}" for name, size in report.layout.items())
@@ -58,7 +58,7 @@ def _ranks_table(report: BuildReport) -> RenderableType:
     return table
 
 
-def _memory_table(report: BuildReport) -> RenderableType:
+def _make_memory_table(report: BuildReport) -> RenderableType:
     """Return the table of peak memory, with the kinds that this device reports."""
     from rich.table import Table
 
@@ -72,7 +72,7 @@ def _memory_table(report: BuildReport) -> RenderableType:
     return table
 
 
-def _steps_table(report: BuildReport) -> RenderableType:
+def _make_steps_table(report: BuildReport) -> RenderableType:
     from rich.table import Table
 
     table = Table()

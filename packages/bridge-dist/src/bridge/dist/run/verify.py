@@ -19,7 +19,7 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob
 from bridge.dist.run.parity import TrainingResult, train_and_compare, train_reference
 from bridge.dist.run.pool import RankPool, StartMethod
-from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, cases
+from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping, list_cases
 from bridge.dist.train.step import TrainOptions
 
 
@@ -67,7 +67,7 @@ _FULL_PRECISION = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
 _HALF_PRECISION = Tolerance(loss=1e-3, grad_norm=1e-2, weight=0.1)
 
 
-def tolerance(config: TransformerConfig) -> Tolerance:
+def choose_tolerance(config: TransformerConfig) -> Tolerance:
     """Return the tolerance for a configuration's precision."""
     return _HALF_PRECISION if config.bf16 or config.fp16 else _FULL_PRECISION
 
@@ -89,9 +89,9 @@ def verify(
     with TemporaryDirectory() as folder, RankPool(start_method=start_method) as pool:
         weights = Path(folder) / "weights.pt"
         alone = _make_job(document, Split(), WRAPPINGS[0], training)
-        allowed = tolerance(_check_job(alone, world_size=1))
+        allowed = choose_tolerance(_check_job(alone, world_size=1))
         expected = pool.run(train_reference, alone, weights, ranks=1)[0]
-        for split, wrapping in cases(world_size):
+        for split, wrapping in list_cases(world_size):
             row = Row(layout=split.format_name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
             try:
                 job = _make_job(document, split, wrapping, training)
@@ -110,8 +110,8 @@ def verify(
 def judge(row: Row, trained: TrainingResult, expected: TrainingResult, allowed: Tolerance) -> Row:
     """Fill in the differences of a run from the expected one, and whether they are within tolerance."""
     differences = Tolerance(
-        loss=relative_difference(trained.losses, expected.losses),
-        grad_norm=relative_difference(trained.grad_norms, expected.grad_norms),
+        loss=compute_relative_difference(trained.losses, expected.losses),
+        grad_norm=compute_relative_difference(trained.grad_norms, expected.grad_norms),
         weight=trained.weight_difference,
     )
     # `<=` is False for NaN, which therefore counts as different.
@@ -126,12 +126,12 @@ def judge(row: Row, trained: TrainingResult, expected: TrainingResult, allowed: 
     )
 
 
-def relative_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+def compute_relative_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
     """Return the largest relative difference of two sequences; None, a step that overflowed, equals only None."""
-    return max(_relative_difference(value, other) for value, other in zip(values, expected, strict=True))
+    return max(_compare_numbers(value, other) for value, other in zip(values, expected, strict=True))
 
 
-def _relative_difference(value: float | None, expected: float | None) -> float:
+def _compare_numbers(value: float | None, expected: float | None) -> float:
     if value == expected:
         return 0.0
     # NaN counts as different; max() could ignore it.

@@ -18,7 +18,7 @@ class Batch:
     global_batch_size: int = 8
     micro_batch_size: int = 1
 
-    def microbatches(self, layout: Layout, *, group_size: int | None = None) -> int:
+    def count_microbatches(self, layout: Layout, *, group_size: int | None = None) -> int:
         """Return the number of microbatches that each rank computes per step.
 
         Args:

@@ -25,7 +25,7 @@ sparse matrices list twice as many.
 """
 
 
-def peak_flops(device: str) -> float | None:
+def find_peak_flops(device: str) -> float | None:
     """Return the dense bf16 (and fp16) peak FLOPs per second of a device by its CUDA name; None if unknown."""
     if "MIG" in device.split():  # a part of a GPU, whose share of the peak the name does not tell
         return None
@@ -40,7 +40,7 @@ _AFTER_ATTENTION = re.compile(r".*attention\.linear_proj\.weight")
 _AFTER_SCAN = re.compile(r".*\bmixer\.out_proj\.weight")
 
 
-def model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConfig, batch: Batch) -> int:
+def count_model_flops(parameters: Mapping[str, Sequence[int]], config: TransformerConfig, batch: Batch) -> int:
     """Return the FLOPs that a model needs per training step, over all ranks, independent of the layout and the layers.
 
     Per token, following appendix B of the PaLM paper (arXiv 2204.02311): two FLOPs for each element of a matrix that

@@ -68,11 +68,11 @@ def train(
         CopyError: Tensor-parallel ranks have different gradients of a parameter that is not split.
     """
     group_size = get_model_config(stages[0]).microbatch_group_size_per_vp_stage
-    microbatches = options.microbatches(layout, group_size=group_size)
+    microbatches = options.count_microbatches(layout, group_size=group_size)
     with set_up_optimizer(stages) as optimizer:
         for index in range(options.steps):
-            start = _time_when_done()
-            batch = text.batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+            start = _wait_and_read_clock()
+            batch = text.make_batch(index, size=options.global_batch_size, seq_length=options.seq_length)
             mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
             zero_gradients(stages)
             optimizer.zero_grad()
@@ -80,12 +80,12 @@ def train(
             if index == 0:  # once: a missing attribute shows in the first gradients, and the check is slow
                 check_gradients(stages, pg_collection)
             _, grad_norm, _ = optimizer.step()
-            loss = _global_loss([output["loss"] for output in outputs], pg_collection)
+            loss = _average_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
-            yield Step(loss=loss, grad_norm=norm, seconds=_time_when_done() - start)
+            yield Step(loss=loss, grad_norm=norm, seconds=_wait_and_read_clock() - start)
 
 
-def _time_when_done() -> float:
+def _wait_and_read_clock() -> float:
     """Wait for the device and return the time in seconds."""
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -153,7 +153,7 @@ def _forward(
     return output, mean_loss
 
 
-def _global_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupCollection) -> float:
+def _average_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupCollection) -> float:
     """Average the losses over the data-parallel ranks, and broadcast the result from the last pipeline stage."""
     device = torch.device("cuda")
     loss = torch.stack(list(losses)).mean() if losses else torch.zeros((), device=device)

@@ -56,7 +56,7 @@ class Text:
             )
         return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), vocab_size)
 
-    def batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
+    def make_batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
         """Return the global batch of a step, shape [size, seq_length + 1]: inputs and, shifted by one, labels.
 
         Consecutive samples are consecutive parts of the text, which wraps around at its end.

@@ -50,7 +50,7 @@ def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> Measur
 def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
     """Measure a step with sharded weights by running whole steps, because gathering depends on the passes before."""
     fewest, round_size = _warm_up_microbatches(rank)
-    wanted = rank.batch.microbatches(rank.layout, group_size=_group_size(rank))
+    wanted = rank.batch.count_microbatches(rank.layout, group_size=_group_size(rank))
     with (
         UnshardedMemory(rank.stages, [rank.groups.dp_cp, rank.groups.expt_dp]) as memory,
         set_up_optimizer(rank.stages, use_gloo_process_groups=False) as optimizer,

@@ -16,7 +16,7 @@ from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.frames import describe
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
-from bridge.dist.run.commands.options import SIZE, WRAPPERS, device_option, train_options, training_options
+from bridge.dist.run.commands.options import SIZE, WRAPPERS, add_training_options, device_option, make_train_options
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.devices import Device
 from bridge.dist.run.pool import launch
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     help="With restore_modelopt_state: checkpoint that holds the ModelOpt state and the weights.",
 )
 @device_option
-@training_options
+@add_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def build(
     file: str,
@@ -99,7 +99,7 @@ def build(
 
         training = None
         if steps is not None:
-            training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+            training = make_train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
         job = BuildJob(
             document=document.data,
             overrides=overrides,

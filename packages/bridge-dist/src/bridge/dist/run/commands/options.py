@@ -30,7 +30,7 @@ device_option = click.option(
 )
 
 
-def training_options(command: CommandT) -> CommandT:
+def add_training_options(command: CommandT) -> CommandT:
     """Add the options for training data and batch sizes to a command."""
     for option in (
         click.option(
@@ -52,7 +52,7 @@ def training_options(command: CommandT) -> CommandT:
     return command
 
 
-def train_options(
+def make_train_options(
     config: ModelConfig,
     steps: int,
     text: Path | None,

@@ -48,7 +48,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has no typ
         return int(float(found[1]) * self._UNITS[found[2]])
 
 
-def _plan_options(command: CommandT) -> CommandT:
+def _add_plan_options(command: CommandT) -> CommandT:
     """Add an option for each field of ``PlanRequest`` to a command."""
     for option in reversed(
         (
@@ -89,7 +89,7 @@ def _plan_options(command: CommandT) -> CommandT:
     return command
 
 
-def _machine_options(command: CommandT) -> CommandT:
+def _add_machine_options(command: CommandT) -> CommandT:
     """Add an option for each field of ``Machine``. Options are in TFLOPs and GB/s, fields in FLOPs and B/s."""
 
     def speed(flag: str, field: str, *, unit: float, default: float, meaning: str) -> Callable[[CommandT], CommandT]:
@@ -130,7 +130,7 @@ def _machine_options(command: CommandT) -> CommandT:
     return command
 
 
-def _from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+def _make_from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
     """Return a dataclass filled from the options of the same names."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
@@ -138,9 +138,9 @@ def _from_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
 @click.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@_plan_options
+@_add_plan_options
 @click.option("--search", is_flag=True, help="Rank all layouts of --gpus that fit; sizes given as options are kept.")
-@_machine_options
+@_add_machine_options
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with diagrams to this file."
 )
@@ -161,7 +161,7 @@ def plan(
     """
     start_run()
     hide_gpus()  # planning uses no GPU
-    request = _from_options(PlanRequest, options)
+    request = _make_from_options(PlanRequest, options)
     if search:
         if request.gpus is None:
             raise click.UsageError("--search needs --gpus: add the number of GPUs")
@@ -171,7 +171,7 @@ def plan(
     for note in document.migrate():
         click.echo(f"{file}: note: {note}", err=True)
     if search:
-        _search_layouts(document, request, _from_options(Machine, options), as_json=as_json)
+        _search_layouts(document, request, _make_from_options(Machine, options), as_json=as_json)
     else:
         _plan_layout(document, request, html, as_json=as_json)
 

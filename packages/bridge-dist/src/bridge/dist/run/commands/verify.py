@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from bridge.config import Document
-from bridge.dist.run.commands.options import SIZE, device_option, train_options, training_options
+from bridge.dist.run.commands.options import SIZE, add_training_options, device_option, make_train_options
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.devices import Device
 from bridge.dist.run.start import prepare
@@ -21,7 +21,7 @@ from bridge.dist.run.start import prepare
 @click.option("--nproc", type=SIZE, default=4, show_default=True, help="Ranks to start on this machine.")
 @click.option("--steps", type=SIZE, default=5, show_default=True, help="Training steps.")
 @device_option
-@training_options
+@add_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def verify(
     file: str,
@@ -49,13 +49,13 @@ def verify(
 
     from bridge.dist.run import verify as verification
     from bridge.dist.run.progress import show_progress
-    from bridge.dist.run.splits import cases
+    from bridge.dist.run.splits import list_cases
     from bridge.dist.run.tables import render_verification
 
     config = document.config()
-    training = train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+    training = make_train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
     found = verification.verify(document, training, world_size=nproc, start_method=start_method)
-    at_work = [f"{split.format_name(nproc)} with {wrapping}" for split, wrapping in cases(nproc)]
+    at_work = [f"{split.format_name(nproc)} with {wrapping}" for split, wrapping in list_cases(nproc)]
     rows = list(
         show_progress(
             found,
