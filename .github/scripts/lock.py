@@ -29,7 +29,7 @@ EXPORT = (
 PINS = re.compile(r"(?<=^constraint-dependencies = \[  # written by \.github/scripts/lock\.py\n)[^\]]*(?=^\])", re.M)
 
 
-def uv(*args: str) -> str:
+def run_uv(*args: str) -> str:
     """Run the uv that runs this script, or the one on PATH; return its output."""
     return subprocess.run(
         [os.environ.get("UV", "uv"), *args], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
@@ -38,13 +38,13 @@ def uv(*args: str) -> str:
 
 def export_lock() -> str:
     """Return uv.lock as requirements with hashes. Packages with a single version lose their markers."""
-    exported = uv(*EXPORT)
+    exported = run_uv(*EXPORT)
     names = Counter(re.findall(r"^[\w.-]+(?===)", exported, re.M))
 
-    def unmarked(line: re.Match[str]) -> str:
+    def remove_marker(line: re.Match[str]) -> str:
         return line[0] if names[line["name"]] > 1 else f"{line['name']}=={line['version']} \\"
 
-    return HEADER + re.sub(r"^(?P<name>[\w.-]+)==(?P<version>\S+)( ; .*)? \\$", unmarked, exported, flags=re.M)
+    return HEADER + re.sub(r"^(?P<name>[\w.-]+)==(?P<version>\S+)( ; .*)? \\$", remove_marker, exported, flags=re.M)
 
 
 def format_pins(requirements: str) -> str:
@@ -64,7 +64,7 @@ def relock(*args: str) -> None:
     before = PROJECT.read_text()
     PROJECT.write_text(replace_pins(before, ""))
     try:
-        uv("lock", *args)
+        run_uv("lock", *args)
         requirements = export_lock()
     except BaseException:  # Ctrl-C too: never leave pyproject.toml without pins
         PROJECT.write_text(before)

@@ -375,7 +375,7 @@ def test_positions_of_all_values_are_known(value: dict[str, Any]) -> None:
     for found, read in texts:
         root = found.root
         assert root is not None
-        assert root.data() == value
+        assert root.to_data() == value
         for key, node in root.value.items():
             assert node.key is not None
             written = found.text[slice(*node.key)]

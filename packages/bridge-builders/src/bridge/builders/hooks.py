@@ -30,7 +30,7 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
     """
     given: object = hooks
     if not isinstance(given, list):
-        instead = f"a function: write [{hook_name(given)}]" if callable(given) else repr(given)
+        instead = f"a function: write [{get_hook_name(given)}]" if callable(given) else repr(given)
         raise HookError(f"hooks must be a list, got {instead}")
     chain = tuple(hooks)
     for number, hook in enumerate(chain, 1):
@@ -50,11 +50,12 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
 
 
 def _run(hook: Hook, stages: list[MegatronModule], *, number: int, total: int) -> list[MegatronModule]:
+    """Run one hook and check its result."""
     result: object = hook(stages)
     if isinstance(result, list) and result:
         return result
     # Warnings and errors start with the hook, so that the user can find it in a long list.
-    prefix = f"hook {number} of {total}, {hook_name(hook)}, returned"
+    prefix = f"hook {number} of {total}, {get_hook_name(hook)}, returned"
     if result is None and number == total:
         warn(f"{prefix} None: its input list is kept (add `return stages` to the end of the hook)")
         return stages
@@ -63,7 +64,7 @@ def _run(hook: Hook, stages: list[MegatronModule], *, number: int, total: int) -
     raise HookError(f"{prefix} {result!r}: a hook must return the list of stages (add `return stages` to its end)")
 
 
-def hook_name(hook: Hook) -> str:
+def get_hook_name(hook: Hook) -> str:
     """Return the name of a hook for messages: module and qualified name if it has them, otherwise its repr."""
     name = getattr(hook, "__qualname__", None)
     return f"{getattr(hook, '__module__', '?')}.{name}" if name else repr(hook)

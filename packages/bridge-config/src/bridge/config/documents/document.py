@@ -280,6 +280,7 @@ class Document:
         return FilePath(self.source)
 
     def _override(self, text: str) -> None:
+        """Apply one override."""
         named, value = split_override(text)
         path = self._resolve_path(named)
         if value is None:

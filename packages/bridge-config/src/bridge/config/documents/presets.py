@@ -38,6 +38,7 @@ def find_preset(name: str) -> Traversable | None:
 
 
 def _find_presets() -> dict[str, list[Traversable]]:
+    """Return the files of every preset name."""
     found: dict[str, list[Traversable]] = {}
     for package in sorted({point.value for point in entry_points(group=GROUP)}):
         try:

@@ -63,6 +63,7 @@ class Provenance:
         return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
     def _locate(self, problem: Problem, source: str) -> Problem:
+        """Return a problem with its override, or with file, line and column."""
         path = parse_path(problem.path)
         if found := _find_origin(self._origins, path) or _find_origin(self._given_origins, self._find_text_path(path)):
             return Problem(problem.path, problem.message, found)

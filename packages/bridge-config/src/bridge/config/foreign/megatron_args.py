@@ -193,6 +193,7 @@ class _ArgumentsConversion(Conversion):
             self.top[name] = value
 
     def _convert_layers(self) -> None:
+        """Convert the number of layers."""
         args = self._args
         if self._model.name == T5:
             encoder = args.get("encoder_num_layers") or args.get("num_layers")
@@ -205,6 +206,7 @@ class _ArgumentsConversion(Conversion):
             self._convert_field("num_layers", args.get("num_layers"), "num_layers")
 
     def _convert_pattern(self) -> None:
+        """Convert the layer pattern of a hybrid model, and fields that depend on it."""
         args = self._args
         given = "hybrid_layer_pattern" if args.get("hybrid_layer_pattern") else "hybrid_override_pattern"
         pattern = add_mtp_pattern(
@@ -221,6 +223,7 @@ class _ArgumentsConversion(Conversion):
                 self.transformer["experimental_attention_variant"] = "dsa"
 
     def _convert_activation(self) -> None:
+        """Convert the activation function, its fusion, the size of the MLP and the initialization."""
         args, fused = self._args, "bias_swiglu_fusion" if self._args.get("swiglu") else "bias_gelu_fusion"
         if fused in args:
             self._convert_field("bias_activation_fusion", args[fused], fused)
@@ -238,6 +241,7 @@ class _ArgumentsConversion(Conversion):
             self._set_derived("init_method", _XAVIER)
 
     def _convert_attention(self) -> None:
+        """Convert query groups, the type of rotary embeddings and context-parallel communication."""
         args = self._args
         # Without the flag, Megatron-LM ignores num_query_groups, whose default is 1.
         if args.get("group_query_attention", args.get("num_query_groups") is not None):
@@ -253,6 +257,7 @@ class _ArgumentsConversion(Conversion):
             )
 
     def _convert_precision(self) -> None:
+        """Convert the types of parameters and of activations between stages."""
         args = self._args
         if args.get("params_dtype") is None:
             half = "torch.bfloat16" if args.get("bf16") else "torch.float16" if args.get("fp16") else "torch.float32"
@@ -261,6 +266,7 @@ class _ArgumentsConversion(Conversion):
         self._set_derived("pipeline_dtype", self.transformer["params_dtype"])
 
     def _convert_positions(self) -> None:
+        """Convert position embeddings and their scaling."""
         args = self._args
         given = "position_embedding_type"
         kind = "rope" if args.get("use_rotary_position_embeddings") else args.get(given) or "learned_absolute"
@@ -283,6 +289,7 @@ class _ArgumentsConversion(Conversion):
             )
 
     def _convert_vocabulary(self) -> None:
+        """Convert the size and padding of the vocabulary, and whether embeddings are tied."""
         args = self._args
         self._set_derived_model_field(
             "share_embeddings_and_output_weights", not args.get("untie_embeddings_and_output_weights", False)
@@ -304,6 +311,7 @@ class _ArgumentsConversion(Conversion):
             self._convert_model_field(name, args[name], name)
 
     def _convert_spec(self) -> None:
+        """Convert the layer spec, or refuse a custom one."""
         args = self._args
         spec, path = args.get("spec"), (*self.at, "spec")
         if spec in DEFAULT_SPECS:

@@ -138,6 +138,7 @@ class _ModelConversion(Conversion):
         self._note_lost_functions()
 
     def _convert_transformer_fields(self, data: dict[str, Any], target: Target | None) -> None:
+        """Convert the fields of an embedded transformer."""
         for key, value in data.items():
             path = (*self.at, "transformer", key)
             if target is not None and key in target.fields:
@@ -146,6 +147,7 @@ class _ModelConversion(Conversion):
                 self._refuse_or_leave_out(key, value, path)
 
     def _convert_model_fields(self, data: dict[str, Any], model: Target | None, transformer: Target | None) -> None:
+        """Convert the fields beside the transformer, or all fields of a provider."""
         own = model.fields if model else {}
         owned = transformer.fields if transformer else {}
         for given, value in data.items():
@@ -190,6 +192,7 @@ class _ModelConversion(Conversion):
             self.refuse(path, f"transformer.{key} has a different value: keep only that one")
 
     def _refuse_or_leave_out(self, key: str, value: Any, path: Path) -> None:
+        """Handle a field without an equivalent in Bridge."""
         if key in self._family.no_effect or (key in self._family.off_at_zero and value == 0):
             if value:
                 self.leave_out("no effect on the model", path)
@@ -246,6 +249,7 @@ class _ModelConversion(Conversion):
             )
 
     def _convert_rope(self, data: dict[str, Any]) -> None:
+        """Convert the scaling of rotary frequencies."""
         if (factor := data.get("scale_factor")) is None:
             return
         if other := [key for key, value in _ROPE_SCALING.items() if data.get(key, value) != value]:
@@ -282,6 +286,7 @@ class _ModelConversion(Conversion):
             )
 
     def _note_lost_functions(self) -> None:
+        """Note the functions that megatron.training does not write, and what is assumed instead."""
         self._read_activation_from_metadata()
         if self.transformer and "activation_func" not in self.transformer:
             gated = ", and this transformer is gated" if self.transformer.get("gated_linear_unit") else ""
@@ -296,6 +301,7 @@ class _ModelConversion(Conversion):
             )
 
     def _read_activation_from_metadata(self) -> None:
+        """Set the activation function from the checkpoint metadata if the document lacks it."""
         metadata = self.top.get("extra_checkpoint_metadata")
         name = metadata.get(_ACTIVATION_KEY) if isinstance(metadata, dict) else None
         if self._inner is not None and isinstance(name, str) and "activation_func" not in self.transformer:

@@ -162,6 +162,7 @@ def _encode_value(value: Any, type_: Type) -> Any:
 
 
 def _encode_name(value: str, type_: Type) -> Any:
+    """Return a name as megatron.training writes a value of this type."""
     for member in type_:
         match member:
             case Plain("str") | Anything():
@@ -182,6 +183,7 @@ def _resolve_alias(name: str) -> str:
 
 
 def _encode_enum(target: Target | None, member: str) -> Any:
+    """Return an enum member as megatron.training writes it."""
     if target is None or not target.name.startswith(ENUMS):
         # Without the member's value, the member is named as an attribute, which they can resolve too.
         return {"_target_": f"{target.name if target else ''}.{member}", "_call_": False}

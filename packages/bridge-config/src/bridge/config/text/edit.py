@@ -43,7 +43,7 @@ def edit_text(parsed: ParsedText, data: Any, dropped: Collection[Node] = ()) -> 
     root = parsed.root
     if root is None or (root.value is None and root.start == root.end):
         return parsed.byte_order_mark + _check_result(_append(parsed.text, data), data)
-    if are_equal(root.data(), data) and not dropped:
+    if are_equal(root.to_data(), data) and not dropped:
         return parsed.byte_order_mark + parsed.text
     try:
         text = _check_result(_Editor(parsed.text, dropped).edit(root, data), data)
@@ -122,7 +122,7 @@ class _Editor:
     def _compare(self, node: Node, data: Any, place: _Place) -> bool:
         """Record the changes that turn `node` into `data`; return True if none are needed."""
         if node.alias is not None:
-            unchanged = node.alias not in self._replaced and are_equal(node.data(), data)
+            unchanged = node.alias not in self._replaced and are_equal(node.to_data(), data)
         # A mapping without a common key is another value: replace it as a whole, with its comments.
         elif isinstance(node.value, dict) and isinstance(data, dict) and (node.value.keys() & data.keys() or not data):
             return self._compare_mapping(node, data, place)
@@ -140,11 +140,14 @@ class _Editor:
         return self._compare_collection(node, kept, added, place)
 
     def _compare_list(self, node: Node, data: list[Any] | tuple[Any, ...], place: _Place) -> bool:
+        """Compare a list, matching items by position."""
         children = [child for child in node.value if child not in self._dropped]
         if len(data) < len(children):
             # Items were removed, but not which: assume that they were consecutive, up to where the lists differ.
             pairs = zip(children, data, strict=False)
-            first = next((i for i, (child, item) in enumerate(pairs) if not are_equal(child.data(), item)), len(data))
+            first = next(
+                (i for i, (child, item) in enumerate(pairs) if not are_equal(child.to_data(), item)), len(data)
+            )
             children[first : first + len(children) - len(data)] = []
         kept = dict(zip(children, data, strict=False))
         return self._compare_collection(node, kept, list(data[len(children) :]), place)
@@ -152,6 +155,7 @@ class _Editor:
     def _compare_collection(
         self, node: Node, kept: dict[Node, Any], added: dict[str, Any] | list[Any], place: _Place
     ) -> bool:
+        """Compare the kept children with their new values, then remove and add the others."""
         children = list_children(node)
         if not kept and (children or added):  # no child is left to insert beside
             self._replace(node, added, place)
@@ -183,6 +187,7 @@ class _Editor:
     def _reshape_block(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
+        """Remove and add entries of a block collection, which are whole lines."""
         starts = self._spans.find_starts(node, children)
         for i, child in enumerate(children):
             if child in kept:
@@ -204,6 +209,7 @@ class _Editor:
     def _reshape_flow(
         self, node: Node, children: list[Node], kept: Collection[Node], added: dict[str, Any] | list[Any]
     ) -> None:
+        """Remove and add items of a flow collection, with their commas."""
         starts = self._spans.find_starts(node, children)
         last = max(i for i, child in enumerate(children) if child in kept)
         removed = [i for i, child in enumerate(children) if child not in kept]
@@ -223,6 +229,7 @@ class _Editor:
             self._splice(end, end, f", {dump_flow(added)[1:-1]}")
 
     def _remove_between_commas(self, start: int, end: int) -> None:
+        """Remove an item with the comma after it, and its line if nothing else is on it."""
         comma = self._spans.find_comma(end)
         end = end if comma is None else comma + 1
         line, rest = self._spans.find_line_start(start), REST_OF_LINE.match(self._text, end)
@@ -247,6 +254,7 @@ class _Editor:
             self._replace_beside(node, data, place)
 
     def _replace_inline(self, node: Node, written: str, place: _Place) -> None:
+        """Write a value on the line of its key or dash."""
         start, end = self._spans.find_span(node)
         colon, content = self._spans.find_colon_end(node), self._spans.find_content(node)
         if place.kind == "key" and is_block_collection(node) and content >= self._spans.find_next_line(colon):
@@ -299,6 +307,7 @@ class _Editor:
         self._splices.append((start, end, written))
 
     def _find_entries(self, node: Node, children: list[Node]) -> dict[Node, tuple[Literal["key", "item"], int]]:
+        """Return the kind and the column of each child."""
         kind: Literal["key", "item"] = "key" if isinstance(node.value, dict) else "item"
         starts = self._spans.find_starts(node, children)
         columns = [start - self._spans.find_line_start(start) for start in starts]

@@ -31,12 +31,12 @@ class Node:
     """The number of values, itself and those behind aliases included."""
     depth: int = 0
 
-    def data(self) -> Any:
+    def to_data(self) -> Any:
         """Return the plain data of the node, with aliases resolved."""
         value = self.alias.value if self.alias else self.value
         if type(value) is dict:
-            return {key: node.data() for key, node in value.items()}
-        return [node.data() for node in value] if type(value) is list else value
+            return {key: node.to_data() for key, node in value.items()}
+        return [node.to_data() for node in value] if type(value) is list else value
 
 
 class Places:

@@ -57,7 +57,7 @@ def parse_yaml(text: str, file: str | None = None) -> ParsedText:
     mark, text = _split_byte_order_mark(text, file)
     builder = TreeBuilder(text, file)
     _read_yaml(builder)
-    parsed = ParsedText(builder.root.data() if builder.root else None, text, mark, "yaml")
+    parsed = ParsedText(builder.root.to_data() if builder.root else None, text, mark, "yaml")
     parsed.root = builder.root  # fills the cached property: JSON builds its tree only on demand
     return parsed
 

@@ -46,6 +46,7 @@ def _parse_events(text: str) -> Iterator[Any]:
 
 
 def _build_yaml(builder: TreeBuilder, events: Iterator[Any]) -> None:
+    """Add the values of all events to the tree."""
     for event in events:
         start, end = event.start_mark.index, event.end_mark.index
         if isinstance(event, yaml.ScalarEvent):

@@ -19,7 +19,7 @@ from megatron.core.transformer import MegatronModule
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from bridge.builders.hooks import Hook, hook_name
+from bridge.builders.hooks import Hook, get_hook_name
 from bridge.dist.checks.agreement import is_alone
 from bridge.dist.engine.placement import get_tensor_group, named_parameters
 from bridge.dist.errors import CopyError
@@ -71,7 +71,7 @@ def is_tied(stages: Sequence[MegatronModule]) -> bool:
 def list_user_hooks(hooks: Iterable[Hook]) -> list[str]:
     """Return the names of the hooks that are not Bridge's own. Bridge's hooks keep copies equal."""
     each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # some are composed
-    return [hook_name(hook) for hook in each if not getattr(hook, "__module__", "").startswith("bridge.")]
+    return [get_hook_name(hook) for hook in each if not getattr(hook, "__module__", "").startswith("bridge.")]
 
 
 def check_copies(
