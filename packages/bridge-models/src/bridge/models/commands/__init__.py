@@ -1,4 +1,4 @@
-"""The commands of bridge-models. Each imports what it needs when it runs.
+"""The commands of bridge-models. Each imports its dependencies when it runs.
 
 Importing them does not import torch, so `bridge --help` stays fast.
 """

@@ -49,7 +49,7 @@ def restore_checkpoint(
         CheckpointError: The checkpoint cannot be read, or belongs to another model or layout.
     """
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):  # ModelOpt prints what it does
+    with contextlib.redirect_stdout(output):  # ModelOpt prints its progress
         if is_sharded(checkpoint):
             stage = _restore_sharded(stage, checkpoint)
         else:

@@ -25,7 +25,7 @@ from bridge.models.t5.config import T5ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class _MegatronSpecs:
-    """Megatron's spec functions for one stack: a Transformer Engine block of so many layers, and one local layer."""
+    """Megatron's spec functions for one stack: a Transformer Engine block of N layers, and one local layer."""
 
     transformer_engine: Callable[[int], TransformerBlockSubmodules]
     local: Callable[[], ModuleSpec]

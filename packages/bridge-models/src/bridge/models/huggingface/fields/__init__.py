@@ -1,4 +1,5 @@
 """Rows that architectures share: each maps some fields of config.json to fields of a document, and back.
 
-Nothing here depends on an architecture. Imports ``targets`` and ``translation`` beside this folder, and bridge.config.
+Nothing here depends on an architecture. It imports ``targets`` and ``translation`` of the parent package, and
+bridge.config.
 """

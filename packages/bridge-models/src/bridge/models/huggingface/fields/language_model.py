@@ -1,4 +1,4 @@
-"""Rows of every language model beside its layers: origin, special tokens, dtype, output layer."""
+"""Rows of every language model apart from its layers: origin, special tokens, dtype, output layer."""
 
 from __future__ import annotations
 
