@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule
-from preflight_cases import CASES, EVERY_CASE, SHOWN_ELSEWHERE
+from preflight_cases import CASES, EVERY_CASE, NOT_SHOWN
 from preflight_cases.setting import (
     CONTEXT_PARALLEL,
     EXPERTS,
@@ -56,7 +56,7 @@ def every_rule() -> list[preflight.Rule]:
 
 def test_every_rule_has_a_case() -> None:
     assert sorted(CASES) == sorted(rule.name for rule in every_rule() if rule.not_shown is None)
-    assert sorted(SHOWN_ELSEWHERE) == sorted(rule.name for rule in every_rule() if rule.not_shown is not None)
+    assert sorted(NOT_SHOWN) == sorted(rule.name for rule in every_rule() if rule.not_shown is not None)
 
 
 def test_every_rule_has_a_reason() -> None:
@@ -65,11 +65,11 @@ def test_every_rule_has_a_reason() -> None:
 
 def problems(setting: Setting, world_size: int) -> list[str]:
     """What the check finds."""
-    config = setting.config()
+    config = setting.make_config()
     setup = preflight.Setup(
         transformer=config.transformer,
-        layout=setting.layout(world_size),
-        options=setting.options(),
+        layout=setting.make_layout(world_size),
+        options=setting.make_options(),
         model=config,
         environment=setting.environment,
         embedding_ranks=setting.embedding_ranks,
@@ -94,9 +94,9 @@ def test_the_suggested_setting_passes(name: str) -> None:
 
 def setup_of(setting: Setting, groups: ProcessGroupCollection | None = None) -> preflight.Setup:
     return preflight.Setup(
-        transformer=setting.config().transformer,
-        layout=setting.layout(4),
-        options=setting.options(),
+        transformer=setting.make_config().transformer,
+        layout=setting.make_layout(4),
+        options=setting.make_options(),
         groups=groups,
         environment=setting.environment,
     )
@@ -169,7 +169,7 @@ def unchecked(settings: list[Setting]) -> list[Run | str]:
 
 
 def trained(setting: Setting) -> Run:
-    config, layout = setting.config(), setting.layout(torch.distributed.get_world_size())
+    config, layout = setting.make_config(), setting.make_layout(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -198,7 +198,7 @@ def trained(setting: Setting) -> Run:
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Run]:
     """What the models of the cases that train wrong give on one process."""
-    names = [name for name, case in CASES.items() if case.fails is None]
+    names = [name for name, case in CASES.items() if case.error is None]
     outcomes = run_ranks(unchecked, 1, [_of_one_process(CASES[name].refused) for name in names])[0]
     assert all(isinstance(outcome, Run) for outcome in outcomes), outcomes
     return dict(zip(names, (outcome for outcome in outcomes if isinstance(outcome, Run)), strict=True))
@@ -216,7 +216,7 @@ def together() -> dict[str, list[Run | str]]:
     """What came of the cases, by rank: those that every rank fails alike share the processes."""
     found: dict[str, list[Run | str]] = {}
     for world_size in (2, 4):
-        names = [name for name, case in CASES.items() if case.world_size == world_size and not case.alone]
+        names = [name for name, case in CASES.items() if case.world_size == world_size and not case.needs_own_processes]
         by_rank = run_ranks(unchecked, world_size, [CASES[name].refused for name in names], timeout=240)
         found |= {name: [rank[index] for rank in by_rank] for index, name in enumerate(names)}
     return found
@@ -228,15 +228,15 @@ def test_without_the_rule_training_fails_or_is_wrong(
 ) -> None:
     case = CASES[name]
     outcomes = together[name] if name in together else _outcomes_alone(case)
-    if case.fails is not None:
-        assert any(isinstance(outcome, str) and case.fails in outcome for outcome in outcomes), outcomes
+    if case.error is not None:
+        assert any(isinstance(outcome, str) and case.error in outcome for outcome in outcomes), outcomes
         return
     expected = one_process[name]
     for outcome in outcomes:
         assert isinstance(outcome, Run), outcome
         same_losses = outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         same_norms = outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
-        assert (same_losses and same_norms) == case.passed_over
+        assert (same_losses and same_norms) == case.is_ignored
 
 
 def _outcomes_alone(case: Case) -> list[Run | str]:
@@ -259,7 +259,7 @@ class ParticularBuilder(GPTModelBuilder):
 
 def build_particular(vocab_size: int) -> list[str]:
     """On each rank: build with the family's own rule; the problems that it finds."""
-    config = Setting().config()
+    config = Setting().make_config()
     assert isinstance(config, GPTModelConfig)
     config.vocab_size = vocab_size
     groups = create_process_groups(Layout())

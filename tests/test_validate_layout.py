@@ -91,7 +91,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
 def can_be_a_document(setting: Setting) -> bool:
     """Whether all that a rule looks at is said by a document, a layout and a wrapper with its usual options."""
     usual = not setting.ddp or setting.ddp == megatron_fsdp()["ddp"]
-    return usual and not setting.changed and setting.embedding_ranks is None and setting.environment == Environment()
+    return usual and not setting.assigned and setting.embedding_ranks is None and setting.environment == Environment()
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +131,9 @@ OF_THE_MACHINE = {rule.name for rule in machine.RULES}
 )
 def test_documents_and_live_configurations_give_the_same_problems(name: str) -> None:
     setting, world_size = CASES[name].refused, CASES[name].world_size
-    document = Document.of(setting.config())
-    layout = {axis: size for axis, size in asdict(setting.layout(world_size)).items() if size is not None}
-    found = check_document(document, layout, wrapper=setting.options().wrapper)
+    document = Document.of(setting.make_config())
+    layout = {axis: size for axis, size in asdict(setting.make_layout(world_size)).items() if size is not None}
+    found = check_document(document, layout, wrapper=setting.make_options().wrapper)
     assert [problem.message.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
 
 

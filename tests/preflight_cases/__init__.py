@@ -1,4 +1,4 @@
-"""A case for each pre-flight rule: a setup that it refuses, one that passes, and what comes of the first without it."""
+"""A case for each pre-flight rule: a setup that it refuses, one that passes, and the outcome without the rule."""
 
 from preflight_cases import ddp, layers, machine, megatron_fsdp, models, pipeline, process_groups, sizes, torch_fsdp2
 from preflight_cases.setting import Case
@@ -14,14 +14,14 @@ CASES: dict[str, Case] = {
     **machine.CASES,
     **models.CASES,
 }
-SHOWN_ELSEWHERE: dict[str, Case] = {
-    **sizes.SHOWN_ELSEWHERE,
-    **pipeline.SHOWN_ELSEWHERE,
-    **layers.SHOWN_ELSEWHERE,
-    **torch_fsdp2.SHOWN_ELSEWHERE,
-    **megatron_fsdp.SHOWN_ELSEWHERE,
-    **machine.SHOWN_ELSEWHERE,
-    **models.SHOWN_ELSEWHERE,
+NOT_SHOWN: dict[str, Case] = {
+    **sizes.NOT_SHOWN,
+    **pipeline.NOT_SHOWN,
+    **layers.NOT_SHOWN,
+    **torch_fsdp2.NOT_SHOWN,
+    **megatron_fsdp.NOT_SHOWN,
+    **machine.NOT_SHOWN,
+    **models.NOT_SHOWN,
 }
-"""Of the rules whose ``not_shown`` says why no process here shows what comes of it without them."""
-EVERY_CASE = CASES | SHOWN_ELSEWHERE
+"""Cases of rules with ``not_shown``: no process of these tests shows the outcome without the rule."""
+EVERY_CASE = CASES | NOT_SHOWN

@@ -12,24 +12,24 @@ CASES: dict[str, Case] = {
         advised=Setting(
             ddp={"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": True}
         ),
-        fails="TypeError: 'NoneType' object is not iterable",
+        error="TypeError: 'NoneType' object is not iterable",
     ),
     "instances-without-distributed-optimizer": Case(
         refused=Setting(ddp={"num_distributed_optimizer_instances": 2}),
         advised=Setting(ddp=TWO_INSTANCES),
-        fails="AssertionError: Partial DistOpt",
+        error="AssertionError: Partial DistOpt",
     ),
     "average-of-per-token-loss": Case(
         refused=Setting(ddp={"average_in_collective": True}, transformer={"calculate_per_token_loss": True}),
         advised=Setting(transformer={"calculate_per_token_loss": True}),
-        fails="AssertionError: Cannot average",
+        error="AssertionError: Cannot average",
     ),
     "fp32-reduce-scatter": Case(
         refused=Setting(ddp=TWO_INSTANCES | {"reduce_scatter_with_fp32_accumulation": True}),
         advised=Setting(ddp={"use_distributed_optimizer": True, "reduce_scatter_with_fp32_accumulation": True}),
-        fails="AssertionError: RS w/ FP32 accumulation not supported",
+        error="AssertionError: RS w/ FP32 accumulation not supported",
     ),
     "custom-fsdp": Case(
-        refused=Setting(ddp={"use_custom_fsdp": True}), advised=Setting(**megatron_fsdp()), passed_over=True
+        refused=Setting(ddp={"use_custom_fsdp": True}), advised=Setting(**megatron_fsdp()), is_ignored=True
     ),
 }

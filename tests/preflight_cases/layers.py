@@ -8,7 +8,7 @@ CASES: dict[str, Case] = {
     "experts-without-sequence-parallelism": Case(
         refused=Setting(sizes={"tp": 2}, transformer=EXPERTS),
         advised=Setting(sizes={"tp": 2}, transformer=EXPERTS | {"sequence_parallel": True}),
-        fails="ValueError: During training, performance may degrade",
+        error="ValueError: During training, performance may degrade",
     ),
     "meta-device-and-cpu-initialization": Case(
         refused=Setting(transformer={"init_model_with_meta_device": True, "use_cpu_initialization": True}),
@@ -16,7 +16,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-SHOWN_ELSEWHERE: dict[str, Case] = {
+NOT_SHOWN: dict[str, Case] = {
     "recomputed-mlp-with-biases": Case(
         refused=Setting(transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
         advised=Setting(

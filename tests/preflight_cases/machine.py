@@ -12,17 +12,17 @@ CASES: dict[str, Case] = {
     "cuda-graphs": Case(
         refused=Setting(transformer=GRAPHS),
         advised=Setting(transformer=GRAPHS | {"cuda_graph_impl": "none"}),
-        passed_over=True,
+        is_ignored=True,
     ),
-    "nccl-buffers": Case(refused=Setting(ddp={"nccl_ub": True}), advised=Setting(), fails="Error: "),
+    "nccl-buffers": Case(refused=Setting(ddp={"nccl_ub": True}), advised=Setting(), error="Error: "),
     "megatron-fsdp-fused-division": Case(
         refused=Setting(**megatron_fsdp(gradient_reduce_div_fusion=True)),
         advised=Setting(**megatron_fsdp()),
-        fails="RuntimeError: Cannot use ReduceOp.PREMUL_SUM",
+        error="RuntimeError: Cannot use ReduceOp.PREMUL_SUM",
     ),
 }
 
-SHOWN_ELSEWHERE: dict[str, Case] = {
+NOT_SHOWN: dict[str, Case] = {
     "connections-of-split-layers": Case(
         refused=Setting(sizes=TENSOR_PARALLEL, environment=connections(8)),
         advised=Setting(sizes=TENSOR_PARALLEL, environment=connections(1)),

@@ -6,7 +6,7 @@ from preflight_cases.setting import EXPERT_PARALLEL, EXPERTS, PIPELINE, Case, Se
 
 CASES: dict[str, Case] = {
     "megatron-fsdp-pipeline": Case(
-        refused=Setting(sizes=PIPELINE, **megatron_fsdp()), advised=Setting(**megatron_fsdp()), fails="EinopsError"
+        refused=Setting(sizes=PIPELINE, **megatron_fsdp()), advised=Setting(**megatron_fsdp()), error="EinopsError"
     ),
     "megatron-fsdp-distributed-optimizer": Case(
         refused=Setting(**megatron_fsdp(use_distributed_optimizer=False)), advised=Setting(**megatron_fsdp())
@@ -14,12 +14,12 @@ CASES: dict[str, Case] = {
     "megatron-fsdp-fp16": Case(
         refused=Setting(**megatron_fsdp(), transformer={"fp16": True}),
         advised=Setting(**megatron_fsdp(), transformer={"bf16": True}),
-        fails="AttributeError: 'NoneType' object has no attribute 'data'",
+        error="AttributeError: 'NoneType' object has no attribute 'data'",
     ),
     "megatron-fsdp-average": Case(
         refused=Setting(**megatron_fsdp(average_in_collective=True)),
         advised=Setting(**megatron_fsdp()),
-        fails="AttributeError: 'NoneType' object has no attribute 'size'",
+        error="AttributeError: 'NoneType' object has no attribute 'size'",
     ),
     "megatron-fsdp-single-experts": Case(
         refused=Setting(**EXPERT_PARALLEL, **megatron_fsdp()),
@@ -28,7 +28,7 @@ CASES: dict[str, Case] = {
     "megatron-fsdp-strategy": Case(
         refused=Setting(**megatron_fsdp(data_parallel_sharding_strategy="full")),
         advised=Setting(**megatron_fsdp()),
-        fails="AssertionError",
+        error="AssertionError",
     ),
     "megatron-fsdp-instances": Case(
         refused=Setting(
@@ -44,9 +44,9 @@ CASES: dict[str, Case] = {
     ),
 }
 
-SHOWN_ELSEWHERE: dict[str, Case] = {
+NOT_SHOWN: dict[str, Case] = {
     "megatron-fsdp-grouped-parameters": Case(
-        refused=Setting(**megatron_fsdp(), changed={"moe_single_grouped_weight": True}),
+        refused=Setting(**megatron_fsdp(), assigned={"moe_single_grouped_weight": True}),
         advised=Setting(**megatron_fsdp()),
     ),
 }

@@ -1,4 +1,4 @@
-"""Cases of the rules about process groups, and what uses them."""
+"""Cases of the rules about process groups and buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLASH = {"attention_backend": AttnBackend.flash, "flash_attention_version": 3}
 
 CASES: dict[str, Case] = {
     "weight-shards": Case(
-        refused=Setting(transformer={"tensor_parallel_num_weight_shards": 2}), advised=Setting(), passed_over=True
+        refused=Setting(transformer={"tensor_parallel_num_weight_shards": 2}), advised=Setting(), is_ignored=True
     ),
     "context-parallelism-in-two-levels": Case(
         refused=Setting(
@@ -20,34 +20,34 @@ CASES: dict[str, Case] = {
             transformer={"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [1, 2]},
         ),
         advised=Setting(sizes=CONTEXT_PARALLEL, transformer={"cp_comm_type": "a2a"}),
-        passed_over=True,
+        is_ignored=True,
     ),
     "hybrid-context-parallelism": Case(
         refused=Setting(transformer={"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 16}),
         advised=Setting(sizes=CONTEXT_PARALLEL),
-        fails="IndexError",
+        error="IndexError",
     ),
     "pipeline-backend": Case(
         refused=Setting(sizes=PIPELINE, transformer={"pipeline_model_parallel_comm_backend": "ucc"}),
         advised=Setting(sizes=PIPELINE),
-        passed_over=True,
+        is_ignored=True,
     ),
     "ring-exchange": Case(
         refused=Setting(sizes=PIPELINE, transformer={"use_ring_exchange_p2p": True}),
         advised=Setting(sizes=PIPELINE),
-        fails="AttributeError: module 'torch.distributed' has no attribute 'ring_exchange'",
+        error="AttributeError: module 'torch.distributed' has no attribute 'ring_exchange'",
     ),
     "tensor-parallel-overlap": Case(
         refused=Setting(sizes=TENSOR_PARALLEL, transformer=OVERLAP),
         advised=Setting(sizes=TENSOR_PARALLEL, transformer=OVERLAP, environment=Environment(has_user_buffers=True)),
-        passed_over=True,
+        is_ignored=True,
     ),
     "batch-invariant-kernels": Case(
         refused=Setting(transformer=FLASH | {"batch_invariant_mode": True}),
         advised=Setting(
             transformer=FLASH | {"batch_invariant_mode": True}, environment=Environment(is_batch_invariant=True)
         ),
-        passed_over=True,
-        alone=True,
+        is_ignored=True,
+        needs_own_processes=True,
     ),
 }

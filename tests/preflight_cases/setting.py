@@ -1,4 +1,4 @@
-"""What the cases of pre-flight rules are made of: tiny models with a layout, a wrapper and an environment."""
+"""The parts of the cases: tiny models with a layout, a wrapper and an environment."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ DDP = {"wrap_with_ddp": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A tiny model, a GPT unless another family is named, how it is split, and how it is wrapped."""
+    """A tiny model, by default a GPT, with its layout, its wrapper and its environment."""
 
     family: type[GPTModelConfig | MambaModelConfig | T5ModelConfig] = GPTModelConfig
     sizes: dict[str, int] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
-    changed: dict[str, Any] = field(default_factory=dict)
-    """Assigned after the transformer's configuration was made, whose constructor would refuse it."""
+    assigned: dict[str, Any] = field(default_factory=dict)
+    """Assigned to the transformer configuration afterwards, because its constructor would refuse these values."""
     model: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=lambda: DDP)
     environment: Environment = field(default_factory=Environment)
     embedding_ranks: list[int] | None = None
 
-    def config(self) -> GPTModelConfig | MambaModelConfig | T5ModelConfig:
+    def make_config(self) -> GPTModelConfig | MambaModelConfig | T5ModelConfig:
         transformer: dict[str, Any] = {
             "num_layers": 2,
             "hidden_size": 16,
@@ -54,34 +54,34 @@ class Setting:
         if self.sizes.get("pp", 1) > 1:
             transformer["pipeline_dtype"] = torch.float32
         config = TransformerConfig(**transformer | self.transformer)
-        for name, value in self.changed.items():
+        for name, value in self.assigned.items():
             setattr(config, name, value)
         return self.family(transformer=config, **{"vocab_size": VOCAB, "seq_length": 16} | self.model)
 
-    def layout(self, world_size: int) -> Layout:
+    def make_layout(self, world_size: int) -> Layout:
         ranks = math.prod(self.sizes.get(name, 1) for name in ("tp", "pp", "cp"))
         etp = self.transformer.get("expert_tensor_parallel_size")
         return Layout(**self.sizes, etp=etp, dp=world_size // ranks)
 
-    def options(self) -> BuildOptions:
+    def make_options(self) -> BuildOptions:
         return BuildOptions(ddp_config=DistributedDataParallelConfig(**self.ddp), **self.flags)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a rule refuses, the same with what it says to set, and what comes of it without the rule.
+    """A setting that a rule refuses, the same setting with the advice applied, and the outcome without the rule.
 
-    ``fails`` is a part of the error; None where training goes on, with other losses or gradient norms; or, where it is
-    ``passed_over``, with the same, as if it had not been asked for.
+    ``error`` is a part of the error message. It is None if training continues: with the same losses and gradient norms
+    if the option ``is_ignored``, otherwise with different ones.
     """
 
     refused: Setting
     advised: Setting
-    fails: str | None = None
-    passed_over: bool = False
+    error: str | None = None
+    is_ignored: bool = False
     world_size: int = 2
-    alone: bool = False
-    """Not all ranks fail alike, so that the others wait; or the processes are spoilt for other cases."""
+    needs_own_processes: bool = False
+    """Whether the other ranks would wait for the one that fails, or the processes cannot run other cases afterwards."""
 
 
 def megatron_fsdp(**ddp: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ PIPELINE = {"pp": 2}
 EXPERTS = {"num_moe_experts": 4, "moe_router_load_balancing_type": "none", "add_bias_linear": False}
 EXPERT_PARALLEL = {"sizes": {"ep": 2}, "transformer": EXPERTS}
 INTERLEAVED = {"pp": 2, "vp": 2}
-ASYNCHRONOUS = {"num_layers": 4, "batch_p2p_comm": False, "overlap_p2p_comm": True}
+OVERLAPPED_P2P = {"num_layers": 4, "batch_p2p_comm": False, "overlap_p2p_comm": True}
 TENSOR_PARALLEL = {"tp": 2}
 CONTEXT_PARALLEL = {"cp": 2}
 HOPPER = (9, 0)

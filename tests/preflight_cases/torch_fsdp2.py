@@ -1,4 +1,4 @@
-"""Cases of the rules about torch's FSDP2."""
+"""Cases of the rules about torch FSDP2."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ CASES: dict[str, Case] = {
     "torch-fsdp2-experts": Case(
         refused=Setting(**EXPERT_PARALLEL, flags=TORCH_FSDP2),
         advised=Setting(**EXPERT_PARALLEL),
-        alone=True,
+        needs_own_processes=True,
     ),
     "torch-fsdp2-tied-embeddings": Case(
         refused=Setting(model={"share_embeddings_and_output_weights": True}, flags=TORCH_FSDP2),
         advised=Setting(flags=TORCH_FSDP2),
-        fails="mixed torch.Tensor and DTensor",
+        error="mixed torch.Tensor and DTensor",
     ),
     "torch-fsdp2-distributed-optimizer": Case(
         refused=Setting(ddp={"use_distributed_optimizer": True}, flags=TORCH_FSDP2),
         advised=Setting(flags=TORCH_FSDP2),
-        fails="TypeError: 'method' object is not iterable",
+        error="TypeError: 'method' object is not iterable",
     ),
 }
 
-SHOWN_ELSEWHERE: dict[str, Case] = {
+NOT_SHOWN: dict[str, Case] = {
     "torch-fsdp2-fused-gradients": Case(
         refused=Setting(transformer={"gradient_accumulation_fusion": True}, flags=TORCH_FSDP2),
         advised=Setting(flags=TORCH_FSDP2),
