@@ -80,11 +80,11 @@ def test_every_pass_runs_once_and_as_early_as_possible(
 ) -> None:
     orders, forward, backward = pipeline
     step = simulate(orders, forward=forward, backward=backward)
-    assert [[one.what for one in rank] for rank in step.ranks] == orders
+    assert [[one.pass_ for one in rank] for rank in step.ranks] == orders
 
     # A microbatch passes forward through the chunks of all ranks, then backward in reverse order.
     way = [(chunk, rank) for chunk in range(len(forward[0])) for rank in range(len(orders))]
-    found = {(one.what, rank): one for rank, timed in enumerate(step.ranks) for one in timed}
+    found = {(one.pass_, rank): one for rank, timed in enumerate(step.ranks) for one in timed}
     earliest = dict.fromkeys(found, 0.0)
     for microbatch in range(max(one.microbatch for one in orders[0]) + 1):
         stations = [(Pass(True, chunk, microbatch), rank) for chunk, rank in way]
@@ -95,7 +95,7 @@ def test_every_pass_runs_once_and_as_early_as_possible(
     for rank, timed in enumerate(step.ranks):
         for one, following in itertools.pairwise(timed):
             assert one.end <= following.start
-            earliest[following.what, rank] = max(earliest[following.what, rank], one.end)
+            earliest[following.pass_, rank] = max(earliest[following.pass_, rank], one.end)
     assert {key: one.start for key, one in found.items()} == earliest
 
     for (what, rank), one in found.items():

@@ -36,12 +36,12 @@ def find_architecture(given: Mapping[str, Any]) -> Architecture:
         )
     if model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
-    found = ARCHITECTURES.get(model_type)
-    if found is None:
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
         near = did_you_mean(model_type, ARCHITECTURES)
         known = ", ".join(ARCHITECTURES)
         raise make_error("$.model_type", f"unknown architecture {quote_name(model_type)}{near}; supported are {known}")
-    return found
+    return architecture
 
 
 def _find_text_model(given: Mapping[str, Any]) -> str | None:
@@ -69,14 +69,14 @@ def find_declared_architecture(fields: Mapping[str, Any]) -> Architecture | None
     if model_type is None:
         return None
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
-    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if found is None:
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if architecture is None:
         raise make_error(
             path, f"unknown architecture {describe_value(model_type)}; supported are {', '.join(ARCHITECTURES)}"
         )
-    if found.target != fields["_target_"]:
-        raise make_error(path, f"{model_type} needs the _target_ {found.target}, got {fields['_target_']}")
-    return found
+    if architecture.target != fields["_target_"]:
+        raise make_error(path, f"{model_type} needs the _target_ {architecture.target}, got {fields['_target_']}")
+    return architecture
 
 
 def write(fields: Mapping[str, Any], architecture: Architecture) -> Translation:

@@ -76,7 +76,11 @@ def find_rank_file(checkpoint: Path, pg_collection: ProcessGroupCollection) -> P
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Read a file that torch saved. Only data and the classes that Megatron lists as safe are loaded: no code runs."""
+    """Read a file that torch saved. Only data and the classes that Megatron lists as safe are loaded: no code runs.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is not a checkpoint.
+    """
     try:
         with torch.serialization.safe_globals(cast(list[Any], SAFE_GLOBALS)):
             saved: object = torch.load(file, map_location="cpu", weights_only=True)

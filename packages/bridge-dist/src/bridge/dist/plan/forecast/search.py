@@ -155,12 +155,12 @@ def _plan_layouts(
         changed = deepcopy(document)
         replace_layout(changed, one, sequence_parallel=one["tp"] > 1)
         try:
-            made = plan(changed, options, memo=memo)
+            planned = plan(changed, options, memo=memo)
         except BridgeError as error:
             outcomes.append(str(error))
             continue
         except Exception as error:  # the model's own exception may not be picklable
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
             raise PlanError(f"{name}: {describe(error)}") from error
-        outcomes.append(_TOO_LARGE if made.fits is False else estimate_step(made, machine))
+        outcomes.append(_TOO_LARGE if planned.fits is False else estimate_step(planned, machine))
     return _Outcomes(outcomes, list(_messages))

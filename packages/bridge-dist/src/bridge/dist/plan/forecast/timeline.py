@@ -18,7 +18,7 @@ from bridge.dist.plan.results import Plan
 class TimedPass(NamedTuple):
     """A pass with its start and end, in the unit of its cost."""
 
-    what: Pass
+    pass_: Pass
     start: float
     end: float
 

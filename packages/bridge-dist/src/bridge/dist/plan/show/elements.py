@@ -11,18 +11,18 @@ ROW, GAP = 26, 4
 
 def node(tag: str, *children: Element | str, **attributes: str | float) -> Element:
     """Make an element; in attribute names, a trailing ``_`` is dropped and other ``_`` become ``-``."""
-    made = Element(tag)
+    element = Element(tag)
     for name, value in attributes.items():
         written = value if isinstance(value, str) else f"{value:.7g}"
-        made.set(name.rstrip("_").replace("_", "-"), written)
+        element.set(name.rstrip("_").replace("_", "-"), written)
     for child in children:
         if not isinstance(child, str):
-            made.append(child)
-        elif len(made):  # ElementTree keeps the text after a child in the child's tail
-            made[-1].tail = (made[-1].tail or "") + child
+            element.append(child)
+        elif len(element):  # ElementTree keeps the text after a child in the child's tail
+            element[-1].tail = (element[-1].tail or "") + child
         else:
-            made.text = (made.text or "") + child
-    return made
+            element.text = (element.text or "") + child
+    return element
 
 
 def make_picture(name: str, width: float, height: float, parts: Iterable[Element]) -> Element:

@@ -96,17 +96,17 @@ def _draw_schedule(ranks: Sequence[Sequence[TimedPass]], until: float, chunks: i
 
 
 def _draw_pass(one: TimedPass, y: float, scale: float, end: float, chunks: int) -> Element:
-    what, start = one.what, one.start * scale
-    name, colour = ("forward", _FORWARD) if what.forward else ("backward", _BACKWARD)
-    of_chunk = f", chunk {what.chunk}" if chunks > 1 else ""
+    pass_, start = one.pass_, one.start * scale
+    name, colour = ("forward", _FORWARD) if pass_.forward else ("backward", _BACKWARD)
+    of_chunk = f", chunk {pass_.chunk}" if chunks > 1 else ""
     drawn = node(
         "g",
-        node("title", f"{name}, microbatch {what.microbatch}{of_chunk}"),
-        node("rect", x=start, y=y, width=end - start, height=ROW - GAP, fill=_tint(colour, what.chunk, chunks)),
+        node("title", f"{name}, microbatch {pass_.microbatch}{of_chunk}"),
+        node("rect", x=start, y=y, width=end - start, height=ROW - GAP, fill=_tint(colour, pass_.chunk, chunks)),
         class_=f"pass {name}",
     )
-    if end - start > 7 * len(str(what.microbatch)):  # a digit is less than 7 wide; a longer label would not fit
-        labels = [str(what.microbatch), str(what.chunk)] if chunks > 1 else [str(what.microbatch)]
+    if end - start > 7 * len(str(pass_.microbatch)):  # a digit is less than 7 wide; a longer label would not fit
+        labels = [str(pass_.microbatch), str(pass_.chunk)] if chunks > 1 else [str(pass_.microbatch)]
         top = y + (10 if chunks > 1 else 15)
         middle = (start + end) / 2
         drawn.extend(node("text", label, x=middle, y=top + 10 * line) for line, label in enumerate(labels))

@@ -80,7 +80,11 @@ def experts_everywhere(default: int) -> tuple[Row, ...]:
 
 
 def list_expert_layers(t: Translation) -> list[int]:
-    """Return 1 for each layer of a document with experts, 0 for the others."""
+    """Return 1 for each layer of a document with experts, 0 for the others.
+
+    Raises:
+        RefusedError: The list of layers has the wrong length.
+    """
     layers: int = t["transformer.num_layers"]
     frequency: int | Sequence[int] = t["transformer.moe_layer_freq"]
     if isinstance(frequency, int):  # N: the first of every N layers, as in Megatron-Core

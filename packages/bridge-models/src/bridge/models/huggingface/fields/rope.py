@@ -90,7 +90,11 @@ class Scaling:
         return factor
 
     def original(self, given: int | None) -> int:
-        """Return the sequence length of pre-training: ``given``, else from the mapping, else the longest supported."""
+        """Return the sequence length of pre-training: ``given``, else from the mapping, else the longest supported.
+
+        Raises:
+            RefusedError: It is not an integer.
+        """
         inside = self.get("original_max_position_embeddings", self.t["max_position_embeddings"])
         if given is None and type(inside) is not int:
             raise self.refuse("original_max_position_embeddings", f"expected an integer, got {describe_value(inside)}")
