@@ -126,7 +126,7 @@ def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
         t.note(f"{format_path((name,))} is left out: {why}")
     else:
         free = [other for other in known if other not in t.given]  # do not suggest a field that is already set
-        t.refuse(name, f"unknown to Bridge: remove it if the model is the same without it{did_you_mean(name, free)}")
+        t.refuse(name, f"unknown to Bridge: remove it if it does not affect the model{did_you_mean(name, free)}")
 
 
 def _explain_no_effect(t: Translation, name: str) -> str | None:
