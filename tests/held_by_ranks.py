@@ -1,4 +1,4 @@
-"""Measurements of what real ranks hold, compute and send, to compare with plans; importable by ranks."""
+"""Measure memory, parameters and collectives of real ranks, to compare with plans; importable by ranks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
 
-NOTED: list[tuple[str, tuple[int, ...], str]] = []
+RECORDED: list[tuple[str, tuple[int, ...], str]] = []
 
 
-def note(stages: list[Any]) -> list[Any]:
+def record_parameters(stages: list[Any]) -> list[Any]:
     """Record this rank's part of each parameter and its dtype: a post-wrap hook for real ranks and plans."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            NOTED.append((name, tuple(mine.shape), str(mine.dtype)))
+            RECORDED.append((name, tuple(mine.shape), str(mine.dtype)))
     return stages
 
 
-register(note, "held_by_ranks.note")
+register(record_parameters, "held_by_ranks.record_parameters")
 
 
-def take_notes() -> list[tuple[str, tuple[int, ...], str]]:
-    found = list(NOTED)
+def pop_recorded_parameters() -> list[tuple[str, tuple[int, ...], str]]:
+    found = list(RECORDED)
     assert found
-    NOTED.clear()
+    RECORDED.clear()
     return found
 
 
@@ -48,19 +48,19 @@ class Case:
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
     keeps_alike: bool = True
-    """Whether a CPU saves as much for the backward pass as a GPU, for any routing of tokens."""
+    """Whether a CPU saves the same bytes for the backward pass as a GPU, for any routing of tokens."""
 
     def job(self) -> BuildJob:
-        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[held_by_ranks.note]"])
+        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[held_by_ranks.record_parameters]"])
         replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
         return BuildJob(document=document.data, wrapper=self.wrapper, distributed_optimizer=self.distributed_optimizer)
 
 
-LONGER = replace(BATCH, global_batch_size=32)
+LONGER_BATCH = replace(BATCH, global_batch_size=32)
 
 
-class Held(NamedTuple):
-    """What a rank holds: parameters by name, bytes, elements of each bucket, bytes saved by each chunk."""
+class Measured(NamedTuple):
+    """Parameters of a rank, bytes by kind, elements of each bucket, and bytes saved by each chunk."""
 
     parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
@@ -71,7 +71,7 @@ class Held(NamedTuple):
     kept: list[int] | None
 
 
-def held(cases: dict[str, Case]) -> dict[str, Held]:
+def measure_ranks(cases: dict[str, Case]) -> dict[str, Measured]:
     """Build and wrap each case on this rank, and run a microbatch through each chunk."""
     import torch
     from megatron.core.distributed import DistributedDataParallel
@@ -93,7 +93,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
                 found[storage.data_ptr()] = storage.nbytes()
         return found
 
-    def one(case: Case) -> Held:
+    def measure_case(case: Case) -> Measured:
         job = case.job()
         config = ModelConfig.from_dict(job.document)
         groups = create_process_groups(job.check(config, WORLD))
@@ -113,10 +113,10 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
             for bucket in buffer.buckets
         ]
         gradients = [bucket.grad_data for bucket in buckets] or [p for model in models for p in model.parameters()]
-        updated = optimized(stages) if options.wrap_with_ddp else []
+        updated = optimized_parameters(stages) if options.wrap_with_ddp else []
         kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
-        return Held(
-            parameters=take_notes(),
+        return Measured(
+            parameters=pop_recorded_parameters(),
             weights=sum(weights.values()),
             gradients=sum(storages(gradients).values()),
             master=sum(size for at, size in storages(updated).items() if at not in weights),
@@ -125,7 +125,7 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
             kept=None if not case.keeps_alike else kept,
         )
 
-    def optimized(stages: list[Any]) -> list[torch.Tensor]:
+    def optimized_parameters(stages: list[Any]) -> list[torch.Tensor]:
         with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             return [local(p) for part in parts for group in part.param_groups for p in group["params"]]
@@ -152,13 +152,13 @@ def held(cases: dict[str, Case]) -> dict[str, Held]:
 
     found = {}
     for name, case in cases.items():
-        found[name] = one(case)
+        found[name] = measure_case(case)
         destroy_process_groups()
     return found
 
 
-class HeldSharded(NamedTuple):
-    """The bytes that a rank holds of a sharded model, and what it gathers and reduces in a step."""
+class MeasuredSharded(NamedTuple):
+    """Parameters of a rank of a sharded model, bytes by kind, and its collectives in a step."""
 
     parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
@@ -170,7 +170,7 @@ class HeldSharded(NamedTuple):
     """Calls and bytes, by group and operation."""
 
 
-def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
+def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
     """Build, wrap and train each case for two steps on this rank; measure the second step."""
     import weakref
     from contextlib import ExitStack
@@ -205,7 +205,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
         ]
         return [getattr(group, name).data for group in groups]
 
-    def one(case: Case) -> HeldSharded:
+    def measure_case(case: Case) -> MeasuredSharded:
         job = case.job()
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, WORLD)
@@ -219,8 +219,8 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
             use_megatron_fsdp=options.use_megatron_fsdp,
             use_torch_fsdp2=options.use_torch_fsdp2,
         )
-        seen = Seen(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
-        shape = (LONGER.count_microbatches(layout), LONGER.micro_batch_size, LONGER.seq_length + 1)
+        seen = CollectiveRecorder(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
+        shape = (LONGER_BATCH.count_microbatches(layout), LONGER_BATCH.micro_batch_size, LONGER_BATCH.seq_length + 1)
         with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             updated = [local(p) for part in parts for group in part.param_groups for p in group["params"]]
@@ -245,8 +245,8 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
                 if name.startswith("exp_avg")
             ]
         kept = memory(buffer for stage in stages for buffer in unwrap_model(stage).buffers())
-        return HeldSharded(
-            parameters=take_notes(),
+        return MeasuredSharded(
+            parameters=pop_recorded_parameters(),
             weights=sum((weights | kept).values()),
             gradients=sum(gradients.values()),
             master=sum(size for at, size in memory(updated).items() if at not in weights),
@@ -255,7 +255,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
             collectives=seen.collectives,
         )
 
-    class Seen:
+    class CollectiveRecorder:
         """A recorder of the collectives of some groups and of the memory that the wrapper's objects hold."""
 
         def __init__(self, stages: list[Any], groups: dict[str, Any]) -> None:
@@ -282,7 +282,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
                 known = [value for start, value in operation.items() if name.startswith(start)]
                 if known and name.endswith(("tensor", "single")):
                     stack.enter_context(patch.object(torch.distributed, name, self._collective(name, known[0])))
-            stack.enter_context(Scattered(self))
+            stack.enter_context(DTensorRecorder(self))
             for name in ("foreach_all_gather_copy_out", "foreach_reduce"):
                 stack.enter_context(patch.object(_fsdp_param_group, name, self._copy(name)))
             return stack
@@ -290,7 +290,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
         def _collective(self, name: str, operation: str) -> Any:
             original = getattr(torch.distributed, name)
 
-            def called(*args: Any, **kwargs: Any) -> Any:
+            def recorded(*args: Any, **kwargs: Any) -> Any:
                 self._depth += 1
                 try:
                     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
@@ -300,11 +300,11 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
                 finally:
                     self._depth -= 1
 
-            return called
+            return recorded
 
         def _collect(self, operation: str, group: Any, whole: torch.Tensor) -> None:
-            for kind, one in self._groups.items():
-                if group is one:
+            for kind, known in self._groups.items():
+                if group is known:
                     self._flat.append(weakref.ref(whole))
                     self._look()
                     self.count(kind, operation, whole.numel() * whole.element_size())
@@ -316,7 +316,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
         def _copy(self, name: str) -> Any:
             original = getattr(_fsdp_param_group, name)
 
-            def called(*args: Any, **kwargs: Any) -> Any:
+            def recorded(*args: Any, **kwargs: Any) -> Any:
                 gradients = list(args[1]) if name == "foreach_reduce" else []
                 result = original(*args, **kwargs)
                 if name == "foreach_reduce":
@@ -325,7 +325,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
                     self._look()
                 return result
 
-            return called
+            return recorded
 
         def _look(self, more: Any = ()) -> None:
             self._flat = [reference for reference in self._flat if reference() is not None]
@@ -340,10 +340,10 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
                     found |= memory([whole.grad])
             self.most = max(self.most, sum(found.values()))
 
-    class Scattered(TorchDispatchMode):
-        """What a DTensor gathers, and is scattered to make one: both over all data-parallel ranks."""
+    class DTensorRecorder(TorchDispatchMode):
+        """A recorder of the all-gathers and scatters of DTensors, over all data-parallel ranks."""
 
-        def __init__(self, seen: Seen) -> None:
+        def __init__(self, seen: CollectiveRecorder) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self._seen = seen
 
@@ -359,6 +359,6 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, HeldSharded]:
 
     found = {}
     for name, case in cases.items():
-        found[name] = one(case)
+        found[name] = measure_case(case)
         destroy_process_groups()
     return found

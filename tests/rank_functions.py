@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def process() -> int:
+def process_id() -> int:
     return os.getpid()
 
 
-def place() -> tuple[str, ...]:
+def rank_variables() -> tuple[str, ...]:
     return tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 

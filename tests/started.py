@@ -1,4 +1,4 @@
-"""Commands that run in their own folder, by which their processes are found, and faults injected into one rank."""
+"""Start commands in a folder that identifies their processes, and inject faults into one rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
 
-# What Python runs at the start of every process that finds it: replaces a function on rank 1, once it is imported.
+# A sitecustomize.py, which Python runs at the start of every process: it replaces a function on rank 1.
 FAULT = """
 import functools, importlib, os, pathlib, signal, sys
 
@@ -55,12 +55,12 @@ class Folder:
         self.temporary.mkdir()
 
     def mark_at(self, place: str, action: str = "pass") -> None:
-        """Let rank 1 note the time, and do something, when it calls a function, given as ``module:function``."""
+        """Make rank 1 create the file `mark` and run `action` when it calls the function ``module:function``."""
         module, _, function = place.partition(":")
         (self.path / "sitecustomize.py").write_text(FAULT.format(action=action, module=module, function=function))
 
     def add_hook(self) -> None:
-        """Install a hook, which documents may name, that raises on rank 1."""
+        """Install a hook that documents may name and that raises on rank 1."""
         (self.path / "faulty.py").write_text(HOOK)
         installed = self.path / "faulty-1.dist-info"
         installed.mkdir()
@@ -93,6 +93,6 @@ class Folder:
             try:
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
-            except OSError:  # ended, or of another user
+            except OSError:  # the process has ended or belongs to another user
                 continue
         return found

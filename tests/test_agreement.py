@@ -25,8 +25,8 @@ def message_of(action: Any) -> str:
     return ""
 
 
-def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: dict[int, dict[str, Any]]) -> str:
-    """On each rank: build the tiny preset, which some ranks change; what went wrong, if anything."""
+def build_changed(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: dict[int, dict[str, Any]]) -> str:
+    """Build the tiny preset, changed on some ranks; return the error message."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -41,7 +41,9 @@ def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: 
     for path, value in changes.get(rank, {}).items():
         document.set(path, value)
     config = document.config()
-    config.pre_wrap_hooks.append(lambda stages: stages)  # has no written form, and another address in each process
+    config.pre_wrap_hooks.append(
+        lambda stages: stages
+    )  # a lambda has no written form, and another address in each process
     groups = create_process_groups(
         Layout(**layout, dp=torch.distributed.get_world_size() // Layout(**layout).world_size)
     )
@@ -53,13 +55,13 @@ def build_with(changes: dict[int, dict[str, Any]], layout: dict[str, int], ddp: 
 
 
 def test_ranks_that_agree_build_the_model() -> None:
-    assert run_ranks(build_with, 2, {}, {}, {}) == [""] * 2
+    assert run_ranks(build_changed, 2, {}, {}, {}) == [""] * 2
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}, {"tp": 2}])
 @pytest.mark.parametrize("odd", [0, 3])
 def test_a_differing_field_is_named_on_every_rank(layout: dict[str, int], odd: int) -> None:
-    found = run_ranks(build_with, 4, {odd: {"transformer.num_attention_heads": 2}}, layout, {})
+    found = run_ranks(build_changed, 4, {odd: {"transformer.num_attention_heads": 2}}, layout, {})
     for message in found:
         assert "config.transformer.num_attention_heads is" in message
         assert f"2 on rank {odd}" in message
@@ -68,14 +70,14 @@ def test_a_differing_field_is_named_on_every_rank(layout: dict[str, int], odd: i
 
 def test_all_differing_fields_are_named() -> None:
     changes = {"transformer.hidden_size": 32, "seq_length": 64}
-    for message in run_ranks(build_with, 2, {1: changes}, {}, {1: {"overlap_grad_reduce": True}}):
+    for message in run_ranks(build_changed, 2, {1: changes}, {}, {1: {"overlap_grad_reduce": True}}):
         assert "config.seq_length is 128 on rank 0, 64 on rank 1" in message
         assert "config.transformer.hidden_size is 64 on rank 0, 32 on rank 1" in message
         assert "options.ddp_config.overlap_grad_reduce is false on rank 0, true on rank 1" in message
         assert "num_layers" not in message
 
 
-def groups_of_another_layout() -> str:
+def create_different_groups() -> str:
     import torch
 
     from bridge.dist import Layout, create_process_groups
@@ -85,13 +87,13 @@ def groups_of_another_layout() -> str:
 
 
 def test_a_differing_layout_is_named() -> None:
-    for message in run_ranks(groups_of_another_layout, 2):
+    for message in run_ranks(create_different_groups, 2):
         assert "layout.tp is 2 on rank 0, 1 on rank 1" in message
         assert "layout.pp is 1 on rank 0, 2 on rank 1" in message
 
 
-def missing_rank(absent: int) -> tuple[str, float]:
-    """On each rank but one: ask the others."""
+def agree_without_rank(absent: int) -> tuple[str, float]:
+    """Compare facts on all ranks except one; return the message and the seconds it took."""
     import torch
 
     from bridge.dist.checks.agreement import agree_in_world
@@ -104,36 +106,36 @@ def missing_rank(absent: int) -> tuple[str, float]:
 
 @pytest.mark.parametrize("absent", [0, 2])
 def test_a_missing_rank_is_named_in_time(absent: int) -> None:
-    found = run_ranks(missing_rank, 3, absent)
+    found = run_ranks(agree_without_rank, 3, absent)
     for rank, (message, seconds) in enumerate(found):
         if rank != absent:
             assert f"rank {absent} did not answer within 2 s" in message
             assert seconds < 15
 
 
-def silent_in_groups() -> str:
-    """On each rank but the last, of a model that is split two ways: ask the others."""
+def agree_without_last_rank() -> str:
+    """Compare facts on all ranks except the last, in the groups of a model split by tp and pp."""
     import torch
 
     from bridge.dist import Layout, create_process_groups
     from bridge.dist.checks import agreement
 
     groups = create_process_groups(Layout(tp=2, pp=2))
-    agreement._GRACE = timedelta(seconds=1)  # what a real run has more time for
+    agreement._GRACE = timedelta(seconds=1)  # real runs wait longer
     if torch.distributed.get_rank() == 3:
         return ""
     if torch.distributed.get_rank() == 2:
-        time.sleep(0.5)  # ranks drift apart: rank 0 is waiting for this one, which will wait for rank 3
+        time.sleep(0.5)  # rank 0 waits for this rank, which then waits for rank 3
     return message_of(lambda: agreement.agree_in_groups({"field": "1"}, groups, timeout=SOON))
 
 
 def test_only_the_silent_rank_is_named() -> None:
-    for message in run_ranks(silent_in_groups, 4)[:3]:
+    for message in run_ranks(agree_without_last_rank, 4)[:3]:
         assert "rank 3 did not answer" in message
 
 
-def store_of_its_own(port: int) -> tuple[str, bool]:
-    """On each rank: agree on nothing but the rank, through a store that rank 0 serves and drops; what rank 1 sees."""
+def disagree_through_store(port: int) -> tuple[str, bool]:
+    """Disagree through a store that rank 0 serves and then drops; return the message, and whether its loss is named."""
     import torch
     from torch.distributed import TCPStore
 
@@ -142,7 +144,7 @@ def store_of_its_own(port: int) -> tuple[str, bool]:
     rank = torch.distributed.get_rank()
 
     class SlowStore(TCPStore):
-        """The verdict is there long before it is read."""
+        """A store on which rank 1 reads the verdict late."""
 
         def wait(self, *args: Any) -> None:
             time.sleep(0.5 * rank)
@@ -161,13 +163,13 @@ def test_rank_0_keeps_the_store_open_and_its_loss_is_named() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    for message, named in run_ranks(store_of_its_own, 2, port):
+    for message, named in run_ranks(disagree_through_store, 2, port):
         assert "rank is 0 on rank 0, 1 on rank 1" in message
         assert named
 
 
-def many_times(times: int) -> int:
-    """On each rank: agree again and again; how many keys that left in the store."""
+def agree_repeatedly(times: int) -> int:
+    """Compare facts many times; return the number of keys that this added to the store."""
     import torch
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -185,7 +187,7 @@ def many_times(times: int) -> int:
 
 
 def test_keys_do_not_accumulate_in_the_store() -> None:
-    assert max(run_ranks(many_times, 2, 50)) < 10
+    assert max(run_ranks(agree_repeatedly, 2, 50)) < 10
 
 
 def test_facts_are_reproducible_and_show_changes() -> None:

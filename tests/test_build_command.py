@@ -1,4 +1,4 @@
-"""`bridge build` as its users meet it: real processes, real files, the terminal's output."""
+"""The command `bridge build`: reports, parity of losses, and output on the terminal."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def one_rank() -> dict[str, Any]:
 
 
 def test_the_report_of_one_rank_has_the_expected_numbers(one_rank: dict[str, Any]) -> None:
-    # 250 tokens and 128 positions of width 64, an untied output layer, a final norm; per layer two norms, attention
-    # and MLP with biases: 2 * 128 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64).
+    # 250 tokens and 128 positions of width 64, an untied output layer and a final norm. Each layer has two norms,
+    # attention and MLP with biases: 2 * 128 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64).
     parameters = 2 * 250 * 64 + 128 * 64 + 128 + 4 * (2 * 128 + 12_480 + 4_160 + 16_640 + 16_448)
     padded = parameters + 2 * 6 * 64
     assert (one_rank["parameters"], one_rank["padded_parameters"]) == (parameters, padded)
@@ -69,8 +69,8 @@ def test_the_report_contains_its_document_and_speed(one_rank: dict[str, Any]) ->
     assert one_rank["overrides"] == list(PADDED[1:])
     assert one_rank["document"]["vocab_size"] == 250
     assert {"python", "torch", "megatron-core", "bridge-dist"} <= one_rank["versions"].keys()
-    # Per token twice each of 4 layers' 12 x 64 x 64 and of the output's 250 x 64, attention over 128 positions of
-    # width 64, scores and values; three times that with the backward pass, for 8 samples of 128 tokens.
+    # Per token: 2 FLOPs for each of 4 x 12 x 64 x 64 + 250 x 64 weights, and attention over 128 positions of width 64
+    # (scores and values). The backward pass takes twice as much; the batch has 8 samples of 128 tokens.
     assert one_rank["model_flops"] == 3 * 2 * 8 * 128 * (4 * 12 * 64 * 64 + 250 * 64 + 4 * 2 * 128 * 64)
     assert one_rank["tokens_per_second_per_gpu"] * one_rank["step_seconds"] == pytest.approx(8 * 128)
     assert one_rank["model_flops_utilization"] is None
@@ -120,13 +120,13 @@ def test_four_ranks_with_virtual_stages_train_the_same(one_rank: dict[str, Any])
     layers = [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]]
     assert layers == [[[0], [2]], [[0], [2]], [[1], [3]], [[1], [3]]]
     assert all(rank["peak_memory_bytes"]["resident"] > 100 * 2**20 for rank in report["ranks"])
-    assert report["model_flops"] == one_rank["model_flops"]  # however the vocabulary is padded
+    assert report["model_flops"] == one_rank["model_flops"]  # independent of the padding
     tokens_per_rank = report["tokens_per_second_per_gpu"] * report["step_seconds"]
     assert tokens_per_rank == pytest.approx(8 * 128 / 4)
 
 
 def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> None:
-    """250 tokens pad to 256 rows on one rank and, 128 a rank, to 512 on four; the padding must take no probability."""
+    """250 tokens are padded to 256 rows on one rank and to 512 on four; padding must get no probability."""
     small = (*PADDED, "share_embeddings_and_output_weights=true")
     one, four = build(*small, "--steps", "2"), build(*small, "--steps", "2", "--nproc", "4", "--tp", "4")
     assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
@@ -141,7 +141,7 @@ def test_vocabulary_padding_changes_neither_losses_nor_the_logical_count() -> No
 def test_gpt2_has_its_published_number_of_parameters() -> None:
     report = build("gpt2-124m", "--nproc", "2", "--tp", "2")
     assert report["parameters"] == 124_439_808
-    # 50,257 tokens, 128 x 2 to a share: 50,432 rows of 768.
+    # 50,257 tokens are padded to a multiple of 128 x 2: 50,432 rows of width 768.
     assert report["padded_parameters"] == 124_439_808 + (50_432 - 50_257) * 768
 
 

@@ -1,4 +1,4 @@
-"""Invalid input of `bridge build` and of programs: a clear error, and no process is left."""
+"""Invalid input to `bridge build` and in programs gives a clear error and leaves no process."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_invalid_calls_in_a_program_are_clear_errors() -> None:
 
 
 def test_a_killed_rank_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
-    """Whatever the ranks are doing at the time, the other one must not wait for the dead one."""
+    """The other rank must not wait for the dead one, at any point of the run."""
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen([BRIDGE, "build", "tiny", "--nproc", "2", "--steps", "100000"], stderr=stderr)
@@ -188,7 +188,7 @@ def test_a_killed_rank_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
 
 
 def grandchildren(pid: int, count: int) -> list[int]:
-    """Wait for the fork server's children, the ranks, to be there."""
+    """Wait until the fork server has started its children, the ranks."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = [rank for child in children(pid) for rank in children(child)]

@@ -1,4 +1,4 @@
-"""Megatron-core's own sharded checkpoints hold the model, not the layout it was trained under."""
+"""Sharded checkpoints of megatron-core do not depend on the layout of training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ranks import run_ranks
 
-VOCAB = 256  # takes no padding with one or two tensor-parallel ranks
+VOCAB = 256  # needs no padding on one or two tensor-parallel ranks
 
 
 def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list[Any], Any]:
-    """Build a small preset under a layout; train it from weights drawn by name, or leave Megatron's own."""
+    """Build a small preset under a layout; if it is trained, its weights are initialised by name."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -48,7 +48,7 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
 
 
 def save(folder: Path, preset: str) -> None:
-    """On each of two ranks: train under TP2, save; and note the weights as this rank holds them, by whole name."""
+    """Train under TP2 and save a checkpoint; also save this rank's weights by full name."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
@@ -68,8 +68,8 @@ def save(folder: Path, preset: str) -> None:
     dist_checkpointing.save({"model": unwrap_model(stage).sharded_state_dict()}, str(checkpoint))
 
 
-def joined(parts: list[tuple[Any, Any]]) -> Any:
-    """The whole parameter that ranks hold parts of, or all of it each."""
+def join_parts(parts: list[tuple[Any, Any]]) -> Any:
+    """Return the whole parameter from the parts of the ranks, or from a copy."""
     import torch
 
     first, placement = parts[0]
@@ -83,7 +83,7 @@ def joined(parts: list[tuple[Any, Any]]) -> Any:
 
 
 def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
-    """On each rank: load under another layout, compare bit by bit, and return the whole names of what was compared."""
+    """Load under another layout and compare bit by bit; return the full names of the compared parameters."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
@@ -101,7 +101,7 @@ def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
         model.load_state_dict(state["model"])
         for named in named_parameters(stage, groups):
             name = named.placement.full_name
-            whole = joined([part[name] for part in saved])
+            whole = join_parts([part[name] for part in saved])
             assert torch.equal(named.parameter, named.placement.cut(whole)), name
             compared.add(name)
     return compared
@@ -110,10 +110,10 @@ def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
 def test_a_tp2_checkpoint_loads_bit_by_bit_in_other_layouts(tmp_path: Path) -> None:
     run_ranks(save, 2, tmp_path, "tiny")
     by_pipeline = run_ranks(load, 2, tmp_path, "tiny", {"pp": 2})
-    by_both = run_ranks(load, 4, tmp_path, "tiny", {"tp": 2, "pp": 2})
+    by_tensor_and_pipeline = run_ranks(load, 4, tmp_path, "tiny", {"tp": 2, "pp": 2})
     whole = set().union(*by_pipeline)
     assert "decoder.layers.0.mlp.linear_fc1.weight" in whole
-    assert set().union(*by_both) == whole
+    assert set().union(*by_tensor_and_pipeline) == whole
     assert not by_pipeline[0] & by_pipeline[1]
 
 

@@ -1,4 +1,4 @@
-"""The scripts of docs/cluster.md, run as they are printed, as far as one machine can: two nodes on its loopback."""
+"""The scripts in docs/cluster.md run unchanged on two simulated nodes of one machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
 TORCHRUN, SLURM = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 JOB = ("tiny", "--tp", "2", "--steps", "2", "--seq-length", "16", "--json")
 
-# Starts a task for each node, with the variables that Slurm's own sets.
+# Replaces srun: starts a task for each node, with Slurm's variables.
 SRUN = """\
 #!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -51,8 +51,8 @@ def start(folder: Path, script: str, *arguments: str, **variables: str) -> subpr
     )
 
 
-def report_of(*nodes: subprocess.Popen[str]) -> dict[str, object]:
-    """The report, which rank 0 alone prints."""
+def read_report(*nodes: subprocess.Popen[str]) -> dict[str, object]:
+    """Return the report, which only rank 0 prints."""
     written = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0] * len(nodes), written
     report: dict[str, object] = json.loads("".join(output for output, _ in written))
@@ -64,7 +64,7 @@ def test_the_torchrun_script_trains_on_two_nodes(folder: Path) -> None:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GPUS_PER_NODE": "1"}
-    report = report_of(*(start(folder, "torchrun.sh", *JOB, **meeting, NODE_RANK=str(node)) for node in range(2)))
+    report = read_report(*(start(folder, "torchrun.sh", *JOB, **meeting, NODE_RANK=str(node)) for node in range(2)))
     assert report["world_size"] == 2
 
 
@@ -85,5 +85,5 @@ def test_an_error_on_all_ranks_is_reported_once_and_recorded(folder: Path) -> No
 def test_the_slurm_script_trains_on_two_nodes(folder: Path) -> None:
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
     job |= {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    report = report_of(start(folder, "job.sbatch", *JOB, **job))
+    report = read_report(start(folder, "job.sbatch", *JOB, **job))
     assert report["layout"] == {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}

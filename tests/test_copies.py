@@ -1,4 +1,4 @@
-"""Ranks compare their copies of parameters after hooks, and the gradients of the copies."""
+"""Ranks compare their copies of parameters after hooks, and the copies' gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADAPTER = Path(__file__).parent / "typing" / "extension" / "src" / "bigram" / "a
 
 
 def freeze_by_name(stages: list[Any]) -> list[Any]:
-    """What people write: the copy on the last stage has another name."""
+    """A common mistake: the copy on the last stage has another name."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             if "word_embeddings" in name:
@@ -38,7 +38,7 @@ def train_biases_only(stages: list[Any]) -> list[Any]:
     return stages
 
 
-def draw_anew(stages: list[Any]) -> list[Any]:
+def redraw_first_copy(stages: list[Any]) -> list[Any]:
     for stage in stages:
         if stage.pre_process:
             stage.embedding.word_embeddings.weight.data.normal_()
@@ -77,7 +77,7 @@ def delete(stages: list[Any]) -> list[Any]:
     return stages
 
 
-def add_weight_of_its_own(stages: list[Any]) -> list[Any]:
+def add_separate_weight(stages: list[Any]) -> list[Any]:
     import torch
 
     for stage in stages:
@@ -103,13 +103,13 @@ def freeze_on_one_rank(stages: list[Any]) -> list[Any]:
 
 
 def add_adapters(stages: list[Any]) -> list[Any]:
-    """The one of the extension guide."""
+    """Add the adapters of the extension guide."""
     add: Callable[[list[Any]], list[Any]] = _load(ADAPTER).add_adapters
     return add(stages)
 
 
 def add_unmarked_adapters(stages: list[Any]) -> list[Any]:
-    """The same, as if each rank had a whole layer of its own."""
+    """Add the same adapters without tensor-parallel marks and communication."""
     adapter = _load(ADAPTER)
     adapter.set_tensor_model_parallel_attributes = lambda *_, **__: None
     adapter.copy_to_tensor_model_parallel_region = lambda tensor: tensor
@@ -136,12 +136,12 @@ HOOKS = {
         freeze_by_name,
         freeze_both,
         train_biases_only,
-        draw_anew,
+        redraw_first_copy,
         replace_both,
         enlarge,
         untie,
         delete,
-        add_weight_of_its_own,
+        add_separate_weight,
         draw_on_each_rank,
         freeze_on_one_rank,
         add_adapters,
@@ -151,7 +151,7 @@ HOOKS = {
 
 
 def train(sizes: dict[str, int], hook: str, *, tied: bool, steps: int = 2) -> str | list[float]:
-    """On each rank: build a model with a hook and train it; the losses, or the error."""
+    """Build a model with a hook and train it; return the losses, or the error."""
     import torch
 
     from bridge.config import Document
@@ -177,19 +177,19 @@ def train(sizes: dict[str, int], hook: str, *, tied: bool, steps: int = 2) -> st
     return [step.loss for step in run.steps]
 
 
-def tied_over_stages(hook: str) -> str | list[float]:
+def train_tied_on_two_stages(hook: str) -> str | list[float]:
     return train({"pp": 2}, hook, tied=True)
 
 
-def tied_on_one_stage(hook: str) -> str | list[float]:
+def train_tied_on_one_stage(hook: str) -> str | list[float]:
     return train({}, hook, tied=True)
 
 
-def on_one_rank(hook: str) -> str | list[float]:
+def train_on_one_rank(hook: str) -> str | list[float]:
     return train({}, hook, tied=False)
 
 
-def over_tensor_parallel_ranks(hook: str) -> str | list[float]:
+def train_on_tensor_parallel_ranks(hook: str) -> str | list[float]:
     return train({"tp": 2}, hook, tied=False)
 
 
@@ -208,7 +208,10 @@ def test_user_hooks_are_listed_without_those_of_bridge() -> None:
             "freeze_by_name",
             "requires_grad is False on embedding.word_embeddings.weight (rank 0), True on output_layer.weight (rank 1)",
         ),
-        ("draw_anew", "different values on embedding.word_embeddings.weight (rank 0), output_layer.weight (rank 1)"),
+        (
+            "redraw_first_copy",
+            "different values on embedding.word_embeddings.weight (rank 0), output_layer.weight (rank 1)",
+        ),
         ("enlarge", "shape is (512, 64) on embedding.word_embeddings.weight (rank 0), (256, 64) on"),
         ("replace_both", "output_layer.weight was replaced by a parameter without"),
         ("untie", "share_embeddings_and_output_weights was True and is False"),
@@ -216,7 +219,7 @@ def test_user_hooks_are_listed_without_those_of_bridge() -> None:
     ],
 )
 def test_a_hook_that_changes_one_copy_of_a_tied_embedding_is_refused(hook: str, says: str) -> None:
-    first, last = run_ranks(tied_over_stages, 2, hook)
+    first, last = run_ranks(train_tied_on_two_stages, 2, hook)
     assert first == last
     assert isinstance(first, str)
     assert "after the pre-wrap hooks (" in first
@@ -226,16 +229,16 @@ def test_a_hook_that_changes_one_copy_of_a_tied_embedding_is_refused(hook: str, 
 
 @pytest.mark.parametrize("hook", ["freeze_both", "train_biases_only"])
 def test_a_hook_may_change_both_copies_of_a_tied_embedding(hook: str) -> None:
-    (whole,) = run_ranks(tied_on_one_stage, 1, hook)
-    for losses in run_ranks(tied_over_stages, 2, hook):
+    (whole,) = run_ranks(train_tied_on_one_stage, 1, hook)
+    for losses in run_ranks(train_tied_on_two_stages, 2, hook):
         assert losses == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("hook", "says"), [("untie", "is False"), ("add_weight_of_its_own", "output_layer.weight is new but unused")]
+    ("hook", "says"), [("untie", "is False"), ("add_separate_weight", "output_layer.weight is new but unused")]
 )
 def test_a_hook_that_unties_on_one_stage_is_refused(hook: str, says: str) -> None:
-    (error,) = run_ranks(tied_on_one_stage, 1, hook)
+    (error,) = run_ranks(train_tied_on_one_stage, 1, hook)
     assert isinstance(error, str)
     assert says in error
 
@@ -253,7 +256,7 @@ def test_a_hook_that_unties_on_one_stage_is_refused(hook: str, says: str) -> Non
     ],
 )
 def test_parameters_that_diverge_across_tensor_parallel_ranks_are_refused(hook: str, says: str) -> None:
-    first, second = run_ranks(over_tensor_parallel_ranks, 2, hook)
+    first, second = run_ranks(train_on_tensor_parallel_ranks, 2, hook)
     assert first == second
     assert isinstance(first, str)
     assert says in first
@@ -262,6 +265,6 @@ def test_parameters_that_diverge_across_tensor_parallel_ranks_are_refused(hook: 
 
 
 def test_the_adapter_in_the_guide_trains_as_on_one_rank() -> None:
-    (whole,) = run_ranks(on_one_rank, 1, "add_adapters")
-    for losses in run_ranks(over_tensor_parallel_ranks, 2, "add_adapters"):
+    (whole,) = run_ranks(train_on_one_rank, 1, "add_adapters")
+    for losses in run_ranks(train_on_tensor_parallel_ranks, 2, "add_adapters"):
         assert losses == pytest.approx(whole, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Process settings that a configuration requires: applied, skipped without a GPU, or refused."""
+"""Process settings required by a configuration are applied, skipped without a GPU, or refused."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from bridge.dist.wrapper import Wrapper
 GRAPHS = ("transformer.use_te_rng_tracker=true", "transformer.cuda_graph_impl=local")
 
 
-def transformer(**changed: Any) -> TransformerConfig:
-    """The constructor would want whole models and libraries: the fields are assigned afterwards."""
+def make_transformer(**changed: Any) -> TransformerConfig:
+    """Assign fields after construction, since the constructor would require other fields and libraries."""
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     for name, value in changed.items():
         setattr(config, name, value)
     return config
 
 
-def job(*overrides: str) -> BuildJob:
+def make_job(*overrides: str) -> BuildJob:
     training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
     return BuildJob(document=Document.load("tiny", overrides).data, wrapper=Wrapper.DDP, training=training)
 
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """The streams that are set, of a torch that has none: there is no GPU."""
+    """Record the streams that are set; torch has none without a GPU."""
     found: list[object] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of its own")
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: "the default stream")
@@ -46,14 +46,14 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 def test_transformer_engine_graphs_get_a_side_stream(streams: list[object]) -> None:
     for implementation in ("transformer_engine", "local", "none"):
-        prepare_process(transformer(cuda_graph_impl=implementation))
+        prepare_process(make_transformer(cuda_graph_impl=implementation))
     assert streams == ["a stream of its own", "the default stream", "the default stream"]
 
 
 @pytest.mark.usefixtures("streams")
 def test_deterministic_algorithms_follow_the_latest_configuration() -> None:
     for deterministic in (True, False):
-        prepare_process(transformer(deterministic_mode=deterministic))
+        prepare_process(make_transformer(deterministic_mode=deterministic))
         assert torch.are_deterministic_algorithms_enabled() is deterministic
 
 
@@ -66,19 +66,19 @@ def test_without_a_gpu_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
 def test_without_a_gpu_there_are_no_cuda_graphs(implementation: str) -> None:
-    config = transformer(cuda_graph_impl=implementation)
+    config = make_transformer(cuda_graph_impl=implementation)
     disable_cuda_graphs(config)
     assert config.cuda_graph_impl == "none"
 
 
 def test_a_job_with_cuda_graphs_runs_without_a_gpu() -> None:
-    build = job(*GRAPHS)
+    build = make_job(*GRAPHS)
     config = ModelConfig.from_dict(build.document)
     build.check(config, 1)
     assert build.make_builder(config).transformer_config.cuda_graph_impl == "none"
 
 
-LEFT_TO_OTHERS = {
+UNSUPPORTED = {
     "overlap_moe_expert_parallel_comm": True,
     "num_microbatches_with_partial_activation_checkpoints": 1,
     "qk_clip": True,
@@ -87,11 +87,11 @@ LEFT_TO_OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT_TO_OTHERS)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_features_missing_from_the_training_loop_are_refused(name: str) -> None:
-    build = job()
+    build = make_job()
     config: Any = ModelConfig.from_dict(build.document)
-    setattr(config.transformer, name, LEFT_TO_OTHERS[name])
+    setattr(config.transformer, name, UNSUPPORTED[name])
     with pytest.raises(TrainingError, match=f"cannot train with {name}: set it"):
         build.check(config, 1)
 
@@ -102,6 +102,6 @@ def test_graphs_that_are_never_captured_are_refused_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    build = job("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
+    build = make_job("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")
     with pytest.raises(TrainingError, match="cannot train with cuda_graph_impl: set it to local or none"):
         build.check(ModelConfig.from_dict(build.document), 1)

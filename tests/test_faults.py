@@ -9,15 +9,15 @@ import time
 import pytest
 from started import Folder
 
-LIMIT_S = 60  # from the fault on
-STARTING_S = 120  # imports, on a machine that is busy
+LIMIT_S = 60  # after the fault
+STARTING_S = 120  # for imports on a busy machine
 TRAINING = ("--steps", "2", "--seq-length", "16", "--global-batch-size", "2", "--micro-batch-size", "1")
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def finished(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
-    """What failing processes wrote on standard error; of them, and all that they started and wrote, nothing is left."""
+def wait_for_failure(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
+    """Wait for processes to fail; check that no process or file is left, and return what they wrote to stderr."""
     written = [process.communicate(timeout=LIMIT_S + STARTING_S)[1] for process in processes]
     assert all(process.returncode == 1 for process in processes), written
     deadline = (folder.path / "mark").stat().st_mtime + LIMIT_S
@@ -40,13 +40,13 @@ def finished(folder: Folder, *processes: subprocess.Popen[str]) -> list[str]:
 )
 def test_a_killed_rank_is_named(at: str, folder: Folder) -> None:
     folder.mark_at(at, KILL)
-    (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", *TRAINING))
+    (written,) = wait_for_failure(folder, folder.start("build", "tiny", "--nproc", "2", *TRAINING))
     assert "rank 1 was killed: SIGKILL, signal 9" in written
 
 
 def test_a_rank_that_raises_in_a_hook_ends_the_waiting_rank(folder: Folder) -> None:
     folder.add_hook()
-    (written,) = finished(folder, folder.start("build", "tiny", "--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
+    (written,) = wait_for_failure(folder, folder.start("build", "tiny", "--nproc", "2", "pre_wrap_hooks=[faulty.hook]"))
     assert "rank 1: ValueError: a mistake of rank 1" in written
     assert f'  File "{folder.path}/faulty.py", line ' in written
     assert "Traceback" not in written
@@ -74,5 +74,5 @@ def test_ranks_of_a_launcher_that_differ_are_refused(
         )
         for rank in range(2)
     ]
-    for written in finished(folder, *ranks):
+    for written in wait_for_failure(folder, *ranks):
         assert difference in written

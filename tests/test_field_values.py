@@ -1,7 +1,7 @@
-"""The values that documents refuse are those that megatron-core cannot build and train one step with, or that mean
-nothing. The judge is a step on a real rank with all checks of values switched off.
+"""Documents refuse exactly the values that megatron-core cannot train one step with, and values without meaning.
 
-BRIDGE_FIELD_DRAWS sets the number of documents that are drawn, 150 by default.
+A step on a real rank with all checks of values switched off decides. BRIDGE_FIELD_DRAWS sets the number of documents
+that are drawn, 150 by default.
 """
 
 import copy
@@ -63,7 +63,7 @@ MODELS = {
     "groups": document("gpt", EXPERTS | {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
     "latent": document("gpt", LATENT, position_embedding_type="rope"),
     "hybrid": document("mamba", MAMBA, hybrid_layer_pattern="M*M-"),
-    "mamba": document("mamba", MAMBA),  # without attention, whose sizes are checked all the same
+    "mamba": document("mamba", MAMBA),  # sizes of attention are checked although the model has none
     "t5": document("t5", {"num_layers": 2}),
 }
 
@@ -122,11 +122,11 @@ EDGES: dict[str, list[Any]] = {
 }
 
 
-def fields_of(model: dict[str, Any]) -> list[str]:
-    """The paths of EDGES that a document of this class has."""
+def list_fields(model: dict[str, Any]) -> list[str]:
+    """Return the paths in EDGES that a document of this class has."""
     verdicts = {}
     for path, values in EDGES.items():
-        changed = changed_to(model, {path: values[-1]})
+        changed = apply_changes(model, {path: values[-1]})
         try:
             Document(changed).check()
             verdicts[path] = ""
@@ -135,7 +135,7 @@ def fields_of(model: dict[str, Any]) -> list[str]:
     return [path for path, said in verdicts.items() if "unknown key" not in said and "belongs to" not in said]
 
 
-def changed_to(model: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def apply_changes(model: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     changed = copy.deepcopy(model)
     for path, value in values.items():
         *parents, name = path.split(".")
@@ -146,7 +146,7 @@ def changed_to(model: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-FIELDS = {name: fields_of(model) for name, model in MODELS.items()}
+FIELDS = {name: list_fields(model) for name, model in MODELS.items()}
 FIELDS["mamba"] = [path for path in FIELDS["mamba"] if path != "transformer.num_query_groups"]
 
 
@@ -157,22 +157,22 @@ def changes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return name, {path: draw(st.sampled_from(EDGES[path])) for path in paths}
 
 
-def judge(documents: list[dict[str, Any]]) -> list[str | None]:
-    """What went wrong in a step of each document's model; None if nothing did."""
+def train_without_checks(documents: list[dict[str, Any]]) -> list[str | None]:
+    """Train each document's model for one step; return the error, or None."""
     warnings.simplefilter("ignore")
     groups = create_process_groups(Layout()) if not _made else _made[0]
     _made.append(groups)
     for module in (arithmetic, language):
         module.check_live = lambda *_: iter(())  # type: ignore[attr-defined]
-    assert hasattr(Reader, "_check_fields")  # else nothing would be switched off
+    assert hasattr(Reader, "_check_fields")  # otherwise no check would be switched off
     Reader._check_fields = lambda *_: []  # type: ignore[assignment, method-assign]
-    return [_failure(data, groups) for data in documents]
+    return [_find_failure(data, groups) for data in documents]
 
 
 _made: list[ProcessGroupCollection] = []
 
 
-def _failure(data: dict[str, Any], groups: ProcessGroupCollection) -> str | None:
+def _find_failure(data: dict[str, Any], groups: ProcessGroupCollection) -> str | None:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     try:
         config = ModelConfig.from_dict(data)
@@ -188,7 +188,7 @@ def _failure(data: dict[str, Any], groups: ProcessGroupCollection) -> str | None
     return None if math.isfinite(norm + float(loss)) else f"loss {float(loss)}, gradients {norm}"
 
 
-def verdict(data: dict[str, Any]) -> str | None:
+def find_problems(data: dict[str, Any]) -> str | None:
     try:
         Document(data).check()
     except DocumentError as error:
@@ -196,16 +196,16 @@ def verdict(data: dict[str, Any]) -> str | None:
     return None
 
 
-# What Megatron takes, though it means nothing, or something else than it says.
-MEANS_NOTHING = (
-    "must be",  # negative epsilons, sizes of parts that this model has not got, shares above one
+# Messages about values that Megatron accepts although they have no meaning, or another one than they seem to have.
+MEANINGLESS = (
+    "must be",  # negative epsilons, sizes of absent modules, probabilities above one
     "channels would be lost",
     "no channel is rotated",
-    "give one a layer",  # entries too many
+    "give one a layer",  # too many entries
     "expected 0 or 1",
-    "transformer.num_layers is",  # the pattern alone counts
+    "transformer.num_layers is",  # only the pattern is used
     "transformer.mtp_num_layers is",
-    "has no layers",  # Megatron makes them all Mamba layers
+    "has no layers",  # Megatron makes all layers Mamba layers
 )
 NEEDS_OTHER_LAYERS = "UnsupportedError"
 
@@ -214,10 +214,10 @@ NEEDS_OTHER_LAYERS = "UnsupportedError"
 @given(changes())
 def test_documents_refuse_values_that_megatron_cannot_train(change: tuple[str, dict[str, Any]]) -> None:
     name, values = change
-    data = changed_to(MODELS[name], values)
-    said = verdict(data)
-    if said is not None and any(reason in said for reason in MEANS_NOTHING):
+    data = apply_changes(MODELS[name], values)
+    said = find_problems(data)
+    if said is not None and any(reason in said for reason in MEANINGLESS):
         return
-    [[failed]] = run_ranks(judge, 1, [data])
+    [[failed]] = run_ranks(train_without_checks, 1, [data])
     if failed is None or not failed.startswith(NEEDS_OTHER_LAYERS):
         assert (said is None) == (failed is None), f"{name} {values}: documents say {said}, Megatron says {failed}"

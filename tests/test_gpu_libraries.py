@@ -1,4 +1,4 @@
-"""Where no GPU is visible, libraries that need one count as missing: on a login node, or where GPUs are hidden."""
+"""Libraries that need a GPU are treated as missing where no GPU is visible, for example on a login node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LIBRARIES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "mamba_ssm", "causal_conv1d")
-# What Transformer Engine does without a driver (its issue 3381); Megatron catches an ImportError only.
+# Transformer Engine raises this without a driver (its issue 3381); Megatron catches only ImportError.
 STAND_IN = 'raise OSError("libcuda.so.1: cannot open shared object file: No such file or directory")\n'
 PRESETS = ("tiny", "mla-tiny", "moe-tiny", "hybrid-tiny", "t5-tiny")
 
@@ -18,7 +18,7 @@ TRAIN = """\
 import sys
 
 from bridge.dist.process.imports import import_megatron
-import_megatron(with_compiler=False)  # as the commands do
+import_megatron(with_compiler=False)  # like the commands
 
 import torch
 
@@ -56,7 +56,7 @@ except CpuRuntimeError as error:
 
 
 def run_with(stand_in: str, folder: Path, script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own that would import stand-ins of the libraries."""
+    """Run a script in a separate process, with stand-ins for the libraries on its path."""
     for name in LIBRARIES:
         (folder / f"{name}.py").write_text(stand_in)
     environment = os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

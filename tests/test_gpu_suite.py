@@ -1,4 +1,4 @@
-"""The GPU suite on a machine without a GPU: its rows and references, and a rehearsal of a row."""
+"""The GPU suite on a machine without a GPU: rows, references, record, and a rehearsal of a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUITE = Path(__file__).parent / "gpu"
 REFERENCES = json.loads((SUITE / "references.json").read_text())
 
 
-def suite(record: Path, only: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_suite(record: Path, only: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run some rows as `pytest -m gpu`, where no GPU is visible."""
     settings = {"BRIDGE_GPU_ONLY": only, "BRIDGE_GPU_RECORD": str(record), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs", str(SUITE)]
@@ -54,7 +54,7 @@ def test_rows_are_deselected_by_default() -> None:
 
 
 def test_a_rehearsed_row_is_recorded(tmp_path: Path) -> None:
-    done = suite(tmp_path / "gpu.json", "family:tiny-fp32,graphs-by-layer", BRIDGE_GPU_REHEARSE="1")
+    done = run_suite(tmp_path / "gpu.json", "family:tiny-fp32,graphs-by-layer", BRIDGE_GPU_REHEARSE="1")
     assert done.returncode == 0, done.stdout
     rows = record.load(tmp_path / "gpu.json")["rows"]
     assert {name: row["outcome"] for name, row in rows.items()} == {
@@ -66,7 +66,7 @@ def test_a_rehearsed_row_is_recorded(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_no_row_is_run_or_recorded(tmp_path: Path) -> None:
-    done = suite(tmp_path / "gpu.json", "family")
+    done = run_suite(tmp_path / "gpu.json", "family")
     assert done.returncode == 0, done.stdout
     assert "[10] " in done.stdout
     assert "no CUDA device" in done.stdout
@@ -91,7 +91,7 @@ def test_a_crash_or_hang_affects_only_its_own_row(worker: Worker, tmp_path: Path
     with pytest.raises(WorkerTimeoutError, match="longer than 1 s"):
         worker.run("time:sleep", 60, limit=1)
     assert time.monotonic() - start < 20
-    assert "Timeout" in (tmp_path / "worker.log").read_text()  # and where it hung
+    assert "Timeout" in (tmp_path / "worker.log").read_text()  # with the stacks at the time
     assert worker.run("os:getpid", limit=30, fresh=True) not in (first, second)
     worker.close()
 
@@ -115,8 +115,10 @@ def test_the_page_shows_each_recorded_row_and_its_machine() -> None:
     rows = [maker.Listed(f"memory:{name}", "What it holds.") for name in ("ddp", "recompute", "other")]
     assert "Never run" in maker.make_page(rows, data)
     measured = {"difference": {"value": 0.07, "at_most": 0.05}}
-    record.add_row(data, "memory:ddp", row(record.FAILED, figures=measured, why="AssertionError: too much"), machine)
-    record.add_row(data, "memory:recompute", row(record.PASSED), machine | {"device": "NVIDIA H200"})
+    record.add_row(
+        data, "memory:ddp", make_row(record.FAILED, figures=measured, why="AssertionError: too much"), machine
+    )
+    record.add_row(data, "memory:recompute", make_row(record.PASSED), machine | {"device": "NVIDIA H200"})
     page = maker.make_page(rows, data)
     assert "Never run" not in page
     assert (
@@ -127,7 +129,7 @@ def test_the_page_shows_each_recorded_row_and_its_machine() -> None:
     assert "| memory:other | not run |  |" in page
 
 
-def row(outcome: str, **rest: object) -> record.Data:
+def make_row(outcome: str, **rest: object) -> record.Data:
     return {"outcome": outcome, "date": "2026-11-27", "seconds": 1.0, "figures": {}, **rest}
 
 
@@ -135,9 +137,9 @@ def test_running_some_rows_keeps_the_others() -> None:
     data = record.load(Path("nowhere"))
     first, second = {"device": "one"}, {"device": "another"}
     for name in ("a", "b", "c"):
-        record.add_row(data, name, row(record.PASSED), first)
-    record.add_row(data, "b", row(record.FAILED, why="too large"), second)
-    record.add_row(data, "c", row(record.NOT_RUN, why="out of time"), second)
+        record.add_row(data, name, make_row(record.PASSED), first)
+    record.add_row(data, "b", make_row(record.FAILED, why="too large"), second)
+    record.add_row(data, "c", make_row(record.NOT_RUN, why="out of time"), second)
     assert data["runs"] == [first, second]
     assert [(each["outcome"], each["run"]) for each in data["rows"].values()] == [
         (record.PASSED, 0),
@@ -145,6 +147,6 @@ def test_running_some_rows_keeps_the_others() -> None:
         (record.PASSED, 0),
     ]
     for name in ("a", "c"):
-        record.add_row(data, name, row(record.PASSED), second)
+        record.add_row(data, name, make_row(record.PASSED), second)
     assert data["runs"] == [second]
     assert {each["run"] for each in data["rows"].values()} == {0}

@@ -1,4 +1,4 @@
-"""Each package installs and works alone, from its wheel, with the layers below it and nothing above."""
+"""Each package installs from its wheel and works with only the packages it depends on."""
 
 import json
 import sys
@@ -67,7 +67,7 @@ def module(package: str) -> str:
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
-    """bridge-config and what it requires, which torch is not."""
+    """Install bridge-config and its requirements, which do not include torch."""
     folder = tmp_path_factory.mktemp("light")
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(workspace_versions()))

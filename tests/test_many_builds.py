@@ -13,10 +13,10 @@ from ranks import run_ranks
 
 WARM_UP = 30
 BUILDS = 100
-# Megatron, torch and the allocator fill caches of their own, ever more slowly: after two hundred builds nothing grows.
-# What a build leaves would be several times as much.
+# Caches of Megatron, torch and the allocator grow ever more slowly, and not after two hundred builds. A leak of one
+# build would be several times as large.
 ALLOWED_BYTES = 20_000_000
-# DTensor of torch 2.11 never frees the meshes it computes with, each of which holds a tensor of ranks; 2.15 does.
+# DTensor in torch 2.11 never frees its meshes, each with a tensor of ranks; torch 2.15 does.
 MESHES = BUILDS if version("torch").startswith("2.11.") else 0
 WRAPPERS: list[tuple[dict[str, Any], dict[str, bool]]] = [
     ({"use_distributed_optimizer": True, "overlap_grad_reduce": True}, {}),
@@ -32,8 +32,8 @@ WRAPPERS: list[tuple[dict[str, Any], dict[str, bool]]] = [
 ]
 
 
-class Holdings(NamedTuple):
-    """What a process holds."""
+class Resources(NamedTuple):
+    """The resources of a process."""
 
     resident_bytes: int
     process_groups: int
@@ -42,13 +42,13 @@ class Holdings(NamedTuple):
     tensors: int
 
 
-def holdings() -> Holdings:
+def count_resources() -> Resources:
     import torch
     from torch.distributed import distributed_c10d
 
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return Holdings(
+    return Resources(
         resident_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
         process_groups=len(distributed_c10d._world.pg_map),
         files=len(os.listdir("/proc/self/fd")),
@@ -77,15 +77,15 @@ def build_and_train(ddp: dict[str, Any], flags: dict[str, bool]) -> None:
     destroy_process_groups()
 
 
-def build_many() -> tuple[Holdings, Holdings, int]:
+def build_many() -> tuple[Resources, Resources, int]:
     assert threading.active_count() < 10
-    started = holdings()
+    started = count_resources()
     for index in range(WARM_UP):
         build_and_train(*WRAPPERS[index % len(WRAPPERS)])
-    before = holdings()
+    before = count_resources()
     for index in range(BUILDS):
         build_and_train(*WRAPPERS[index % len(WRAPPERS)])
-    return before, holdings(), started.process_groups
+    return before, count_resources(), started.process_groups
 
 
 def test_a_hundred_builds_leak_no_memory_groups_or_files() -> None:

@@ -1,8 +1,8 @@
-"""Every layout with every wrapper trains as one process does, or is refused before it is built: the whole matrix.
+"""Every layout with every wrapper trains like one process, or is refused before anything is built.
 
-Each cell is a run of a few steps on real processes, by Megatron's own schedule and optimizer. A usual run takes the
-cells on two processes, but not those of mamba-tiny and t5-tiny, and in bf16 those of hybrid-tiny only;
-with BRIDGE_WHOLE_MATRIX=1 in the environment it takes all, for half an hour on two cores. It writes docs/matrix.md.
+Each cell trains a few steps on real processes, with Megatron's schedule and optimizer. By default, only cells on two
+processes run, without mamba-tiny and t5-tiny, and in bf16 only hybrid-tiny. With BRIDGE_WHOLE_MATRIX=1 all cells run,
+which takes half an hour on two cores. The test writes docs/matrix.md.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ PRECISIONS: dict[str, list[str]] = {
     "fp32": [],
     "bf16": ["transformer.bf16=true", "transformer.params_dtype=torch.bfloat16"],
 }
-IN_EVERY_RUN = {"fp32": ("tiny", "mla-tiny", "moe-tiny", "hybrid-tiny"), "bf16": ("hybrid-tiny",)}
+RUN_BY_DEFAULT = {"fp32": ("tiny", "mla-tiny", "moe-tiny", "hybrid-tiny"), "bf16": ("hybrid-tiny",)}
 STEPS = {"fp32": 5, "bf16": 3}
 WORLDS = (2, 4)
-# bf16 rounds to 8 bits, and sums over ranks are rounded in another order.
+# bf16 has 8 significant bits, and sums over ranks are rounded in another order.
 TOLERANCES = {
     "fp32": Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3),
     "bf16": Tolerance(loss=1e-3, grad_norm=1e-2, weight=0.1),
@@ -79,25 +79,25 @@ class Cell(NamedTuple):
         return self.split.format_name(self.world_size)
 
 
-def cells(model: str, precision: str, world_size: int, splits: Sequence[Split]) -> list[Cell]:
+def list_cells(model: str, precision: str, world_size: int, splits: Sequence[Split]) -> list[Cell]:
     return [Cell(model, precision, world_size, split, wrapping) for split in splits for wrapping in WRAPPINGS]
 
 
-def every_split(world_size: int) -> list[Split]:
+def list_splits(world_size: int) -> list[Split]:
     return list_single_splits(world_size) + list_product_splits(world_size)
 
 
 @functools.cache
-def loaded(model: str, precision: str) -> Document:
+def load_document(model: str, precision: str) -> Document:
     return Document.load(model, PRECISIONS[precision])
 
 
-def job_of(cell: Cell) -> Any:
+def make_job(cell: Cell) -> Any:
     from bridge.dist.job import BuildJob
     from bridge.dist.train.step import TrainOptions
     from bridge.dist.train.text import default_text
 
-    document = cell.split.apply_to(loaded(cell.model, cell.precision))
+    document = cell.split.apply_to(load_document(cell.model, cell.precision))
     return BuildJob(
         document=document.data,
         wrapper=cell.wrapping.wrapper,
@@ -107,15 +107,15 @@ def job_of(cell: Cell) -> Any:
             text=default_text(),
             seq_length=16,
             global_batch_size=4,
-            micro_batch_size=2 if cell.layout.endswith("dp1") else 1,  # two microbatches, where there are four ranks
+            micro_batch_size=2 if cell.layout.endswith("dp1") else 1,  # two microbatches on four ranks
         ),
     )
 
 
 @functools.cache
-def refusal(cell: Cell) -> str | None:
-    """Why a cell is refused; None if it is not."""
-    job = job_of(cell)
+def find_refusal(cell: Cell) -> str | None:
+    """Return why a cell is refused, or None."""
+    job = make_job(cell)
     try:
         job.check(ModelConfig.from_dict(job.document), cell.world_size)
     except BridgeError as error:
@@ -124,7 +124,7 @@ def refusal(cell: Cell) -> str | None:
 
 
 def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
-    """On each rank: train one cell after the other, and compare with the weights in a file, or write them."""
+    """Train the cells in turn; compare their weights with a file, or write the file if it does not exist."""
     import torch
 
     from bridge.dist import create_process_groups, destroy_process_groups
@@ -133,13 +133,15 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
     from bridge.dist.run.parity import compare_weights, save_weights
 
     def trained(cell: Cell) -> TrainingResult:
-        job = job_of(cell)
+        job = make_job(cell)
         config = ModelConfig.from_dict(job.document)
         layout = job.check(config, torch.distributed.get_world_size())
         run = build_and_train(job, config, layout, create_process_groups(layout))
         half = ["Float16Module"] if cell.precision == "bf16" else []
         for stage in run.stages:
-            names = [name.removeprefix("FSDP") for name in list_wrapper_names(stage)]  # torch renames classes
+            names = [
+                name.removeprefix("FSDP") for name in list_wrapper_names(stage)
+            ]  # torch FSDP2 adds the prefix to the class name
             assert [names[0], *names[-1 - len(half) :]] == [WRAPPERS[cell.wrapping.wrapper], *half, MODELS[cell.model]]
         if not weights.exists():
             save_weights(run, weights)
@@ -153,12 +155,12 @@ def train_cells(cells: Sequence[Cell], weights: Path) -> list[TrainingResult]:
             error.add_note(f"{cell.layout} with {cell.wrapping}")
             raise
         destroy_process_groups()
-        gc.collect()  # a group's threads, which wake a hundred times a second, last as long as a model that holds it
+        gc.collect()  # threads of a group use the CPU until its models are freed
     return found
 
 
 class Reference(NamedTuple):
-    """What one process gave, and where its final weights are."""
+    """The result of one process, and the file of its final weights."""
 
     trained: TrainingResult
     weights: Path
@@ -185,14 +187,14 @@ def test_every_cell_is_refused_or_trains_as_one_process(
     world_size: int,
     references: dict[tuple[str, str], Reference],
 ) -> None:
-    usual = world_size == 2 and model in IN_EVERY_RUN[precision]
+    usual = world_size == 2 and model in RUN_BY_DEFAULT[precision]
     if not usual and "BRIDGE_WHOLE_MATRIX" not in os.environ:
         pytest.skip("in runs of the whole matrix only")
     expected, weights = references[model, precision]
     limits = TOLERANCES[precision]
     wrong = []
-    for split in every_split(world_size):  # processes of their own: what a cell leaves behind does not add up
-        run = [cell for cell in cells(model, precision, world_size, [split]) if refusal(cell) is None]
+    for split in list_splits(world_size):  # separate processes, so that leftovers of cells do not add up
+        run = [cell for cell in list_cells(model, precision, world_size, [split]) if find_refusal(cell) is None]
         found = run_ranks(train_cells, world_size, run, weights, timeout=600) if run else []
         for cell, *by_rank in zip(run, *found, strict=True):
             for trained in by_rank:
@@ -208,7 +210,7 @@ def test_training_lowers_the_loss(references: dict[tuple[str, str], Reference]) 
 
 
 def test_the_documentation_shows_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
-    found = rendered()
+    found = render_page()
     with capsys.disabled():
         sys.stdout.write("\n" + found)
     if DOCUMENT.read_text() != found:
@@ -216,12 +218,12 @@ def test_the_documentation_shows_the_matrix(capsys: pytest.CaptureFixture[str]) 
         pytest.fail("docs/matrix.md said otherwise; it has been written anew: run the whole matrix")
 
 
-def rendered() -> str:
-    """The matrix as a page of the documentation: a table for each model, reasons of refusals as notes below."""
+def render_page() -> str:
+    """Render the page of the documentation: a table for each model, followed by the reasons of refusals."""
     notes: list[str] = []
 
-    def shown(cells: list[Cell]) -> str:
-        reasons = {refusal(cell) for cell in cells}
+    def format_verdict(cells: list[Cell]) -> str:
+        reasons = {find_refusal(cell) for cell in cells}
         assert len(reasons) == 1, f"{cells[0].layout}: the precisions differ"
         (reason,) = reasons
         if reason is None:
@@ -239,9 +241,9 @@ def rendered() -> str:
             "|" + " --- |" * (1 + len(WRAPPINGS)),
         ]
         for world_size in WORLDS:
-            for split in every_split(world_size):
+            for split in list_splits(world_size):
                 verdicts = [
-                    shown([Cell(model, precision, world_size, split, wrapping) for precision in PRECISIONS])
+                    format_verdict([Cell(model, precision, world_size, split, wrapping) for precision in PRECISIONS])
                     for wrapping in WRAPPINGS
                 ]
                 lines.append(f"| {split.format_name(world_size)} | {' | '.join(verdicts)} |")

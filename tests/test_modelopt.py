@@ -31,7 +31,7 @@ HYBRID = {"hybrid_layer_pattern": "M*-E", "transformer.num_layers": 4}
 Changes = dict[str, Any]
 
 
-def configuration(preset: str, changes: Changes, sizes: dict[str, int] | None = None) -> Any:
+def make_config(preset: str, changes: Changes, sizes: dict[str, int] | None = None) -> Any:
     from bridge.dist.document_layout import apply_layout
 
     document = Document.load(preset)
@@ -41,7 +41,7 @@ def configuration(preset: str, changes: Changes, sizes: dict[str, int] | None = 
     return document.config()
 
 
-def groups_of(config: Any) -> Any:
+def create_groups(config: Any) -> Any:
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -55,7 +55,7 @@ def groups_of(config: Any) -> Any:
     return groups
 
 
-def logits(model: Any, seed: int) -> Any:
+def compute_logits(model: Any, seed: int) -> Any:
     import torch
 
     tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ def logits(model: Any, seed: int) -> Any:
 
 
 def quantise(model: Any, *, attention: bool = False) -> None:
-    """Calibrate on a few batches, other ones on each data-parallel rank."""
+    """Quantise and calibrate on a few batches, different ones on each data-parallel rank."""
     import modelopt.torch.quantization as mtq
     from megatron.core import parallel_state
 
@@ -71,7 +71,7 @@ def quantise(model: Any, *, attention: bool = False) -> None:
     if attention:
         recipe["quant_cfg"] = recipe["quant_cfg"] + mtq.FP8_KV_CFG["quant_cfg"]
     first = 10 * parallel_state.get_data_parallel_rank()
-    mtq.quantize(model, recipe, lambda model: [logits(model, seed) for seed in range(first, first + 3)])
+    mtq.quantize(model, recipe, lambda model: [compute_logits(model, seed) for seed in range(first, first + 3)])
 
 
 def sparsify(model: Any) -> None:
@@ -88,7 +88,7 @@ def save_file(model: Any, folder: Path) -> Path:
 
 
 def save_shards(model: Any, folder: Path) -> Path:
-    """Save as Megatron's training does, as one of several iterations."""
+    """Save a sharded checkpoint of one iteration, like megatron.training."""
     import torch
     from megatron.core import dist_checkpointing
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
@@ -104,7 +104,7 @@ def save_shards(model: Any, folder: Path) -> Path:
 
 
 def save_ranks(model: Any, folder: Path) -> Path:
-    """Save as Megatron does in its format torch, one file a rank; the arguments are beside the weights there."""
+    """Save in Megatron's format `torch`: one file per rank, with the arguments and the weights."""
     from argparse import Namespace
 
     import torch
@@ -120,8 +120,8 @@ def save_ranks(model: Any, folder: Path) -> Path:
     return folder
 
 
-def rebuilt(config: Any, groups: Any, checkpoint: Path, **options: Any) -> tuple[Any, Any]:
-    """Build and wrap anew, from the document of a model and a checkpoint; the configuration stays as it was."""
+def rebuild(config: Any, groups: Any, checkpoint: Path, **options: Any) -> tuple[Any, Any]:
+    """Build and wrap a new model from the document and a checkpoint; check that its configuration does not change."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -135,14 +135,14 @@ def rebuilt(config: Any, groups: Any, checkpoint: Path, **options: Any) -> tuple
     return builder, stage
 
 
-def switches(model: Any) -> dict[str, bool]:
-    """The quantizers, and whether each is enabled."""
+def enabled_quantizers(model: Any) -> dict[str, bool]:
+    """Return whether each quantizer is enabled, by name."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     return {name: part.is_enabled for name, part in model.named_modules() if isinstance(part, TensorQuantizer)}
 
 
-def equal(buffers: dict[str, Any], others: dict[str, Any]) -> bool:
+def are_equal(buffers: dict[str, Any], others: dict[str, Any]) -> bool:
     import torch
 
     return buffers.keys() == others.keys() and all(
@@ -150,8 +150,8 @@ def equal(buffers: dict[str, Any], others: dict[str, Any]) -> bool:
     )
 
 
-def trained(builder: Any, stage: Any, groups: Any) -> list[tuple[float, float]]:
-    """Losses and gradient norms of two steps."""
+def train_two_steps(builder: Any, stage: Any, groups: Any) -> list[tuple[float, float]]:
+    """Train two steps; return losses and gradient norms."""
     import torch
 
     from bridge.dist.train.step import TrainOptions, train
@@ -165,17 +165,17 @@ def trained(builder: Any, stage: Any, groups: Any) -> list[tuple[float, float]]:
 
 
 def check_rebuilt(model: Any, config: Any, groups: Any, checkpoint: Path) -> list[tuple[float, float]]:
-    """Compare with the model that was saved, bit by bit; then train two steps, and see that only weights move."""
+    """Rebuild a saved model and compare it bit by bit; then train two steps, which must change only weights."""
     import torch
     from megatron.core.utils import unwrap_model
 
-    builder, stage = rebuilt(config, groups, checkpoint)
+    builder, stage = rebuild(config, groups, checkpoint)
     inner: Any = unwrap_model(stage)
-    assert torch.equal(logits(stage.eval(), 5), logits(model.eval(), 5))
-    assert equal(dict(inner.named_parameters()), dict(model.named_parameters()))
-    assert equal(dict(inner.named_buffers()), dict(model.named_buffers()))
-    assert switches(inner) == switches(model)
-    steps = trained(builder, stage.train(), groups)
+    assert torch.equal(compute_logits(stage.eval(), 5), compute_logits(model.eval(), 5))
+    assert are_equal(dict(inner.named_parameters()), dict(model.named_parameters()))
+    assert are_equal(dict(inner.named_buffers()), dict(model.named_buffers()))
+    assert enabled_quantizers(inner) == enabled_quantizers(model)
+    steps = train_two_steps(builder, stage.train(), groups)
     assert all(math.isfinite(value) and value > 0 for step in steps for value in step)
     still = [
         name
@@ -183,19 +183,19 @@ def check_rebuilt(model: Any, config: Any, groups: Any, checkpoint: Path) -> lis
         if torch.equal(parameter, before)
     ]
     assert still == []
-    assert equal(dict(inner.named_buffers()), dict(model.named_buffers()))
-    assert switches(inner) == switches(model)
+    assert are_equal(dict(inner.named_buffers()), dict(model.named_buffers()))
+    assert enabled_quantizers(inner) == enabled_quantizers(model)
     return steps
 
 
-def misfit(config: Any, groups: Any, checkpoint: Path) -> str:
+def restore_error(config: Any, groups: Any, checkpoint: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        rebuilt(config, groups, checkpoint)
+        rebuild(config, groups, checkpoint)
     return str(caught.value)
 
 
-def without_rules(config: Any, groups: Any, whole: Path, shards: Path) -> None:
-    """What the pre-flight rules about ModelOpt prevent, and what is worked around: a new version may mend it."""
+def check_faults(config: Any, groups: Any, whole: Path, shards: Path) -> None:
+    """Check that ModelOpt still has the faults that pre-flight rules refuse or Bridge works around."""
     import torch
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
@@ -214,7 +214,7 @@ def without_rules(config: Any, groups: Any, whole: Path, shards: Path) -> None:
     with pytest.raises(ValueError, match="does not support virtual pipeline"):
         restore_sharded_modelopt_state([model, model], shards)
 
-    experts = GPTModelBuilder(configuration("moe-tiny", SMALL | {"restore_modelopt_state": True})).build_model(groups)
+    experts = GPTModelBuilder(make_config("moe-tiny", SMALL | {"restore_modelopt_state": True})).build_model(groups)
     config = experts.decoder.layers[0].mlp.experts.config
     config.expert_model_parallel_size = config.tensor_model_parallel_size = 2
     with pytest.raises(ValueError, match="Set either TP or EP to 1"):
@@ -227,69 +227,69 @@ def without_rules(config: Any, groups: Any, whole: Path, shards: Path) -> None:
             load_sharded_metadata(str(shards))
 
 
-def on_one_rank(folder: Path) -> dict[str, Any]:
+def run_on_one_rank(folder: Path) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {}
 
-    def made(preset: str, changes: Changes, change: Callable[[Any], None] = quantise) -> tuple[Any, Any, Any]:
-        config = configuration(preset, changes)
-        groups = groups_of(config)
+    def build_changed(preset: str, changes: Changes, change: Callable[[Any], None] = quantise) -> tuple[Any, Any, Any]:
+        config = make_config(preset, changes)
+        groups = create_groups(config)
         model = config.get_builder_cls()(config).build_model(groups)
         change(model)
         return model, config, groups
 
-    # Nothing of ours has imported ModelOpt: it does not know our attention, and need not.
+    # Bridge has not imported ModelOpt yet, so ModelOpt does not know Bridge's attention and cannot quantise it.
     assert "bridge.models.modelopt.state" not in sys.modules
-    model, config, groups = made("tiny", SMALL)
-    assert not any("core_attention" in name for name in switches(model))
+    model, config, groups = build_changed("tiny", SMALL)
+    assert not any("core_attention" in name for name in enabled_quantizers(model))
     whole = save_file(model, folder)
     found["gpt"] = check_rebuilt(model, config, groups, whole)
     check_rebuilt(model, config, groups, save_ranks(model, folder / "ranks"))
     (folder / "ranks/mp_rank_00").rename(folder / "ranks/mp_rank_01")
-    found["other rank"] = misfit(config, groups, folder / "ranks")
+    found["other rank"] = restore_error(config, groups, folder / "ranks")
     shards = save_shards(model, folder / "gpt")
     check_rebuilt(model, config, groups, shards)
 
-    without_rules(config, groups, whole, shards / "iter_0000012")
+    check_faults(config, groups, whole, shards / "iter_0000012")
 
     others: dict[str, Changes] = {
         "layers": SMALL | {"transformer.num_layers": 4},
         "sizes": SMALL | {"transformer.hidden_size": 64},
     }
     for name, changes in others.items():
-        other = configuration("tiny", changes)
+        other = make_config("tiny", changes)
         for checkpoint in (whole, shards):
-            found[f"other {name}, {checkpoint.name}"] = misfit(other, groups, checkpoint)
+            found[f"other {name}, {checkpoint.name}"] = restore_error(other, groups, checkpoint)
     with pytest.raises(UnsupportedError, match="virtual pipeline"):
-        GPTModelBuilder(configuration("tiny", SMALL | {"restore_modelopt_state": True})).build_model(groups, vp_stage=0)
+        GPTModelBuilder(make_config("tiny", SMALL | {"restore_modelopt_state": True})).build_model(groups, vp_stage=0)
 
     changes = SMALL | {"restore_modelopt_state": True, "transformer.normalization": "RMSNorm"}
-    model, config, groups = made("tiny", changes, lambda model: quantise(model, attention=True))
-    assert switches(model)["decoder.layers.0.self_attention.core_attention.k_bmm_quantizer"]
+    model, config, groups = build_changed("tiny", changes, lambda model: quantise(model, attention=True))
+    assert enabled_quantizers(model)["decoder.layers.0.self_attention.core_attention.k_bmm_quantizer"]
     check_rebuilt(model, config, groups, save_file(model, folder))
     check_rebuilt(model, config, groups, save_shards(model, folder / "attention"))
 
-    model, config, groups = made("hybrid-tiny", HYBRID | {"restore_modelopt_state": True})
-    quantised = {name for name, enabled in switches(model).items() if enabled}
+    model, config, groups = build_changed("hybrid-tiny", HYBRID | {"restore_modelopt_state": True})
+    quantised = {name for name, enabled in enabled_quantizers(model).items() if enabled}
     assert "decoder.layers.0.mixer.in_proj.weight_quantizer" in quantised
     assert "decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight_quantizer" in quantised
     assert "decoder.layers.2.input_layernorm.input_quantizer" not in quantised
     check_rebuilt(model, config, groups, save_shards(model, folder / "hybrid"))
 
-    model, config, groups = made("tiny", SMALL, sparsify)
+    model, config, groups = build_changed("tiny", SMALL, sparsify)
     weight = model.decoder.layers[0].mlp.linear_fc1.weight
     assert (weight.unflatten(-1, (-1, 4)) == 0).sum(-1).eq(2).all()
     for checkpoint in (save_file(model, folder), save_shards(model, folder / "sparse")):
-        builder, stage = rebuilt(config, groups, checkpoint)
-        assert torch.equal(logits(stage.eval(), 5), logits(model.eval(), 5))
-        found["sparse"] = trained(builder, stage.train(), groups)
+        builder, stage = rebuild(config, groups, checkpoint)
+        assert torch.equal(compute_logits(stage.eval(), 5), compute_logits(model.eval(), 5))
+        found["sparse"] = train_two_steps(builder, stage.train(), groups)
         masked = stage.module.decoder.layers[0].mlp.linear_fc1.weight
         assert torch.equal(masked == 0, weight == 0)
         assert not torch.equal(masked, weight)
 
-    model, config, groups = made("tiny", SMALL, lambda model: None)
-    found["unchanged"] = misfit(config, groups, save_file(model, folder))
+    model, config, groups = build_changed("tiny", SMALL, lambda model: None)
+    found["unchanged"] = restore_error(config, groups, save_file(model, folder))
     return found
 
 
@@ -300,7 +300,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> dict[str, Any]:
-    (found,) = run_ranks(on_one_rank, 1, folder)
+    (found,) = run_ranks(run_on_one_rank, 1, folder)
     return found
 
 
@@ -353,15 +353,15 @@ MEGATRON_FSDP: dict[str, Any] = {
 }
 
 
-def on_two_ranks(folder: Path) -> dict[str, Any]:
+def run_on_two_ranks(folder: Path) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {}
     saved = {}
     layouts: dict[str, dict[str, int]] = {"dp": {}, "tp": {"tp": 2}}
     for name, sizes in layouts.items():
-        config = configuration("tiny", SMALL | {"restore_modelopt_state": True}, sizes)
-        groups = groups_of(config)
+        config = make_config("tiny", SMALL | {"restore_modelopt_state": True}, sizes)
+        groups = create_groups(config)
         model = GPTModelBuilder(config).build_model(groups)
         quantise(model)
         saved[name] = save_shards(model, folder / name)
@@ -369,30 +369,30 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
         if name == "tp":
             check_rebuilt(model, config, groups, save_ranks(model, folder / "ranks"))
             parts = [torch.empty(0) for _ in range(2)]
-            torch.distributed.all_gather_object(parts, logits(model, 5))
-            found["tp, one file"] = misfit(config, groups, save_file(model, folder))
+            torch.distributed.all_gather_object(parts, compute_logits(model, 5))
+            found["tp, one file"] = restore_error(config, groups, save_file(model, folder))
 
-    # Another layout: what tensor-parallel ranks saved, whole on each rank.
-    config = configuration("tiny", SMALL)
-    groups = groups_of(config)
-    _, stage = rebuilt(config, groups, saved["tp"])
-    torch.testing.assert_close(logits(stage, 5), torch.cat(parts, dim=-1))
+    # Load the checkpoint of two tensor-parallel ranks into whole models.
+    config = make_config("tiny", SMALL)
+    groups = create_groups(config)
+    _, stage = rebuild(config, groups, saved["tp"])
+    torch.testing.assert_close(compute_logits(stage, 5), torch.cat(parts, dim=-1))
     for name, options in {"torch-fsdp2": TORCH_FSDP2, "megatron-fsdp": MEGATRON_FSDP}.items():
-        found[name] = trained(*rebuilt(config, groups, saved["dp"], **options), groups)
+        found[name] = train_two_steps(*rebuild(config, groups, saved["dp"], **options), groups)
 
     model = GPTModelBuilder(config).build_model(groups)
     sparsify(model)
     checkpoint = save_shards(model, folder / "sparse")
     for name, options in {"ddp, sparse": {}, "torch-fsdp2, sparse": TORCH_FSDP2}.items():
-        found[name] = trained(*rebuilt(config, groups, checkpoint, **options), groups)
+        found[name] = train_two_steps(*rebuild(config, groups, checkpoint, **options), groups)
     with pytest.raises(PreflightError, match="Megatron-FSDP crashes"):
-        rebuilt(config, groups, checkpoint, **MEGATRON_FSDP)
+        rebuild(config, groups, checkpoint, **MEGATRON_FSDP)
     return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    first, second = run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
+    first, second = run_ranks(run_on_two_ranks, 2, tmp_path_factory.mktemp("two"))
     assert first == second
     return first
 
@@ -453,7 +453,7 @@ def test_t5_with_modelopt_state_is_refused() -> None:
 
 
 class Blocked:
-    """An import system in which ModelOpt is not installed."""
+    """An import finder that hides ModelOpt."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] == "modelopt":
@@ -467,7 +467,7 @@ def without_modelopt(folder: Path) -> list[str]:
     errors = []
     for attempt in (
         GPTModelBuilder(config, modelopt_checkpoint=folder).check_restore,
-        lambda: GPTModelBuilder(config).build_model(groups_of(config)),
+        lambda: GPTModelBuilder(config).build_model(create_groups(config)),
     ):
         with pytest.raises(UnsupportedError) as caught:
             attempt()

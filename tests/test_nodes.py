@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-LIMIT_S = 60  # from the fault on
-STARTING_S = 180  # imports, on a machine that is busy
+LIMIT_S = 60  # after the fault
+STARTING_S = 180  # for imports on a busy machine
 
 
 class Nodes:
-    """Two agents with one rank each, which train until they are ended."""
+    """Two agents with one rank each, which train until they are killed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,19 +44,19 @@ class Nodes:
         return "".join((self.folder / f"node{node}").read_text() for node in range(2))
 
     def processes(self) -> dict[int, list[bytes]]:
-        """The command line of each process that belongs to the job, by its number."""
+        """Return the command line of each process of the job, by process id."""
         mark = f"BRIDGE_TEST_FOLDER={self.folder}".encode()
         found = {}
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:  # ended, or of another user
+            except OSError:  # the process has ended or belongs to another user
                 continue
         return found
 
     def rank_of(self, node: int) -> int:
-        """The process of a node's rank, once it trains: it has used the processor for a while after it said so."""
+        """Wait until the rank of a node trains, which its number of connections shows; return its process id."""
         agent = self.agents[node].pid
         children = Path(f"/proc/{agent}/task/{agent}/children")
         deadline = time.monotonic() + STARTING_S
@@ -80,7 +80,7 @@ _CONNECTIONS_OF_A_RANK_THAT_TRAINS = 10
 
 
 def _connections(pid: int) -> int:
-    """How many sockets a process has: a rank that trains has those of its process groups."""
+    """Return the number of sockets of a process; a rank that trains has those of its process groups."""
     links = 0
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:

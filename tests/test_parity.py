@@ -1,4 +1,4 @@
-"""Models beyond those of the matrix train the same under layouts, and one builder builds the same twice."""
+"""Models that are not in the matrix train the same under layouts, and builds can be repeated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 
 def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[float], list[float | None]]:
-    """On each rank: build the tiny preset for a layout, wrap it with DDP, train it; losses and gradient norms."""
+    """Build the tiny preset for a layout, wrap it with DDP and train it; return losses and gradient norms."""
     import torch
 
     from bridge.config import Document
@@ -37,7 +37,7 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
 @pytest.mark.parametrize(
     ("world_size", "sizes", "overrides"),
     [
-        # The last stage's copy of a tied embedding starts, and stays, as the first stage's.
+        # The copy of a tied embedding on the last stage must stay equal to that on the first stage.
         (
             2,
             {"pp": 2},
@@ -83,7 +83,7 @@ def test_multi_token_prediction_on_another_stage_trains_the_same(pp: int, layout
 
 
 def build_twice() -> None:
-    """On each rank: two builds of one builder are alike, and leave what they were given as it was."""
+    """Check that two builds of one builder are equal and do not change their arguments."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -120,7 +120,7 @@ def test_one_builder_builds_the_same_model_twice() -> None:
 
 
 def step_in_fp16(sharded: bool) -> tuple[float, bool]:
-    """On each rank: the loss of a second step, and whether weights are updated when gradients of rank 1 overflow."""
+    """Return the loss of a second step, and whether weights are updated if gradients of rank 1 overflow."""
     import torch
 
     from bridge.config import Document
@@ -150,8 +150,8 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
 
 
 def test_torch_fsdp2_ranks_skip_the_same_fp16_steps() -> None:
-    """Megatron-LM refuses it; megatron-core 0.19.2 looks for overflows over model-parallel ranks, and DTensor over the
-    others.
+    """Megatron-LM does not support this. megatron-core 0.19.2 combines overflows of model-parallel ranks, and DTensor
+    those of data-parallel ranks.
     """
     (whole, _), *_ = run_ranks(step_in_fp16, 2, False)
     for loss, updated in run_ranks(step_in_fp16, 2, True):

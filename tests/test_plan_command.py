@@ -17,7 +17,7 @@ def bridge_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_prints_a_plan_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # An earlier build of a process, or the user, may have chosen another attention than the document asks for.
+    # An earlier build or the user may have selected another attention backend than the document.
     monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
     page = tmp_path / "plan.html"
     shown = bridge_plan(
@@ -51,7 +51,7 @@ def test_the_command_reports_ranks_that_do_not_fit() -> None:
     assert "does not fit" in " ".join(shown.stdout.split())
     assert (
         "with --distributed-optimizer the largest rank needs" not in shown.stderr
-    )  # one data-parallel rank shares none
+    )  # with one data-parallel rank nothing is sharded
     assert "with transformer.sequence_parallel=true the largest rank needs" in shown.stderr
 
 

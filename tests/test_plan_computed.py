@@ -26,20 +26,20 @@ from bridge.dist.wrapper import Wrapper
     ],
 )
 def test_flops_by_shape_equal_the_counted_flops(preset: str, overrides: list[str]) -> None:
-    by_shapes, counted = flops_of(Document.load(preset, overrides))
+    by_shapes, counted = compute_flops(Document.load(preset, overrides))
     assert by_shapes == 3 * counted
 
 
 def test_flops_by_shape_exclude_products_within_chunks_of_a_scan() -> None:
-    by_shapes, counted = flops_of(Document.load("mamba-tiny"))
-    # In each of 4 layers and for each of 128 tokens in one chunk: scores of 4 groups over a state of 16, and their
-    # product with 128 channels.
-    beside = 4 * 128 * (2 * 128 * 4 * 16 + 2 * 128 * 128)
-    assert by_shapes == 3 * (counted - beside)
+    by_shapes, counted = compute_flops(Document.load("mamba-tiny"))
+    # For each of 4 layers and 128 tokens in one chunk: scores of 4 groups with a state of 16, and the product of the
+    # scores with 128 channels.
+    within_chunks = 4 * 128 * (2 * 128 * 4 * 16 + 2 * 128 * 128)
+    assert by_shapes == 3 * (counted - within_chunks)
 
 
-def flops_of(document: Document) -> tuple[int, int]:
-    """FLOPs of a step of one sample of 128 tokens by the shapes of parameters; those counted in the forward pass."""
+def compute_flops(document: Document) -> tuple[int, int]:
+    """Return the FLOPs of a step of 128 tokens, computed from shapes, and those counted in its forward pass."""
     batch = Batch(seq_length=128, global_batch_size=1)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP)
     config = document.config()

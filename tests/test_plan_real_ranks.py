@@ -1,9 +1,19 @@
-"""Plans are equal to measurements of real processes, on every rank, for models of every family."""
+"""Plans equal the measurements of real processes, on every rank, for models of every family."""
 
 from __future__ import annotations
 
 import pytest
-from held_by_ranks import BATCH, LONGER, WORLD, Case, Held, HeldSharded, held, take_notes, train_sharded
+from held_by_ranks import (
+    BATCH,
+    LONGER_BATCH,
+    WORLD,
+    Case,
+    Measured,
+    MeasuredSharded,
+    measure_ranks,
+    pop_recorded_parameters,
+    train_sharded,
+)
 from planned_jobs import HALF, RECOMPUTED
 from ranks import run_ranks
 
@@ -14,7 +24,7 @@ from bridge.dist.wrapper import Wrapper
 CASES = {
     "dp": Case(preset="tiny", distributed_optimizer=True),
     "tp pp": Case(preset="tiny", sizes={"tp": 2, "pp": 2}),
-    # The CPU's layer norm keeps its statistics in half precision, that of a GPU in full.
+    # Layer norm saves its statistics in half precision on a CPU, in full precision on a GPU.
     "pp vp, half": Case(
         preset="tiny", sizes={"pp": 2, "vp": 2}, distributed_optimizer=True, overrides=HALF, keeps_alike=False
     ),
@@ -27,7 +37,7 @@ CASES = {
         overrides=("position_embedding_type=rope", "transformer.num_query_groups=2"),
         distributed_optimizer=True,
     ),
-    # On a CPU torch has no fused attention for values of another width than queries, nor for a bias with a gradient.
+    # On a CPU, torch has no fused attention if values and queries differ in width, or if a bias needs a gradient.
     "latent attention": Case(
         preset="mla-tiny", sizes={"tp": 2}, sequence_parallel=True, distributed_optimizer=True, keeps_alike=False
     ),
@@ -49,20 +59,20 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def real() -> list[dict[str, Held]]:
-    return run_ranks(held, WORLD, CASES, timeout=240)
+def measured() -> list[dict[str, Measured]]:
+    return run_ranks(measure_ranks, WORLD, CASES, timeout=240)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_plan_of_every_rank_matches_its_measurements(name: str, real: list[dict[str, Held]]) -> None:
+def test_the_plan_of_every_rank_matches_its_measurements(name: str, measured: list[dict[str, Measured]]) -> None:
     case = CASES[name]
     job = case.job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
     for rank in range(WORLD):
         planned = measure_rank(job, layout, BATCH, rank=rank, memo={})
         assert (
-            Held(
-                parameters=take_notes(),
+            Measured(
+                parameters=pop_recorded_parameters(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,
@@ -70,7 +80,7 @@ def test_the_plan_of_every_rank_matches_its_measurements(name: str, real: list[d
                 buckets=planned.buckets,
                 kept=None if not case.keeps_alike else [chunk.work.kept for chunk in planned.chunks],
             )
-            == real[rank][name]
+            == measured[rank][name]
         )
 
 
@@ -92,22 +102,22 @@ SHARDED = {
 
 
 @pytest.fixture(scope="module")
-def real_in_parts() -> list[dict[str, HeldSharded]]:
+def measured_sharded() -> list[dict[str, MeasuredSharded]]:
     return run_ranks(train_sharded, WORLD, SHARDED, timeout=240)
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_plan_of_every_sharded_rank_matches_its_measurements(
-    name: str, real_in_parts: list[dict[str, HeldSharded]]
+    name: str, measured_sharded: list[dict[str, MeasuredSharded]]
 ) -> None:
     job = SHARDED[name].job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
-    for rank in (0, WORLD - 1):  # of each kind of parallelism the first and the last
-        planned = measure_rank(job, layout, LONGER, rank=rank, memo={})
-        calls = planned.traffic.count(LONGER.count_microbatches(layout))
+    for rank in (0, WORLD - 1):  # the first and the last rank of every group
+        planned = measure_rank(job, layout, LONGER_BATCH, rank=rank, memo={})
+        calls = planned.traffic.count(LONGER_BATCH.count_microbatches(layout))
         assert (
-            HeldSharded(
-                parameters=take_notes(),
+            MeasuredSharded(
+                parameters=pop_recorded_parameters(),
                 weights=planned.weights,
                 gradients=planned.gradients,
                 master=planned.master,
@@ -119,5 +129,5 @@ def test_the_plan_of_every_sharded_rank_matches_its_measurements(
                     if group in ("dp_cp", "expt_dp") and operation != "allreduce"
                 },
             )
-            == real_in_parts[rank][name]
+            == measured_sharded[rank][name]
         )

@@ -47,7 +47,7 @@ def test_jobs_that_cannot_be_planned_are_refused() -> None:
 def test_wrappers_still_refuse_the_meta_device(
     wrapper: Wrapper, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this fails, megatron-core or torch has mended it: take the replacement out of ``virtual_rank.sharding``."""
+    """If this fails, megatron-core or torch has fixed it: remove the replacement in ``virtual_rank.sharding``."""
     from bridge.dist.plan.virtual_rank import sharding
 
     kept = [replacement for replacement in sharding._replacements() if replacement.name != name]

@@ -23,7 +23,7 @@ from bridge.dist.wrapper import Wrapper
 def test_multi_token_prediction_on_its_own_stage_receives_hidden_states(
     stages: str, sizes: dict[str, int], hidden_states: list[int], wrapper: Wrapper
 ) -> None:
-    """The stage after them gets hidden states of the last layer and of each of two predictions."""
+    """The next stage receives hidden states of the last layer and of both predictions."""
     changed = (
         "position_embedding_type=rope",
         "transformer.mtp_num_layers=2",
@@ -33,6 +33,10 @@ def test_multi_token_prediction_on_its_own_stage_receives_hidden_states(
     found = plan_preset("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
     whole = plan_preset("tiny", {}, *changed[:2], world_size=1, batch=batch)
     assert found.parameters == whole.parameters
-    assert sum(stage.flops for stage in found.stages) == whole.worst.flops / 2  # data parallelism takes half of it
+    assert (
+        sum(stage.flops for stage in found.stages) == whole.worst.flops / 2
+    )  # two data-parallel ranks share the batch
     sent = [traffic.bytes for stage in found.stages for traffic in stage.traffic if traffic.group == "pp"]
-    assert sent == [4 * (4 * 64 * 64) * times for times in hidden_states]  # microbatches of 64 tokens of 64 numbers
+    assert sent == [
+        4 * (4 * 64 * 64) * times for times in hidden_states
+    ]  # 4 bytes, 4 microbatches of 64 tokens with 64 channels

@@ -1,4 +1,4 @@
-"""Each pre-flight rule refuses a setup; the suggested setting passes; without the rule, training fails or is wrong."""
+"""Each pre-flight rule refuses a setup that fails or trains incorrectly without the rule; its suggestion passes."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ FAMILIES = (GPTModelBuilder, MambaModelBuilder, T5ModelBuilder)
 TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=4)
 
 
-def every_rule() -> list[preflight.Rule]:
+def list_rules() -> list[preflight.Rule]:
     found = [*rules.RULES, *(rule for family in FAMILIES for rule in family.rules)]
-    return list(dict.fromkeys(found))  # some are of several families
+    return list(dict.fromkeys(found))  # some rules belong to several families
 
 
 def test_every_rule_has_a_case() -> None:
-    assert sorted(CASES) == sorted(rule.name for rule in every_rule() if rule.not_shown is None)
-    assert sorted(NOT_SHOWN) == sorted(rule.name for rule in every_rule() if rule.not_shown is not None)
+    assert sorted(CASES) == sorted(rule.name for rule in list_rules() if rule.not_shown is None)
+    assert sorted(NOT_SHOWN) == sorted(rule.name for rule in list_rules() if rule.not_shown is not None)
 
 
 def test_every_rule_has_a_reason() -> None:
-    assert all(rule.why for rule in every_rule())
+    assert all(rule.why for rule in list_rules())
 
 
 def problems(setting: Setting, world_size: int) -> list[str]:
-    """What the check finds."""
+    """Return the problems that the check reports."""
     config = setting.make_config()
     setup = preflight.Setup(
         transformer=config.transformer,
@@ -92,7 +92,7 @@ def test_the_suggested_setting_passes(name: str) -> None:
     assert problems(EVERY_CASE[name].advised, EVERY_CASE[name].world_size) == []
 
 
-def setup_of(setting: Setting, groups: ProcessGroupCollection | None = None) -> preflight.Setup:
+def make_setup(setting: Setting, groups: ProcessGroupCollection | None = None) -> preflight.Setup:
     return preflight.Setup(
         transformer=setting.make_config().transformer,
         layout=setting.make_layout(4),
@@ -118,33 +118,33 @@ CONNECTIONS: dict[str, tuple[Setting, str | None]] = {
 @pytest.mark.parametrize("name", CONNECTIONS)
 def test_cuda_device_max_connections_is_checked(name: str) -> None:
     setting, problem = CONNECTIONS[name]
-    found = [one for rule in rules.RULES for one in rule.problems(setup_of(setting))]
+    found = [one for rule in rules.RULES for one in rule.problems(make_setup(setting))]
     assert len(found) == (problem is not None)
     assert all(problem in one for one in found if problem)
 
 
 def test_an_unset_cuda_device_max_connections_gives_a_warning() -> None:
-    warning = machine.describe_slowdown(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
+    warning = machine.describe_slowdown(make_setup(Setting(sizes=TENSOR_PARALLEL, environment=on_gpu())))
     assert warning is not None
     assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set")
     for environment in (connections(1), on_gpu((10, 0)), Environment()):
-        assert machine.describe_slowdown(setup_of(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
+        assert machine.describe_slowdown(make_setup(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
 
 
-def groups_that_were_made() -> tuple[list[str], list[str]]:
-    """On each rank: what is said of a pipeline's backend, and of context parallelism in two levels."""
+def check_existing_groups() -> tuple[list[str], list[str]]:
+    """Return the problems of two rules about groups that already exist: pipeline backend and two-level cp."""
     parallel_state.initialize_model_parallel(context_parallel_size=4, hierarchical_context_parallel_sizes=[2, 2])
     groups = ProcessGroupCollection.use_mpu_process_groups()
     backend = Setting(sizes=PIPELINE, transformer={"pipeline_model_parallel_comm_backend": "gloo"})
     levels = Setting(sizes={"cp": 4}, transformer={"cp_comm_type": "a2a+p2p"})
     return (
-        list(process_groups.pipeline_backend.problems(setup_of(backend, groups))),
-        list(process_groups.context_parallelism_in_two_levels.problems(setup_of(levels, groups))),
+        list(process_groups.pipeline_backend.problems(make_setup(backend, groups))),
+        list(process_groups.context_parallelism_in_two_levels.problems(make_setup(levels, groups))),
     )
 
 
 def test_existing_process_groups_are_accepted() -> None:
-    assert run_ranks(groups_that_were_made, 4) == [([], [])] * 4
+    assert run_ranks(check_existing_groups, 4) == [([], [])] * 4
 
 
 class Run(NamedTuple):
@@ -154,21 +154,21 @@ class Run(NamedTuple):
     grad_norms: list[float | None]
 
 
-def unchecked(settings: list[Setting]) -> list[Run | str]:
-    """On each rank: train each setting without the checks; what came of it, or the error."""
+def train_without_checks(settings: list[Setting]) -> list[Run | str]:
+    """Train each setting without the checks; return the results or errors."""
     build.RULES = ()
-    data_parallel.check_stages = lambda *_: None  # it finds tied embeddings a second time, of any builder
+    data_parallel.check_stages = lambda *_: None  # a second check for tied embeddings, of all builders
     outcomes: list[Run | str] = []
     for setting in settings:
         try:
-            outcomes.append(trained(setting))
+            outcomes.append(train_setting(setting))
         except Exception as error:
             outcomes.append(f"{type(error).__name__}: {error}")
-        destroy_process_groups()  # whose threads would add up
+        destroy_process_groups()  # otherwise their threads would accumulate
     return outcomes
 
 
-def trained(setting: Setting) -> Run:
+def train_setting(setting: Setting) -> Run:
     config, layout = setting.make_config(), setting.make_layout(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -197,37 +197,37 @@ def trained(setting: Setting) -> Run:
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Run]:
-    """What the models of the cases that train wrong give on one process."""
+    """Return the results on one process for the cases that train incorrectly."""
     names = [name for name, case in CASES.items() if case.error is None]
-    outcomes = run_ranks(unchecked, 1, [_of_one_process(CASES[name].refused) for name in names])[0]
+    outcomes = run_ranks(train_without_checks, 1, [_without_layout(CASES[name].refused) for name in names])[0]
     assert all(isinstance(outcome, Run) for outcome in outcomes), outcomes
     return dict(zip(names, (outcome for outcome in outcomes if isinstance(outcome, Run)), strict=True))
 
 
-def _of_one_process(setting: Setting) -> Setting:
-    """The same model, whole."""
+def _without_layout(setting: Setting) -> Setting:
+    """Return the same model for one process."""
     of_model = ("num_layers", *EXPERTS, *PREDICTING)
     transformer = {name: value for name, value in setting.transformer.items() if name in of_model}
     return Setting(family=setting.family, transformer=transformer, model=setting.model)
 
 
 @pytest.fixture(scope="module")
-def together() -> dict[str, list[Run | str]]:
-    """What came of the cases, by rank: those that every rank fails alike share the processes."""
+def shared_outcomes() -> dict[str, list[Run | str]]:
+    """Return the results of the cases by rank; cases that fail in the same way on every rank share processes."""
     found: dict[str, list[Run | str]] = {}
     for world_size in (2, 4):
         names = [name for name, case in CASES.items() if case.world_size == world_size and not case.needs_own_processes]
-        by_rank = run_ranks(unchecked, world_size, [CASES[name].refused for name in names], timeout=240)
+        by_rank = run_ranks(train_without_checks, world_size, [CASES[name].refused for name in names], timeout=240)
         found |= {name: [rank[index] for rank in by_rank] for index, name in enumerate(names)}
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_the_rule_training_fails_or_is_wrong(
-    name: str, together: dict[str, list[Run | str]], one_process: dict[str, Run]
+    name: str, shared_outcomes: dict[str, list[Run | str]], one_process: dict[str, Run]
 ) -> None:
     case = CASES[name]
-    outcomes = together[name] if name in together else _outcomes_alone(case)
+    outcomes = shared_outcomes[name] if name in shared_outcomes else _outcomes_alone(case)
     if case.error is not None:
         assert any(isinstance(outcome, str) and case.error in outcome for outcome in outcomes), outcomes
         return
@@ -241,7 +241,7 @@ def test_without_the_rule_training_fails_or_is_wrong(
 
 def _outcomes_alone(case: Case) -> list[Run | str]:
     try:
-        return [rank[0] for rank in run_ranks(unchecked, case.world_size, [case.refused], timeout=30)]
+        return [rank[0] for rank in run_ranks(train_without_checks, case.world_size, [case.refused], timeout=30)]
     except RankError as error:
         return [f"RankError: {error}"]
 
@@ -253,19 +253,19 @@ def no_small_vocabulary(setup: preflight.Setup) -> Iterator[str]:
         yield f"vocab_size is less than {VOCAB}: set it to {VOCAB}"
 
 
-class ParticularBuilder(GPTModelBuilder):
+class BuilderWithRule(GPTModelBuilder):
     rules = (no_small_vocabulary,)
 
 
-def build_particular(vocab_size: int) -> list[str]:
-    """On each rank: build with the family's own rule; the problems that it finds."""
+def build_with_own_rule(vocab_size: int) -> list[str]:
+    """Build with a rule of the model family; return the problems."""
     config = Setting().make_config()
     assert isinstance(config, GPTModelConfig)
     config.vocab_size = vocab_size
     groups = create_process_groups(Layout())
     model_parallel_cuda_manual_seed(1)
     try:
-        ParticularBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)
+        BuilderWithRule(config).build_distributed_models(groups, wrap_with_ddp=False)
     except PreflightError as error:
         return list(error.problems)
     finally:
@@ -274,7 +274,7 @@ def build_particular(vocab_size: int) -> list[str]:
 
 
 def test_a_model_family_can_add_its_own_rules() -> None:
-    assert run_ranks(build_particular, 1, VOCAB - 1) == [
+    assert run_ranks(build_with_own_rule, 1, VOCAB - 1) == [
         ["vocab_size is less than 256: set it to 256 [no-small-vocabulary]"]
     ]
-    assert run_ranks(build_particular, 1, VOCAB) == [[]]
+    assert run_ranks(build_with_own_rule, 1, VOCAB) == [[]]

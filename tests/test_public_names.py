@@ -23,7 +23,7 @@ NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("public_names.ya
 DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
 DOCUMENTS: dict[str, Any] = NAMES["documents"]
 IN_DOCUMENTS = [name for name in NAMES["entry_points"][registry.GROUP] if "." in name]
-ANOTHER_LIBRARY = ("megatron.core.extensions.transformer_engine.", "transformers.")
+OTHER_LIBRARIES = ("megatron.core.extensions.transformer_engine.", "transformers.")
 
 
 def declared(group: str) -> list[EntryPoint]:
@@ -50,8 +50,8 @@ def test_every_document_name_is_read_and_written_unchanged() -> None:
             found = registry.resolve(name)
         except TargetError:
             found = None
-        if found is None:  # megatron-core has None in place of what needs Transformer Engine
-            assert name.startswith(ANOTHER_LIBRARY)
+        if found is None:  # None in megatron-core without Transformer Engine
+            assert name.startswith(OTHER_LIBRARIES)
             continue
         assert registry.name_of(found) == name
         assert not isinstance(found, type) or registry.document_name(found) == name

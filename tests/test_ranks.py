@@ -1,4 +1,4 @@
-"""The harness itself: results by rank, errors as they were raised, and no process left behind."""
+"""run_ranks returns results by rank, raises errors of ranks, and leaves no process behind."""
 
 import os
 import subprocess
@@ -13,29 +13,29 @@ from ranks import RankError, run_ranks
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Result:
     environment: tuple[str, ...]
     total: float
 
 
-def _look(scale: float) -> _Seen:
+def _compute(scale: float) -> _Result:
     rank = torch.ones((), device="cuda") * torch.distributed.get_rank()
     torch.distributed.all_reduce(rank)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    return _Seen(tuple(os.environ[name] for name in names), scale * rank.item())
+    return _Result(tuple(os.environ[name] for name in names), scale * rank.item())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_are_ordered_by_rank(world_size: int) -> None:
     total = sum(range(world_size))
     expected = [
-        _Seen((str(rank), str(rank), str(world_size), str(world_size)), 2.0 * total) for rank in range(world_size)
+        _Result((str(rank), str(rank), str(world_size), str(world_size)), 2.0 * total) for rank in range(world_size)
     ]
-    assert run_ranks(_look, world_size, 2.0) == expected
+    assert run_ranks(_compute, world_size, 2.0) == expected
 
 
 class _OddError(Exception):
-    """Pickles, but does not unpickle."""
+    """An exception that can be pickled but not unpickled."""
 
     def __init__(self, first: int, second: int) -> None:
         super().__init__(f"{first} and {second}")
@@ -53,7 +53,7 @@ def test_an_error_ends_all_ranks_and_is_raised_here() -> None:
         run_ranks(_fail_on_the_last_rank, 2, "plain")
     assert "on rank 1" in caught.value.__notes__[0]
     assert "_fail_on_the_last_rank" in caught.value.__notes__[0]
-    assert time.monotonic() - begin < 60  # the barrier alone would wait for the 120 s of the limit
+    assert time.monotonic() - begin < 60  # the barrier would wait for its time limit of 120 s
 
 
 @pytest.mark.parametrize(("error", "text"), [("odd", "1 and 2"), ("exit", "SystemExit: 3")])
@@ -93,7 +93,7 @@ def test_a_hang_ends_with_everything_it_started(tmp_path: Path) -> None:
 
 
 def _is_closed(reader: int) -> bool:
-    """Whether nobody holds the other end of a pipe; a killed process closes it a moment later."""
+    """Return whether no process holds the other end of a pipe; killed processes close it with a delay."""
     for _ in range(50):
         try:
             return os.read(reader, 1) == b""

@@ -29,8 +29,8 @@ print(json.dumps(compiler_modules()))
 """
 
 
-def modules_of_the_compiler(*command: str) -> list[str]:
-    """Those that a command has loaded when it ends."""
+def loaded_compiler_modules(*command: str) -> list[str]:
+    """Run a command; return the modules of torch's compiler that it has loaded."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED, json.dumps(command)],
         capture_output=True,
@@ -53,7 +53,7 @@ def modules_of_the_compiler(*command: str) -> list[str]:
     ids=lambda command: " ".join(command),
 )
 def test_commands_that_compile_nothing_do_not_load_the_compiler(command: tuple[str, ...]) -> None:
-    assert modules_of_the_compiler(*command) == []
+    assert loaded_compiler_modules(*command) == []
 
 
 REFUSED = {
@@ -77,10 +77,10 @@ from bridge.dist.process.imports import import_megatron, is_compiler_left_out
 import_megatron(with_compiler=False)
 import torch
 assert is_compiler_left_out()
-torch._dynamo.graph_break()  # what optimizers call
+torch._dynamo.graph_break()  # called by optimizers
 assert torch.compile(len) is len and torch.compile(fullgraph=True)(len) is len
 assert is_compiler_left_out()
-assert torch._dynamo.list_backends()  # somebody needs it after all
+assert torch._dynamo.list_backends()  # this needs the compiler
 assert not is_compiler_left_out()
 assert "torch._dynamo.trace_rules" in __import__("sys").modules
 torch._dynamo.reset()
@@ -92,7 +92,7 @@ def test_the_compiler_is_loaded_on_request() -> None:
     assert done.returncode == 0, done.stderr
 
 
-LIMIT_S = 30  # at once, but for a machine that is busy
+LIMIT_S = 30  # generous, for a busy machine
 SIGNALLED = {
     "build, Ctrl-C": (("build", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGINT, 4),
     "verify, SIGTERM": (("verify", "tiny", "--nproc", "2", "--steps", "1000000"), signal.SIGTERM, 3),
@@ -110,7 +110,7 @@ def test_a_signal_ends_a_command_and_its_processes(name: str, folder: Folder) ->
     process.send_signal(number)
     _, written = process.communicate(timeout=60)
     assert process.returncode == 128 + number, written
-    while folder.processes() and time.monotonic() - begin < LIMIT_S:  # killed processes take a moment to be gone
+    while folder.processes() and time.monotonic() - begin < LIMIT_S:  # killed processes disappear with a delay
         time.sleep(0.1)
     assert time.monotonic() - begin < LIMIT_S
     assert folder.processes() == []
@@ -121,7 +121,7 @@ def test_a_signal_ends_a_command_and_its_processes(name: str, folder: Folder) ->
 
 
 def wait_for_work(folder: Folder, processes: int) -> None:
-    """Wait until a command and what it started are there, and one of the last has computed for a second."""
+    """Wait until a command and its processes run, and one of the last two has used a second of CPU time."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         there = folder.processes()
@@ -143,7 +143,7 @@ ONE_GPU = """
 import importlib, os, sys
 
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "0":
-    del os.environ["CUDA_VISIBLE_DEVICES"]  # nothing is said of it on a workstation
+    del os.environ["CUDA_VISIBLE_DEVICES"]  # a workstation does not set the variable
 
 def visible():
     return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 1
@@ -164,7 +164,7 @@ sys.meta_path.insert(0, Finder)
 
 
 def test_two_ranks_with_one_gpu_use_the_cpu(folder: Folder) -> None:
-    """As the first command of the README does on a workstation."""
+    """The first command in the README must work on a workstation."""
     (folder.path / "sitecustomize.py").write_text(ONE_GPU)
     process = folder.start(
         "build", "tiny", "--nproc", "2", "--tp", "2", "--steps", "1", "--json", CUDA_VISIBLE_DEVICES="0"

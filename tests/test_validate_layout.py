@@ -1,4 +1,4 @@
-"""`bridge validate --layout`: a document against a layout, as its users meet it."""
+"""`bridge validate --layout` checks a document with a layout."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ transformer:
   pipeline_model_parallel_size: 2
   pipeline_dtype: torch.float32
 """
-TYPE = DOCUMENT.replace("num_layers: 4", "num_layers: four")
+WRONG_TYPE = DOCUMENT.replace("num_layers: 4", "num_layers: four")
 
-# The command line, its exit code, and what it says in order, to standard output or to standard error.
+# The command line, its exit code, and parts of its output on stdout or stderr, in order.
 LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "it fits": (["good.yaml", "tiny", "--layout", "tp=2,pp=2,dp=2"], 0, ["good.yaml: ok", "tiny: ok"]),
     "the document's sizes": (
@@ -44,7 +44,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         0,
         ["good.yaml: ok"],
     ),
-    "every problem": (
+    "all problems are reported": (
         [
             "good.yaml",
             "transformer.overlap_p2p_comm=true",
@@ -57,12 +57,12 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["[overlapped-messages-without-interleaving]", "[pipeline-dtype]", "[torch-fsdp2-tied-embeddings]"],
     ),
-    "every size": (
+    "all sizes are checked": (
         ["tiny", "--layout", "tp=3"],
         1,
         ["num_attention_heads = 4 is not", "ffn_hidden_size = 256 is not", "vocab_size 256 is not divisible"],
     ),
-    "what the constructor derives": (
+    "derived fields": (
         ["good.yaml", "transformer.pipeline_dtype=null", "transformer.bf16=true", "--layout", "pp=2"],
         0,
         ["good.yaml: ok"],
@@ -78,18 +78,18 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["tiny: $: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
     ),
-    "reading comes first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
-    "no such axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown layout axes: xp; choose from tp, pp, vp"]),
-    "no size": (["tiny", "--layout", "tp=two"], 2, ["sizes from 1 to 999,999,999), got 'tp=two'"]),
-    "twice": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
-    "no such wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
-    "a wrapper alone": (["tiny", "--wrap", "ddp"], 2, ["--wrap requires --layout"]),
-    "as data": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
+    "errors of reading come first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
+    "unknown axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown layout axes: xp; choose from tp, pp, vp"]),
+    "invalid size": (["tiny", "--layout", "tp=two"], 2, ["sizes from 1 to 999,999,999), got 'tp=two'"]),
+    "duplicate axis": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
+    "unknown wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
+    "wrapper without a layout": (["tiny", "--wrap", "ddp"], 2, ["--wrap requires --layout"]),
+    "JSON": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
 }
 
 
 def can_be_a_document(setting: Setting) -> bool:
-    """Whether all that a rule looks at is said by a document, a layout and a wrapper with its usual options."""
+    """Return whether a setting can be expressed by a document, a layout, and a wrapper with default options."""
     usual = not setting.ddp or setting.ddp == megatron_fsdp()["ddp"]
     return usual and not setting.assigned and setting.embedding_ranks is None and setting.environment == Environment()
 
@@ -98,7 +98,7 @@ def can_be_a_document(setting: Setting) -> bool:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
     folder = tmp_path_factory.mktemp("documents")
     (folder / "good.yaml").write_text(DOCUMENT)
-    (folder / "type.yaml").write_text(TYPE)
+    (folder / "type.yaml").write_text(WRONG_TYPE)
     lines = [["validate", *arguments] for arguments, *_ in LINES.values()]
     return dict(zip(LINES, run_in_one_process(lines, folder), strict=True))
 
@@ -107,27 +107,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
 def test_validate_layout(name: str, results: dict[str, tuple[int, str, str]]) -> None:
     _, expected_code, expected = LINES[name]
     code, out, err = results[name]
-    said = out + err
-    assert code == expected_code or (code is None and expected_code == 0), said
-    places = [said.find(part) for part in expected]
-    assert -1 not in places, said
-    assert places == sorted(places)
-    assert "Traceback" not in said
-    assert "Warning" not in said
+    output = out + err
+    assert code == expected_code or (code is None and expected_code == 0), output
+    positions = [output.find(part) for part in expected]
+    assert -1 not in positions, output
+    assert positions == sorted(positions)
+    assert "Traceback" not in output
+    assert "Warning" not in output
 
 
 def test_validate_layout_prints_json(results: dict[str, tuple[int, str, str]]) -> None:
-    (verdict,) = json.loads(results["as data"][1])
+    (verdict,) = json.loads(results["JSON"][1])
     (problem,) = verdict["problems"]
     assert (verdict["source"], verdict["ok"], problem["path"]) == ("good.yaml", False, "$")
     assert problem["message"].endswith("[megatron-fsdp-pipeline]")
 
 
-OF_THE_MACHINE = {rule.name for rule in machine.RULES}
+MACHINE_RULES = {rule.name for rule in machine.RULES}
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, case in CASES.items() if can_be_a_document(case.refused) and name not in OF_THE_MACHINE]
+    "name", [name for name, case in CASES.items() if can_be_a_document(case.refused) and name not in MACHINE_RULES]
 )
 def test_documents_and_live_configurations_give_the_same_problems(name: str) -> None:
     setting, world_size = CASES[name].refused, CASES[name].world_size

@@ -1,4 +1,4 @@
-"""`bridge verify` tells layouts that train as one process from those that do not, for any builder."""
+"""`bridge verify` finds layouts that train differently from one process, for any builder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from bridge.dist.run.verify import Row, Tolerance, Verdict, compute_relative_dif
 
 BRIDGE = Path(sys.executable).with_name("bridge")
 EXTENSION = Path(__file__).parent / "typing" / "extension"
-QUICK = ("--steps", "3", "--seq-length", "16", "--global-batch-size", "4")
+SHORT = ("--steps", "3", "--seq-length", "16", "--global-batch-size", "4")
 
-SKEWED = """
+SKEWED_HOOK = """
 from megatron.core import parallel_state
 
 def skew(stages):
@@ -37,7 +37,7 @@ def skew(stages):
 
 
 def verify(*args: str | Path, path: Path | None = None) -> tuple[int, list[dict[str, Any]], str]:
-    """Run the command; its exit code, its rows and what it says beside them."""
+    """Run the command; return its exit code, its rows and its other output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if path is None else {"PYTHONPATH": str(path)})
     done = subprocess.run(
         [BRIDGE, "verify", *args, "--json"], capture_output=True, text=True, check=False, env=environment, timeout=600
@@ -46,7 +46,7 @@ def verify(*args: str | Path, path: Path | None = None) -> tuple[int, list[dict[
 
 
 def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
-    """Make a distribution out of a folder on the path: what its metadata says may be named in documents."""
+    """Write metadata of a distribution into a folder on the path, which declares names for documents."""
     information = folder / f"{name}-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -55,7 +55,7 @@ def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
 
 
 def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
-    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *QUICK, "--json")
+    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *SHORT, "--json")
     assert code == 0, errors
     rows = json.loads(out)
     assert [(row["layout"], row["wrapper"]) for row in rows] == [
@@ -73,23 +73,23 @@ def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
 
 
 def test_a_layout_that_trains_incorrectly_is_a_mismatch(tmp_path: Path) -> None:
-    (tmp_path / "skewed.py").write_text(SKEWED)
+    (tmp_path / "skewed.py").write_text(SKEWED_HOOK)
     declare(tmp_path, "skewed", {"skewed.skew": "skewed:skew"})
-    code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", "--nproc", "2", *QUICK, path=tmp_path)
+    code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", "--nproc", "2", *SHORT, path=tmp_path)
     assert code == 1, errors
     verdicts = {(row["layout"], row["wrapper"]): row["verdict"] for row in rows}
-    assert verdicts["dp2", "ddp"] == "equal"  # where the wrapper broadcasts the weights
+    assert verdicts["dp2", "ddp"] == "equal"  # the wrapper broadcasts the weights
     assert verdicts["tp2 dp1", "ddp"] == "different"
     assert "final_layernorm" in next(row["parameter"] for row in rows if row["layout"] == "tp2 dp1")
-    said = [line for line in errors.splitlines() if not re.match(r"\d+ of 28: ", line)]
-    assert said == ["Transformer Engine is not installed: building layers in PyTorch"]
+    other_lines = [line for line in errors.splitlines() if not re.match(r"\d+ of 28: ", line)]
+    assert other_lines == ["Transformer Engine is not installed: building layers in PyTorch"]
 
 
 def test_verify_works_for_an_extension(tmp_path: Path) -> None:
     targets = tomllib.loads((EXTENSION / "pyproject.toml").read_text())["project"]["entry-points"]["bridge.targets"]
     (tmp_path / "bigram").symlink_to(EXTENSION / "src" / "bigram")
     declare(tmp_path, "bigram", targets)
-    code, rows, errors = verify(EXTENSION / "bigram.yaml", "--nproc", "2", *QUICK, path=tmp_path)
+    code, rows, errors = verify(EXTENSION / "bigram.yaml", "--nproc", "2", *SHORT, path=tmp_path)
     assert code == 0, (errors, rows)
     equal = {(row["layout"], row["wrapper"]) for row in rows if row["verdict"] == "equal"}
     assert {("dp2", "ddp"), ("dp2", "megatron-fsdp"), ("dp2", "torch-fsdp2"), ("tp2 dp1", "ddp")} <= equal
@@ -107,28 +107,28 @@ ROW = Row(layout="tp2", wrapper="ddp", verdict=Verdict.EQUAL)
 LIMITS = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
 
 
-def trained(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.0) -> TrainingResult:
+def make_result(loss: float = 2.0, grad_norm: float | None = 1.0, weight: float = 0.0) -> TrainingResult:
     return TrainingResult(losses=[3.0, loss], grad_norms=[1.0, grad_norm], weight_difference=weight, parameter="w")
 
 
 @pytest.mark.parametrize(
     "found",
     [
-        trained(loss=2.0001),
-        trained(loss=math.nan),
-        trained(grad_norm=1.001),
-        trained(grad_norm=math.nan),
-        trained(grad_norm=None),
-        trained(weight=0.01),
-        trained(weight=math.nan),
+        make_result(loss=2.0001),
+        make_result(loss=math.nan),
+        make_result(grad_norm=1.001),
+        make_result(grad_norm=math.nan),
+        make_result(grad_norm=None),
+        make_result(weight=0.01),
+        make_result(weight=math.nan),
     ],
 )
 def test_any_difference_beyond_rounding_is_a_mismatch(found: TrainingResult) -> None:
-    assert judge(ROW, found, trained(), LIMITS).is_mismatch
+    assert judge(ROW, found, make_result(), LIMITS).is_mismatch
 
 
 def test_rounding_is_not_a_mismatch() -> None:
-    row = judge(ROW, trained(loss=2.00001, grad_norm=1.00005, weight=1e-4), trained(), LIMITS)
+    row = judge(ROW, make_result(loss=2.00001, grad_norm=1.00005, weight=1e-4), make_result(), LIMITS)
     assert row.verdict is Verdict.EQUAL
     assert row.loss_difference == pytest.approx(5e-6)
 

@@ -1,4 +1,4 @@
-"""Parameters split by tensor parallelism are marked; random weights are initialised by name in the whole model."""
+"""Parameters split by tensor parallelism are marked; random weights depend only on their full names."""
 
 from __future__ import annotations
 
@@ -31,58 +31,58 @@ OPTIONS = {
     "plain": ("tiny",),
     "attention sinks": ("tiny", "transformer.softmax_type=learnable"),
     "softmax off by one": ("tiny", "transformer.softmax_type=off-by-one"),
-    "attention sinks of experts": ("moe-tiny", "transformer.softmax_type=learnable"),
-    "attention sinks of a hybrid": ("hybrid-tiny", "transformer.softmax_type=learnable"),
-    "biases of queries, keys and values": (
+    "attention sinks, experts": ("moe-tiny", "transformer.softmax_type=learnable"),
+    "attention sinks, hybrid": ("hybrid-tiny", "transformer.softmax_type=learnable"),
+    "QKV biases": (
         "tiny",
         "transformer.add_bias_linear=false",
         "transformer.add_qkv_bias=true",
     ),
     "gates, grouped queries": ("tiny", "transformer.gated_linear_unit=true", "transformer.num_query_groups=2"),
     "one query group for two ranks": ("tiny", "transformer.num_query_groups=1"),
-    "gates of attention": ("tiny", "transformer.attention_output_gate=true"),
-    "norms of queries and keys": ("tiny", "transformer.qk_layernorm=true"),
+    "attention output gates": ("tiny", "transformer.attention_output_gate=true"),
+    "query and key norms": ("tiny", "transformer.qk_layernorm=true"),
     "RMSNorm": ("tiny", "transformer.normalization=RMSNorm", "transformer.layernorm_zero_centered_gamma=true"),
     "tied embeddings": ("tiny", "share_embeddings_and_output_weights=true"),
     "padded vocabulary": ("tiny", "vocab_size=250"),
     "multi-token prediction": ("tiny", "position_embedding_type=rope", "transformer.mtp_num_layers=1"),
-    "kernels of other sizes": ("tiny", "transformer.kv_channels=8", "transformer.ffn_hidden_size=96"),
+    "other head and MLP sizes": ("tiny", "transformer.kv_channels=8", "transformer.ffn_hidden_size=96"),
     "biases of experts": (
         "moe-tiny",
         "transformer.add_bias_linear=true",
         "transformer.expert_tensor_parallel_size=1",
     ),
     "sequential experts": ("moe-tiny", "transformer.moe_grouped_gemm=false"),
-    "experts whole on each rank": ("moe-tiny", "transformer.expert_tensor_parallel_size=1"),
-    "sequential experts, whole on each rank": (
+    "experts without tensor parallelism": ("moe-tiny", "transformer.expert_tensor_parallel_size=1"),
+    "sequential experts without tensor parallelism": (
         "moe-tiny",
         "transformer.moe_grouped_gemm=false",
         "transformer.expert_tensor_parallel_size=1",
     ),
     "shared experts": ("moe-tiny", "transformer.moe_shared_expert_intermediate_size=64"),
-    "gates of shared experts": (
+    "shared experts with gates": (
         "moe-tiny",
         "transformer.moe_shared_expert_intermediate_size=64",
         "transformer.moe_shared_expert_gate=true",
     ),
-    "biases that balance experts": (
+    "expert biases in the router": (
         "moe-tiny",
         "transformer.moe_router_score_function=sigmoid",
         "transformer.moe_router_enable_expert_bias=true",
     ),
-    "some layers of experts": ("moe-tiny", "transformer.moe_layer_freq=[0,1,1,0]"),
+    "experts in some layers": ("moe-tiny", "transformer.moe_layer_freq=[0,1,1,0]"),
     "latent attention": ("mla-tiny",),
     "latent attention without latent queries": ("mla-tiny", "transformer.q_lora_rank=null"),
     "hybrid": ("hybrid-tiny",),
-    "skips for each channel": ("mamba-tiny",),
+    "Mamba": ("mamba-tiny",),
     "T5, relative positions": ("t5-tiny",),
     "T5, learned positions": ("t5-tiny", "position_embedding_type=learned_absolute"),
     "T5, gates and biases": ("t5-tiny", "transformer.gated_linear_unit=true", "transformer.add_bias_linear=true"),
 }
 
 
-def shrunk(name: str) -> Document:
-    """A preset with a few layers of each of its kinds, of a few experts; sizes of layers are its own."""
+def load_shrunk(name: str) -> Document:
+    """Return a preset with one layer of each kind and a few experts; sizes of layers do not change."""
     document = Document.load(name)
     transformer = document.data["transformer"]
     pattern = document.data.get("hybrid_layer_pattern")
@@ -94,13 +94,15 @@ def shrunk(name: str) -> Document:
         kinds = "".join(dict.fromkeys(pattern))
         document.set("hybrid_layer_pattern", kinds)
         document.set("transformer.num_layers", len(kinds))
-    if transformer.get("mamba_num_groups") == 1:  # one does not split
+    if transformer.get("mamba_num_groups") == 1:  # one group cannot be split
         document.set("transformer.mamba_num_groups", 2)
     if "num_moe_experts" in transformer:
         document.set("transformer.num_moe_experts", 4)
         document.set("transformer.moe_router_topk", 2)
         if transformer.get("add_bias_linear"):
-            document.set("transformer.expert_tensor_parallel_size", 1)  # Megatron's experts have biases with no other
+            document.set(
+                "transformer.expert_tensor_parallel_size", 1
+            )  # Megatron's experts support biases only with this size
         for field in ("moe_router_num_groups", "moe_router_group_topk"):
             if field in transformer:
                 document.remove(f"transformer.{field}")
@@ -108,10 +110,10 @@ def shrunk(name: str) -> Document:
 
 
 @contextmanager
-def built(
+def build_rank(
     document: Document, *, rank: int = 0, **sizes: int
 ) -> Iterator[tuple[MegatronModule, ProcessGroupCollection]]:
-    """The stage of one rank of a layout, and its groups."""
+    """Build the stage of one rank of a layout; yield the stage and its groups."""
     apply_layout(document, sizes)
     builder = make_builder(document.config())
     layout = Layout.of(builder.transformer_config, math.prod(sizes.values()))
@@ -121,14 +123,14 @@ def built(
         yield stage, groups
 
 
-def placements(document: Document, *, tp: int) -> dict[str, Placement]:
-    with on_meta(), built(document, tp=tp) as (stage, groups):
+def find_placements(document: Document, *, tp: int) -> dict[str, Placement]:
+    with on_meta(), build_rank(document, tp=tp) as (stage, groups):
         return {named.placement.full_name: named.placement for named in named_parameters(stage, groups)}
 
 
 def check_marks(one: Document, several: Document, *, tp: int = 2) -> None:
-    """What tensor parallelism splits has Megatron's attributes, and nothing else has."""
-    whole, split = placements(one, tp=1), placements(several, tp=tp)
+    """Check that exactly the parameters split by tensor parallelism have Megatron's attributes."""
+    whole, split = find_placements(one, tp=1), find_placements(several, tp=tp)
     assert whole.keys() == split.keys()
     differ = {name for name in whole if whole[name].shape != split[name].shape}
     assert differ == {name for name, placement in split.items() if placement.shards > 1}
@@ -141,7 +143,7 @@ def check_marks(one: Document, several: Document, *, tp: int = 2) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_mark_their_split_parameters(name: str) -> None:
-    check_marks(shrunk(name), shrunk(name), tp=5 if name == "gpt2-xl" else 2)  # which has 25 heads
+    check_marks(load_shrunk(name), load_shrunk(name), tp=5 if name == "gpt2-xl" else 2)  # gpt2-xl has 25 heads
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -151,8 +153,8 @@ def test_layers_mark_their_split_parameters(options: tuple[str, ...]) -> None:
 
 
 def test_gpt_oss_20b_has_its_published_number_of_parameters() -> None:
-    """Those of gpt-oss-20b's published weights."""
-    sizes = placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
+    """The number of elements of the published weights."""
+    sizes = find_placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
     assert sum(placement.logical_shape(201088).numel() for placement in sizes.values()) == 20_914_757_184
 
 
@@ -163,10 +165,10 @@ def weights(stage: MegatronModule, groups: ProcessGroupCollection) -> Weights:
     return {named.placement.full_name: named.parameter.detach().clone() for named in named_parameters(stage, groups)}
 
 
-def before_and_after(document: Document, *, seed: int) -> tuple[Weights, Weights]:
-    """The weights of a whole model, built from a seed, before they are drawn and after."""
+def weights_before_and_after(document: Document, *, seed: int) -> tuple[Weights, Weights]:
+    """Build a whole model from a seed; return its weights before and after initialisation by name."""
     torch.manual_seed(seed)
-    with cpu_runtime(), built(document, tp=1) as (stage, groups):
+    with cpu_runtime(), build_rank(document, tp=1) as (stage, groups):
         before = weights(stage, groups)
         draw_weights([stage], groups, vocab_size=document.data["vocab_size"])
         return before, weights(stage, groups)
@@ -175,7 +177,9 @@ def before_and_after(document: Document, *, seed: int) -> tuple[Weights, Weights
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_all_random_weights_are_initialised_by_name(options: tuple[str, ...]) -> None:
     name, *overrides = options
-    (one, drawn), (two, again) = (before_and_after(Document.load(name, overrides), seed=seed) for seed in (1, 2))
+    (one, drawn), (two, again) = (
+        weights_before_and_after(Document.load(name, overrides), seed=seed) for seed in (1, 2)
+    )
     random = {name for name in one if not torch.equal(one[name], two[name])}
     for name, weight in drawn.items():
         assert torch.equal(weight, again[name]), name
@@ -185,19 +189,19 @@ def test_all_random_weights_are_initialised_by_name(options: tuple[str, ...]) ->
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_each_rank_initialises_its_part_of_the_same_weights(options: tuple[str, ...]) -> None:
     name, *overrides = options
-    _, drawn = before_and_after(Document.load(name, overrides), seed=1)
+    _, drawn = weights_before_and_after(Document.load(name, overrides), seed=1)
     document = Document.load(name, overrides)
     vocab = document.data["vocab_size"]
     torch.manual_seed(2)
-    with cpu_runtime(), built(document, rank=1, tp=2) as (stage, groups):
+    with cpu_runtime(), build_rank(document, rank=1, tp=2) as (stage, groups):
         draw_weights([stage], groups, vocab_size=vocab)
         for placement, parameter, _ in named_parameters(stage, groups):
             whole = drawn[placement.full_name][: placement.logical_shape(vocab)[0]]
             assert torch.equal(parameter, placement.cut(placement.pad(whole))), placement.full_name
 
 
-class Own(MegatronModule):
-    """Layers that are not Megatron's: biases that torch draws, and vectors, one of them split over the ranks."""
+class OwnLayers(MegatronModule):
+    """A module without Megatron's layers: a linear layer of torch and vectors, one of them split over ranks."""
 
     def __init__(self, config: TransformerConfig, *, rank: int, ranks: int) -> None:
         super().__init__(config)
@@ -216,7 +220,7 @@ def draw_own_layers() -> dict[str, list[float]]:
     )
     groups = create_process_groups(Layout(tp=ranks))
     torch.manual_seed(10 * ranks + rank)
-    stage = Own(config, rank=rank, ranks=ranks)
+    stage = OwnLayers(config, rank=rank, ranks=ranks)
     draw_weights([stage], groups, vocab_size=None)
     return {name: parameter.flatten().tolist() for name, parameter in stage.named_parameters()}
 
@@ -227,6 +231,6 @@ def test_layers_outside_megatron_are_initialised_by_name() -> None:
     split = first.pop("split") + second.pop("split")
     assert split == whole.pop("split") != [0.25, 0.75]
     assert first == second == whole
-    assert 0 < abs(whole["linear.bias"][0]) <= 0.1  # a hundred inputs
+    assert 0 < abs(whole["linear.bias"][0]) <= 0.1  # 1 / sqrt(100 inputs)
     assert max(map(abs, whole["whole"])) > 1
     assert (whole["norm.weight"], whole["norm.bias"], whole["scale"]) == ([1.0] * 8, [0.0] * 8, [3.0])

@@ -1,4 +1,4 @@
-"""A tiny GPT of Megatron's own layers, built under any options of the wrappers, and trained for a few steps."""
+"""Build a tiny GPT of Megatron's layers with any options of the wrappers, and train it for a few steps."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GptBuilder(DistributedModelBuilder[GPTModel, GptConfig]):
 
 @dataclass(kw_only=True)
 class Case:
-    """One build of a tiny GPT. Parameters whose names begin with ``frozen`` are frozen before wrapping."""
+    """Options of one build of a tiny GPT. Parameters whose names start with ``frozen`` are frozen before wrapping."""
 
     transformer: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
@@ -102,14 +102,14 @@ class Run(NamedTuple):
 
 
 class Built(NamedTuple):
-    stages: list[Any]  # wrapped: what forwards to the model and has methods of its own
+    stages: list[Any]  # wrapped stages, whose class depends on the wrapper
     groups: ProcessGroupCollection
     layout: Layout
 
 
 @contextmanager
-def built(case: Case, *, instances: int = 1) -> Iterator[Built]:
-    """Build a case on process groups of its own, from weights drawn by name or by Megatron itself."""
+def build_case(case: Case, *, instances: int = 1) -> Iterator[Built]:
+    """Create process groups and build a case, with weights initialised by name or by Megatron."""
     config = case.config
     layout = Layout.of(config.transformer, torch.distributed.get_world_size())
     groups = create_process_groups(layout, optimizer_instances=instances)
@@ -131,10 +131,10 @@ def built(case: Case, *, instances: int = 1) -> Iterator[Built]:
         destroy_process_groups()
 
 
-def trained(built: Built, *, steps: int = 3) -> Run:
+def train_built(case: Built, *, steps: int = 3) -> Run:
     text = Text.read(default_text(), vocab_size=VOCAB)
     options = TrainOptions(steps=steps, text=default_text(), seq_length=16, global_batch_size=4)
-    taken = list(train(list(built.stages), built.groups, built.layout, text=text, options=options))
+    taken = list(train(list(case.stages), case.groups, case.layout, text=text, options=options))
     return Run([step.loss for step in taken], [step.grad_norm for step in taken])
 
 
@@ -142,8 +142,8 @@ def train_cases(cases: dict[str, Case], instances: int = 1) -> dict[str, Run]:
     """Train each case on this rank from the same weights."""
     runs = {}
     for name, case in cases.items():
-        with built(case, instances=instances) as stages:
-            runs[name] = trained(stages)
+        with build_case(case, instances=instances) as stages:
+            runs[name] = train_built(stages)
     return runs
 
 

@@ -1,4 +1,4 @@
-"""A model family outside the workspace, against the built wheels: it type-checks, and `bridge build` trains it."""
+"""A model family outside the workspace type-checks with the built wheels and is trained by `bridge build`."""
 
 import json
 import math
@@ -69,9 +69,11 @@ def test_extension_is_built_and_trained(environment: Environment, extension: Pat
     report = build(environment, "--nproc", "2", "--tp", "2", cwd=extension)
     assert report["parameters"] == 2 * 256 * 32
     assert [chunk["wrappers"][-1] for rank in report["ranks"] for chunk in rank["chunks"]] == ["BigramModel"] * 2
-    assert report["losses"][0] == pytest.approx(math.log(256), abs=1e-3)  # nothing learned: any byte is as likely
+    assert report["losses"][0] == pytest.approx(
+        math.log(256), abs=1e-3
+    )  # an untrained model: all bytes are equally likely
 
-    # One rank gives the same; and without the hook of the document the embedding has a gradient too.
+    # One rank gives the same loss. Without the hook in the document the embedding has a gradient, too.
     without_hook = build(environment, "pre_wrap_hooks=[]", cwd=extension)
     assert without_hook["losses"][0] == pytest.approx(report["losses"][0], abs=1e-5)
     assert without_hook["grad_norms"][0] > report["grad_norms"][0] * 1.01

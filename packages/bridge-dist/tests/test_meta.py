@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from ranks import run_ranks
-from wrapped_gpt import BF16, EXPERTS, PP2, TP2, Built, Case, built, fsdp, fsdp2, trained
+from wrapped_gpt import BF16, EXPERTS, PP2, TP2, Built, Case, build_case, fsdp, fsdp2, train_built
 
 from bridge.dist import BuildOptions, Layout, create_process_groups, prepare_stages
 from bridge.dist.engine.meta import materialize
@@ -51,12 +51,12 @@ def train_on_meta(cases: dict[str, Case]) -> list[str]:
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("bridge.dist.engine.meta").addHandler(handler)
     for name, case in cases.items():
-        with built(case) as made:
-            expected_attributes, expected = parameter_attributes(made), trained(made, steps=1)
-        with built(replace(case, transformer=case.transformer | {"init_model_with_meta_device": True})) as made:
+        with build_case(case) as made:
+            expected_attributes, expected = parameter_attributes(made), train_built(made, steps=1)
+        with build_case(replace(case, transformer=case.transformer | {"init_model_with_meta_device": True})) as made:
             assert not any(tensor.is_meta for tensor in made.stages[0].state_dict().values() if tensor is not None)
             assert parameter_attributes(made) == expected_attributes, name
-            assert trained(made, steps=1) == expected, name
+            assert train_built(made, steps=1) == expected, name
     return records
 
 

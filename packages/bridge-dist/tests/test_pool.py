@@ -26,15 +26,15 @@ def pool() -> Iterator[RankPool]:
 
 
 def test_ranks_are_reused_by_the_next_job(pool: RankPool) -> None:
-    first = pool.run(rank_functions.process, ranks=2)
+    first = pool.run(rank_functions.process_id, ranks=2)
     assert len(set(first)) == 2
-    assert pool.run(rank_functions.process, ranks=2) == first
-    assert pool.run(rank_functions.process, ranks=1) == first[:1]
+    assert pool.run(rank_functions.process_id, ranks=2) == first
+    assert pool.run(rank_functions.process_id, ranks=1) == first[:1]
 
 
 def test_each_rank_knows_its_place(pool: RankPool) -> None:
-    assert pool.run(rank_functions.place, ranks=2) == [("0", "2", "0", "2"), ("1", "2", "1", "2")]
-    assert pool.run(rank_functions.place, ranks=1) == [("0", "1", "0", "1")]
+    assert pool.run(rank_functions.rank_variables, ranks=2) == [("0", "2", "0", "2"), ("1", "2", "1", "2")]
+    assert pool.run(rank_functions.rank_variables, ranks=1) == [("0", "1", "0", "1")]
 
 
 def test_the_first_error_is_raised_and_later_jobs_run(pool: RankPool) -> None:
@@ -42,7 +42,7 @@ def test_the_first_error_is_raised_and_later_jobs_run(pool: RankPool) -> None:
         pool.run(rank_functions.fail_on, 1, ranks=2)
     assert isinstance(caught.value.__cause__, ValueError)
     assert "in fail_on" in caught.value.__notes__[0]
-    assert len(pool.run(rank_functions.process, ranks=2)) == 2
+    assert len(pool.run(rank_functions.process_id, ranks=2)) == 2
 
 
 def test_log_messages_of_ranks_are_not_repeated(pool: RankPool, caplog: pytest.LogCaptureFixture) -> None:
@@ -57,14 +57,14 @@ def test_a_rank_that_exits_is_an_error(pool: RankPool) -> None:
         pool.run(rank_functions.exit_on, 0, ranks=2)
     with pytest.raises(LaunchError, match="rank 1 was killed: SIGKILL, signal 9"):
         pool.run(rank_functions.kill, 1, ranks=2)
-    assert len(pool.run(rank_functions.process, ranks=2)) == 2
+    assert len(pool.run(rank_functions.process_id, ranks=2)) == 2
 
 
 def test_a_rank_that_was_killed_between_jobs_is_replaced(pool: RankPool) -> None:
-    before = pool.run(rank_functions.process, ranks=2)
+    before = pool.run(rank_functions.process_id, ranks=2)
     os.kill(before[1], signal.SIGKILL)
     time.sleep(0.5)
-    assert not set(pool.run(rank_functions.process, ranks=2)) & {before[1]}
+    assert not set(pool.run(rank_functions.process_id, ranks=2)) & {before[1]}
 
 
 def test_a_result_that_cannot_be_pickled_is_an_error(pool: RankPool) -> None:
@@ -75,7 +75,7 @@ def test_a_result_that_cannot_be_pickled_is_an_error(pool: RankPool) -> None:
 def test_no_rank_outlives_the_pool() -> None:
     start_fork_server(2)
     with RankPool() as pool:
-        ranks = pool.run(rank_functions.process, ranks=2)
+        ranks = pool.run(rank_functions.process_id, ranks=2)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 

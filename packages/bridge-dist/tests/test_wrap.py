@@ -24,7 +24,7 @@ from wrapped_gpt import (
     Case,
     Run,
     assert_equal,
-    built,
+    build_case,
     fsdp,
     fsdp2,
     train_cases,
@@ -80,7 +80,7 @@ def test_options_of_ddp_do_not_change_the_training_result(one_process: dict[str,
 
 
 def is_function_restored() -> bool:
-    with built(DDP["fp32 accumulation"]):
+    with build_case(DDP["fp32 accumulation"]):
         return bool(param_and_grad_buffer.dist_reduce_scatter_func is torch.distributed.reduce_scatter_tensor)
 
 
@@ -127,7 +127,7 @@ def check_layer_wise_gradients() -> None:
     flags = {"use_layer_wise_distributed_optimizer": True}
     whole = gradients(Case(ddp=OVERLAP, flags=flags | {"use_layer_wise_param_layout": False}))
     assert all(torch.allclose(whole[name], gradient, atol=1e-6) for name, gradient in expected.items())
-    with built(Case(ddp=OVERLAP, flags=flags)) as made:
+    with build_case(Case(ddp=OVERLAP, flags=flags)) as made:
         backward(made)
         (stage,) = made.stages
         matrices = {
@@ -156,7 +156,7 @@ def check_layer_wise_gradients() -> None:
 
 
 def gradients(case: Case) -> dict[str, torch.Tensor]:
-    with built(case) as made:
+    with build_case(case) as made:
         backward(made)
         return {name: parameter.main_grad.clone() for name, parameter in made.stages[0].module.named_parameters()}
 
@@ -286,7 +286,9 @@ def test_random_init_copies_weights_of_the_first_rank_in_every_wrapper() -> None
 
 
 def expert_weights() -> dict[str, float]:
-    with built(Case(transformer=EXPERTS | {"expert_model_parallel_size": 2}, drawn=False, seed_by_rank=True)) as made:
+    with build_case(
+        Case(transformer=EXPERTS | {"expert_model_parallel_size": 2}, drawn=False, seed_by_rank=True)
+    ) as made:
         return {name: parameter.sum().item() for name, parameter in made.stages[0].named_parameters()}
 
 
