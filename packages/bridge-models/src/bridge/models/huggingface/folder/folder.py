@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.config.errors import Problem
+from bridge.config.problems import describe_value
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.convert import from_hf
 from bridge.models.huggingface.document_fields import read_fields
-from bridge.models.huggingface.folder.headers import read_headers
-from bridge.models.huggingface.folder.match import Match, match
-from bridge.models.huggingface.folder.stored import Stored, pair_scales, rename
+from bridge.models.huggingface.folder.headers import format_tensor, read_headers
+from bridge.models.huggingface.folder.match import Match, list_tensors, match
+from bridge.models.huggingface.folder.names import rename
+from bridge.models.huggingface.folder.stored import FP8_BLOCK, Stored, pair_scales
 from bridge.models.huggingface.ignored import QUANTIZATION
 from bridge.models.huggingface.matching import find_architecture
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Weight
-
-_READABLE = (None, "fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,39 @@ def open_folder(path: str | Path) -> Folder:
     architecture = find_architecture(config)
     fields = read_fields(converted.data)
     entries = list(architecture.weights(Sizes(fields)))
-    embedding = next(one for one in entries if isinstance(one, Weight)).forms[0][0].tensor
-    stored, outside = rename(pair_scales(read_headers(path)), base=architecture.base, embedding=embedding)
+    known = {name for entry in entries for name in list_tensors(entry)}
+    stored, outside = rename(pair_scales(read_headers(path)), base=architecture.base, known=known)
     found = match(entries, stored, unused=architecture.unused_tensors)
     if found.problems:
         raise WeightsError(found.problems)
     notes = [*converted.notes, *found.notes]
     if outside:
-        notes.append(f"{len(outside)} tensors outside the language model are left out, {outside[0]} the first of them")
+        first = format_tensor(outside[0])
+        notes.append(f"{len(outside)} tensors outside the language model are left out, {first} the first of them")
     return Folder(path, converted.data, fields, stored, found, notes)
 
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
+    """Check that config.json says nothing else about quantization than what is read.
+
+    Raises:
+        WeightsError: The weights are quantized in another way.
+    """
     settings = config.get(QUANTIZATION)
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if settings is not None and method not in _READABLE[1:]:
-        raise WeightsError(
-            [
-                Problem(
-                    str(path / "config.json"),
-                    f"$.{QUANTIZATION}: weights quantized by {method} are not read: supported are fp8 and mxfp4",
-                )
-            ]
-        )
+    if settings is None:
+        return
+    given = settings if isinstance(settings, dict) else {}
+    method, block = given.get("quant_method"), given.get("weight_block_size", _BLOCK)
+    if method not in _METHODS:
+        where = f"$.{QUANTIZATION}.quant_method"
+        message = f"expected one of {', '.join(_METHODS)}, got {describe_value(method)}: other weights are not read"
+    elif method == "fp8" and block != _BLOCK:
+        where = f"$.{QUANTIZATION}.weight_block_size"
+        message = f"expected {_BLOCK}, got {json.dumps(block)[:60]}: FP8 with other blocks is not read"
+    else:
+        return
+    raise WeightsError([Problem(where, message, str(path / "config.json"))])
+
+
+_METHODS = ("fp8", "mxfp4")
+_BLOCK = [FP8_BLOCK, FP8_BLOCK]

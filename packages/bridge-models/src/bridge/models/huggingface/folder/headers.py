@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +40,7 @@ class Header:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Return the tensors of a folder by name.
+    """Return the tensors of a folder by name. A single file is preferred over an index, as in transformers.
 
     safetensors checks each header against the size of its file before it returns anything.
 
@@ -45,69 +48,114 @@ def read_headers(folder: Path) -> dict[str, Header]:
         WeightsError: The folder has no safetensors files, a file is broken, or the index does not fit the files.
     """
     index = folder / INDEX
-    listed = _read_index(index) if index.is_file() else None
-    files = sorted(set(listed.values())) if listed is not None else [SINGLE]
-    if listed is None and not (folder / SINGLE).is_file():
+    if os.path.isfile(folder / SINGLE):
+        return _read_files(folder, {SINGLE: None})
+    if not os.path.lexists(index):
         raise WeightsError([Problem(str(folder), _explain_missing(folder))])
+    listed = _read_index(index)
+    files: dict[str, set[str]] = {}
+    for name, file in listed.items():
+        files.setdefault(file, set()).add(name)
+    return _read_files(folder, dict(sorted(files.items())))
+
+
+def format_tensor(name: str) -> str:
+    """Return the name of a tensor as messages have it: on one line, of a limited length."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else quote_name(name)
+
+
+_LONGEST_NAME = 200
+
+
+def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str, Header]:
+    """Read the headers of files, each with the tensors that the index says it has; None if there is no index."""
     headers: dict[str, Header] = {}
     problems = []
-    for name in files:
+    for name, listed in files.items():
+        file = folder / name
         try:
-            for header in _read_file(folder / name):
-                if listed is not None and listed.get(header.name) != name:
-                    problems.append(Problem(str(folder / name), _explain_unlisted(header.name, listed)))
-                headers[header.name] = header
-        except FileNotFoundError:
-            problems.append(Problem(str(index), f"names {quote_name(name)}, which is not in the folder"))
+            found = {header.name: header for header in _read_file(file)}
         except (SafetensorError, OSError) as error:
-            problems.append(Problem(str(folder / name), f"is not a whole safetensors file: {error}"))
-    if not problems and listed is not None:
-        missing = sorted(set(listed) - set(headers))
-        problems += [
-            Problem(str(index), f"says that {listed[name]} has {quote_name(name)}, which it has not")
-            for name in missing
-        ]
+            problems.append(Problem(str(file), _explain_broken(file, error)))
+            continue
+        if listed is not None:
+            missing, unlisted = sorted(listed - found.keys()), sorted(found.keys() - listed)
+            problems += [Problem(str(file), f"lacks {format_tensor(one)}, which {INDEX} lists") for one in missing]
+            problems += [
+                Problem(str(file), f"has {format_tensor(one)}, which {INDEX} does not list in it") for one in unlisted
+            ]
+        headers |= found
     if problems:
         raise WeightsError(problems)
     return headers
 
 
 def _read_file(file: Path) -> Iterator[Header]:
-    if not file.is_file():
-        raise FileNotFoundError(file)
+    _check_regular(file)
     with safe_open(file, framework="np") as opened:
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
             described = opened.get_slice(name)
             yield Header(file, name, described.get_dtype(), tuple(described.get_shape()))
 
 
+def _check_regular(file: Path) -> None:
+    """Check that a file is a regular one: a pipe would block, and a device may act when it is opened.
+
+    Raises:
+        OSError: It is not.
+    """
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError("not a regular file")
+
+
+def _explain_broken(file: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return f"is not a whole safetensors file: {error}"
+
+
 def _read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor.
+
+    Raises:
+        WeightsError: The index cannot be read, or does not map tensors to files of its folder.
+    """
     try:
+        _check_regular(index)
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise OSError(f"larger than {_LARGEST_INDEX:,} bytes")
         read = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError([Problem(str(index), f"cannot be read as JSON: {error}")]) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise WeightsError([Problem(str(index), f"cannot be read as JSON: {reason}")]) from error
     listed = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise WeightsError([Problem(str(index), "expected weight_map, a mapping from tensors to files")])
-    outside = [name for name in listed.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    outside = [name for name in listed.values() if not _FILE.fullmatch(name)]
     if outside:
         message = f"names {quote_name(outside[0])}: expected a safetensors file of this folder"
         raise WeightsError([Problem(str(index), message)])
     return listed
 
 
-def _explain_unlisted(name: str, listed: dict[str, str]) -> str:
-    where = f"the index says it is in {listed[name]}" if name in listed else "the index does not list it"
-    return f"has the tensor {quote_name(name)}, but {where}"
+_LARGEST_INDEX = 100_000_000  # safetensors allows headers of this size
+_FILE = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
 
 
 def _explain_missing(folder: Path) -> str:
+    """Return what a folder without an index or a readable single file has instead."""
     if not folder.is_dir():
-        return "expected a folder with config.json and model.safetensors"
-    for file in sorted(folder.iterdir()):
+        return f"expected a folder with config.json and {SINGLE}"
+    files = sorted(folder.iterdir())
+    if os.path.lexists(folder / SINGLE):
+        return f"{SINGLE} is not a regular file"
+    for file in files:
+        if file.suffix == ".safetensors":
+            return f"has {quote_name(file.name)}, but neither {SINGLE} nor {INDEX}"
+    for file in files:
         if file.suffix in _OTHER_FORMATS:
             return (
-                f"has no {SINGLE}, and {file.name} is {_OTHER_FORMATS[file.suffix]}, which is not read: "
+                f"has no {SINGLE}, and {quote_name(file.name)} is {_OTHER_FORMATS[file.suffix]}, which is not read: "
                 "load it with transformers and save it with save_pretrained"
             )
     return f"has neither {SINGLE} nor {INDEX}"

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from bridge.config.errors import Problem, did_you_mean
-from bridge.models.huggingface.folder.stored import Stored
+from bridge.models.huggingface.folder.headers import format_tensor
+from bridge.models.huggingface.folder.stored import Format, Stored
 from bridge.models.huggingface.weights.weight import Entry, Part, Repetition, Weight
 
 
@@ -25,6 +26,13 @@ class Match:
     notes: list[str]
 
 
+def list_tensors(entry: Entry) -> set[str]:
+    """Return the tensors that an entry of a table may be made of."""
+    if isinstance(entry, Repetition):
+        return {entry.tensor}
+    return {part.tensor for form in entry.forms for part in form}
+
+
 def match(entries: Iterable[Entry], stored: Mapping[str, Stored], *, unused: Sequence[str]) -> Match:
     """Match a table and the tensors of a folder.
 
@@ -34,37 +42,55 @@ def match(entries: Iterable[Entry], stored: Mapping[str, Stored], *, unused: Seq
         unused: Patterns of tensors that folders may have and models do not need.
     """
     found = Match({}, [], [], [])
-    needed: set[str] = set()
-    optional: set[str] = set()
+    missing: dict[str, Weight] = {}
+    known: set[str] = set()
     for entry in entries:
         if isinstance(entry, Repetition):
-            optional.add(entry.tensor)
+            known.add(entry.tensor)
             if entry.tensor in stored and entry.of in stored:
                 found.repeated.append(entry)
                 _check_repetition(entry, stored, found)
             continue
         parts = _choose_form(entry, stored)
         found.weights[entry.name] = entry, parts
-        for part in {part.tensor: part for part in parts}.values():
-            needed.add(part.tensor)
-            _check_tensor(part, entry, stored, found)
-    found.problems.extend(_find_unknown(stored, needed | optional, unused))
+        for part in parts:
+            if part.tensor in stored and part.tensor not in known:
+                _check_tensor(part, entry, stored[part.tensor], found)
+            elif part.tensor not in stored:
+                missing.setdefault(part.tensor, entry)
+            known.add(part.tensor)
+    if not known & stored.keys():
+        found.problems.append(_explain_stranger(missing, stored))
+        return found
+    found.problems.extend(Problem(name, f"missing: {weight.name} is made of it") for name, weight in missing.items())
+    found.problems.extend(_find_unknown(stored, known, missing, unused))
     return found
 
 
+def _explain_stranger(missing: Mapping[str, Weight], stored: Mapping[str, Stored]) -> Problem:
+    expected = next(iter(missing))
+    message = "missing, as are all weights of the model that config.json describes"
+    if stored:
+        first = next(iter(stored.values())).values
+        return Problem(expected, f"{message}; instead the folder has {format_tensor(first.name)}", str(first.file))
+    return Problem(expected, f"{message}: the folder has no tensors")
+
+
 _MOST_HINTS = 3
+_MOST_CANDIDATES = 1000  # a comparison takes 20 us; where more are missing, they are not renamed
 
 
-def _find_unknown(stored: Mapping[str, Stored], known: Set[str], unused: Sequence[str]) -> Iterable[Problem]:
-    missing = [name for name in known if name not in stored]
+def _find_unknown(
+    stored: Mapping[str, Stored], known: Set[str], missing: Mapping[str, Weight], unused: Sequence[str]
+) -> Iterable[Problem]:
     unknown = [name for name in stored if name not in known and not any(re.fullmatch(one, name) for one in unused)]
     for count, name in enumerate(unknown):
-        hint = did_you_mean(name, missing) if count < _MOST_HINTS else ""  # each takes milliseconds
-        yield Problem(name, f"unknown: no weight of the model is made of it{hint}")
+        hint = did_you_mean(name, missing) if count < _MOST_HINTS and len(missing) <= _MOST_CANDIDATES else ""
+        yield _make_problem(stored[name], f"unknown: no weight of the model is made of it{hint}")
 
 
 def _choose_form(weight: Weight, stored: Mapping[str, Stored]) -> tuple[Part, ...]:
-    """Return the first form whose tensors are all there; failing that, the one with the most of them."""
+    """Return the first form whose tensors are all there; failing that, one that has some of them."""
 
     def count_missing(form: tuple[Part, ...]) -> int:
         return len({part.tensor for part in form if part.tensor not in stored})
@@ -72,22 +98,28 @@ def _choose_form(weight: Weight, stored: Mapping[str, Stored]) -> tuple[Part, ..
     return min(weight.forms, key=lambda form: (count_missing(form) > 0, not any(p.tensor in stored for p in form)))
 
 
-def _check_tensor(part: Part, weight: Weight, stored: Mapping[str, Stored], found: Match) -> None:
-    tensor = stored.get(part.tensor)
-    if tensor is None:
-        found.problems.append(Problem(part.tensor, f"missing: {weight.name} is made of it"))
-        return
+def _check_tensor(part: Part, weight: Weight, tensor: Stored, found: Match) -> None:
     has_more_rows = weight.per_token and tensor.shape[1:] == part.shape[1:] and tensor.shape[0] > part.shape[0]
-    if has_more_rows:
-        found.notes.append(
-            f"{part.tensor} has {tensor.shape[0]:,} rows: those beyond vocab_size, {part.shape[0]:,}, are left out"
-        )
+    if tensor.problem is not None:
+        found.problems.append(_make_problem(tensor, tensor.problem))
+    elif tensor.format is Format.MXFP4 and not part.transposed:
+        found.problems.append(_make_problem(tensor, "is stored as MXFP4, which is read for gpt-oss only"))
+    elif has_more_rows:
+        rows = f"{tensor.shape[0]:,} rows: those beyond vocab_size, {part.shape[0]:,}, are left out"
+        found.notes.append(f"{format_tensor(tensor.values.name)} has {rows}")
     elif tensor.shape != part.shape:
-        found.problems.append(Problem(part.tensor, f"expected the shape {list(part.shape)}, got {list(tensor.shape)}"))
+        message = f"expected the shape {list(part.shape)}, got {list(tensor.shape)}"
+        found.problems.append(_make_problem(tensor, message))
 
 
 def _check_repetition(entry: Repetition, stored: Mapping[str, Stored], found: Match) -> None:
-    expected, shape = stored[entry.of].shape, stored[entry.tensor].shape
-    if shape != expected:
-        message = f"expected the shape {list(expected)} of {entry.of}, which it repeats, got {list(shape)}"
-        found.problems.append(Problem(entry.tensor, message))
+    tensor, expected = stored[entry.tensor], stored[entry.of].shape
+    if tensor.problem is not None:
+        found.problems.append(_make_problem(tensor, tensor.problem))
+    elif tensor.shape != expected:
+        message = f"expected the shape {list(expected)} of {entry.of}, which it repeats, got {list(tensor.shape)}"
+        found.problems.append(_make_problem(tensor, message))
+
+
+def _make_problem(tensor: Stored, message: str) -> Problem:
+    return Problem(format_tensor(tensor.values.name), message, str(tensor.values.file))

@@ -1,19 +1,20 @@
-"""Tensors as a weight table knows them, and how a folder stores them: plain or quantized, under which names."""
+"""How a folder stores its tensors: plain, or quantized with scales in tensors of their own."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from bridge.config.errors import Problem
-from bridge.models.errors import WeightsError
-from bridge.models.huggingface.folder.headers import Header
+from bridge.models.huggingface.folder.headers import Header, format_tensor
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MXFP4_BLOCK = 32
 """Numbers that share a scale, two to a byte."""
+
+
+FP8_BLOCK = 128
+"""Rows and columns of a block, as DeepSeek-V3 stores them."""
 
 
 class Format(Enum):
@@ -34,6 +35,8 @@ class Stored:
     format: Format
     values: Header
     scales: Header | None = None
+    problem: str | None = None
+    """Why it cannot be read; None if it can."""
 
     @property
     def dtype(self) -> str:
@@ -42,62 +45,51 @@ class Stored:
 
 
 def pair_scales(headers: Mapping[str, Header]) -> dict[str, Stored]:
-    """Return the tensors of a folder, each quantized one joined with its scales.
-
-    Raises:
-        WeightsError: A tensor is stored in a way that is not known.
-    """
+    """Return the tensors of a folder, each quantized one joined with its scales."""
     stored: dict[str, Stored] = {}
-    problems: list[Problem] = []
     for name, header in headers.items():
-        if name.endswith(("_scale_inv", "_scales")) and _owner_of_scales(name) in headers:
-            continue
-        if header.dtype in PLAIN_DTYPES:
-            stored[name] = Stored(header.shape, Format.PLAIN, header)
-        elif (scales := headers.get(f"{name}_scale_inv")) is not None and header.dtype == "F8_E4M3":
-            stored[name] = Stored(header.shape, Format.BLOCK_FP8, header, scales)
-            problems += _check_scales(name, header, scales)
-        elif (scales := headers.get(f"{name.removesuffix('_blocks')}_scales")) is not None and name.endswith("_blocks"):
-            owner = name.removesuffix("_blocks")
-            problems += _check_blocks(name, header, scales)
-            if len(header.shape) == 4:
-                experts, rows, blocks, _ = header.shape
-                # transformers has them as [expert, input, output]
-                stored[owner] = Stored((experts, blocks * _MXFP4_BLOCK, rows), Format.MXFP4, header, scales)
-        else:
-            problems.append(Problem(name, _explain_dtype(header.dtype)))
-    if problems:
-        raise WeightsError(problems)
+        packed = name.removesuffix("_blocks")
+        if packed != name and packed not in headers and (scales := headers.get(f"{packed}_scales")) is not None:
+            stored[packed] = _store_mxfp4(header, scales)
+        elif (scales := headers.get(f"{name}_scale_inv")) is not None:
+            stored[name] = Stored(header.shape, Format.BLOCK_FP8, header, scales, _check_scales(header, scales))
+        elif not _is_scale(name, headers):
+            problem = None if header.dtype in PLAIN_DTYPES else _explain_dtype(header.dtype)
+            stored[name] = Stored(header.shape, Format.PLAIN, header, problem=problem)
     return stored
 
 
-def _owner_of_scales(name: str) -> str:
+def _is_scale(name: str, headers: Mapping[str, Header]) -> bool:
+    """Return whether a tensor has the scales of another one."""
     if name.endswith("_scale_inv"):
-        return name.removesuffix("_scale_inv")
-    return f"{name.removesuffix('_scales')}_blocks"
+        return name.removesuffix("_scale_inv") in headers
+    packed = name.removesuffix("_scales")
+    return packed != name and packed not in headers and f"{packed}_blocks" in headers
 
 
-def _check_scales(name: str, values: Header, scales: Header) -> Iterable[Problem]:
-    fits = len(values.shape) == len(scales.shape) == 2 and all(scales.shape)
-    if not fits or scales.dtype not in ("F32", "BF16") or _block_of(values, scales) is None:
-        expected = "expected a matrix of F32 or BF16 with one scale for each block of 128 x 128 numbers"
-        yield Problem(f"{name}_scale_inv", f"{expected}, got {scales.dtype} {list(scales.shape)}")
+def _check_scales(values: Header, scales: Header) -> str | None:
+    """Return what is wrong with a tensor of FP8 or its scales."""
+    blocks = [-(-size // FP8_BLOCK) for size in values.shape]
+    is_scaled = values.dtype == "F8_E4M3" and scales.dtype in ("F32", "BF16")
+    if is_scaled and len(blocks) == 2 and list(scales.shape) == blocks:
+        return None
+    return (
+        f"expected F8_E4M3 and a scale of F32 or BF16 for each block of {FP8_BLOCK} x {FP8_BLOCK} numbers, got "
+        f"{values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)} ({format_tensor(scales.name)})"
+    )
 
 
-FP8_BLOCK = 128
-"""Rows and columns of a block, as DeepSeek-V3 stores them."""
-
-
-def _block_of(values: Header, scales: Header) -> int | None:
-    covers = all(-(-size // FP8_BLOCK) == count for size, count in zip(values.shape, scales.shape, strict=True))
-    return FP8_BLOCK if covers else None
-
-
-def _check_blocks(name: str, values: Header, scales: Header) -> Iterable[Problem]:
-    is_mxfp4 = values.dtype == scales.dtype == "U8" and len(values.shape) == 4 and values.shape[3] * 2 == _MXFP4_BLOCK
-    if not is_mxfp4 or scales.shape != values.shape[:3]:
-        expected = "expected MXFP4: bytes [experts, rows, blocks, 16], and scales [experts, rows, blocks]"
-        yield Problem(name, f"{expected}, got {list(values.shape)} and {list(scales.shape)}")
+def _store_mxfp4(values: Header, scales: Header) -> Stored:
+    is_packed = len(values.shape) == 4 and values.shape[3] * 2 == _MXFP4_BLOCK and scales.shape == values.shape[:3]
+    if is_packed and values.dtype == scales.dtype == "U8":
+        experts, rows, blocks, _ = values.shape
+        # transformers has them as [expert, input, output]
+        return Stored((experts, blocks * _MXFP4_BLOCK, rows), Format.MXFP4, values, scales)
+    problem = (
+        "expected MXFP4, bytes [experts, rows, blocks, 16] and scales [experts, rows, blocks], got "
+        f"{values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)} ({format_tensor(scales.name)})"
+    )
+    return Stored(values.shape, Format.MXFP4, values, scales, problem)
 
 
 def _explain_dtype(dtype: str) -> str:
@@ -106,47 +98,3 @@ def _explain_dtype(dtype: str) -> str:
         f"is stored as {dtype}, which is not read: supported are {known}, FP8 with scales for blocks (DeepSeek-V3) and "
         "MXFP4 (gpt-oss)"
     )
-
-
-def rename(stored: Mapping[str, Stored], *, base: str, embedding: str) -> tuple[dict[str, Stored], list[str]]:
-    """Return the tensors under the names of the model with the output layer, and those outside the language model.
-
-    A folder of a base model has names without the prefix ``base``; a multimodal one has ``language_model`` in them;
-    the first versions of BERT and T5 called the parameters of norms ``gamma`` and ``beta``.
-
-    Args:
-        stored: The tensors by the names that the folder gives them.
-        base: The prefix of the base model within the model with the output layer.
-        embedding: The name of the embedding, from which the prefixes are told.
-    """
-    modern = {_LEGACY.sub(lambda found: _MODERN[found[0]], name): tensor for name, tensor in stored.items()}
-    bare = embedding.removeprefix(base)
-    if embedding in modern:
-        return modern, []
-    for prefix, replacement in (
-        ("", base),
-        (f"language_model.{base}", base),
-        (f"{base}language_model.", base),
-        ("language_model.", base),
-    ):
-        if f"{prefix}{bare}" in modern:
-            return _replace_prefix(modern, prefix, replacement)
-    return modern, []
-
-
-_LEGACY = re.compile(r"(?<=\.)(gamma|beta)$")
-_MODERN = {"gamma": "weight", "beta": "bias"}
-_OUTPUT = "lm_head."
-
-
-def _replace_prefix(stored: Mapping[str, Stored], prefix: str, replacement: str) -> tuple[dict[str, Stored], list[str]]:
-    inside, outside = {}, []
-    for name, tensor in stored.items():
-        output = name.removeprefix("language_model.")
-        if output.startswith(_OUTPUT):
-            inside[output] = tensor
-        elif name.startswith(prefix):
-            inside[replacement + name.removeprefix(prefix)] = tensor
-        else:
-            outside.append(name)
-    return inside, outside

@@ -34,10 +34,10 @@ class TensorReader:
             columns: Columns of each row.
 
         Returns:
-            A view of the file if the tensor is neither quantized nor needs more than a view.
+            A view of the file in its precision, or fp32 if the tensor is quantized.
         """
         if stored.format is Format.BLOCK_FP8:
-            return self._read_fp8(stored, rows, columns)
+            return self._read_fp8(stored, part, rows, columns)
         if stored.format is Format.MXFP4:
             return self._read_mxfp4(stored, part, rows, columns)
         whole = self._map(stored.values)
@@ -50,15 +50,17 @@ class TensorReader:
         self._count(taken)
         return taken
 
-    def _read_fp8(self, stored: Stored, rows: range, columns: slice) -> torch.Tensor:
-        """Multiply each number by the scale of its block of 128 x 128, in fp32, as transformers does."""
+    def _read_fp8(self, stored: Stored, part: Part, rows: range, columns: slice) -> torch.Tensor:
+        """Multiply each number by the scale of its block, in fp32 as transformers does."""
         assert stored.scales is not None
-        values = self._map(stored.values)[rows.start : rows.stop : rows.step, columns]
-        scales = self._map(stored.scales).float()
-        row = torch.arange(rows.start, rows.stop, rows.step) // FP8_BLOCK
-        column = torch.arange(stored.shape[1])[columns] // FP8_BLOCK
-        self._count(values)
-        return (values.float() * scales[row][:, column]).to(torch.bfloat16)
+        values, scales = self._map(stored.values), self._map(stored.scales).float()
+        if part.transposed:
+            values, scales = values.T, scales.T
+        taken = values[rows.start : rows.stop : rows.step, columns]
+        row = torch.arange(len(values))[rows.start : rows.stop : rows.step] // FP8_BLOCK
+        column = torch.arange(values.shape[1])[columns] // FP8_BLOCK
+        self._count(taken)
+        return taken.float() * scales[row][:, column]
 
     def _read_mxfp4(self, stored: Stored, part: Part, rows: range, columns: slice) -> torch.Tensor:
         """Look up the number of each half byte and multiply it by its block's power of two."""
@@ -69,7 +71,7 @@ class TensorReader:
         numbers = torch.stack([_FP4[(blocks & 15).int()], _FP4[(blocks >> 4).int()]], dim=-1)  # the low half is first
         self._count(blocks)
         scaled = torch.ldexp(numbers.flatten(-2), exponents.unsqueeze(-1))
-        return scaled.flatten(-2)[:, columns].to(torch.bfloat16)
+        return scaled.flatten(-2)[:, columns]
 
     def _map(self, header: Header) -> torch.Tensor:
         """Return a whole tensor as a view of its file."""
