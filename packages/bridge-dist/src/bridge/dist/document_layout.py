@@ -28,15 +28,16 @@ DROPOUT_RATES = ("hidden_dropout", "attention_dropout")
 
 
 def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
-    """Write the sizes of a layout into a document, and the fields that Megatron requires with them if they are unset.
+    """Write the sizes of a layout into a document, and set unset fields that Megatron requires with them.
 
-    They are written where the document keeps its TransformerConfig: under ``transformer`` if there is such a field.
+    They are written to the document's TransformerConfig: under ``transformer`` if there is such a field, else at the
+    top level.
     """
-    prefix, holder = _find_transformer(document)
-    given = holder.get
+    prefix, fields = _find_transformer(document)
+    given = fields.get
     for name, size in sizes.items():
         document.set(prefix + CONFIG_FIELDS[name], size)
-    if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:
+    if sizes.get("pp", 1) > 1 and given("pipeline_dtype") is None:  # the dtype that stages send to each other
         half = "torch.bfloat16" if given("bf16") else "torch.float16" if given("fp16") else None
         sent = "torch.float32" if given("fp32_residual_connection") else half or given("params_dtype")
         document.set(f"{prefix}pipeline_dtype", sent or "torch.float32")
@@ -50,9 +51,9 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
 
 def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_parallel: bool) -> None:
     """Replace the layout of a document. Sizes that are not given become 1."""
-    prefix, holder = _find_transformer(document)
+    prefix, fields = _find_transformer(document)
     for name in _LAYOUT_FIELDS:
-        if name in holder:
+        if name in fields:
             document.remove(prefix + name)
     document.set(f"{prefix}sequence_parallel", sequence_parallel)
     apply_layout(document, sizes)
@@ -66,5 +67,6 @@ def switch_off_dropout(document: Document) -> None:
 
 
 def _find_transformer(document: Document) -> tuple[str, dict[str, Any]]:
+    """Return the path prefix of the document's TransformerConfig fields, and the mapping that holds them."""
     embedded = document.data.get("transformer")
     return ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)

@@ -151,7 +151,7 @@ def rule(
 
 
 def check(setup: Setup, rules: Sequence[Rule]) -> None:
-    """Check a setup against rules: those of every model (``bridge.dist.checks.rules``) and those of its family.
+    """Check a setup against rules: ``bridge.dist.checks.rules`` for every model, and the rules of its family.
 
     Raises:
         PreflightError: With every problem found, each with the name of its rule.

@@ -49,7 +49,7 @@ def _is_cuda(device: object) -> bool:
         return device == "cuda" or device.startswith("cuda:")
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return type(device) is int
+    return type(device) is int  # torch takes an index as a CUDA device; a bool is not one
 
 
 def _make_device(*args: Any, **kwargs: Any) -> torch.device:

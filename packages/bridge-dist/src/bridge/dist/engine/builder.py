@@ -62,9 +62,9 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
     def logits_step(
         self, stage: MegatronModule, tokens: torch.Tensor, pg_collection: ProcessGroupCollection
     ) -> torch.Tensor:
-        """Run a stage on a microbatch of text and compute logits, as `bridge verify` compares with transformers.
+        """Run a stage on a microbatch of text and compute logits, which `bridge verify` compares with transformers.
 
-        A family of models that are no decoders overrides it.
+        Override it for models that are not decoders.
 
         Args:
             stage: One of those that ``build_distributed_models`` returned.
@@ -73,7 +73,7 @@ class DistributedModelBuilder(ModelBuilder[ModelT, BuildConfigT]):
 
         Returns:
             On the last stage the logits of this rank, [microbatch, its part of the sequence, its part of the
-            vocabulary]; on others what the next stage takes.
+            vocabulary]; on other stages the input of the next one.
         """
         return decoder_logits_step(stage, tokens, pg_collection)
 

@@ -48,7 +48,7 @@ def decoder_logits_step(
 def _take_part(
     inputs: torch.Tensor, pg_collection: ProcessGroupCollection, **more: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return this context-parallel rank's part of a batch, with positions."""
+    """Return this context-parallel rank's part of a batch, with the positions of its tokens in the whole sequence."""
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs).contiguous()
     batch = {"inputs": inputs, "positions": positions, **more}
     if pg_collection.cp.size() > 1:

@@ -78,11 +78,12 @@ def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGr
 
 
 def allocate_stages(stages: Sequence[MegatronModule], loaded: Collection[str]) -> None:
-    """Give whole stages that were built on the meta device memory on this rank's device, without drawing weights.
+    """Allocate stages from the meta device on this rank's device, for weights that the caller will load.
 
     Args:
-        stages: Changed in place. Those that are not on the meta device stay as they are.
-        loaded: Names of tensors, within their stages, that the caller fills; modules that hold others are initialised.
+        stages: Changed in place. Stages that are not on the meta device are not changed.
+        loaded: Names of the tensors, within their stages, that the caller loads. Modules with other tensors are
+            initialised.
     """
     missing: list[str] = []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Comparison of build reports and plans. Importing this module imports no torch; only making a plan does."""
+"""Comparison of build reports and plans. Importing this module does not import torch; only planning does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Choice of the device of each rank: its own GPU, or the CPU.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Device(StrEnum):
 
 
 def may_have_gpus() -> bool:
-    """Whether there may be a GPU: False without a driver, or if all GPUs are hidden."""
+    """Return whether there may be a GPU: False without a driver, or if all GPUs are hidden."""
     return os.environ.get(_VISIBLE) not in ("", "-1") and any(Path(file).exists() for file in _DRIVER_FILES)
 
 
@@ -91,9 +91,9 @@ def choose_gpu(place: RankEnvironment, *, gpus: int, environment: Mapping[str, s
 
 
 def forbid_tf32() -> None:
-    """Compute matrix products in full fp32 on the GPU: TF32 keeps 10 bits, which costs relative errors of 1e-3.
+    """Compute matrix products in full fp32 on the GPU: TF32 keeps 10 bits, with relative errors of 1e-3.
 
-    The variable also reaches Transformer Engine, but takes effect only before the first use of cuBLAS.
+    The environment variable also reaches Transformer Engine. Call this before the first use of cuBLAS, which reads it.
     """
     import torch  # takes a second: see above
 
@@ -103,5 +103,5 @@ def forbid_tf32() -> None:
 
 
 def _has_own_gpu(gpus: int, environment: Mapping[str, str]) -> bool:
-    """Whether the launcher makes only one GPU visible to each rank, as srun does with --gpus-per-task."""
+    """Return whether the launcher makes only one GPU visible to each rank, as srun does with --gpus-per-task."""
     return gpus == 1 and _VISIBLE in environment

@@ -25,6 +25,7 @@ from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
 from bridge.dist.train.step import Step, train
 
+# The default seed of megatron.training, and its offset per pipeline rank.
 _SEED = 1234
 _SEED_STRIDE = 100
 
@@ -51,7 +52,7 @@ def build_and_train(
     Collective. Modifies ``config``: adds hooks and, for training, sets dropout to zero. With ``show_steps`` rank 0
     prints the loss of each step to standard error.
     """
-    reset_peak_memory()
+    reset_peak_memory()  # an earlier job of this process may have used more
     builder = job.make_builder(config)
     prepare_process(builder.transformer_config)
     seed_random_states(builder.transformer_config, groups)

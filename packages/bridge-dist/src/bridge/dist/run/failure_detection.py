@@ -1,7 +1,7 @@
-"""Failure reports between ranks under torchrun or srun: the first failure is named, and printed once.
+"""Detect failed and lost ranks under torchrun or srun, so that each rank names the first failure and one prints it.
 
-Ranks exchange them through the rendezvous store. Ranks that Bridge starts itself do not need this: their pool watches
-them.
+Ranks exchange failures and heartbeats through the rendezvous store. Ranks that Bridge starts itself do not need this:
+their pool watches them.
 """
 
 from __future__ import annotations
@@ -108,13 +108,18 @@ def _find_cause(error: Exception) -> str | None:
     if isinstance(error, DistError):
         return str(error)
     text = str(error)
+    # gloo raises a plain RuntimeError when it loses a connection, so its message has to be matched.
     if isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
         return None
     return f"{type(error).__name__}: {text}"
 
 
 def _report_failure(place: RankEnvironment, store: Store, cause: str | None) -> str:
-    """Report this rank's failure to the others, and return the description of the first failure."""
+    """Report this rank's failure to the others, and return the description of the first failure.
+
+    Without a cause, this rank only lost a connection. The first such rank is the listener: it waits for the failure of
+    another rank, and if none is reported, it names the ranks that are silent. The others wait for its verdict.
+    """
     store.set(f"ended/{place.rank}", cause or "")
     if cause is not None:
         return store.compare_set("verdict", "", f"{_make_name(place)} failed first: {cause}").decode()
@@ -178,7 +183,7 @@ def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
     The termination is reported, so that the other ranks do not take this rank for the first that failed.
     """
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    os.set_blocking(writer, False)  # set_wakeup_fd requires it
     before = signal.set_wakeup_fd(writer)  # Python writes each signal's number to this pipe
     threading.Thread(target=_exit_on_signal, args=(reader, place), daemon=True).start()
     try:
@@ -192,7 +197,7 @@ def _exit_on_signal(reader: int, place: RankEnvironment) -> None:
     while number := os.read(reader, 1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
             _report_termination(place)
-            os._exit(128 + number[0])
+            os._exit(128 + number[0])  # the exit code that shells give a process killed by this signal
     os.close(reader)
 
 
@@ -235,7 +240,7 @@ def _find_silent_node(place: RankEnvironment, store: Store, seen: dict[int, tupl
 
 
 def _exit_process(message: str) -> None:
-    """End the process, even if its main thread hangs in a collective."""
+    """Print a message and end the process, even if its main thread hangs in a collective (sys.exit would not)."""
     record_for_launcher(LaunchError(message))
     sys.stderr.write(message + "\n")
     sys.stderr.flush()

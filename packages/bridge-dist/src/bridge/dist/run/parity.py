@@ -59,6 +59,7 @@ def save_weights(run: BuiltRank, file: Path) -> None:
 def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
     """Compare each rank's part of the final weights with the file of ``save_weights``. Collective."""
     reference = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
+    # Pairs compare by the difference first, so that max() finds the largest.
     mine = [
         (
             _measure_difference(weight, reference[placement.full_name], placement, steps=len(run.steps)),

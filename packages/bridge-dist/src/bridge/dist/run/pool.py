@@ -1,6 +1,6 @@
 """Pool of local rank processes that are reused from job to job.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _EXIT_TIMEOUT_S = 5.0
 
 def start_fork_server(ranks: int, *modules: str) -> None:
     """Start importing torch, Megatron and ``modules`` for ranks on the CPU while this process checks its input."""
+    # torch would otherwise start a thread per core in every rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD, *modules])
     forkserver.ensure_running()
@@ -137,7 +138,7 @@ class RankPool:
             )
             self._ranks.append(_Rank(process, here))
             process.start()
-            there.close()
+            there.close()  # so that reading from the pipe fails once the rank, which has the only other copy, ends
 
     def _end_ranks(self) -> None:
         ranks, self._ranks = self._ranks, []
@@ -148,6 +149,7 @@ class RankPool:
         if self._store is None:
             from torch._C._distributed_c10d import TCPStore  # takes 1 s: import it while ranks start
 
+            # Port 0 lets the system choose a free port. One store serves all jobs, separated by their attempt.
             self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
         place = RankEnvironment(
             rank=rank,
@@ -256,9 +258,9 @@ def _describe_end(rank: int, process: BaseProcess) -> str:
 
 def _serve(tasks: Connection, start_method: StartMethod) -> None:
     """Run incoming tasks one after the other, as a rank."""
-    os.setsid()
+    os.setsid()  # a process group of its own, which is killed together with processes that the function starts
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sending = threading.Lock()
+    sending = threading.Lock()  # any thread may log a message while the result is sent
 
     def send(answer: object) -> None:
         with sending:
@@ -272,7 +274,7 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
         except EOFError:
             return
         try:
-            task: _Task = pickle.loads(message)
+            task: _Task = pickle.loads(message)  # may raise: it imports the function's module
             os.environ.update(task.variables)
             result = task.function(*task.args)
             gc.collect()  # models keep process groups alive, whose threads wake a hundred times a second
@@ -284,6 +286,7 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
 
 
 def _end_with_parent() -> None:
+    """Wait until the parent process ends, however it does, and kill this rank and its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

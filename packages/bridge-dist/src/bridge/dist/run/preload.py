@@ -1,4 +1,4 @@
-"""Imported once, by the fork server: what ranks on the CPU need, so that each is there at once."""
+"""The imports of ranks on the CPU. The fork server imports this module once, so that ranks start without importing."""
 
 from bridge.dist.process.imports import import_megatron
 

@@ -1,6 +1,6 @@
 """A rank's place in the job, read from the environment of torchrun, srun or Bridge's own rank pool.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations

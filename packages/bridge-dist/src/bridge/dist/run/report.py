@@ -1,4 +1,4 @@
-"""The report of a build, per rank and stage. Importing this module imports no torch."""
+"""The report of a build, per rank and stage. Importing this module does not import torch."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Tolerance(NamedTuple):
     weight: float
 
 
+# fp32 rounds to 24 bits, and sums over ranks round in another order.
 _FULL_PRECISION = Tolerance(loss=1e-5, grad_norm=1e-4, weight=1e-3)
 # Every 16-bit operation rounds to 8 (bfloat16) or 11 bits, and sums over ranks round in another order.
 _HALF_PRECISION = Tolerance(loss=1e-3, grad_norm=1e-2, weight=0.1)

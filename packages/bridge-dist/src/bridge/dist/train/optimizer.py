@@ -17,7 +17,7 @@ LEARNING_RATE = 1e-4
 # Adam's epsilon: far above the rounding noise of gradients that are mathematically zero (an attention key's bias, for
 # example), which Adam would otherwise scale up to a full step in an arbitrary direction; far below real gradients.
 _EPSILON = 1e-5
-_FP16_LOSS_SCALE = 2.0**16
+_FP16_LOSS_SCALE = 2.0**16  # megatron-core's default, 2**32, overflows: the first steps would be skipped
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def has_dense_layers(setup: Setup) -> bool:
     model: Any = setup.model
     if hasattr(model, "hybrid_layer_pattern"):
         return hybrid_pattern.MLP in (model.hybrid_layer_pattern or "")
+    # Either an interval of expert layers, or a list with 1 for each expert layer and 0 for each dense one.
     layers = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [config.moe_layer_freq]
     return config.num_moe_experts is None or any(every != 1 for every in layers)
 
@@ -90,7 +91,7 @@ def experts_divide(setup: Setup) -> Iterator[str]:
 def layers_divide(setup: Setup) -> Iterator[str]:
     """All stages have the same number of layers unless the configuration assigns layers to stages."""
     pattern: str | None = getattr(setup.model, "hybrid_layer_pattern", None)
-    if has_custom_split(setup.transformer) or "|" in (pattern or ""):
+    if has_custom_split(setup.transformer) or "|" in (pattern or ""):  # | separates the stages of a hybrid model
         return
     pp, vp = setup.layout.pp, setup.layout.vp if setup.has_virtual_pipeline else 1
     layers, stages = setup.transformer.num_layers, pp * vp

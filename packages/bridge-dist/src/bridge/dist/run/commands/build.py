@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
-@click.option("--nproc", type=SIZE, help="Ranks to start here. Without it: those of torchrun or srun, else 1.")
+@click.option("--nproc", type=SIZE, help="Ranks to start here; by default the ranks of torchrun or srun, else 1.")
 @click.option("--tp", type=SIZE, help="Tensor-parallel size.")
 @click.option("--pp", type=SIZE, help="Pipeline-parallel size.")
 @click.option("--vp", type=SIZE, help="Virtual pipeline stages per rank.")

@@ -19,7 +19,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., object])
 
 WRAPPERS = tuple(wrapper.value for wrapper in Wrapper)
 SIZE = click.IntRange(min=1)
-_LONGEST_DEFAULT_SAMPLE = 128
+_LONGEST_DEFAULT_SAMPLE = 128  # tokens; keeps steps on a CPU short
 
 device_option = click.option(
     "--device",
