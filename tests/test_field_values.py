@@ -198,13 +198,16 @@ def find_problems(data: dict[str, Any]) -> str | None:
 
 # Messages about values that Megatron accepts although they have no meaning, or another one than they seem to have.
 MEANINGLESS = (
-    "must be",  # negative epsilons, sizes of absent modules, probabilities above one
-    "channels would be lost",
-    "no channel is rotated",
-    "give one a layer",  # too many entries
-    "expected 0 or 1",
-    "transformer.num_layers is",  # only the pattern is used
-    "transformer.mtp_num_layers is",
+    # Messages of a Range only: negative epsilons, sizes of absent modules, probabilities above one.
+    "must be at least",
+    "must be above",
+    "must be between",
+    "must divide hidden_size",  # channels would be lost
+    "no channels are rotated",
+    "expected one entry per layer",  # too many entries
+    "expected 0 (",
+    "transformer.num_layers =",  # only the pattern is used
+    "transformer.mtp_num_layers =",
     "has no layers",  # Megatron makes all layers Mamba layers
 )
 NEEDS_OTHER_LAYERS = "UnsupportedError"

@@ -13,7 +13,7 @@ CASES: dict[str, Case] = {
     "values-fit": Case(
         refused=Setting(assigned={"num_query_groups": 3}),
         advised=Setting(assigned={"num_query_groups": 2}),
-        error="3 does not divide num_attention_heads = 4",
+        error="must divide num_attention_heads = 4, got 3",
     ),
     "heads-divide": Case(
         refused=Setting(sizes={"tp": 2}, assigned={"num_attention_heads": 3, "num_query_groups": 1}),

@@ -66,9 +66,9 @@ def test_registered_objects_resolve_by_their_own_or_a_given_name() -> None:
     register(value, "test_registry.value")
     assert registry.resolve("test_registry.value") is value
     assert registry.name_of(value) == "test_registry.value"
-    with pytest.raises(TargetError, match="give one"):
+    with pytest.raises(TargetError, match="pass one"):
         register(object())
-    with pytest.raises(TargetError, match="already stands for"):
+    with pytest.raises(TargetError, match="already refers to"):
         register(object(), "test_registry.value")
 
 
@@ -178,7 +178,7 @@ def test_looking_up_an_unknown_name_imports_nothing(declare: Declare) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"json.loads": "extension_module:f"}, "that name is 'json.loads' alone"),
+        ({"json.loads": "extension_module:f"}, "that name is reserved for 'json.loads'"),
         ({"extension_module.missing": "extension_module:missing"}, "cannot be loaded"),
         ({"gone.f": "gone:f"}, "cannot be loaded"),
     ],
@@ -206,7 +206,7 @@ def test_a_built_in_name_cannot_be_declared_again(name: str, declare: Declare, m
     [alone] = [point for point in registry.declared()[name] if point.value == "extension_module:f"]
     monkeypatch.setattr(registry, "declared", lambda: {name: [alone]})  # as if bridge-builders were not installed
     for read in (ModelConfig.from_dict, check):
-        with pytest.raises(DocumentError, match=r"that name is 'torch\.nn\.functional\.[a-z]+' alone") as error:
+        with pytest.raises(DocumentError, match=r"that name is reserved for 'torch\.nn\.functional\.[a-z]+'") as error:
             read(document | {"anything": None})
         assert [problem.path for problem in error.value.problems] == ["$.function"]
     assert "extension_module" not in sys.modules
@@ -215,7 +215,7 @@ def test_a_built_in_name_cannot_be_declared_again(name: str, declare: Declare, m
 @pytest.mark.parametrize("name", ["torch.nn.functional.silu", "silu", "bridge.models.gpt.GPTModelConfig"])
 def test_a_built_in_name_cannot_be_registered_again(name: str) -> None:
     before = registry.is_registered(name)
-    with pytest.raises(TargetError, match=f"'{name}' already stands for [a-zA-Z.]+: register"):
+    with pytest.raises(TargetError, match=f"'{name}' already refers to [a-zA-Z.]+: register"):
         register(lambda: None, name)
     assert registry.is_registered(name) == before
 

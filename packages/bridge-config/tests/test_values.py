@@ -35,9 +35,9 @@ def test_missing_sizes_are_reported() -> None:
 
 def test_contradictory_fields_are_reported() -> None:
     assert problems({"position_embedding_type": "rope"}, kv_channels=15) == [
-        ("$.transformer.kv_channels", "channels are rotated in pairs, and 15 is odd: choose an even number")
+        ("$.transformer.kv_channels", "must be even, got 15: channels are rotated in pairs")
     ]
     assert problems({}, num_query_groups=3)[0][0] == "$.transformer.num_query_groups"
     # An explicit kv_channels may have any value; a derived one is rounded down, which would lose channels.
     Document(GPT | {"transformer": SIZES | {"hidden_size": 100, "num_attention_heads": 3, "kv_channels": 33}}).check()
-    assert "channels would be lost" in problems({}, hidden_size=100, num_attention_heads=3)[0][1]
+    assert "must divide hidden_size = 100, got 3" in problems({}, hidden_size=100, num_attention_heads=3)[0][1]

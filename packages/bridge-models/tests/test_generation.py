@@ -46,8 +46,8 @@ def test_settings_that_fit_are_accepted(config: Any, settings: Settings) -> None
 def test_a_token_in_the_vocabulary_padding_is_refused(config: Any, settings: Settings) -> None:
     config.generation_config = settings(eos_token_id=[1, 100], max_new_tokens=65)
     said = (
-        r"generation_config\.eos_token_id: token 100 is not in the vocabulary, vocab_size is 100; "
-        r"generation_config\.max_new_tokens: 65 tokens are longer than .* seq_length is 64"
+        r"generation_config\.eos_token_id: token ids must be less than vocab_size = 100, got 100; "
+        r"generation_config\.max_new_tokens: must be at most seq_length = 64, got 65"
     )
     with pytest.raises(ModelConfigError, match=said):
         config.validate()

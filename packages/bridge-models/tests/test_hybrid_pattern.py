@@ -33,11 +33,11 @@ def test_valid_patterns_are_accepted(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "says", "arrows"),
     [
-        ("M*xM?", "symbols of no layer", "  ^ ^"),
+        ("M*xM?", "unknown symbols", "  ^ ^"),
         ("M m", "M Mamba, * attention", " ^^"),
         ("", "no layers", "^"),
         ("|", "no layers", "^"),
-        ("M*+-D", "usual and latent attention", "  ^ ^"),
+        ("M*+-D", "plain and latent attention", "  ^ ^"),
         ("MM/M/*", "repeat", "     ^"),
         ("MM/", "repeat", "   ^"),
         ("MM/M|M", "repeat", "   ^^^"),
@@ -54,7 +54,7 @@ def test_errors_mark_the_invalid_part_of_a_pattern(pattern: str, says: str, arro
 def test_a_wrong_number_of_layers_is_refused(num_layers: int, arrows: str) -> None:
     said = find_problem("M*-|M*", num_layers)
     assert said is not None
-    assert f"has 5 layers, transformer.num_layers is {num_layers}" in said
+    assert f"has 5 layers, but transformer.num_layers = {num_layers}" in said
     assert marked_pattern(said) == ["  M*-|M*", f"  {arrows}"]
 
 

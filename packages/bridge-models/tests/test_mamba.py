@@ -295,9 +295,9 @@ def test_layers_that_need_transformer_engine_are_refused(
 @pytest.mark.parametrize(
     ("pattern", "given", "says"),
     [
-        ("M*", {"num_layers": 3}, "has 2 layers, transformer.num_layers is 3"),
+        ("M*", {"num_layers": 3}, "has 2 layers, but transformer.num_layers = 3"),
         ("ME", {"num_moe_experts": None}, "set transformer.num_moe_experts"),
-        ("MM", {"mtp_num_layers": 1}, "predicts 0 tokens further"),
+        ("MM", {"mtp_num_layers": 1}, "has 0 MTP depths .*, but transformer.mtp_num_layers = 1"),
         ("MMM", {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "do not divide into 2 equal"),
         ("M|M|M", {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "3 stages, the pipeline has 2"),
         (
@@ -309,12 +309,12 @@ def test_layers_that_need_transformer_engine_are_refused(
             },
             "hybrid models do not support transformer.num_layers_in_first_pipeline_stage",
         ),
-        ("M", {"mamba_head_dim": 24}, "does not divide twice the hidden_size, 64"),
-        ("M", {"mamba_num_groups": 3}, "mamba_num_groups: 3 does not divide the 8 heads"),
+        ("M", {"mamba_head_dim": 24}, r"must divide 2 \* hidden_size = 64, got 24"),
+        ("M", {"mamba_num_groups": 3}, "mamba_num_groups: must divide the number of Mamba heads, 8, got 3"),
         ("M", {"mamba_state_dim": 0}, "mamba_state_dim: must be at least 1, got 0"),
-        ("M", {"is_hybrid_model": False}, "is_hybrid_model: is false, .* set it to true"),
+        ("M", {"is_hybrid_model": False}, "is_hybrid_model: must be true"),
         ("M+", {}, r"multi_latent_attention: is false, but .* has latent attention \(\+ or D\)"),
-        ("M*", {"experimental_attention_variant": "dsa"}, r"is dsa, but hybrid_layer_pattern M\* has no layer of it"),
+        ("M*", {"experimental_attention_variant": "dsa"}, r"is dsa, but hybrid_layer_pattern M\* has no such layer"),
     ],
 )
 def test_invalid_models_are_refused(hybrid: HybridFactory, pattern: str, given: dict[str, Any], says: str) -> None:

@@ -57,7 +57,7 @@ def fingerprint(data: object) -> str:
         text = rfc8785.dumps(_to_exact(form))
     # ValueError: an integer of more digits than Python writes.
     except (rfc8785.CanonicalizationError, ValueError) as error:
-        raise ConfigError(f"this document has no fingerprint: {error}") from error
+        raise ConfigError(f"cannot compute the fingerprint of this document: {error}") from error
     return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 

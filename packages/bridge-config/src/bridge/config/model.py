@@ -70,7 +70,7 @@ class ModelConfig:
         """
         builder = getattr(self, "builder", None)
         if builder is None:
-            raise TargetError(f"{type(self).__qualname__} names no builder: set its `builder` ClassVar")
+            raise TargetError(f"{type(self).__qualname__} has no builder: set its `builder` ClassVar")
         from bridge.config.schema.registry import import_builder  # entry points take milliseconds to find
 
         return import_builder(builder)

@@ -51,7 +51,7 @@ def describe_value(value: object, limit: int = 60) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of more than 4300 digits
-        return "something too large to show"
+        return "a value too large to show"
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -61,7 +61,7 @@ def abbreviate(value: object) -> str:
     try:
         return reprlib.repr(value)
     except ValueError:  # as in `describe_value`
-        return "something too large to show"
+        return "a value too large to show"
 
 
 def to_path_step(key: object) -> str | int:

@@ -66,7 +66,7 @@ class WriteThrough:
             if value != owned:
                 given_twice = f"{name}={abbreviate(value)} conflicts with {cls._embeds}.{name}={abbreviate(owned)}"
                 raise ConfigError(
-                    f"{cls.__qualname__}: {given_twice}; {cls._embeds} owns this field, give it there only"
+                    f"{cls.__qualname__}: {given_twice}; {cls._embeds} owns this field, set it there only"
                 )
         # The generated __init__ assigns each field once; these must not overwrite the owner's values with defaults.
         if unset := shared - given.keys():

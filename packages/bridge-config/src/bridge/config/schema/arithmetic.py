@@ -69,22 +69,22 @@ def _check_heads(config: Any) -> Problems:
     if channels == 0:
         yield (
             "num_attention_heads",
-            f"{heads} heads are more than hidden_size = {hidden}: choose fewer, or set kv_channels",
+            f"must be at most hidden_size = {hidden}, got {heads}: choose fewer heads, or set kv_channels",
         )
         return
     if config.multi_latent_attention:  # its heads have sizes of their own
         return
-    # A live config does not tell whether they were given.
+    # The constructor rounds the quotient down, and channels would be lost. A live config does not tell whether
+    # kv_channels was given or derived, the view of a document does.
     if hidden % heads and "kv_channels" in getattr(config, "derived", ()):
         yield (
             "num_attention_heads",
-            f"{heads} heads do not divide hidden_size = {hidden}, and channels would be lost: choose a divisor, or set "
-            "kv_channels",
+            f"must divide hidden_size = {hidden}, got {heads}: choose a divisor, or set kv_channels",
         )
     if heads % config.num_query_groups:
         yield (
             "num_query_groups",
-            f"{config.num_query_groups} does not divide num_attention_heads = {heads}: choose a divisor",
+            f"must divide num_attention_heads = {heads}, got {config.num_query_groups}",
         )
 
 
@@ -111,19 +111,20 @@ def _check_routing(config: Any) -> Problems:
     if topk == 1 and softmax and not config.moe_router_pre_softmax:
         yield (
             "moe_router_topk",
-            "with 1 the softmax over the chosen expert has no gradient: set moe_router_pre_softmax to true",
+            "the softmax over one chosen expert has no gradient: set moe_router_pre_softmax to true, or choose at "
+            "least 2 experts",
         )
     if _reads_layer_kinds(config):
-        yield from _check_layer_flags(config, "moe_layer_freq", "experts (1) or none (0)")
+        yield from _check_layer_flags(config, "moe_layer_freq", "0 (dense) or 1 (experts)")
     if experts is None:
         names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
         if config.moe_ffn_hidden_size is not None and not _is_mixed(config.moe_layer_freq):
             names.append("moe_ffn_hidden_size")
-        yield from ((name, "requires num_moe_experts: set it, or leave this out") for name in names)
+        yield from ((name, "requires num_moe_experts: set num_moe_experts, or remove this field") for name in names)
         return
     has_experts = config.is_hybrid_model or not isinstance(config.moe_layer_freq, list) or any(config.moe_layer_freq)
     if topk > experts and has_experts:
-        yield "moe_router_topk", f"a token cannot go to {topk} of num_moe_experts = {experts} experts"
+        yield "moe_router_topk", f"must be at most num_moe_experts = {experts}, got {topk}"
     elif config.moe_router_group_topk:
         yield from _check_expert_groups(config, has_experts=has_experts)
 
@@ -137,36 +138,33 @@ def _check_expert_groups(config: Any, *, has_experts: bool) -> Problems:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if not groups:
-        yield "moe_router_group_topk", "requires moe_router_num_groups: set it"
+        yield "moe_router_group_topk", "requires moe_router_num_groups: set moe_router_num_groups, or remove this field"
     elif experts % groups:
-        yield "moe_router_num_groups", f"{groups} does not divide num_moe_experts = {experts}: choose a divisor"
+        yield "moe_router_num_groups", f"must divide num_moe_experts = {experts}, got {groups}"
     elif chosen > groups:
-        yield "moe_router_group_topk", f"{chosen} is more than moe_router_num_groups = {groups}: choose fewer"
+        yield "moe_router_group_topk", f"must be at most moe_router_num_groups = {groups}, got {chosen}"
     elif topk < chosen and has_experts:
-        yield (
-            "moe_router_group_topk",
-            f"{chosen} groups for moe_router_topk = {topk} experts, fewer than one a group: lower it to {topk}",
-        )
+        yield "moe_router_group_topk", f"must be at most moe_router_topk = {topk}, got {chosen}"
     elif topk > chosen * (experts // groups) and has_experts:
         yield (
             "moe_router_topk",
-            f"{topk} is more than moe_router_group_topk = {chosen} groups of {experts // groups} experts hold: "
-            f"lower it to {chosen * (experts // groups)}, or choose more groups",
+            f"must be at most {chosen * (experts // groups)}, got {topk}: moe_router_group_topk = {chosen} selects "
+            f"{chosen} groups of {experts // groups} experts; lower this field, or select more groups",
         )
 
 
 def _check_windows(config: Any) -> Problems:
     if config.window_size:
         wrong = _check_ranges(config, "window_attn_skip_freq", COUNT)
-        yield from wrong or _check_layer_flags(config, "window_attn_skip_freq", "a window (1) or all tokens (0)")
+        yield from wrong or _check_layer_flags(config, "window_attn_skip_freq", "0 (all tokens) or 1 (window)")
 
 
 def _check_no_rope_layers(config: Any) -> Problems:
     every, layers = config.no_rope_freq, config.num_layers
     if isinstance(every, int) and every and layers % every:
-        yield "no_rope_freq", f"{every} does not divide num_layers = {layers}: choose a divisor"
+        yield "no_rope_freq", f"must divide num_layers = {layers}, got {every}"
     elif every and not isinstance(every, int) and len(every) != layers:
-        yield "no_rope_freq", f"{len(every)} entries for num_layers = {layers}: give one a layer"
+        yield "no_rope_freq", f"expected one entry per layer (num_layers = {layers}), got {len(every)}"
 
 
 def _check_layer_flags(config: Any, name: str, meaning: str) -> Problems:
@@ -175,15 +173,15 @@ def _check_layer_flags(config: Any, name: str, meaning: str) -> Problems:
     if not isinstance(flags, (list, tuple)):
         return
     if len(flags) != config.num_layers:
-        yield name, f"{len(flags)} entries for num_layers = {config.num_layers}: give one a layer"
+        yield name, f"expected one entry per layer (num_layers = {config.num_layers}), got {len(flags)}"
     for at, flag in enumerate(flags):
         if flag not in (0, 1):
-            yield f"{name}[{at}]", f"expected 0 or 1, for {meaning}, got {flag}"
+            yield f"{name}[{at}]", f"expected {meaning}, got {flag}"
 
 
 def _check_precision(config: Any) -> Problems:
     if config.fp16 and config.bf16:
-        yield "fp16", "fp16 and bf16 are both true: set one of them to false"
+        yield "fp16", "fp16 and bf16 cannot both be true: set one of them to false"
 
 
 def _check_latent_attention(config: Any) -> Problems:
@@ -193,7 +191,7 @@ def _check_latent_attention(config: Any) -> Problems:
     wrong = _check_ranges(config, sizes, COUNT)
     yield from wrong
     if not wrong and config.qk_pos_emb_head_dim % 2:
-        yield "qk_pos_emb_head_dim", f"channels are rotated in pairs: {config.qk_pos_emb_head_dim} is odd"
+        yield "qk_pos_emb_head_dim", f"must be even, got {config.qk_pos_emb_head_dim}: channels are rotated in pairs"
 
 
 # --- Models
@@ -209,9 +207,12 @@ def _check_rotary_channels(model: Any) -> Problems:
     share = model.rotary_percent if model.position_embedding_type != "yarn" else 1
     rotated = int(channels * share)
     if not share:
-        yield "rotary_percent", "no channel is rotated: set it above 0, or position_embedding_type to none"
+        yield (
+            "rotary_percent",
+            "no channels are rotated: set rotary_percent above 0, or set position_embedding_type to none",
+        )
     elif rotated % 2 and rotated == channels:  # of an odd number that is smaller, one more is rotated
-        yield "transformer.kv_channels", f"channels are rotated in pairs, and {channels} is odd: choose an even number"
+        yield "transformer.kv_channels", f"must be even, got {channels}: channels are rotated in pairs"
 
 
 def _check_hybrid_layers(model: Any) -> Problems:
@@ -222,20 +223,23 @@ def _check_hybrid_layers(model: Any) -> Problems:
         yield "hybrid_layer_pattern", said
         return
     if hybrid_pattern.EXPERTS in pattern and not transformer.num_moe_experts:
-        yield "hybrid_layer_pattern", f"{pattern} has layers of experts (E): set transformer.num_moe_experts"
+        yield (
+            "hybrid_layer_pattern",
+            f"{pattern} has expert layers (E), but no experts: set transformer.num_moe_experts",
+        )
     depths = hybrid_pattern.count_prediction_depths(pattern)
     if depths != (transformer.mtp_num_layers or 0):
         yield (
             "hybrid_layer_pattern",
-            f"{pattern} predicts {depths} tokens further (one for each /), transformer.mtp_num_layers is "
+            f"{pattern} has {depths} MTP depths (one for each /), but transformer.mtp_num_layers = "
             f"{transformer.mtp_num_layers}: change one of them",
         )
     yield from _check_hybrid_attention(pattern, transformer)
     if not transformer.is_hybrid_model:
         yield (
             "transformer.is_hybrid_model",
-            "is false, and weights would be drawn for layers of two blocks, where those of a hybrid model are one: set "
-            "it to true",
+            "must be true for a hybrid model, got false: output weights would be initialized for two residual blocks "
+            "per layer, and a hybrid layer is one",
         )
     if hybrid_pattern.MAMBA in pattern:
         yield from ((f"transformer.{name}", said) for name, said in _check_mamba_sizes(transformer))
@@ -253,26 +257,27 @@ def _check_hybrid_attention(pattern: str, transformer: Any) -> Problems:
     if transformer.multi_latent_attention and hybrid_pattern.ATTENTION in pattern:
         yield (
             "transformer.multi_latent_attention",
-            f"is true, but hybrid_layer_pattern {pattern} has plain attention (*): write {latent[0]} for layers of "
-            "multi-latent attention, or embed a plain TransformerConfig",
+            f"is true, but hybrid_layer_pattern {pattern} has plain attention (*): write {latent[0]} for multi-latent "
+            "attention, or use a plain TransformerConfig",
         )
     if any(symbol in pattern for symbol in latent) and not transformer.multi_latent_attention:
         yield (
             "transformer.multi_latent_attention",
-            f"is false, but hybrid_layer_pattern {pattern} has latent attention ({latent[0]} or {latent[1]}): embed an "
-            "MLATransformerConfig, and set it to true",
+            f"is false, but hybrid_layer_pattern {pattern} has latent attention ({latent[0]} or {latent[1]}): use an "
+            "MLATransformerConfig with multi_latent_attention = true",
         )
     variant = transformer.experimental_attention_variant
     if variant is not None and _VARIANTS.get(variant, variant) not in hybrid_pattern.get_layers(pattern):
         yield (
             "transformer.experimental_attention_variant",
-            f"is {variant}, but hybrid_layer_pattern {pattern} has no layer of it ({_VARIANTS.get(variant)}): write "
-            "one, or set the field to null",
+            f"is {variant}, but hybrid_layer_pattern {pattern} has no such layer ({_VARIANTS.get(variant)}): add one, "
+            "or set this field to null",
         )
     if transformer.heterogeneous_block_specs:
         yield (
             "transformer.heterogeneous_block_specs",
-            "does not shape a hybrid model, its pattern does: embed a plain TransformerConfig",
+            "has no effect on a hybrid model, whose layers come from hybrid_layer_pattern: use a plain "
+            "TransformerConfig",
         )
 
 
@@ -291,13 +296,13 @@ def _check_mamba_sizes(config: Any) -> Problems:
     if config.mamba_num_heads is None and 2 * config.hidden_size % size:
         yield (
             "mamba_head_dim",
-            f"{size} does not divide twice the hidden_size, {2 * config.hidden_size}: choose another, or set "
+            f"must divide 2 * hidden_size = {2 * config.hidden_size}, got {size}: choose a divisor, or set "
             "mamba_num_heads",
         )
         return
     heads = count_mamba_heads(config)
     if heads % groups:
-        yield "mamba_num_groups", f"{groups} does not divide the {heads} heads of a Mamba layer: choose a divisor"
+        yield "mamba_num_groups", f"must divide the number of Mamba heads, {heads}, got {groups}"
 
 
 def _check_t5_heads(model: Any) -> Problems:
@@ -305,8 +310,8 @@ def _check_t5_heads(model: Any) -> Problems:
     if transformer.num_query_groups != transformer.num_attention_heads:
         yield (
             "transformer.num_query_groups",
-            f"{transformer.num_query_groups} is not num_attention_heads = {transformer.num_attention_heads}: cross "
-            "attention of megatron-core has no grouped queries, leave this out",
+            f"must equal num_attention_heads = {transformer.num_attention_heads}, got {transformer.num_query_groups}: "
+            "megatron-core's cross attention has no grouped queries; remove this field",
         )
 
 
@@ -319,16 +324,16 @@ def _check_t5_positions(model: Any) -> Problems:
             # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
             yield (
                 "encoder_num_attention_heads",
-                f"relative positions need as many heads in the encoder, {heads}, as in the decoder, "
-                f"{transformer.num_attention_heads}: leave this out",
+                f"must equal transformer.num_attention_heads = {transformer.num_attention_heads} with relative "
+                f"positions, got {heads}: remove this field",
             )
     channels = model.encoder_kv_channels
     if model.position_embedding_type == "rope" and channels not in (None, transformer.kv_channels):
         # Seen in megatron-core 0.19.2: both stacks rotate by the frequencies of the decoder's channels.
         yield (
             "encoder_kv_channels",
-            f"rotary positions need as many channels a head in the encoder, {channels}, as in the decoder, "
-            f"{transformer.kv_channels}: leave this out",
+            f"must equal transformer.kv_channels = {transformer.kv_channels} with rotary positions, got {channels}: "
+            "remove this field",
         )
 
 
@@ -338,8 +343,8 @@ def _check_buckets(model: Any) -> Problems:
     if distance <= buckets // 2:
         yield (
             "relative_attention_max_distance",
-            f"{distance} is too short, the first {buckets // 2} distances have classes of their own: set it to more "
-            f"than {buckets // 2}, or lower relative_attention_num_buckets",
+            f"must be greater than relative_attention_num_buckets // 2 = {buckets // 2}, got {distance}: increase it, "
+            "or lower relative_attention_num_buckets",
         )
 
 

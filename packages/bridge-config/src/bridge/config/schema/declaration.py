@@ -51,7 +51,7 @@ def check_class(cls: type) -> None:
 
 def _check_builder(name: str, builder: object) -> None:
     if isinstance(builder, type):
-        said = f"the class itself: write its name, '{builder.__module__}.{builder.__qualname__}'"
+        said = f"a class: write its dotted name, '{builder.__module__}.{builder.__qualname__}'"
     elif not isinstance(builder, str) or "." not in builder.strip("."):
         said = f"{builder!r}: write the dotted name of the builder's class, such as 'my_package.MyBuilder'"
     else:

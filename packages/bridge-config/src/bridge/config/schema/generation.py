@@ -73,13 +73,13 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
         if beyond:
             yield (
                 name,
-                f"token {describe_value(max(beyond))} is not in the vocabulary, "
-                f"vocab_size is {describe_value(vocab_size)}",
+                f"token ids must be less than vocab_size = {describe_value(vocab_size)}, "
+                f"got {describe_value(max(beyond))}",
             )
     for name in _LENGTHS:
         if any(_exceeds(length, seq_length) for length in _find_integers(given.get(name))):
             length, limit = describe_value(given[name]), describe_value(seq_length)
-            yield name, f"{length} tokens are longer than the longest sequence, seq_length is {limit}"
+            yield name, f"must be at most seq_length = {limit}, got {length}"
 
 
 def get_settings(config: object) -> object:

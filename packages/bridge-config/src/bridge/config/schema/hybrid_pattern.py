@@ -40,18 +40,20 @@ def find_problem(pattern: str, num_layers: int) -> str | None:
     """Say what is wrong with a pattern of so many layers, with a picture that points at it; None if nothing is."""
     if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, STAGE, PREDICTION}]:
         known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
-        return point_at(f"has symbols of no layer; there are {known}, and | between pipeline stages", pattern, unknown)
+        return point_at(f"has unknown symbols; use {known}, and | between pipeline stages", pattern, unknown)
     if not get_layers(pattern):
-        return point_at("has no layers: give at least one, or null for Mamba layers alone", pattern, [0])
+        return point_at("has no layers: add at least one, or set it to null for Mamba layers only", pattern, [0])
     latent = [at for at, symbol in enumerate(pattern) if symbol in (LATENT_ATTENTION, SPARSE_ATTENTION)]
     if latent and ATTENTION in pattern:
-        return point_at("has both usual and latent attention, which Megatron-Core cannot: choose one", pattern, latent)
+        return point_at(
+            "mixes plain and latent attention, which Megatron-Core does not support: choose one", pattern, latent
+        )
     decoder, *predictions = pattern.split(PREDICTION)
     at = len(decoder) + 1
     for part in predictions:
         if part != predictions[0] or not part or STAGE in part:
             places = range(at, at + max(len(part), 1))
-            return point_at("must repeat the same layers, of one stage, after each /", pattern, places)
+            return point_at("must repeat the same layers after each /, without |", pattern, places)
         at += len(part) + 1
     return _check_layer_count(pattern, num_layers)
 
@@ -62,7 +64,7 @@ def _check_layer_count(pattern: str, num_layers: int) -> str | None:
         return None
     places = [place for place, symbol in enumerate(get_decoder(pattern)) if symbol != STAGE]
     return point_at(
-        f"has {found} layers, transformer.num_layers is {num_layers}: change one of them",
+        f"has {found} layers, but transformer.num_layers = {num_layers}: change one of them",
         pattern,
         places[num_layers:] or [len(get_decoder(pattern))],
     )

@@ -74,11 +74,15 @@ def _make_top_keys(target: Target) -> Json:
     """The keys that stand at the top of a document only."""
     keys: Json = {}
     if is_model(target):
-        about = "The ModelBuilder that builds this model; without it, the one that its class names."
+        about = "The ModelBuilder that builds this model; defaults to the builder of its class."
         names = [one.name for one in _list_targets() if one.kind == "builder" and one.accepts in target.bases]
         keys["_builder_"] = {"description": about, **_make_suggestion(names)}
     entry = _make_closed({"path": _TEXT, "reason": _TEXT})
-    keys["_omitted_"] = {"description": "What has no written form and was left out.", "type": "array", "items": entry}
+    keys["_omitted_"] = {
+        "description": "Values that were left out because they cannot be written.",
+        "type": "array",
+        "items": entry,
+    }
     return keys
 
 
@@ -242,7 +246,7 @@ def _find_configs(type_: Type) -> list[Target]:
 def _make_heading(target: Target) -> Json:
     keys: Json = {"_target_": {"description": target.doc, "const": target.name}}
     if target.schema is not None:
-        about = "The version of this part's form."
+        about = "Schema version of this config."
         keys[VERSION_KEY] = {"description": about, "const": target.schema.version}
     return keys
 

@@ -52,7 +52,7 @@ def enter(obj: T, name: str) -> T:
     present = objects.get(name, obj)
     # A definition that was run again (in a notebook, say) replaces the earlier one of the same name.
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
-        raise TargetError(f"{name!r} already stands for {present!r}: register {obj!r} under another name")
+        raise TargetError(f"{name!r} already refers to {present!r}: register {obj!r} under another name")
     objects[name] = obj
     if isinstance(obj, type) and qualified_name(obj) not in objects:
         given_names.setdefault(obj, name)

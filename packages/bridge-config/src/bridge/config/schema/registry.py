@@ -67,10 +67,10 @@ def register(obj: T, name: str | None = None) -> T:
     """
     name = name or qualified_name(obj)
     if name is None:
-        raise TargetError(f"{obj!r} has no name of its own: give one, register(obj, name='...')")
+        raise TargetError(f"{obj!r} has no qualified name: pass one, register(obj, name='...')")
     meant = shipped(name) if name != qualified_name(obj) else None
     if meant is not None and _get_loaded_by_path(meant.name) is not obj:
-        raise TargetError(f"{name!r} already stands for {meant.name}: register {obj!r} under another name")
+        raise TargetError(f"{name!r} already refers to {meant.name}: register {obj!r} under another name")
     return registered.enter(obj, name)
 
 
@@ -137,8 +137,8 @@ def _explain_unknown(name: str, *, suggest: bool) -> str:
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
     near = did_you_mean(name, known_names()) if suggest else ""
     return (
-        f"{quote_name(name)} is not a name that documents may use here; install the package that has it, register it"
-        f" (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
+        f"{quote_name(name)} is not a name that documents may use here; install the package that provides it, register"
+        f" it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
     )
 
 
@@ -230,7 +230,9 @@ def _get_declaration(name: str) -> EntryPoint:
     point, own = points[0], shipped_aliases().get(name, name)
     # A dotted name means what it says, and an alias of the table what the table says.
     if ("." in name or own != name) and not _is_place_of(own, point.value):
-        raise TargetError(f"{_get_owner(point)} declares {name!r} as {point.value!r}, but that name is {own!r} alone")
+        raise TargetError(
+            f"{_get_owner(point)} declares {name!r} as {point.value!r}, but that name is reserved for {own!r}"
+        )
     return point
 
 

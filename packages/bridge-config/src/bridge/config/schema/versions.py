@@ -105,7 +105,7 @@ def _check_change(change: Change, version: int) -> None:
     if isinstance(change, Moved) and change.old == change.new:
         raise ConfigError(f"{change}: `old` and `new` are the same path")
     if isinstance(change, Changed) and not change.values and change.absent is MISSING:
-        raise ConfigError(f"{change}: give values, absent or both")
+        raise ConfigError(f"{change}: set `values`, `absent` or both")
 
 
 def _change_to_json(change: Change) -> dict[str, Any]:
@@ -142,6 +142,6 @@ def load_declared_schema(name: str) -> Schema | None:
         except Exception as error:  # the import of someone else's module, or their Schema's own refusal
             raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, fails: {error}") from error
         if not isinstance(schema, Schema):
-            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a Schema")
+            raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a bridge.config.Schema")
         return schema
     return None
