@@ -28,6 +28,7 @@ class Folder:
     """A folder whose tensors are exactly those of the model that its config.json describes."""
 
     path: Path
+    model_type: str
     document: dict[str, Any]
     fields: Mapping[str, Any]
     """The document by dotted path, with defaults."""
@@ -47,10 +48,11 @@ def open_folder(path: str | Path) -> Folder:
         WeightsError: The tensors are not those of the model: all problems, by name.
     """
     path = Path(path)
-    config = load_config_json(str(path)).data
-    _check_quantization(path, config)
-    converted = from_hf(config)
-    architecture = find_architecture(config)
+    given = load_config_json(str(path))
+    with given.locate_problems():
+        converted = from_hf(given.data)
+    _check_quantization(path, given.data)
+    architecture = find_architecture(given.data)
     fields = read_fields(converted.data)
     entries = list(architecture.weights(Sizes(fields)))
     known = {name for entry in entries for name in list_tensors(entry)}
@@ -62,7 +64,7 @@ def open_folder(path: str | Path) -> Folder:
     if outside:
         first = format_tensor(outside[0])
         notes.append(f"{len(outside)} tensors outside the language model are left out, {first} the first of them")
-    return Folder(path, converted.data, fields, stored, found, notes)
+    return Folder(path, architecture.model_type, converted.data, fields, stored, found, notes)
 
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,105 @@
+"""`bridge check-hf`: the tensors of a folder against its config.json, from headers alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from sparse_folders import Tensor, list_deepseek_v3, write_folder
+
+from bridge.models.commands.weights import check_hf
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
+LLAMA_TENSORS: dict[str, Tensor] = {
+    "model.embed_tokens.weight": ("BF16", (128, 64)),
+    "model.layers.0.input_layernorm.weight": ("F32", (64,)),
+    "model.layers.0.self_attn.q_proj.weight": ("BF16", (64, 64)),
+    "model.layers.0.self_attn.k_proj.weight": ("BF16", (64, 64)),
+    "model.layers.0.self_attn.v_proj.weight": ("BF16", (64, 64)),
+    "model.layers.0.self_attn.o_proj.weight": ("BF16", (64, 64)),
+    "model.layers.0.post_attention_layernorm.weight": ("F32", (64,)),
+    "model.layers.0.mlp.gate_proj.weight": ("BF16", (96, 64)),
+    "model.layers.0.mlp.up_proj.weight": ("BF16", (96, 64)),
+    "model.layers.0.mlp.down_proj.weight": ("BF16", (64, 96)),
+    "model.norm.weight": ("F32", (64,)),
+    "lm_head.weight": ("BF16", (128, 64)),
+}
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(check_hf, [str(argument) for argument in arguments])
+
+
+def test_deepseek_v3_from_its_headers(tmp_path: Path) -> None:
+    """The numbers are those of its page: 684,531,386,000 elements, of which docs/huggingface.md says what each is."""
+    config = json.loads((Path(__file__).parent / "huggingface" / "deepseek-ai--DeepSeek-V3.json").read_text())
+    write_folder(tmp_path, config, list_deepseek_v3(), files=163)
+    report = json.loads(check(tmp_path, "--json").stdout)
+    assert (report["ok"], report["model_type"]) == (True, "deepseek_v3")
+    assert report["parameters"] == 671_026_404_352 + 11_610_067_968
+    assert (report["files"], report["tensors"]) == (163, 91_991)
+    elements = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+    assert sum(each["bytes"] // elements[dtype] for dtype, each in report["precisions"].items()) == 684_531_386_000
+
+
+def test_report_of_a_small_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, LLAMA | {"quantization_config": None}, LLAMA_TENSORS, files=2)
+    matrices = 2 * 128 * 64 + 4 * 64 * 64 + 3 * 64 * 96
+    done = check(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}: ok",
+        f"llama, {matrices + 3 * 64:,} parameters",
+        f"12 tensors in 2 file(s), {2 * matrices + 4 * 3 * 64:,} bytes",
+        f"BF16           9 tensors, {2 * matrices:,} bytes",
+        "F32            3 tensors, 768 bytes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "path", "message"),
+    [
+        ({}, {"model.norm.weight": None}, "model.norm.weight", "missing: decoder.final_layernorm.weight"),
+        ({}, {"model.norm.bias": ("F32", (64,))}, "model.norm.bias", "unknown: "),
+        ({}, {"lm_head.weight": ("BF16", (64, 64))}, "lm_head.weight", "expected the shape [128, 64], got [64, 64]"),
+        ({"num_hiden_layers": 1}, {}, "$.num_hiden_layers", "unknown to Bridge"),
+    ],
+)
+def test_problems_are_told_by_name(
+    config: dict[str, Any], changes: dict[str, Tensor | None], path: str, message: str, tmp_path: Path
+) -> None:
+    tensors = {name: tensor for name, tensor in (LLAMA_TENSORS | changes).items() if tensor is not None}
+    write_folder(tmp_path, LLAMA | config, tensors, files=2)
+    done = check(tmp_path, "--json")
+    assert done.exit_code == 1
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    (problem,) = report["problems"]
+    assert problem["path"] == path
+    assert message in problem["message"]
+    assert (problem["line"] is not None) == path.startswith("$")  # config.json has lines
+    told = check(tmp_path)
+    assert f"{path}: " in str(told.exception)
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    write_folder(tmp_path, LLAMA, LLAMA_TENSORS, files=1)
+    code = (
+        "import sys; from bridge.config.cli.entry import bridge\n"
+        f"bridge(['check-hf', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "print({'torch', 'megatron', 'transformers'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
