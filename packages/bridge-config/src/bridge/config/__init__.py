@@ -35,7 +35,7 @@ __all__ = [
     "register",
 ]
 
-# Reading, comparing and migrating documents need more of the standard library than describing a model does.
+# Loaded on first use: reading, comparing and migrating documents import more than defining a model config needs.
 _LAZY = {
     "Changed": "schema.versions",
     "Difference": "compare",

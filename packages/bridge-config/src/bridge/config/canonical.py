@@ -11,22 +11,22 @@ from bridge.config.errors import ConfigError
 from bridge.config.read.decode import Checked, check
 from bridge.config.write.encode import encode_made
 
-_EXACT = 2**53  # RFC 8785 has the numbers of ECMAScript: from here on, not every whole number is one
+_EXACT = 2**53  # RFC 8785 numbers are doubles (ECMAScript): from here on, not every integer is exact
 
 
 def canonicalize(data: object, *, defaults: bool = False) -> dict[str, Any]:
     """Return the document `data` in canonical form.
 
-    The canonical form has the current version, fields in the order of their class, full names for aliases, `_target_`
-    for every config, the builder by name, short forms where there are any, and no fields that the class computes.
+    The canonical form has the current version, fields in the order of their class, full names instead of aliases,
+    `_target_` for every config, the builder by name, short forms where possible, and no fields that a class computes.
 
     Args:
-        data: a document of any version, or of Megatron Bridge.
-        defaults: whether fields that it leaves out are written out with their defaults. What a constructor derives
-            is not known without running it: such a field has the default of its declaration.
+        data: a Bridge document of any version, or a Megatron Bridge document.
+        defaults: whether to fill in missing fields with the defaults of their declarations. Values that a
+            constructor derives are unknown, since it is not run.
 
     Raises:
-        DocumentError: it describes no configuration.
+        DocumentError: `data` does not describe a valid configuration.
     """
     return canonicalize_checked(check(data, defaults=defaults))
 
@@ -40,29 +40,29 @@ def canonicalize_checked(checked: Checked) -> dict[str, Any]:
 
 
 def fingerprint(data: object) -> str:
-    """Return the fingerprint of the content of the document `data`: `sha256:` and 64 hexadecimal digits.
+    """Return the content fingerprint of the document `data`: `sha256:` and 64 hexadecimal digits.
 
-    It is the SHA-256 of the canonical JSON (RFC 8785) of the canonical form with defaults, without the versions of
-    its classes. So it is the same for YAML and JSON, any order of keys, any spelling, and on every machine; a field
-    given its default counts as one left out.
+    It is the SHA-256 of the canonical JSON (RFC 8785) of the canonical form with defaults, without class versions. It
+    does not depend on YAML or JSON, the order of keys, the spelling of names, or the machine. A field set to its
+    default counts as missing.
 
     Raises:
-        DocumentError: it describes no configuration.
-        ConfigError: it holds text that is not Unicode.
+        DocumentError: `data` does not describe a valid configuration.
+        ConfigError: `data` holds a string with unpaired surrogates, or an integer too large to print.
     """
     form = canonicalize(data, defaults=True)
-    if "_omitted_" in form:  # the reasons name objects of the process that wrote them
+    if "_omitted_" in form:  # keep the paths only: reasons mention objects of the process that wrote them
         form["_omitted_"] = sorted(entry["path"] for entry in form["_omitted_"])
     try:
         text = rfc8785.dumps(_to_exact(form))
-    # ValueError: an integer of more digits than Python writes.
+    # ValueError: Python refuses to print integers of more than 4300 digits.
     except (rfc8785.CanonicalizationError, ValueError) as error:
         raise ConfigError(f"cannot compute the fingerprint of this document: {error}") from error
     return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 
 def _to_exact(value: Any) -> Any:
-    """`value` without versions, and with large whole numbers as floats or, where no float is equal, as text."""
+    """Return `value` without versions. Large integers become equal floats, else a `builtins.int` entry."""
     if isinstance(value, dict):
         return {key: _to_exact(item) for key, item in drop_version(value).items()}
     if isinstance(value, list):
@@ -78,5 +78,5 @@ def _to_exact(value: Any) -> Any:
 
 
 def drop_version(form: dict[str, Any]) -> dict[str, Any]:
-    """A mapping of a canonical form without the version of the class that it names; any other mapping as it is."""
+    """Return a mapping of the canonical form without `_version_`, unless it is a plain dict (without `_target_`)."""
     return {key: item for key, item in form.items() if key != "_version_"} if "_target_" in form else form

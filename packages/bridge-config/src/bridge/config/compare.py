@@ -19,9 +19,9 @@ _NOTHING = object()
 class Difference:
     """One place where two documents differ.
 
-    `path` is where the value stands in the present form of documents; `before_path` and `after_path` are where it
-    stands in the two documents themselves, which differ from it if a version or another form put it elsewhere. They are
-    None where a document does not give the value; then `before` or `after` is the default, if there is one.
+    `path` is the path of the value in the current schema version. `before_path` and `after_path` are its paths in the
+    two documents, which differ from `path` if a document has an older version or another format. They are None where a
+    document does not give the value; then `before` or `after` is the default, if there is one.
     """
 
     kind: Literal["added", "removed", "changed", "moved"]
@@ -52,10 +52,10 @@ class Difference:
 
 
 def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
-    """Yield what differs between two checked documents, in the order of their fields.
+    """Yield the differences between two checked documents, in the order of their fields.
 
-    Read with defaults, a field that one of them leaves out differs only from a value that is not its default. A value
-    that both have, but at different places because a version moved or renamed it, is a difference of its own kind.
+    If both were checked with defaults, a missing field equals its default. A value that both documents have, but at
+    different paths because a version moved or renamed it, has the kind "moved".
     """
     old, new = (dict(_walk_leaves(canonicalize_checked(checked))) for checked in (before, after))
     for path in dict.fromkeys((*old, *new)):
@@ -84,13 +84,13 @@ def _find_place(checked: Checked, path: Path) -> str | None:
 
 
 def _strip_root(place: Path, checked: Checked) -> Path:
-    """`place` below the mapping that describes the model: a section of a larger file counts from its own top."""
+    """Return `place` relative to the mapping that describes the model, which may be a section of a larger file."""
     root = checked.present.origin(())
     return place[len(root) :] if place[: len(root)] == root else place
 
 
 def _walk_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value that is compared as a whole, and its path."""
+    """Yield the values that are compared as a whole, with their paths."""
     if isinstance(value, dict) and value and "_partial_" not in value and "_args_" not in value:
         for key, item in drop_version(value).items():
             yield from _walk_leaves(item, (*path, key))
@@ -102,7 +102,7 @@ def _walk_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values are written the same in canonical JSON: 1 is 1.0, but not true."""
+    """Return whether two values have the same canonical JSON: 1 equals 1.0 but not true."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):

@@ -1,4 +1,4 @@
-"""The exceptions of bridge-config, and the base class of those of all Bridge packages."""
+"""The exceptions of bridge-config, the base class of all Bridge exceptions, and helpers for messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import bridge
 
-_MAX_NAME = 200  # characters, more than twice the longest known name
+_MAX_NAME = 200  # characters, over twice the longest known name; names of a document are untrusted and may be huge
 
 
 class BridgeError(Exception):
-    """Base of all errors for the user. The command line prints the message without a traceback."""
+    """Base of all errors that a user can fix. The command line prints the message without a traceback."""
 
 
 class ConfigError(BridgeError, ValueError):
@@ -21,19 +21,19 @@ class ConfigError(BridgeError, ValueError):
 
 
 class TargetError(ConfigError):
-    """A name in a document is unknown, not allowed, or refers to something that does not fit there."""
+    """A name in a document is unknown, not allowed, or refers to an object of the wrong kind."""
 
 
 class OmittedWarning(UserWarning):
-    """A document lacks a value that cannot be written, or holds one that reads back differently."""
+    """A written document lacks a value that cannot be encoded, or has a value that cannot be read back."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One problem in a document.
 
-    `path` is where in the document (`$.transformer.num_layers`); `line` and `column` count from 1.
-    `file` is the file, preset or override that the value came from.
+    `path` is its path in the document (`$.transformer.num_layers`). `file` is the file, preset or override that the
+    value came from. `line` and `column` count from 1.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Problem:
 
 
 class DocumentError(ConfigError):
-    """A document cannot be read or is invalid; `problems` lists everything found."""
+    """A document cannot be read or is invalid. `problems` lists all problems found, up to a limit."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -60,7 +60,7 @@ class DocumentError(ConfigError):
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called Bridge, skipping all frames inside Bridge."""
-    # The namespace's path names the folders of all packages.
+    # Bridge is a namespace package: its path lists a folder per installed distribution.
     warnings.warn(message, category, skip_file_prefixes=tuple(os.path.join(folder, "") for folder in bridge.__path__))
 
 
@@ -70,9 +70,9 @@ def quote_name(name: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """Return the end of a message about the unknown `name`: the closest known name with `prefix`, or nothing.
+    """Return the end of a message about the unknown `name`, suggesting the closest known name; empty if none is close.
 
-    The search takes milliseconds: limit how often it is called.
+    `prefix` is prepended to the suggestion. The search takes milliseconds, so callers limit how often they call it.
     """
     close = find_closest(name, known)
     return f"; did you mean {prefix + close!r}?" if close is not None else ""

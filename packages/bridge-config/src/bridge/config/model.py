@@ -1,4 +1,4 @@
-"""ModelConfig: the description of a model, as data."""
+"""ModelConfig: the base class of model configurations, which describe models as plain data."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 class ModelConfig:
     """Base of all model configurations: pure data, built by the `ModelBuilder` that `builder` names.
 
-    A subclass is a dataclass and sets `builder`. It is known to documents by being defined, under `module.qualname`.
+    A subclass must be a dataclass and set `builder`. Defining it registers it for documents under `module.qualname`.
     """
 
     builder: ClassVar[str]
     """Dotted name of the ModelBuilder class that builds this configuration."""
 
     schema: ClassVar[Schema]
-    """The version of this class's form in documents, and what changed since the first; by default the first."""
+    """The schema version of this class and its changes since version 1; by default version 1."""
 
     restore_modelopt_state: bool = False
-    """The model carries ModelOpt quantisation or sparsity state: builders choose layers that can hold it."""
+    """Whether the model has ModelOpt quantization or sparsity state, which needs layers that can hold it."""
 
     hf_model_id: str | None = None
     """The Hugging Face model that this configuration came from."""
 
     generation_config: Any | None = None
-    """The generation settings to ship with the model. Those of a document become an object of transformers when this is
-    read; where transformers is not installed, they stay a mapping."""
+    """The generation settings to ship with the model. Settings from a document become a transformers GenerationConfig
+    when this attribute is first read; if transformers is not installed, they stay a mapping."""
 
-    # Keyword-only: the positional order of Megatron Bridge's ModelConfig has no such field.
+    # Keyword-only, since Megatron Bridge's ModelConfig lacks it and its positional order must stay valid.
     extra_checkpoint_metadata: dict[str, Any] | None = field(default=None, kw_only=True)
-    """More metadata to save with checkpoints."""
+    """Additional metadata to save with checkpoints."""
 
     pre_wrap_hooks: list[Callable[[list[MegatronModule]], list[MegatronModule]]] = field(default_factory=list)
     """Called in order on the list of stages before they are wrapped; each returns the list for the next."""
@@ -59,26 +59,27 @@ class ModelConfig:
         registered.enter(cls, qualified_name(cls) or "")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_class(cls)  # no earlier: a class is decorated after it was defined
+        check_class(cls)  # not in __init_subclass__, which runs before @dataclass
         return super().__new__(cls)
 
     def get_builder_cls(self) -> type:
         """Return the ModelBuilder class that builds this configuration.
 
         Raises:
-            TargetError: the class names no builder, or one that cannot be imported.
+            TargetError: The class has no builder, or it cannot be imported.
         """
         builder = getattr(self, "builder", None)
         if builder is None:
             raise TargetError(f"{type(self).__qualname__} has no builder: set its `builder` ClassVar")
-        from bridge.config.schema.registry import import_builder  # entry points take milliseconds to find
+        from bridge.config.schema.registry import import_builder  # searching entry points takes milliseconds
 
         return import_builder(builder)
 
     def as_dict(self) -> dict[str, Any]:
         """Return this configuration as plain data (JSON types only), with `_target_` and `_builder_`.
 
-        A value without a written form (a lambda, a live object) is left out, listed under `_omitted_` and warned about.
+        A value that cannot be encoded (a lambda, a live object) is left out, listed under `_omitted_`, and reported
+        as an OmittedWarning.
         """
         from bridge.config.serialize import encode_config
 
@@ -86,10 +87,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Return the configuration that `data` describes: an instance of the class that its `_target_` names.
+        """Return the configuration that `data` describes, an instance of the class that `_target_` names.
 
         Raises:
-            DocumentError: `data` does not describe an instance of this class; lists all problems.
+            DocumentError: `data` is invalid or does not describe an instance of this class; it lists all problems.
         """
         from bridge.config.read.decode import decode_config
 
@@ -97,16 +98,16 @@ class ModelConfig:
 
 
 class _GenerationField:
-    """`ModelConfig.generation_config`: settings that a document gave become transformers' object when they are read.
+    """Descriptor of `ModelConfig.generation_config`: builds a GenerationConfig from a document's settings when read.
 
-    They stay data where transformers is not installed, or documents may not name its class.
+    The settings stay data if transformers is not installed, or its class is not registered for documents.
     """
 
     keeps_generation_data = True  # see `schema.generation.KEEPS_DATA`
 
     def __get__(self, config: object, owner: type | None = None) -> Any:
         if config is None:
-            return None  # the field's default, which a dataclass keeps in its class
+            return None  # @dataclass reads the field's default from the class
         value = vars(config).get(GENERATION_FIELD)
         if isinstance(value, GenerationSettings):
             from bridge.config.read.generation import (
@@ -121,14 +122,14 @@ class _GenerationField:
 
 
 class _HooksField:
-    """A list of hooks: refused when it is assigned, not when the model is built, if it is none."""
+    """Descriptor of a list of hooks. It validates on assignment, so that errors show where it was set."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, config: object, owner: type | None = None) -> Any:
         if config is None or self._name not in vars(config):
-            raise AttributeError(self._name)  # a dataclass looks for a default in its class
+            raise AttributeError(self._name)  # for @dataclass: the field has a default factory, no default in the class
         return vars(config)[self._name]
 
     def __set__(self, config: object, value: Any) -> None:
@@ -143,7 +144,7 @@ class _HooksField:
         vars(config)[self._name] = value
 
 
-# Not in the class body, where a dataclass would take them for the fields' defaults.
+# Assigned after the class body, where @dataclass would take them for field defaults.
 ModelConfig.generation_config = _GenerationField()
 ModelConfig.pre_wrap_hooks = _HooksField("pre_wrap_hooks")  # type: ignore[assignment]
 ModelConfig.post_wrap_hooks = _HooksField("post_wrap_hooks")  # type: ignore[assignment]

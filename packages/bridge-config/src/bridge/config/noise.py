@@ -1,4 +1,4 @@
-"""What megatron-core and torch say as they are imported and used, where nothing is to be done about it."""
+"""Filters for warnings and log records of megatron-core and torch that users cannot act on."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import logging
 import re
 import warnings
 
-# Of megatron-core 0.19.2.
+# Warnings of megatron-core 0.19.2.
 _WARNINGS = (
-    "Transformer Engine and Apex are not installed",  # PyTorch has all that is used of them
+    "Transformer Engine and Apex are not installed",  # PyTorch provides everything that Bridge uses of them
     "Apex is not installed",
     "absl.logging is not installed",
-    "full scope is deprecated",  # the default of the CUDA graphs that nobody asked for
-    "MimoModelConfig is experimental",  # imported with all the rest
+    "full scope is deprecated",  # raised for a default value that the user did not set
+    "MimoModelConfig is experimental",  # raised on import, whether or not the class is used
 )
 _RECORDS = {
-    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # the models that Bridge builds are of this class
-    "torch.utils.cpp_extension": "No CUDA runtime is found",  # megatron-core imports it, and Bridge compiles nothing
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # Bridge builds models of this class
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # megatron-core imports it, but Bridge compiles nothing
 }
 
 
 def silence() -> None:
-    """Keep these messages, and no others, off the terminal: called by the packages that import megatron-core."""
+    """Filter out these messages and no others. Packages call this before they import megatron-core."""
     known = "|".join(map(re.escape, _WARNINGS))
     warnings.filterwarnings("ignore", known, UserWarning, module=r"megatron\.core\.")
     for name, message in _RECORDS.items():
@@ -29,7 +29,7 @@ def silence() -> None:
 
 
 class _MessageFilter(logging.Filter):
-    """Drops the records that begin with a message; equal to another of the same, so that a logger has it once."""
+    """Drops log records that begin with a message. Equal filters compare equal, so that a logger adds only one."""
 
     def __init__(self, message: str) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ def parse_path(text: str) -> Path:
     """Parse a path: keys joined by dots, list indices and quoted keys in brackets, optionally with a leading `$`.
 
     Raises:
-        ConfigError: `text` is not a path.
+        ConfigError: `text` is not a valid path.
     """
     is_rooted = text[:2] in ("$", "$.", "$[")
     rest = text[1:] if is_rooted else text if text[:1] in ("", "[") else f".{text}"

@@ -14,7 +14,7 @@ MAX_PROBLEMS = 100
 
 
 class ReadError(Exception):
-    """A value cannot be read; `problems` lists why, each with its path."""
+    """A value cannot be read. `problems` are pairs of a path, relative to the current value, and a message."""
 
     def __init__(self, problems: ProblemList) -> None:
         super().__init__(problems)
@@ -22,12 +22,12 @@ class ReadError(Exception):
 
 
 def make_error(message: str, *path: str | int) -> ReadError:
-    """Return the error with one problem, at `path` relative to the current value."""
+    """Return a ReadError with one problem, at `path` relative to the current value."""
     return ReadError([(path, message)])
 
 
 def make_mismatch_error(wanted: str, value: object, hint: str = "") -> ReadError:
-    """Return the error about a value of the wrong kind."""
+    """Return a ReadError about a value of the wrong type; `hint` is appended to its message."""
     return make_error(f"expected {wanted}, got {describe_value(value)}{hint}")
 
 
@@ -65,5 +65,5 @@ def abbreviate(value: object) -> str:
 
 
 def to_path_step(key: object) -> str | int:
-    """Return `key` as a step of a path. Keys of data that did not come from text can be any object."""
+    """Return `key` as a step of a path. Keys of Python data, unlike those of YAML and JSON, can be any object."""
     return key if isinstance(key, str) or (type(key) is int and 0 <= key < 2**63) else describe_value(key)

@@ -1,4 +1,4 @@
-"""What anything that can be written to and read from a document provides."""
+"""The protocol of objects that can be written to and read from documents."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Serializable(Protocol):
     """An object with a plain-data form that names its class under `_target_`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The object as plain data: JSON types only."""
+        """Return the object as plain data (JSON types only)."""
         ...
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The object that `data` describes."""
+        """Return the object that `data` describes."""
         ...

@@ -1,4 +1,4 @@
-"""The result of converting a document: the new document, the moves of its values, notes and problems."""
+"""Migration: the result of converting a document from an older version or another system."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from bridge.config.paths import Path
 
 @dataclass
 class Migration:
-    """A document converted from an older version or another system."""
+    """A converted document, with what happened to its values."""
 
     data: Any
     """The document; the original object if nothing changed."""
 
     moves: list[tuple[Path, Path]] = field(default_factory=list)
-    """Pairs of the new and the old path of a value."""
+    """Pairs (new path, old path), so that problems can be reported at the position in the original document."""
 
     notes: list[str] = field(default_factory=list)
-    """What was changed, one line each."""
+    """Descriptions of the changes, one line each."""
 
     problems: list[tuple[Path, str]] = field(default_factory=list)
-    """Problems, by their path in the original document."""
+    """Problems, as pairs of a path in the original document and a message."""

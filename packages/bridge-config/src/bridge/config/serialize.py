@@ -1,4 +1,4 @@
-"""Encodes a config as a document, and reads it back to warn about what a reader would refuse."""
+"""Encodes a config as a document, and warns about values that cannot be encoded or read back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from bridge.config.write.encode import Omitted, encode_mapping
 
 
 def encode_config(config: object) -> dict[str, Any]:
-    """Return the document of `config`; see `ModelConfig.as_dict`."""
+    """Return `config` as a document; see `ModelConfig.as_dict`.
+
+    Warns:
+        OmittedWarning: Values were left out, or a reader would reject them.
+    """
     omitted: Omitted = []
     rehearsal = Rehearsal()
     data = encode_mapping(config, (), omitted, rehearsal)

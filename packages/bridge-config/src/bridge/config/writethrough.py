@@ -1,4 +1,4 @@
-"""WriteThrough: a config that embeds another one, and reads and writes its fields as if they were its own."""
+"""WriteThrough: a mixin for configs that embed another config and expose its fields as their own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bridge.config.problems import abbreviate
 
 
 class _FieldOwners(NamedTuple):
-    """Whose the fields of a config are, given the class of the one it embeds."""
+    """The owners of a config's fields, given the class of its embedded config."""
 
     alone: frozenset[str]
-    """Declared by the config alone, without the field that embeds."""
+    """Declared only by the outer config, without the field that holds the embedded config."""
 
     shared: frozenset[str]
-    """Declared by both, and owned by the embedded config."""
+    """Declared by both configs. The embedded config owns them."""
 
 
 _names_cache: dict[type, frozenset[str]] = {}
@@ -25,14 +25,14 @@ _owners_cache: dict[tuple[type, type], _FieldOwners] = {}
 
 
 class WriteThrough:
-    """Mixin for a dataclass with a required field that holds another dataclass, both read and written through.
+    """Mixin for a dataclass that forwards attribute reads and writes to the dataclass in one of its required fields.
 
-    `config.num_layers` reads `config.transformer.num_layers`, and assigning it writes there. One owner per field: a
-    field that both declare is owned by the embedded config for as long as that has it. Assigning a name that neither
-    has is an AttributeError.
+    `config.num_layers` reads `config.transformer.num_layers`, and assigning it writes there. Each field has one owner:
+    a field that both configs declare belongs to the embedded config as long as that config has it. Assigning a name
+    that neither config has raises an AttributeError.
 
-    Type checkers know the embedded fields of a config that says what they are, in a base class that is no dataclass,
-    so that its constructor does not take them (`bridge.builders.EmbedsTransformer` does so for a TransformerConfig):
+    To make the embedded fields visible to type checkers, declare them in a base class that is not a dataclass, so that
+    the constructor does not take them (`bridge.builders.EmbedsTransformer` does this for a TransformerConfig):
 
         class EmbedsEncoder(WriteThrough):
             _embeds = "encoder"
@@ -40,8 +40,8 @@ class WriteThrough:
             if TYPE_CHECKING:
                 num_layers: int
 
-    `dataclasses.replace(config, transformer=other)` hands `other` also the values of the fields that both declare, and
-    is refused where they conflict. To exchange the embedded config of a copy, assign it to the copy.
+    `dataclasses.replace(config, transformer=other)` also passes the current values of the shared fields, and raises a
+    ConfigError if they conflict with `other`. To replace the embedded config of a copy, assign it to the copy.
     """
 
     _embeds: ClassVar[str] = "transformer"
@@ -49,7 +49,7 @@ class WriteThrough:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Only a config given to the constructor can be asked, before __init__, which fields it owns.
+        # __new__ needs the embedded config to see which fields it owns, so a default is not enough.
         if cls._embeds in vars(cls):
             raise TypeError(f"{cls.__qualname__}.{cls._embeds} must be a required field: it embeds a config")
 
@@ -68,13 +68,14 @@ class WriteThrough:
                 raise ConfigError(
                     f"{cls.__qualname__}: {given_twice}; {cls._embeds} owns this field, set it there only"
                 )
-        # The generated __init__ assigns each field once; these must not overwrite the owner's values with defaults.
+        # The generated __init__ assigns every field once. For these it would overwrite the owner's values with
+        # defaults, so `_write` ignores the first assignment of each.
         if unset := shared - given.keys():
             self.__dict__["_unset"] = set(unset)
         return self
 
     def _read(self, name: str) -> Any:
-        # Reached only when normal lookup failed. Dunder names are never forwarded: copy and pickle probe for them.
+        # Python calls this only when normal lookup fails. Dunder names are never forwarded: copy and pickle probe them.
         embedded = self.__dict__.get(type(self)._embeds)
         if embedded is not None and not (name.startswith("__") and name.endswith("__")):
             try:
@@ -103,19 +104,22 @@ class WriteThrough:
             known = _field_names(cls) | _field_names(type(embedded))
             raise AttributeError(f"{cls.__qualname__!r} has no field {name!r}{did_you_mean(name, sorted(known))}")
 
-    if not TYPE_CHECKING:  # a type checker would take every name for a field
+    if not TYPE_CHECKING:  # with __getattr__, a type checker would accept every name
         __getattr__ = _read
         __setattr__ = _write
 
     def _mark_assigned(self, name: str) -> None:
-        """Take note that __init__ has passed the shared field `name`."""
+        """Record that __init__ has assigned the shared field `name`."""
         unset: set[str] = self.__dict__["_unset"]
         unset.discard(name)
         if not unset:
             del self.__dict__["_unset"]
 
     def _embed(self, embedded: object) -> None:
-        """Put `embedded` in its place and hand the fields that both declare to it, or back from the one before."""
+        """Set the embedded config, and move the ownership of shared fields to it.
+
+        Fields that only the previous embedded config had return to the outer config, with their values.
+        """
         cls = type(self)
         before = self.__dict__.get(cls._embeds)
         taken, freed = _split_fields(cls, embedded).shared, _split_fields(cls, before).shared
@@ -128,7 +132,7 @@ class WriteThrough:
 
 
 def shared_names(config: object) -> frozenset[str]:
-    """The fields that `config` declares but leaves to the config it embeds; none unless it is a `WriteThrough`."""
+    """Return the fields of `config` that its embedded config owns; empty unless `config` is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
         return frozenset()
     return _split_fields(type(config), getattr(config, config._embeds)).shared
@@ -143,16 +147,16 @@ def _split_fields(cls: type[WriteThrough], embedded: object) -> _FieldOwners:
 
 
 def _field_names(cls: type) -> frozenset[str]:
-    """The names of a dataclass's fields; none for any other class."""
+    """Return the field names of a dataclass; empty for any other class."""
     if cls not in _names_cache:
         _names_cache[cls] = frozenset(f.name for f in fields(cls)) if is_dataclass(cls) else frozenset()
     return _names_cache[cls]
 
 
 class _ForwardedField:
-    """Stands before a field's default in a class, where that would hide the embedded config's value.
+    """Replaces the class attribute with a field's default, which would hide the embedded config's value.
 
-    An instance that owns the field has it in its dictionary, which is looked at first.
+    It is a non-data descriptor: an instance that owns the field has it in its `__dict__`, which takes precedence.
     """
 
     def __init__(self, name: str, default: object) -> None:
@@ -164,7 +168,7 @@ class _ForwardedField:
 
 
 def _forward_field(cls: type[WriteThrough], name: str) -> None:
-    """Let `name`, a field that both configs declare, be read from the embedded one; no other class is changed."""
+    """Make reads of the shared field `name` go to the embedded config. Only `cls` itself is changed."""
     default = inspect.getattr_static(cls, name, MISSING)
     if default is not MISSING and not hasattr(default, "__get__"):
         setattr(cls, name, _ForwardedField(name, default))

@@ -1,4 +1,4 @@
-"""What documents may say: descriptions of classes, live and shipped, the names they use, and the values fields take.
+"""The schema of documents: descriptions of classes (live and shipped), allowed names, and valid field values.
 
-It imports only the errors, paths and problems of `bridge.config`, and neither torch nor megatron-core.
+This package imports only the errors, paths and problems modules of `bridge.config`, never torch or megatron-core.
 """

@@ -1,4 +1,4 @@
-"""What annotations say about values, as data: the same with and without the classes that they name."""
+"""Type annotations as plain data, comparable and serializable without importing the classes they name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ItemsKind = Literal["list", "tuple", "set", "frozenset"]
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A number, text, a truth value or null; an integer is a fine float."""
+    """A number, string, boolean or null. A float also accepts integers."""
 
     kind: PlainKind
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of these very values: a `Literal`."""
+    """One of the listed values: a `Literal`."""
 
     values: tuple[str | int | bool | None, ...]
 
@@ -30,28 +30,28 @@ class Dtype:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """Something that can be called, and is not a config class."""
+    """A callable that is not a config class."""
 
 
 @dataclass(frozen=True, slots=True)
 class Class:
-    """A class itself: one derived from the class of this dotted name, or any."""
+    """A class object: any class, or a subclass of `bound` (a dotted name)."""
 
     bound: str | None = None
     cls: type | None = field(default=None, compare=False, repr=False)
-    """The bound itself, where the annotation was one."""
+    """The bound as a class object, if this came from a live annotation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An instance of the class of this dotted name: an enumeration, a config, or something opaque."""
+    """An instance of the class with this dotted name: an enum member, a config, or an opaque object."""
 
     name: str
     cls: type | None = field(default=None, compare=False, repr=False)
-    """The class itself, where the annotation was one."""
+    """The class object, if this came from a live annotation."""
 
     only: tuple[str, ...] = ()
-    """Of an enumeration in a `Literal`: the names of the members that it lists; none for all of them."""
+    """The enum members that a `Literal` lists, by name; empty if all members are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A tuple with a type for each item."""
+    """A tuple of fixed length with a type per item."""
 
     items: tuple[Type, ...]
 
@@ -79,7 +79,7 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Anything:
-    """An annotation that says nothing."""
+    """An annotation that does not restrict the value, such as `Any`."""
 
 
 Member = Plain | Choice | Dtype | Function | Class | Instance | Items | Fixed | Mapping | Anything
@@ -90,7 +90,7 @@ ANYTHING: Type = (Anything(),)
 
 
 def inner_type(type_: Type) -> Type:
-    """What a type says about the items of a list or mapping."""
+    """Return the union of the item types of the lists, tuples and mappings in `type_`; empty if there are none."""
     found: list[Member] = []
     for member in type_:
         match member:
@@ -106,11 +106,11 @@ def inner_type(type_: Type) -> Type:
 PYTHON_TYPES: dict[PlainKind, frozenset[type]] = {
     "bool": frozenset({bool}),
     "int": frozenset({int}),
-    "float": frozenset({float, int}),  # an integer is a fine number, and stays the integer it was
+    "float": frozenset({float, int}),  # an integer is accepted as a float, and stays an integer
     "str": frozenset({str}),
     "null": frozenset({type(None)}),
 }
-"""The types of the values of a `Plain`."""
+"""The Python types that each kind of `Plain` accepts, compared with `type(value)`: bool is not int."""
 
 _BARE: dict[str, Member] = {
     **{kind: Plain(kind) for kind in get_args(PlainKind)},
@@ -123,13 +123,13 @@ _BARE_NAMES = {member: name for name, member in _BARE.items()}
 
 
 def to_json(type_: Type) -> Any:
-    """`type_` as plain data."""
+    """Return `type_` as plain data: a single entry, or a list for a union."""
     written = [_member_to_json(member) for member in type_]
     return written[0] if len(written) == 1 else written
 
 
 def from_json(data: Any) -> Type:
-    """The type that `to_json` wrote."""
+    """Return the type that `to_json` encoded."""
     return tuple(_member_from_json(entry) for entry in (data if isinstance(data, list) else [data]))
 
 

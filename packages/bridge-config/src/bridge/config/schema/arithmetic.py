@@ -1,8 +1,8 @@
 """Checks between the fields of a config that hold for every parallel layout.
 
-A check reads a config by attribute, live or as the view of a document, and yields what is wrong: the path of a field
-below the config, and a message. megatron-core 0.19.2 is the judge: what is refused here fails there, while a model is
-built or in its first step, or trains something that its fields do not say.
+A check reads a config by attribute, either a live config or the view of a document. It yields problems: the path of a
+field relative to the config, and a message. Every rule matches megatron-core 0.19.2: a refused config fails there when
+the model is built or in its first step, or trains a model that differs from what its fields say.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGA
 from bridge.config.schema.registry import document_name
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
-"""What every TransformerConfig gives, though the constructor takes their default, 0."""
+"""Fields that every TransformerConfig must set. The constructor accepts their default, 0, but no model can be built."""
 
 Problems = Iterator[tuple[str, str]]
 Check = Callable[[Any], Problems]
 
 
 def check_fields(config: Any, bases: tuple[str, ...]) -> Problems:
-    """Yield what is wrong between the fields of a config, for its class and each of its base classes.
+    """Yield the problems between the fields of a config, using the checks of its class and of each base class.
 
     Args:
-        config: A live config or the view of one; its fields alone are within their ranges.
-        bases: The dotted names of its class and of the base classes.
+        config: A live config or the view of one; each field on its own must be within its range.
+        bases: The dotted names of its class and base classes.
     """
     for base in bases:
         for check in CHECKS.get(base, ()):
@@ -34,11 +34,11 @@ def check_fields(config: Any, bases: tuple[str, ...]) -> Problems:
 
 
 def check_live(config: Any, prefix: str = "") -> Problems:
-    """Yield what is wrong with a live config: ranges first, then what must hold between its fields.
+    """Yield the problems of a live config: its ranges, or, if these hold, the checks between its fields.
 
     Args:
-        config: A config; those that it embeds are not looked into.
-        prefix: Goes before each path.
+        config: A config. Configs embedded in it are not checked.
+        prefix: Prepended to each path.
     """
     bases = tuple(name for base in type(config).__mro__ if (name := document_name(base)))
     found = [
@@ -51,7 +51,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
 
 
 def _check_ranges(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
-    """Fields, separated by spaces, that count in this model only."""
+    """Return the problems of fields (separated by spaces) whose range applies to some models only."""
     return [(name, said) for name in names.split() if (said := allowed.problem(getattr(config, name)))]
 
 
@@ -72,7 +72,7 @@ def _check_heads(config: Any) -> Problems:
             f"must be at most hidden_size = {hidden}, got {heads}: choose fewer heads, or set kv_channels",
         )
         return
-    if config.multi_latent_attention:  # its heads have sizes of their own
+    if config.multi_latent_attention:  # its head sizes are q_lora_rank, qk_head_dim, v_head_dim, ...
         return
     # The constructor rounds the quotient down, and channels would be lost. A live config does not tell whether
     # kv_channels was given or derived, the view of a document does.
@@ -89,7 +89,7 @@ def _check_heads(config: Any) -> Problems:
 
 
 def _check_experts(config: Any) -> Problems:
-    # The constructor asks for these without experts too.
+    # TransformerConfig checks these without experts too.
     wrong = _check_ranges(config, "moe_shared_expert_intermediate_size", COUNT)
     wrong += _check_ranges(config, "moe_router_group_topk", NOT_NEGATIVE)
     if _reads_layer_kinds(config):
@@ -101,7 +101,10 @@ def _check_experts(config: Any) -> Problems:
 
 
 def _reads_layer_kinds(config: Any) -> bool:
-    """Whether a model reads ``moe_layer_freq``: multi-token prediction does so too, and a hybrid has a pattern."""
+    """Return whether the model reads ``moe_layer_freq``.
+
+    MTP layers read it even without experts; a hybrid model uses its layer pattern instead.
+    """
     return (config.num_moe_experts is not None or bool(config.mtp_num_layers)) and not config.is_hybrid_model
 
 
@@ -130,7 +133,7 @@ def _check_routing(config: Any) -> Problems:
 
 
 def _is_mixed(every: object) -> bool:
-    """Whether some layers have experts and others have not, as the constructor tells."""
+    """Return whether ``moe_layer_freq`` gives both dense and expert layers, judged as TransformerConfig does."""
     return 0 in every if isinstance(every, list) else isinstance(every, int) and every > 1
 
 
@@ -168,7 +171,13 @@ def _check_no_rope_layers(config: Any) -> Problems:
 
 
 def _check_layer_flags(config: Any, name: str, meaning: str) -> Problems:
-    """Check a list of a 0 or 1 for each layer."""
+    """Check a field that is a list with a 0 or 1 per layer; any other kind of value passes.
+
+    Args:
+        config: A transformer config.
+        name: The field.
+        meaning: The meaning of 0 and 1, for the message.
+    """
     flags = getattr(config, name)
     if not isinstance(flags, (list, tuple)):
         return
@@ -211,7 +220,7 @@ def _check_rotary_channels(model: Any) -> Problems:
             "rotary_percent",
             "no channels are rotated: set rotary_percent above 0, or set position_embedding_type to none",
         )
-    elif rotated % 2 and rotated == channels:  # of an odd number that is smaller, one more is rotated
+    elif rotated % 2 and rotated == channels:  # if only part is rotated, megatron-core rounds an odd number up
         yield "transformer.kv_channels", f"must be even, got {channels}: channels are rotated in pairs"
 
 
@@ -249,9 +258,9 @@ _VARIANTS = {"dsa": hybrid_pattern.SPARSE_ATTENTION, "gated_delta_net": hybrid_p
 
 
 def _check_hybrid_attention(pattern: str, transformer: Any) -> Problems:
-    """Check that the pattern has the attention that the transformer asks for.
+    """Check that the attention layers of the pattern match the attention fields of the transformer.
 
-    A hybrid of megatron-core 0.19.2 goes by the pattern alone, without a word about the fields.
+    Hybrid models of megatron-core 0.19.2 follow the pattern and silently ignore these fields.
     """
     latent = (hybrid_pattern.LATENT_ATTENTION, hybrid_pattern.SPARSE_ATTENTION)
     if transformer.multi_latent_attention and hybrid_pattern.ATTENTION in pattern:
@@ -282,7 +291,10 @@ def _check_hybrid_attention(pattern: str, transformer: Any) -> Problems:
 
 
 def count_mamba_heads(config: Any) -> int:
-    """Return the heads of a Mamba layer: as given, or derived from twice the hidden size."""
+    """Return the number of heads of a Mamba layer: ``mamba_num_heads``, or ``2 * hidden_size // mamba_head_dim``.
+
+    Megatron-core's inner Mamba size is twice the hidden size.
+    """
     heads: int = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
     return heads
 
@@ -321,7 +333,7 @@ def _check_t5_positions(model: Any) -> Problems:
     if model.position_embedding_type == "relative":
         yield from _check_buckets(model)
         if heads not in (None, transformer.num_attention_heads):
-            # Seen in megatron-core 0.19.2: the encoder's bias is made for the decoder's heads.
+            # In megatron-core 0.19.2 the encoder's relative bias has the decoder's number of heads.
             yield (
                 "encoder_num_attention_heads",
                 f"must equal transformer.num_attention_heads = {transformer.num_attention_heads} with relative "
@@ -329,7 +341,7 @@ def _check_t5_positions(model: Any) -> Problems:
             )
     channels = model.encoder_kv_channels
     if model.position_embedding_type == "rope" and channels not in (None, transformer.kv_channels):
-        # Seen in megatron-core 0.19.2: both stacks rotate by the frequencies of the decoder's channels.
+        # In megatron-core 0.19.2 both stacks use the rotary frequencies of the decoder's kv_channels.
         yield (
             "encoder_kv_channels",
             f"must equal transformer.kv_channels = {transformer.kv_channels} with rotary positions, got {channels}: "
@@ -338,7 +350,11 @@ def _check_t5_positions(model: Any) -> Problems:
 
 
 def _check_buckets(model: Any) -> Problems:
-    """Half of the encoder's classes are for each direction, and half of those for distances of their own."""
+    """Check the bucket count against the largest distance.
+
+    The decoder gives one bucket each to the first half of its distances; the rest grow logarithmically up to the
+    maximum, which must lie beyond them. The encoder splits its buckets between both directions, so its bound is lower.
+    """
     buckets, distance = model.relative_attention_num_buckets, model.relative_attention_max_distance
     if distance <= buckets // 2:
         yield (
@@ -355,4 +371,4 @@ CHECKS: Mapping[str, Sequence[Check]] = {
     MAMBA: (_check_hybrid_layers,),
     T5: (_check_t5_heads, _check_t5_positions),
 }
-"""By the class whose configs are checked."""
+"""The checks by config class. Subclasses inherit them."""

@@ -1,4 +1,4 @@
-"""How a config class must be written so that its documents lose nothing: checked where it is defined, or first used."""
+"""Checks that a config class is declared so that its documents are lossless, when it is defined and first used."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _checked: set[type] = set()
 
 
 def check_definition(cls: type) -> None:
-    """Check a subclass of ModelConfig while it is defined, before a decorator has seen it.
+    """Check a subclass of ModelConfig in `__init_subclass__`, before `@dataclass` has processed it.
 
     Raises:
-        TargetError: says what to write instead.
+        TargetError: The declaration is wrong; the message says what to write instead.
     """
     name, annotated = cls.__qualname__, inspect.get_annotations(cls)
     if "ClassVar" not in str(annotated.get("builder", "ClassVar")):
@@ -31,10 +31,10 @@ def check_definition(cls: type) -> None:
 
 
 def check_class(cls: type) -> None:
-    """Check a class when it is first used, once it was decorated.
+    """Check a class on first use, when its decorators have run. A checked class is not checked again.
 
     Raises:
-        TargetError: says what to do.
+        TargetError: The class lacks `@dataclass`, its embedded field, or a valid schema.
     """
     if cls in _checked:
         return

@@ -12,8 +12,7 @@ FIELD = "generation_config"
 """The field of every ModelConfig that holds generation settings."""
 
 KEEPS_DATA = "keeps_generation_data"
-"""The attribute that marks a descriptor of this field which makes the object when it is read, and keeps data until
-then."""
+"""Attribute that marks a descriptor of this field as lazy: it keeps data, and builds the object when read."""
 
 _TOKENS = (
     "bos_token_id",
@@ -31,7 +30,7 @@ _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 
 
 class GenerationSettings(Mapping[str, Any]):
-    """The settings that a document gives, by name: what `ModelConfig.generation_config` is without transformers."""
+    """Generation settings of a document, by name: the value of `ModelConfig.generation_config` without transformers."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)
@@ -50,7 +49,7 @@ class GenerationSettings(Mapping[str, Any]):
 
 
 def keeps_data(cls: object, value: object) -> bool:
-    """Whether a config of the class `cls` keeps the written settings `value` as data until they are read."""
+    """Return whether a config of class `cls` keeps the encoded settings `value` as data until read."""
     return (
         isinstance(value, dict)
         and value.get("_target_") == GENERATION_CONFIG
@@ -59,15 +58,16 @@ def keeps_data(cls: object, value: object) -> bool:
 
 
 def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) -> Iterator[tuple[str, str]]:
-    """What is wrong with the generation settings of a model, by the name of the setting.
+    """Yield the problems of a model's generation settings: the name of a setting and a message.
 
     Args:
-        settings: settings as data, or a GenerationConfig, whose defaults do not count (max_length was 20 once).
-        vocab_size: number of tokens; anything but an integer if unknown.
-        seq_length: longest sequence in tokens, likewise.
+        settings: a mapping, or a GenerationConfig, of which only changed values are checked, since older versions of
+            transformers set max_length to 20 by default.
+        vocab_size: number of tokens; ignored unless it is an integer.
+        seq_length: maximum sequence length in tokens; ignored unless it is an integer.
     """
-    said = getattr(settings, "to_diff_dict", dict)
-    given = settings if isinstance(settings, Mapping) else said()
+    get_changed = getattr(settings, "to_diff_dict", dict)
+    given = settings if isinstance(settings, Mapping) else get_changed()
     for name in _TOKENS:
         beyond = [token for token in _find_integers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
         if beyond:
@@ -83,18 +83,18 @@ def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) 
 
 
 def get_settings(config: object) -> object:
-    """The generation settings of `config` as they are, without making an object of them."""
+    """Return the stored generation settings of `config`, without building transformers' object."""
     return vars(config).get(FIELD)
 
 
 def _find_owner(cls: object) -> list[type]:
-    """The class among the bases of `cls` that has the last word about the field."""
+    """Return the first class in the MRO of `cls` that defines the field, in a list; empty if there is none."""
     bases = cls.__mro__ if isinstance(cls, type) else ()
     return [base for base in bases if FIELD in vars(base)][:1]
 
 
 def _find_integers(value: object) -> Iterator[int]:
-    """The whole numbers in a value, at any depth of lists."""
+    """Yield the integers in `value`, at any depth of lists and tuples."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _find_integers(item)

@@ -1,13 +1,13 @@
-"""The pattern of a hybrid model: one symbol a layer, ``|`` between pipeline stages, ``/`` before further predictions.
+"""Layer patterns of hybrid models: one symbol per layer, ``|`` between pipeline stages, ``/`` before each MTP depth.
 
-``M*M-|M*ME`` is a model of two stages: Mamba, attention, Mamba, MLP, then Mamba, attention, Mamba, experts.
+``M*M-|M*ME`` has two stages: Mamba, attention, Mamba, MLP; and Mamba, attention, Mamba, experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Source: Symbols of megatron.core.models.hybrid.hybrid_layer_allocation, megatron-core 0.19.2.
+# Source: class Symbols of megatron.core.models.hybrid.hybrid_layer_allocation, megatron-core 0.19.2.
 MAMBA, ATTENTION, MLP, EXPERTS, LATENT_ATTENTION, SPARSE_ATTENTION, DELTA_NET = "M", "*", "-", "E", "+", "D", "G"
 STAGE, PREDICTION = "|", "/"
 MEANINGS = {
@@ -22,22 +22,26 @@ MEANINGS = {
 
 
 def get_decoder(pattern: str) -> str:
-    """Return the part of a pattern before further predictions, with the borders of its stages."""
+    """Return the decoder part of a pattern, before the MTP depths, including its stage separators."""
     return pattern.split(PREDICTION)[0]
 
 
 def get_layers(pattern: str) -> str:
-    """Return the symbols of the decoder's layers, without the borders of stages and multi-token prediction."""
+    """Return the symbols of the decoder's layers, without stage separators and MTP depths."""
     return get_decoder(pattern).replace(STAGE, "")
 
 
 def count_prediction_depths(pattern: str) -> int:
-    """Return how many further tokens the pattern predicts: the parts that ``/`` begins."""
+    """Return the number of MTP depths: each ``/`` begins one."""
     return pattern.count(PREDICTION)
 
 
 def find_problem(pattern: str, num_layers: int) -> str | None:
-    """Say what is wrong with a pattern of so many layers, with a picture that points at it; None if nothing is."""
+    """Check a pattern for a decoder of ``num_layers`` layers.
+
+    Returns:
+        The message about the first problem, with arrows below the symbols concerned; None if the pattern is valid.
+    """
     if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, STAGE, PREDICTION}]:
         known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
         return point_at(f"has unknown symbols; use {known}, and | between pipeline stages", pattern, unknown)
@@ -71,7 +75,7 @@ def _check_layer_count(pattern: str, num_layers: int) -> str | None:
 
 
 def point_at(problem: str, pattern: str, places: Iterable[int]) -> str:
-    """Return a message with the pattern below it, and arrows below some of its symbols."""
+    """Return ``problem`` followed by the pattern, with an arrow below each index in ``places``."""
     marked = set(places)
     arrows = "".join("^" if at in marked else " " for at in range(max(marked) + 1))
     return f"{problem}\n  {pattern}\n  {arrows}"

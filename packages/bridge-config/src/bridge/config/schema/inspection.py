@@ -1,4 +1,4 @@
-"""Descriptions of live objects: what a class, function or value of this process is to documents."""
+"""Inspection of live objects: builds the Target that describes a class, function or value of this process."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ from bridge.config.schema.table import shipped
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema, load_declared_schema
 
-# Classes that are not dataclasses and yet have a written form: constructor argument -> the attribute that holds it.
-# They are not imported here; each row counts once the class is loaded.
+# Serializable classes that are not dataclasses: constructor argument -> attribute that holds it.
+# Keyed by name, since importing megatron-core here would take seconds.
 PLAIN_CLASSES: dict[str, dict[str, str]] = {
     "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout": {
         "layout": "input_data",
@@ -60,10 +60,10 @@ PLAIN_CLASSES: dict[str, dict[str, str]] = {
     "megatron.core.quantization.quant_config.GlobMatcher": {"pattern": "pattern", "config_key": "config_key"},
 }
 
-# Classes whose constructor takes any keyword, and the method that gives them back.
+# Classes whose constructor takes any keyword, and the method that returns those keywords.
 OPEN_CLASSES = {GENERATION_CONFIG: "to_diff_dict"}
 
-# Fields that may hold None, though megatron-core 0.19.2 annotates them otherwise: it asks them `is None`.
+# Fields that may be None although megatron-core 0.19.2 does not annotate them so: its code checks them with `is None`.
 NULLABLE_FIELDS: dict[str, frozenset[str]] = {
     "megatron.core.transformer.transformer_config.MLATransformerConfig": frozenset({"q_lora_rank"}),
 }
@@ -78,11 +78,16 @@ FILE_FIELDS: dict[str, dict[str, str]] = {
 _MODULE_SPEC = "megatron.core.transformer.spec_utils.ModuleSpec"
 
 TargetOf = Callable[[str], Target | None]
-"""Looks up the description of what a dotted name stands for."""
+"""Looks up the description of a dotted name; None if unknown."""
 
 
 def describe(obj: object, name: str | None = None) -> Target:
-    """The description of `obj`, a class or anything else that is registered or declared under `name`."""
+    """Return the description of `obj`.
+
+    Args:
+        obj: a class, dtype, function or other value.
+        name: its name in documents; by default the one that `document_name` returns. Ignored for classes.
+    """
     if isinstance(obj, type):
         if obj not in descriptions:
             descriptions[obj] = _describe_class(obj)
@@ -96,14 +101,19 @@ def describe(obj: object, name: str | None = None) -> Target:
 
 
 def describe_annotated(member: Instance) -> Target | None:
-    """The description of the class that an annotation names; None if it is neither at hand nor in the table."""
+    """Return the description of an annotated class; None if it is neither live nor in the shipped table."""
     return describe(member.cls) if member.cls is not None else shipped(member.name)
 
 
 def find_config(value: collections.abc.Mapping[str, Any], type_: Type, named: TargetOf) -> Target | None:
-    """The config class that a mapping in a place of `type_` describes; None if it describes none that is known.
+    """Return the config class that a mapping describes; None if it is unknown or ambiguous.
 
-    It is what `_target_` names, or else the only config class that the type has.
+    The class is the one that `_target_` names, or without `_target_` the only config class in `type_`.
+
+    Args:
+        value: the mapping.
+        type_: the type of the field that holds it.
+        named: looks up the description of a name.
     """
     if "_target_" in value:
         name = value["_target_"]
@@ -118,17 +128,17 @@ def find_config(value: collections.abc.Mapping[str, Any], type_: Type, named: Ta
 
 
 def _find_annotated(member: Instance, named: TargetOf) -> Target | None:
-    """The class that an annotation names. That is code, not data: it need not be one that documents may name."""
+    """Return the description of an annotated class. Annotations are trusted: the class need not be registered."""
     return describe_annotated(member) or named(member.name)
 
 
 def is_dtype(cls: type) -> bool:
-    """Whether `cls` is torch.dtype; torch itself need not be there."""
+    """Return whether `cls` is torch.dtype, without importing torch."""
     return qualified_name(cls) == "torch.dtype"
 
 
 def parse_annotation(hint: Any) -> Type:
-    """What the annotation `hint` says."""
+    """Convert the annotation `hint` to plain data, in the order in which alternatives are tried."""
     members = dict.fromkeys(_parse_hint(hint))
     if Class() in members and any(isinstance(one, Instance) and one.name == _MODULE_SPEC for one in members):
         # megatron-core 0.19.2 annotates parts of layers with `ModuleSpec | type`, and puts functions there too.
@@ -167,25 +177,27 @@ def _describe_class(cls: type) -> Target:
 def _get_positional(cls: type) -> tuple[str, ...]:
     if not dataclasses.is_dataclass(cls):
         return ()
-    _, *arguments = inspect.signature(cls.__init__).parameters.values()  # not the fields: it may be the class's own
+    _, *arguments = inspect.signature(
+        cls.__init__
+    ).parameters.values()  # not the fields: a class may define its own __init__
     by_position = all(one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
     return tuple(one.name for one in arguments) if by_position else ()
 
 
 def _get_compared_fields(cls: type) -> tuple[str, ...] | None:
-    """The fields that instances of `cls` are compared by, see `Target.hashed`."""
+    """Return the value of `Target.hashed` for `cls`."""
     if getattr(cls, "__hash__", None) is None:
         return None
     if issubclass(cls, tuple):
         return tuple(cls._fields)  # type: ignore[attr-defined]
     parameters = getattr(cls, "__dataclass_params__", None)
     if parameters is None or not parameters.eq or not (parameters.frozen or parameters.unsafe_hash):
-        return ()  # by identity, or by a method of its own, which nothing is known of
+        return ()  # by identity, or by a custom method that we cannot inspect
     return tuple(one.name for one in dataclasses.fields(cls) if one.compare)  # type: ignore[arg-type]
 
 
 def _describe_fields(cls: type) -> dict[str, Field] | None:
-    """The fields of a dataclass, a named tuple, a typed dict or a class with a written form of its own; else None."""
+    """Return the fields of a dataclass, named tuple, typed dict or class of `PLAIN_CLASSES`; None for other classes."""
     if dataclasses.is_dataclass(cls):
         hints = _resolve_hints(cls)
         nullable = {name for base in base_names(cls) for name in NULLABLE_FIELDS.get(base, ())}
@@ -220,7 +232,10 @@ def _describe_fields(cls: type) -> dict[str, Field] | None:
 
 
 def _make_item_field(cls: Any, name: str, hint: Any) -> Field:
-    """The field for a key of a typed dict, which does not know of `NotRequired` in an annotation that is a text."""
+    """Return the field for a key of a typed dict.
+
+    `__required_keys__` is wrong for string annotations, which hide `NotRequired`: check the hint first.
+    """
     origin = get_origin(hint)
     required = origin is Required or (origin is not NotRequired and name in cls.__required_keys__)
     return Field(name, parse_annotation(hint), required=required)
@@ -233,7 +248,7 @@ def _make_tuple_field(cls: Any, name: str, type_: Type) -> Field:
 
 
 def _make_dataclass_field(f: dataclasses.Field[Any], hint: Any, *, nullable: bool, kept: bool) -> Field:
-    # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: what a field holds by default, it may hold.
+    # megatron-core 0.19.2 declares `pipeline_dtype: torch.dtype = None`: accept None wherever it is the default.
     type_ = parse_annotation(Union[hint, None] if nullable or f.default is None else hint)  # noqa: UP007  (a hint may not support |)
     required = f.init and f.default is f.default_factory is MISSING
     return Field(
@@ -248,7 +263,7 @@ def _get_default_factory(f: dataclasses.Field[Any]) -> Callable[[], Any] | None:
 
 
 def _resolve_hints(obj: Any) -> dict[str, Any]:
-    """The type hints of `obj`; a name that cannot be resolved (imported for type checkers only) counts as Any."""
+    """Return the type hints of `obj`. Names that cannot be resolved (imported under TYPE_CHECKING) become Any."""
     unresolved: dict[str, Any] = {}
     while True:
         try:
@@ -286,11 +301,11 @@ def _parse_hint(hint: Any) -> list[Member]:
         return [Anything()]
     if isinstance(origin, type) and origin not in (Any, object):
         return [Dtype() if is_dtype(origin) else Instance(document_name(origin) or origin.__name__, origin)]
-    return [Anything()]  # Any, object, a TypeVar: nothing that can be checked
+    return [Anything()]  # Any, object or an unbound TypeVar: nothing to check
 
 
 def _parse_literal(values: tuple[Any, ...]) -> list[Member]:
-    """The members of a `Literal`; those of an enumeration are known by name."""
+    """Return the members for a `Literal`: one Choice of plain values, and an Instance per enum."""
     found: list[Member] = []
     if plain := tuple(value for value in values if not isinstance(value, Enum)):
         found.append(Choice(plain))
@@ -322,17 +337,20 @@ _ITEMS: dict[Any, tuple[ItemsKind, ...]] = {
 
 
 def _rank(member: Member) -> int:
-    """Plain values are tried first, then what has names, then what holds others; null is spoken of last."""
+    """Return the sort key of an alternative, which gives the order of trial when reading and of mention in messages.
+
+    Plain values come first, then named things, then containers, then Any; null comes last.
+    """
     if isinstance(member, Plain):
         return 0 if member.kind != "null" else 7
     if isinstance(member, Items) and member.kind == "list":
-        return 3  # a written list is a list, unless no list may stand there
+        return 3  # before tuple and set: JSON writes all three as a list
     ranks: dict[type, int] = {Choice: 1, Dtype: 2, Instance: 2, Function: 2, Class: 2, Anything: 6}
     return ranks.get(type(member), 4)
 
 
 def _unwrap(hint: Any) -> Any:
-    """`hint` without Annotated, NewType and type alias wrappers."""
+    """Return `hint` without wrappers such as Annotated, Required, InitVar, NewType, type aliases and bound TypeVars."""
     while True:
         if get_origin(hint) in (Annotated, Required, NotRequired):
             hint = get_args(hint)[0]

@@ -1,8 +1,8 @@
-"""JSON Schemas of configuration documents, for editors and other tools: from the shipped table alone.
+"""JSON Schemas of configuration documents, for editors and other tools, made from the shipped table alone.
 
-A schema is of the current form of documents. It accepts what the checker (`bridge.config.read.decode.check`) accepts of
-that form and of the names in the table. What JSON Schema cannot say is left to the checker: that 1.0 is no integer
-here, that a name must be authorised, or that fields must go together.
+A schema covers the current version of documents and the names in the table; there it accepts whatever the checker
+(`bridge.config.read.decode.check`) accepts. Some rules cannot be expressed in JSON Schema and are left to the checker:
+1.0 is not an integer here, names must be authorized, and fields must be consistent with each other.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def _make_bounds(allowed: Range) -> Json:
 
 
 def schema_targets() -> dict[str, str]:
-    """The configs that have a schema: dotted names, model configs first, and one line about each."""
+    """Return the configs that have a schema, model configs first: dotted name -> one-line description."""
     found = sorted(_list_configs(), key=lambda target: (not is_model(target), target.name))
     return {target.name: target.doc for target in found}
 
 
 def json_schema(name: str) -> Json:
-    """The JSON Schema (draft 2020-12) of the documents of the config class `name`.
+    """Return the JSON Schema (draft 2020-12) for documents of the config class `name`.
 
     Raises:
-        TargetError: the shipped table has no config of that name.
+        TargetError: The shipped table has no config with this name.
     """
     target = shipped(name)
     if target is None or target.kind != "config":
@@ -71,7 +71,7 @@ def json_schema(name: str) -> Json:
 
 
 def _make_top_keys(target: Target) -> Json:
-    """The keys that stand at the top of a document only."""
+    """Return the schemas of the keys that only the top level of a document has: `_builder_` and `_omitted_`."""
     keys: Json = {}
     if is_model(target):
         about = "The ModelBuilder that builds this model; defaults to the builder of its class."
@@ -87,16 +87,17 @@ def _make_top_keys(target: Target) -> Json:
 
 
 class _Definitions:
-    """The `$defs` of one schema: each class, and each form that several fields share, stands there once."""
+    """The `$defs` of one schema. Each class, and each form that several fields share, is defined once."""
 
     def __init__(self) -> None:
         self.schemas: Json = {}
         self._keys: dict[str, str] = {}
 
     def mapping(self, target: Target) -> Json:
-        """The schema of mappings that describe an instance of the config `target`."""
+        """Return the schema of a mapping that describes an instance of the config `target`."""
         embedded = _find_configs(target.fields[target.embeds].type) if target.embeds else []
-        # What every config that may be embedded owns cannot stand here; what only some own depends on the document.
+        # Fields that every embeddable config owns are never allowed here. Fields that only some of them own are allowed
+        # or not depending on the embedded config of the document: these become the rules in `allOf`.
         elsewhere = set.intersection(*(set(one.fields) for one in embedded)) if embedded else set()
         own = [field for field in target.fields.values() if field.name not in elsewhere]
         ranges = get_ranges(target.bases)
@@ -118,7 +119,7 @@ class _Definitions:
 
     def _make_field(self, field: Field, allowed: Range | None) -> Json:
         about: Json = {"description": field.doc} if field.doc else {}
-        if not field.init:  # written for people's eyes, and not read
+        if not field.init:  # computed by the class: written for readers, ignored on input
             return about | {"readOnly": True}
         if field.default is not MISSING:
             about["default"] = field.default
@@ -128,7 +129,7 @@ class _Definitions:
         if Anything() in type_:
             return {}
         forms = [form for member in type_ for form in self._list_forms(member)]
-        # Plain alternatives are said in one breath: {"type": ["integer", "null"]}.
+        # Merge plain alternatives for readable errors: {"type": ["integer", "null"]}.
         plain = [form["type"] for form in forms if form.keys() == {"type"}]
         others = [form for form in forms if form.keys() != {"type"}]
         if plain:
@@ -136,7 +137,7 @@ class _Definitions:
         return others[0] if len(others) == 1 else {"anyOf": others}
 
     def _list_forms(self, member: Member) -> list[Json]:
-        """The ways to write a value of `member`."""
+        """Return a schema for each way to write a value of `member`."""
         match member:
             case Plain("float"):
                 return [{"type": "number"}, self._make_long_form("float")]
@@ -168,14 +169,14 @@ class _Definitions:
         return {"type": "array", "prefixItems": prefix, "items": False, "minItems": size, "maxItems": size}
 
     def _make_long_form(self, kind: str) -> Json:
-        """A built-in container or number, such as {_target_: builtins.tuple, _args_: [[1, 2]]}."""
+        """Return the schema of a built-in written out, such as {_target_: builtins.tuple, _args_: [[1, 2]]}."""
         kinds = dict.fromkeys([kind] if kind in ("float", "dict") else [kind, "list"])
         target = {"enum": [f"builtins.{one}" for one in kinds]}
         args = {"type": "array", "minItems": 1, "maxItems": 1}
         return self._define(f"builtin-{kind}", lambda: _make_closed({"_target_": target, "_args_": args}))
 
     def _make_named(self) -> Json:
-        """A named thing, in places where its bare name would be text."""
+        """Return the schema of `{_target_: name, _call_: false}`, for fields where a bare name would be a string."""
         return self._define("itself", lambda: _make_closed({"_target_": _TEXT, "_call_": {"const": False}}))
 
     def _make_dtype(self) -> Json:
@@ -203,11 +204,11 @@ class _Definitions:
         return self._make_named()
 
     def _make_one_of(self, configs: list[Target], *, bare: Target | None) -> Json:
-        """Mappings that describe one of `configs`; a mapping without `_target_` describes `bare`."""
+        """Return the schema of a mapping that describes one of `configs`. Without `_target_` it describes `bare`."""
         schema: Json = self._define_config(bare) if bare in configs else {"required": ["_target_"]}
         if configs == [bare]:
             return schema
-        # Conditions instead of `anyOf`: what is wrong is told of the class that was meant.
+        # Use if/then/else instead of `anyOf`, so that validators report errors for the class that `_target_` names.
         for config in configs:
             if config is not bare:
                 schema = {"if": _match_target(config), "then": self._define_config(config), "else": schema}
@@ -217,17 +218,17 @@ class _Definitions:
         return self._define(target.name, lambda: self.mapping(target))
 
     def _define(self, name: str, make: Callable[[], Json]) -> Json:
-        """A reference to the definition called `name`, which is made the first time that it is asked for."""
+        """Return a reference to the definition `name`, calling `make` on first use."""
         if name not in self._keys:
             short = name.rpartition(".")[2]
             key = self._keys[name] = name if short in self.schemas else short
-            self.schemas[key] = {}  # taken before it is made: a config may refer to itself
+            self.schemas[key] = {}  # reserve the key before the call: a config may refer to itself
             self.schemas[key] = make()
         return {"$ref": f"#/$defs/{self._keys[name]}"}
 
 
 def _list_targets() -> list[Target]:
-    """Everything in the table."""
+    """Return every target in the table, each once although aliases repeat it."""
     found = {target.name: target for name in shipped_names() if (target := shipped(name)) is not None}
     return list(found.values())
 
@@ -237,7 +238,7 @@ def _list_configs() -> list[Target]:
 
 
 def _find_configs(type_: Type) -> list[Target]:
-    """The configs that may stand in a place of this type, those that the annotation names first."""
+    """Return the configs that a field of this type accepts; those that the annotation names come first."""
     names = [member.name for member in type_ if isinstance(member, Instance)]
     found = [config for config in _list_configs() if not set(names).isdisjoint(config.bases)]
     return sorted(found, key=lambda config: (config.name not in names, config.name))
@@ -254,12 +255,12 @@ def _make_heading(target: Target) -> Json:
 def _make_enum(target: Target) -> Json:
     names = {"enum": list(target.members)}
     long_form = _make_closed({"_target_": {"const": target.name}, "_name_": names})
-    long_form["properties"]["_args_"] = {}  # the reference writes the member's value too
+    long_form["properties"]["_args_"] = {}  # Megatron Bridge writes the member's value too
     return {"title": target.short_name, "description": target.doc, "anyOf": [names, long_form]}
 
 
 def _make_owner_rule(fields: list[Field], config: Target, *, at: str) -> Json:
-    """The rule that where `config` stands at `at`, the fields it has too stand there; empty if there are none."""
+    """Return the rule that forbids the `fields` that `config`, embedded under `at`, owns; empty if there are none."""
     owned = [field.name for field in fields if field.name in config.fields]
     embedded = {"properties": {at: _match_target(config)}, "required": [at]}
     return {"if": embedded, "then": {"properties": dict.fromkeys(owned, False)}} if owned else {}
@@ -270,12 +271,12 @@ def _match_target(config: Target) -> Json:
 
 
 def _make_suggestion(names: Sequence[str]) -> Json:
-    """One of these names, which an editor completes, or another one that the program registered."""
+    """Return the schema of a name: editors complete `names`, but any other registered name is allowed too."""
     return {"anyOf": [{"enum": sorted(names)}, _TEXT]} if names else _TEXT
 
 
 def _make_closed(properties: Json) -> Json:
-    """A mapping with just these keys."""
+    """Return the schema of a mapping with exactly these keys."""
     return {
         "type": "object",
         "properties": properties,

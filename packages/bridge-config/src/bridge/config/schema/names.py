@@ -1,4 +1,7 @@
-"""Dotted names of classes and functions: classes are recognized by the names of their bases, not by importing them."""
+"""Dotted names of classes and functions.
+
+Classes are recognized by the names of their base classes, so that nothing has to be imported to recognize one.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ GENERATION_CONFIG = "transformers.generation.configuration_utils.GenerationConfi
 
 
 def qualified_name(obj: object) -> str | None:
-    """`module.qualname` of a class or function; None for an object that has none."""
+    """Return `module.qualname` of a class or function; None if `obj` has no such name."""
     module = getattr(obj, "__module__", None)
     qualname = getattr(obj, "__qualname__", None)
     return f"{module}.{qualname}" if isinstance(module, str) and isinstance(qualname, str) else None
 
 
 def base_names(cls: type) -> tuple[str, ...]:
-    """Dotted names of the classes that `cls` is, itself first, without `object`."""
+    """Return the dotted names of the classes in the MRO of `cls`, itself first, without `object`."""
     return tuple(name for base in cls.__mro__ if base is not object and (name := qualified_name(base)))

@@ -1,4 +1,4 @@
-"""The layers of each pipeline stage, as ``pipeline_model_parallel_layout`` writes them: ``Et|(tt|)*29,m|L``."""
+"""Parser for ``pipeline_model_parallel_layout``, the layers of each pipeline stage: ``Et|(tt|)*29,m|L``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 
 _LAYERS = {"E": "embedding", "t": "decoder", "m": "mtp", "L": "loss"}
 _REPEATED = (re.compile(r"\(([^()]*)\)\*(\d{1,6})"), re.compile(r"([^()*])\*(\d{1,6})"))
-_LONGEST = 100_000
+# A document is untrusted, and nested repetition multiplies: bound what a short text can expand to.
+_MAX_EXPANDED = 100_000
 
 
 def parse_stages(layout: object) -> list[list[str]] | None:
-    """Return the names of the layers of each stage, in the order of the pipeline; None for what is no such layout.
+    """Return the layer names of each (virtual) stage in pipeline order; None if `layout` is not a valid layout.
 
     Args:
-        layout: The text, or a list of lists of names.
+        layout: A string, or a list with a list of layer names per stage.
     """
     if isinstance(layout, list):
         named = all(isinstance(stage, list) and all(isinstance(layer, str) for layer in stage) for stage in layout)
@@ -22,7 +23,7 @@ def parse_stages(layout: object) -> list[list[str]] | None:
         return None
     text = layout.replace(",", "")
     for pattern in _REPEATED:
-        if sum(len(part) * int(times) for part, times in pattern.findall(text)) > _LONGEST:
+        if sum(len(part) * int(times) for part, times in pattern.findall(text)) > _MAX_EXPANDED:
             return None
         text = pattern.sub(lambda found: found[1] * int(found[2]), text)
     if not set(text) <= {*_LAYERS, "|"}:

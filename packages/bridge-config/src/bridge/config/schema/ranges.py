@@ -1,4 +1,4 @@
-"""The values that a number in a config may have, whatever the layout, the precision and the other fields are."""
+"""Ranges of numeric config fields that hold for every layout, precision and combination of other fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBERS = frozenset({int, float})
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers from ``minimum`` on, itself included unless ``exclusive``, up to ``maximum`` if there is one."""
+    """The numbers from ``minimum`` to ``maximum``. Both are included, unless ``exclusive`` leaves out ``minimum``."""
 
     minimum: float
     maximum: float | None = None
@@ -28,7 +28,10 @@ class Range:
     """Whether values must be above ``minimum``."""
 
     def problem(self, value: object) -> str | None:
-        """Say what is wrong with a value; None if nothing is, or if it is not a number."""
+        """Return the message about a value outside this range; None if it is inside or not an int or float.
+
+        Values of the wrong type are reported by the type check.
+        """
         if type(value) not in _NUMBERS or value in self:
             return None
         return f"must be {self}, got {value}"
@@ -48,7 +51,7 @@ class Range:
 
 
 COUNT = Range(minimum=1)
-"""Sizes and counts of what a model cannot be without."""
+"""Sizes and counts of parts that every model needs."""
 
 NOT_NEGATIVE = Range(minimum=0)
 POSITIVE = Range(minimum=0, exclusive=True)
@@ -114,12 +117,12 @@ FIELD_RANGES: Mapping[str, Mapping[str, Range]] = {
         "relative_attention_max_distance": COUNT,
     },
 }
-"""By class, then by field. What counts in some models only (experts, Mamba layers) is checked in ``arithmetic``."""
+"""Ranges by class name and field. Fields that only some models use (experts, Mamba) are checked in ``arithmetic``."""
 
 
 @cache
 def get_ranges(bases: tuple[str, ...]) -> dict[str, Range]:
-    """Return the ranges of the fields of a class.
+    """Return the ranges of the fields of a class, by field. A derived class overrides its base classes.
 
     Args:
         bases: The dotted names of the class and of its base classes, itself first.

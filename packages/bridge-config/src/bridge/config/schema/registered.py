@@ -1,6 +1,7 @@
-"""What this process registered: objects that documents may name, and the builders of configs.
+"""The registrations of this process: objects that documents may name, and the builders of configs.
 
-`import bridge.config` needs no more of the registry than this; see `bridge.config.schema.registry`.
+They are kept apart from `bridge.config.schema.registry` so that `import bridge.config` does not load the shipped table
+and the entry points.
 """
 
 from __future__ import annotations
@@ -17,40 +18,40 @@ T = TypeVar("T")
 
 objects: dict[str, object] = {}
 names: dict[int, tuple[object, str]] = {}
-"""The names of objects, as far as they were looked for; by identity, since objects may be unhashable."""
+"""Cache: id(object) -> (object, name). Objects may be unhashable, and holding one keeps its id unique."""
 
 given_names: dict[type, str] = {}
-"""What classes were registered as, where that is not their own name."""
+"""Names of classes that were registered under another name than their qualified name."""
 
 descriptions: dict[type, Target] = {}
-"""Classes as `describe` found them; they hold names, and go when a class gets another one."""
+"""Cache of `inspection.describe`. Descriptions hold names, so it is cleared when a class gets another name."""
 
 builders: dict[str, tuple[type, type]] = {}
-"""Builders and the configs that they build, by the builders' own names."""
+"""Qualified name of a builder -> (builder, config class that it builds)."""
 
 _generation = 0
 
 
 def generation() -> int:
-    """A number that grows whenever names may have changed what they stand for."""
+    """Return a number that increases whenever a name may refer to another object: caches compare it."""
     return _generation
 
 
 def forget_names() -> None:
-    """Take note that names may have changed what they stand for."""
+    """Drop cached names, and increase the generation so that other caches are dropped too."""
     global _generation
     _generation += 1
     names.clear()
 
 
 def enter(obj: T, name: str) -> T:
-    """Let `name` stand for `obj` in documents of this process.
+    """Register `obj` under `name` for documents of this process, and return it.
 
     Raises:
-        TargetError: the name already stands for another object.
+        TargetError: The name already refers to another object.
     """
     present = objects.get(name, obj)
-    # A definition that was run again (in a notebook, say) replaces the earlier one of the same name.
+    # Running a definition again, as in a notebook, creates a new object: it replaces the earlier one.
     if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
         raise TargetError(f"{name!r} already refers to {present!r}: register {obj!r} under another name")
     objects[name] = obj
@@ -62,11 +63,11 @@ def enter(obj: T, name: str) -> T:
 
 
 def register_builder(cls: type, accepts: type) -> None:
-    """Let documents name the builder `cls` under `_builder_`, for configs that are instances of `accepts`."""
+    """Register the builder `cls`, so that `_builder_` may name it for configs that are instances of `accepts`."""
     builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
 
 
 def accepted_by(cls: type) -> type | None:
-    """The config class that `cls` builds; None if it is no ModelBuilder."""
+    """Return the config class that `cls` builds; None if `cls` is not a registered ModelBuilder."""
     known, accepted = builders.get(qualified_name(cls) or "", (None, None))
     return accepted if known is cls else None

@@ -1,7 +1,7 @@
-"""The names that documents may use, and the objects they stand for.
+"""The names that documents may use, and the objects that they refer to.
 
 A name resolves only if its object was registered in this process, or if an installed distribution declares it in the
-entry-point group `bridge.targets`. Nothing is imported for a name that is neither.
+entry-point group `bridge.targets`. For any other name, nothing is imported.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ T = TypeVar("T")
 
 GROUP = "bridge.targets"
 
-# Which distribution declares the names below a prefix: said when a name is unknown because it is not installed.
+# Prefix -> distribution that declares its names: messages suggest installing it.
 _HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-builders", "torch.": "bridge-builders"}
 
 
 def document_name(obj: object) -> str | None:
-    """What documents call a class or function: as it is registered or declared, else `module.qualname`.
+    """Return the name of a class or function in documents: as registered or declared, else `module.qualname`.
 
-    Where an object stands in its package is no part of its name: what a distribution declares under a dotted name is
-    written under that name, wherever it is defined.
+    A declared name is stable: the object may move to another module of its package without changing documents.
     """
     own = qualified_name(obj)
     if own is None or own in declared():
@@ -42,13 +41,13 @@ def document_name(obj: object) -> str | None:
 
 
 def document_names(cls: type) -> tuple[str, ...]:
-    """What documents call the classes that `cls` is, itself first, without `object`."""
+    """Return the document names of the classes in the MRO of `cls`, itself first, without `object`."""
     return tuple(name for base in cls.__mro__ if base is not object and (name := document_name(base)))
 
 
 @cache
 def _get_declared_places() -> dict[str, str]:
-    """The declared names of objects that are defined elsewhere than their name says, by `module.qualname`."""
+    """Return `module.qualname` -> declared name, for objects that are not defined where their name says."""
     places = {
         point.value.replace(":", "."): name for name, points in declared().items() if "." in name for point in points
     }
@@ -56,14 +55,14 @@ def _get_declared_places() -> dict[str, str]:
 
 
 def register(obj: T, name: str | None = None) -> T:
-    """Let documents of this process name `obj`: a function, class, dtype, ... Returns `obj`, so it is a decorator too.
+    """Register `obj`, so that documents of this process may name it, and return it. Usable as a decorator.
 
     Args:
-        obj: the object; ModelConfig subclasses need no registration.
+        obj: a function, class, dtype or other value. ModelConfig subclasses need no registration.
         name: the name in documents; by default `module.qualname`.
 
     Raises:
-        TargetError: `obj` has no name of its own and none is given, or the name already stands for another object.
+        TargetError: `obj` has no qualified name and none is given, or the name already refers to another object.
     """
     name = name or qualified_name(obj)
     if name is None:
@@ -76,7 +75,7 @@ def register(obj: T, name: str | None = None) -> T:
 
 @cache
 def declared() -> dict[str, list[EntryPoint]]:
-    """What the installed distributions declare, by name; found once, see `refresh`."""
+    """Return the declarations of the installed distributions, by name. Cached, see `refresh`."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, []).append(point)
@@ -84,7 +83,7 @@ def declared() -> dict[str, list[EntryPoint]]:
 
 
 def refresh() -> None:
-    """Look again for what the installed distributions declare: needed only if one was installed in the meantime."""
+    """Drop cached declarations. Call this after installing a distribution into the running environment."""
     declared.cache_clear()
     _load_declared.cache_clear()
     _get_declared_places.cache_clear()
@@ -94,24 +93,24 @@ def refresh() -> None:
 
 
 def known_names() -> list[str]:
-    """Every name that a document of this process may use, sorted."""
+    """Return every name that a document of this process may use, sorted."""
     return sorted({*filter(is_registered, registered.objects), *declared(), *nameable()})
 
 
 def is_registered(name: str) -> bool:
-    """Whether this process registered something under `name`, and documents do not call that by a declared name."""
+    """Return whether `name` is registered in this process and not replaced by a declared name."""
     return name in registered.objects and name not in _get_declared_places()
 
 
 def resolve(name: str, *, suggest: bool = True) -> object:
-    """The object that `name` stands for in documents of this process.
+    """Return the object that `name` refers to in documents of this process, importing it if it is declared.
 
     Args:
         name: the name.
-        suggest: whether the message about an unknown name suggests the nearest known one, see `nearest`.
+        suggest: whether the message about an unknown name suggests a similar one, which takes milliseconds.
 
     Raises:
-        TargetError: the name is neither registered nor declared, or its declaration is broken.
+        TargetError: The name is neither registered nor declared, or its declaration is broken.
     """
     if is_registered(name):
         return registered.objects[name]
@@ -121,17 +120,17 @@ def resolve(name: str, *, suggest: bool = True) -> object:
 
 
 def check_declared(name: str) -> None:
-    """Check that no distribution declares `name`, of the shipped table, as anything else.
+    """Check that no distribution redeclares `name`, a name of the shipped table, as another object.
 
     Raises:
-        TargetError: one does.
+        TargetError: A distribution does.
     """
     if name in declared():
         _get_declaration(name)
 
 
 def _explain_unknown(name: str, *, suggest: bool) -> str:
-    """What to say about a name that stands for nothing."""
+    """Return the message about a name that is neither registered nor declared."""
     for prefix, home in _HOMES.items():
         if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _is_installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
@@ -143,9 +142,9 @@ def _explain_unknown(name: str, *, suggest: bool) -> str:
 
 
 def name_of(obj: object) -> str | None:
-    """The name under which a document can refer to `obj`: registered, declared, or its own; None if there is none.
+    """Return a name under which a document can refer to `obj`: registered, declared or qualified; None if none does.
 
-    Declared names are compared only where their module is loaded already: looking for a name imports nothing.
+    Declared names count only if their module is already loaded: this function imports nothing.
     """
     if isinstance(obj, MethodType):
         return _find_method_name(obj)
@@ -158,16 +157,16 @@ def name_of(obj: object) -> str | None:
 
 
 def accepts(name: str) -> type | None:
-    """The config class that the ModelBuilder called `name` builds; None if no such builder is defined here."""
+    """Return the config class that the ModelBuilder `name` builds; None if this process defines no such builder."""
     is_defined = name in registered.builders and name not in _get_declared_places()
     return registered.builders[name][1] if is_defined else None
 
 
 def import_builder(name: str) -> type:
-    """The builder class that a config *class* names. That is code, not data, so it is imported if need be.
+    """Return the builder class `name`, importing it if needed. Only for names from config classes, never documents.
 
     Raises:
-        TargetError: there is no such class.
+        TargetError: The builder cannot be imported, or is not a class.
     """
     if name in registered.builders:
         return registered.builders[name][0]
@@ -183,7 +182,7 @@ def import_builder(name: str) -> type:
 
 
 def _find_method_name(method: MethodType) -> str | None:
-    """The name of a classmethod bound to its class: it is another object at each look, so it is compared by value."""
+    """Return the name of a bound classmethod. Each access creates a new object, so it is compared by value."""
     owner = method.__self__
     if not isinstance(owner, type) or _get_loaded_by_path(qualified_name(owner) or "") is not owner:
         return None
@@ -202,7 +201,7 @@ def _find_name(obj: object) -> str | None:
                 return name
             aliases.append(name)
     own = qualified_name(obj)
-    # Only the very object counts: a decorated or replaced function must not come back as another one.
+    # Compare by identity: a decorated or replaced function must not be read back as the original.
     if own is not None and _get_loaded_by_path(own) is obj:
         return own
     return aliases[0] if aliases else None
@@ -218,17 +217,17 @@ def _is_installed(name: str) -> bool:
 
 
 def _get_declaration(name: str) -> EntryPoint:
-    """The one declaration of `name`.
+    """Return the declaration of `name`.
 
     Raises:
-        TargetError: there are several, or it declares something else than the name says.
+        TargetError: Distributions disagree, or the declared object is not the one that the name implies.
     """
     points = declared()[name]
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
         raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
     point, own = points[0], shipped_aliases().get(name, name)
-    # A dotted name means what it says, and an alias of the table what the table says.
+    # Names must not be hijacked: a dotted name is its own object, and an alias of the table is the table's object.
     if ("." in name or own != name) and not _is_place_of(own, point.value):
         raise TargetError(
             f"{_get_owner(point)} declares {name!r} as {point.value!r}, but that name is reserved for {own!r}"
@@ -237,7 +236,7 @@ def _get_declaration(name: str) -> EntryPoint:
 
 
 def _is_place_of(name: str, value: str) -> bool:
-    """Whether the object at `module:qualname` may be called `name`: it stands there or elsewhere in that package."""
+    """Return whether the object at `value` (`module:qualname`) may be declared as `name`: both in the same package."""
     module, _, qualname = value.partition(":")
     return name == f"{module}.{qualname}" or (
         name.endswith(f".{qualname}") and name.partition(".")[0] == module.partition(".")[0]
@@ -253,20 +252,20 @@ def _load_declared(name: str) -> object:
     point = _get_declaration(name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a library says when it is imported is not about the document
+            warnings.simplefilter("ignore")  # import warnings of a library do not concern the document
             return point.load()
     except Exception as error:
         raise TargetError(f"{name!r}, declared by {_get_owner(point)}, cannot be loaded: {error}") from error
 
 
 def _get_loaded(value: str) -> object:
-    """The object of an entry point's value if its module is loaded, else the unique `_NOTHING`."""
+    """Return the object of an entry point's value; `_NOTHING` if its module is not loaded."""
     module, _, attributes = value.partition(":")
     return _get_attribute(sys.modules.get(module, _NOTHING), attributes)
 
 
 def _get_loaded_by_path(name: str) -> object:
-    """The object at a dotted path below a loaded module, else the unique `_NOTHING`."""
+    """Return the object at a dotted path; `_NOTHING` if no loaded module has it."""
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         if (module := sys.modules.get(".".join(parts[:split]))) is not None:
@@ -276,7 +275,7 @@ def _get_loaded_by_path(name: str) -> object:
 
 def _get_attribute(obj: object, path: str) -> object:
     for part in path.split("."):
-        # vars, not getattr: a module's __getattr__ may import.
+        # Not getattr: a module's __getattr__ may import other modules.
         obj = vars(obj).get(part, _NOTHING) if hasattr(obj, "__dict__") else _NOTHING
     return obj
 

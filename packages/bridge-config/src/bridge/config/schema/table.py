@@ -1,4 +1,4 @@
-"""The table of descriptions that is shipped with this package.
+"""The shipped table of descriptions, tables.json.
 
 The table describes the classes and functions of megatron-core, torch and the Bridge packages, so that documents can be
 checked where none of them is installed. It is made from the real ones by `.github/scripts/make_tables.py`.
@@ -19,30 +19,30 @@ from bridge.config.schema.versions import Schema
 
 
 def shipped(name: str) -> Target | None:
-    """The description of the thing called `name` (or of the alias `name`) in the table; None if it has none."""
+    """Return the description of `name`, a name or an alias, from the table; None if it is not there."""
     return _load_shipped(_load_table()["aliases"].get(name, name))
 
 
 def shipped_names() -> Iterator[str]:
-    """All names in the table, aliases included."""
+    """Yield all names in the table, including aliases."""
     table = _load_table()
     yield from table["targets"]
     yield from table["aliases"]
 
 
 def nameable() -> Iterator[str]:
-    """The names in the table that documents may use wherever they fit."""
+    """Yield the names in the table that documents may use anywhere, without those of nested classes."""
     table = _load_table()
     return (name for name in shipped_names() if not table["targets"].get(name, {}).get("nested"))
 
 
 def shipped_aliases() -> dict[str, str]:
-    """What each alias of the table stands for."""
+    """Return alias -> full name."""
     return dict(_load_table()["aliases"])
 
 
 def shipped_dtypes() -> dict[str, str]:
-    """The dtypes of torch: every name without `torch.`, old ones such as `half` included, and the canonical name."""
+    """Return dtype name -> canonical name, both without `torch.`. Old names such as `half` are included."""
     return dict(_load_table()["dtypes"])
 
 
@@ -61,7 +61,7 @@ def _load_shipped(name: str) -> Target | None:
 
 
 def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = None) -> Target:
-    """The description that `target_to_json` wrote; what it has from `parent` stands there."""
+    """Return the description that `target_to_json` encoded. `parent` supplies the inherited fields."""
     fields = dict(parent.fields) if parent else {}
     for key, value in entry.get("fields", {}).items():
         fields[key] = _field_from_json(key, value)
@@ -85,7 +85,7 @@ def target_from_json(name: str, entry: dict[str, Any], parent: Target | None = N
 
 
 def target_to_json(target: Target, parent: Target | None = None) -> dict[str, Any]:
-    """`target` as plain data, without its name and without the fields that it has from `parent`."""
+    """Return `target` as plain data, without its name and the fields inherited unchanged from `parent`."""
     inherited = parent.fields if parent else {}
     fields = {one.name: _field_to_json(one) for one in target.fields.values() if inherited.get(one.name) != one}
     entry = {

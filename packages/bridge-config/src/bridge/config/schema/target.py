@@ -1,4 +1,4 @@
-"""Descriptions of what documents may name: the same from the shipped table and of live classes."""
+"""Target: the description of something that documents may name, equal for the shipped table and live classes."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Field:
     required: bool = False
     init: bool = True
     default: Any = field(default_factory=lambda: MISSING)
-    """Of the table: the default in its written form; MISSING if there is none, or none that can be written."""
+    """From the table: the encoded default; MISSING if there is none, or it cannot be encoded."""
 
     make_default: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
-    """Of a live class: gives the default itself; its written form is made on demand, see `write.defaults`."""
+    """From a live class: returns the default itself. It is encoded on demand, see `write.defaults`."""
 
     doc: str = ""
     attribute: str = ""
-    """Where an instance keeps the value, if not under the field's name."""
+    """The attribute that holds the value, if its name is not that of the field."""
 
     kept: bool = True
-    """Whether instances keep the value; an `InitVar` is for the constructor alone."""
+    """Whether instances keep the value. False for an `InitVar`, which only the constructor sees."""
 
     @cached_property
     def ready(self) -> Kinds:
-        """The types whose values may stand here as they are."""
+        """The Python types whose values need no conversion here."""
         return find_ready_types(self.type)
 
 
 def find_ready_types(type_: Type) -> Kinds:
-    """The types whose values may stand as they are in a place of this type."""
+    """Return the Python types whose values a field of this type takes without conversion."""
     found: set[type] = set()
     for member in type_:
         if isinstance(member, Plain):
@@ -57,58 +57,58 @@ def find_ready_types(type_: Type) -> Kinds:
 
 @dataclass(frozen=True)
 class Target:
-    """The description of one thing that documents may name."""
+    """The description of a class, function, dtype or value that documents may name."""
 
     name: str
     kind: Kind
     doc: str = ""
     bases: tuple[str, ...] = ()
-    """Dotted names of the classes that it is, or a value is an instance of: its MRO, itself first."""
+    """Dotted names of the MRO of a class, itself first; for a value, that of its class."""
 
     fields: dict[str, Field] = field(default_factory=dict)
-    """Of a config, in the order of its constructor."""
+    """The fields of a config, in the order of its constructor."""
 
     members: tuple[str, ...] = ()
     """Names of an enumeration's members."""
 
     embeds: str | None = None
-    """Of a `WriteThrough` config: the field whose config owns the fields that both have."""
+    """For a `WriteThrough` config: the field with the embedded config, which owns the fields that both have."""
 
     builder: str | None = None
-    """Of a model config: the ModelBuilder that its class names."""
+    """For a model config: the ModelBuilder that its class names."""
 
     accepts: str | None = None
-    """Of a ModelBuilder: the config class that it builds."""
+    """For a ModelBuilder: the config class that it builds."""
 
     schema: Schema | None = None
-    """Version and changes of the config's form in documents; None if it has no versions."""
+    """Schema version of the config and its changes; None if it is not versioned."""
 
     open: bool = False
     """Whether the constructor takes any keyword."""
 
     files: dict[str, str] = field(default_factory=dict)
-    """Fields that name a file which the constructor reads unless another field, named here, holds its content."""
+    """Field with the path of a file that the constructor reads -> field that can hold the content instead."""
 
     nested: bool = False
-    """Whether the table has it only because annotations name it: documents may name it in those places alone."""
+    """Whether only annotations name it: documents may then name it in fields with such an annotation, nowhere else."""
 
     hashed: tuple[str, ...] | None = None
-    """Of a config whose instances have a hash: the fields that they are compared by, none if by identity."""
+    """For a config with hashable instances: the fields they are compared by, empty if by identity. None: unhashable."""
 
     calls: bool = False
-    """Of a config: whether its instances can be called, and so stand where a function may."""
+    """For a config: whether its instances are callable, so that they fit where a function does."""
 
     obj: Any = field(default=None, compare=False, repr=False)
-    """The described object itself; None for a description from the table."""
+    """The described object; None for a description from the table."""
 
     positional: tuple[str, ...] = ()
-    """The arguments that the constructor takes by position, if it takes all of them so."""
+    """Constructor arguments by position; empty if any of them cannot be passed by position."""
 
     defaults: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The written defaults of a live class, as far as they were asked for."""
+    """Cache of a live class: encoded defaults by field name."""
 
     shapes: dict[Shape, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What readers and writers found out about mappings and instances of one shape, see `get_shape`."""
+    """Cache of readers and writers, by the shape of a mapping or instance, see `get_shape`."""
 
     @property
     def short_name(self) -> str:
@@ -117,27 +117,27 @@ class Target:
 
     @cached_property
     def field_names(self) -> frozenset[str]:
-        """All fields."""
+        """The names of all fields."""
         return frozenset(self.fields)
 
     @cached_property
     def init_names(self) -> frozenset[str]:
-        """The fields that the constructor takes."""
+        """The names of the fields that the constructor takes."""
         return frozenset(one.name for one in self.fields.values() if one.init)
 
 
 def get_shape(purpose: str, values: dict[str, Any]) -> Shape:
-    """The keys of `values` and the types of what they hold: which fields need a closer look depends on these alone."""
+    """Return the cache key of a mapping: its keys and the types of its values decide which fields need conversion."""
     return purpose, tuple(values), tuple(map(type, values.values()))
 
 
 def remember(target: Target, shape: Shape, found: object) -> None:
-    """Keep what was found out about a shape; there are few in a process."""
+    """Cache the result for a shape. A process sees few shapes, so a full cache is simply cleared."""
     if shape not in target.shapes and len(target.shapes) >= _MAX_SHAPES:
         target.shapes.clear()
     target.shapes[shape] = found
 
 
 def is_model(target: Target) -> bool:
-    """Whether `target` is a ModelConfig class."""
+    """Return whether `target` is a ModelConfig class."""
     return MODEL_CONFIG in target.bases

@@ -1,4 +1,4 @@
-"""What a document says, as data: names, members of enumerations, partials and configs, of which nothing is made yet."""
+"""Decoded values of a document before any object is built: names, enum members, partials and configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bridge.config.schema.target import Target
 
 
 class _StandIn:
-    """Equal, and fit for a set or a key, as far as what it stands for is."""
+    """Base of placeholders that compare and hash like the objects they represent, for use in sets and as keys."""
 
     def _key(self) -> object:
         raise NotImplementedError
@@ -23,7 +23,7 @@ class _StandIn:
 
 @dataclass(frozen=True, eq=False)
 class Named(_StandIn):
-    """A function, class, dtype or registered value itself."""
+    """A reference to a function, class, dtype or registered value."""
 
     target: Target
 
@@ -39,13 +39,15 @@ class EnumMember(_StandIn):
     name: str
 
     def _key(self) -> object:
-        enum = self.target.obj  # which may hold one member under two names, or members that are numbers or text
+        enum = (
+            self.target.obj
+        )  # the member itself: an enum may have aliases, and its members may equal numbers or strings
         return enum[self.name] if enum is not None else (EnumMember, self.target.name, self.name)
 
 
 @dataclass(eq=False)
 class Partial:
-    """A `functools.partial`, which equals itself alone."""
+    """A `functools.partial`. Like the object, it only equals itself."""
 
     function: Named
     args: list[Any]
@@ -59,13 +61,13 @@ class Made(_StandIn):
     target: Target
     values: dict[str, Any]
     compared: tuple[Any, ...] | None = None
-    """The values that instances are compared by, if they have a hash; none of them where each equals itself alone."""
+    """The values that hashable instances are compared by; empty if by identity. None: compare all values."""
 
     complete: bool = False
-    """Whether the document gives every field, or says that it leaves it out."""
+    """Whether the document gives every field or lists it as omitted."""
 
     composed: tuple[str, ...] = ()
-    """The fields whose values may not be what they stand for; all others are plain."""
+    """The fields whose values may contain placeholders; all others are plain data."""
 
     def _key(self) -> object:
         if self.compared == ():

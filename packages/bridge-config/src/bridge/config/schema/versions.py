@@ -1,4 +1,4 @@
-"""Versions of a config's form in documents, and what each changed, as data for `read.migrate`."""
+"""Schema versions of configs and the changes of each version, as data for `read.migrate`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VERSION_KEY = "_version_"
 
 @dataclass(frozen=True)
 class Moved:
-    """In version `since`, what stood at `old` went to `new`: a rename, or a move into or out of a nested config.
+    """Version `since` moved a value from `old` to `new`: a rename, or a move into or out of a nested config.
 
-    Both are paths from the config's own mapping, such as `rotary_base` and `transformer.rotary_base`.
+    Both are paths relative to the config's mapping, such as `rotary_base` and `transformer.rotary_base`.
     """
 
     since: int
@@ -30,21 +30,21 @@ class Moved:
 
 @dataclass(frozen=True)
 class Removed:
-    """In version `since`, `field` went away. An older document may still give one of the `harmless` values."""
+    """Version `since` removed `field`. An older document may still have it, with one of the `harmless` values."""
 
     since: int
     field: str
     harmless: tuple[Any, ...]
     reason: str
-    """Why it went, and what to do instead: told to whoever gives another value."""
+    """Why it was removed and what to do instead. Part of the error message about any other value."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """In version `since`, values of `field` got another meaning, or its default became another.
+    """Version `since` changed the meaning of values of `field`, or its default.
 
-    `values` are pairs of an old written value and the new one of the same meaning; others stay as they are. `absent`
-    is the old default, written out where an older document is silent.
+    `values` are pairs of an old encoded value and the new one with the same meaning; other values stay unchanged.
+    `absent` is the old default, which migration writes into older documents that lack the field.
     """
 
     since: int
@@ -58,17 +58,16 @@ Change = Moved | Removed | Changed
 
 @dataclass(frozen=True)
 class Schema:
-    """The version of a config's form in documents, and how it came from older ones.
+    """The current schema version of a config, and the changes since older versions.
 
-    A `ModelConfig` declares it as `schema: ClassVar[Schema]`; for a class of another project it is declared in the
-    entry-point group `bridge.schemas`, under the class's dotted name.
+    A `ModelConfig` declares it as `schema: ClassVar[Schema]`. For a class of another project, declare it in the
+    entry-point group `bridge.schemas` under the dotted name of the class.
 
-    Changes of one version count together: first what it removed, then all its moves at once (so two fields can trade
-    names), then what it changed, by the names that its moves led to. A config's own changes come before those of the
-    configs in it.
+    The changes of one version apply in this order: removals, then all moves at once (so that two fields can swap
+    names), then changed values, under the new names. Changes of a config apply before those of nested configs.
 
     Raises:
-        ConfigError: a version is out of range, or a change does not say what changed.
+        ConfigError: A version is out of range, or a change is empty or has an invalid path.
     """
 
     version: int = 1
@@ -92,7 +91,7 @@ class Schema:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Schema:
-        """Read what `to_json` returned."""
+        """Return the schema that `to_json` encoded."""
         return cls(data["version"], tuple(_change_from_json(entry) for entry in data.get("changes", ())))
 
 
@@ -130,16 +129,15 @@ def _change_from_json(entry: Mapping[str, Any]) -> Change:
 
 @cache
 def load_declared_schema(name: str) -> Schema | None:
-    """Load the schema that an installed distribution declares for the class `name`, in the entry-point group
-    `bridge.schemas`.
+    """Load the schema that a distribution declares for the class `name` in `bridge.schemas`; None if none does.
 
     Raises:
-        TargetError: what is declared cannot be imported, or is no `Schema`.
+        TargetError: The declared object cannot be imported or is not a `Schema`.
     """
     for point in entry_points(group="bridge.schemas", name=name):
         try:
             schema = point.load()
-        except Exception as error:  # the import of someone else's module, or their Schema's own refusal
+        except Exception as error:  # any error of a foreign module, or a ConfigError of its Schema
             raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, fails: {error}") from error
         if not isinstance(schema, Schema):
             raise TargetError(f"the schema of {name!r}, declared as {point.value!r}, is not a bridge.config.Schema")
