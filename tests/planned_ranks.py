@@ -18,7 +18,7 @@ from bridge.dist.plan.results import StagePlan
 from bridge.dist.run.rank import run_rank
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.step import TrainOptions
-from bridge.dist.train.text import default_text
+from bridge.dist.train.text import find_default_text
 from bridge.dist.wrapper import Wrapper
 
 
@@ -45,7 +45,7 @@ def train(job: Job, plans: list[Job]) -> tuple[list[float], list[float | None]]:
     """Make plans, then train two steps; return losses and gradient norms."""
     for one in plans:
         one.plan()
-    training = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=2)
+    training = TrainOptions(steps=2, text=find_default_text(), seq_length=16, global_batch_size=2)
     report = run_rank(BuildJob(document=job.document().data, wrapper=job.wrapper, training=training))
     return report.losses, report.grad_norms
 

@@ -54,10 +54,10 @@ def compiler_modules_after_training() -> list[str]:
     from bridge.dist.job import BuildJob
     from bridge.dist.run.rank import run_rank
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
-    training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+    training = TrainOptions(steps=1, text=find_default_text(), seq_length=16, global_batch_size=1)
     fsdp2 = [] if fsdp2_loads_the_compiler() else [Wrapper.TORCH_FSDP2]
     for wrapper in (Wrapper.DDP, Wrapper.MEGATRON_FSDP, *fsdp2):
         run_rank(BuildJob(document=Document.load("tiny").data, wrapper=wrapper, training=training))

@@ -22,7 +22,7 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
     from bridge.dist.document_layout import apply_layout
     from bridge.dist.engine.weights import draw_weights
     from bridge.dist.train.step import TrainOptions, train
-    from bridge.dist.train.text import Text, default_text
+    from bridge.dist.train.text import Text, find_default_text
 
     document = Document.load(preset)
     document.set("vocab_size", VOCAB)
@@ -41,7 +41,7 @@ def build(preset: str, sizes: dict[str, int], *, train_steps: int) -> tuple[list
     builder = config.get_builder_cls()(config)
     stages = builder.build_distributed_models(groups, DistributedDataParallelConfig())
     if train_steps:
-        options = TrainOptions(steps=train_steps, text=default_text(), seq_length=16, global_batch_size=2)
+        options = TrainOptions(steps=train_steps, text=find_default_text(), seq_length=16, global_batch_size=2)
         text = Text.read(options.text, vocab_size=VOCAB)
         list(train(stages, groups, layout, text=text, options=options, forward_step=builder.forward_step))
     return stages, groups

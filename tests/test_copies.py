@@ -160,12 +160,12 @@ def train(sizes: dict[str, int], hook: str, *, tied: bool, steps: int = 2) -> st
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny", [f"share_embeddings_and_output_weights={tied}".lower()])
     apply_layout(document, sizes)
-    training = TrainOptions(steps=steps, text=default_text(), seq_length=16, global_batch_size=2)
+    training = TrainOptions(steps=steps, text=find_default_text(), seq_length=16, global_batch_size=2)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
     config.pre_wrap_hooks.append(HOOKS[hook])

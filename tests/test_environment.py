@@ -14,7 +14,7 @@ from bridge.dist.engine.environment import disable_cuda_graphs, inspect_process,
 from bridge.dist.errors import TrainingError
 from bridge.dist.job import BuildJob
 from bridge.dist.train.step import TrainOptions
-from bridge.dist.train.text import default_text
+from bridge.dist.train.text import find_default_text
 from bridge.dist.wrapper import Wrapper
 
 GRAPHS = ("transformer.use_te_rng_tracker=true", "transformer.cuda_graph_impl=local")
@@ -29,7 +29,7 @@ def make_transformer(**changed: Any) -> TransformerConfig:
 
 
 def make_job(*overrides: str) -> BuildJob:
-    training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+    training = TrainOptions(steps=1, text=find_default_text(), seq_length=16, global_batch_size=1)
     return BuildJob(document=Document.load("tiny", overrides).data, wrapper=Wrapper.DDP, training=training)
 
 

@@ -28,12 +28,12 @@ from bridge.dist.cpu import install
 from bridge.dist.job import BuildJob
 from bridge.dist.run.execute import build_and_train
 from bridge.dist.train.step import TrainOptions
-from bridge.dist.train.text import default_text
+from bridge.dist.train.text import find_default_text
 from bridge.dist.wrapper import Wrapper
 
 install()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+training = TrainOptions(steps=1, text=find_default_text(), seq_length=16, global_batch_size=1)
 for preset in sys.argv[1:]:
     job = BuildJob(document=Document.load(preset).data, wrapper=Wrapper.DDP, training=training)
     config = ModelConfig.from_dict(job.document)

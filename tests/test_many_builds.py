@@ -64,7 +64,7 @@ def build_and_train(ddp: dict[str, Any], flags: dict[str, bool]) -> None:
     from bridge.config import Document
     from bridge.dist import Layout, create_process_groups, destroy_process_groups
     from bridge.dist.train.step import TrainOptions, train
-    from bridge.dist.train.text import Text, default_text
+    from bridge.dist.train.text import Text, find_default_text
 
     config = Document.load("tiny", ["position_embedding_type=rope"]).config()
     layout = Layout()
@@ -72,7 +72,7 @@ def build_and_train(ddp: dict[str, Any], flags: dict[str, bool]) -> None:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     builder = config.get_builder_cls()(config)
     stages = builder.build_distributed_models(groups, DistributedDataParallelConfig(**ddp), **flags)
-    options = TrainOptions(steps=1, text=default_text(), seq_length=8, global_batch_size=1)
+    options = TrainOptions(steps=1, text=find_default_text(), seq_length=8, global_batch_size=1)
     list(train(stages, groups, layout, text=Text.read(options.text, vocab_size=config.vocab_size), options=options))
     destroy_process_groups()
 

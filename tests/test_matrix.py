@@ -95,7 +95,7 @@ def load_document(model: str, precision: str) -> Document:
 def make_job(cell: Cell) -> Any:
     from bridge.dist.job import BuildJob
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
 
     document = cell.split.apply_to(load_document(cell.model, cell.precision))
     return BuildJob(
@@ -104,7 +104,7 @@ def make_job(cell: Cell) -> Any:
         distributed_optimizer=cell.wrapping.distributed_optimizer,
         training=TrainOptions(
             steps=STEPS[cell.precision],
-            text=default_text(),
+            text=find_default_text(),
             seq_length=16,
             global_batch_size=4,
             micro_batch_size=2 if cell.layout.endswith("dp1") else 1,  # two microbatches on four ranks

@@ -155,9 +155,9 @@ def train_two_steps(builder: Any, stage: Any, groups: Any) -> list[tuple[float, 
     import torch
 
     from bridge.dist.train.step import TrainOptions, train
-    from bridge.dist.train.text import Text, default_text
+    from bridge.dist.train.text import Text, find_default_text
 
-    options = TrainOptions(steps=2, text=default_text(), seq_length=TOKENS, global_batch_size=2)
+    options = TrainOptions(steps=2, text=find_default_text(), seq_length=TOKENS, global_batch_size=2)
     layout = Layout.of(builder.transformer_config, torch.distributed.get_world_size())
     text = Text.read(options.text, vocab_size=VOCAB)
     steps = train([stage], groups, layout, text=text, options=options, forward_step=builder.forward_step)

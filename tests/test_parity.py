@@ -18,14 +18,14 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny")
     for path, value in overrides.items():
         document.set(path, value)
     apply_layout(document, sizes)
-    training = TrainOptions(steps=5, text=default_text(), seq_length=32)
+    training = TrainOptions(steps=5, text=find_default_text(), seq_length=32)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
     layout = job.check(config, torch.distributed.get_world_size())
@@ -129,11 +129,11 @@ def step_in_fp16(sharded: bool) -> tuple[float, bool]:
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.optimizer import set_up_optimizer
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
     document = Document.load("tiny", ["transformer.fp16=true", "transformer.params_dtype=torch.float16"])
-    training = TrainOptions(steps=2, text=default_text(), seq_length=32)
+    training = TrainOptions(steps=2, text=find_default_text(), seq_length=32)
     wrapper = Wrapper.TORCH_FSDP2 if sharded else Wrapper.DDP
     job = BuildJob(document=document.data, wrapper=wrapper, training=training)
     config = document.config()

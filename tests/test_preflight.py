@@ -39,14 +39,14 @@ from bridge.dist.engine.wrap import data_parallel
 from bridge.dist.errors import PreflightError
 from bridge.dist.job import make_builder
 from bridge.dist.train.step import TrainOptions, train
-from bridge.dist.train.text import Text, default_text
+from bridge.dist.train.text import Text, find_default_text
 from bridge.models.gpt import GPTModelBuilder, GPTModelConfig
 from bridge.models.mamba import MambaModelBuilder
 from bridge.models.t5 import T5ModelBuilder
 
 FAMILIES = (GPTModelBuilder, MambaModelBuilder, T5ModelBuilder)
 """The builders that have rules of their own."""
-TRAINING = TrainOptions(steps=2, text=default_text(), seq_length=16, global_batch_size=4)
+TRAINING = TrainOptions(steps=2, text=find_default_text(), seq_length=16, global_batch_size=4)
 
 
 def list_rules() -> list[preflight.Rule]:

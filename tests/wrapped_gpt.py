@@ -20,7 +20,7 @@ from bridge.config import ModelConfig
 from bridge.dist import DistributedModelBuilder, Layout, create_process_groups, destroy_process_groups
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.train.step import TrainOptions, train
-from bridge.dist.train.text import Text, default_text
+from bridge.dist.train.text import Text, find_default_text
 
 VOCAB = 256
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -132,8 +132,8 @@ def build_case(case: Case, *, instances: int = 1) -> Iterator[Built]:
 
 
 def train_built(case: Built, *, steps: int = 3) -> Run:
-    text = Text.read(default_text(), vocab_size=VOCAB)
-    options = TrainOptions(steps=steps, text=default_text(), seq_length=16, global_batch_size=4)
+    text = Text.read(find_default_text(), vocab_size=VOCAB)
+    options = TrainOptions(steps=steps, text=find_default_text(), seq_length=16, global_batch_size=4)
     taken = list(train(list(case.stages), case.groups, case.layout, text=text, options=options))
     return Run([step.loss for step in taken], [step.grad_norm for step in taken])
 

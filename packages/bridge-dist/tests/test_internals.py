@@ -44,14 +44,14 @@ def attributes_of_built_models() -> set[str]:
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.optimizer import set_up_optimizer
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
     found: set[str] = set()
     predicting = ["position_embedding_type=rope", "transformer.mtp_num_layers=1"]
     hybrids = [Document.load("hybrid-tiny")] if TORCH >= MAMBA_WITHOUT_A_GPU else []
     for document in (Document.load("moe-tiny", predicting), *hybrids):
-        training = TrainOptions(steps=1, text=default_text(), seq_length=16, global_batch_size=1)
+        training = TrainOptions(steps=1, text=find_default_text(), seq_length=16, global_batch_size=1)
         job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
         config = document.config()
         layout = job.check(config, 1)

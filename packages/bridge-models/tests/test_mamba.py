@@ -213,13 +213,13 @@ def train_on_long_sequences() -> tuple[int, list[float], list[float | None]]:
     from bridge.dist.job import BuildJob
     from bridge.dist.run.execute import build_and_train
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text
+    from bridge.dist.train.text import find_default_text
     from bridge.dist.wrapper import Wrapper
 
     sizes = {"hidden_size": 384, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 512, "mamba_head_dim": 64}
     overrides = [f"transformer.{name}={size}" for name, size in sizes.items()]
     document = Document.load("hybrid-tiny", [*overrides, "transformer.mamba_state_dim=64", "seq_length=4096"])
-    options = TrainOptions(steps=1, text=default_text(), seq_length=4096, global_batch_size=1)
+    options = TrainOptions(steps=1, text=find_default_text(), seq_length=4096, global_batch_size=1)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=options)
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, 1)

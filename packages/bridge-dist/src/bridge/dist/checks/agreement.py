@@ -62,7 +62,7 @@ def collect_facts(**subjects: object) -> Facts:
     A ``ModelConfig`` is compared by its document. Values that the document omits, such as a hook without a name, are
     compared by their path only. Other objects without a plain form are compared by their class.
     """
-    return {path: json.dumps(value, sort_keys=True) for path, value in _flatten(_to_plain(subjects))}
+    return {path: json.dumps(value, sort_keys=True) for path, value in _flatten(_convert_to_plain(subjects))}
 
 
 def collect_versions() -> dict[str, str]:
@@ -271,7 +271,7 @@ def _raise_if_any(problems: _Problems, timeout: timedelta) -> None:
 
 
 def _format_by_rank(ranks: dict[str, str]) -> str:
-    """``4 on rank 0, 8 on ranks 1, 3``."""
+    """Format values by rank, such as ``4 on rank 0, 8 on ranks 1, 3``."""
     by_value: dict[str, list[int]] = {}
     for rank, value in sorted(ranks.items(), key=lambda item: int(item[0])):
         shown = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
@@ -295,7 +295,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _to_plain(value: object) -> Any:
+def _convert_to_plain(value: object) -> Any:
     """Convert a value to JSON types, equal in every process that uses an equal value."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -305,16 +305,16 @@ def _to_plain(value: object) -> Any:
             document = value.as_dict()
         if omitted := document.get("_omitted_"):  # the reasons contain addresses of this process
             document["_omitted_"] = sorted(entry["path"] for entry in omitted)
-        return _to_plain(document)
+        return _convert_to_plain(document)
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
+        return {str(key): _convert_to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_plain(item) for item in value]
+        return [_convert_to_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, torch.dtype | timedelta):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _convert_to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

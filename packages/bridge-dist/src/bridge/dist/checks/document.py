@@ -155,18 +155,18 @@ def find_rules(builder: str | None) -> tuple[Rule, ...]:
 
     Rules that an installed distribution declares are preferred; otherwise the builder is imported, which takes seconds.
     """
-    if builder is None or builder in _rule_entry_points():
+    if builder is None or builder in _load_rule_entry_points():
         return _load_declared_rules(builder)
     return tuple(getattr(import_builder(builder), "rules", ()))
 
 
 def _load_declared_rules(builder: str | None) -> tuple[Rule, ...]:
-    point = _rule_entry_points().get(builder or "")
+    point = _load_rule_entry_points().get(builder or "")
     return () if point is None else tuple(point.load())
 
 
 @cache
-def _rule_entry_points() -> dict[str, EntryPoint]:
+def _load_rule_entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=RULES_GROUP)}
 
 

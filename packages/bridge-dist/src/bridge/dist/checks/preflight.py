@@ -107,7 +107,7 @@ class Setup:
         return self.options.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
 
     def is_wrapped_with(self, wrapper: Wrapper) -> bool:
-        """Whether stages get this wrapper."""
+        """Return whether stages get this wrapper."""
         return self.options.wrapper is wrapper
 
 

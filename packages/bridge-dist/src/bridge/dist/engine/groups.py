@@ -85,7 +85,7 @@ def create_process_groups(
         )
     fake = torch.distributed.get_backend() == "fake"
     global _existing
-    _existing = frozenset(_all_groups())  # those of the caller, which destroy_process_groups keeps
+    _existing = frozenset(_list_groups())  # those of the caller, which destroy_process_groups keeps
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -101,7 +101,7 @@ def create_process_groups(
     )
     if not fake:
         # megatron-core 0.19.2 sets no timeout for the gloo group of expert data parallelism.
-        for group in _all_groups():
+        for group in _list_groups():
             if group not in _existing:
                 _set_timeout(timeout, group)
     groups: ProcessGroupCollection = ProcessGroupCollection.use_mpu_process_groups()
@@ -123,7 +123,7 @@ def destroy_process_groups() -> None:
     # Megatron-FSDP, through hooks, the whole model.
     for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
         rotary.forward.cache_clear()
-    for group in _all_groups():
+    for group in _list_groups():
         if group not in _existing and group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     clear_sharding_caches()
@@ -136,5 +136,5 @@ _existing: frozenset[torch.distributed.ProcessGroup] = frozenset()
 """The groups that existed before Megatron's."""
 
 
-def _all_groups() -> list[torch.distributed.ProcessGroup]:
+def _list_groups() -> list[torch.distributed.ProcessGroup]:
     return list(torch.distributed.distributed_c10d._world.pg_map)

@@ -135,13 +135,13 @@ def initialise_shards(stage: MegatronModule, share: Share | None) -> None:
     missing: list[str] = []
     for module in _find_pending(stage):
         owner = module.module
-        sharded = {name: module.own(name) for name in module.tensors if name in owner._parameters}
+        sharded = {name: module.get_tensor(name) for name in module.tensors if name in owner._parameters}
         module.allocate()
         missing += module.initialise()
         module.share(share)
         for name, parameter in sharded.items():
             assert isinstance(parameter, DTensor)
-            whole = module.own(name).data
+            whole = module.get_tensor(name).data
             # No source rank: each rank cuts its shard out of its own whole tensor.
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             owner._parameters[name] = _copy_parameter(parameter, shard)
@@ -172,7 +172,7 @@ class _Pending(NamedTuple):
     def allocate(self) -> None:
         """Allocate the tensors on this rank's device, unsharded."""
         for name in self.tensors:
-            meta = self.own(name)
+            meta = self.get_tensor(name)
             whole = torch.empty(meta.shape, dtype=meta.dtype, device=torch.device("cuda"))
             if isinstance(meta, torch.nn.Parameter):
                 self.module._parameters[name] = _copy_parameter(meta, whole)
@@ -185,7 +185,7 @@ class _Pending(NamedTuple):
         reset = getattr(kind, "reset_parameters", None) or getattr(kind, "_reset_parameters", None)
         with torch.no_grad():
             for name in self.tensors:
-                tensor = self.own(name)
+                tensor = self.get_tensor(name)
                 if self.draws_in_fp32:
                     tensor.data = tensor.data.float()
                 # A value that an initialiser replaces: what is still NaN afterwards was not initialised.
@@ -193,11 +193,11 @@ class _Pending(NamedTuple):
             if reset is not None:
                 reset(self.module)
             if self.initialise_embedding is not None:
-                self.initialise_embedding(self.own("weight"))
+                self.initialise_embedding(self.get_tensor("weight"))
             for name, tensor in self.kept.items():  # reset_parameters has overwritten them too
-                self.own(name).copy_(tensor)
+                self.get_tensor(name).copy_(tensor)
         for name, (dtype, attributes) in self.tensors.items():
-            tensor = self.own(name)
+            tensor = self.get_tensor(name)
             tensor.data = tensor.data.to(dtype)  # of the mixed-precision wrapper, which ran on the meta device
             for attribute, value in attributes.items():
                 vars(tensor).setdefault(attribute, value)
@@ -207,18 +207,18 @@ class _Pending(NamedTuple):
         """Call a function with each parameter that was on the meta device."""
         if share is not None:
             for name in self.tensors:
-                tensor = self.own(name)
+                tensor = self.get_tensor(name)
                 if isinstance(tensor, torch.nn.Parameter):
                     share(tensor)
 
-    def own(self, name: str) -> torch.Tensor:
+    def get_tensor(self, name: str) -> torch.Tensor:
         """Return the current tensor of this name. Allocation and wrappers replace tensors, so none is kept."""
         tensor = (self.module._parameters | self.module._buffers)[name]
         assert tensor is not None
         return tensor
 
     def _is_missing(self, name: str, reset: object) -> bool:
-        tensor = self.own(name)
+        tensor = self.get_tensor(name)
         if tensor.is_meta:  # in a plan, which computes no values
             return False
         return bool(tensor.isnan().any()) if tensor.is_floating_point() else reset is None

@@ -109,7 +109,7 @@ class RankPool:
         self._jobs += 1
         try:
             for rank, worker in enumerate(self._ranks[:ranks]):
-                task = _Task(function, args, self._rank_variables(rank, ranks))
+                task = _Task(function, args, self._make_variables(rank, ranks))
                 with contextlib.suppress(BrokenPipeError):  # the rank has ended: _collect reports it
                     worker.connection.send(task)
             return _collect(self._ranks[:ranks], deadline)
@@ -145,7 +145,7 @@ class RankPool:
         for worker in ranks:
             worker.end()
 
-    def _rank_variables(self, rank: int, world_size: int) -> dict[str, str]:
+    def _make_variables(self, rank: int, world_size: int) -> dict[str, str]:
         if self._store is None:
             from torch._C._distributed_c10d import TCPStore  # takes 1 s: import it while ranks start
 

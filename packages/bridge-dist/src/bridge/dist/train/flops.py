@@ -59,7 +59,7 @@ def count_model_flops(parameters: Mapping[str, Sequence[int]], config: Transform
     products = sum(prod(shape) * _count_uses(name, config, tied=tied) for name, shape in matrices.items())
     for name, shape in matrices.items():
         if _AFTER_ATTENTION.fullmatch(name):
-            products += batch.seq_length * shape[1] * (1 + _query_to_value_width(config))
+            products += batch.seq_length * shape[1] * (1 + _compute_width_ratio(config))
         elif _AFTER_SCAN.fullmatch(name):
             products += 2 * shape[1] * config.mamba_state_dim
     # Two FLOPs per multiply-add, and three passes: one forward, and twice its FLOPs backward.
@@ -77,7 +77,7 @@ def _count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
     return 1
 
 
-def _query_to_value_width(config: TransformerConfig) -> float:
+def _compute_width_ratio(config: TransformerConfig) -> float:
     """Return a head's query width divided by its value width; they differ in multi-head latent attention."""
     if isinstance(config, MLATransformerConfig):
         return (config.qk_head_dim + config.qk_pos_emb_head_dim) / config.v_head_dim

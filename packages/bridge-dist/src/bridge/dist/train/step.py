@@ -144,13 +144,13 @@ def _forward(
     """Run a stage on the next microbatch. On the last stage, Megatron's schedule calls the returned loss function."""
     output = forward_step(stage, next(samples).to(torch.device("cuda")), pg_collection)
 
-    def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compute_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = losses.float().mean()
         # The schedule of megatron-core 0.19.2 multiplies by the context-parallel size, in place: undo the factor, and
         # report a copy.
         return loss / pg_collection.cp.size(), {"loss": loss.detach().clone()}
 
-    return output, mean_loss
+    return output, compute_loss
 
 
 def _average_loss(losses: Sequence[torch.Tensor], pg_collection: ProcessGroupCollection) -> float:

@@ -15,7 +15,7 @@ BYTE_VALUES = 256
 
 
 @functools.cache  # the list of torch's files is long
-def default_text() -> Path:
+def find_default_text() -> Path:
     """Return the path of a built-in sample text: the licence of torch, which every installation has.
 
     Raises:

@@ -18,7 +18,7 @@ def connections_of_split_layers(setup: Setup) -> Iterator[str]:
     overlap with it, and Megatron's layers rely on one connection. If the variable is not set, a warning is logged.
     """
     connections = setup.environment.variables.get(_CONNECTIONS)
-    if _takes_one_connection(setup) and connections not in (None, "1"):
+    if _needs_one_connection(setup) and connections not in (None, "1"):
         yield (
             f"tensor and context parallelism on this GPU need {_CONNECTIONS} = 1, got {connections}: "
             "set it to 1 in the environment of every rank"
@@ -27,7 +27,7 @@ def connections_of_split_layers(setup: Setup) -> Iterator[str]:
 
 def describe_slowdown(setup: Setup) -> str | None:
     """Return a warning about a setup that passes but may be slow; None if there is nothing to warn about."""
-    if _takes_one_connection(setup) and _CONNECTIONS not in setup.environment.variables:
+    if _needs_one_connection(setup) and _CONNECTIONS not in setup.environment.variables:
         return (
             f"{_CONNECTIONS} is not set: with tensor or context parallelism on this GPU, set it to 1 in the "
             "environment of every rank, or communication may wait for the computation that it should overlap with"
@@ -35,7 +35,7 @@ def describe_slowdown(setup: Setup) -> str | None:
     return None
 
 
-def _takes_one_connection(setup: Setup) -> bool:
+def _needs_one_connection(setup: Setup) -> bool:
     capability = setup.environment.compute_capability
     before_blackwell = capability is not None and capability < _BLACKWELL
     overlaps_otherwise = setup.is_fsdp or setup.transformer.overlap_moe_expert_parallel_comm

@@ -118,7 +118,7 @@ def build(
 
 @contextlib.contextmanager
 def _report_errors(place: RankEnvironment | None) -> Iterator[None]:
-    """Under a launcher: print an error that every rank finds only once, and record it for torchrun."""
+    """Print an error only once if every rank of a launcher finds it, and record it for torchrun."""
     if place is None:
         yield
         return

@@ -62,12 +62,12 @@ def make_train_options(
 ) -> TrainOptions:
     """Return the training options of a command; the sample length and the text have defaults."""
     from bridge.dist.train.step import TrainOptions
-    from bridge.dist.train.text import default_text  # imports torch, which `bridge -h` must not wait for
+    from bridge.dist.train.text import find_default_text  # imports torch, which `bridge -h` must not wait for
 
     longest = min(getattr(config, "seq_length", _LONGEST_DEFAULT_SAMPLE), _LONGEST_DEFAULT_SAMPLE)
     return TrainOptions(
         steps=steps,
-        text=text or default_text(),
+        text=text or find_default_text(),
         seq_length=seq_length or longest,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,

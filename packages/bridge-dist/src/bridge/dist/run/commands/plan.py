@@ -92,7 +92,9 @@ def _add_plan_options(command: CommandT) -> CommandT:
 def _add_machine_options(command: CommandT) -> CommandT:
     """Add an option for each field of ``Machine``. Options are in TFLOPs and GB/s, fields in FLOPs and B/s."""
 
-    def speed(flag: str, field: str, *, unit: float, default: float, meaning: str) -> Callable[[CommandT], CommandT]:
+    def make_speed_option(
+        flag: str, field: str, *, unit: float, default: float, meaning: str
+    ) -> Callable[[CommandT], CommandT]:
         return click.option(
             flag,
             field,
@@ -105,7 +107,9 @@ def _add_machine_options(command: CommandT) -> CommandT:
 
     for option in reversed(
         (
-            speed("--gpu-tflops", "flops", unit=1e12, default=989.0, meaning="dense TFLOPs per second of a GPU."),
+            make_speed_option(
+                "--gpu-tflops", "flops", unit=1e12, default=989.0, meaning="dense TFLOPs per second of a GPU."
+            ),
             click.option(
                 "--efficiency",
                 type=click.FloatRange(0, 1, min_open=True),
@@ -116,8 +120,10 @@ def _add_machine_options(command: CommandT) -> CommandT:
             click.option(
                 "--gpus-per-node", type=SIZE, default=8, show_default=True, help="For --search: GPUs per node."
             ),
-            speed("--node-bandwidth", "node_bandwidth", unit=1e9, default=450.0, meaning="GB/s per GPU in a node."),
-            speed(
+            make_speed_option(
+                "--node-bandwidth", "node_bandwidth", unit=1e9, default=450.0, meaning="GB/s per GPU in a node."
+            ),
+            make_speed_option(
                 "--network-bandwidth",
                 "network_bandwidth",
                 unit=1e9,
