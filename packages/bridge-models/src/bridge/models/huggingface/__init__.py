@@ -13,15 +13,18 @@ from bridge.models.huggingface.convert import Converted, from_hf, to_hf
 
 if TYPE_CHECKING:
     from bridge.models.huggingface.transfer.load import load_weights
+    from bridge.models.huggingface.transfer.save import save_weights
 
-__all__ = ["Converted", "from_hf", "load_config_json", "load_weights", "to_hf"]
+__all__ = ["Converted", "from_hf", "load_config_json", "load_weights", "save_weights", "to_hf"]
+
+_HOMES = {"load_weights": "load", "save_weights": "save"}
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_weights":
-        from bridge.models.huggingface.transfer.load import load_weights  # torch and megatron-core take seconds
+    if name in _HOMES:
+        from importlib import import_module  # torch and megatron-core take seconds to import
 
-        return load_weights
+        return getattr(import_module(f"{__name__}.transfer.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

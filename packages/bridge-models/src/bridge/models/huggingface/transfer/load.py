@@ -65,10 +65,9 @@ def _plan(stage: MegatronModule, folder: Folder, pg_collection: ProcessGroupColl
             problems.append(Problem(name, "the folder has no such parameter: it is of another model"))
             continue
         weight, _ = known[placement.name] = found
-        shape = placement.full_shape
-        is_padded = weight.per_token and shape[1:] == weight.shape[1:] and shape[0] >= weight.shape[0]
-        if shape != weight.shape and not is_padded:
-            problems.append(Problem(name, f"the model has the shape {list(shape)}, the folder {list(weight.shape)}"))
+        if not weight.fits(placement.full_shape):
+            built, stored = list(placement.full_shape), list(weight.shape)
+            problems.append(Problem(name, f"the model has the shape {built}, the folder {stored}"))
     return known, problems
 
 

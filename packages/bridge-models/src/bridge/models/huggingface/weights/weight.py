@@ -52,6 +52,12 @@ class Weight:
     factor: float = 1.0
     """What the tensors are multiplied by when they are read."""
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Return whether a whole parameter of this shape is this weight, with or without padding of the vocabulary."""
+        return tuple(shape) == self.shape or (
+            self.per_token and tuple(shape[1:]) == self.shape[1:] and shape[0] > self.shape[0]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Repetition:

@@ -1,0 +1,248 @@
+"""Save the stages of all ranks as a folder of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from torch.distributed.tensor import DTensor
+
+from bridge.config import ModelConfig
+from bridge.config.errors import Problem
+from bridge.dist.engine.placement import EMBEDDING, Placement, named_buffers, named_parameters
+from bridge.dist.engine.stages import unwrap
+from bridge.models.errors import WeightsError
+from bridge.models.huggingface.convert import to_hf
+from bridge.models.huggingface.document_fields import read_fields
+from bridge.models.huggingface.folder.headers import INDEX
+from bridge.models.huggingface.matching import find_architecture
+from bridge.models.huggingface.transfer.layout import SHARD_BYTES, FileLayout, lay_out
+from bridge.models.huggingface.transfer.names import canonicalize_name
+from bridge.models.huggingface.transfer.regions import Region, find_regions
+from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
+from bridge.models.huggingface.weights.sizes import Sizes
+from bridge.models.huggingface.weights.weight import Weight
+
+_CARRIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of a folder that belong to its tokenizer and to generation."""
+
+
+def save_weights(
+    stages: Sequence[MegatronModule],
+    folder: str | Path,
+    pg_collection: ProcessGroupCollection,
+    *,
+    model: ModelConfig,
+    source: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model of all ranks as a folder of transformers: config.json and safetensors files.
+
+    Collective over all ranks. Each rank writes the bytes that it holds into files of their final size. The folder gets
+    its name when all bytes are written: a run that dies leaves ``FOLDER.partial``, which the next one replaces.
+
+    Args:
+        stages: The stages of this rank, wrapped or not.
+        folder: Where to write; it must not exist.
+        pg_collection: The process groups of this rank.
+        model: The configuration of the model, from which config.json is written.
+        source: A folder whose tokenizer and generation settings are copied.
+        shard_bytes: Most bytes of a file.
+
+    Raises:
+        DocumentError: transformers has no architecture for the model.
+        WeightsError: The folder exists, the disk is too small, or transformers has no place for a weight.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    document = model.as_dict()
+    config = to_hf(document).data
+    entries = find_architecture(config).weights(Sizes(read_fields(document)))
+    weights = {entry.name: entry for entry in entries if isinstance(entry, Weight)}
+    listed = [one for stage in stages for one in _list_held(stage, weights, pg_collection)]
+    held = [one for one in listed if isinstance(one, _Held)]
+    problems = [one for one in listed if isinstance(one, Problem)]
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        problems += _prepare(folder, partial)
+    default = _get_default_dtype(stages[0])
+    gathered = _gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
+    _raise_any([problem for found, _ in gathered for problem in found])
+    dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
+    layout = lay_out(_list_tensors(weights, dtypes, default), shard_bytes=shard_bytes)
+    _raise_any([problem for found in _gather(_check_space(partial, layout)) for problem in found])
+    _raise_any([problem for found in _gather(_write(held, partial, layout)) for problem in found])
+    if is_first:
+        _finish(partial, folder, layout, config, None if source is None else Path(source))
+    torch.distributed.barrier()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Rows of a parameter that this rank writes."""
+
+    weight: Weight
+    placement: Placement
+    first: int
+    """The first of the rows, counted within the parameter of the stage."""
+
+    rows: torch.Tensor
+    dtype: str
+
+    def list_regions(self) -> list[Region]:
+        """Return where the rows go, with their places within ``rows``."""
+        last = self.first + len(self.rows)
+        regions = []
+        for region in find_regions(self.weight.forms[0], self.placement):
+            start, stop = max(region.local.start, self.first), min(region.local.stop, last)
+            if start < stop:
+                taken = region.rows[start - region.local.start : stop - region.local.start]
+                regions.append(replace(region, local=slice(start - self.first, stop - self.first), rows=taken))
+        return regions
+
+
+def _list_held(
+    stage: MegatronModule, weights: Mapping[str, Weight], pg_collection: ProcessGroupCollection
+) -> Iterator[_Held | Problem]:
+    """Yield the parameters and buffers of a stage that this rank writes, and what is wrong with them."""
+    # The parameters of Megatron-FSDP are those of the last forward pass: its state dict has the last update.
+    state = {name.replace("module.", ""): value for name, value in stage.state_dict().items()}
+    named = (*named_parameters(stage, pg_collection), *named_buffers(stage, pg_collection))
+    for placement, tensor, _ in named:
+        name = canonicalize_name(placement.full_name)
+        weight = weights.get(name)
+        if weight is None:
+            yield Problem(name, "config.json describes a model without this parameter")
+            continue
+        if not weight.fits(placement.full_shape):
+            shape = list(placement.full_shape)
+            yield Problem(name, f"expected the shape {list(weight.shape)} of config.json, got {shape}")
+            continue
+        value = state.get(placement.name)
+        rows, first = _take_chunk(value, placement) if isinstance(value, DTensor) else (tensor.detach(), 0)
+        if not weight.forms[0]:
+            if rows.count_nonzero():
+                yield Problem(name, "is not zero, but transformers has no such parameter")
+        elif isinstance(value, DTensor) or _is_owner(stage, placement, tensor, pg_collection):
+            yield _Held(weight, placement, first, rows, NAMES[tensor.dtype])
+
+
+def _take_chunk(value: DTensor, placement: Placement) -> tuple[torch.Tensor, int]:
+    """Return the rows of a parameter that FSDP left on this rank, and the first one's number. Collective."""
+    chunk = gather_and_compute_chunk_metadata(value)
+    spans_shards = value.shape != placement.shape and placement.dim == 0  # Megatron-FSDP's spans tensor-parallel ranks
+    before = placement.shard * placement.shape[0] if spans_shards else 0
+    return value.to_local().detach(), chunk.offsets[0] - before
+
+
+def _is_owner(
+    stage: MegatronModule, placement: Placement, tensor: torch.Tensor, pg_collection: ProcessGroupCollection
+) -> bool:
+    """Return whether this rank is the one to write a parameter, of all that hold the same rows."""
+    is_expert = not getattr(tensor, "allreduce", True)
+    tensor_parallel = pg_collection.expt_tp if is_expert else pg_collection.tp
+    replicas = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
+    if placement.full_name == EMBEDDING and not getattr(unwrap(stage), "pre_process", True):
+        return False  # a copy on the last pipeline stage
+    return replicas.rank() == 0 and (placement.shards > 1 or tensor_parallel.rank() == 0)
+
+
+def _get_default_dtype(stage: MegatronModule) -> str:
+    config = stage.config
+    return "BF16" if config.bf16 else "F16" if config.fp16 else NAMES[config.params_dtype]
+
+
+def _list_tensors(
+    weights: Mapping[str, Weight], dtypes: Mapping[str, str], default: str
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield the tensors that the weights are made of: name, dtype, shape."""
+    seen = set()
+    for name, weight in weights.items():
+        for part in weight.forms[0]:
+            if part.tensor not in seen:
+                seen.add(part.tensor)
+                yield part.tensor, dtypes.get(name, default), part.shape
+
+
+def _write(held: Sequence[_Held], folder: Path, layout: FileLayout) -> list[Problem]:
+    """Write this rank's rows; return what the file system refused."""
+    writer = TensorWriter(folder, layout)
+    try:
+        for one in held:
+            rows = one.rows
+            if one.weight.factor != 1.0:
+                rows = rows.float() / one.weight.factor
+            writer.write(one.list_regions(), rows)
+        writer.close()
+    except OSError as error:
+        return [Problem(str(folder), f"cannot be written: {error.strerror or error}")]
+    return []
+
+
+def _gather[T](value: T) -> list[T]:
+    """Return the values of all ranks. Collective."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _raise_any(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise WeightsError(list(dict.fromkeys(problems)))
+
+
+def _prepare(folder: Path, partial: Path) -> list[Problem]:
+    """Make the folder that is written to, in place of one that an earlier run left."""
+    if folder.exists():
+        return [Problem(str(folder), "exists: choose another folder, or remove it")]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return [Problem(str(partial), f"cannot be made: {error.strerror or error}")]
+    return []
+
+
+def _check_space(partial: Path, layout: FileLayout) -> list[Problem]:
+    needed, free = sum(layout.sizes.values()), shutil.disk_usage(partial).free
+    if needed <= free:
+        return []
+    return [Problem(str(partial), f"needs {needed / 1e9:,.1f} GB, but the disk has {free / 1e9:,.1f} GB left")]
+
+
+def _finish(partial: Path, folder: Path, layout: FileLayout, config: dict[str, Any], source: Path | None) -> None:
+    """Write the headers, the index, config.json and the tokenizer, then give the folder its name."""
+    for file, header in layout.headers.items():
+        with (partial / file).open("r+b") as opened:
+            opened.write(header)
+            os.fsync(opened.fileno())
+    if (index := layout.make_index()) is not None:
+        (partial / INDEX).write_bytes(index)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if source is not None:
+        for name in _CARRIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+    partial.rename(folder)

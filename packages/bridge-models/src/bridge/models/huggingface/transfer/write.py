@@ -1,0 +1,109 @@
+"""Write regions of tensors into preallocated safetensors files, several processes at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bridge.models.huggingface.transfer.layout import ITEM_BYTES, FileLayout, Slot
+from bridge.models.huggingface.transfer.regions import Region
+from bridge.models.huggingface.weights.weight import Part
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorWriter:
+    """The files of one folder, each opened when it is first written."""
+
+    def __init__(self, folder: Path, layout: FileLayout) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._files: dict[str, int] = {}
+
+    def write(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
+        """Write rows of one parameter.
+
+        Args:
+            regions: Which rows of ``parameter`` are which rows of which tensors.
+            parameter: [rows, ...], in any precision.
+        """
+        whole: dict[tuple[str, int | None], list[Region]] = {}
+        for region in regions:
+            whole.setdefault((region.part.tensor, region.part.index), []).append(region)
+        for group in whole.values():
+            self._write_matrix(group, parameter)
+
+    def close(self) -> None:
+        """Close the files when their bytes are on the disk."""
+        for descriptor in self._files.values():
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._files.clear()
+
+    def _write_matrix(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
+        """Write all rows of a parameter that belong to one matrix or vector, at once if they are all of it."""
+        part = regions[0].part
+        slot = self._layout.slots[part.tensor]
+        shape = part.shape[1:] if part.index is not None else part.shape
+        start = slot.start + (part.index or 0) * _count(shape) * ITEM_BYTES[slot.dtype]
+        values = [_orient(parameter[region.local], part).to(_DTYPES[slot.dtype]).cpu() for region in regions]
+        if sum(value.numel() for value in values) == _count(shape):
+            matrix = torch.empty(shape, dtype=_DTYPES[slot.dtype])
+            for region, value in zip(regions, values, strict=True):
+                matrix[_select(region, part, shape)] = value
+            self._put(slot, start, matrix)
+            return
+        for region, value in zip(regions, values, strict=True):
+            self._write_lines(slot, start, shape, _select(region, part, shape), value)
+
+    def _write_lines(
+        self, slot: Slot, start: int, shape: tuple[int, ...], selected: tuple[slice, ...], value: torch.Tensor
+    ) -> None:
+        """Write a part of a matrix: consecutive rows at once where they are whole, else row by row."""
+        width = _count(shape[1:])
+        rows = range(shape[0])[selected[0]]
+        columns = range(shape[1])[selected[1]] if len(selected) > 1 else None
+        item = ITEM_BYTES[slot.dtype]
+        if rows.step == 1 and (columns is None or len(columns) == shape[1]):
+            self._put(slot, start + rows.start * width * item, value)
+            return
+        columns = range(1) if columns is None else columns
+        for row, line in zip(rows, value.reshape(len(rows), len(columns), -1), strict=True):
+            if columns.step == 1:
+                self._put(slot, start + (row * width + columns.start) * item, line)
+            else:
+                for column, element in zip(columns, line, strict=True):
+                    self._put(slot, start + (row * width + column) * item, element)
+
+    def _put(self, slot: Slot, start: int, values: torch.Tensor) -> None:
+        if slot.file not in self._files:
+            descriptor = os.open(self._folder / slot.file, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(descriptor, self._layout.sizes[slot.file])  # every rank, to the same size
+            self._files[slot.file] = descriptor
+        data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        while data:  # a write takes 2 GiB at most
+            written = os.pwrite(self._files[slot.file], data, start)
+            data, start = data[written:], start + written
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _orient(rows: torch.Tensor, part: Part) -> torch.Tensor:
+    return rows.T if part.transposed else rows
+
+
+def _select(region: Region, part: Part, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return the place of a region in a stored matrix or vector."""
+    rows = slice(region.rows.start, region.rows.stop, region.rows.step)
+    if len(shape) == 1:
+        return (rows,)
+    return (region.columns, rows) if part.transposed else (rows, region.columns)
