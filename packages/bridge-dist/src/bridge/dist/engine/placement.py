@@ -108,7 +108,7 @@ def named_parameters(stage: MegatronModule, pg_collection: ProcessGroupCollectio
 
 
 def named_buffers(stage: MegatronModule, pg_collection: ProcessGroupCollection) -> Iterator[NamedBuffer]:
-    """Yield the buffers of a stage that checkpoints keep, such as the biases of routers; none of them is split."""
+    """Yield the persistent buffers of a stage, such as router biases, with their placement. None of them is split."""
     modules = dict(unwrap(stage).named_modules())
     renamed = _map_module_names(modules, pg_collection)
     for path, module in modules.items():

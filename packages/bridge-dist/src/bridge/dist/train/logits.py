@@ -1,4 +1,4 @@
-"""Logits of a whole model under any layout, by Megatron's own schedule."""
+"""Compute the logits of a whole model under any layout, with Megatron's own schedule."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def compute_logits(
     *,
     logits_step: ForwardStep,
 ) -> torch.Tensor | None:
-    """Run the forward pass of a model. Every rank of the layout must do so, with the same tokens.
+    """Run the forward pass of a model. Collective: every rank of the layout passes the same tokens.
 
     Args:
-        stages: Those of this rank, wrapped or not.
+        stages: The stages of this rank, wrapped or not.
         pg_collection: The process groups of this rank.
-        layout: Its pipeline decides on the schedule.
-        tokens: [microbatches, samples of each, sequence].
-        logits_step: That of the builder that made the stages.
+        layout: Its pipeline sizes select the schedule.
+        tokens: [microbatches, micro batch size, sequence].
+        logits_step: ``logits_step`` of the builder that made the stages.
 
     Returns:
         On the last pipeline stage the logits, [samples, sequence, padded vocabulary]; None on other stages.
@@ -62,11 +62,12 @@ def _forward(
     logits_step: ForwardStep,
     pg_collection: ProcessGroupCollection,
 ) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
-    def keep(logits: torch.Tensor, *, non_loss_data: bool) -> torch.Tensor:
+    # The schedule calls a loss function on the last stage, and collects what it returns.
+    def return_logits(logits: torch.Tensor, *, non_loss_data: bool) -> torch.Tensor:
         assert non_loss_data
         return logits
 
-    return logits_step(stage, next(samples).to(torch.device("cuda")), pg_collection), keep
+    return logits_step(stage, next(samples).to(torch.device("cuda")), pg_collection), return_logits
 
 
 def _gather(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) -> list[torch.Tensor]:
@@ -76,7 +77,7 @@ def _gather(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) -> list
 
 
 def _join_sequence(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Join the parts of context-parallel ranks: of 2 n chunks of a sequence, rank r has chunk r and 2 n - 1 - r."""
+    """Join the parts of n context-parallel ranks: rank r holds the chunks r and 2 n - 1 - r of 2 n of a sequence."""
     if len(parts) == 1:
         return parts[0]
     halves = [part.chunk(2, dim=1) for part in parts]
