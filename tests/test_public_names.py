@@ -17,7 +17,7 @@ from bridge.config import ModelConfig, TargetError
 from bridge.config.canonical import canonicalize, fingerprint
 from bridge.config.documents.presets import find_preset
 from bridge.config.schema import registered, registry
-from bridge.config.schema.table import shipped
+from bridge.config.schema.table import get_shipped
 
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("public_names.yaml").read_text())
 DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
@@ -53,13 +53,13 @@ def test_every_document_name_is_read_and_written_unchanged() -> None:
         if found is None:  # None in megatron-core without Transformer Engine
             assert name.startswith(OTHER_LIBRARIES)
             continue
-        assert registry.name_of(found) == name
-        assert not isinstance(found, type) or registry.document_name(found) == name
+        assert registry.find_document_name(found) == name
+        assert not isinstance(found, type) or registry.get_document_name(found) == name
 
 
 def test_every_bridge_name_is_in_the_table() -> None:
     for name in IN_DOCUMENTS:
-        target = shipped(name)
+        target = get_shipped(name)
         assert target is not None
         assert target.name == name
 
@@ -67,9 +67,9 @@ def test_every_bridge_name_is_in_the_table() -> None:
 def test_builder_names_are_read_and_written_unchanged() -> None:
     for name in NAMES["entry_points"]["bridge.rules"]:
         builder = registry.import_builder(name)
-        accepts = registered.accepted_by(builder)
+        accepts = registered.get_accepted_config(builder)
         assert accepts is not None
-        assert registry.document_name(builder) == accepts.builder == name
+        assert registry.get_document_name(builder) == accepts.builder == name
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

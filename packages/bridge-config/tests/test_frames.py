@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bridge.config.frames import describe
+from bridge.config.frames import format_error
 
 
 def define_call(module: str, source: str, **names: Any) -> Callable[..., Any]:
@@ -18,7 +18,7 @@ def report_lines(call: Callable[..., Any]) -> list[str]:
     try:
         call()
     except Exception as error:
-        return [line for line in describe(error).splitlines() if not line.startswith("    ")]
+        return [line for line in format_error(error).splitlines() if not line.startswith("    ")]
     raise AssertionError("nothing was raised")
 
 
@@ -32,4 +32,4 @@ def test_an_error_deep_in_a_library_shows_its_caller() -> None:
 
 
 def test_an_error_that_was_not_raised_has_no_frames() -> None:
-    assert describe(KeyError()) == "KeyError"
+    assert format_error(KeyError()) == "KeyError"

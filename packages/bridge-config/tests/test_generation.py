@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig
-from bridge.config.schema.generation import GenerationSettings, wrong_settings
+from bridge.config.schema.generation import GenerationSettings, find_wrong_settings
 from bridge.config.schema.names import GENERATION_CONFIG
 
 SETTINGS = {
@@ -211,7 +211,7 @@ def test_the_largest_token_and_length_are_accepted() -> None:
     with pytest.raises(DocumentError, match="seq_length is 16"):
         Document(document(written_settings(max_length=32), seq_length=16)).check()
     real = pytest.importorskip("transformers").GenerationConfig(eos_token_id=64)
-    assert [name for name, _ in wrong_settings(real, vocab_size=64, seq_length=None)] == ["eos_token_id"]
+    assert [name for name, _ in find_wrong_settings(real, vocab_size=64, seq_length=None)] == ["eos_token_id"]
 
 
 def test_problems_are_reported_at_their_line(tmp_path: Any) -> None:

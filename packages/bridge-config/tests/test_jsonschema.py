@@ -29,9 +29,9 @@ from bridge.config.schema.annotations import (
     Plain,
     Type,
 )
-from bridge.config.schema.jsonschema import json_schema, schema_targets
+from bridge.config.schema.jsonschema import list_schema_targets, make_json_schema
 from bridge.config.schema.ranges import Range, get_ranges
-from bridge.config.schema.table import shipped, shipped_dtypes
+from bridge.config.schema.table import get_shipped, get_shipped_dtypes
 from bridge.config.schema.target import Target
 
 GPT = "bridge.models.gpt.GPTModelConfig"
@@ -43,7 +43,7 @@ PRESETS = sorted((Path(__file__).parents[2] / "bridge-models/src/bridge/models/p
 BLOCKS = json.dumps({"block_configs": [{"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 2.0}}] * 2})
 SMALL = {"_target_": GPT, "transformer": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}}
 
-VALIDATOR = Draft202012Validator(json_schema(GPT))
+VALIDATOR = Draft202012Validator(make_json_schema(GPT))
 
 
 def problems(document: dict[str, Any]) -> list[str]:
@@ -64,9 +64,9 @@ def small_model(**fields: Any) -> dict[str, Any]:
     return {**SMALL, "transformer": {**SMALL["transformer"], **fields}}  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("name", schema_targets())
+@pytest.mark.parametrize("name", list_schema_targets())
 def test_each_schema_is_valid_and_documents_every_field(name: str) -> None:
-    schema = json_schema(name)
+    schema = make_json_schema(name)
     Draft202012Validator.check_schema(schema)
     assert schema["description"]
     silent = [key for key, about in schema["properties"].items() if not about.get("description")]
@@ -75,15 +75,15 @@ def test_each_schema_is_valid_and_documents_every_field(name: str) -> None:
 
 def test_an_unknown_target_is_refused_with_a_suggestion() -> None:
     with pytest.raises(TargetError, match=r"did you mean 'bridge\.models\.gpt\.GPTModelConfig'"):
-        json_schema("bridge.models.gpt.GPTModelConfg")
+        make_json_schema("bridge.models.gpt.GPTModelConfg")
     with pytest.raises(TargetError, match="not a config"):
-        json_schema("torch.nn.functional.gelu")
+        make_json_schema("torch.nn.functional.gelu")
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_match_their_schema(preset: Path) -> None:
     document = yaml.safe_load(preset.read_text())
-    assert list(Draft202012Validator(json_schema(document["_target_"])).iter_errors(document)) == []
+    assert list(Draft202012Validator(make_json_schema(document["_target_"])).iter_errors(document)) == []
 
 
 def test_documents_of_real_configs_match_their_schema() -> None:
@@ -134,7 +134,7 @@ VALID: dict[str, dict[str, Any]] = {
     "builder": {**SMALL, "_builder_": "bridge.models.gpt.GPTModelBuilder"},
     "whole number where a number is expected": small_model(hidden_dropout=0),
     "infinity": small_model(softmax_scale={"_target_": "builtins.float", "_args_": ["inf"]}),
-    "short dtype": small_model(params_dtype="bf16" if "bf16" in shipped_dtypes() else "bfloat16"),
+    "short dtype": small_model(params_dtype="bf16" if "bf16" in get_shipped_dtypes() else "bfloat16"),
     "dtype itself": small_model(params_dtype={"_target_": "torch.bfloat16", "_call_": False}),
     "alias": small_model(activation_func="silu"),
     "function itself": small_model(activation_func={"_target_": "torch.nn.functional.silu", "_call_": False}),
@@ -232,10 +232,10 @@ def _values(member: Member) -> st.SearchStrategy[Any]:
         case Fixed(items):
             return st.tuples(*map(values, items)).map(list)
         case Dtype():
-            return st.sampled_from(sorted(shipped_dtypes()))
+            return st.sampled_from(sorted(get_shipped_dtypes()))
         case Function():
             return st.sampled_from(["gelu", "torch.nn.init.zeros_", {"_target_": "silu", "_partial_": True, "a": 1}])
-        case Instance(name) if (target := shipped(name)) is not None:
+        case Instance(name) if (target := get_shipped(name)) is not None:
             short = st.sampled_from(target.members)
             long = short.map(lambda member: {"_target_": name, "_name_": member})
             return mappings(target) if target.kind == "config" else short | long
@@ -303,13 +303,13 @@ JUNK = st.sampled_from([None, True, 7, 0.5, "no such thing", [], ["x"], [[1]], {
 @settings(deadline=None)
 @given(
     name=st.sampled_from([TRANSFORMER, MLA]),
-    junk=st.dictionaries(st.sampled_from([*shipped(TRANSFORMER).fields, "num_layer"]), JUNK, max_size=1),
+    junk=st.dictionaries(st.sampled_from([*get_shipped(TRANSFORMER).fields, "num_layer"]), JUNK, max_size=1),
     data=st.data(),
 )
 def test_generated_documents_that_the_checker_accepts_match(
     name: str, junk: dict[str, Any], data: st.DataObject
 ) -> None:
-    target = shipped(name)
+    target = get_shipped(name)
     assert target is not None
     valid = data.draw(mappings(target))
     document = {"_target_": GPT, "transformer": {**SMALL["transformer"], "_target_": name, **valid, **junk}}

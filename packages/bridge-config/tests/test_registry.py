@@ -16,7 +16,7 @@ from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetErro
 from bridge.config.canonical import canonicalize
 from bridge.config.read.decode import check
 from bridge.config.schema import registered, registry
-from bridge.config.schema.names import qualified_name
+from bridge.config.schema.names import get_qualified_name
 
 Declare = Callable[..., None]
 
@@ -65,7 +65,7 @@ def test_registered_objects_resolve_by_their_own_or_a_given_name() -> None:
     value = object()
     register(value, "test_registry.value")
     assert registry.resolve("test_registry.value") is value
-    assert registry.name_of(value) == "test_registry.value"
+    assert registry.find_document_name(value) == "test_registry.value"
     with pytest.raises(TargetError, match="pass one"):
         register(object())
     with pytest.raises(TargetError, match="already refers to"):
@@ -81,7 +81,7 @@ def test_registering_a_redefinition_replaces_the_first() -> None:
 
     define()
     second = define()
-    assert registry.resolve(qualified_name(second) or "") is second
+    assert registry.resolve(get_qualified_name(second) or "") is second
 
 
 def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
@@ -90,7 +90,7 @@ def test_a_declared_name_and_alias_resolve(declare: Declare) -> None:
     found: Any = registry.resolve("shorthand")
     assert found.__name__ == "f"
     assert registry.resolve("extension_module.f") is found
-    assert registry.name_of(found) == "extension_module.f"
+    assert registry.find_document_name(found) == "extension_module.f"
 
 
 MOVED = """
@@ -141,7 +141,7 @@ def test_a_moved_object_keeps_its_declared_name(
         assert ModelConfig.from_dict(config.as_dict()) == config
         assert config.get_builder_cls() is module.Builder
         for name in names:
-            for name_of in (registry.document_name, registry.name_of):
+            for name_of in (registry.get_document_name, registry.find_document_name):
                 assert name_of(vars(module)[name]) == f"extension_module.{name}"
             # The name of the defining module is never accepted, whether or not the module is loaded.
             assert not registry.is_registered(f"extension_module.inner.{name}")
@@ -171,7 +171,7 @@ def test_a_class_is_written_under_its_registered_name() -> None:
 
 def test_looking_up_an_unknown_name_imports_nothing(declare: Declare) -> None:
     declare("raise SystemExit", **{"extension_module.f": "extension_module:f"})
-    assert registry.name_of(len) == "builtins.len"
+    assert registry.find_document_name(len) == "builtins.len"
     assert "extension_module" not in sys.modules
 
 
@@ -203,8 +203,10 @@ def test_a_built_in_name_cannot_be_declared_again(name: str, declare: Declare, m
     for read in (ModelConfig.from_dict, check):
         with pytest.raises(DocumentError, match=f"'{name}' is declared differently by several distributions"):
             read(document)
-    [alone] = [point for point in registry.declared()[name] if point.value == "extension_module:f"]
-    monkeypatch.setattr(registry, "declared", lambda: {name: [alone]})  # as if bridge-builders were not installed
+    [alone] = [point for point in registry.get_declarations()[name] if point.value == "extension_module:f"]
+    monkeypatch.setattr(
+        registry, "get_declarations", lambda: {name: [alone]}
+    )  # as if bridge-builders were not installed
     for read in (ModelConfig.from_dict, check):
         with pytest.raises(DocumentError, match=r"that name is reserved for 'torch\.nn\.functional\.[a-z]+'") as error:
             read(document | {"anything": None})
@@ -241,7 +243,7 @@ def test_the_error_for_an_unknown_name_suggests_a_distribution(monkeypatch: pyte
     # All packages are installed here; importlib documents this error for a missing one.
     registry.refresh()
     monkeypatch.setattr(registry, "distribution", distribution)
-    monkeypatch.setattr(registry, "declared", dict)
+    monkeypatch.setattr(registry, "get_declarations", dict)
     with pytest.raises(TargetError, match="declared by bridge-builders, which is not installed: pip install"):
         registry.resolve("torch.nn.functional.mish")
 
@@ -312,7 +314,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_hostile_name_is_refused_everywhere_and_runs_nothing(name: str, trap: str) -> None:
     name = name.replace("TRAP", trap)
-    registry.declared()
+    registry.get_declarations()
     for path, document in documents_with_name(name).items():
         fits = name == f"{__name__}.Nested" and path in ("$.nested._target_", "$.kind")
         if fits:

@@ -12,7 +12,7 @@ import pytest
 from bridge.config.errors import DocumentError
 from bridge.config.foreign.recognize import convert_foreign
 from bridge.config.foreign.run_config import to_run_config
-from bridge.config.schema.registry import document_name
+from bridge.config.schema.registry import get_document_name
 
 CORE = "megatron.core.transformer.transformer_config"
 
@@ -218,7 +218,7 @@ def test_run_configs_of_megatron_training_are_read(
 
     megatron_config = megatron_training.GPTModelConfig(transformer=transformer(), **TOP)
     bridge_config: Any = ModelConfig.from_dict(form(megatron_config))
-    assert document_name(type(bridge_config)) == "bridge.models.gpt.GPTModelConfig"
+    assert get_document_name(type(bridge_config)) == "bridge.models.gpt.GPTModelConfig"
     assert set(differing_fields(megatron_config.transformer, bridge_config.transformer)) <= set(lost)
     shared = [f.name for f in fields(megatron_config) if f.name not in ("transformer", "extra_checkpoint_metadata")]
     assert [name for name in shared if getattr(megatron_config, name) != getattr(bridge_config, name)] == []

@@ -12,7 +12,7 @@ import pytest
 from sample_model import MODEL, YAML
 
 from bridge.config import ConfigError, Document, DocumentError, load_config
-from bridge.config.schema.jsonschema import json_schema, schema_targets
+from bridge.config.schema.jsonschema import list_schema_targets, make_json_schema
 
 
 @pytest.fixture
@@ -134,12 +134,12 @@ def make_cyclic_data() -> dict[str, Any]:
 
 
 def test_a_new_yaml_file_refers_to_a_schema_beside_it(tmp_path: Path) -> None:
-    name = next(iter(schema_targets()))
+    name = next(iter(list_schema_targets()))
     document = Document({"_target_": name})
     document.save(path := tmp_path / "new.yaml")
     schema = path.with_name(f"{name.rpartition('.')[2]}.schema.json")
     assert path.read_text() == f"# yaml-language-server: $schema={schema.name}\n_target_: {name}\n"
-    assert json.loads(schema.read_text()) == json_schema(name)
+    assert json.loads(schema.read_text()) == make_json_schema(name)
     schema.write_text("{}")
     Document({"_target_": name}).save(path)
     assert schema.read_text() == "{}", "what is there stays"
@@ -149,7 +149,7 @@ def test_a_new_yaml_file_refers_to_a_schema_beside_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["# mine\n{}", "\ufeff# mine\n{}", "# mine\r\n{}"])
 def test_a_copy_refers_to_a_schema_beside_it(tmp_path: Path, kind: str) -> None:
-    name = next(iter(schema_targets()))
+    name = next(iter(list_schema_targets()))
     schema = f"{name.rpartition('.')[2]}.schema.json"
     (file := tmp_path / "a.yaml").write_bytes(kind.format(f"_target_: {name}").encode())
     document = Document.load(file)
@@ -165,11 +165,11 @@ def test_a_copy_refers_to_a_schema_beside_it(tmp_path: Path, kind: str) -> None:
     Document.load(one / "a.yaml").save(two / "a.yaml")
     assert (two / "a.yaml").read_bytes().decode() == text
     for folder in (one, two):
-        assert json.loads((folder / schema).read_text()) == json_schema(name)
+        assert json.loads((folder / schema).read_text()) == make_json_schema(name)
 
 
 def test_a_schema_is_never_written_to_another_folder(tmp_path: Path) -> None:
-    name = next(iter(schema_targets()))
+    name = next(iter(list_schema_targets()))
     (folder := tmp_path / "folder").mkdir()
     text = f"# yaml-language-server: $schema=../{name.rpartition('.')[2]}.schema.json\n_target_: {name}\n"
     (folder / "a.yaml").write_text(text)

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bridge.config.schema.table import shipped
+from bridge.config.schema.table import get_shipped
 from bridge.models.common.yarn import YarnTransformerConfig
 from bridge.models.huggingface import from_hf, to_hf
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION
@@ -81,7 +81,7 @@ def test_every_field_that_affects_computation_is_handled() -> None:
     names = {field.name for cls in (TransformerConfig, MLATransformerConfig) for field in dataclasses.fields(cls)}
     shaping = {path.removeprefix("transformer.") for path in AFFECTS_COMPUTATION}
     assert not {name for name in names - shaping if not runtime_only.fullmatch(name)}
-    tables = [shipped(one.target) for one in ARCHITECTURES.values()]
+    tables = [get_shipped(one.target) for one in ARCHITECTURES.values()]
     top = {name for table in tables if table for name in table.fields}
     assert shaping <= names | top
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.config import DocumentError, ModelConfig, register
-from bridge.config.schema.table import shipped, shipped_names
+from bridge.config.schema.table import get_shipped, list_shipped_names
 
 READING = Path(__file__).parent / "reading.py"
 CORPUS: list[dict[str, Any]] = runpy.run_path(str(READING))["load_corpus"]()
@@ -92,7 +92,7 @@ def test_no_constructor_opens_a_file_named_in_a_document(tmp_path: Path) -> None
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     tried = 0
-    for target in (one for name in shipped_names() if (one := shipped(name)) and one.kind == "config"):
+    for target in (one for name in list_shipped_names() if (one := get_shipped(name)) and one.kind == "config"):
         # Without sizes the constructor divides by zero before it opens anything.
         sizes = {"num_layers", "hidden_size", "num_attention_heads"}
         given = {field.name: 1 for field in target.fields.values() if field.required or field.name in sizes}

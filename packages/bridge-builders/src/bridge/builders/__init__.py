@@ -1,8 +1,8 @@
 """The builder interface, and hooks on the stages that a builder returns."""
 
-from bridge.config.noise import silence
+from bridge.config.noise import silence_imports
 
-silence()  # before megatron-core is imported
+silence_imports()  # before megatron-core is imported
 
 # ruff: noqa: E402
 from bridge.builders.builder import BuildConfigT, MixedPrecisionWrapper, ModelBuilder, ModelT, accepted_config

@@ -9,7 +9,7 @@ _LAST_FRAMES = 3
 _LIBRARIES = ("__main__", "bridge", "click", "contextlib", "megatron", "torch", "transformer_engine")
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return the error on one line, then its last frames and the last frame of user code."""
     summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"{summary}\n{_format_last_frames(error)}".rstrip("\n")

@@ -12,7 +12,7 @@ from bridge.config.schema import registered
 from bridge.config.schema.declaration import check_class, check_definition
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
-from bridge.config.schema.names import qualified_name
+from bridge.config.schema.names import get_qualified_name
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -56,7 +56,7 @@ class ModelConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_definition(cls)
-        registered.enter(cls, qualified_name(cls) or "")
+        registered.register_object(cls, get_qualified_name(cls) or "")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_class(cls)  # not in __init_subclass__, which runs before @dataclass

@@ -20,7 +20,7 @@ _RECORDS = {
 }
 
 
-def silence() -> None:
+def silence_imports() -> None:
     """Filter out these messages and no others. Packages call this before they import megatron-core."""
     known = "|".join(map(re.escape, _WARNINGS))
     warnings.filterwarnings("ignore", known, UserWarning, module=r"megatron\.core\.")

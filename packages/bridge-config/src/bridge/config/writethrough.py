@@ -131,7 +131,7 @@ class WriteThrough:
         object.__setattr__(self, cls._embeds, embedded)
 
 
-def shared_names(config: object) -> frozenset[str]:
+def get_shared_names(config: object) -> frozenset[str]:
     """Return the fields of `config` that its embedded config owns; empty unless `config` is a `WriteThrough`."""
     if not isinstance(config, WriteThrough):
         return frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bridge.config.noise import silence
+from bridge.config.noise import silence_imports
 
 if TYPE_CHECKING:
     from bridge.dist.checks.document import check_document
@@ -29,7 +29,7 @@ __all__ = [
     "prepare_stages",
 ]
 
-silence()  # before megatron-core is imported
+silence_imports()  # before megatron-core is imported
 
 _MODULES = {
     "BuildOptions": "engine.options",

@@ -177,19 +177,19 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
     TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file
     names its schema in the line "# yaml-language-server: $schema=FILE".
     """
-    from bridge.config.schema.jsonschema import json_schema, schema_targets
+    from bridge.config.schema.jsonschema import list_schema_targets, make_json_schema
 
     if target is None:
         if output is not None:
             raise click.UsageError("--output requires TARGET")
-        known = schema_targets()
+        known = list_schema_targets()
         if as_json:
             _print_json(known)
         else:
             for name, doc in known.items():
                 click.echo(f"{name}\n    {doc}")
         return
-    text = json.dumps(json_schema(target), indent=2, ensure_ascii=False)
+    text = json.dumps(make_json_schema(target), indent=2, ensure_ascii=False)
     if output is None:
         click.echo(text)
         return

@@ -20,7 +20,7 @@ from io import TextIOWrapper
 import click
 
 from bridge.config.errors import BridgeError, did_you_mean
-from bridge.config.frames import describe
+from bridge.config.frames import format_error
 
 GROUP = "bridge.commands"
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif isinstance(error, BridgeError):
             click.echo(str(error), err=True)
         else:
-            click.echo(f"{describe(error)}\n({_TRACEBACK} prints the full traceback)", err=True)
+            click.echo(f"{format_error(error)}\n({_TRACEBACK} prints the full traceback)", err=True)
         sys.exit(1)
 
 

@@ -64,10 +64,10 @@ def write_file(file: FilePath, text: str) -> None:
 
 def _make_schema(target: object) -> dict[str, Any] | None:
     """Return the JSON Schema of the configuration class `target`, or None."""
-    from bridge.config.schema.jsonschema import json_schema  # takes 20 ms, needed only for new files
+    from bridge.config.schema.jsonschema import make_json_schema  # takes 20 ms, needed only for new files
 
     try:
-        return json_schema(target) if isinstance(target, str) else None
+        return make_json_schema(target) if isinstance(target, str) else None
     except TargetError:  # for example, a class of the running program
         return None
 

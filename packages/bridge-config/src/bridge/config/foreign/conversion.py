@@ -9,9 +9,9 @@ from typing import Any
 from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, TRANSFORMER, YARN
 from bridge.config.paths import Path
 from bridge.config.rewrite import Migration
-from bridge.config.schema.annotations import Plain, Type, inner_type
+from bridge.config.schema.annotations import Plain, Type, get_inner_type
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.table import shipped
+from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Field
 
 _NAMES = {
@@ -117,12 +117,12 @@ class Conversion:
         if isinstance(value, float) and value.is_integer() and _allows_only(type_, "int"):
             return int(value)
         if isinstance(value, list):
-            return [self._convert_value(item, inner_type(type_)) for item in value]
+            return [self._convert_value(item, get_inner_type(type_)) for item in value]
         if not isinstance(value, dict):
             return {"_target_": str(value), "_call_": False} if _is_dtype(value) else value
         name = value.get("_target_")
         if not isinstance(name, str):
-            return {key: self._convert_value(item, inner_type(type_)) for key, item in value.items()}
+            return {key: self._convert_value(item, get_inner_type(type_)) for key, item in value.items()}
         if name == f"{GENERATION_CONFIG}.from_dict":
             settings = value.get("config_dict")
             kept = (
@@ -161,7 +161,7 @@ def is_off(value: object) -> bool:
 
 def _find_enum_member(name: str, value: Mapping[str, Any]) -> str | None:
     """Return the enum member that a call such as `{_target_: Color, _args_: [1]}` creates; None if unknown."""
-    target = shipped(name)
+    target = get_shipped(name)
     if target is None or target.kind != "enum":
         return None
     match value:

@@ -30,8 +30,8 @@ from bridge.config.foreign.layer_patterns import add_mtp_pattern, count_layers, 
 from bridge.config.foreign.names import GPT, MAMBA, T5, YARN
 from bridge.config.paths import Path, format_path
 from bridge.config.rewrite import Migration
-from bridge.config.schema.annotations import Instance, Plain, Type, inner_type
-from bridge.config.schema.table import shipped
+from bridge.config.schema.annotations import Instance, Plain, Type, get_inner_type
+from bridge.config.schema.table import get_shipped
 
 _NEEDED = ("hidden_size", "num_attention_heads", "max_position_embeddings")
 _CLASS_CHOICES = (
@@ -89,7 +89,7 @@ class _ArgumentsConversion(Conversion):
         super().__init__(target, at)
         self._args = args
         cls = YARN if self._is_yarn() else choose_transformer({name: args.get(name) for name in _CLASS_CHOICES})
-        inner, model = shipped(cls), shipped(target)
+        inner, model = get_shipped(cls), get_shipped(target)
         assert inner is not None
         assert model is not None
         self._inner, self._model = inner, model
@@ -346,10 +346,10 @@ def _list_kinds(type_: Type) -> set[str]:
 def _parse_enums(value: Any, type_: Type) -> Any:
     """Return a value with enum members by name; the export writes them as `str` does: `AttnBackend.auto`."""
     if isinstance(value, list):
-        return [_parse_enums(item, inner_type(type_)) for item in value]
+        return [_parse_enums(item, get_inner_type(type_)) for item in value]
     if isinstance(value, str) and "." in value:
         cls, _, member = value.rpartition(".")
         for one in type_:
-            if isinstance(one, Instance) and one.name.endswith(f".{cls}") and (enum := shipped(one.name)):
+            if isinstance(one, Instance) and one.name.endswith(f".{cls}") and (enum := get_shipped(one.name)):
                 return member if member in enum.members else value
     return value

@@ -16,7 +16,7 @@ from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, T
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
 from bridge.config.rewrite import Migration
-from bridge.config.schema.table import shipped
+from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Target
 
 _NAMES = {f"{BRIDGE}.transformer_config.{name.rpartition('.')[2]}": name for name in (TRANSFORMER, MLA, HETEROGENEOUS)}
@@ -121,7 +121,7 @@ class _ModelConversion(Conversion):
             cls = choose_transformer(data)
         else:
             cls = choose_transformer(data | nested, self.rename(nested.get("_target_", TRANSFORMER)))
-        transformer, model = shipped(cls) if isinstance(cls, str) else None, shipped(self._family.config)
+        transformer, model = get_shipped(cls) if isinstance(cls, str) else None, get_shipped(self._family.config)
         if model is None or (inner is not None and not nested and not self._is_provider):
             self.top |= {"transformer": inner}  # not a mapping: reading the document reports the problem
         else:

@@ -25,10 +25,10 @@ from bridge.config.schema.annotations import (
     Items,
     Plain,
     Type,
-    inner_type,
+    get_inner_type,
 )
 from bridge.config.schema.inspection import find_config
-from bridge.config.schema.table import shipped, shipped_aliases, shipped_dtypes
+from bridge.config.schema.table import get_shipped, get_shipped_aliases, get_shipped_dtypes
 from bridge.config.schema.target import Target
 
 _FOREIGN_PREFIXES = ("megatron.training.", "megatron.bridge.")
@@ -78,7 +78,7 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
         DocumentError: megatron.training has no such model.
     """
     family = next((one for one in FAMILIES if one.megatron_configs and data.get("_target_") == one.config), None)
-    model = shipped(family.config) if family else None
+    model = get_shipped(family.config) if family else None
     if family is None or model is None:
         known = " or ".join(one.config for one in FAMILIES if one.megatron_configs)
         raise DocumentError([Problem("$._target_", f"only {known} can be written for megatron.training")])
@@ -123,7 +123,7 @@ def _write_pattern(section: dict[str, Any]) -> list[str]:
 def _drop_extensions(section: dict[str, Any]) -> list[str]:
     """Replace Bridge's transformer in `section` by its base class in megatron-core; return notes about lost fields."""
     transformer = section["transformer"]
-    base = shipped(EXTENDED.get(transformer["_target_"], ""))
+    base = get_shipped(EXTENDED.get(transformer["_target_"], ""))
     if base is None:
         return []
     lost = [key for key in transformer if key != "_target_" and key not in base.fields]
@@ -137,10 +137,10 @@ def _encode_value(value: Any, type_: Type) -> Any:
     if isinstance(value, str):
         return _encode_name(value, type_)
     if isinstance(value, list):
-        return [_encode_value(item, inner_type(type_)) for item in value]
+        return [_encode_value(item, get_inner_type(type_)) for item in value]
     if not isinstance(value, dict):
         return value
-    if (target := find_config(value, type_, shipped)) is not None:
+    if (target := find_config(value, type_, get_shipped)) is not None:
         return {"_target_": target.name} | {
             key: _encode_value(item, target.fields[key].type)
             for key, item in value.items()
@@ -148,7 +148,7 @@ def _encode_value(value: Any, type_: Type) -> Any:
         }
     match value:
         case {"_target_": str(name), "_name_": str(member)}:
-            return _encode_enum(shipped(name), member)
+            return _encode_enum(get_shipped(name), member)
         case {"_target_": "builtins.float", "_args_": [item]}:
             return float(item)
         case {"_target_": "builtins.dict", "_args_": [pairs]}:
@@ -158,7 +158,7 @@ def _encode_value(value: Any, type_: Type) -> Any:
         case {"_target_": str(name), "_partial_": True}:
             rest = {key: _encode_value(item, ()) for key, item in value.items() if key != "_target_"}
             return {"_target_": _resolve_alias(name), "_args_": [], **rest}
-    return {key: _encode_value(item, inner_type(type_)) for key, item in value.items()}
+    return {key: _encode_value(item, get_inner_type(type_)) for key, item in value.items()}
 
 
 def _encode_name(value: str, type_: Type) -> Any:
@@ -169,9 +169,9 @@ def _encode_name(value: str, type_: Type) -> Any:
                 return value
             case Choice(values) if value in values:
                 return value
-            case Dtype() if (dtype := shipped_dtypes().get(value.removeprefix("torch."))) is not None:
+            case Dtype() if (dtype := get_shipped_dtypes().get(value.removeprefix("torch."))) is not None:
                 return {"_target_": dtype, "_call_": False}
-            case Instance(name) if (enum := shipped(name)) is not None and value in enum.members:
+            case Instance(name) if (enum := get_shipped(name)) is not None and value in enum.members:
                 return _encode_enum(enum, value)
             case Function() | Class():
                 return {"_target_": _resolve_alias(value), "_call_": False}
@@ -179,7 +179,7 @@ def _encode_name(value: str, type_: Type) -> Any:
 
 
 def _resolve_alias(name: str) -> str:
-    return shipped_aliases().get(name, name)
+    return get_shipped_aliases().get(name, name)
 
 
 def _encode_enum(target: Target | None, member: str) -> Any:
@@ -197,7 +197,7 @@ def _find_tuples(data: Mapping[str, Any], target: Target) -> list[str]:
     for key, value in data.items():
         type_ = target.fields[key].type if key in target.fields else ()
         if isinstance(value, dict):
-            if (inner := find_config(value, type_, shipped)) is not None:
+            if (inner := find_config(value, type_, get_shipped)) is not None:
                 found += [f"{key}.{name}" for name in _find_tuples(value, inner)]
             elif value.get("_target_") == "builtins.tuple":
                 found.append(key)

@@ -24,7 +24,7 @@ Classes = dict[tuple[int, str], Target]
 
 @lru_cache(maxsize=1)
 def get_caches(generation: int) -> tuple[Texts, Classes]:
-    """Return the caches for live objects; they are new for each `generation` of the registry."""
+    """Return the caches for live objects; they are new for each generation of the registrations."""
     return {}, {}
 
 

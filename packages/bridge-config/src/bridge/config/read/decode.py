@@ -18,8 +18,8 @@ from bridge.config.read.reader import Reader
 from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Instance
 from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG
-from bridge.config.schema.registry import document_name
-from bridge.config.schema.table import shipped
+from bridge.config.schema.registry import get_document_name
+from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import Made
 
@@ -35,7 +35,7 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
         DocumentError: lists all that is wrong with `data`.
     """
     config: ConfigT
-    present, wanted = migrate_document(data, lookup := LiveLookup()), Instance(document_name(cls) or "", cls)
+    present, wanted = migrate_document(data, lookup := LiveLookup()), Instance(get_document_name(cls) or "", cls)
     config, builder = _read(present, wanted, lookup, make=build)
     for note in present.steps[0].notes:  # what a Megatron Bridge document says that could not be converted
         warn(note, OmittedWarning)
@@ -110,7 +110,7 @@ def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
 
     def target_of(name: str) -> Target | None:
         if name == GENERATION_CONFIG:
-            return shipped(name)  # avoids importing transformers
+            return get_shipped(name)  # avoids importing transformers
         try:
             return lookup.named(name, suggest=False)
         except TargetError:

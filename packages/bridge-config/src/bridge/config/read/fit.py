@@ -6,7 +6,7 @@ from typing import is_typeddict
 
 from bridge.config.schema.annotations import Anything, Class, Dtype, Function, Instance, Member
 from bridge.config.schema.inspection import describe, is_dtype
-from bridge.config.schema.registry import document_name
+from bridge.config.schema.registry import get_document_name
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
@@ -57,7 +57,7 @@ def accepts_value(value: object, member: Member) -> bool:
         case Function():
             return describe(value).kind == "class" if isinstance(value, type) else callable(value)
         case Class(bound):
-            return isinstance(value, type) and (bound is None or bound in map(document_name, value.__mro__))
+            return isinstance(value, type) and (bound is None or bound in map(get_document_name, value.__mro__))
         case Dtype():
             return is_dtype(type(value))
         case Instance(name, cls, only):
@@ -66,7 +66,7 @@ def accepts_value(value: object, member: Member) -> bool:
             # Not every class can be asked: of a typed dict, say, nothing is an instance.
             if cls is not None and not is_typeddict(cls):
                 return isinstance(value, cls)
-            return name in map(document_name, type(value).__mro__)
+            return name in map(get_document_name, type(value).__mro__)
         case _:
             return False
 

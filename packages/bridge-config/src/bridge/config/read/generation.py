@@ -11,7 +11,7 @@ from bridge.config.problems import ProblemList, ReadError
 from bridge.config.read.build import build
 from bridge.config.read.lookup import LiveLookup
 from bridge.config.schema import registry
-from bridge.config.schema.generation import FIELD, GenerationSettings, wrong_settings
+from bridge.config.schema.generation import FIELD, GenerationSettings, find_wrong_settings
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import Made
@@ -42,11 +42,11 @@ def check_settings(data: dict[str, Any], target: Target) -> ProblemList:
         name: data.get(name, encode_default(target, name)) if name in target.fields else None
         for name in ("vocab_size", "seq_length")
     }
-    return [((FIELD, name), said) for name, said in wrong_settings(settings, **sizes)]
+    return [((FIELD, name), said) for name, said in find_wrong_settings(settings, **sizes)]
 
 
 def _is_installed() -> bool:
-    if not (registry.is_registered(GENERATION_CONFIG) or GENERATION_CONFIG in registry.declared()):
+    if not (registry.is_registered(GENERATION_CONFIG) or GENERATION_CONFIG in registry.get_declarations()):
         return False
     try:
         return find_spec(GENERATION_CONFIG.partition(".")[0]) is not None

@@ -10,8 +10,8 @@ from bridge.config.schema import registry
 from bridge.config.schema.annotations import Class, Instance
 from bridge.config.schema.generation import keeps_data
 from bridge.config.schema.inspection import describe, is_dtype
-from bridge.config.schema.registry import document_name
-from bridge.config.schema.table import shipped, shipped_dtypes
+from bridge.config.schema.registry import get_document_name
+from bridge.config.schema.table import get_shipped, get_shipped_dtypes
 from bridge.config.schema.target import Target
 
 
@@ -64,18 +64,18 @@ class TableLookup:
             return dtype
         if registry.is_registered(name):
             return _describe_by_own_name(registry.resolve(name), name)
-        if (target := shipped(name)) is not None and not target.nested:
+        if (target := get_shipped(name)) is not None and not target.nested:
             registry.check_declared(name)
             return target
         return _describe_by_own_name(registry.resolve(name, suggest=suggest), name)
 
     def of(self, member: Instance | Class) -> Target | None:
         name = member.name if isinstance(member, Instance) else member.bound
-        found = shipped(name) if name is not None else None
+        found = get_shipped(name) if name is not None else None
         return found or (describe(member.cls) if member.cls is not None else None)
 
     def dtype(self, name: str) -> Target | None:
-        canonical = shipped_dtypes().get(name.removeprefix("torch."))
+        canonical = get_shipped_dtypes().get(name.removeprefix("torch."))
         return Target(canonical, "dtype") if canonical is not None else None
 
     def for_settings(self, target: Target, value: object) -> Lookup | None:
@@ -84,7 +84,7 @@ class TableLookup:
 
 def _describe_by_own_name(obj: object, name: str) -> Target:
     """The description of what documents call `name`, under the one name that it is written with."""
-    return describe(obj, registry.name_of(obj) or name)
+    return describe(obj, registry.find_document_name(obj) or name)
 
 
 def check_builder(name: str, target: Target, lookup: Lookup, *, suggest: bool = True) -> None:
@@ -93,12 +93,12 @@ def check_builder(name: str, target: Target, lookup: Lookup, *, suggest: bool = 
     Raises:
         TargetError: it is unknown, no ModelBuilder, or for other configs.
     """
-    accepted = registry.accepts(name)
+    accepted = registry.find_accepted_config(name)
     # Loading what is declared under the name defines the builder, which registers it.
     found = (
-        document_name(accepted)
+        get_document_name(accepted)
         if accepted
-        else lookup.named(name, suggest=suggest).accepts or document_name(registry.accepts(name))
+        else lookup.named(name, suggest=suggest).accepts or get_document_name(registry.find_accepted_config(name))
     )
     if found is None:
         raise TargetError(f"{name!r} is not a ModelBuilder")

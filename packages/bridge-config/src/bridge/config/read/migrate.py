@@ -13,7 +13,7 @@ from bridge.config.errors import ConfigError
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import abbreviate, describe_value
 from bridge.config.rewrite import Migration
-from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, inner_type
+from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, get_inner_type
 from bridge.config.schema.inspection import TargetOf, find_config
 from bridge.config.schema.target import Target
 from bridge.config.schema.versions import VERSION_KEY, Change, Changed, Moved, Removed, Schema
@@ -64,7 +64,7 @@ def _may_hold_configs(type_: Type) -> bool:
 
 
 def _may_contain_configs(member: Member) -> bool:
-    return isinstance(member, (Items, Fixed, Mapping)) and _may_hold_configs(inner_type((member,)))
+    return isinstance(member, (Items, Fixed, Mapping)) and _may_hold_configs(get_inner_type((member,)))
 
 
 def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
@@ -79,7 +79,7 @@ def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
         return True
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     nested = [item for item in items if type(item) in _NESTING]
-    return not nested or all(_is_current(item, inner_type(type_), target_of) for item in nested)
+    return not nested or all(_is_current(item, get_inner_type(type_), target_of) for item in nested)
 
 
 _NESTING = frozenset({dict, list})
@@ -110,14 +110,14 @@ class _DocumentMigration:
         """Bring `value`, at `path`, and all configs in it to their current versions."""
         if isinstance(value, list):
             for index, item in enumerate(value):
-                self.value(item, inner_type(type_), (*path, index))
+                self.value(item, get_inner_type(type_), (*path, index))
         elif isinstance(value, dict) and (target := find_config(value, type_, self._target_of)) is not None:
             self._config(value, target, path)
             for name, inner in _config_fields(target).items():
                 self.value(value.get(name), inner, (*path, name))
         elif isinstance(value, dict):
             for key, item in value.items():
-                self.value(item, inner_type(type_), (*path, key))
+                self.value(item, get_inner_type(type_), (*path, key))
 
     def _config(self, data: dict[str, Any], target: Target, path: Path) -> None:
         if VERSION_KEY not in data:

@@ -48,9 +48,9 @@ from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.ranges import get_ranges
-from bridge.config.schema.registered import generation
-from bridge.config.schema.table import shipped_dtypes
-from bridge.config.schema.target import Target, get_shape, remember
+from bridge.config.schema.registered import get_generation
+from bridge.config.schema.table import get_shipped_dtypes
+from bridge.config.schema.target import Target, cache_shape, get_shape
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 from bridge.config.write.defaults import encode_default
 
@@ -89,7 +89,7 @@ class Reader:
         self._defaults = defaults
         self._suggest = suggest
         is_live = isinstance(lookup, LiveLookup)
-        self._texts, self._classes = get_caches(generation()) if is_live else ({}, {})
+        self._texts, self._classes = get_caches(get_generation()) if is_live else ({}, {})
         self._hints = _MAX_HINTS
         self._views: dict[int, View] = {}
         """Configs whose fields were checked, by the identity of their mapping."""
@@ -118,7 +118,7 @@ class Reader:
         if plan is None:
             plan = make_plan(data, target, is_document=is_document)
             if plan.settled:
-                remember(target, shape, plan)
+                cache_shape(target, shape, plan)
         values = dict(data)
         for key in plan.left_out:
             del values[key]
@@ -285,7 +285,7 @@ class Reader:
                 case Dtype():
                     if (dtype := self._lookup.dtype(value)) is not None:
                         return Named(dtype)
-                    known += [prefix + name for prefix in ("torch.", "") for name in shipped_dtypes()]
+                    known += [prefix + name for prefix in ("torch.", "") for name in get_shipped_dtypes()]
                 case Instance(only=only) if (enum := self._lookup.of(member)) and enum.kind == "enum":
                     if value in (only or enum.members):
                         return EnumMember(enum, value)

@@ -18,7 +18,7 @@ from bridge.config.schema.annotations import PYTHON_TYPES, Choice, Instance, Pla
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import describe
-from bridge.config.schema.names import MODEL_CONFIG, qualified_name
+from bridge.config.schema.names import MODEL_CONFIG, get_qualified_name
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
@@ -67,7 +67,7 @@ class Rehearsal:
 
     def document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document says: its class, its builder and whether generation settings fit."""
-        if qualified_name(type(config)) == MODEL_CONFIG:
+        if get_qualified_name(type(config)) == MODEL_CONFIG:
             self.problems.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
             return
         if not self.config(data, config, _MODEL, ()):

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.config.schema.ranges import TRANSFORMER
-from bridge.config.schema.table import shipped_dtypes
+from bridge.config.schema.table import get_shipped_dtypes
 from bridge.config.schema.target import Target
 from bridge.config.write.defaults import encode_default
 
@@ -81,7 +81,7 @@ def _set_derived_values(config: View) -> None:
             values[part] = values[shards] // getattr(config, ranks)
     for name in ("params_dtype", "pipeline_dtype"):
         if isinstance(given := values.get(name), str):
-            values[name] = shipped_dtypes().get(given.removeprefix("torch."), given)
+            values[name] = get_shipped_dtypes().get(given.removeprefix("torch."), given)
     if config.fp32_residual_connection and values.get("pipeline_dtype") is not None:
         values["pipeline_dtype"] = "torch.float32"
     stages = parse_stages(values.get("pipeline_model_parallel_layout"))

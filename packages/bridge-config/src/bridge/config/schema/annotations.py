@@ -89,7 +89,7 @@ Type = tuple[Member, ...]
 ANYTHING: Type = (Anything(),)
 
 
-def inner_type(type_: Type) -> Type:
+def get_inner_type(type_: Type) -> Type:
     """Return the union of the item types of the lists, tuples and mappings in `type_`; empty if there are none."""
     found: list[Member] = []
     for member in type_:

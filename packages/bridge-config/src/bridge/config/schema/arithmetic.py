@@ -12,7 +12,7 @@ from typing import Any
 
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.ranges import COUNT, LANGUAGE, LATENT, MAMBA, NOT_NEGATIVE, T5, TRANSFORMER, Range, get_ranges
-from bridge.config.schema.registry import document_name
+from bridge.config.schema.registry import get_document_name
 
 NEEDED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 """Fields that every TransformerConfig must set. The constructor accepts their default, 0, but no model can be built."""
@@ -40,7 +40,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
         config: A config. Configs embedded in it are not checked.
         prefix: Prepended to each path.
     """
-    bases = tuple(name for base in type(config).__mro__ if (name := document_name(base)))
+    bases = tuple(name for base in type(config).__mro__ if (name := get_document_name(base)))
     found = [
         (name, problem)
         for name, allowed in get_ranges(bases).items()

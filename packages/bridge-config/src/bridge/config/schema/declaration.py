@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 
 from bridge.config.errors import TargetError
-from bridge.config.schema.names import MODEL_CONFIG, SCHEMA, WRITE_THROUGH, base_names
+from bridge.config.schema.names import MODEL_CONFIG, SCHEMA, WRITE_THROUGH, get_base_names
 
 _checked: set[type] = set()
 
@@ -38,10 +38,10 @@ def check_class(cls: type) -> None:
     """
     if cls in _checked:
         return
-    bases = base_names(cls)
+    bases = get_base_names(cls)
     if MODEL_CONFIG in bases:
         for base in cls.__mro__:
-            if MODEL_CONFIG in base_names(base):
+            if MODEL_CONFIG in get_base_names(base):
                 _check_decorated(base)
         _check_schema(cls)
     if WRITE_THROUGH in bases:
@@ -75,5 +75,5 @@ def _check_embeds(cls: type, embeds: str) -> None:
 def _check_schema(cls: type) -> None:
     if (schema := getattr(cls, "schema", None)) is None or "schema" in {one.name for one in dataclasses.fields(cls)}:
         return
-    if SCHEMA not in base_names(type(schema)):
+    if SCHEMA not in get_base_names(type(schema)):
         raise TargetError(f"{cls.__qualname__}.schema is {schema!r}: make it a bridge.config.Schema")

@@ -57,7 +57,7 @@ def keeps_data(cls: object, value: object) -> bool:
     )
 
 
-def wrong_settings(settings: object, *, vocab_size: object, seq_length: object) -> Iterator[tuple[str, str]]:
+def find_wrong_settings(settings: object, *, vocab_size: object, seq_length: object) -> Iterator[tuple[str, str]]:
     """Yield the problems of a model's generation settings: the name of a setting and a message.
 
     Args:

@@ -42,10 +42,16 @@ from bridge.config.schema.annotations import (
     Type,
 )
 from bridge.config.schema.declaration import check_class
-from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG, WRITE_THROUGH, base_names, qualified_name
-from bridge.config.schema.registered import accepted_by, descriptions
-from bridge.config.schema.registry import document_name, document_names
-from bridge.config.schema.table import shipped
+from bridge.config.schema.names import (
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    WRITE_THROUGH,
+    get_base_names,
+    get_qualified_name,
+)
+from bridge.config.schema.registered import descriptions, get_accepted_config
+from bridge.config.schema.registry import get_document_name, get_document_names
+from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema, load_declared_schema
 
@@ -86,23 +92,23 @@ def describe(obj: object, name: str | None = None) -> Target:
 
     Args:
         obj: a class, dtype, function or other value.
-        name: its name in documents; by default the one that `document_name` returns. Ignored for classes.
+        name: its name in documents; by default the one that `get_document_name` returns. Ignored for classes.
     """
     if isinstance(obj, type):
         if obj not in descriptions:
             descriptions[obj] = _describe_class(obj)
         return descriptions[obj]
-    name = name or document_name(obj) or repr(obj)
+    name = name or get_document_name(obj) or repr(obj)
     if is_dtype(type(obj)):
         return Target(str(obj), "dtype", obj=obj)
     if callable(obj):
         return Target(name, "function", obj=obj)
-    return Target(name, "value", bases=document_names(type(obj)), obj=obj)
+    return Target(name, "value", bases=get_document_names(type(obj)), obj=obj)
 
 
 def describe_annotated(member: Instance) -> Target | None:
     """Return the description of an annotated class; None if it is neither live nor in the shipped table."""
-    return describe(member.cls) if member.cls is not None else shipped(member.name)
+    return describe(member.cls) if member.cls is not None else get_shipped(member.name)
 
 
 def find_config(value: collections.abc.Mapping[str, Any], type_: Type, named: TargetOf) -> Target | None:
@@ -134,7 +140,7 @@ def _find_annotated(member: Instance, named: TargetOf) -> Target | None:
 
 def is_dtype(cls: type) -> bool:
     """Return whether `cls` is torch.dtype, without importing torch."""
-    return qualified_name(cls) == "torch.dtype"
+    return get_qualified_name(cls) == "torch.dtype"
 
 
 def parse_annotation(hint: Any) -> Type:
@@ -147,11 +153,11 @@ def parse_annotation(hint: Any) -> Type:
 
 
 def _describe_class(cls: type) -> Target:
-    name, bases = document_name(cls) or cls.__name__, document_names(cls)
+    name, bases = get_document_name(cls) or cls.__name__, get_document_names(cls)
     if issubclass(cls, Enum):
         return Target(name, "enum", bases=bases, members=tuple(cls.__members__), obj=cls)
-    if (accepts := accepted_by(cls)) is not None:
-        return Target(name, "builder", bases=bases, accepts=document_name(accepts), obj=cls)
+    if (accepts := get_accepted_config(cls)) is not None:
+        return Target(name, "builder", bases=bases, accepts=get_document_name(accepts), obj=cls)
     fields = _describe_fields(cls)
     if fields is None:
         return Target(name, "class", bases=bases, obj=cls)
@@ -200,7 +206,7 @@ def _describe_fields(cls: type) -> dict[str, Field] | None:
     """Return the fields of a dataclass, named tuple, typed dict or class of `PLAIN_CLASSES`; None for other classes."""
     if dataclasses.is_dataclass(cls):
         hints = _resolve_hints(cls)
-        nullable = {name for base in base_names(cls) for name in NULLABLE_FIELDS.get(base, ())}
+        nullable = {name for base in get_base_names(cls) for name in NULLABLE_FIELDS.get(base, ())}
         given = cls.__dataclass_fields__
         kept = {f.name for f in dataclasses.fields(cls)}
         return {
@@ -213,9 +219,9 @@ def _describe_fields(cls: type) -> dict[str, Field] | None:
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         hints = _resolve_hints(cls)
         return {name: _make_tuple_field(cls, name, parse_annotation(hints.get(name, Any))) for name in cls._fields}
-    if qualified_name(cls) in OPEN_CLASSES:
+    if get_qualified_name(cls) in OPEN_CLASSES:
         return {}
-    attributes = PLAIN_CLASSES.get(qualified_name(cls) or "")
+    attributes = PLAIN_CLASSES.get(get_qualified_name(cls) or "")
     if attributes is None:
         return None
     hints = _resolve_hints(cls.__init__)  # type: ignore[misc]
@@ -285,7 +291,7 @@ def _parse_hint(hint: Any) -> list[Member]:
         return [Function()]
     if origin is type:
         bound = args[0] if args and isinstance(args[0], type) and args[0] is not object else None
-        return [Class(document_name(bound) if bound else None, bound)]
+        return [Class(get_document_name(bound) if bound else None, bound)]
     if hint in _PLAIN:
         return [_PLAIN[hint]]
     if origin in _ITEMS:
@@ -300,7 +306,7 @@ def _parse_hint(hint: Any) -> list[Member]:
     if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
         return [Anything()]
     if isinstance(origin, type) and origin not in (Any, object):
-        return [Dtype() if is_dtype(origin) else Instance(document_name(origin) or origin.__name__, origin)]
+        return [Dtype() if is_dtype(origin) else Instance(get_document_name(origin) or origin.__name__, origin)]
     return [Anything()]  # Any, object or an unbound TypeVar: nothing to check
 
 
@@ -311,7 +317,7 @@ def _parse_literal(values: tuple[Any, ...]) -> list[Member]:
         found.append(Choice(plain))
     for enum in dict.fromkeys(type(value) for value in values if isinstance(value, Enum)):
         names = tuple(value.name for value in values if isinstance(value, enum))
-        found.append(Instance(document_name(enum) or enum.__name__, enum, names))
+        found.append(Instance(get_document_name(enum) or enum.__name__, enum, names))
     return found
 
 

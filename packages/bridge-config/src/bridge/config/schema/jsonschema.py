@@ -29,7 +29,7 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.arithmetic import NEEDED_SIZES
 from bridge.config.schema.names import MODEL_CONFIG
 from bridge.config.schema.ranges import TRANSFORMER, Range, get_ranges
-from bridge.config.schema.table import shipped, shipped_dtypes, shipped_names
+from bridge.config.schema.table import get_shipped, get_shipped_dtypes, list_shipped_names
 from bridge.config.schema.target import Field, Target, is_model
 from bridge.config.schema.versions import VERSION_KEY
 
@@ -48,21 +48,21 @@ def _make_bounds(allowed: Range) -> Json:
     return {key: value for key, value in bounds.items() if value is not None}
 
 
-def schema_targets() -> dict[str, str]:
+def list_schema_targets() -> dict[str, str]:
     """Return the configs that have a schema, model configs first: dotted name -> one-line description."""
     found = sorted(_list_configs(), key=lambda target: (not is_model(target), target.name))
     return {target.name: target.doc for target in found}
 
 
-def json_schema(name: str) -> Json:
+def make_json_schema(name: str) -> Json:
     """Return the JSON Schema (draft 2020-12) for documents of the config class `name`.
 
     Raises:
         TargetError: The shipped table has no config with this name.
     """
-    target = shipped(name)
+    target = get_shipped(name)
     if target is None or target.kind != "config":
-        raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, schema_targets())}")
+        raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, list_schema_targets())}")
     definitions = _Definitions()
     schema = definitions.mapping(target)
     schema["properties"] |= _make_top_keys(target)
@@ -180,7 +180,7 @@ class _Definitions:
         return self._define("itself", lambda: _make_closed({"_target_": _TEXT, "_call_": {"const": False}}))
 
     def _make_dtype(self) -> Json:
-        names = sorted(shipped_dtypes())
+        names = sorted(get_shipped_dtypes())
         known = {"enum": [*(f"torch.{name}" for name in names), *names]}
         return self._define("dtype", lambda: {"title": "dtype", "anyOf": [known, self._make_named()]})
 
@@ -188,7 +188,9 @@ class _Definitions:
         return self._define("function", self._make_function)
 
     def _make_function(self) -> Json:
-        names = [name for name in shipped_names() if (one := shipped(name)) is not None and one.kind == "function"]
+        names = [
+            name for name in list_shipped_names() if (one := get_shipped(name)) is not None and one.kind == "function"
+        ]
         name = self._define("function-name", lambda: _make_suggestion(names))
         partial = _make_closed({"_target_": name, "_partial_": {"const": True}})
         partial["properties"]["_args_"] = {"type": "array"}
@@ -196,7 +198,7 @@ class _Definitions:
         return {"title": "function", "anyOf": [name, self._make_named(), partial]}
 
     def _make_instance(self, name: str) -> Json:
-        target = shipped(name)
+        target = get_shipped(name)
         if target is not None and target.kind == "enum":
             return self._define(name, lambda: _make_enum(target))
         if configs := _find_configs((Instance(name),)):
@@ -229,7 +231,7 @@ class _Definitions:
 
 def _list_targets() -> list[Target]:
     """Return every target in the table, each once although aliases repeat it."""
-    found = {target.name: target for name in shipped_names() if (target := shipped(name)) is not None}
+    found = {target.name: target for name in list_shipped_names() if (target := get_shipped(name)) is not None}
     return list(found.values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from bridge.config.errors import TargetError
-from bridge.config.schema.names import qualified_name
+from bridge.config.schema.names import get_qualified_name
 
 if TYPE_CHECKING:
     from bridge.config.schema.target import Target
@@ -32,19 +32,19 @@ builders: dict[str, tuple[type, type]] = {}
 _generation = 0
 
 
-def generation() -> int:
+def get_generation() -> int:
     """Return a number that increases whenever a name may refer to another object: caches compare it."""
     return _generation
 
 
-def forget_names() -> None:
+def clear_names() -> None:
     """Drop cached names, and increase the generation so that other caches are dropped too."""
     global _generation
     _generation += 1
     names.clear()
 
 
-def enter(obj: T, name: str) -> T:
+def register_object(obj: T, name: str) -> T:
     """Register `obj` under `name` for documents of this process, and return it.
 
     Raises:
@@ -52,13 +52,15 @@ def enter(obj: T, name: str) -> T:
     """
     present = objects.get(name, obj)
     # Running a definition again, as in a notebook, creates a new object: it replaces the earlier one.
-    if present is not obj and (qualified_name(present) is None or qualified_name(present) != qualified_name(obj)):
+    if present is not obj and (
+        get_qualified_name(present) is None or get_qualified_name(present) != get_qualified_name(obj)
+    ):
         raise TargetError(f"{name!r} already refers to {present!r}: register {obj!r} under another name")
     objects[name] = obj
-    if isinstance(obj, type) and qualified_name(obj) not in objects:
+    if isinstance(obj, type) and get_qualified_name(obj) not in objects:
         given_names.setdefault(obj, name)
         descriptions.clear()
-    forget_names()
+    clear_names()
     return obj
 
 
@@ -67,7 +69,7 @@ def register_builder(cls: type, accepts: type) -> None:
     builders[f"{cls.__module__}.{cls.__qualname__}"] = (cls, accepts)
 
 
-def accepted_by(cls: type) -> type | None:
+def get_accepted_config(cls: type) -> type | None:
     """Return the config class that `cls` builds; None if `cls` is not a registered ModelBuilder."""
-    known, accepted = builders.get(qualified_name(cls) or "", (None, None))
+    known, accepted = builders.get(get_qualified_name(cls) or "", (None, None))
     return accepted if known is cls else None

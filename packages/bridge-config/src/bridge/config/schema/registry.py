@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from bridge.config.errors import TargetError, did_you_mean, quote_name
 from bridge.config.schema import registered
-from bridge.config.schema.names import qualified_name
-from bridge.config.schema.table import nameable, shipped, shipped_aliases
+from bridge.config.schema.names import get_qualified_name
+from bridge.config.schema.table import get_shipped, get_shipped_aliases, list_nameable
 
 T = TypeVar("T")
 
@@ -27,31 +27,34 @@ GROUP = "bridge.targets"
 _HOMES = {"bridge.models.": "bridge-models", "megatron.": "bridge-builders", "torch.": "bridge-builders"}
 
 
-def document_name(obj: object) -> str | None:
+def get_document_name(obj: object) -> str | None:
     """Return the name of a class or function in documents: as registered or declared, else `module.qualname`.
 
     A declared name is stable: the object may move to another module of its package without changing documents.
     """
-    own = qualified_name(obj)
-    if own is None or own in declared():
+    own = get_qualified_name(obj)
+    if own is None or own in get_declarations():
         return own
     if isinstance(obj, type) and obj in registered.given_names:
         return registered.given_names[obj]
     return _get_declared_places().get(own, own)
 
 
-def document_names(cls: type) -> tuple[str, ...]:
+def get_document_names(cls: type) -> tuple[str, ...]:
     """Return the document names of the classes in the MRO of `cls`, itself first, without `object`."""
-    return tuple(name for base in cls.__mro__ if base is not object and (name := document_name(base)))
+    return tuple(name for base in cls.__mro__ if base is not object and (name := get_document_name(base)))
 
 
 @cache
 def _get_declared_places() -> dict[str, str]:
     """Return `module.qualname` -> declared name, for objects that are not defined where their name says."""
     places = {
-        point.value.replace(":", "."): name for name, points in declared().items() if "." in name for point in points
+        point.value.replace(":", "."): name
+        for name, points in get_declarations().items()
+        if "." in name
+        for point in points
     }
-    return {place: name for place, name in places.items() if place not in declared()}
+    return {place: name for place, name in places.items() if place not in get_declarations()}
 
 
 def register(obj: T, name: str | None = None) -> T:
@@ -64,17 +67,17 @@ def register(obj: T, name: str | None = None) -> T:
     Raises:
         TargetError: `obj` has no qualified name and none is given, or the name already refers to another object.
     """
-    name = name or qualified_name(obj)
+    name = name or get_qualified_name(obj)
     if name is None:
         raise TargetError(f"{obj!r} has no qualified name: pass one, register(obj, name='...')")
-    meant = shipped(name) if name != qualified_name(obj) else None
+    meant = get_shipped(name) if name != get_qualified_name(obj) else None
     if meant is not None and _get_loaded_by_path(meant.name) is not obj:
         raise TargetError(f"{name!r} already refers to {meant.name}: register {obj!r} under another name")
-    return registered.enter(obj, name)
+    return registered.register_object(obj, name)
 
 
 @cache
-def declared() -> dict[str, list[EntryPoint]]:
+def get_declarations() -> dict[str, list[EntryPoint]]:
     """Return the declarations of the installed distributions, by name. Cached, see `refresh`."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
@@ -84,17 +87,17 @@ def declared() -> dict[str, list[EntryPoint]]:
 
 def refresh() -> None:
     """Drop cached declarations. Call this after installing a distribution into the running environment."""
-    declared.cache_clear()
+    get_declarations.cache_clear()
     _load_declared.cache_clear()
     _get_declared_places.cache_clear()
     _is_installed.cache_clear()
     registered.descriptions.clear()
-    registered.forget_names()
+    registered.clear_names()
 
 
-def known_names() -> list[str]:
+def list_known_names() -> list[str]:
     """Return every name that a document of this process may use, sorted."""
-    return sorted({*filter(is_registered, registered.objects), *declared(), *nameable()})
+    return sorted({*filter(is_registered, registered.objects), *get_declarations(), *list_nameable()})
 
 
 def is_registered(name: str) -> bool:
@@ -114,7 +117,7 @@ def resolve(name: str, *, suggest: bool = True) -> object:
     """
     if is_registered(name):
         return registered.objects[name]
-    if name not in declared():
+    if name not in get_declarations():
         raise TargetError(_explain_unknown(name, suggest=suggest))
     return _load_declared(name)
 
@@ -125,23 +128,23 @@ def check_declared(name: str) -> None:
     Raises:
         TargetError: A distribution does.
     """
-    if name in declared():
+    if name in get_declarations():
         _get_declaration(name)
 
 
 def _explain_unknown(name: str, *, suggest: bool) -> str:
     """Return the message about a name that is neither registered nor declared."""
     for prefix, home in _HOMES.items():
-        if name.startswith(prefix) and (meant := shipped(name)) and not meant.nested and not _is_installed(home):
+        if name.startswith(prefix) and (meant := get_shipped(name)) and not meant.nested and not _is_installed(home):
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
-    near = did_you_mean(name, known_names()) if suggest else ""
+    near = did_you_mean(name, list_known_names()) if suggest else ""
     return (
         f"{quote_name(name)} is not a name that documents may use here; install the package that provides it, register"
         f" it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
     )
 
 
-def name_of(obj: object) -> str | None:
+def find_document_name(obj: object) -> str | None:
     """Return a name under which a document can refer to `obj`: registered, declared or qualified; None if none does.
 
     Declared names count only if their module is already loaded: this function imports nothing.
@@ -149,14 +152,14 @@ def name_of(obj: object) -> str | None:
     if isinstance(obj, MethodType):
         return _find_method_name(obj)
     if id(obj) not in registered.names:
-        name = _find_name(obj)
+        name = _search_name(obj)
         if name is None:
             return None
         registered.names[id(obj)] = (obj, name)
     return registered.names[id(obj)][1]
 
 
-def accepts(name: str) -> type | None:
+def find_accepted_config(name: str) -> type | None:
     """Return the config class that the ModelBuilder `name` builds; None if this process defines no such builder."""
     is_defined = name in registered.builders and name not in _get_declared_places()
     return registered.builders[name][1] if is_defined else None
@@ -170,7 +173,7 @@ def import_builder(name: str) -> type:
     """
     if name in registered.builders:
         return registered.builders[name][0]
-    place = declared()[name][0].value.replace(":", ".") if name in declared() else name
+    place = get_declarations()[name][0].value.replace(":", ".") if name in get_declarations() else name
     module, _, attribute = place.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -184,23 +187,23 @@ def import_builder(name: str) -> type:
 def _find_method_name(method: MethodType) -> str | None:
     """Return the name of a bound classmethod. Each access creates a new object, so it is compared by value."""
     owner = method.__self__
-    if not isinstance(owner, type) or _get_loaded_by_path(qualified_name(owner) or "") is not owner:
+    if not isinstance(owner, type) or _get_loaded_by_path(get_qualified_name(owner) or "") is not owner:
         return None
     same = getattr(owner, method.__name__, None) == method
-    return f"{qualified_name(owner)}.{method.__name__}" if same else None
+    return f"{get_qualified_name(owner)}.{method.__name__}" if same else None
 
 
-def _find_name(obj: object) -> str | None:
+def _search_name(obj: object) -> str | None:
     for name, present in registered.objects.items():
         if present is obj:
             return _get_declared_places().get(name, name)
     aliases = []
-    for name, points in declared().items():
+    for name, points in get_declarations().items():
         if any(_get_loaded(point.value) is obj for point in points):
             if "." in name:
                 return name
             aliases.append(name)
-    own = qualified_name(obj)
+    own = get_qualified_name(obj)
     # Compare by identity: a decorated or replaced function must not be read back as the original.
     if own is not None and _get_loaded_by_path(own) is obj:
         return own
@@ -222,11 +225,11 @@ def _get_declaration(name: str) -> EntryPoint:
     Raises:
         TargetError: Distributions disagree, or the declared object is not the one that the name implies.
     """
-    points = declared()[name]
+    points = get_declarations()[name]
     if len({point.value for point in points}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
         raise TargetError(f"{name!r} is declared differently by several distributions: {owners}")
-    point, own = points[0], shipped_aliases().get(name, name)
+    point, own = points[0], get_shipped_aliases().get(name, name)
     # Names must not be hijacked: a dotted name is its own object, and an alias of the table is the table's object.
     if ("." in name or own != name) and not _is_place_of(own, point.value):
         raise TargetError(

@@ -18,30 +18,30 @@ from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema
 
 
-def shipped(name: str) -> Target | None:
+def get_shipped(name: str) -> Target | None:
     """Return the description of `name`, a name or an alias, from the table; None if it is not there."""
     return _load_shipped(_load_table()["aliases"].get(name, name))
 
 
-def shipped_names() -> Iterator[str]:
+def list_shipped_names() -> Iterator[str]:
     """Yield all names in the table, including aliases."""
     table = _load_table()
     yield from table["targets"]
     yield from table["aliases"]
 
 
-def nameable() -> Iterator[str]:
+def list_nameable() -> Iterator[str]:
     """Yield the names in the table that documents may use anywhere, without those of nested classes."""
     table = _load_table()
-    return (name for name in shipped_names() if not table["targets"].get(name, {}).get("nested"))
+    return (name for name in list_shipped_names() if not table["targets"].get(name, {}).get("nested"))
 
 
-def shipped_aliases() -> dict[str, str]:
+def get_shipped_aliases() -> dict[str, str]:
     """Return alias -> full name."""
     return dict(_load_table()["aliases"])
 
 
-def shipped_dtypes() -> dict[str, str]:
+def get_shipped_dtypes() -> dict[str, str]:
     """Return dtype name -> canonical name, both without `torch.`. Old names such as `half` are included."""
     return dict(_load_table()["dtypes"])
 

@@ -131,7 +131,7 @@ def get_shape(purpose: str, values: dict[str, Any]) -> Shape:
     return purpose, tuple(values), tuple(map(type, values.values()))
 
 
-def remember(target: Target, shape: Shape, found: object) -> None:
+def cache_shape(target: Target, shape: Shape, found: object) -> None:
     """Cache the result for a shape. A process sees few shapes, so a full cache is simply cleared."""
     if shape not in target.shapes and len(target.shapes) >= _MAX_SHAPES:
         target.shapes.clear()

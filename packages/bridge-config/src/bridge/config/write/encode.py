@@ -31,11 +31,11 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import OPEN_CLASSES, describe, describe_annotated, is_dtype
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.registered import generation
-from bridge.config.schema.registry import name_of
-from bridge.config.schema.target import Field, Kinds, Target, find_ready_types, get_shape, remember
+from bridge.config.schema.registered import get_generation
+from bridge.config.schema.registry import find_document_name
+from bridge.config.schema.target import Field, Kinds, Target, cache_shape, find_ready_types, get_shape
 from bridge.config.schema.values import EnumMember, Made, Named, Partial
-from bridge.config.writethrough import shared_names
+from bridge.config.writethrough import get_shared_names
 
 Omitted = list[dict[str, str]]
 
@@ -97,11 +97,11 @@ def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack |
     shape = get_shape("write", state)
     plan: _Plan | None = target.shapes.get(shape)
     if plan is None:
-        remember(target, shape, plan := _make_plan(obj, state, target))
+        cache_shape(target, shape, plan := _make_plan(obj, state, target))
     data = _make_heading(target)
     # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
-    texts = _get_form_cache(generation())
+    texts = _get_form_cache(get_generation())
     as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
         data[name] in values for name, values in plan.choices
     )
@@ -171,7 +171,7 @@ class _Plan:
 
 
 def _make_plan(obj: Any, state: dict[str, Any], target: Target) -> _Plan:
-    elsewhere = shared_names(obj)
+    elsewhere = get_shared_names(obj)
     fields = [one for one in target.fields.values() if one.kept and one.name not in elsewhere]
     kinds = {one.name: type(state.get(one.attribute, ...)) for one in fields}
     ready = {one.name for one in fields if kinds[one.name] in one.ready}
@@ -282,7 +282,7 @@ def _encode(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
         return encode_mapping(value, path, omitted)
     if callable(value):
         return _encode_named(_get_name(value, path), Function(), type_)
-    if (name := name_of(value)) is not None:
+    if (name := find_document_name(value)) is not None:
         return {"_target_": name, "_call_": False}
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
@@ -424,7 +424,7 @@ def _encode_named(name: str, kind: Dtype | Function, type_: Type) -> Any:
 
 
 def _get_name(value: Callable[..., Any], path: Path) -> str:
-    name = name_of(value)
+    name = find_document_name(value)
     if name is None:
         raise _UnwritableError(f"{describe_value(value, 300)} has no importable name", path)
     return name

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from bridge.config import BridgeError, Document, DocumentError, Problem
 from bridge.config.read.view import View
 from bridge.config.schema.ranges import TRANSFORMER
-from bridge.config.schema.registry import declared, import_builder
-from bridge.config.schema.table import shipped
+from bridge.config.schema.registry import get_declarations, import_builder
+from bridge.config.schema.table import get_shipped
 from bridge.config.schema.values import Made
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
@@ -111,7 +111,7 @@ def _names_only_shipped_targets(value: object) -> bool:
         return all(map(_names_only_shipped_targets, value.values()))
     if isinstance(value, list):
         return all(map(_names_only_shipped_targets, value))
-    return not isinstance(value, str) or value not in declared() or shipped(value) is not None
+    return not isinstance(value, str) or value not in get_declarations() or get_shipped(value) is not None
 
 
 def _check(

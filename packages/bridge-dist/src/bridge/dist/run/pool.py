@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 from bridge.config import BridgeError
-from bridge.config.frames import describe
+from bridge.config.frames import format_error
 from bridge.dist.errors import LaunchError
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import relay, send_messages
@@ -295,7 +295,7 @@ def _end_with_parent() -> None:
 
 def _make_failure(error: BaseException) -> _Failure:
     details = "".join(traceback.format_exception(error))
-    message = f"{type(error).__name__}: {error}" if isinstance(error, BridgeError) else describe(error)
+    message = f"{type(error).__name__}: {error}" if isinstance(error, BridgeError) else format_error(error)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # unpickling calls the exception's constructor, which may raise anything

@@ -11,7 +11,7 @@ from bridge.config import ModelConfig
 from bridge.config.paths import format_path
 from bridge.config.read.rehearsal import check_plain_values
 from bridge.config.schema.arithmetic import check_live
-from bridge.config.schema.generation import get_settings, wrong_settings
+from bridge.config.schema.generation import find_wrong_settings, get_settings
 from bridge.models.common.vocab import find_vocabulary_problem, padded_vocab_size
 from bridge.models.errors import ModelConfigError
 
@@ -93,7 +93,7 @@ class LanguageModelConfig(EmbedsTransformer, ModelConfig):
 
 def _check_generation(config: LanguageModelConfig) -> None:
     sizes = {"vocab_size": config.vocab_size, "seq_length": config.seq_length}
-    wrong = wrong_settings(get_settings(config), **sizes)
+    wrong = find_wrong_settings(get_settings(config), **sizes)
     if problems := [f"generation_config.{name}: {message}" for name, message in wrong]:
         raise ModelConfigError("; ".join(problems))
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.canonical import canonicalize
-from bridge.config.schema.table import shipped
+from bridge.config.schema.table import get_shipped
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.targets import GENERATION, TRANSFORMER
 
@@ -116,9 +116,9 @@ AFFECTS_COMPUTATION = frozenset(
 
 def make_document(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the fields as a document, without defaults except ``ALWAYS_WRITTEN``."""
-    target = shipped(architecture.target)
+    target = get_shipped(architecture.target)
     inner = fields.get("transformer._target_", TRANSFORMER)
-    transformer = shipped(inner)
+    transformer = get_shipped(inner)
     assert target
     assert transformer
     top: dict[str, Any] = {"_target_": architecture.target}
@@ -150,8 +150,8 @@ def read_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_non_defaults(fields: Mapping[str, Any], paths: Iterable[str]) -> Iterable[str]:
     """Yield the paths whose values differ from their defaults."""
-    target = shipped(str(fields["_target_"]))
-    transformer = shipped(str(fields["transformer._target_"]))
+    target = get_shipped(str(fields["_target_"]))
+    transformer = get_shipped(str(fields["transformer._target_"]))
     assert target
     assert transformer
     for path in paths:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
-from bridge.config.frames import describe
+from bridge.config.frames import format_error
 from bridge.dist.document_layout import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder
@@ -161,6 +161,6 @@ def _plan_layouts(
             continue
         except Exception as error:  # the model's own exception may not be picklable
             name = " ".join(f"{axis}{size}" for axis, size in one.items())
-            raise PlanError(f"{name}: {describe(error)}") from error
+            raise PlanError(f"{name}: {format_error(error)}") from error
         outcomes.append(_TOO_LARGE if planned.fits is False else estimate_step(planned, machine))
     return _Outcomes(outcomes, list(_messages))

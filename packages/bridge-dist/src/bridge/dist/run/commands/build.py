@@ -13,7 +13,7 @@ import click
 
 from bridge.config import BridgeError, Document
 from bridge.config.documents.sources import STANDARD_INPUT
-from bridge.config.frames import describe
+from bridge.config.frames import format_error
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, add_training_options, device_option, make_train_options
@@ -131,7 +131,7 @@ def _report_errors(place: RankEnvironment | None) -> Iterator[None]:
     except Exception as error:
         failure_detection.record_for_launcher(error)
         if failure_detection.is_first_to_print(
-            str(error) if isinstance(error, BridgeError) else describe(error), place
+            str(error) if isinstance(error, BridgeError) else format_error(error), place
         ):
             raise
         raise click.exceptions.Exit(1) from None
