@@ -1,6 +1,6 @@
 """The builder interface, and hooks on the stages that a builder returns."""
 
-from bridge.config.noise import silence_imports
+from bridge.config.import_warnings import silence_imports
 
 silence_imports()  # before megatron-core is imported
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bridge.config.noise import silence_imports
+from bridge.config.import_warnings import silence_imports
 
 if TYPE_CHECKING:
     from bridge.dist.checks.document import check_document

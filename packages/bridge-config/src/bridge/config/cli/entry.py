@@ -20,7 +20,7 @@ from io import TextIOWrapper
 import click
 
 from bridge.config.errors import BridgeError, did_you_mean
-from bridge.config.frames import format_error
+from bridge.config.tracebacks import format_error
 
 GROUP = "bridge.commands"
 

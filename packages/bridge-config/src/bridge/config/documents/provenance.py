@@ -12,7 +12,7 @@ from bridge.config.text.nodes import Node
 from bridge.config.text.parse import ParsedText
 
 if TYPE_CHECKING:
-    from bridge.config.rewrite import Migration
+    from bridge.config.migration import Migration
 
 
 @dataclass

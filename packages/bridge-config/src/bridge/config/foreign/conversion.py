@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any
 
 from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, TRANSFORMER, YARN
+from bridge.config.migration import Migration
 from bridge.config.paths import Path
-from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Plain, Type, get_inner_type
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.table import get_shipped

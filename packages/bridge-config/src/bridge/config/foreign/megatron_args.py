@@ -28,8 +28,8 @@ from bridge.config.foreign.argument_names import (
 from bridge.config.foreign.conversion import Conversion, choose_transformer, is_off
 from bridge.config.foreign.layer_patterns import add_mtp_pattern, count_layers, parse_layer_pattern
 from bridge.config.foreign.names import GPT, MAMBA, T5, YARN
+from bridge.config.migration import Migration
 from bridge.config.paths import Path, format_path
-from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Instance, Plain, Type, get_inner_type
 from bridge.config.schema.table import get_shipped
 

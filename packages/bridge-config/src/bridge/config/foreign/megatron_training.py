@@ -13,9 +13,9 @@ from bridge.config.foreign.conversion import Conversion, choose_transformer
 from bridge.config.foreign.families import BRIDGE, FAMILIES, HYBRID_FAMILY, T5_FAMILY, Family
 from bridge.config.foreign.layer_patterns import add_mtp_pattern, count_layers
 from bridge.config.foreign.names import HETEROGENEOUS, LAYERS, MAMBA, MLA, T5, TRANSFORMER
+from bridge.config.migration import Migration
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
-from bridge.config.rewrite import Migration
 from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Target
 

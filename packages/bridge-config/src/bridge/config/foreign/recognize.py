@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bridge.config.foreign import megatron_args
 from bridge.config.foreign.run_config import read_run_config
-from bridge.config.rewrite import Migration
+from bridge.config.migration import Migration
 
 
 def convert_foreign(data: object) -> Migration:

@@ -12,8 +12,8 @@ from bridge.config.errors import DocumentError, Problem
 from bridge.config.foreign import megatron_training
 from bridge.config.foreign.families import FAMILIES, HYBRID_FAMILY
 from bridge.config.foreign.names import ENUMS, EXTENDED
+from bridge.config.migration import Migration
 from bridge.config.paths import Path
-from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import (
     Anything,
     Choice,

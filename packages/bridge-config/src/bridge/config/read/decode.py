@@ -8,6 +8,7 @@ from typing import Any
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
 from bridge.config.foreign.recognize import convert_foreign
+from bridge.config.migration import Migration
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import MAX_PROBLEMS, ProblemList, ReadError, describe_value, make_error, prefix_path
 from bridge.config.read.build import build
@@ -15,7 +16,6 @@ from bridge.config.read.generation import check_settings
 from bridge.config.read.lookup import LiveLookup, Lookup, TableLookup, check_builder
 from bridge.config.read.migrate import migrate
 from bridge.config.read.reader import Reader
-from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Instance
 from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG
 from bridge.config.schema.registry import get_document_name

@@ -10,9 +10,9 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.errors import ConfigError
+from bridge.config.migration import Migration
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import abbreviate, describe_value
-from bridge.config.rewrite import Migration
 from bridge.config.schema.annotations import Anything, Fixed, Instance, Items, Mapping, Member, Type, get_inner_type
 from bridge.config.schema.inspection import TargetOf, find_config
 from bridge.config.schema.target import Target

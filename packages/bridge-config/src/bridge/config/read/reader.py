@@ -48,7 +48,7 @@ from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.ranges import get_ranges
-from bridge.config.schema.registered import get_generation
+from bridge.config.schema.registrations import get_generation
 from bridge.config.schema.table import get_shipped_dtypes
 from bridge.config.schema.target import Target, cache_shape, get_shape
 from bridge.config.schema.values import EnumMember, Made, Named, Partial

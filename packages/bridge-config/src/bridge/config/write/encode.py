@@ -31,7 +31,7 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import OPEN_CLASSES, describe, describe_annotated, is_dtype
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.registered import get_generation
+from bridge.config.schema.registrations import get_generation
 from bridge.config.schema.registry import find_document_name
 from bridge.config.schema.target import Field, Kinds, Target, cache_shape, find_ready_types, get_shape
 from bridge.config.schema.values import EnumMember, Made, Named, Partial

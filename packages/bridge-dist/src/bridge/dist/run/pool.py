@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 from bridge.config import BridgeError
-from bridge.config.frames import format_error
+from bridge.config.tracebacks import format_error
 from bridge.dist.errors import LaunchError
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import relay, send_messages

@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
-from bridge.config.frames import format_error
+from bridge.config.tracebacks import format_error
 from bridge.dist.document_layout import replace_layout
 from bridge.dist.errors import PlanError
 from bridge.dist.job import make_builder

@@ -13,7 +13,7 @@ import click
 
 from bridge.config import BridgeError, Document
 from bridge.config.documents.sources import STANDARD_INPUT
-from bridge.config.frames import format_error
+from bridge.config.tracebacks import format_error
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, add_training_options, device_option, make_train_options

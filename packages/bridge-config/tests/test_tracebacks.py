@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bridge.config.frames import format_error
+from bridge.config.tracebacks import format_error
 
 
 def define_call(module: str, source: str, **names: Any) -> Callable[..., Any]:
