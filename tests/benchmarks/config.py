@@ -1,4 +1,4 @@
-"""What describing a model costs, beside the reference that megatron-core ships: time and peak memory, as ratios.
+"""Compare the cost of configurations with that of megatron.training: time and peak memory, as ratios.
 
     uv run python tests/benchmarks/config.py [ROUNDS]
 
@@ -180,7 +180,7 @@ def called(call: Callable[[], object], *, times: int = 10) -> Cost:
 
 
 def both() -> tuple[GPTModelConfig, reference.GPTModelConfig]:
-    """Our configuration and the reference's, around equal transformers."""
+    """Return a configuration of Bridge and one of megatron.training, with equal transformers."""
     import megatron.training.models.gpt as reference
 
     from bridge.models.gpt import GPTModelConfig
@@ -224,7 +224,7 @@ def transformer() -> TransformerConfig:
 
 
 def to_plain(value: object) -> dict[str, str]:
-    """A dtype or an enum member as a mapping, which the reference leaves to its users."""
+    """Return a dtype or an enum member as a mapping, which megatron.training leaves to its users."""
     if isinstance(value, Enum):
         return {"_enum_": f"{type(value).__module__}:{type(value).__qualname__}", "member": value.name}
     return {"_dtype_": str(value).removeprefix("torch.")}
@@ -241,7 +241,7 @@ def from_plain(data: dict[str, Any]) -> Any:
 
 
 def yaml_hooks() -> tuple[type, type]:
-    """A dumper and a loader, PyYAML's in C, for the reference's data."""
+    """Return a dumper and a loader, those of PyYAML in C, for the data of megatron.training."""
     import torch
     import yaml
 

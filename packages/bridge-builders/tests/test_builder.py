@@ -84,8 +84,8 @@ def test_parameter_order_matches_the_installed_megatron_training() -> None:
     from megatron.training.models.base import ModelBuilder as MegatronModelBuilder
 
     for method in ("build_model", "build_distributed_models"):
-        ours, theirs = getattr(ModelBuilder, method), getattr(MegatronModelBuilder, method)
-        assert [name for name, _ in _parameter_defaults(ours)] == [name for name, _ in _parameter_defaults(theirs)]
+        bridge, megatron = getattr(ModelBuilder, method), getattr(MegatronModelBuilder, method)
+        assert [name for name, _ in _parameter_defaults(bridge)] == [name for name, _ in _parameter_defaults(megatron)]
 
 
 def test_a_builder_keeps_its_configuration_and_rejects_another_class() -> None:
