@@ -122,12 +122,51 @@ def test_missing_files_and_unsupported_models_are_errors(bridge: Run, tmp_path: 
     assert "$.transformer.num_moe_experts" in stderr
 
 
+def test_every_command_reads_a_folder_as_the_document_of_its_model(bridge: Run, tmp_path: Path) -> None:
+    folder, document = tmp_path / "model", tmp_path / "model.yaml"
+    folder.mkdir()
+    write_config(folder, LLAMA | {"quantization_config": {}})
+    note = f"{folder}: note: $.quantization_config is left out: it describes how the published weights are stored\n"
+    assert bridge("from-hf", folder, "-o", document)[0] == 0
+    code, shown, stderr = bridge("show", folder, "vocab_size=64")
+    assert (code, stderr) == (0, note)
+    assert shown == bridge("show", document, "vocab_size=64")[1].partition("\n")[2]  # without the line for editors
+    assert bridge("validate", folder, "--layout", "tp=2") == (0, f"{folder}: ok\n", note)
+    assert bridge("diff", folder, document, "--exit-code") == (0, "", note)
+    assert bridge("fingerprint", folder)[1] == bridge("fingerprint", document)[1]
+    assert bridge("migrate", folder)[::2] == (0, note)
+    assert bridge("to-hf", folder)[1] == bridge("to-hf", document)[1]
+    assert Document.load(folder).migrate() == [note.removeprefix(f"{folder}: note: ").rstrip()]
+
+
+def test_errors_about_folders_say_where_and_what_is_expected(
+    bridge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bridge("validate", tmp_path)[::2] == (
+        1,
+        f"{tmp_path}: $: is a folder without config.json: give a document, or a folder that has it\n",
+    )
+    file = write_config(tmp_path, LLAMA | {"num_hiden_layers": 2})
+    assert bridge("validate", tmp_path)[2].startswith(f"{file}:6:2: $.num_hiden_layers: unknown to Bridge")
+    write_config(tmp_path, LLAMA)
+    code, _, stderr = bridge("migrate", "--write", tmp_path)
+    assert (code, stderr) == (1, f"{tmp_path} is a folder: give a path to save the document to\n")
+    assert (
+        "override 'vocab_size=0': $.vocab_size: must be at least 1" in bridge("validate", tmp_path, "vocab_size=0")[2]
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert bridge("validate", "tiny")[0] == 0  # the preset
+    assert bridge("validate", "./tiny")[0] == 1
+
+
 def test_neither_command_needs_torch_megatron_or_transformers(tmp_path: Path) -> None:
     file = write_config(tmp_path, LLAMA)
     document = tmp_path / "a.yaml"
     code = (
         "import sys; from bridge.config.cli.entry import bridge\n"
-        f"for line in (['from-hf', {str(file)!r}, '-o', {str(document)!r}], ['to-hf', {str(document)!r}]):\n"
+        f"for line in (['from-hf', {str(file)!r}, '-o', {str(document)!r}], ['to-hf', {str(document)!r}],"
+        f" ['validate', {str(tmp_path)!r}]):\n"
         "    bridge(line, standalone_mode=False)\n"
         "print({'torch', 'megatron', 'transformers', 'numpy'} & {name.partition('.')[0] for name in sys.modules})"
     )

@@ -31,7 +31,7 @@ LAYOUT_CHECKS = "bridge.preflight"
 """The entry-point group of functions that check a document: `(document, sizes, *, wrapper=...) -> problems`."""
 
 _SIZE = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
-_FILE = "FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input."
+_FILE = "FILE is a .yaml, .yml or .json file, the name of a preset, a Hugging Face folder, or - for standard input."
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
@@ -105,6 +105,7 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
+    _print_notes(file, document.notes)
     click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 
@@ -158,8 +159,9 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
-    with _collect_omissions() as notes:
+    with _collect_omissions() as omissions:
         found = document.fingerprint()
+    notes = document.notes + omissions
     if as_json:
         _print_json({"source": file, "fingerprint": found, "notes": notes})
     else:
@@ -272,7 +274,7 @@ def _check_document(source: str, overrides: list[str], checks: list[Check]) -> t
     with _collect_omissions() as omissions:
         try:
             document = Document.load(source, overrides)
-            notes = document.check().present.notes
+            notes = document.notes + document.check().present.notes
         except DocumentError as error:
             return error.problems, omissions
     return [problem for check in checks for problem in check(document)], notes + omissions
@@ -298,9 +300,10 @@ def _load_checked(source: str, *, defaults: bool) -> Checked:
     """Load and check a document; print notes about values that it leaves out."""
     from bridge.config.documents.document import Document
 
-    with _collect_omissions() as notes:
-        checked = Document.load(source).check(defaults=defaults)
-    _print_notes(source, notes)
+    document = Document.load(source)
+    with _collect_omissions() as omissions:
+        checked = document.check(defaults=defaults)
+    _print_notes(source, document.notes + omissions)
     return checked
 
 

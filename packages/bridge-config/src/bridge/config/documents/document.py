@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
 from bridge.config.documents.access import copy_data, get_value, remove_value, set_value
+from bridge.config.documents.folders import is_folder, read_folder
 from bridge.config.documents.overrides import describe_override, split_override
 from bridge.config.documents.provenance import Provenance
 from bridge.config.documents.saving import add_schema_line, write_file, write_schema_beside
@@ -41,7 +42,10 @@ class Document:
 
     data: dict[str, Any]
     source: str = ""
-    """The file or preset that the data came from; empty if there is none."""
+    """The file, preset or folder that the data came from; empty if there is none."""
+
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What the user should know about the conversion of a folder."""
 
     _provenance: Provenance = field(default_factory=Provenance, repr=False, compare=False)
     _is_converted: bool = field(default=False, repr=False, compare=False)
@@ -49,16 +53,22 @@ class Document:
 
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
-        """Load a document from a `.yaml`, `.yml` or `.json` file, a preset, or standard input.
+        """Load a document from a `.yaml`, `.yml` or `.json` file, a preset, a folder, or standard input.
 
         Args:
-            source: A file, the name of a preset, or `-` for standard input (YAML or JSON).
+            source: A file, the name of a preset, a folder that an installed distribution reads (with bridge-models:
+                of Hugging Face), or `-` for standard input (YAML or JSON).
             overrides: Applied in order: `path=value` sets a value, written in YAML, and `~path` removes one.
 
         Raises:
             DocumentError: the source cannot be read or is not a mapping, or an override is malformed or does not apply.
         """
         source = str(source)
+        if is_folder(source):
+            converted = read_folder(source)
+            document = cls(converted.data, source, converted.notes)
+            document.override(overrides)
+            return document
         found = _parse(read_source(source), source)
         if not isinstance(found.data, dict):
             raise make_source_error(source, f"expected a mapping at the top, got {describe_value(found.data)}")
@@ -75,7 +85,7 @@ class Document:
     @classmethod
     def from_text(cls, text: ParsedText, source: str) -> Self:
         """Return the document of a parsed text, a mapping that was read from `source`."""
-        return cls(text.data, source, Provenance(text))
+        return cls(text.data, source, _provenance=Provenance(text))
 
     def get(self, path: str) -> Any:
         """Return the value at a dotted path such as `transformer.num_layers` or `blocks[0].size`.
@@ -184,7 +194,7 @@ class Document:
         return list(find_differences(self.check(defaults=defaults), other.check(defaults=defaults)))
 
     def migrate(self) -> list[str]:
-        """Convert the document to Bridge's current form; return notes about the changes.
+        """Convert the document to Bridge's current form; return notes about the changes, those of a folder first.
 
         Raises:
             DocumentError: the document cannot be converted; lists every problem with file, line and column.
@@ -200,7 +210,8 @@ class Document:
         if present.data is not self.data:
             self._provenance.record_migration(present.steps)
             self.data = present.data
-        return present.notes
+        notes, self.notes = [*self.notes, *present.notes], []
+        return notes
 
     @contextlib.contextmanager
     def locate_problems(self) -> Iterator[None]:
@@ -271,6 +282,8 @@ class Document:
             raise ConfigError("this document was not loaded from a file: give a path to save it to")
         if self.source == STANDARD_INPUT:
             raise ConfigError("this document was read from standard input: give a path to save it to")
+        if is_folder(self.source):
+            raise ConfigError(f"{self.source} is a folder: give a path to save the document to")
         if is_preset(self.source):
             raise ConfigError(
                 f"{self.source!r} is a preset, which cannot be changed: give a path to save the document to"

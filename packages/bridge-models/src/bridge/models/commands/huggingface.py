@@ -58,8 +58,9 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
 def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: bool) -> None:
     """Convert a document to a config.json for versions 4 and 5 of transformers, and print it.
 
-    FILE is a .yaml, .yml or .json file, the name of a preset, or - for standard input. PATH=VALUE overrides a value,
-    ~PATH removes one. Fields that a config.json cannot express are errors, all reported at once by path.
+    FILE is a .yaml, .yml or .json file, the name of a preset, a Hugging Face folder, or - for standard input.
+    PATH=VALUE overrides a value, ~PATH removes one. Fields that a config.json cannot express are errors, all reported
+    at once by path.
     """
     from bridge.config.documents.document import Document
     from bridge.models import huggingface

@@ -11,6 +11,7 @@ from bridge.config.documents.document import Document
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.document_fields import make_document, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.huggingface.ignored import IGNORED, QUANTIZATION, refuse_unknown
@@ -30,6 +31,18 @@ class Converted:
 
     data: dict[str, Any]
     notes: list[str]
+
+
+def read_folder(folder: str) -> Document:
+    """Return the document of the model in a folder with a config.json, for `bridge.folders`.
+
+    Raises:
+        DocumentError: As ``from_hf``, with positions in config.json.
+    """
+    given = load_config_json(folder)
+    with given.locate_problems():
+        converted = from_hf(given.data)
+    return Document(converted.data, folder, converted.notes)
 
 
 def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Converted:

@@ -68,7 +68,9 @@ def build(
     as_json: bool,
     **sizes: int | None,
 ) -> None:
-    """Build FILE (a document, a preset or - for standard input) as distributed stages; with --steps train them.
+    """Build FILE's model as distributed stages; with --steps train them.
+
+    FILE is a document, the name of a preset, a Hugging Face folder, or - for standard input.
 
     Initial weights depend on the parameter's name only, and the global batch is the same under every layout: losses and
     gradient norms do not depend on the layout. With --load the weights come from the checkpoint.

@@ -1,0 +1,41 @@
+"""Read folders of other programs as documents, by functions that installed distributions declare.
+
+An entry point of the group `bridge.folders` has the name of a file, such as `config.json`, and a function that reads a
+folder with that file: `(path) -> Document`. Entry points are read only if the source of a document is a folder.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from bridge.config.documents.presets import find_preset
+from bridge.config.documents.sources import STANDARD_INPUT, make_source_error
+
+if TYPE_CHECKING:
+    from bridge.config.documents.document import Document
+
+GROUP = "bridge.folders"
+
+
+def is_folder(source: str) -> bool:
+    """Return whether `source` is a folder. The name of a preset is the preset: `./name` is the folder."""
+    return source != STANDARD_INPUT and os.path.isdir(source) and find_preset(source) is None
+
+
+def read_folder(source: str) -> Document:
+    """Return the document of the model in a folder.
+
+    Raises:
+        DocumentError: no installed distribution reads this folder, or what it describes cannot be converted.
+    """
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    for point in points:
+        if os.path.lexists(os.path.join(source, point.name)):
+            document: Document = point.load()(source)
+            return document
+    if not points:
+        raise make_source_error(source, "is a folder: to read Hugging Face folders, pip install bridge-models")
+    expected = " or ".join(point.name for point in points)
+    raise make_source_error(source, f"is a folder without {expected}: give a document, or a folder that has it")
