@@ -151,6 +151,12 @@ class Holder(Speaker):
     anything: Any = None
 
 
+def test_the_class_itself_is_not_taken_for_settings() -> None:
+    transformers = pytest.importorskip("transformers")
+    config: Any = ModelConfig.from_dict(document({"_target_": GENERATION_CONFIG, "_call_": False}))
+    assert config.generation_config is transformers.GenerationConfig
+
+
 def test_other_fields_are_converted_at_once() -> None:
     transformers = pytest.importorskip("transformers")
     config: Any = ModelConfig.from_dict(document(None, Holder, anything=[written_settings(top_k=3)]))

@@ -39,7 +39,7 @@ def _build_config(made: Made) -> object:
                 found += [((to_path_step(name), *path), message) for path, message in error.problems]
     if found:
         raise ReadError(found)
-    return _construct(made.target, values, complete=made.complete)
+    return _construct(made.target, values, complete=made.complete, in_order=made.in_order)
 
 
 def _build_named(value: Named) -> object:
@@ -130,16 +130,15 @@ _MAKERS: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def _construct(target: Target, values: dict[str, Any], *, complete: bool) -> object:
+def _construct(target: Target, values: dict[str, Any], *, complete: bool, in_order: bool) -> object:
     """An instance of a class; with `complete` values it has just these, whatever its constructor derives.
 
     Raises:
         ReadError: the constructor refuses the values.
     """
-    by_position = tuple(values) == target.positional
     try:
         # By position, Python does not compare 300 names with 300 names.
-        made = target.obj(*values.values()) if by_position else target.obj(**values)
+        made = target.obj(*values.values()) if in_order else target.obj(**values)
     except Exception as error:  # whatever its own checks raise is about these values
         made = _construct_without_derived(target, values) if complete else None
         if made is None:
@@ -147,7 +146,7 @@ def _construct(target: Target, values: dict[str, Any], *, complete: bool) -> obj
             raise make_error(f"{target.short_name} refuses these values: {said}") from error
     # A named tuple or typed dict is what its constructor was given.
     if complete and not target.open and not isinstance(made, (tuple, dict)):
-        _restore_values(made, values, target, in_order=by_position)
+        _restore_values(made, values, target, in_order=in_order)
     return made
 
 

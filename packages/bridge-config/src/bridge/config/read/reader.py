@@ -117,7 +117,7 @@ class Reader:
         plan: Plan | None = target.shapes.get(shape)
         if plan is None:
             plan = make_plan(data, target, is_document=is_document)
-            if plan.settled:
+            if not plan.unknown:  # unknown keys come from the document, which may have a million of them
                 cache_shape(target, shape, plan)
         values = dict(data)
         for key in plan.left_out:
@@ -155,7 +155,7 @@ class Reader:
         if self._defaults:
             values |= self._read_defaults(target, values, (name for name in target.init_names if name not in owned))
         compared = None if target.hashed is None else self._get_compared(target, values)
-        return Made(target, values, compared, complete=complete, composed=plan.composed)
+        return Made(target, values, compared, complete=complete, composed=plan.composed, in_order=plan.in_order)
 
     def _get_compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
         """Return the values that an instance is compared by."""
@@ -179,7 +179,9 @@ class Reader:
         """Check the ranges of a config's fields; without problems so far, check them against each other too."""
         ranges = get_ranges(target.bases)
         found: ProblemList = [
-            ((name,), said) for name, allowed in ranges.items() if (said := allowed.problem(data.get(name)))
+            ((name,), said)
+            for name, allowed in ranges.items()
+            if (value := data.get(name)) is not None and (said := allowed.problem(value))
         ]
         if known:
             found = [problem for problem in found if problem[0] not in {path[:1] for path, _ in known}]
@@ -193,7 +195,8 @@ class Reader:
         """Read the value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
         if key != GENERATION_FIELD or (lookup := self._lookup.for_settings(target, value)) is None:
             return self.value(value, type_)
-        return GenerationSettings(Reader(lookup, self._omitted).value(value, ANYTHING).values)
+        read = Reader(lookup, self._omitted).value(value, ANYTHING)
+        return GenerationSettings(read.values) if isinstance(read, Made) else read
 
     def _read_unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """Read a key that is not a field; refuse it unless the class accepts any keyword."""

@@ -68,16 +68,16 @@ def find_wrong_settings(settings: object, *, vocab_size: object, seq_length: obj
     """
     get_changed = getattr(settings, "to_diff_dict", dict)
     given = settings if isinstance(settings, Mapping) else get_changed()
-    for name in _TOKENS:
-        beyond = [token for token in _find_integers(given.get(name)) if _exceeds(token, vocab_size, by=1)]
+    for name in filter(given.__contains__, _TOKENS):
+        beyond = [token for token in _find_integers(given[name]) if _exceeds(token, vocab_size, by=1)]
         if beyond:
             yield (
                 name,
                 f"token ids must be less than vocab_size = {describe_value(vocab_size)}, "
                 f"got {describe_value(max(beyond))}",
             )
-    for name in _LENGTHS:
-        if any(_exceeds(length, seq_length) for length in _find_integers(given.get(name))):
+    for name in filter(given.__contains__, _LENGTHS):
+        if any(_exceeds(length, seq_length) for length in _find_integers(given[name])):
             length, limit = describe_value(given[name]), describe_value(seq_length)
             yield name, f"must be at most seq_length = {limit}, got {length}"
 

@@ -69,6 +69,9 @@ class Made(_StandIn):
     composed: tuple[str, ...] = ()
     """The fields whose values may contain placeholders; all others are plain data."""
 
+    in_order: bool = False
+    """Whether the values are all arguments of the constructor, in its order."""
+
     def _key(self) -> object:
         if self.compared == ():
             return Made, id(self)
