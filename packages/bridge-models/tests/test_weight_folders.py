@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
-from huggingface_weights import Weights, carry
+from huggingface_weights import Weights, convert_weights
 from safetensors.torch import save_file
 
 from bridge.models.errors import WeightsError
@@ -28,7 +28,7 @@ def build(config: dict[str, Any]) -> tuple[Weights, Weights]:
     """Build a model of transformers; return its tensors in memory, and its weights by Megatron-Core's names."""
     model = build_transformers_model(config)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    expected = carry(model.config, state)
+    expected = convert_weights(model.config, state)
     if config.get("tie_word_embeddings", model.config.model_type == "gpt2"):
         state.pop("lm_head.weight")
     return state, expected
@@ -80,7 +80,7 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     model = build_transformers_model(UNTIED)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    check(tmp_path, carry(model.config, model.state_dict()))
+    check(tmp_path, convert_weights(model.config, model.state_dict()))
 
 
 def test_a_single_file_is_preferred_over_an_index_as_in_transformers(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_names_of_version_5_in_memory(case: str, tmp_path: Path) -> None:
 def test_names_that_version_5_saves(case: str, tmp_path: Path) -> None:
     model = build_transformers_model(MODELS[case])
     model.save_pretrained(tmp_path)
-    check(tmp_path, carry(model.config, model.state_dict()))
+    check(tmp_path, convert_weights(model.config, model.state_dict()))
 
 
 def test_several_precisions_in_one_folder(tmp_path: Path) -> None:

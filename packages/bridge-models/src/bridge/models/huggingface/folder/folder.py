@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.config.errors import Problem
+from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.config_json import load_config_json
@@ -34,7 +34,7 @@ class Folder:
     """The document by dotted path, with defaults."""
 
     stored: Mapping[str, Stored]
-    """Its tensors by the names of the weight table."""
+    """The tensors that are read, by the names of the weight table."""
 
     match: Match
     notes: list[str]
@@ -44,17 +44,20 @@ def open_folder(path: str | Path) -> Folder:
     """Read config.json and the headers of all tensors, and account for each of them.
 
     Raises:
-        DocumentError: config.json is invalid, or describes a model that Megatron-Core does not have.
+        DocumentError: config.json is invalid, or describes a model that Megatron-Core does not have, or one whose
+            weights are quantized in a way that is not read.
         WeightsError: The tensors are not those of the model: all problems, by name.
     """
     path = Path(path)
-    given = load_config_json(str(path))
-    with given.locate_problems():
-        converted = from_hf(given.data)
-    _check_quantization(path, given.data)
-    architecture = find_architecture(given.data)
+    config = load_config_json(str(path / "config.json"))  # not "-", which is standard input
+    with config.locate_problems():
+        _check_quantization(config.data)
+        converted = from_hf(config.data)
+    architecture = find_architecture(config.data)
     fields = read_fields(converted.data)
-    entries = list(architecture.weights(Sizes(fields)))
+    sizes = Sizes(fields)
+    _check_sizes(path, sizes)
+    entries = list(architecture.weights(sizes))
     known = {name for entry in entries for name in list_tensors(entry)}
     stored, outside = rename(pair_scales(read_headers(path)), base=architecture.base, known=known)
     found = match(entries, stored, unused=architecture.unused_tensors)
@@ -64,14 +67,15 @@ def open_folder(path: str | Path) -> Folder:
     if outside:
         first = format_tensor(outside[0])
         notes.append(f"{len(outside)} tensors outside the language model are left out, {first} the first of them")
-    return Folder(path, architecture.model_type, converted.data, fields, stored, found, notes)
+    used = {name: tensor for name, tensor in stored.items() if name in known}
+    return Folder(path, architecture.model_type, converted.data, fields, used, found, notes)
 
 
-def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
+def _check_quantization(config: Mapping[str, Any]) -> None:
     """Check that config.json says nothing else about quantization than what is read.
 
     Raises:
-        WeightsError: The weights are quantized in another way.
+        DocumentError: The weights are quantized in another way.
     """
     settings = config.get(QUANTIZATION)
     if settings is None:
@@ -86,8 +90,23 @@ def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
         message = f"expected {_BLOCK}, got {json.dumps(block)[:60]}: FP8 with other blocks is not read"
     else:
         return
-    raise WeightsError([Problem(where, message, str(path / "config.json"))])
+    raise DocumentError([Problem(where, message)])
 
 
+def _check_sizes(path: Path, sizes: Sizes) -> None:
+    """Check that the table of the model is not too long to be written out.
+
+    Raises:
+        WeightsError: It is.
+    """
+    layers = sizes.layers + sizes.encoder_layers + sizes.predictions
+    parts = layers * ((sizes.experts or 0) + 3 * max(sizes.heads, sizes.groups))
+    if parts > _MOST_PARTS or any(isinstance(size, int) and size > _LARGEST_SIZE for size in vars(sizes).values()):
+        message = "describes a model of more layers, heads or experts, or of larger ones, than weights are read for"
+        raise WeightsError([Problem(str(path / "config.json"), message)])
+
+
+_MOST_PARTS = 1_000_000  # DeepSeek-V3 has 79,000; each takes 2 us and 200 bytes
+_LARGEST_SIZE = 2**31
 _METHODS = ("fp8", "mxfp4")
 _BLOCK = [FP8_BLOCK, FP8_BLOCK]

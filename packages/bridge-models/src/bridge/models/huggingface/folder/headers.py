@@ -8,7 +8,9 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -65,6 +67,7 @@ def format_tensor(name: str) -> str:
 
 
 _LONGEST_NAME = 200
+_MOST_TENSORS = 1_000_000  # DeepSeek-V3 has 91,991
 
 
 def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str, Header]:
@@ -74,7 +77,7 @@ def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str,
     for name, listed in files.items():
         file = folder / name
         try:
-            found = {header.name: header for header in _read_file(file)}
+            found = {header.name: header for header in islice(_read_file(file), _MOST_TENSORS - len(headers))}
         except (SafetensorError, OSError) as error:
             problems.append(Problem(str(file), _explain_broken(file, error)))
             continue
@@ -85,6 +88,8 @@ def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str,
                 Problem(str(file), f"has {format_tensor(one)}, which {INDEX} does not list in it") for one in unlisted
             ]
         headers |= found
+        if len(headers) >= _MOST_TENSORS:
+            raise WeightsError([Problem(str(file), f"the folder has {_MOST_TENSORS:,} tensors or more")])
     if problems:
         raise WeightsError(problems)
     return headers
@@ -93,7 +98,7 @@ def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str,
 def _read_file(file: Path) -> Iterator[Header]:
     _check_regular(file)
     with safe_open(file, framework="np") as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+        for name in sorted(opened.keys()):
             described = opened.get_slice(name)
             yield Header(file, name, described.get_dtype(), tuple(described.get_shape()))
 
@@ -109,9 +114,17 @@ def _check_regular(file: Path) -> None:
 
 
 def _explain_broken(file: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"is not there, but {INDEX} lists tensors in it"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    return f"is not a whole safetensors file: {error}"
+    with file.open("rb") as stream:
+        if stream.read(len(_GIT_LFS)) == _GIT_LFS:
+            return "is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+    return f"is not a whole safetensors file: {format_tensor(str(error))}"
+
+
+_GIT_LFS = b"version https://git-lfs"
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -124,7 +137,7 @@ def _read_index(index: Path) -> dict[str, str]:
         _check_regular(index)
         if index.stat().st_size > _LARGEST_INDEX:
             raise OSError(f"larger than {_LARGEST_INDEX:,} bytes")
-        read = json.loads(index.read_text(encoding="utf-8"))
+        read = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_make_mapping)
     except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise WeightsError([Problem(str(index), f"cannot be read as JSON: {reason}")]) from error
@@ -138,7 +151,16 @@ def _read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-_LARGEST_INDEX = 100_000_000  # safetensors allows headers of this size
+_LARGEST_INDEX = 30_000_000  # bytes: reading JSON takes twenty times its size; DeepSeek-V3's has 9 MB
+
+
+def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise ValueError("a key is given twice")
+    return mapping
+
+
 _FILE = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
 
 
