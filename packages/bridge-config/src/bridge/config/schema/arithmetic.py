@@ -52,7 +52,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
 
 def _check_ranges(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
     """Return the problems of fields (separated by spaces) whose range applies to some models only."""
-    return [(name, said) for name in names.split() if (said := allowed.problem(getattr(config, name)))]
+    return [(name, message) for name in names.split() if (message := allowed.problem(getattr(config, name)))]
 
 
 # --- Transformers
@@ -90,14 +90,14 @@ def _check_heads(config: Any) -> Problems:
 
 def _check_experts(config: Any) -> Problems:
     # TransformerConfig checks these without experts too.
-    wrong = _check_ranges(config, "moe_shared_expert_intermediate_size", COUNT)
-    wrong += _check_ranges(config, "moe_router_group_topk", NOT_NEGATIVE)
+    problems = _check_ranges(config, "moe_shared_expert_intermediate_size", COUNT)
+    problems += _check_ranges(config, "moe_router_group_topk", NOT_NEGATIVE)
     if _reads_layer_kinds(config):
-        wrong += _check_ranges(config, "moe_layer_freq", COUNT)
+        problems += _check_ranges(config, "moe_layer_freq", COUNT)
     if config.num_moe_experts is not None:
-        wrong += _check_ranges(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk", COUNT)
-        wrong += _check_ranges(config, "moe_router_num_groups", NOT_NEGATIVE)
-    yield from wrong or _check_routing(config)
+        problems += _check_ranges(config, "moe_ffn_hidden_size moe_latent_size moe_router_topk", COUNT)
+        problems += _check_ranges(config, "moe_router_num_groups", NOT_NEGATIVE)
+    yield from problems or _check_routing(config)
 
 
 def _reads_layer_kinds(config: Any) -> bool:
@@ -158,8 +158,8 @@ def _check_expert_groups(config: Any, *, has_experts: bool) -> Problems:
 
 def _check_windows(config: Any) -> Problems:
     if config.window_size:
-        wrong = _check_ranges(config, "window_attn_skip_freq", COUNT)
-        yield from wrong or _check_layer_flags(config, "window_attn_skip_freq", "0 (all tokens) or 1 (window)")
+        problems = _check_ranges(config, "window_attn_skip_freq", COUNT)
+        yield from problems or _check_layer_flags(config, "window_attn_skip_freq", "0 (all tokens) or 1 (window)")
 
 
 def _check_no_rope_layers(config: Any) -> Problems:
@@ -197,9 +197,9 @@ def _check_latent_attention(config: Any) -> Problems:
     if not config.multi_latent_attention:
         return
     sizes = "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim"
-    wrong = _check_ranges(config, sizes, COUNT)
-    yield from wrong
-    if not wrong and config.qk_pos_emb_head_dim % 2:
+    problems = _check_ranges(config, sizes, COUNT)
+    yield from problems
+    if not problems and config.qk_pos_emb_head_dim % 2:
         yield "qk_pos_emb_head_dim", f"must be even, got {config.qk_pos_emb_head_dim}: channels are rotated in pairs"
 
 
@@ -228,8 +228,8 @@ def _check_hybrid_layers(model: Any) -> Problems:
     pattern, transformer = model.hybrid_layer_pattern, model.transformer
     if pattern is None:
         pattern = hybrid_pattern.MAMBA * transformer.num_layers
-    elif (said := hybrid_pattern.find_problem(pattern, transformer.num_layers)) is not None:
-        yield "hybrid_layer_pattern", said
+    elif (message := hybrid_pattern.find_problem(pattern, transformer.num_layers)) is not None:
+        yield "hybrid_layer_pattern", message
         return
     if hybrid_pattern.EXPERTS in pattern and not transformer.num_moe_experts:
         yield (
@@ -251,7 +251,7 @@ def _check_hybrid_layers(model: Any) -> Problems:
             "per layer, and a hybrid layer is one",
         )
     if hybrid_pattern.MAMBA in pattern:
-        yield from ((f"transformer.{name}", said) for name, said in _check_mamba_sizes(transformer))
+        yield from ((f"transformer.{name}", message) for name, message in _check_mamba_sizes(transformer))
 
 
 _VARIANTS = {"dsa": hybrid_pattern.SPARSE_ATTENTION, "gated_delta_net": hybrid_pattern.DELTA_NET}
@@ -300,9 +300,9 @@ def count_mamba_heads(config: Any) -> int:
 
 
 def _check_mamba_sizes(config: Any) -> Problems:
-    wrong = _check_ranges(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
-    yield from wrong
-    if wrong:
+    problems = _check_ranges(config, "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads", COUNT)
+    yield from problems
+    if problems:
         return
     size, groups = config.mamba_head_dim, config.mamba_num_groups
     if config.mamba_num_heads is None and 2 * config.hidden_size % size:

@@ -51,12 +51,12 @@ def check_class(cls: type) -> None:
 
 def _check_builder(name: str, builder: object) -> None:
     if isinstance(builder, type):
-        said = f"a class: write its dotted name, '{builder.__module__}.{builder.__qualname__}'"
+        message = f"a class: write its dotted name, '{builder.__module__}.{builder.__qualname__}'"
     elif not isinstance(builder, str) or "." not in builder.strip("."):
-        said = f"{builder!r}: write the dotted name of the builder's class, such as 'my_package.MyBuilder'"
+        message = f"{builder!r}: write the dotted name of the builder's class, such as 'my_package.MyBuilder'"
     else:
         return
-    raise TargetError(f"{name}.builder is {said}")
+    raise TargetError(f"{name}.builder is {message}")
 
 
 def _check_decorated(cls: type) -> None:
