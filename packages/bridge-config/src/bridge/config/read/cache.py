@@ -1,9 +1,9 @@
 """Caches that reading keeps between documents.
 
-They make `from_dict` fast, which reads the same few classes repeatedly. Which fields of a mapping need a
-closer look depends on its keys and the types of its values alone, and a text in a place of one type stands for the
-same thing as long as no name changes its meaning. Measured with the GPT config of `tests/benchmarks/config.py`: 190 us
-with both, 370 us without the plans, 280 us without the texts.
+They make `from_dict` fast, which reads the same few classes repeatedly. Which fields of a mapping need a closer look
+depends only on its keys and the types of its values, and a text in a place of one type has the same meaning until the
+registry changes. Measured with the preset llama-3.1-8b as `as_dict` writes it: 210 us with all caches, 320 us without
+the plans, 322 us without the texts, 224 us without the classes.
 """
 
 from __future__ import annotations
