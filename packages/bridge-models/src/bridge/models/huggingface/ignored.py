@@ -33,6 +33,9 @@ IGNORED = frozenset(
         "torchscript",
         "use_bfloat16",
         "use_mamba_kernels",
+        # left by the GGUF file that transformers read the model from
+        "_model_name_or_path",
+        "unk_token_id",
         # heads for other tasks
         "classifier_dropout",
         "finetuning_task",
