@@ -63,7 +63,7 @@ def test_every_rule_has_a_reason() -> None:
     assert all(rule.why for rule in list_rules())
 
 
-def problems(setting: Setting, world_size: int) -> list[str]:
+def find_problems(setting: Setting, world_size: int) -> list[str]:
     """Return the problems that the check reports."""
     config = setting.make_config()
     setup = preflight.Setup(
@@ -83,13 +83,13 @@ def problems(setting: Setting, world_size: int) -> list[str]:
 
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_each_case_is_refused_only_by_its_rule(name: str) -> None:
-    found = problems(EVERY_CASE[name].refused, EVERY_CASE[name].world_size)
+    found = find_problems(EVERY_CASE[name].refused, EVERY_CASE[name].world_size)
     assert [problem.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_the_suggested_setting_passes(name: str) -> None:
-    assert problems(EVERY_CASE[name].advised, EVERY_CASE[name].world_size) == []
+    assert find_problems(EVERY_CASE[name].advised, EVERY_CASE[name].world_size) == []
 
 
 def make_setup(setting: Setting, groups: ProcessGroupCollection | None = None) -> preflight.Setup:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/preflight.md"
 
 sys.path.insert(0, str(ROOT / "tests"))
-from test_preflight import EVERY_CASE, every_rule, problems  # type: ignore[import-not-found]  # noqa: E402
+from test_preflight import EVERY_CASE, find_problems, list_rules  # type: ignore[import-not-found]  # noqa: E402
 
 from bridge.dist.checks.preflight import Rule  # noqa: E402
 
@@ -40,7 +40,7 @@ come last.
 
 def make_section(rule: Rule) -> str:
     """Return the section about a rule."""
-    message = problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
+    message = find_problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
     origin = f"Seen in {rule.seen}." if rule.seen else "Follows from arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
     unseen = f" The common test does not show the failure: {rule.not_shown}." if rule.not_shown else ""
@@ -49,7 +49,7 @@ def make_section(rule: Rule) -> str:
 
 def main(*args: str) -> int:
     """Write the page, or check it."""
-    text = "\n".join([HEAD, *map(make_section, every_rule())])
+    text = "\n".join([HEAD, *map(make_section, list_rules())])
     if args != ("--check",):
         PAGE.write_text(text)
     elif text != PAGE.read_text():
