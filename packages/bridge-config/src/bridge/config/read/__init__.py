@@ -1,4 +1,4 @@
-"""Reading documents: brought to their present form, checked against descriptions, and made into configurations.
+"""Reads documents: migrates them, checks them against descriptions, and builds configurations.
 
-It may import `write`, `schema` and what lies below them, and the readers of other systems' documents.
+It may import `write`, `schema` and the modules below them, and `foreign`.
 """

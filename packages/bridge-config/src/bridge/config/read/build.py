@@ -1,4 +1,4 @@
-"""From what a document says to objects: configs are constructed, names become what they stand for."""
+"""Builds objects from what a reader returns: constructs configs and replaces names by the objects they name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerCo
 
 
 def build(value: object) -> Any:
-    """The object that `value`, as a reader gave it, stands for; what stands for nothing is itself.
+    """Return the object that `value`, from a reader, describes; plain values are returned unchanged.
 
     Raises:
         ReadError: a constructor refuses its values.
@@ -52,7 +52,7 @@ def _build_enum_member(value: EnumMember) -> object:
 
 
 def _find_live(target: Target) -> Target:
-    """A description with its object; one of the table is looked up by name."""
+    """Return a description that has its object; one from the table is looked up by name."""
     if target.obj is not None:
         return target
     try:
@@ -72,7 +72,7 @@ def _build_partial(value: Partial) -> object:
 
 
 def _build_list(values: list[Any]) -> list[Any]:
-    """`values` themselves if they stand for nothing else."""
+    """Return `values` with its items built; the same list if all items are plain."""
     if _MAKERS.keys().isdisjoint(map(type, values)):
         return values
     return _build_each(enumerate(values))
@@ -131,20 +131,20 @@ _MAKERS: dict[type, Callable[[Any], Any]] = {
 
 
 def _construct(target: Target, values: dict[str, Any], *, complete: bool, in_order: bool) -> object:
-    """An instance of a class; with `complete` values it has just these, whatever its constructor derives.
+    """Return an instance of a class; if `complete`, its state is exactly `values`, whatever the constructor derives.
 
     Raises:
         ReadError: the constructor refuses the values.
     """
     try:
-        # By position, Python does not compare 300 names with 300 names.
+        # By keyword, Python compares 300 names with 300 names: 530 us instead of 23 us.
         made = target.obj(*values.values()) if in_order else target.obj(**values)
-    except Exception as error:  # whatever its own checks raise is about these values
+    except Exception as error:  # any exception of the constructor is about these values
         made = _construct_without_derived(target, values) if complete else None
         if made is None:
-            said = str(error) or type(error).__name__
-            raise make_error(f"{target.short_name} refuses these values: {said}") from error
-    # A named tuple or typed dict is what its constructor was given.
+            reason = str(error) or type(error).__name__
+            raise make_error(f"{target.short_name} refuses these values: {reason}") from error
+    # Named tuples and typed dicts derive nothing.
     if complete and not target.open and not isinstance(made, (tuple, dict)):
         _restore_values(made, values, target, in_order=in_order)
     return made
@@ -159,7 +159,10 @@ _TURNED_INTO = {
 
 
 def _construct_without_derived(target: Target, values: dict[str, Any]) -> object | None:
-    """The instance with the state `values` of a class that refuses its own state; None if it refuses it rightly."""
+    """Return a TransformerConfig with the state `values`, which its constructor refuses; None if the values are wrong.
+
+    A deprecated field is refused beside the fields that the constructor derives from it, so these are left out.
+    """
     if TRANSFORMER_CONFIG not in target.bases:
         return None
     derived = {name: values[name] for old, new in _TURNED_INTO.items() if values.get(old) for name in new}
@@ -171,10 +174,10 @@ def _construct_without_derived(target: Target, values: dict[str, Any]) -> object
 
 
 def _restore_values(made: object, values: dict[str, Any], target: Target, *, in_order: bool) -> None:
-    """Put back what the constructor of `made` turned into something else.
+    """Restore the values that the constructor of `made` replaced.
 
-    Only for a mapping that gives every field, as `as_dict` writes it: that is the state of an object, whose derived
-    values may have been changed. A mapping that gives some is a description, and the constructor has the last word.
+    Only for a mapping with every field, as `as_dict` writes it: it is the state of an object, whose derived values may
+    have been changed after construction. In a mapping with some of the fields, what the constructor derives counts.
     """
     state = getattr(made, "__dict__", {})
     now = state.values() if in_order and tuple(state) == target.positional else map(state.get, values)

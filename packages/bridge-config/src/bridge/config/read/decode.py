@@ -225,11 +225,11 @@ def _check_omissions(entries: object) -> ProblemList:
             continue
         path, reason = entry["path"], entry["reason"]
         if not _is_path(path):
-            said = f"expected a path such as '$.transformer.init_method', got {describe_value(path)}"
-            found.append((("_omitted_", i, "path"), said))
+            message = f"expected a path such as '$.transformer.init_method', got {describe_value(path)}"
+            found.append((("_omitted_", i, "path"), message))
         if not isinstance(reason, str) or not reason.isprintable() or len(reason) > _MAX_REASON:
-            said = f"expected one line of at most {_MAX_REASON:,} characters, got {describe_value(reason)}"
-            found.append((("_omitted_", i, "reason"), said))
+            message = f"expected one line of at most {_MAX_REASON:,} characters, got {describe_value(reason)}"
+            found.append((("_omitted_", i, "reason"), message))
     return found
 
 
@@ -250,8 +250,8 @@ def _find_omitted_fields(entries: list[dict[str, str]], data: dict[str, Any]) ->
             f"{format_path(parse_path(entry['path']))} ({entry['reason']})" for entry in entries[:MAX_PROBLEMS]
         )
         more = f" and {len(entries) - MAX_PROBLEMS:,} more" if len(entries) > MAX_PROBLEMS else ""
-        said = f"the document was written without {what}{more}: defaults are used"
-        warn(said, OmittedWarning)
+        message = f"the document was written without {what}{more}: defaults are used"
+        warn(message, OmittedWarning)
     return fields
 
 

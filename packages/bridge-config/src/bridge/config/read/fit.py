@@ -1,4 +1,4 @@
-"""Whether a class, a named thing or a live value fits the place that an annotation describes."""
+"""Checks whether classes, named objects and live values fit an annotation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.config.schema.values import EnumMember, Made, Named, Partial
 
 
 def accepts_instance(member: Member, target: Target) -> bool:
-    """Whether an instance of the class `target` is a value of `member`."""
+    """Return whether an instance of the class `target` is a value of `member`."""
     match member:
         case Anything():
             return True
@@ -25,11 +25,11 @@ def accepts_instance(member: Member, target: Target) -> bool:
 
 
 def accepts_object(target: Target, member: Member) -> bool:
-    """Whether the named thing itself is a value of `member`."""
+    """Return whether the named object itself is a value of `member`."""
     match member:
         case Anything():
             return True
-        case Function():  # configs, builders and enumerations can be called too, but are no functions
+        case Function():  # configs, builders and enumerations are callable, but not functions
             return target.kind in ("function", "class")
         case Class(bound):
             is_class = target.kind in ("class", "config", "enum", "builder")
@@ -43,7 +43,7 @@ def accepts_object(target: Target, member: Member) -> bool:
 
 
 def accepts_value(value: object, member: Member) -> bool:
-    """Whether a live value, or a stand-in for one, is a value of `member`."""
+    """Return whether `value`, live or not built yet, is a value of `member`."""
     match value:
         case Named(target):
             return accepts_object(target, member)
@@ -63,7 +63,7 @@ def accepts_value(value: object, member: Member) -> bool:
         case Instance(name, cls, only):
             if only and getattr(value, "name", None) not in only:
                 return False
-            # Not every class can be asked: of a typed dict, say, nothing is an instance.
+            # isinstance raises a TypeError for a typed dict.
             if cls is not None and not is_typeddict(cls):
                 return isinstance(value, cls)
             return name in map(get_document_name, type(value).__mro__)
@@ -72,5 +72,5 @@ def accepts_value(value: object, member: Member) -> bool:
 
 
 def describe_kind(target: Target) -> str:
-    """What sort of thing a name turned out to stand for."""
+    """Describe what a name stands for, for a message."""
     return f"a {target.kind}" if target.kind in ("function", "dtype", "value") else f"the class {target.short_name}"

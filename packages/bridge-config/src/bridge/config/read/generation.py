@@ -1,4 +1,4 @@
-"""Generation settings of a document: whether they fit the model, and the object of transformers once somebody asks."""
+"""Generation settings of a document: checked against the model, and built as a GenerationConfig on first read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bridge.config.write.defaults import encode_default
 
 
 def build_generation_config(settings: GenerationSettings) -> object:
-    """The object of transformers with these settings; the settings where it is not installed, or may not be named.
+    """Return the GenerationConfig with these settings; the settings themselves where transformers is not available.
 
     Raises:
         ConfigError: transformers refuses the settings.
@@ -30,19 +30,19 @@ def build_generation_config(settings: GenerationSettings) -> object:
         target = LiveLookup().named(GENERATION_CONFIG)
         return build(Made(target, dict(settings), composed=tuple(settings)))
     except ReadError as error:
-        said = "; ".join(f"{format_path((FIELD, *path))}: {message}" for path, message in error.problems)
-        raise ConfigError(said) from error.__cause__
+        problems = "; ".join(f"{format_path((FIELD, *path))}: {message}" for path, message in error.problems)
+        raise ConfigError(problems) from error.__cause__
 
 
 def check_settings(data: dict[str, Any], target: Target) -> ProblemList:
-    """What is wrong with the generation settings of a model, going by the fields that say how large it is."""
+    """Check the generation settings of a model against its vocabulary and sequence length."""
     if (settings := data.get(FIELD)) is None:
         return []
     sizes = {
         name: data.get(name, encode_default(target, name)) if name in target.fields else None
         for name in ("vocab_size", "seq_length")
     }
-    return [((FIELD, name), said) for name, said in find_wrong_settings(settings, **sizes)]
+    return [((FIELD, name), message) for name, message in find_wrong_settings(settings, **sizes)]
 
 
 def _is_installed() -> bool:
@@ -50,5 +50,5 @@ def _is_installed() -> bool:
         return False
     try:
         return find_spec(GENERATION_CONFIG.partition(".")[0]) is not None
-    except (ImportError, ValueError):  # something keeps it from being imported
+    except (ImportError, ValueError):  # it is blocked or replaced in sys.modules
         return False

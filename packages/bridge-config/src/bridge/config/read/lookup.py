@@ -1,4 +1,4 @@
-"""What names stand for: the objects of this process, or the descriptions of the table."""
+"""Look up names among the objects of this process, or in the shipped table of descriptions."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class Lookup(Protocol):
     """Finds the descriptions that names stand for."""
 
     def named(self, name: str, *, suggest: bool = True) -> Target:
-        """What documents may call `name`; raises TargetError, which may suggest another name, if nothing."""
+        """Return the description of `name`; raise TargetError if documents may not use it."""
         ...
 
     def of(self, member: Instance | Class) -> Target | None:
-        """The class that an annotation names; None if it is known by name only."""
+        """Return the class that an annotation names; None if only its name is known."""
         ...
 
     def dtype(self, name: str) -> Target | None:
-        """The dtype called `name`, with or without `torch.`; None if there is none."""
+        """Return the dtype called `name`, with or without `torch.`; None if there is none."""
         ...
 
     def for_settings(self, target: Target, value: object) -> Lookup | None:
-        """The lookup for the generation settings `value` of a config `target`, if these stay data here."""
+        """Return the lookup for the generation settings `value` of a config `target` if they are kept as data."""
         ...
 
 
 class LiveLookup:
-    """The objects of this process: what was registered, what distributions declare."""
+    """Finds the objects of this process: registered, or declared by installed distributions."""
 
     def named(self, name: str, *, suggest: bool = True) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
@@ -48,7 +48,7 @@ class LiveLookup:
 
     def dtype(self, name: str) -> Target | None:
         torch = sys.modules.get("torch")
-        # vars, not getattr: torch imports modules for the asking.
+        # vars, not getattr: torch imports modules on attribute access.
         found = vars(torch).get(name.removeprefix("torch.")) if torch else None
         return describe(found) if is_dtype(type(found)) else None
 
@@ -57,7 +57,7 @@ class LiveLookup:
 
 
 class TableLookup:
-    """Descriptions, the shipped ones first: the verdict is the same with and without the described libraries."""
+    """Finds descriptions, shipped ones first: verdicts do not depend on which libraries are installed."""
 
     def named(self, name: str, *, suggest: bool = True) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
@@ -83,7 +83,7 @@ class TableLookup:
 
 
 def _describe_by_own_name(obj: object, name: str) -> Target:
-    """The description of what documents call `name`, under the one name that it is written with."""
+    """Return the description of `obj`, which documents may call `name`, under the name that is written."""
     return describe(obj, registry.find_document_name(obj) or name)
 
 
@@ -94,7 +94,7 @@ def check_builder(name: str, target: Target, lookup: Lookup, *, suggest: bool = 
         TargetError: it is unknown, no ModelBuilder, or for other configs.
     """
     accepted = registry.find_accepted_config(name)
-    # Loading what is declared under the name defines the builder, which registers it.
+    # Loading a declared builder defines its class, which registers it: look it up again after that.
     found = (
         get_document_name(accepted)
         if accepted

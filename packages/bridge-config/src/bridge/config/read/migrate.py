@@ -187,8 +187,8 @@ class _Step:
             return
         where = self._work.old((*self._path, *path))
         if any(_is_same(value, harmless) for harmless in change.harmless):
-            said = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
-            self._work.result.notes.append(said)
+            note = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
+            self._work.result.notes.append(note)
         else:
             message = f"{self._version} removed it, and {abbreviate(value)} cannot be ignored: {change.reason}"
             self._work.result.problems.append((where, message))
@@ -207,8 +207,8 @@ class _Step:
                 )
                 continue
             went.append((now, new))
-            said = f"{format_path(self._work.old(now))}: now {format_path(new)}, as {self._version} has it"
-            self._work.result.notes.append(said)
+            note = f"{format_path(self._work.old(now))}: now {format_path(new)}, as {self._version} has it"
+            self._work.result.notes.append(note)
         self._work.moved(went)
 
     def _change(self, change: Changed) -> None:
@@ -221,14 +221,14 @@ class _Step:
         if value is MISSING:
             if change.absent is not MISSING and not self._work.is_omitted(here):
                 inside[path[-1]] = _copy(change.absent)
-                said = f"{format_path(here)}: {change.absent!r} written out, its default before {self._version}"
-                self._work.result.notes.append(said)
+                note = f"{format_path(here)}: {change.absent!r} written out, its default before {self._version}"
+                self._work.result.notes.append(note)
             return
         for old, new in change.values:
             if _is_same(value, old):
                 inside[path[-1]] = _copy(new)
-                said = f"{format_path(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
-                self._work.result.notes.append(said)
+                note = f"{format_path(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
+                self._work.result.notes.append(note)
                 return
 
     def _pop(self, path: Path) -> Any:

@@ -49,19 +49,19 @@ class Reader(ValueReader):
         defaults: bool = False,
         suggest: bool = True,
     ) -> None:
-        """Make a reader.
+        """Create a reader.
 
         Args:
             lookup: finds what names stand for.
-            omitted: the fields that the document says it leaves out, by the identity of the mapping they miss from.
-            defaults: whether other fields that it leaves out get their defaults.
+            omitted: the fields that `_omitted_` lists, by the id of the mapping that lacks them.
+            defaults: whether to fill in the defaults of missing fields.
             suggest: whether messages about unknown names suggest others.
         """
         super().__init__(lookup, suggest=suggest)
         self._omitted = omitted or {}
         self._defaults = defaults
         self._views: dict[int, View] = {}
-        """Configs whose fields were checked, by the identity of their mapping."""
+        """Configs whose fields were checked, by the id of their mapping."""
 
     def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Made:
         """Read the mapping, or the whole document, `data` as an instance of the config class `target`."""
@@ -118,10 +118,10 @@ class Reader(ValueReader):
     def _read_defaults(self, target: Target, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Read the defaults of those fields in `names` that have no value."""
         found: dict[str, Any] = {}
-        hints, self._hints = self._hints, 0  # nobody reads why a default is refused
+        hints, self._hints = self._hints, 0  # suggestions would be thrown away
         for name in names:
             if name not in values and (default := encode_default(target, name)) is not MISSING:
-                # It may be one that its annotation denies, or the name of what is not registered.
+                # A default may contradict its annotation, or name an object that is not registered.
                 with suppress(ReadError):
                     found[name] = self.value(default, target.fields[name].type)
         self._hints = hints
@@ -131,9 +131,9 @@ class Reader(ValueReader):
         """Check the ranges of a config's fields; without problems so far, check them against each other too."""
         ranges = get_ranges(target.bases)
         found: ProblemList = [
-            ((name,), said)
+            ((name,), message)
             for name, allowed in ranges.items()
-            if (value := data.get(name)) is not None and (said := allowed.problem(value))
+            if (value := data.get(name)) is not None and (message := allowed.problem(value))
         ]
         if known:
             found = [problem for problem in found if problem[0] not in {path[:1] for path, _ in known}]
@@ -141,7 +141,7 @@ class Reader(ValueReader):
             return found
         embedded = data.get(target.embeds) if target.embeds is not None else None
         view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))
-        return [(parse_path(path), said) for path, said in check_fields(view, target.bases)]
+        return [(parse_path(path), message) for path, message in check_fields(view, target.bases)]
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """Read the value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
@@ -178,6 +178,6 @@ def check_file_fields(data: dict[str, Any], target: Target) -> ProblemList:
     found: ProblemList = []
     for name, content in target.files.items():
         if not data.get(content):
-            said = f"documents cannot name files to read: give the file's content as {content}"
-            found.append(((name,), said) if name in data else ((content,), "required, but missing"))
+            message = f"documents cannot name files to read: give the file's content as {content}"
+            found.append(((name,), message) if name in data else ((content,), "required, but missing"))
     return found

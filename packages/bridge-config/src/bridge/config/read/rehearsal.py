@@ -1,4 +1,4 @@
-"""Reading back what was just written, so that a document says when it is written what its reader will refuse."""
+"""Reads back what was just written, to warn at writing time about whatever a reader would refuse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MODEL: Type = (Instance(MODEL_CONFIG),)
 
 
 class Rehearsal:
-    """The rehearsal of one document; `problems` is what is refused, or not read as it was, with its path."""
+    """Reads back one document; `problems` lists what is refused or changed, with paths."""
 
     def __init__(self) -> None:
         self.problems: ProblemList = []
@@ -39,16 +39,16 @@ class Rehearsal:
     def field(
         self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
     ) -> bool:
-        """Read the written form of a field; returns whether it gives `value`.
+        """Read the written form of a field; return whether it is read as `value`.
 
         Args:
             name: the field.
             form: its written form.
-            value: what was written.
-            type_: what the field is annotated with.
-            target: the class that it is a field of.
-            path: where it stands in the document.
-            is_whole: whether nothing was left out of `form`: otherwise it is not expected to give `value`.
+            value: the value that was written.
+            type_: its annotation.
+            target: the class that declares it.
+            path: its place in the document.
+            is_whole: whether nothing was left out of `form`; otherwise it cannot be read as `value`.
         """
         try:
             read = self._reader.field(name, form, type_, target)
@@ -57,7 +57,7 @@ class Rehearsal:
         return not is_whole or self._compare(read, value, path)
 
     def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
-        """Check that a config, whose fields were read already, is one that may stand in a place of this type."""
+        """Check that a config, whose fields were read before, fits a place of this type."""
         try:
             target = self._reader.class_in(form, type_)
         except ReadError as error:
@@ -66,7 +66,7 @@ class Rehearsal:
         return target.obj is type(value) or self._compare(Made(target, {}), value, path)
 
     def document(self, data: dict[str, Any], config: Any) -> None:
-        """Check what only a whole document says: its class, its builder and whether generation settings fit."""
+        """Check what only a whole document has: its class, its builder and its generation settings."""
         if get_qualified_name(type(config)) == MODEL_CONFIG:
             self.problems.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
             return
@@ -93,14 +93,14 @@ class Rehearsal:
 
 
 def check_plain_values(config: object) -> ProblemList:
-    """What is wrong with numbers, texts, truth values and None in fields for nothing else, of embedded configs too.
+    """Check fields that can hold only numbers, strings, booleans or None; embedded configs too.
 
-    Text may be the name of a function or member elsewhere: whoever uses such a field knows better.
+    Other fields are skipped, since a string in them may be the name of a function or an enumeration member.
     """
     reader = Reader(LiveLookup())
     found: ProblemList = []
     for name, field in describe(type(config)).fields.items():
-        value = vars(config).get(field.attribute or name, ...)  # not there: the embedded config has it
+        value = vars(config).get(field.attribute or name, ...)  # ...: the embedded config holds it
         if type(value) in _PLAIN_TYPES and all(isinstance(member, (Plain, Choice)) for member in field.type):
             try:
                 reader.value(value, field.type)
@@ -112,7 +112,7 @@ def check_plain_values(config: object) -> ProblemList:
 
 
 def _find_difference(read: Any, value: Any) -> tuple[Path, str] | None:
-    """The first place where what was read is not what was written, and what it is there."""
+    """Return the first place where the value read differs from the value written, with a message; None if equal."""
     if isinstance(read, (Named, EnumMember)):
         read = build(read)
     if read is value or isinstance(read, GenerationSettings):
@@ -148,7 +148,7 @@ def _find_made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
     if read.target.open:
         return None
     if is_mapping and read.values.keys() != value.keys():
-        return (), "it is read back with other keys"
+        return (), "read back with other keys"
     return _find_first_difference(
         (name, item, value[name] if is_mapping else getattr(value, fields[name].attribute or name))
         for name, item in read.values.items()

@@ -79,7 +79,7 @@ class ValueReader(NameReader, ABC):
         raise make_mismatch_error(self._describe_type(type_), value)
 
     def _read_sequence(self, value: Any, type_: Type, named: str = "") -> Any:
-        """A list as the kind of sequence that the place asks for, or as the kind `named`; a live tuple or set as is."""
+        """Read a list as the expected kind of sequence, or as the kind `named`; a live tuple or set stays one."""
         errors: list[ReadError] = []
         bare = type(value) is list and not named
         kind = named or type(value).__name__
@@ -100,7 +100,7 @@ class ValueReader(NameReader, ABC):
             raise make_error(
                 f"expected {self._describe_type(type_)}, got {f'a {named}' if named else describe_value(value)}"
             )
-        # Of a union's members, the one that fits farthest down is the one that was meant.
+        # Of a union, report the member that matched the deepest: it is probably the intended one.
         raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
     def _read_fixed(self, value: Any, items: tuple[Type, ...]) -> tuple[Any, ...]:
@@ -158,7 +158,7 @@ class ValueReader(NameReader, ABC):
                 return attempt()
             except ReadError as error:
                 errors.append(error)
-        # Of a union's members, the one that fits farthest down is the one that was meant.
+        # Of a union, report the member that matched the deepest: it is probably the intended one.
         raise max(errors, key=lambda error: max(len(path) for path, _ in error.problems))
 
     def _read_dict(self, data: dict[Any, Any], member: Mapping | Anything) -> dict[Any, Any]:
@@ -169,7 +169,7 @@ class ValueReader(NameReader, ABC):
         return _to_dict(zip(keys, values, ((to_path_step(name),) for name in data), strict=True))
 
     def _read_builtin(self, data: dict[str, Any], type_: Type, kind: str) -> Any:
-        """A built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
+        """Read a built-in container or number, written as {_target_: builtins.tuple, _args_: [[...]]}."""
         _check_keys(data, {"_target_", "_args_"})
         args = data.get("_args_")
         if not isinstance(args, list) or len(args) != 1:
@@ -182,13 +182,13 @@ class ValueReader(NameReader, ABC):
             return self._read_pairs(args[0], type_) if kind == "dict" else self._read_sequence(args[0], type_, kind)
 
     def _read_not_finite(self, text: Any, type_: Type) -> Any:
-        """A number that JSON has no notation for."""
+        """Read a number that JSON cannot write: an infinity or NaN."""
         if not isinstance(text, str) or text not in _NOT_FINITE:
             raise make_error(f"expected {' or '.join(map(repr, _NOT_FINITE))}, got {describe_value(text)}")
         return self._read_scalar(_NOT_FINITE[text], type_)
 
     def _read_pairs(self, pairs: list[Any], type_: Type) -> dict[Any, Any]:
-        """A dict, written as a list of its keys and values."""
+        """Read a dict, written as a list of keys and values."""
         found = [member for member in type_ if isinstance(member, (Mapping, Anything))]
         if not found:
             raise make_error(f"expected {self._describe_type(type_)}, got a mapping")
@@ -222,7 +222,7 @@ class ValueReader(NameReader, ABC):
         return Partial(function, args, keywords)
 
     def _read_enum_member(self, data: dict[str, Any], type_: Type) -> Any:
-        """An enumeration member, written as {_target_: module.Enum, _name_: member} where its name would be text."""
+        """Read an enumeration member, written as {_target_: module.Enum, _name_: member} where a name would be text."""
         # Megatron Bridge also writes the member's value, under `_args_`.
         _check_keys(data, {"_target_", "_name_", "_args_"})
         with prefix_path("_target_"):

@@ -1,4 +1,4 @@
-"""The fields of a config by attribute, whether it is a live object or a mapping in a document."""
+"""Gives checks the fields of a mapping in a document as attributes, like those of a live config."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from bridge.config.write.defaults import encode_default
 
 
 class View:
-    """What a config of a document holds once it is made: what is given, defaults, and what its constructor derives.
+    """A config in a document, as it will be constructed: given values, defaults and derived values.
 
-    It has the attributes of the live config, so that a check reads both alike. Enumeration members and functions are
-    their names here, dtypes are written ``torch.bfloat16``, and sequences may be lists where the live config has
-    tuples. An embedded config is a view too; its fields can also be read from the config that embeds it.
+    It has the attributes of the live config, so that a check works for both. Enumeration members and functions are
+    names, dtypes are strings such as ``torch.bfloat16``, and sequences may be lists where the live config has tuples.
+    An embedded config is a view too; its fields can also be read from the config that embeds it.
     """
 
     def __init__(self, data: Mapping[str, Any], target: Target, embedded: object = None) -> None:
-        """Make the view of a mapping that was read without a problem.
+        """Create the view of a mapping that was read without problems.
 
         Args:
             data: The mapping; live values may stand in it.
@@ -33,14 +33,14 @@ class View:
         values.update(data)
         values[_TARGET], values[_EMBEDDED] = target, embedded
         self.derived: frozenset[str] = frozenset()
-        """The fields that are not given, and that the constructor derives."""
+        """The fields that are not given, but derived by the constructor."""
         if embedded is not None and target.embeds is not None:
             values[target.embeds] = embedded
         elif TRANSFORMER in target.bases:
             _set_derived_values(self)
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not given. What an embedded config has too belongs to it.
+        # Called for attributes that are not given. The embedded config owns the fields that both have.
         values = vars(self)
         embedded, fields = values[_EMBEDDED], values[_TARGET].fields
         if embedded is not None and (name not in fields or hasattr(embedded, name)):
@@ -51,7 +51,7 @@ class View:
         return None if default is MISSING else default
 
 
-# No names of fields.
+# These keys cannot collide with field names.
 _TARGET, _EMBEDDED = "(target)", "(embedded)"
 
 

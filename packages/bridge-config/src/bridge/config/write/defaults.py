@@ -1,4 +1,4 @@
-"""The written forms of defaults, made when somebody asks for them."""
+"""Encodes the defaults of fields, on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bridge.config.write.encode import encode_value
 
 
 def encode_default(target: Target, name: str) -> Any:
-    """The default of the field `name` in its written form; MISSING if there is none, or none that can be written."""
+    """Return the written form of a field's default; MISSING if it has no default, or none that can be written."""
     field = target.fields[name]
     if field.make_default is None:
         return field.default

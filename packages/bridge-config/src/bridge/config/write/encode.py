@@ -1,4 +1,4 @@
-"""Encodes objects as plain data of JSON types; drops nothing silently."""
+"""Encodes objects as plain data of JSON types; lists in `_omitted_` whatever it leaves out."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ Omitted = list[dict[str, str]]
 
 
 class ReadBack(Protocol):
-    """Reads what was just written."""
+    """Reads back what was just written."""
 
     def field(
         self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
     ) -> bool:
-        """Whether the written form of a field gives `value`; it need not if something `is_whole` no more."""
+        """Return whether the form of a field is read as `value`; not expected if it is not whole."""
         ...
 
     def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
-        """Whether a config, whose fields were read already, is one that may stand in a place of this type."""
+        """Return whether a config, whose fields were read before, fits a place of this type."""
         ...
 
 
 class _UnwritableError(Exception):
-    """A value has no written form; `path` is where in its document it would stand."""
+    """A value has no written form; `path` is its place in the document."""
 
     def __init__(self, reason: str, path: Path) -> None:
         super().__init__(reason)
@@ -64,7 +64,7 @@ class _UnwritableError(Exception):
         self._path = path
 
     def entry(self, left_out: Path) -> dict[str, str]:
-        """What the document says about `left_out`, the place at or above the value that it goes without."""
+        """Return the entry of `_omitted_` for `left_out`: the path of the value, or of one that contains it."""
         at = "" if left_out == self._path else f"{format_path(self._path)}: "
         return {"path": format_path(left_out), "reason": f"{at}{self._reason}"}
 
@@ -98,7 +98,7 @@ def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack |
     if plan is None:
         cache_shape(target, shape, plan := make_plan(obj, state, target))
     data = _make_heading(target)
-    # What is in the instance is taken as it is there: an attribute may be data that reading makes an object of.
+    # Values come from `__dict__` where they are there: reading an attribute may turn data into an object.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
     texts = get_form_cache(get_generation())
     as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
@@ -152,13 +152,15 @@ def _make_heading(target: Target) -> dict[str, Any]:
 
 
 def _encode_open_config(obj: Any, path: Path, omitted: Omitted) -> dict[str, Any]:
-    """What an instance of a class that takes any keyword says of itself."""
-    said = getattr(obj, OPEN_CLASSES[describe(type(obj)).name])()
-    return {key: _encode_item(value, ANYTHING, (*path, key), omitted) for key, value in said.items() if key[:1] != "_"}
+    """Return the public values of an instance whose class accepts any keyword."""
+    values = getattr(obj, OPEN_CLASSES[describe(type(obj)).name])()
+    return {
+        key: _encode_item(value, ANYTHING, (*path, key), omitted) for key, value in values.items() if key[:1] != "_"
+    }
 
 
 def _encode(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
-    """The written form of one value in a place of this type."""
+    """Return the written form of one value in a place of this type."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, partial):
@@ -192,7 +194,7 @@ _STANDINS = (Named, EnumMember, Made, Partial, GenerationSettings)
 def _encode_standin(
     value: Named | EnumMember | Made | Partial | GenerationSettings, type_: Type, path: Path, omitted: Omitted
 ) -> Any:
-    """The written form of what was read without making objects."""
+    """Return the written form of a value that was read without building objects."""
     if isinstance(value, EnumMember):
         return encode_enum_member(value.name, value.target, type_)
     if isinstance(value, Partial):
@@ -204,13 +206,13 @@ def _encode_standin(
         return {"_target_": GENERATION_CONFIG} | settings
     data = _make_heading(value.target)
     fields = value.target.fields
-    for name, item in _in_order(value.values, fields):
+    for name, item in _sort_values(value.values, fields):
         data[name] = _encode(item, fields[name].type if name in fields else ANYTHING, (*path, name), omitted)
     return data
 
 
-def _in_order(values: dict[str, Any], fields: dict[str, Field]) -> Iterator[tuple[str, Any]]:
-    """Values in the order of their fields; what is no field comes last."""
+def _sort_values(values: dict[str, Any], fields: dict[str, Field]) -> Iterator[tuple[str, Any]]:
+    """Yield values in the order of their fields; keys that are not fields come last."""
     yield from ((name, values[name]) for name in fields if name in values)
     yield from ((name, value) for name, value in values.items() if name not in fields)
 
@@ -219,7 +221,7 @@ def _encode_sequence(value: Any, type_: Type, path: Path, omitted: Omitted) -> A
     if type(value) is list and are_plain(value):
         return value.copy()
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-    # A bare list is read as what the annotation says: if that may be another kind, the kind is written out.
+    # A list without a mark is read as the annotated kind, so any other kind is written out.
     bare = kind is list or find_container_kinds(type_) == {kind.__name__}
     path = path if bare else (*path, "_args_", 0)
     items = [_encode_item(item, get_item_type(type_, i), (*path, i), omitted) for i, item in enumerate(value)]
@@ -229,7 +231,7 @@ def _encode_sequence(value: Any, type_: Type, path: Path, omitted: Omitted) -> A
 
 
 def _sort_key(item: Any) -> tuple[str, Any]:
-    """Sets are written in an order that does not depend on the process."""
+    """Return a key that sorts the items of a set the same way in every process."""
     plain = isinstance(item, (str, int, float))
     return type(item).__name__, item if plain else json.dumps(item, sort_keys=True)
 
