@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bridge.config.errors import Problem, did_you_mean
 from bridge.models.huggingface.folder.headers import format_tensor
-from bridge.models.huggingface.folder.stored import Format, Stored
+from bridge.models.huggingface.folder.stored import Format, Stored, make_problem
 from bridge.models.huggingface.weights.weight import Entry, Part, Repetition, Weight
 
 
@@ -86,7 +86,7 @@ def _find_unknown(
     unknown = [name for name in stored if name not in known and not any(re.fullmatch(one, name) for one in unused)]
     for count, name in enumerate(unknown):
         hint = did_you_mean(name, missing) if count < _MOST_HINTS and len(missing) <= _MOST_CANDIDATES else ""
-        yield _make_problem(stored[name], f"unknown: no weight of the model is made of it{hint}")
+        yield make_problem(stored[name], f"unknown: no weight of the model is made of it{hint}")
 
 
 def _choose_form(weight: Weight, stored: Mapping[str, Stored]) -> tuple[Part, ...]:
@@ -101,25 +101,21 @@ def _choose_form(weight: Weight, stored: Mapping[str, Stored]) -> tuple[Part, ..
 def _check_tensor(part: Part, weight: Weight, tensor: Stored, found: Match) -> None:
     has_more_rows = weight.per_token and tensor.shape[1:] == part.shape[1:] and tensor.shape[0] > part.shape[0]
     if tensor.problem is not None:
-        found.problems.append(_make_problem(tensor, tensor.problem))
+        found.problems.append(make_problem(tensor, tensor.problem))
     elif tensor.format is Format.MXFP4 and not part.transposed:
-        found.problems.append(_make_problem(tensor, "is stored as MXFP4, which is read for gpt-oss only"))
+        found.problems.append(make_problem(tensor, "is stored as MXFP4, which is read for gpt-oss only"))
     elif has_more_rows:
         rows = f"{tensor.shape[0]:,} rows: those beyond vocab_size, {part.shape[0]:,}, are left out"
         found.notes.append(f"{format_tensor(tensor.values.name)} has {rows}")
     elif tensor.shape != part.shape:
         message = f"expected the shape {list(part.shape)}, got {list(tensor.shape)}"
-        found.problems.append(_make_problem(tensor, message))
+        found.problems.append(make_problem(tensor, message))
 
 
 def _check_repetition(entry: Repetition, stored: Mapping[str, Stored], found: Match) -> None:
     tensor, expected = stored[entry.tensor], stored[entry.of].shape
     if tensor.problem is not None:
-        found.problems.append(_make_problem(tensor, tensor.problem))
+        found.problems.append(make_problem(tensor, tensor.problem))
     elif tensor.shape != expected:
         message = f"expected the shape {list(expected)} of {entry.of}, which it repeats, got {list(tensor.shape)}"
-        found.problems.append(_make_problem(tensor, message))
-
-
-def _make_problem(tensor: Stored, message: str) -> Problem:
-    return Problem(format_tensor(tensor.values.name), message, str(tensor.values.file))
+        found.problems.append(make_problem(tensor, message))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 
-from bridge.config.errors import Problem
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.folder.headers import format_tensor
-from bridge.models.huggingface.folder.stored import Stored
+from bridge.models.huggingface.folder.stored import Stored, make_problem
 
 
 def rename(stored: Mapping[str, Stored], *, base: str, known: Set[str]) -> tuple[dict[str, Stored], list[str]]:
@@ -36,7 +35,7 @@ def rename(stored: Mapping[str, Stored], *, base: str, known: Set[str]) -> tuple
         first = renamed.setdefault(_replace_prefix(name, prefix, base), tensor)
         if first is not tensor:
             message = f"is the same weight as {format_tensor(first.values.name)}: expected one of the two"
-            problems.append(Problem(format_tensor(tensor.values.name), message, str(tensor.values.file)))
+            problems.append(make_problem(tensor, message))
     if problems:
         raise WeightsError(problems)
     return renamed, outside

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from bridge.config.errors import Problem
 from bridge.models.huggingface.folder.headers import Header, format_tensor
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -42,6 +43,11 @@ class Stored:
     def dtype(self) -> str:
         """The precision in which it is written back, as safetensors spells it."""
         return self.values.dtype if self.format is Format.PLAIN else "BF16"
+
+
+def make_problem(tensor: Stored, message: str) -> Problem:
+    """Return a problem of a tensor, with the name and the file that it has in the folder."""
+    return Problem(format_tensor(tensor.values.name), message, str(tensor.values.file))
 
 
 def pair_scales(headers: Mapping[str, Header]) -> dict[str, Stored]:

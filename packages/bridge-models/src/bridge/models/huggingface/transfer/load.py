@@ -14,9 +14,11 @@ from bridge.dist.engine.meta import allocate_stages
 from bridge.dist.engine.placement import Placement, named_buffers, named_parameters
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.folder.folder import Folder, open_folder
+from bridge.models.huggingface.folder.stored import make_problem
 from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.regions import find_regions
 from bridge.models.huggingface.transfer.tensors import CHUNK, TensorReader
+from bridge.models.huggingface.weights.language_model import OUTPUT
 from bridge.models.huggingface.weights.weight import Part, Repetition, Weight
 
 
@@ -100,8 +102,12 @@ def _check_repetitions(folder: Folder, reader: TensorReader) -> None:
     problems = []
     for one in folder.match.repeated:
         if not _are_equal(one, folder, reader):
-            message = f"differs from {one.of}, but config.json ties the two: set tie_word_embeddings to false in it"
-            problems.append(Problem(one.tensor, message))
+            reason = (
+                "config.json ties the two: set tie_word_embeddings to false in it"
+                if one.tensor == OUTPUT
+                else "Megatron-Core has one parameter for both"
+            )
+            problems.append(make_problem(folder.stored[one.tensor], f"differs from {one.of}, but {reason}"))
     if problems:
         raise WeightsError(problems)
 

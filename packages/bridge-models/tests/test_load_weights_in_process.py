@@ -1,0 +1,147 @@
+"""What load_weights refuses or loads that transformers has no model for, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_cases import MODELS
+from huggingface_models import build_transformers_model
+from huggingface_weights import Weights
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from safetensors.torch import load_file
+from weight_folders import read_weights, write
+
+from bridge.config import ModelConfig
+from bridge.dist.cpu import cpu_runtime
+from bridge.dist.engine.placement import named_buffers, named_parameters
+from bridge.models.errors import WeightsError
+from bridge.models.huggingface import from_hf, load_weights
+from bridge.models.huggingface.folder.folder import open_folder
+from bridge.models.huggingface.transfer.names import canonicalize_name
+
+Groups = ProcessGroupCollection
+PREDICTING = MODELS["deepseek_v3"] | {"num_nextn_predict_layers": 1}
+EXTRA = "model.layers.2."
+"""The prefix of the layer of multi-token prediction, which comes after the last of the model."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu(pg_collection: Groups) -> Iterator[None]:
+    with cpu_runtime():
+        yield
+
+
+def build_model(config: dict[str, Any], groups: Groups) -> Any:
+    """Return the model that Bridge builds from a config.json."""
+    read: Any = ModelConfig.from_dict(from_hf(config).data)
+    read.transformer.use_cpu_initialization = True
+    read.finalize()
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    return read.get_builder_cls()(read).build_model(groups)
+
+
+def list_tensors(model: Any, groups: Groups) -> Weights:
+    """Return the parameters and buffers of a model by the names of weight tables."""
+    found = [*named_parameters(model, groups), *named_buffers(model, groups)]
+    return {canonicalize_name(placement.full_name): tensor.detach() for placement, tensor, _ in found}
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    """The tensors of a small DeepSeek-V3, named as those of the published one, which transformers does not load."""
+    folder = tmp_path_factory.mktemp("saved")
+    build_transformers_model(MODELS["deepseek_v3"]).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
+    extra = {
+        name.replace("model.layers.1.", EXTRA): torch.randn(one.shape, generator=generator)
+        for name, one in last.items()
+    }
+    for name, shape in {"enorm": (32,), "hnorm": (32,), "eh_proj": (32, 64), "shared_head.norm": (32,)}.items():
+        extra[f"{EXTRA}{name}.weight"] = torch.randn(shape, generator=generator)
+    extra[f"{EXTRA}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    extra[f"{EXTRA}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return tensors | extra
+
+
+def test_multi_token_prediction_is_loaded(state: Weights, pg_collection: Groups, tmp_path: Path) -> None:
+    folder = open_folder(write(tmp_path, PREDICTING, state))
+    model = build_model(PREDICTING, pg_collection)
+    built = list_tensors(model, pg_collection)
+    assert {name: tuple(tensor.shape) for name, tensor in built.items()} == {
+        name: weight.shape for name, (weight, _) in folder.match.weights.items()
+    }
+    load_weights([model], folder, pg_collection)
+    loaded = list_tensors(model, pg_collection)
+    expected = read_weights(folder)
+    assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == []
+    for ours, theirs in {
+        "enorm": "enorm",
+        "hnorm": "hnorm",
+        "eh_proj": "eh_proj",
+        "final_layernorm": "shared_head.norm",
+        "mtp_model_layer.pre_mlp_layernorm": "post_attention_layernorm",
+        "mtp_model_layer.self_attention.linear_proj": "self_attn.o_proj",
+        "mtp_model_layer.mlp.router": "mlp.gate",
+        "mtp_model_layer.mlp.shared_experts.linear_fc2": "mlp.shared_experts.down_proj",
+    }.items():
+        assert torch.equal(loaded[f"mtp.layers.0.{ours}.weight"], state[f"{EXTRA}{theirs}.weight"]), ours
+    experts = "mtp.layers.0.mtp_model_layer.mlp.experts.linear_fc2.weight"
+    for expert in range(16):
+        assert torch.equal(loaded[f"{experts}{expert}"], state[f"{EXTRA}mlp.experts.{expert}.down_proj.weight"])
+
+
+def test_multi_token_prediction_needs_no_copies(state: Weights, pg_collection: Groups, tmp_path: Path) -> None:
+    copies = (f"{EXTRA}embed_tokens.weight", f"{EXTRA}shared_head.head.weight")
+    open_folder(write(tmp_path, PREDICTING, {name: one for name, one in state.items() if name not in copies}))
+
+
+@pytest.mark.parametrize(
+    ("copy", "original"),
+    [("embed_tokens.weight", "model.embed_tokens.weight"), ("shared_head.head.weight", "lm_head.weight")],
+)
+def test_multi_token_prediction_with_another_embedding_is_an_error(
+    copy: str, original: str, state: Weights, pg_collection: Groups, tmp_path: Path
+) -> None:
+    changed = state[original].clone()
+    changed[95, 31] += 1
+    write(tmp_path, PREDICTING, state | {f"{EXTRA}{copy}": changed})
+    with pytest.raises(WeightsError) as error:
+        load_weights([build_model(PREDICTING, pg_collection)], tmp_path, pg_collection)
+    assert str(error.value).startswith(f"{tmp_path}/model.safetensors: {EXTRA}{copy}: differs from {original}, ")
+    assert "tie_word_embeddings" not in str(error.value)
+
+
+def test_layers_that_config_json_does_not_mention_are_an_error(state: Weights, tmp_path: Path) -> None:
+    write(tmp_path, MODELS["deepseek_v3"], state)
+    with pytest.raises(WeightsError, match=rf"{EXTRA}.*: unknown"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama 3.2, tied", "gpt2", "t5, 1.0"])
+def test_tied_output_layer_that_differs_is_an_error(case: str, pg_collection: Groups, tmp_path: Path) -> None:
+    model = build_transformers_model(MODELS[case])
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tensors["lm_head.weight"][-1, -1] += 1
+    write(tmp_path, MODELS[case], tensors)
+    with pytest.raises(WeightsError) as error:
+        load_weights([build_model(MODELS[case], pg_collection)], tmp_path, pg_collection)
+    (problem,) = error.value.problems
+    assert (problem.path, problem.file) == ("lm_head.weight", f"{tmp_path}/model.safetensors")
+    assert "set tie_word_embeddings to false" in problem.message
+
+
+def test_tied_output_layer_that_is_equal_is_loaded(pg_collection: Groups, tmp_path: Path) -> None:
+    case = MODELS["llama 3.2, tied"]
+    model = build_transformers_model(case)
+    write(tmp_path, case, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+    built = build_model(case, pg_collection)
+    load_weights([built], tmp_path, pg_collection)
+    embedding = list_tensors(built, pg_collection)["embedding.word_embeddings.weight"]
+    assert torch.equal(embedding, model.state_dict()["lm_head.weight"])
