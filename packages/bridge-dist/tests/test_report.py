@@ -37,6 +37,7 @@ ON_GPUS = BuildReport(
     layout={"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1},
     wrap="ddp",
     distributed_optimizer=True,
+    weights=None,
     layers="pytorch",
     device="cuda",
     device_name="NVIDIA H100 80GB HBM3",

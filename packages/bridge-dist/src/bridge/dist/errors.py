@@ -48,6 +48,10 @@ class TrainingError(DistError, ValueError):
     """A training run cannot be set up with these options."""
 
 
+class LoadError(DistError, ValueError):
+    """There are no weights to load at a path. Says what is expected."""
+
+
 class LaunchError(DistError, RuntimeError):
     """Local ranks could not be started, or one of them failed. Names the rank and the reason."""
 

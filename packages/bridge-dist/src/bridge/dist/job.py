@@ -40,6 +40,8 @@ class BuildJob:
     dp: int | None = None
     training: TrainOptions | None = None
     modelopt_checkpoint: Path | None = None
+    weights: Path | None = None
+    """A folder to load the initial weights from (``bridge.dist.loaders``); None draws them."""
 
     def make_builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
         """Make the builder that a configuration names.

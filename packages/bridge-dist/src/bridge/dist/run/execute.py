@@ -20,6 +20,7 @@ from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import BuildJob, get_vocab_size, read_text
 from bridge.dist.layout import Layout
+from bridge.dist.loaders import find_loader
 from bridge.dist.run.peak_memory import reset_peak_memory
 from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
@@ -49,8 +50,8 @@ def build_and_train(
 ) -> BuiltRank:
     """Build and wrap the stages of this rank, and train them if the job asks for it.
 
-    Collective. Modifies ``config``: adds hooks and, for training, sets dropout to zero. With ``show_steps`` rank 0
-    prints the loss of each step to standard error.
+    Collective. Modifies ``config``: adds hooks, does not initialise weights that are loaded and, for training, sets
+    dropout to zero. With ``show_steps`` rank 0 prints the loss of each step to standard error.
     """
     reset_peak_memory()  # an earlier job of this process may have used more
     builder = job.make_builder(config)
@@ -63,19 +64,27 @@ def build_and_train(
         draw_weights(stages, groups, vocab_size=get_vocab_size(config))
         return stages
 
+    def load(stages: list[MegatronModule]) -> list[MegatronModule]:
+        assert job.weights is not None
+        find_loader(job.weights).load(stages, job.weights, groups)
+        return stages
+
     def record_placements(stages: list[MegatronModule]) -> list[MegatronModule]:
         # Before wrapping: FSDP shards parameters when it wraps.
         placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
-    # compose_hooks: the last of the model's own hooks may return None. Weights are drawn first, so that hooks
-    # can change them.
+    # compose_hooks: the last of the model's own hooks may return None. Weights are drawn or loaded first, so
+    # that hooks can change them.
     hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), record_placements]
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
             _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
-        if job.modelopt_checkpoint is None:
+        if job.modelopt_checkpoint is None and job.weights is None:
             hooks.insert(0, draw)
+    if job.weights is not None:
+        builder.transformer_config.perform_initialization = False
+        hooks.insert(0, load)
     config.pre_wrap_hooks = hooks
     options = job.make_options(builder.transformer_config)
     stages = builder.build_distributed_models(

@@ -41,13 +41,15 @@ class BuildReport:
     includes it. Batch sizes are None if nothing was trained. ``step_seconds`` is the mean on the slowest rank without
     the first step, which warms up; None if there was no other step. ``model_flops`` are the FLOPs that the model needs
     for a step (``bridge.dist.train.flops``). ``device_peak_flops`` is the dense bf16 peak per second of a rank's
-    device; None for unknown devices and in full precision. ``document`` includes ``overrides`` and the layout.
+    device; None for unknown devices and in full precision. ``weights`` is the path that the initial weights were
+    loaded from; None if they were drawn. ``document`` includes ``overrides`` and the layout.
     """
 
     world_size: int
     layout: dict[str, int]
     wrap: str
     distributed_optimizer: bool
+    weights: str | None
     layers: str
     device: Literal["cuda", "cpu"]
     device_name: str | None

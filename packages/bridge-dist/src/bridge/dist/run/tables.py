@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def render_report(report: BuildReport) -> list[RenderableType]:
     """Render a report for a terminal: ranks and stages, memory, training steps, and totals."""
+    from rich.markup import escape
+
     parts: list[RenderableType] = [_make_ranks_table(report), _make_memory_table(report)]
     if report.losses:
         parts.append(_make_steps_table(report))
@@ -24,6 +26,8 @@ def render_report(report: BuildReport) -> list[RenderableType]:
     if report.padded_parameters != report.parameters:
         total += f" ({report.padded_parameters:,} with the padded vocabulary)"
     parts.append(total)
+    origin = "random" if report.weights is None else f"loaded from {escape(report.weights)}"
+    parts.append(f"initial weights: {origin}")
     if report.step_seconds is not None:
         parts.append(f"step time: {report.step_seconds:.3f} s (mean without the first step, which warms up)")
     if report.tokens_per_second_per_gpu is not None:

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from bridge.config import BridgeError, Document
+from bridge.config.documents.folders import is_folder
 from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.tracebacks import format_error
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
+from bridge.dist.errors import LoadError
+from bridge.dist.loaders import find_loader
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, add_training_options, device_option, make_train_options
-from bridge.dist.run.commands.output import print_parts
+from bridge.dist.run.commands.output import print_notes, print_parts
 from bridge.dist.run.devices import Device
 from bridge.dist.run.pool import launch
 from bridge.dist.run.rank_environment import RankEnvironment
@@ -45,8 +48,10 @@ if TYPE_CHECKING:
 @click.option(
     "--load",
     type=click.Path(path_type=Path),
-    help="With restore_modelopt_state: checkpoint that holds the ModelOpt state and the weights.",
+    help="Load the weights of this Hugging Face folder. With restore_modelopt_state: those of this checkpoint, and the "
+    "ModelOpt state.",
 )
+@click.option("--random-init", is_flag=True, help="With a folder as FILE: draw the weights instead of loading them.")
 @device_option
 @add_training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -59,6 +64,7 @@ def build(
     distributed_optimizer: bool,
     steps: int | None,
     load: Path | None,
+    random_init: bool,
     device: str,
     text: Path | None,
     global_batch_size: int,
@@ -73,17 +79,19 @@ def build(
     FILE is a document, the name of a preset, a Hugging Face folder, or - for standard input.
 
     Initial weights depend on the parameter's name only, and the global batch is the same under every layout: losses and
-    gradient norms do not depend on the layout. With --load the weights come from the checkpoint.
+    gradient norms do not depend on the layout. If FILE is a folder, its weights are loaded.
     """
     place = RankEnvironment.read(os.environ) if nproc is None else None
     if file == STANDARD_INPUT and place is not None:
         raise click.UsageError("ranks started by torchrun or srun cannot share standard input: pass a file name")
+    if load is not None and random_init:
+        raise click.UsageError("--load and --random-init exclude each other: give one of them")
+    is_leader = place is None or place.rank == 0
     with _report_errors(place):
         document = Document.load(file, overrides)
         notes = document.migrate()  # before the layout is written in the current form
-        if place is None or place.rank == 0:
-            for note in notes:
-                click.echo(f"{file}: note: {note}", err=True)
+        if is_leader:
+            print_notes(file, notes)
         apply_layout(document, {name: value for name, value in sizes.items() if value is not None})
         ranks = (nproc or 1) if place is None else place.world_size
         refuse_before_imports(
@@ -93,6 +101,11 @@ def build(
             dp=dp,
             distributed_optimizer=distributed_optimizer,
         )
+        weights = _choose_weights(document, load, random_init=random_init)
+        if weights is not None:
+            found = _check_weights(weights, is_file=load is None)
+            if is_leader:
+                print_notes(weights, [note for note in found if note not in notes])
         start_method = prepare(Device(device), place, ranks=nproc or 1)
         config = document.config()
 
@@ -109,13 +122,31 @@ def build(
             distributed_optimizer=distributed_optimizer,
             dp=dp,
             training=training,
-            modelopt_checkpoint=load,
+            modelopt_checkpoint=None if weights else load,
+            weights=weights,
         )
         job.check(config, ranks)
         job.make_builder(config).check_restore()
         report = run_rank(job) if place else launch(run_rank, job, ranks=ranks, start_method=start_method)
-    if place is None or place.rank == 0:
+    if is_leader:
         _print_report(report, as_json=as_json)
+
+
+def _choose_weights(document: Document, load: Path | None, *, random_init: bool) -> Path | None:
+    """Return the folder to load the weights of; None to draw them, or to restore them with a ModelOpt state."""
+    if load is not None:
+        return None if document.data.get("restore_modelopt_state") else load
+    return Path(document.source) if is_folder(document.source) and not random_init else None
+
+
+def _check_weights(folder: Path, *, is_file: bool) -> list[str]:
+    """Check a folder of weights before any rank starts; return notes."""
+    try:
+        return find_loader(folder).check(folder)
+    except BridgeError as error:
+        if not is_file:
+            raise
+        raise LoadError(f"{error}\nTo draw the weights instead of loading them, give --random-init") from error
 
 
 @contextlib.contextmanager

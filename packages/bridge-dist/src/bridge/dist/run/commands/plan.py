@@ -21,7 +21,7 @@ from bridge.dist.plan.request import PlanRequest
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, CommandT
-from bridge.dist.run.commands.output import print_parts
+from bridge.dist.run.commands.output import print_notes, print_parts
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.pool import start_fork_server
 from bridge.dist.wrapper import Wrapper
@@ -174,8 +174,7 @@ def plan(
         if request.dp is not None or html is not None:
             raise click.UsageError("--search does not accept --dp, which follows from the other sizes, or --html")
     document = Document.load(file, overrides)
-    for note in document.migrate():
-        click.echo(f"{file}: note: {note}", err=True)
+    print_notes(file, document.migrate())
     if search:
         _search_layouts(document, request, _make_from_options(Machine, options), as_json=as_json)
     else:

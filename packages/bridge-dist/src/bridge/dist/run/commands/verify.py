@@ -10,7 +10,7 @@ import click
 
 from bridge.config import Document
 from bridge.dist.run.commands.options import SIZE, add_training_options, device_option, make_train_options
-from bridge.dist.run.commands.output import print_parts
+from bridge.dist.run.commands.output import print_notes, print_parts
 from bridge.dist.run.devices import Device
 from bridge.dist.run.start import prepare
 
@@ -44,8 +44,7 @@ def verify(
     """
     start_method = prepare(Device(device), None, ranks=nproc)
     document = Document.load(file, overrides)
-    for note in document.migrate():
-        click.echo(f"{file}: note: {note}", err=True)
+    print_notes(file, document.migrate())
 
     from bridge.dist.run import verify as verification
     from bridge.dist.run.progress import show_progress

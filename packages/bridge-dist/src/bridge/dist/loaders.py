@@ -1,0 +1,57 @@
+"""Load weights from a folder, by what installed distributions declare.
+
+An entry point of the group `bridge.loaders` has the name of a file, such as `config.json`, and a `Loader` for folders
+with that file. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bridge.dist.errors import LoadError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import MegatronModule
+
+GROUP = "bridge.loaders"
+
+
+class Loader(Protocol):
+    """Loads one kind of folder."""
+
+    def check(self, folder: Path) -> list[str]:
+        """Check a folder before any rank starts, and return notes for the user.
+
+        Raises:
+            BridgeError: It cannot be loaded.
+        """
+
+    def load(self, stages: Sequence[MegatronModule], folder: Path, pg_collection: ProcessGroupCollection) -> None:
+        """Load the weights of a folder into the stages of this rank, before they are wrapped. Collective.
+
+        Raises:
+            BridgeError: They are not those of the model.
+        """
+
+
+def find_loader(folder: Path) -> Loader:
+    """Return the loader of a folder.
+
+    Raises:
+        LoadError: No installed distribution loads such a folder.
+    """
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    for point in points:
+        if os.path.lexists(folder / point.name):
+            loader: Loader = point.load()
+            return loader
+    expected = " or ".join(f"a folder with {point.name}" for point in points) or "a folder: pip install bridge-models"
+    raise LoadError(
+        f"{folder}: there are no weights to load here: expected {expected}; to restore a checkpoint of ModelOpt, set "
+        "restore_modelopt_state to true"
+    )
