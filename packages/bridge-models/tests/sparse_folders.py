@@ -12,7 +12,7 @@ from typing import Any
 Tensor = tuple[str, tuple[int, ...]]
 """The dtype, as safetensors spells it, and the shape."""
 
-ITEM_SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+ITEM_SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, files: int) -> None:
@@ -82,3 +82,29 @@ def _list_matrices(layer: int) -> Iterator[tuple[str, tuple[int, int]]]:
         yield f"{module}.gate_proj", (width, 7168)
         yield f"{module}.up_proj", (width, 7168)
         yield f"{module}.down_proj", (7168, width)
+
+
+def list_gpt_oss(layers: int, experts: int) -> dict[str, Tensor]:
+    """Return the tensors of gpt-oss, as it is published."""
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": ("BF16", (201088, 2880)),
+        "model.norm.weight": ("BF16", (2880,)),
+        "lm_head.weight": ("BF16", (201088, 2880)),
+    }
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = "BF16", (2880,)
+        rows = {"self_attn.q_proj": 4096, "self_attn.k_proj": 512, "self_attn.v_proj": 512, "mlp.router": experts}
+        for name, count in rows.items():
+            tensors[f"{prefix}{name}.weight"] = "BF16", (count, 2880)
+            tensors[f"{prefix}{name}.bias"] = "BF16", (count,)
+        tensors[f"{prefix}self_attn.o_proj.weight"] = "BF16", (2880, 4096)
+        tensors[f"{prefix}self_attn.o_proj.bias"] = "BF16", (2880,)
+        tensors[f"{prefix}self_attn.sinks"] = "BF16", (64,)
+        for name, count in {"gate_up_proj": 2 * 2880, "down_proj": 2880}.items():
+            scales = (experts, count, 2880 // 32)
+            tensors[f"{prefix}mlp.experts.{name}_bias"] = "BF16", (experts, count)
+            tensors[f"{prefix}mlp.experts.{name}_scales"] = "U8", scales
+            tensors[f"{prefix}mlp.experts.{name}_blocks"] = "U8", (*scales, 16)
+    return tensors

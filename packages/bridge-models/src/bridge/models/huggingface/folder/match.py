@@ -91,11 +91,11 @@ def _find_unknown(
 
 def _choose_form(weight: Weight, stored: Mapping[str, Stored]) -> tuple[Part, ...]:
     """Return the first form whose tensors are all there; failing that, one that has some of them."""
-
-    def count_missing(form: tuple[Part, ...]) -> int:
-        return len({part.tensor for part in form if part.tensor not in stored})
-
-    return min(weight.forms, key=lambda form: (count_missing(form) > 0, not any(p.tensor in stored for p in form)))
+    for has in (all, any):
+        for form in weight.forms:
+            if has(part.tensor in stored for part in form):
+                return form
+    return weight.forms[0]
 
 
 def _check_tensor(part: Part, weight: Weight, tensor: Stored, found: Match) -> None:

@@ -38,7 +38,7 @@ class Weight:
     """A parameter of the whole, unsharded model."""
 
     name: str
-    """Its name in Megatron-Core, in the spelling of ``folder.names``."""
+    """Its name in Megatron-Core, in the spelling of ``transfer.names``."""
 
     shape: Shape
     """Its shape without the rows that pad the vocabulary."""
