@@ -30,7 +30,7 @@ Outcome = dict[str, Any]
 def read_all(program: Path, *reader: str) -> dict[str, Outcome]:
     """Return what a reader does with every document, or Bridge with every folder, by name."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, program, *reader, folder]
+        command = [sys.executable, str(program), *reader, folder]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     outcomes: dict[str, Outcome] = json.loads(output)
     return outcomes

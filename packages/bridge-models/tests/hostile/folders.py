@@ -100,7 +100,7 @@ def write_shards(folder: Path, changes: Mapping[str, str | None] = NO_CHANGES) -
     for file, part in zip(SHARDS, (names[:6], names[6:]), strict=True):
         write_tensors(folder / file, make_header({name: SHAPES[name] for name in part}))
         listed |= dict.fromkeys(part, file)
-    write_index(folder, {name: file for name, file in (listed | changes).items() if file is not None})
+    write_index(folder, {name: file for name, file in {**listed, **changes}.items() if file is not None})
 
 
 def drop(*names: str) -> Shapes:
