@@ -14,7 +14,7 @@ import sys
 RUN = "from bridge.config.cli.entry import main\nmain(['plan', 'tiny'])\n"
 SIDES = {
     "as it is": RUN,
-    "with the compiler": "from bridge.dist import imports\nimports.import_megatron = lambda **_: None\n" + RUN,
+    "with the compiler": "from bridge.dist.process import imports\nimports.import_megatron = lambda **_: None\n" + RUN,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -237,7 +236,6 @@ def _finish(partial: Path, folder: Path, layout: FileLayout, config: dict[str, A
     for file, header in layout.headers.items():
         with (partial / file).open("r+b") as opened:
             opened.write(header)
-            os.fsync(opened.fileno())
     if (index := layout.make_index()) is not None:
         (partial / INDEX).write_bytes(index)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -38,9 +38,8 @@ class TensorWriter:
             self._write_matrix(group, parameter)
 
     def close(self) -> None:
-        """Close the files when their bytes are on the disk."""
+        """Close the files."""
         for descriptor in self._files.values():
-            os.fsync(descriptor)
             os.close(descriptor)
         self._files.clear()
 
