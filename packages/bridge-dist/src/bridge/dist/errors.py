@@ -52,6 +52,10 @@ class LoadError(DistError, ValueError):
     """There are no weights to load at a path. Says what is expected."""
 
 
+class ComparisonError(DistError, RuntimeError):
+    """The library that weights come from cannot compute logits to compare with. Says why."""
+
+
 class LaunchError(DistError, RuntimeError):
     """Local ranks could not be started, or one of them failed. Names the rank and the reason."""
 

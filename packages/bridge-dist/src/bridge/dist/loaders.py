@@ -1,4 +1,4 @@
-"""Load weights from a folder, by what installed distributions declare.
+"""Load weights from a folder by what installed distributions declare.
 
 An entry point of the group `bridge.loaders` has the name of a file, such as `config.json`, and a `Loader` for folders
 with that file. Importing this module does not import torch.
@@ -12,9 +12,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from bridge.config import BridgeError
 from bridge.dist.errors import LoadError
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import MegatronModule
 
@@ -38,6 +40,17 @@ class Loader(Protocol):
             BridgeError: They are not those of the model.
         """
 
+    def compute_logits(self, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the library that the folder comes from, in fp32, [samples, sequence, vocabulary].
+
+        Args:
+            folder: The folder.
+            tokens: [samples, sequence]; an encoder-decoder gets them on both sides.
+
+        Raises:
+            ComparisonError: The library is not installed, or cannot run the model.
+        """
+
 
 def find_loader(folder: Path) -> Loader:
     """Return the loader of a folder.
@@ -55,3 +68,21 @@ def find_loader(folder: Path) -> Loader:
         f"{folder}: there are no weights to load here: expected {expected}; to restore a checkpoint of ModelOpt, set "
         "restore_modelopt_state to true"
     )
+
+
+def check_weights(folder: Path, *, is_file: bool) -> list[str]:
+    """Check a folder of weights before any rank starts, and return notes for the user.
+
+    Args:
+        folder: The folder.
+        is_file: Whether it is FILE of a command, which can also draw weights.
+
+    Raises:
+        BridgeError: It cannot be loaded.
+    """
+    try:
+        return find_loader(folder).check(folder)
+    except BridgeError as error:
+        if not is_file:
+            raise
+        raise LoadError(f"{error}\nTo draw the weights instead of loading them, give --random-init") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
@@ -47,11 +48,13 @@ def build_and_train(
     groups: ProcessGroupCollection,
     *,
     show_steps: bool = False,
+    before_training: Callable[[list[MegatronModule]], None] | None = None,
 ) -> BuiltRank:
     """Build and wrap the stages of this rank, and train them if the job asks for it.
 
     Collective. Modifies ``config``: adds hooks, does not initialise weights that are loaded and, for training, sets
     dropout to zero. With ``show_steps`` rank 0 prints the loss of each step to standard error.
+    ``before_training`` is called with the wrapped stages.
     """
     reset_peak_memory()  # an earlier job of this process may have used more
     builder = job.make_builder(config)
@@ -94,6 +97,8 @@ def build_and_train(
         use_torch_fsdp2=options.use_torch_fsdp2,
         wrap_with_ddp=options.wrap_with_ddp,
     )
+    if before_training is not None:
+        before_training(stages)
     steps: list[Step] = []
     if job.training is not None:
         text = read_text(job.training, config)

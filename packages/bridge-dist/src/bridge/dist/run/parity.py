@@ -11,13 +11,18 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
 from torch.distributed.tensor import DTensor
 
+from bridge.dist.engine.forward import ForwardStep
 from bridge.dist.engine.placement import Placement
 from bridge.dist.job import BuildJob
+from bridge.dist.layout import Layout
 from bridge.dist.run.devices import forbid_tf32
 from bridge.dist.run.execute import BuiltRank, build_and_train
 from bridge.dist.run.rank import join_job
+from bridge.dist.train.logits import compute_logits
 from bridge.dist.train.optimizer import LEARNING_RATE
 
 
@@ -33,6 +38,8 @@ class TrainingResult:
     grad_norms: list[float | None]
     weight_difference: float
     parameter: str
+    logits_difference: float | None = None
+    """The largest difference of the first logits from the expected ones, relative to the largest of those."""
 
 
 def train_reference(job: BuildJob, weights: Path) -> TrainingResult:
@@ -44,11 +51,51 @@ def train_reference(job: BuildJob, weights: Path) -> TrainingResult:
         return compare_weights(run, weights)
 
 
-def train_and_compare(job: BuildJob, weights: Path) -> TrainingResult:
-    """Train as one of several ranks and compare the final weights with those of a file. Collective."""
+def train_and_compare(job: BuildJob, weights: Path, logits: Path | None = None) -> TrainingResult:
+    """Train as one of several ranks and compare the final weights with those of a file. Collective.
+
+    Args:
+        job: The job.
+        weights: The file of ``train_reference``.
+        logits: Tokens and the logits that the model must compute before it is trained; None to compare none.
+    """
     forbid_tf32()
+    differences: list[float] = []
     with join_job(job) as (config, layout, groups):
-        return compare_weights(build_and_train(job, config, layout, groups), weights)
+
+        def compare(stages: list[MegatronModule]) -> None:
+            if logits is not None:
+                step = job.make_builder(config).logits_step
+                differences.append(compare_logits(stages, groups, layout, logits, logits_step=step))
+
+        run = build_and_train(job, config, layout, groups, before_training=compare)
+        result = compare_weights(run, weights)
+    return replace(result, logits_difference=differences[0] if differences else None)
+
+
+def compare_logits(
+    stages: list[MegatronModule],
+    groups: ProcessGroupCollection,
+    layout: Layout,
+    expected: Path,
+    *,
+    logits_step: ForwardStep,
+) -> float:
+    """Return the largest relative difference of the logits of a model from those of a file. Collective."""
+    saved = torch.load(expected, map_location="cpu", mmap=True, weights_only=True)
+    for stage in stages:
+        stage.eval()
+    logits = compute_logits(stages, groups, layout, saved["tokens"].unsqueeze(1), logits_step=logits_step)
+    for stage in stages:
+        stage.train()
+    difference = 0.0  # on stages without logits
+    if logits is not None:
+        theirs = saved["logits"]
+        ours = logits[..., : theirs.shape[-1]].float().cpu()
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, math.inf if math.isnan(difference) else difference)
+    return max(everyone)
 
 
 def save_weights(run: BuiltRank, file: Path) -> None:

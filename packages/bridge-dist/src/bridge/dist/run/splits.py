@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from bridge.config import Document
 from bridge.dist.document_layout import replace_layout
+from bridge.dist.errors import LayoutError
 from bridge.dist.wrapper import Wrapper
 
 
@@ -99,3 +101,24 @@ def list_cases(world_size: int) -> list[tuple[Split, Wrapping]]:
     """Return the layouts and wrappers that `bridge verify` tries on ``world_size`` ranks."""
     single = [(split, wrapping) for split in list_single_splits(world_size) for wrapping in WRAPPINGS]
     return single + [(split, _SHARDED_OPTIMIZER) for split in list_product_splits(world_size)]
+
+
+def select_cases(world_size: int, names: Sequence[str]) -> list[tuple[Split, Wrapping]]:
+    """Return the cases of some layouts, such as ``tp2 sp`` or ``tp2 sp dp2``, or ``tp2 with torch-fsdp2``.
+
+    Raises:
+        LayoutError: No case has one of the names.
+    """
+    cases = list_cases(world_size)
+    known = [_list_names(split, wrapping, world_size) for split, wrapping in cases]
+    for name in names:
+        if not any(name in each for each in known):
+            layouts = ", ".join(dict.fromkeys(split.format_name(world_size) for split, _ in cases))
+            raise LayoutError(f"no layout {name!r} on {world_size} ranks; the layouts are {layouts}")
+    return [case for case, each in zip(cases, known, strict=True) if each & set(names)]
+
+
+def _list_names(split: Split, wrapping: Wrapping, world_size: int) -> set[str]:
+    name = split.format_name(world_size)
+    layouts = {name, name.rpartition(" ")[0]} - {""}
+    return layouts | {f"{layout} with {wrapping.wrapper}" for layout in layouts}

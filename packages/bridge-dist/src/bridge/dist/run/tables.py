@@ -93,15 +93,19 @@ def render_verification(rows: Sequence[Row]) -> list[RenderableType]:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="largest relative differences from one process", title_justify="left", box=SIMPLE_HEAD)
+    compares_logits = any(row.logits_difference is not None for row in rows)
+    title = "largest relative differences from one process" + (", logits: from transformers" if compares_logits else "")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)  # 80 columns
     for name in ("layout", "wrapper", "verdict"):
         table.add_column(name, no_wrap=True)
-    for name in ("loss", "norm", "weights"):
+    for name in (*(["logits"] if compares_logits else []), "loss", "norm", "weights"):
         table.add_column(name, justify="right", no_wrap=True)
     colours = {"equal": "green", "refused": "yellow"}
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        differences = (row.loss_difference, row.grad_norm_difference, row.weight_difference)
+        differences = [row.loss_difference, row.grad_norm_difference, row.weight_difference]
+        if compares_logits:
+            differences.insert(0, row.logits_difference)
         verdict = f"[{colours.get(row.verdict, 'red')}]{row.verdict}"
         numbers = ["" if difference is None else f"{difference:.1e}" for difference in differences]
         table.add_row(row.layout, row.wrapper, verdict, *numbers)

@@ -17,8 +17,7 @@ from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.tracebacks import format_error
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
-from bridge.dist.errors import LoadError
-from bridge.dist.loaders import find_loader
+from bridge.dist.loaders import check_weights
 from bridge.dist.run.commands.options import SIZE, WRAPPERS, add_training_options, device_option, make_train_options
 from bridge.dist.run.commands.output import print_notes, print_parts
 from bridge.dist.run.devices import Device
@@ -103,7 +102,7 @@ def build(
         )
         weights = _choose_weights(document, load, random_init=random_init)
         if weights is not None:
-            found = _check_weights(weights, is_file=load is None)
+            found = check_weights(weights, is_file=load is None)
             if is_leader:
                 print_notes(weights, [note for note in found if note not in notes])
         start_method = prepare(Device(device), place, ranks=nproc or 1)
@@ -137,16 +136,6 @@ def _choose_weights(document: Document, load: Path | None, *, random_init: bool)
     if load is not None:
         return None if document.data.get("restore_modelopt_state") else load
     return Path(document.source) if is_folder(document.source) and not random_init else None
-
-
-def _check_weights(folder: Path, *, is_file: bool) -> list[str]:
-    """Check a folder of weights before any rank starts; return notes."""
-    try:
-        return find_loader(folder).check(folder)
-    except BridgeError as error:
-        if not is_file:
-            raise
-        raise LoadError(f"{error}\nTo draw the weights instead of loading them, give --random-init") from error
 
 
 @contextlib.contextmanager
