@@ -93,7 +93,7 @@ def compare_logits(
         theirs = saved["logits"]
         ours = logits[..., : theirs.shape[-1]].float().cpu()
         difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    everyone = [0.0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, math.inf if math.isnan(difference) else difference)
     return max(everyone)
 
