@@ -33,7 +33,7 @@ BAD_INPUT = {
     ),
     "no such file": ("missing.yaml", [], "missing.yaml: $: no such file"),
     "a misspelt file": ("goood.yaml", [], "no such file; did you mean 'good.yaml'?"),
-    "a folder": (".", [], ".yaml, .yml or .json"),
+    "a folder": (".", [], ".: $: is a folder without config.json: give a document, or a folder that has it"),
     "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),
     "an override of nothing": ("good.yaml", ["transformer.num_layer=2"], "did you mean 'num_layers'"),
     "a field given to the wrong owner": ("good.yaml", ["num_layers=2"], "give it as transformer.num_layers"),

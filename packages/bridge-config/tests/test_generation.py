@@ -214,7 +214,7 @@ def test_the_largest_token_and_length_are_accepted() -> None:
     assert Document(
         document(written_settings(eos_token_id=10**6), vocab_size=None)
     ).check()  # the size is not known yet
-    with pytest.raises(DocumentError, match="seq_length is 16"):
+    with pytest.raises(DocumentError, match="seq_length = 16"):
         Document(document(written_settings(max_length=32), seq_length=16)).check()
     real = pytest.importorskip("transformers").GenerationConfig(eos_token_id=64)
     assert [name for name, _ in find_wrong_settings(real, vocab_size=64, seq_length=None)] == ["eos_token_id"]

@@ -379,7 +379,7 @@ for name in ("their.Wrong", "their.Gone"):
     said = subprocess.run([sys.executable, "-c", ask, str(tmp_path)], capture_output=True, text=True, check=True).stdout
     found, wrong, gone = said.splitlines()
     assert found == str(Schema(2, (Moved(2, "a", "b"),)).to_json()) + " None"
-    assert wrong == "the schema of 'their.Wrong', declared as 'mine:WRONG', is not a Schema"
+    assert wrong == "the schema of 'their.Wrong', declared as 'mine:WRONG', is not a bridge.config.Schema"
     assert gone.startswith("the schema of 'their.Gone', declared as 'mine:GONE', fails: ")
 
 

@@ -91,7 +91,7 @@ def test_an_invalid_builder_name_is_refused_when_the_class_is_defined() -> None:
             class Undotted(ModelConfig):
                 builder: ClassVar[Any] = name
 
-    with pytest.raises(TargetError, match=f"the class itself: write its name, '{__name__}.Builder'"):
+    with pytest.raises(TargetError, match=f"is a class: write its dotted name, '{__name__}.Builder'"):
 
         class Class(ModelConfig):
             builder = Builder  # type: ignore[assignment]
