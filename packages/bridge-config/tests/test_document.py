@@ -12,6 +12,7 @@ import pytest
 from sample_model import MODEL, TARGET, YAML, Block
 
 from bridge.config import ConfigError, Document, DocumentError, ModelConfig, OmittedWarning, load_config
+from bridge.config.documents import folders
 from bridge.config.documents.overrides import is_override
 from bridge.config.schema.versions import Moved, Schema
 from bridge.config.text.limits import MAX_BYTES
@@ -371,3 +372,38 @@ def test_warnings_point_to_the_calling_line(tmp_path: Path) -> None:
         with pytest.warns(OmittedWarning) as said:
             action()
         assert {warning.filename for warning in said} == {__file__}
+
+
+FOLDER_READER = """
+from bridge.config import Document
+
+def read(folder):
+    return Document({"a": 1}, folder, ["a is always 1"])
+"""
+
+
+def test_an_installed_distribution_reads_folders_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder_reader.py").write_text(FOLDER_READER)
+    installed = tmp_path / "folder_reader-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: folder-reader\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[bridge.folders]\nmodel.ini = folder_reader:read\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "model.ini" in problems(folder)[0]  # what is expected
+    (folder / "model.ini").touch()
+    document = Document.load(folder, ["b=2"])
+    assert (document.data, document.source) == ({"a": 1, "b": 2}, str(folder))
+    assert document.notes == ["a is always 1"]
+
+
+def test_entry_points_of_folders_are_read_for_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1")
+    asked: list[str] = []
+    monkeypatch.setattr(folders, "entry_points", lambda group: asked.append(group) or ())
+    assert Document.load(file).data == {"a": 1}
+    assert asked == []
+    assert "pip install bridge-models" in problems(tmp_path)[0]
+    assert asked == [folders.GROUP]
