@@ -402,7 +402,12 @@ def test_entry_points_of_folders_are_read_for_folders_only(tmp_path: Path, monke
     file = tmp_path / "a.yaml"
     file.write_text("a: 1")
     asked: list[str] = []
-    monkeypatch.setattr(folders, "entry_points", lambda group: asked.append(group) or ())
+
+    def find_none(*, group: str) -> list[object]:
+        asked.append(group)
+        return []
+
+    monkeypatch.setattr(folders, "entry_points", find_none)
     assert Document.load(file).data == {"a": 1}
     assert asked == []
     assert "pip install bridge-models" in problems(tmp_path)[0]
