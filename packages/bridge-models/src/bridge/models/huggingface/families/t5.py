@@ -114,7 +114,7 @@ def _read_output(t: Translation) -> None:
     t.note(f"$.tie_word_embeddings: Megatron-Core's tied output layer has a bias, {tokens:,} more parameters")
     t.note(
         f"$.tie_word_embeddings: transformers multiplies the input of a tied output layer by {size}^-0.5, "
-        f"{size**-0.5:.6g}, Megatron-Core does not: multiply the weight of the decoder's last norm by it"
+        f"{size**-0.5:.6g}, Megatron-Core does not: load_weights multiplies the decoder's last norm by it instead"
     )
 
 
