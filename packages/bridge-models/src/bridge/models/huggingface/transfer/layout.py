@@ -39,13 +39,17 @@ class FileLayout:
     sizes: Mapping[str, int]
     slots: Mapping[str, Slot]
 
+    @property
+    def tensor_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(slot.bytes for slot in self.slots.values())
+
     def make_index(self) -> bytes | None:
         """Return the content of the index; None for a single file, which has none."""
         if len(self.headers) == 1:
             return None
-        total = sum(slot.bytes for slot in self.slots.values())
         files = {name: slot.file for name, slot in sorted(self.slots.items())}
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2).encode()
+        return json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": files}, indent=2).encode()
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, shard_bytes: int = SHARD_BYTES) -> FileLayout:

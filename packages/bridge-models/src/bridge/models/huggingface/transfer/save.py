@@ -30,7 +30,7 @@ from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.regions import Region, find_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Weight
+from bridge.models.huggingface.weights.weight import Repetition, Weight
 
 _CARRIED = (
     "added_tokens.json",
@@ -78,8 +78,9 @@ def save_weights(
     partial = folder.with_name(f"{folder.name}.partial")
     document = model.as_dict()
     config = to_hf(document).data
-    entries = find_architecture(config).weights(Sizes(read_fields(document)))
+    entries = list(find_architecture(config).weights(Sizes(read_fields(document))))
     weights = {entry.name: entry for entry in entries if isinstance(entry, Weight)}
+    repetitions = [entry for entry in entries if isinstance(entry, Repetition) and entry.is_written]
     listed = [one for stage in stages for one in _list_held(stage, weights, pg_collection)]
     held = [one for one in listed if isinstance(one, _Held)]
     problems = [one for one in listed if isinstance(one, Problem)]
@@ -90,9 +91,14 @@ def save_weights(
     gathered = _gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
     _raise_any([problem for found, _ in gathered for problem in found])
     dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
-    layout = lay_out(_list_tensors(weights, dtypes, default), shard_bytes=shard_bytes)
+    layout = lay_out(_list_tensors(weights, repetitions, dtypes, default), shard_bytes=shard_bytes)
     _raise_any([problem for found in _gather(_check_space(partial, layout)) for problem in found])
-    _raise_any([problem for found in _gather(_write(held, partial, layout)) for problem in found])
+    results = _gather(_write(held, repetitions, partial, layout))
+    _raise_any([problem for found, _ in results for problem in found])
+    if sum(written for _, written in results) < layout.tensor_bytes:
+        _raise_any(
+            [Problem(str(partial), "is not whole: no rank holds some of the weights that config.json describes")]
+        )
     if is_first:
         _finish(partial, folder, layout, config, None if source is None else Path(source))
     torch.distributed.barrier()
@@ -110,8 +116,8 @@ class _Held:
     rows: torch.Tensor
     dtype: str
 
-    def list_regions(self) -> list[Region]:
-        """Return where the rows go, with their places within ``rows``."""
+    def list_regions(self, repetitions: Sequence[Repetition]) -> list[Region]:
+        """Return where the rows go, with their places within ``rows``; into tensors that repeat others, too."""
         last = self.first + len(self.rows)
         regions = []
         for region in find_regions(self.weight.forms[0], self.placement):
@@ -119,7 +125,13 @@ class _Held:
             if start < stop:
                 taken = region.rows[start - region.local.start : stop - region.local.start]
                 regions.append(replace(region, local=slice(start - self.first, stop - self.first), rows=taken))
-        return regions
+        repeated = [
+            replace(region, part=replace(region.part, tensor=one.tensor))
+            for one in repetitions
+            for region in regions
+            if region.part.tensor == one.of
+        ]
+        return regions + repeated
 
 
 def _list_held(
@@ -174,30 +186,33 @@ def _get_default_dtype(stage: MegatronModule) -> str:
 
 
 def _list_tensors(
-    weights: Mapping[str, Weight], dtypes: Mapping[str, str], default: str
+    weights: Mapping[str, Weight], repetitions: Sequence[Repetition], dtypes: Mapping[str, str], default: str
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield the tensors that the weights are made of: name, dtype, shape."""
-    seen = set()
+    seen: set[str] = set()
     for name, weight in weights.items():
         for part in weight.forms[0]:
             if part.tensor not in seen:
                 seen.add(part.tensor)
-                yield part.tensor, dtypes.get(name, default), part.shape
+                for tensor in (part.tensor, *(one.tensor for one in repetitions if one.of == part.tensor)):
+                    yield tensor, dtypes.get(name, default), part.shape
 
 
-def _write(held: Sequence[_Held], folder: Path, layout: FileLayout) -> list[Problem]:
-    """Write this rank's rows; return what the file system refused."""
+def _write(
+    held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Path, layout: FileLayout
+) -> tuple[list[Problem], int]:
+    """Write this rank's rows; return what the file system refused, and the number of bytes."""
     writer = TensorWriter(folder, layout)
     try:
         for one in held:
             rows = one.rows
             if one.weight.factor != 1.0:
                 rows = rows.float() / one.weight.factor
-            writer.write(one.list_regions(), rows)
+            writer.write(one.list_regions(repetitions), rows)
         writer.close()
     except OSError as error:
-        return [Problem(str(folder), f"cannot be written: {error.strerror or error}")]
-    return []
+        return [Problem(str(folder), f"cannot be written: {error.strerror or error}")], writer.written
+    return [], writer.written
 
 
 def _gather[T](value: T) -> list[T]:

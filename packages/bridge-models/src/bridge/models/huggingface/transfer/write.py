@@ -23,6 +23,8 @@ class TensorWriter:
         self._folder = folder
         self._layout = layout
         self._files: dict[str, int] = {}
+        self.written = 0
+        """Bytes written so far."""
 
     def write(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
         """Write rows of one parameter.
@@ -87,6 +89,7 @@ class TensorWriter:
         while data:  # a write takes 2 GiB at most
             written = os.pwrite(self._files[slot.file], data, start)
             data, start = data[written:], start + written
+            self.written += written
 
 
 def _count(shape: tuple[int, ...]) -> int:

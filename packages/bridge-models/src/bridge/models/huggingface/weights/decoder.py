@@ -44,5 +44,6 @@ def decoder(
         yield from linear(f"{ours}eh_proj", f"{theirs}eh_proj", sizes.hidden, 2 * sizes.hidden, bias=False)
         yield from layer(index, f"{ours}mtp_model_layer.")
         yield from norm(sizes, f"{ours}final_layernorm", f"{theirs}shared_head.norm")
-        yield Repetition(f"{theirs}embed_tokens.weight", _EMBEDDING)
-        yield Repetition(f"{theirs}shared_head.head.weight", _EMBEDDING if sizes.tied else OUTPUT)
+        head = _EMBEDDING if sizes.tied else OUTPUT
+        yield Repetition(f"{theirs}embed_tokens.weight", _EMBEDDING, is_written=True)
+        yield Repetition(f"{theirs}shared_head.head.weight", head, is_written=True)

@@ -61,10 +61,12 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """A tensor that a folder may have although it repeats another one: a tied output layer."""
+    """A tensor that a folder may have although it repeats another one, such as a tied output layer."""
 
     tensor: str
     of: str
+    is_written: bool = False
+    """Whether published folders have it, so that a saved one has it too."""
 
 
 Entry = Weight | Repetition

@@ -1,0 +1,163 @@
+"""What save_weights writes, refuses, and leaves behind when a rank dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_cases import MODELS
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from ranks import RankError, run_ranks
+from safetensors.torch import load_file
+
+from bridge.config import ModelConfig
+from bridge.dist.cpu import cpu_runtime
+from bridge.models.errors import WeightsError
+from bridge.models.huggingface import from_hf, save_weights
+from bridge.models.huggingface.folder.folder import open_folder
+
+Groups = ProcessGroupCollection
+Built = tuple[Any, ModelConfig]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu(pg_collection: Groups) -> Iterator[None]:
+    with cpu_runtime():
+        yield
+
+
+def build(config: dict[str, Any], groups: Groups) -> Built:
+    """Return a model with random weights, and its configuration."""
+    document = from_hf(config).data
+    document["transformer"]["use_cpu_initialization"] = True
+    read: Any = ModelConfig.from_dict(document)
+    read.finalize()
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    return read.get_builder_cls()(read).build_model(groups), read
+
+
+def test_transformers_reads_the_folder(pg_collection: Groups, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, config = build(MODELS["qwen3_moe"], pg_collection)
+    save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = loaded(tokens, use_cache=False).logits
+        found = model.eval()(tokens, torch.arange(12).expand_as(tokens), None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_precision_is_that_of_the_parameters(pg_collection: Groups, tmp_path: Path) -> None:
+    """The bias of a router stays in fp32."""
+    document = from_hf(MODELS["deepseek_v3"] | {"dtype": "bfloat16"}).data
+    document["transformer"]["use_cpu_initialization"] = True
+    config: Any = ModelConfig.from_dict(document)
+    config.finalize()
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    stages = config.get_builder_cls()(config).build_distributed_models(pg_collection, wrap_with_ddp=False)
+    save_weights(stages, tmp_path / "saved", pg_collection, model=config)
+    found = {name: tensor.dtype for name, tensor in load_file(tmp_path / "saved" / "model.safetensors").items()}
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert found.pop(bias) is torch.float32
+    assert set(found.values()) == {torch.bfloat16}
+    assert '"torch_dtype": "bfloat16"' in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_copies_of_multi_token_prediction_are_written(pg_collection: Groups, tmp_path: Path) -> None:
+    """As in the published DeepSeek-V3: its layer repeats the embedding and the output layer."""
+    model, config = build(MODELS["deepseek_v3"] | {"num_nextn_predict_layers": 1}, pg_collection)
+    save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved["model.layers.2.embed_tokens.weight"], saved["model.embed_tokens.weight"])
+    assert torch.equal(saved["model.layers.2.shared_head.head.weight"], saved["lm_head.weight"])
+    open_folder(tmp_path / "saved")
+
+
+def test_tokenizer_is_copied(pg_collection: Groups, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "modeling_llama.py").write_text("raise SystemExit")
+    model, config = build(MODELS["llama"], pg_collection)
+    save_weights([model], tmp_path / "saved", pg_collection, model=config, source=source)
+    names = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_an_existing_folder_is_kept(pg_collection: Groups, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "precious").touch()
+    model, config = build(MODELS["llama"], pg_collection)
+    with pytest.raises(WeightsError, match="saved: exists: choose another folder"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    assert [file.name for file in (tmp_path / "saved").iterdir()] == ["precious"]
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_full_disk_is_found_before_writing(
+    pg_collection: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+    model, config = build(MODELS["llama"], pg_collection)
+    with pytest.raises(WeightsError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB left"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_bias_that_transformers_lacks_must_be_zero(pg_collection: Groups, tmp_path: Path) -> None:
+    model, config = build(MODELS["t5, 1.0"], pg_collection)
+    with torch.no_grad():
+        model.lm_head.output_layer.bias.fill_(1)
+    with pytest.raises(WeightsError, match=r"lm_head\.output_layer\.bias: is not zero"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config)
+
+
+def test_a_model_without_some_layers_is_not_saved(pg_collection: Groups, tmp_path: Path) -> None:
+    """Stages that are left out: config.json would promise layers that nobody wrote."""
+    model, config = build(MODELS["llama"], pg_collection)
+    del model.decoder.layers[1]
+    with pytest.raises(WeightsError, match="is not whole: no rank holds some of the weights"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    assert not (tmp_path / "saved").exists()
+
+
+def save_until_killed(folder: str) -> None:
+    """Save on two ranks, of which the second is killed when it has written its first parameter."""
+    from bridge.dist.engine.groups import create_process_groups
+    from bridge.dist.layout import Layout
+    from bridge.models.huggingface.transfer.write import TensorWriter
+
+    config: Any = ModelConfig.from_dict(from_hf(MODELS["llama"]).data)
+    config.transformer.tensor_model_parallel_size = 2
+    config.finalize()
+    groups = create_process_groups(Layout.of(config.transformer, 2))
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    model = config.get_builder_cls()(config).build_model(groups)
+    write = TensorWriter.write
+
+    def write_and_die(writer: TensorWriter, *given: Any) -> None:
+        write(writer, *given)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TensorWriter.write = write_and_die  # type: ignore[method-assign]
+    save_weights([model], folder, groups, model=config)
+
+
+def test_a_killed_rank_leaves_no_folder(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError):
+        run_ranks(save_until_killed, 2, str(tmp_path / "saved"))
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "saved").exists()
+    assert not list((tmp_path / "saved.partial").glob("config.json"))
