@@ -50,7 +50,9 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
         schedule = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=warm_up)
         with set_up_optimizer(stages) as optimizer:
             for index in range(options.steps):
-                batch = text.make_batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+                batch = text.make_batch(
+                    index * options.global_batch_size, size=options.global_batch_size, seq_length=options.seq_length
+                )
                 microbatches = batch.split(options.micro_batch_size)
                 zero_gradients(stages)
                 optimizer.zero_grad()

@@ -196,7 +196,9 @@ def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[_Timed
     try:
         for index in range(options.steps):
             start = time.perf_counter()
-            batch = text.make_batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+            batch = text.make_batch(
+                index * options.global_batch_size, size=options.global_batch_size, seq_length=options.seq_length
+            )
             loss = _step(model, optimizer, batch, options)
             yield _Timed(loss, time.perf_counter() - start)
     finally:  # or configuration and optimizer hold each other

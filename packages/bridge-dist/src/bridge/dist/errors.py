@@ -56,6 +56,10 @@ class ComparisonError(DistError, RuntimeError):
     """The library that weights come from cannot compute logits to compare with. Says why."""
 
 
+class CheckpointError(DistError, ValueError):
+    """A checkpoint cannot be saved or loaded. Lists every problem, each with the name of a file or a tensor."""
+
+
 class LaunchError(DistError, RuntimeError):
     """Local ranks could not be started, or one of them failed. Names the rank and the reason."""
 

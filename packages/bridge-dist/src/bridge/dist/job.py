@@ -42,6 +42,10 @@ class BuildJob:
     modelopt_checkpoint: Path | None = None
     weights: Path | None = None
     """A folder to load the initial weights from (``bridge.dist.loaders``); None draws them."""
+    checkpoint: Path | None = None
+    """A Megatron checkpoint to go on from."""
+    save: Path | None = None
+    """The folder of Megatron checkpoints to save the model to after the last step."""
 
     def make_builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
         """Make the builder that a configuration names.

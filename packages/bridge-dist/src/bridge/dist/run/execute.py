@@ -6,6 +6,8 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy
 import torch
@@ -16,6 +18,9 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
+from bridge.dist.checkpoint.load import load_checkpoint
+from bridge.dist.checkpoint.progress import Progress
+from bridge.dist.checkpoint.save import save_checkpoint
 from bridge.dist.engine.environment import prepare_process
 from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.weights import draw_weights
@@ -83,7 +88,7 @@ def build_and_train(
     if job.training is not None:
         if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
             _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
-        if job.modelopt_checkpoint is None and job.weights is None:
+        if all(one is None for one in (job.modelopt_checkpoint, job.weights, job.checkpoint)):
             hooks.insert(0, draw)
     if job.weights is not None:
         builder.transformer_config.perform_initialization = False
@@ -100,14 +105,41 @@ def build_and_train(
     if before_training is not None:
         before_training(stages)
     steps: list[Step] = []
-    if job.training is not None:
+    if job.training is None:
+        _save(job, stages, groups, None, _resume(job, stages, groups))
+    else:
         text = read_text(job.training, config)
         mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
-        taken = train(stages, groups, layout, text=text, options=job.training, forward_step=builder.forward_step)
+        taken = train(
+            stages,
+            groups,
+            layout,
+            text=text,
+            options=job.training,
+            forward_step=builder.forward_step,
+            start=partial(_resume, job, stages, groups),
+            finish=partial(_save, job, stages, groups),
+        )
         if leader and show_steps:
             taken = show_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
         steps = list(taken)
     return BuiltRank(stages=stages, placements=placements, steps=steps)
+
+
+def _resume(
+    job: BuildJob, stages: list[MegatronModule], groups: ProcessGroupCollection, optimizer: Any = None
+) -> Progress:
+    return (
+        Progress() if job.checkpoint is None else load_checkpoint(stages, job.checkpoint, groups, optimizer=optimizer)
+    )
+
+
+def _save(
+    job: BuildJob, stages: list[MegatronModule], groups: ProcessGroupCollection, optimizer: Any, progress: Progress
+) -> None:
+    if job.save is not None:
+        model = ModelConfig.from_dict(job.document)  # that of the build has hooks more
+        save_checkpoint(stages, job.save, groups, model=model, progress=progress, optimizer=optimizer)
 
 
 def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
+from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.engine.forward import ForwardStep, next_token_step
 from bridge.dist.engine.replicas import check_gradients
 from bridge.dist.layout import Layout
@@ -51,6 +53,8 @@ def train(
     text: Text,
     options: TrainOptions,
     forward_step: ForwardStep = next_token_step,
+    start: Callable[[Any], Progress] | None = None,
+    finish: Callable[[Any, Progress], object] | None = None,
 ) -> Iterator[Step]:
     """Train lazily, one step per item. The loss is the mean over the tokens of the global batch, before the step.
 
@@ -63,6 +67,8 @@ def train(
         text: Source of the batches.
         options: Number of steps, and sizes of a batch.
         forward_step: ``forward_step`` of the builder that made the stages.
+        start: Called with the optimizer before the first step; returns how far the run is, where data go on.
+        finish: Called with the optimizer and how far the run is, after the last step.
 
     Raises:
         CopyError: Tensor-parallel ranks have different gradients of a parameter that is not split.
@@ -70,9 +76,11 @@ def train(
     group_size = get_model_config(stages[0]).microbatch_group_size_per_vp_stage
     microbatches = options.count_microbatches(layout, group_size=group_size)
     with set_up_optimizer(stages) as optimizer:
+        progress = start(optimizer) if start is not None else Progress()
         for index in range(options.steps):
-            start = _wait_and_read_clock()
-            batch = text.make_batch(index, size=options.global_batch_size, seq_length=options.seq_length)
+            began = _wait_and_read_clock()
+            first = progress.samples + index * options.global_batch_size
+            batch = text.make_batch(first, size=options.global_batch_size, seq_length=options.seq_length)
             mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
             zero_gradients(stages)
             optimizer.zero_grad()
@@ -82,7 +90,10 @@ def train(
             _, grad_norm, _ = optimizer.step()
             loss = _average_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
-            yield Step(loss=loss, grad_norm=norm, seconds=_wait_and_read_clock() - start)
+            yield Step(loss=loss, grad_norm=norm, seconds=_wait_and_read_clock() - began)
+        if finish is not None:
+            samples = progress.samples + options.steps * options.global_batch_size
+            finish(optimizer, Progress(step=progress.step + options.steps, samples=samples))
 
 
 def _wait_and_read_clock() -> float:

@@ -56,11 +56,12 @@ class Text:
             )
         return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), vocab_size)
 
-    def make_batch(self, step: int, *, size: int, seq_length: int) -> torch.Tensor:
-        """Return the global batch of a step, shape [size, seq_length + 1]: inputs and, shifted by one, labels.
+    def make_batch(self, first: int, *, size: int, seq_length: int) -> torch.Tensor:
+        """Return a global batch, shape [size, seq_length + 1]: inputs and, shifted by one, labels.
 
-        Consecutive samples are consecutive parts of the text, which wraps around at its end.
+        Consecutive samples are consecutive parts of the text, which wraps around at its end. ``first`` is the number of
+        the first one.
         """
-        starts = torch.arange(size).add(step * size).mul(seq_length)
+        starts = torch.arange(first, first + size).mul(seq_length)
         positions = starts[:, None] + torch.arange(seq_length + 1)[None]
         return self.tokens[positions % len(self.tokens)]

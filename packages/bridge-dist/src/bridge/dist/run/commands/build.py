@@ -15,6 +15,7 @@ from bridge.config import BridgeError, Document
 from bridge.config.documents.folders import is_folder
 from bridge.config.documents.sources import STANDARD_INPUT
 from bridge.config.tracebacks import format_error
+from bridge.dist.checkpoint.folder import is_checkpoint
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.loaders import check_weights
@@ -47,8 +48,13 @@ if TYPE_CHECKING:
 @click.option(
     "--load",
     type=click.Path(path_type=Path),
-    help="Load the weights of this Hugging Face folder. With restore_modelopt_state: those of this checkpoint, and the "
-    "ModelOpt state.",
+    help="Load the weights of this Hugging Face folder, or go on from this Megatron checkpoint. With "
+    "restore_modelopt_state: restore the weights and the ModelOpt state of this checkpoint.",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    help="Save the model, and with --steps optimizer and random states, as a Megatron checkpoint in this folder.",
 )
 @click.option("--random-init", is_flag=True, help="With a folder as FILE: draw the weights instead of loading them.")
 @device_option
@@ -63,6 +69,7 @@ def build(
     distributed_optimizer: bool,
     steps: int | None,
     load: Path | None,
+    save: Path | None,
     random_init: bool,
     device: str,
     text: Path | None,
@@ -78,7 +85,8 @@ def build(
     FILE is a document, the name of a preset, a Hugging Face folder, or - for standard input.
 
     Initial weights depend on the parameter's name only, and the global batch is the same under every layout: losses and
-    gradient norms do not depend on the layout. If FILE is a folder, its weights are loaded.
+    gradient norms do not depend on the layout. If FILE is a folder, its weights are loaded. With --load of a checkpoint
+    that --save or Megatron-LM wrote, training goes on where it stopped, under any layout.
     """
     place = RankEnvironment.read(os.environ) if nproc is None else None
     if file == STANDARD_INPUT and place is not None:
@@ -100,7 +108,8 @@ def build(
             dp=dp,
             distributed_optimizer=distributed_optimizer,
         )
-        weights = _choose_weights(document, load, random_init=random_init)
+        checkpoint = load if _is_checkpoint_to_resume(document, load) else None
+        weights = None if checkpoint else _choose_weights(document, load, random_init=random_init)
         if weights is not None:
             found = check_weights(weights, is_file=load is None)
             if is_leader:
@@ -121,14 +130,20 @@ def build(
             distributed_optimizer=distributed_optimizer,
             dp=dp,
             training=training,
-            modelopt_checkpoint=None if weights else load,
+            modelopt_checkpoint=None if weights or checkpoint else load,
             weights=weights,
+            checkpoint=checkpoint,
+            save=save,
         )
         job.check(config, ranks)
         job.make_builder(config).check_restore()
         report = run_rank(job) if place else launch(run_rank, job, ranks=ranks, start_method=start_method)
     if is_leader:
         _print_report(report, as_json=as_json)
+
+
+def _is_checkpoint_to_resume(document: Document, load: Path | None) -> bool:
+    return load is not None and is_checkpoint(load) and not document.data.get("restore_modelopt_state")
 
 
 def _choose_weights(document: Document, load: Path | None, *, random_init: bool) -> Path | None:

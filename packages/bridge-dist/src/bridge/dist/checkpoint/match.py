@@ -1,0 +1,60 @@
+"""Compare what the stages of all ranks ask for with what a checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from bridge.dist.checkpoint.state import OPTIMIZER
+from bridge.dist.checkpoint.together import gather
+
+_NOT_MODEL = (f"{OPTIMIZER}.", "chained_")
+_EXTRA_STATE = "_extra_state"  # of Transformer Engine: scales of FP8, which other layers have not
+
+
+def match_state(state: dict[str, Any], metadata: Metadata) -> list[str]:
+    """Return what prevents loading: tensors that are missing, have another shape, or that no rank asks for.
+
+    Collective over all ranks. Extra states that the checkpoint lacks keep their values.
+    """
+    stored = metadata.state_dict_metadata
+    dict_list_map_inplace(lambda one: _keep_extra_state(one, stored), state)
+    asked = [one for one in nested_values(load_preprocess(state)[0]) if isinstance(one, ShardedTensor | ShardedObject)]
+    problems = list(_find_problems(asked, stored))
+    wanted = {name for names in gather({one.key for one in asked}) for name in names}
+    has_optimizer = any(name.startswith(_NOT_MODEL) for name in wanted)
+    problems += [
+        f"{name}: the checkpoint has this tensor, but the model has not: it is of another model"
+        for name, one in sorted(stored.items())
+        if isinstance(one, TensorStorageMetadata)
+        and name not in wanted
+        and (has_optimizer or not name.startswith(_NOT_MODEL))
+    ]
+    return problems
+
+
+def _keep_extra_state(one: Any, stored: dict[str, Any]) -> Any:
+    if isinstance(one, ShardedObject) and one.key.endswith(_EXTRA_STATE) and one.unique_key not in stored:
+        return LocalNonpersistentObject(one.data)
+    return one
+
+
+def _find_problems(asked: list[ShardedTensor | ShardedObject], stored: dict[str, Any]) -> Iterator[str]:
+    for one in asked:
+        name = one.unique_key if isinstance(one, ShardedObject) else one.key
+        found = stored.get(name)
+        if found is None:
+            yield f"{name}: the checkpoint has no such {'object' if isinstance(one, ShardedObject) else 'tensor'}"
+        elif isinstance(found, TensorStorageMetadata) != isinstance(one, ShardedTensor):
+            yield f"{name}: is an object in one of model and checkpoint, and a tensor in the other"
+        elif isinstance(one, ShardedTensor):
+            ours, theirs = tuple(one.global_shape), tuple(found.size)
+            # The rows that pad the vocabulary may differ.
+            same = ours[1:] == theirs[1:] and len(ours) == len(theirs) if one.allow_shape_mismatch else ours == theirs
+            if not same:
+                yield f"{name}: the model has the shape {list(ours)}, the checkpoint {list(theirs)}"

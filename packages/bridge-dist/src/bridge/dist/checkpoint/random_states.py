@@ -1,0 +1,47 @@
+"""The random states of a rank, in the form of megatron.training."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state, is_graph_safe_cuda_rng_tracker
+
+KEY = "rng_state"
+
+
+def collect_random_states(pg_collection: ProcessGroupCollection) -> ShardedObject:
+    """Return the random states of this rank as part of a checkpoint: one for each tensor and pipeline rank.
+
+    Source: ``get_rng_state`` of megatron.training 0.19.2.
+    """
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": numpy.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    tp, pp = pg_collection.tp, pg_collection.pp
+    return ShardedObject(
+        KEY, [state], (pp.size(), tp.size()), (pp.rank(), tp.rank()), replica_id=pg_collection.dp_cp.rank()
+    )
+
+
+def restore_random_states(states: list[dict[str, Any]]) -> None:
+    """Set the random states of this rank from those of a checkpoint."""
+    state = states[0]
+    random.setstate(state["random_rng_state"])
+    numpy.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tracker = get_cuda_rng_tracker()
+    graphs = is_graph_safe_cuda_rng_tracker(tracker)
+    tracker.set_states(
+        {name: convert_cuda_rng_state(one, to_graphable=graphs) for name, one in state["rng_tracker_states"].items()}
+    )

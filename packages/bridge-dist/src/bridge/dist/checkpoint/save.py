@@ -1,0 +1,143 @@
+"""Save the stages of all ranks as a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+
+from bridge.config import Document, DocumentError, ModelConfig
+from bridge.config.canonical import canonicalize
+from bridge.config.foreign.run_config import to_run_config
+from bridge.dist.checkpoint.folder import DOCUMENT, RUN_CONFIG, TRACKER, name_iteration
+from bridge.dist.checkpoint.progress import Progress
+from bridge.dist.checkpoint.random_states import KEY, collect_random_states
+from bridge.dist.checkpoint.state import (
+    OPTIMIZER,
+    add_groups,
+    check_wrapper,
+    make_content_metadata,
+    make_model_state,
+    uses_distributed_optimizer,
+)
+from bridge.dist.checkpoint.together import raise_together
+from bridge.dist.errors import CheckpointError
+
+
+def save_checkpoint(
+    stages: Sequence[MegatronModule],
+    folder: str | Path,
+    pg_collection: ProcessGroupCollection,
+    *,
+    model: ModelConfig,
+    progress: Progress,
+    optimizer: Any = None,
+) -> Path:
+    """Save the stages of all ranks in megatron-core's format torch_dist, laid out as Megatron-LM and Bridge expect.
+
+    Collective over all ranks. The iteration gets its name when it is complete, and the tracker file names it last: a
+    run that dies leaves ``iter_NNNNNNN.partial``, which nothing takes for a checkpoint and the next run replaces.
+
+    Args:
+        stages: The stages of this rank, wrapped or not.
+        folder: The folder of all iterations.
+        pg_collection: The process groups of this rank.
+        model: The configuration of the model, written as a document and as Megatron Bridge's ``run_config.yaml``.
+        progress: Steps taken, which is Megatron's iteration, and samples trained on, after which data go on.
+        optimizer: Megatron's optimizer of the stages; None to save only weights.
+
+    Returns:
+        The folder of the iteration.
+
+    Raises:
+        CheckpointError: The iteration exists, a rank cannot write it, or the wrapper has no such checkpoint.
+    """
+    iteration = Path(folder) / name_iteration(progress.step)
+    partial = iteration.with_name(f"{iteration.name}.partial")
+    is_first = torch.distributed.get_rank() == 0
+    with raise_together():
+        check_wrapper(stages)
+        if is_first:
+            _prepare(iteration, partial)
+    distributed_optimizer = optimizer is not None and uses_distributed_optimizer(stages)
+    content = make_content_metadata(distributed_optimizer=distributed_optimizer)
+    metadata = add_groups(content, pg_collection)
+    state = make_model_state(stages, metadata)
+    if optimizer is not None:
+        state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=metadata)
+    state |= {
+        KEY: collect_random_states(pg_collection),
+        "args": _make_arguments(
+            stages, pg_collection, samples=progress.samples, distributed_optimizer=distributed_optimizer
+        ),
+        "checkpoint_version": 3.0,  # that of all checkpoints since Megatron-LM 3
+        "iteration": progress.step,
+        "num_floating_point_operations_so_far": 0,
+    }
+    if optimizer is None:
+        state["args"].no_save_optim = True
+    with raise_together():
+        dist_checkpointing.save(state, str(partial), content_metadata=content)
+        if is_first:
+            _write_documents(model, partial)
+            partial.rename(iteration)
+            _write_tracker(iteration, progress.step)
+    return iteration
+
+
+def _prepare(iteration: Path, partial: Path) -> None:
+    """Make the folder that is written to, in place of one that an earlier run left."""
+    if iteration.exists():
+        raise CheckpointError(f"{iteration} exists: save to another folder, or remove it")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _make_arguments(
+    stages: Sequence[MegatronModule],
+    pg_collection: ProcessGroupCollection,
+    *,
+    samples: int,
+    distributed_optimizer: bool,
+) -> Namespace:
+    """Return the arguments of megatron.training that its ``load_checkpoint`` reads (0.19.2)."""
+    config = stages[0].config
+    return Namespace(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        tensor_model_parallel_size=pg_collection.tp.size(),
+        pipeline_model_parallel_size=pg_collection.pp.size(),
+        data_parallel_size=pg_collection.dp.size(),
+        world_size=torch.distributed.get_world_size(),
+        data_parallel_random_init=False,
+        use_distributed_optimizer=distributed_optimizer,
+        ckpt_fully_parallel_save=True,
+        consumed_train_samples=samples,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def _write_documents(model: ModelConfig, folder: Path) -> None:
+    document = Document(model.as_dict())
+    (folder / DOCUMENT).write_text(document.to_yaml())
+    with contextlib.suppress(DocumentError):  # megatron.training has no such model
+        section = to_run_config(canonicalize(document.data)).data
+        (folder / RUN_CONFIG).write_text(Document({"model": section}).to_yaml())
+
+
+def _write_tracker(iteration: Path, step: int) -> None:
+    """Write the name of the latest iteration, at once."""
+    written = iteration.parent / f"{TRACKER}.partial"
+    written.write_text(str(step))
+    os.replace(written, iteration.parent / TRACKER)
