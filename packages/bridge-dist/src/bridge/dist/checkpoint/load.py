@@ -68,7 +68,7 @@ def load_checkpoint(
     if _is_same_layout(checkpoint, pg_collection):
         state[KEY] = collect_random_states(pg_collection)
     with raise_together() as problems:
-        problems += match_state(state, checkpoint.metadata)
+        problems += match_state(state, checkpoint)
     with raise_together():
         loaded = checkpoint.load(state)
     for key, stage in zip(list_stage_keys(stages), stages, strict=True):

@@ -6,7 +6,7 @@ keeps its step as a tensor in the state of each parameter, which the functions f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,16 +21,18 @@ def make_loading_state(optimizer: Any, model_state: dict[str, Any], *, metadata:
     """Return the sharded state dict to load an optimizer with, before its first step or later."""
     for one in _list_optimizers(optimizer):
         one.init_state_fn(one.optimizer, one.config)
-        if isinstance(one.optimizer, torch.optim.Adam):  # or AdamW; those of Transformer Engine and Apex are not
-            for state in one.optimizer.state.values():
-                state.setdefault(_STEP, torch.tensor(0.0))
+        if isinstance(
+            one.optimizer, torch.optim.Adam | torch.optim.AdamW
+        ):  # those of Transformer Engine and Apex are not
+            for tensors in one.optimizer.state.values():
+                tensors.setdefault(_STEP, torch.tensor(0.0))
     state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
     return state
 
 
 def set_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """Set the state of an optimizer from a loaded one."""
-    set_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
+    set_tensors: Callable[..., None] = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_tensors_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         set_tensors(self, model_param, {_STEP: None} | tensors)

@@ -6,8 +6,11 @@ Megatron's common state among them, it reads with ``torch.load(weights_only=Fals
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -45,6 +48,7 @@ _CLASSES: tuple[type, ...] = (
     _MEM_FORMAT_ENCODING,
     _StorageInfo,
 )
+_MISSING = object()
 _GLOBALS: dict[tuple[str, str], object] = {
     **{(one.__module__, one.__qualname__): one for one in _CLASSES},
     ("torch", "Size"): torch.Size,
@@ -72,21 +76,36 @@ def read_metadata(iteration: Path) -> Metadata:
             shorter than it says.
     """
     file = iteration / METADATA
-    before = [dict(vars(one)) for one in _CLASSES]
     try:
-        with file.open("rb") as opened:
+        with file.open("rb") as opened, _keep_classes():
             metadata: object = _MetadataUnpickler(opened).load()
     except Exception as error:  # a broken pickle can raise anything
         raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from None
-    for one, attributes in zip(_CLASSES, before, strict=True):
-        if vars(one) != attributes:  # a pickle can set attributes of a class that it names
-            raise CheckpointError(f"{file} cannot be read: it changes the class {one.__name__}")
     try:
         checked = _check_types(metadata)
         _check_files(checked, iteration)
     except (CheckpointError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     return checked
+
+
+@contextlib.contextmanager
+def _keep_classes() -> Iterator[None]:
+    """Undo changes of the classes that pickles may name: a pickle can set their attributes.
+
+    Raises:
+        UnpicklingError: There were any.
+    """
+    before = [dict(vars(one)) for one in _CLASSES]
+    yield
+    for one, attributes in zip(_CLASSES, before, strict=True):
+        if changed := [name for name, value in vars(one).items() if attributes.get(name, _MISSING) is not value]:
+            for name in changed:
+                if name in attributes:
+                    setattr(one, name, attributes[name])
+                else:
+                    delattr(one, name)
+            raise pickle.UnpicklingError(f"it changes the class {one.__name__}")
 
 
 def _check_types(metadata: object) -> Metadata:
@@ -149,8 +168,15 @@ def load_object(file: Path | IO[bytes], *, name: str) -> Any:
         with torch.serialization.safe_globals(cast(list[Any], SAFE_GLOBALS)):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{name} cannot be read: {reason[0]}") from None
+        raise CheckpointError(f"{name} cannot be read: {_explain(error)}") from None
+
+
+def _explain(error: Exception) -> str:
+    """Return one line about an object that torch refused; torch's own text advises to trust the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it refers to {refused[1]}, which is not data" if refused else "it is damaged"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_bytes(iteration: Path, stored: Any) -> io.BytesIO:

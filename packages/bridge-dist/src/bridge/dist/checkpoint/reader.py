@@ -11,10 +11,11 @@ from typing import Any
 from megatron.core.dist_checkpointing import ShardedObject, serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from bridge.dist.checkpoint.folder import METADATA
 from bridge.dist.checkpoint.pickles import load_object, read_bytes, read_metadata
 from bridge.dist.errors import CheckpointError
 from bridge.dist.patch import Replacement, replace_attributes
@@ -41,17 +42,26 @@ class Checkpoint:
         if file.is_file():
             common = load_object(file, name=str(file))
         else:
-            stored = self.metadata.storage_data.get(MetadataIndex(COMMON_STATE))
-            if stored is None:
+            if COMMON_STATE not in self.metadata.state_dict_metadata:
                 raise CheckpointError(
                     f"{self.iteration} has neither {COMMON_STATE_FNAME} nor a common state in .metadata"
                 )
-            name = f"the common state in {self.iteration / stored.relative_path}"
-            common = load_object(read_bytes(self.iteration, stored), name=name)
+            common = self.read_object(COMMON_STATE)
             common = common[0] if isinstance(common, list) and common else common
         if not isinstance(common, dict):
             raise CheckpointError(f"the common state of {self.iteration} is a {type(common).__name__}, not a mapping")
         return common
+
+    def read_object(self, key: str) -> Any:
+        """Read an object that is not a tensor.
+
+        Raises:
+            CheckpointError: It is damaged, or holds anything but data.
+        """
+        stored = self.metadata.storage_data.get(MetadataIndex(key))
+        if stored is None:
+            raise CheckpointError(f"{self.iteration / METADATA} has no place of {key}")
+        return load_object(read_bytes(self.iteration, stored), name=f"{key} in {self.iteration / stored.relative_path}")
 
     def get_argument(self, name: str, default: Any = None) -> Any:
         """Return one of the arguments of the run that saved it; ``default`` if it is not known."""
@@ -60,7 +70,8 @@ class Checkpoint:
     def load(self, state: dict[str, Any]) -> dict[str, Any]:
         """Load a sharded state dict. Collective over all ranks."""
         with self._read_by_us():
-            loaded: dict[str, Any] = serialization.load(state, str(self.iteration))
+            loaded = serialization.load(state, str(self.iteration))
+        assert isinstance(loaded, dict)  # with other options it is a tuple
         return loaded
 
     @contextlib.contextmanager

@@ -14,8 +14,8 @@ from bridge.dist.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
 SHARDING_TYPE = "distrib_optim_sharding_type"
-# Seen in megatron-core 0.19.2: Megatron-FSDP has a format of its own, and with torch 2.15 no parameter of FSDP2 is found
-# in the optimizer. Its shards would also have to be equal.
+# megatron-core 0.19.2: Megatron-FSDP has a format of its own, and with torch 2.15 no parameter of FSDP2 is found in the
+# optimizer, whose shards would have to be of equal size.
 _UNSUPPORTED = {FullyShardedDataParallel: "Megatron-FSDP", TorchFullyShardedDataParallel: "torch FSDP2"}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.dist.errors import CheckpointError
 
@@ -28,6 +29,8 @@ def raise_together() -> Iterator[list[str]]:
         problems.append(f"{error.filename or 'a file of the checkpoint'}: {error.strerror or error}")
     except (CheckpointError, CheckpointingException) as error:
         problems.append(str(error))
+    except CheckpointException as error:  # of torch, a BaseException; it read or wrote on this rank alone
+        problems += [f"the data cannot be read or written: {failure}" for failure, _ in error.failures.values()]
     if everything := [problem for found in gather(problems) for problem in found]:
         raise CheckpointError("\n".join(dict.fromkeys(everything)))
 
