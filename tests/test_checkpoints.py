@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from environments import run_command
 from ranks import run_ranks
 
 from bridge.config import Document
@@ -294,6 +296,35 @@ def test_damaged_and_hostile_checkpoints_are_refused_and_run_nothing(saved: Path
         assert str(tmp_path / name) in error
         assert "\n" not in error
     assert not ran.exists()
+
+
+def test_the_command_saves_and_goes_on(tmp_path: Path) -> None:
+    """The steps, the data and the random states go on; a checkpoint is loaded without training too."""
+
+    def build(*arguments: str) -> dict[str, Any]:
+        code, out, err = run_command("build", "tiny", "--global-batch-size", "4", *arguments, "--json")
+        assert code == 0, err
+        report: dict[str, Any] = json.loads(out)
+        return report
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    whole = build("--steps", "3")["losses"]
+    halves = build("--steps", "2", "--save", first)["losses"]
+    halves += build("--steps", "1", "--load", first, "--save", second)["losses"]
+    assert halves == whole
+    assert (tmp_path / "second" / "iter_0000003" / ".metadata").is_file()
+    assert build("--load", second)["losses"] == []
+
+
+def test_the_command_refuses_before_training(saved: Path, tmp_path: Path) -> None:
+    for arguments, expected in {
+        ("--steps", "1", "--save", str(saved)): f"{saved / 'iter_0000001'} exists",
+        ("--load", str(saved), "--wrap", "torch-fsdp2"): "cannot save or load torch-fsdp2",
+        ("--save", str(tmp_path), "--wrap", "megatron-fsdp"): "cannot save or load megatron-fsdp",
+    }.items():
+        code, _, err = run_command("build", "tiny", *arguments)
+        assert code == 1
+        assert expected in err
 
 
 # megatron.training

@@ -64,10 +64,12 @@ def save_checkpoint(
     iteration = Path(folder) / name_iteration(progress.step)
     partial = iteration.with_name(f"{iteration.name}.partial")
     is_first = torch.distributed.get_rank() == 0
+    check_target(folder, progress.step)
     with raise_together():
         check_wrapper(stages)
         if is_first:
-            _prepare(iteration, partial)
+            shutil.rmtree(partial, ignore_errors=True)  # of an earlier run
+            partial.mkdir(parents=True)
     distributed_optimizer = optimizer is not None and uses_distributed_optimizer(stages)
     content = make_content_metadata(distributed_optimizer=distributed_optimizer)
     metadata = add_groups(content, pg_collection)
@@ -94,12 +96,18 @@ def save_checkpoint(
     return iteration
 
 
-def _prepare(iteration: Path, partial: Path) -> None:
-    """Make the folder that is written to, in place of one that an earlier run left."""
-    if iteration.exists():
-        raise CheckpointError(f"{iteration} exists: save to another folder, or remove it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def check_target(folder: str | Path, step: int) -> None:
+    """Check that a checkpoint of this step can be written, before training for it. Collective over all ranks.
+
+    Raises:
+        CheckpointError: There is one, or the folder cannot be made.
+    """
+    with raise_together():
+        if torch.distributed.get_rank() == 0:
+            iteration = Path(folder) / name_iteration(step)
+            if iteration.exists():
+                raise CheckpointError(f"{iteration} exists: save to another folder, or remove it")
+            iteration.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _make_arguments(

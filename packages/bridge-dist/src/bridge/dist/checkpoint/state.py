@@ -54,10 +54,15 @@ def check_wrapper(stages: Sequence[MegatronModule]) -> None:
     """
     for cls, name in _UNSUPPORTED.items():
         if any(isinstance(module, cls) for stage in stages for module in stage.modules()):
-            raise CheckpointError(
-                f"megatron-core cannot save or load {name} in the format torch_dist: wrap with ddp and shard the "
-                "optimizer (--wrap ddp --distributed-optimizer), or save weights as a Hugging Face folder"
-            )
+            raise CheckpointError(describe_unsupported(name))
+
+
+def describe_unsupported(wrapper: str) -> str:
+    """Return why stages of a wrapper are neither saved nor loaded, and what to do."""
+    return (
+        f"megatron-core cannot save or load {wrapper} in the format torch_dist: wrap with ddp and shard the optimizer "
+        "(--wrap ddp --distributed-optimizer), or save weights as a Hugging Face folder"
+    )
 
 
 def add_groups(metadata: dict[str, Any], pg_collection: ProcessGroupCollection) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.checkpoint.load import load_checkpoint
 from bridge.dist.checkpoint.progress import Progress
-from bridge.dist.checkpoint.save import save_checkpoint
+from bridge.dist.checkpoint.save import check_target, save_checkpoint
 from bridge.dist.engine.environment import prepare_process
 from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.weights import draw_weights
@@ -129,9 +129,13 @@ def build_and_train(
 def _resume(
     job: BuildJob, stages: list[MegatronModule], groups: ProcessGroupCollection, optimizer: Any = None
 ) -> Progress:
-    return (
-        Progress() if job.checkpoint is None else load_checkpoint(stages, job.checkpoint, groups, optimizer=optimizer)
-    )
+    """Load the job's checkpoint, if it has one, and check that the job's result can be saved."""
+    progress = Progress()
+    if job.checkpoint is not None:
+        progress = load_checkpoint(stages, job.checkpoint, groups, optimizer=optimizer)
+    if job.save is not None:
+        check_target(job.save, progress.step + (0 if job.training is None else job.training.steps))
+    return progress
 
 
 def _save(
