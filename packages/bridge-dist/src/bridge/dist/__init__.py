@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from bridge.config.import_warnings import silence_imports
 
 if TYPE_CHECKING:
+    from bridge.dist.checkpoint.load import load_checkpoint
+    from bridge.dist.checkpoint.progress import Progress
+    from bridge.dist.checkpoint.save import save_checkpoint
     from bridge.dist.checks.document import check_document
     from bridge.dist.engine.build import build_distributed, prepare_stages
     from bridge.dist.engine.builder import DistributedModelBuilder
@@ -20,13 +23,16 @@ __all__ = [
     "BuildOptions",
     "DistributedModelBuilder",
     "Layout",
+    "Progress",
     "Wrapper",
     "build_distributed",
     "build_stages",
     "check_document",
     "create_process_groups",
     "destroy_process_groups",
+    "load_checkpoint",
     "prepare_stages",
+    "save_checkpoint",
 ]
 
 silence_imports()  # before megatron-core is imported
@@ -35,13 +41,16 @@ _MODULES = {
     "BuildOptions": "engine.options",
     "DistributedModelBuilder": "engine.builder",
     "Layout": "layout",
+    "Progress": "checkpoint.progress",
     "Wrapper": "wrapper",
     "build_distributed": "engine.build",
     "build_stages": "engine.stages",
     "check_document": "checks.document",
     "create_process_groups": "engine.groups",
     "destroy_process_groups": "engine.groups",
+    "load_checkpoint": "checkpoint.load",
     "prepare_stages": "engine.build",
+    "save_checkpoint": "checkpoint.save",
 }
 
 
