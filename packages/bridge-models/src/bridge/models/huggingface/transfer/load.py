@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from bridge.models.errors import WeightsError
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import make_problem
 from bridge.models.huggingface.transfer.names import canonicalize_name
-from bridge.models.huggingface.transfer.regions import find_regions
+from bridge.models.huggingface.transfer.regions import Region, find_regions
 from bridge.models.huggingface.transfer.tensors import CHUNK, TensorReader
 from bridge.models.huggingface.weights.language_model import OUTPUT
 from bridge.models.huggingface.weights.weight import Part, Repetition, Weight
@@ -45,12 +45,12 @@ def load_weights(
     if problems := [problem for _, (_, found) in planned for problem in found]:
         raise WeightsError(list(dict.fromkeys(problems)))
     reader = TensorReader()
-    _check_repetitions(opened, reader)
+    check_repetitions(opened, reader)
     allocate_stages(stages, loaded={name for _, (known, _) in planned for name in known})
     for stage, (known, _) in planned:
         for placement, tensor in _list_tensors(stage, pg_collection):
             weight, parts = known[placement.name]
-            _fill(tensor, placement, weight, parts, opened, reader)
+            fill(tensor, find_regions(parts, placement), weight, opened, reader)
 
 
 Known = dict[str, tuple[Weight, tuple[Part, ...]]]
@@ -93,7 +93,7 @@ def _check_layers(stages: Sequence[MegatronModule], folder: Folder) -> None:
         raise WeightsError(problems)
 
 
-def _check_repetitions(folder: Folder, reader: TensorReader) -> None:
+def check_repetitions(folder: Folder, reader: TensorReader) -> None:
     """Check that tensors that repeat others equal them.
 
     Raises:
@@ -129,17 +129,10 @@ def _are_equal(one: Repetition, folder: Folder, reader: TensorReader) -> bool:
 
 
 @torch.no_grad()
-def _fill(
-    tensor: torch.Tensor,
-    placement: Placement,
-    weight: Weight,
-    parts: tuple[Part, ...],
-    folder: Folder,
-    reader: TensorReader,
-) -> None:
-    """Copy this rank's rows into a parameter; rows that pad the vocabulary become zero."""
+def fill(tensor: torch.Tensor, regions: Iterable[Region], weight: Weight, folder: Folder, reader: TensorReader) -> None:
+    """Copy regions into rows of a parameter; rows that pad the vocabulary become zero."""
     filled = 0
-    for region in find_regions(parts, placement):
+    for region in regions:
         stored = folder.stored[region.part.tensor]
         target = tensor[region.local]
         step = max(1, CHUNK // (4 * max(1, target[0].numel())))

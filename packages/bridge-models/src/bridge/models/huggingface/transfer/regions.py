@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from bridge.dist.engine.placement import Placement
-from bridge.models.huggingface.weights.weight import Part
+from bridge.models.huggingface.weights.weight import Part, Repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,26 @@ def find_regions(parts: Sequence[Part], placement: Placement) -> Iterator[Region
                 yield Region(slice(here, here + last - first), part, rows, columns)
             start = stop
         local += len(piece)
+
+
+def cut_regions(regions: Iterable[Region], first: int, last: int) -> Iterator[Region]:
+    """Yield what regions have of the local rows from ``first`` to ``last``, which become rows 0 and on."""
+    for region in regions:
+        start, stop = max(region.local.start, first), min(region.local.stop, last)
+        if start < stop:
+            rows = region.rows[start - region.local.start : stop - region.local.start]
+            yield replace(region, local=slice(start - first, stop - first), rows=rows)
+
+
+def repeat_regions(regions: Iterable[Region], repetitions: Sequence[Repetition]) -> list[Region]:
+    """Return regions, and those of the tensors that repeat theirs."""
+    found = list(regions)
+    return found + [
+        replace(region, part=replace(region.part, tensor=one.tensor))
+        for one in repetitions
+        for region in found
+        if region.part.tensor == one.of
+    ]
 
 
 def _find_pieces(placement: Placement) -> tuple[list[range], slice]:

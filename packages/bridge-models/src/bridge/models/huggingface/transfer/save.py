@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +21,21 @@ from bridge.dist.engine.stages import unwrap
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
-from bridge.models.huggingface.folder.headers import INDEX
 from bridge.models.huggingface.matching import find_architecture
 from bridge.models.huggingface.transfer.layout import SHARD_BYTES, FileLayout, lay_out
 from bridge.models.huggingface.transfer.names import canonicalize_name
-from bridge.models.huggingface.transfer.regions import Region, find_regions
+from bridge.models.huggingface.transfer.output import (
+    carry_files,
+    check_space,
+    finish,
+    name_partial,
+    prepare,
+    write_headers,
+)
+from bridge.models.huggingface.transfer.regions import Region, cut_regions, find_regions, repeat_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
 from bridge.models.huggingface.weights.weight import Repetition, Weight
-
-_CARRIED = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of a folder that belong to its tokenizer and to generation."""
 
 
 def save_weights(
@@ -75,7 +65,7 @@ def save_weights(
         WeightsError: The folder exists, the disk is too small, or transformers has no place for a weight.
     """
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = name_partial(folder)
     document = model.as_dict()
     config = to_hf(document).data
     entries = list(find_architecture(config).weights(Sizes(read_fields(document))))
@@ -86,13 +76,13 @@ def save_weights(
     problems = [one for one in listed if isinstance(one, Problem)]
     is_first = torch.distributed.get_rank() == 0
     if is_first:
-        problems += _prepare(folder, partial)
+        problems += prepare(folder)
     default = _get_default_dtype(stages[0])
     gathered = _gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
     _raise_any([problem for found, _ in gathered for problem in found])
     dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
     layout = lay_out(_list_tensors(weights, repetitions, dtypes, default), shard_bytes=shard_bytes)
-    _raise_any([problem for found in _gather(_check_space(partial, layout)) for problem in found])
+    _raise_any([problem for found in _gather(check_space(partial, sum(layout.sizes.values()))) for problem in found])
     results = _gather(_write(held, repetitions, partial, layout))
     _raise_any([problem for found, _ in results for problem in found])
     if sum(written for _, written in results) < layout.tensor_bytes:
@@ -100,7 +90,10 @@ def save_weights(
             [Problem(str(partial), "is not whole: no rank holds some of the weights that config.json describes")]
         )
     if is_first:
-        _finish(partial, folder, layout, config, None if source is None else Path(source))
+        write_headers(partial, layout, config)
+        if source is not None:
+            carry_files(Path(source), partial)
+        finish(folder)
     torch.distributed.barrier()
 
 
@@ -118,20 +111,8 @@ class _Held:
 
     def list_regions(self, repetitions: Sequence[Repetition]) -> list[Region]:
         """Return where the rows go, with their places within ``rows``; into tensors that repeat others, too."""
-        last = self.first + len(self.rows)
-        regions = []
-        for region in find_regions(self.weight.forms[0], self.placement):
-            start, stop = max(region.local.start, self.first), min(region.local.stop, last)
-            if start < stop:
-                taken = region.rows[start - region.local.start : stop - region.local.start]
-                regions.append(replace(region, local=slice(start - self.first, stop - self.first), rows=taken))
-        repeated = [
-            replace(region, part=replace(region.part, tensor=one.tensor))
-            for one in repetitions
-            for region in regions
-            if region.part.tensor == one.of
-        ]
-        return regions + repeated
+        whole = find_regions(self.weight.forms[0], self.placement)
+        return repeat_regions(cut_regions(whole, self.first, self.first + len(self.rows)), repetitions)
 
 
 def _list_held(
@@ -225,37 +206,3 @@ def _gather[T](value: T) -> list[T]:
 def _raise_any(problems: Sequence[Problem]) -> None:
     if problems:
         raise WeightsError(list(dict.fromkeys(problems)))
-
-
-def _prepare(folder: Path, partial: Path) -> list[Problem]:
-    """Make the folder that is written to, in place of one that an earlier run left."""
-    if folder.exists():
-        return [Problem(str(folder), "exists: choose another folder, or remove it")]
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        return [Problem(str(partial), f"cannot be made: {error.strerror or error}")]
-    return []
-
-
-def _check_space(partial: Path, layout: FileLayout) -> list[Problem]:
-    needed, free = sum(layout.sizes.values()), shutil.disk_usage(partial).free
-    if needed <= free:
-        return []
-    return [Problem(str(partial), f"needs {needed / 1e9:,.1f} GB, but the disk has {free / 1e9:,.1f} GB left")]
-
-
-def _finish(partial: Path, folder: Path, layout: FileLayout, config: dict[str, Any], source: Path | None) -> None:
-    """Write the headers, the index, config.json and the tokenizer, then give the folder its name."""
-    for file, header in layout.headers.items():
-        with (partial / file).open("r+b") as opened:
-            opened.write(header)
-    if (index := layout.make_index()) is not None:
-        (partial / INDEX).write_bytes(index)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if source is not None:
-        for name in _CARRIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-    partial.rename(folder)

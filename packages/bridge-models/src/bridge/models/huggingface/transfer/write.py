@@ -12,8 +12,8 @@ from bridge.models.huggingface.transfer.layout import ITEM_BYTES, FileLayout, Sl
 from bridge.models.huggingface.transfer.regions import Region
 from bridge.models.huggingface.weights.weight import Part
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorWriter:
@@ -51,9 +51,9 @@ class TensorWriter:
         slot = self._layout.slots[part.tensor]
         shape = part.shape[1:] if part.index is not None else part.shape
         start = slot.start + (part.index or 0) * _count(shape) * ITEM_BYTES[slot.dtype]
-        values = [_orient(parameter[region.local], part).to(_DTYPES[slot.dtype]).cpu() for region in regions]
+        values = [_orient(parameter[region.local], part).to(DTYPES[slot.dtype]).cpu() for region in regions]
         if sum(value.numel() for value in values) == _count(shape):
-            matrix = torch.empty(shape, dtype=_DTYPES[slot.dtype])
+            matrix = torch.empty(shape, dtype=DTYPES[slot.dtype])
             for region, value in zip(regions, values, strict=True):
                 matrix[_select(region, part, shape)] = value
             self._put(slot, start, matrix)

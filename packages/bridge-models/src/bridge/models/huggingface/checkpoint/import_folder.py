@@ -1,0 +1,228 @@
+"""Write the weights of a folder of transformers as a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from bridge.config import Document
+from bridge.config.canonical import canonicalize
+from bridge.config.errors import DocumentError, Problem
+from bridge.config.foreign.run_config import to_run_config
+from bridge.dist.engine.placement import Placement
+from bridge.models.errors import WeightsError
+from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
+from bridge.models.huggingface.checkpoint.writer import CheckpointWriter
+from bridge.models.huggingface.folder.folder import Folder, open_folder
+from bridge.models.huggingface.folder.stored import Format
+from bridge.models.huggingface.transfer.load import check_repetitions, fill
+from bridge.models.huggingface.transfer.output import carry_files, check_space, finish, name_partial, prepare
+from bridge.models.huggingface.transfer.regions import cut_regions, find_regions
+from bridge.models.huggingface.transfer.tensors import TensorReader
+from bridge.models.huggingface.transfer.write import DTYPES, NAMES
+from bridge.models.huggingface.weights.weight import Part, Weight
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""The folder of a checkpoint that no training run wrote: Megatron starts at iteration 0 and asks for no optimizer."""
+
+DOCUMENT = "bridge.yaml"
+RUN_CONFIG = "run_config.yaml"
+TOKENIZER = "tokenizer"
+PRECISIONS = "huggingface_dtypes.json"
+"""The tensors whose precision in the folder is not that of the checkpoint."""
+
+CONTENT = {"singleton_local_shards": False}
+"""How megatron.training has its models written."""
+
+WINDOW = 32 * 2**20
+"""Bytes of a parameter that are held at a time."""
+
+
+def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = False) -> list[str]:
+    """Write the weights of a folder as a checkpoint of megatron-core's format torch_dist.
+
+    At most 32 MiB of a tensor are held. Each tensor keeps its precision; one that megatron-core stacks with others of
+    other precisions, or multiplies by a factor, has one that holds all of them.
+
+    Args:
+        folder: A folder with config.json and safetensors files.
+        checkpoint: Where to write.
+        force: Replace a checkpoint of this name.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        DocumentError: config.json is invalid, or describes a model that Megatron-Core does not have.
+        WeightsError: The tensors are not those of the model, the checkpoint exists, or the disk is too small.
+    """
+    opened = open_folder(folder)
+    reader = TensorReader()
+    check_repetitions(opened, reader)
+    contents = list_contents(opened.document, CONTENT)
+    _check_shapes(contents, opened)
+    dtypes = _choose_dtypes(contents, opened)
+    target = Path(checkpoint)
+    _raise_any(prepare(target, replaces=TRACKER if force else None))
+    needed = sum(
+        math.prod(piece.shape) * dtypes[piece.key].itemsize for each in contents.pieces.values() for piece in each
+    )
+    _raise_any(check_space(name_partial(target), needed))
+    iteration = name_partial(target) / RELEASE
+    try:
+        iteration.mkdir()
+        _write_tensors(iteration, contents, opened, dtypes, reader)
+        _write_documents(iteration, opened, dtypes, contents)
+        (name_partial(target) / TRACKER).write_text(RELEASE)
+        finish(target)
+    except OSError as error:
+        raise WeightsError([Problem(str(target), f"cannot be written: {error.strerror or error}")]) from error
+    return [*opened.notes, *_note_quantized(opened)]
+
+
+def _check_shapes(contents: Contents, folder: Folder) -> None:
+    """Check that the model has the parameters of the weight table.
+
+    Raises:
+        WeightsError: It does not.
+    """
+    known = folder.match.weights
+    problems = [Problem(name, "Megatron-Core has no such parameter") for name in known if name not in contents.shapes]
+    for name, shape in contents.shapes.items():
+        if name not in known:
+            problems.append(Problem(name, "the folder has no such parameter"))
+        elif not known[name][0].fits(shape):
+            message = f"Megatron-Core has the shape {list(shape)}, the folder {list(known[name][0].shape)}"
+            problems.append(Problem(name, message))
+    _raise_any(problems)
+
+
+def _choose_dtypes(contents: Contents, folder: Folder) -> dict[str, torch.dtype]:
+    """Return the precision of each tensor of the checkpoint: one that holds all that it is made of."""
+    dtypes: dict[str, torch.dtype] = {}
+    for name, pieces in contents.pieces.items():
+        dtype = _find_dtype(*folder.match.weights[name], folder)
+        for piece in pieces:
+            dtypes[piece.key] = torch.promote_types(dtypes.get(piece.key, dtype), dtype)
+    return dtypes
+
+
+def _find_dtype(weight: Weight, parts: tuple[Part, ...], folder: Folder) -> torch.dtype:
+    if weight.factor != 1.0 or not parts:
+        return torch.float32
+    found = {DTYPES[folder.stored[part.tensor].dtype] for part in parts}
+    widest = found.pop()
+    for dtype in found:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _write_tensors(
+    iteration: Path, contents: Contents, folder: Folder, dtypes: Mapping[str, torch.dtype], reader: TensorReader
+) -> None:
+    writer = CheckpointWriter(iteration)
+    buffer = _Buffer()
+    for name, pieces in contents.pieces.items():
+        weight, parts = folder.match.weights[name]
+        placement = Placement(name=name, full_name=name, shape=torch.Size(contents.shapes[name]))
+        regions = list(find_regions(parts, placement))
+        width = math.prod(contents.shapes[name][1:])
+        for piece in pieces:
+            dtype = dtypes[piece.key]
+            for window in _divide(piece, max(1, WINDOW // (width * dtype.itemsize))):
+                first, last = window.rows.start, window.rows.stop
+                rows = buffer.take((last - first, *contents.shapes[name][1:]), dtype)
+                fill(rows, cut_regions(regions, first, last), weight, folder, reader)
+                writer.write_tensor(window.key, window.full_shape, window.offset, rows.reshape(window.shape))
+    writer.write_objects(contents.extra_states, None)
+    common = {
+        "args": _make_arguments(contents),
+        "checkpoint_version": 3.0,  # that of all checkpoints since Megatron-LM 3
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": CONTENT,
+    }
+    writer.write_objects([ShardedObject("common_state", None, (1,), (0,)).unique_key], common)
+    writer.close()
+    save_config(CheckpointingConfig("torch_dist"), str(iteration))
+
+
+class _Buffer:
+    """Memory for one tensor after the other: the allocator would keep what it got for each."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor without defined values, in place of the one before. Its storage has no other values."""
+        count = math.prod(shape)
+        if count * dtype.itemsize > len(self._bytes):
+            self._bytes = bytearray(count * dtype.itemsize)
+        return torch.frombuffer(self._bytes, dtype=dtype, count=count).reshape(shape)
+
+
+def _divide(piece: Piece, rows: int) -> Iterator[Piece]:
+    """Yield a piece in windows of so many rows."""
+    for start in range(0, len(piece.rows), rows):
+        yield piece.cut(piece.rows[start : start + rows])
+
+
+def _make_arguments(contents: Contents) -> Namespace:
+    """Return the arguments of megatron.training that its ``load_checkpoint`` reads (0.19.2)."""
+    config = contents.config
+    return Namespace(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        data_parallel_size=1,
+        world_size=1,
+        data_parallel_random_init=False,
+        use_distributed_optimizer=False,
+        ckpt_fully_parallel_save=True,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+
+
+def _write_documents(iteration: Path, folder: Folder, dtypes: Mapping[str, torch.dtype], contents: Contents) -> None:
+    """Write the document, what Megatron Bridge reads instead, the tokenizer, and the precisions that were changed."""
+    document = Document(folder.document)
+    (iteration / DOCUMENT).write_text(document.to_yaml())
+    with suppress(DocumentError):  # megatron.training has no such model
+        section = to_run_config(canonicalize(document.data)).data
+        (iteration / RUN_CONFIG).write_text(Document({"model": section}).to_yaml())
+    carry_files(folder.path, iteration / TOKENIZER)
+    changed = {}
+    for name, (weight, parts) in folder.match.weights.items():
+        for part in weight.forms[0]:  # the tensors that exporting writes
+            stored = folder.stored.get(part.tensor, folder.stored[parts[0].tensor])
+            if any(stored.dtype != NAMES[dtypes[piece.key]] for piece in contents.pieces[name]):
+                changed[part.tensor] = stored.dtype
+    if changed:
+        (iteration / PRECISIONS).write_text(json.dumps(changed, indent=2) + "\n")
+
+
+def _note_quantized(folder: Folder) -> Iterator[str]:
+    quantized = [name for name, stored in folder.stored.items() if stored.format is not Format.PLAIN]
+    if quantized:
+        stored_as = folder.stored[quantized[0]].format.value
+        yield f"{len(quantized):,} tensors stored as {stored_as} are dequantized to BF16, also when they are exported"
+
+
+def _raise_any(problems: list[Problem]) -> None:
+    if problems:
+        raise WeightsError(problems)
