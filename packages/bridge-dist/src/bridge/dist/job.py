@@ -175,7 +175,7 @@ def read_text(options: TrainOptions, config: ModelConfig) -> Text:
             f"samples of {options.seq_length} tokens are longer than the model's seq_length = {longest}: "
             "use shorter samples, or raise seq_length"
         )
-    return Text.read(options.text, vocab_size=vocab)
+    return Text.read(options.text, vocab_size=vocab, tokenizer=options.tokenizer)
 
 
 def get_vocab_size(config: ModelConfig) -> int | None:

@@ -30,6 +30,8 @@ class TrainOptions(Batch):
 
     steps: int
     text: Path
+    tokenizer: Path | None = None
+    """The tokenizer.json that turns the text into tokens; without one each byte is a token."""
 
 
 @dataclass(frozen=True, kw_only=True)

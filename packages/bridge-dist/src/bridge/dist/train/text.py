@@ -31,17 +31,22 @@ def find_default_text() -> Path:
 
 @dataclass(frozen=True)
 class Text:
-    """The bytes of a text as token ids, shape [length], dtype int64, for a vocabulary of ``vocab_size``."""
+    """A text as token ids, shape [length], dtype int64, for a vocabulary of ``vocab_size``."""
 
     tokens: torch.Tensor
     vocab_size: int
 
     @classmethod
-    def read(cls, path: Path, *, vocab_size: int) -> Text:
-        """Read a file as bytes, one token per byte.
+    def read(cls, path: Path, *, vocab_size: int, tokenizer: Path | None = None) -> Text:
+        """Read a file, one token per byte unless there is a tokenizer.
+
+        Args:
+            path: The file.
+            vocab_size: The vocabulary of the model.
+            tokenizer: The tokenizer.json of a Hugging Face folder. It adds no special tokens.
 
         Raises:
-            TrainingError: The file cannot be read, is empty, or the vocabulary is smaller than its largest byte.
+            TrainingError: A file cannot be read, the text is empty, or the vocabulary is too small for it.
         """
         try:
             content = path.read_bytes()
@@ -49,12 +54,17 @@ class Text:
             raise TrainingError(f"cannot read the text {path}: {error.strerror}") from error
         if not content:
             raise TrainingError(f"the text {path} is empty: pass a file with content")
-        if max(content) >= vocab_size:
+        if tokenizer is not None:
+            tokens = _tokenize(content, path, tokenizer)
+        else:
+            tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
+        if (largest := int(tokens.max())) >= vocab_size:
+            kind = "bytes" if tokenizer is None else "tokens"
             raise TrainingError(
-                f"the text {path} has bytes up to {max(content)}, but vocab_size is {vocab_size}: "
-                f"set vocab_size to at least {BYTE_VALUES}"
+                f"the text {path} has {kind} up to {largest}, but vocab_size is {vocab_size}: "
+                f"set vocab_size to at least {BYTE_VALUES if tokenizer is None else largest + 1}"
             )
-        return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), vocab_size)
+        return cls(tokens, vocab_size)
 
     def make_batch(self, first: int, *, size: int, seq_length: int) -> torch.Tensor:
         """Return a global batch, shape [size, seq_length + 1]: inputs and, shifted by one, labels.
@@ -65,3 +75,17 @@ class Text:
         starts = torch.arange(first, first + size).mul(seq_length)
         positions = starts[:, None] + torch.arange(seq_length + 1)[None]
         return self.tokens[positions % len(self.tokens)]
+
+
+def _tokenize(content: bytes, path: Path, tokenizer: Path) -> torch.Tensor:
+    from tokenizers import Tokenizer  # an extra of this package
+
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"the text {path} is not valid UTF-8 at byte {error.start}") from error
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise TrainingError(f"cannot read the tokenizer {tokenizer}: {error}") from error
+    return torch.tensor(loaded.encode(text, add_special_tokens=False).ids, dtype=torch.int64)

@@ -122,7 +122,9 @@ def build(
 
         training = None
         if steps is not None:
-            training = make_train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+            training = make_train_options(
+                config, steps, text, seq_length, global_batch_size, micro_batch_size, weights=weights
+            )
         job = BuildJob(
             document=document.data,
             overrides=overrides,

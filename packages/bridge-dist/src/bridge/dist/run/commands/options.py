@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from bridge.config import ModelConfig
+from bridge.dist.errors import TrainingError
 from bridge.dist.run.devices import Device
 from bridge.dist.wrapper import Wrapper
 
@@ -45,7 +47,8 @@ def add_training_options(command: CommandT) -> CommandT:
         click.option(
             "--text",
             type=click.Path(path_type=Path),
-            help="Text file to train on, read as bytes; by default a built-in sample text.",
+            help="Text file to train on; by default a built-in sample text. If weights are loaded from a folder, its "
+            "tokenizer turns the text into tokens; otherwise each byte is a token.",
         ),
     ):
         command = option(command)
@@ -59,8 +62,13 @@ def make_train_options(
     seq_length: int | None,
     global_batch_size: int,
     micro_batch_size: int,
+    *,
+    weights: Path | None = None,
 ) -> TrainOptions:
-    """Return the training options of a command; the sample length and the text have defaults."""
+    """Return the training options of a command; the sample length and the text have defaults.
+
+    The tokenizer is that of the folder that ``weights`` are loaded from.
+    """
     from bridge.dist.train.step import TrainOptions
     from bridge.dist.train.text import find_default_text  # imports torch, which `bridge -h` must not wait for
 
@@ -68,7 +76,22 @@ def make_train_options(
     return TrainOptions(
         steps=steps,
         text=text or find_default_text(),
+        tokenizer=None if weights is None else _find_tokenizer(weights),
         seq_length=seq_length or longest,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
     )
+
+
+def _find_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer of a folder; None if it has none.
+
+    Raises:
+        TrainingError: It has one, and the package that reads it is not installed.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    if find_spec("tokenizers") is None:
+        raise TrainingError(f"{file} needs the package tokenizers: pip install 'bridge-dist[tokenizers]'")
+    return file

@@ -76,7 +76,7 @@ def verify(
     from bridge.dist.run.tables import render_verification
 
     config = document.config()
-    training = make_train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size)
+    training = make_train_options(config, steps, text, seq_length, global_batch_size, micro_batch_size, weights=weights)
     at_work = [f"{split.format_name(nproc)} with {wrapping}" for split, wrapping in cases]
     with TemporaryDirectory() as temporary:
         logits = None
