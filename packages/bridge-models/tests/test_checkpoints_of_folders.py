@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,24 @@ from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from test_load_weights import compare_folders
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from bridge.models.commands.checkpoints import import_hf
+from bridge.dist.errors import CheckpointError
+from bridge.models.commands.checkpoints import export_hf, import_hf
 from bridge.models.errors import WeightsError
+from bridge.models.huggingface.checkpoint import export_folder as export_folder_module
+from bridge.models.huggingface.checkpoint import import_folder as import_folder_module
+from bridge.models.huggingface.checkpoint.export_folder import export_folder
 from bridge.models.huggingface.checkpoint.import_folder import import_folder
+from bridge.models.huggingface.checkpoint.reader import CheckpointReader
 
 
 def make_folder(tmp_path: Path, case: str) -> Path:
@@ -70,6 +86,35 @@ def compare_loaded(folder: str, checkpoint: str, sizes: dict[str, int]) -> list[
     return wrong
 
 
+def save_under(folder: str, checkpoint: str, sizes: dict[str, int]) -> None:
+    """Load a folder under a layout and save the stages as a checkpoint."""
+    import json
+
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from bridge.config import Document, ModelConfig
+    from bridge.dist.checkpoint.progress import Progress
+    from bridge.dist.checkpoint.save import save_checkpoint
+    from bridge.dist.document_layout import apply_layout
+    from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
+    from bridge.dist.job import BuildJob
+    from bridge.dist.wrapper import Wrapper
+    from bridge.models.huggingface import from_hf, load_weights
+
+    document = Document(from_hf(json.loads((Path(folder) / "config.json").read_text())).data)
+    apply_layout(document, sizes)
+    document.data["should_pad_vocab"] = True
+    config: Any = ModelConfig.from_dict(document.data)
+    job = BuildJob(document=document.data, wrapper=Wrapper.NONE)
+    layout = job.finalize(config, torch.distributed.get_world_size())
+    groups = create_process_groups(layout, embedding_ranks=job.find_embedding_ranks(config))
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    stages = job.make_builder(config).build_distributed_models(groups, wrap_with_ddp=False)
+    load_weights(stages, folder, groups)
+    save_checkpoint(stages, checkpoint, groups, model=config, progress=Progress(step=3))
+    destroy_process_groups()
+
+
 @pytest.mark.parametrize(
     ("case", "sizes"),
     [
@@ -86,6 +131,81 @@ def test_megatron_loads_the_same_weights(case: str, sizes: dict[str, int], tmp_p
     import_folder(folder, tmp_path / "checkpoint")
     arguments = str(folder), str(tmp_path / "checkpoint" / "release"), sizes
     assert run_ranks(compare_loaded, 2, *arguments) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [("llama 3.2, tied", {"tp": 2}), ("qwen3", {"pp": 2}), ("nemotron_h, experts", {"ep": 2}), ("gpt2", {"tp": 2})],
+)
+def test_a_checkpoint_of_any_layout_is_exported(case: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, case)
+    run_ranks(save_under, 2, str(folder), str(tmp_path / "checkpoint"), sizes)
+    export_folder(tmp_path / "checkpoint", tmp_path / "exported", shard_bytes=30_000)
+    compare_folders(tmp_path / "exported", folder)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_folder_comes_back_to_the_bit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fp32, as bf16 and with several precisions; in windows of few rows."""
+    monkeypatch.setattr(import_folder_module, "WINDOW", 1000)
+    monkeypatch.setattr(export_folder_module, "WINDOW", 1500)
+    folder = make_folder(tmp_path, case)
+    for number, dtypes in enumerate(([], [torch.bfloat16], [torch.float16, torch.float32, torch.bfloat16])):
+        if dtypes:
+            store_in(folder, dtypes)
+        import_folder(folder, tmp_path / f"checkpoint{number}")
+        export_folder(tmp_path / f"checkpoint{number}", tmp_path / f"exported{number}")
+        compare_folders(tmp_path / f"exported{number}", folder)
+
+
+def test_what_is_no_checkpoint_of_a_model(tmp_path: Path) -> None:
+    folder, checkpoint, exported = make_folder(tmp_path, "llama"), tmp_path / "checkpoint", tmp_path / "exported"
+    import_folder(folder, checkpoint)
+    iteration = checkpoint / "release"
+    document = (iteration / "bridge.yaml").read_text()
+    (iteration / "bridge.yaml").write_text(document.replace("num_layers: 2", "num_layers: 3"))
+    with pytest.raises(WeightsError, match=r"linear_qkv.weight: expected the shape \[3, 64, 32\], got \[2, 64, 32\]"):
+        export_folder(checkpoint, exported)
+    (iteration / "bridge.yaml").unlink()
+    with pytest.raises(WeightsError, match=r"has no bridge\.yaml"):
+        export_folder(checkpoint, exported)
+    (iteration / "bridge.yaml").write_text(document)
+    metadata = (iteration / ".metadata").read_bytes()
+    (iteration / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+        export_folder(checkpoint, exported)
+    assert not exported.exists()
+    assert not (tmp_path / "ran").exists()
+    (iteration / ".metadata").write_bytes(metadata)
+    export_folder(checkpoint, exported)
+    with pytest.raises(WeightsError, match="exists"):
+        export_folder(checkpoint, exported)
+
+
+def test_a_chunk_that_is_no_tensor(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "__0_0.distcp", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Hostile(tmp_path / "ran")))
+        archive.writestr("archive/data/0", bytes(8))
+    size = (tmp_path / "__0_0.distcp").stat().st_size
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+    described = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([2]), [chunk])
+    places = {MetadataIndex("bias", [0]): _StorageInfo("__0_0.distcp", 0, size)}
+    reader = CheckpointReader(tmp_path, Metadata({"bias": described}, storage_data=places))
+    with pytest.raises(WeightsError, match="refers to pathlib"):
+        reader.read("bias", [0], [2])
+    with pytest.raises(WeightsError, match="does not have each number"):
+        reader.read("bias", [0], [3])
+    assert not (tmp_path / "ran").exists()
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
 
 
 def test_tensors_keep_their_precision(tmp_path: Path) -> None:
@@ -132,8 +252,11 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_commands(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, "qwen3")
     done = CliRunner().invoke(import_hf, [str(folder), "-o", str(tmp_path / "checkpoint")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    done = CliRunner().invoke(export_hf, [str(tmp_path / "checkpoint"), "-o", str(tmp_path / "exported")])
+    assert done.exit_code == 0, done.output
+    compare_folders(tmp_path / "exported", folder)

@@ -1,4 +1,4 @@
-"""`bridge import-hf`."""
+"""`bridge import-hf` and `bridge export-hf`."""
 
 from __future__ import annotations
 
@@ -23,3 +23,21 @@ def import_hf(*, folder: Path, output: Path, force: bool) -> None:
     for note in import_folder(folder, output, force=force):
         click.echo(f"{folder}: note: {note}", err=True)
     click.echo(f"{output}: a checkpoint of the weights in {folder}")
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--force", is_flag=True, help="Replace a Hugging Face folder of this name.")
+def export_hf(*, checkpoint: Path, output: Path, force: bool) -> None:
+    """Write the weights of a Megatron checkpoint as a Hugging Face folder: config.json and safetensors files.
+
+    CHECKPOINT is in megatron-core's format torch_dist, saved under any layout, with the model's document: one that
+    `bridge build --save` or `bridge import-hf` wrote. Its latest iteration is read; nothing in it is run. No model is
+    held in memory.
+    """
+    from bridge.models.huggingface.checkpoint.export_folder import export_folder  # torch takes seconds to import
+
+    for note in export_folder(checkpoint, output, force=force):
+        click.echo(f"{checkpoint}: note: {note}", err=True)
+    click.echo(f"{output}: the weights in {checkpoint}")

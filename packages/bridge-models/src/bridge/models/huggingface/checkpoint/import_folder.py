@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from bridge.config import Document
 from bridge.config.canonical import canonicalize
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.foreign.run_config import to_run_config
+from bridge.dist.checkpoint.folder import DOCUMENT, RUN_CONFIG, TRACKER
+from bridge.dist.checkpoint.reader import COMMON_STATE
 from bridge.dist.engine.placement import Placement
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
@@ -30,12 +31,9 @@ from bridge.models.huggingface.transfer.tensors import TensorReader
 from bridge.models.huggingface.transfer.write import DTYPES, NAMES
 from bridge.models.huggingface.weights.weight import Part, Weight
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """The folder of a checkpoint that no training run wrote: Megatron starts at iteration 0 and asks for no optimizer."""
 
-DOCUMENT = "bridge.yaml"
-RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"
 PRECISIONS = "huggingface_dtypes.json"
 """The tensors whose precision in the folder is not that of the checkpoint."""
@@ -151,7 +149,7 @@ def _write_tensors(
         "num_floating_point_operations_so_far": 0,
         "content_metadata": CONTENT,
     }
-    writer.write_objects([ShardedObject("common_state", None, (1,), (0,)).unique_key], common)
+    writer.write_objects([COMMON_STATE], common)
     writer.close()
     save_config(CheckpointingConfig("torch_dist"), str(iteration))
 

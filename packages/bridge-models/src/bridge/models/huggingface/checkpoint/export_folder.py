@@ -1,0 +1,205 @@
+"""Write the weights of a Megatron checkpoint as a folder of transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from bridge.config import Document
+from bridge.config.errors import Problem
+from bridge.dist.checkpoint.folder import DOCUMENT, find_iteration
+from bridge.dist.checkpoint.reader import Checkpoint
+from bridge.dist.engine.placement import Placement
+from bridge.models.errors import WeightsError
+from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
+from bridge.models.huggingface.checkpoint.import_folder import CONTENT, PRECISIONS, TOKENIZER, WINDOW
+from bridge.models.huggingface.checkpoint.reader import CheckpointReader
+from bridge.models.huggingface.convert import to_hf
+from bridge.models.huggingface.document_fields import read_fields
+from bridge.models.huggingface.matching import find_architecture
+from bridge.models.huggingface.transfer.layout import ITEM_BYTES, SHARD_BYTES, FileLayout, lay_out
+from bridge.models.huggingface.transfer.output import (
+    carry_files,
+    check_space,
+    finish,
+    name_partial,
+    prepare,
+    write_headers,
+)
+from bridge.models.huggingface.transfer.regions import cut_regions, find_regions, repeat_regions
+from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
+from bridge.models.huggingface.weights.sizes import Sizes
+from bridge.models.huggingface.weights.weight import Repetition, Weight
+
+_OTHERS = ("optimizer.", "chained_")
+"""Prefixes of tensors that belong to no model."""
+
+
+def export_folder(
+    checkpoint: str | Path, folder: str | Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES
+) -> list[str]:
+    """Write the weights of a checkpoint of the format torch_dist, saved under any layout, as a folder.
+
+    At most 32 MiB of a tensor are held, but all of a tensor that transformers stores transposed. Nothing that is in the
+    checkpoint is run. Tensors that ``import_folder`` read get their precision back.
+
+    Args:
+        checkpoint: The folder of all iterations, of which the latest is read, or the folder of one iteration.
+        folder: Where to write.
+        force: Replace a folder of this name that has a config.json.
+        shard_bytes: Most bytes of a file.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        DocumentError: transformers has no architecture for the model.
+        WeightsError: The tensors are not those of the model, the folder exists, or the disk is too small.
+    """
+    source = Checkpoint(find_iteration(Path(checkpoint)))
+    document = _read_document(source.iteration)
+    converted = to_hf(document.data)
+    contents = list_contents(document.data, source.common.get("content_metadata") or CONTENT)
+    entries = list(find_architecture(converted.data).weights(Sizes(read_fields(document.data))))
+    weights = [entry for entry in entries if isinstance(entry, Weight)]
+    repetitions = [entry for entry in entries if isinstance(entry, Repetition) and entry.is_written]
+    _raise_any([*_find_missing(weights, contents, source.metadata), *_find_unknown(contents, source.metadata)])
+    precisions = _read_precisions(source.iteration)
+    layout = lay_out(
+        _list_tensors(weights, repetitions, contents, source.metadata, precisions), shard_bytes=shard_bytes
+    )
+    target = Path(folder)
+    _raise_any(prepare(target, replaces="config.json" if force else None))
+    partial = name_partial(target)
+    _raise_any(check_space(partial, sum(layout.sizes.values())))
+    try:
+        reader = CheckpointReader(source.iteration, source.metadata)
+        _write_tensors(partial, layout, weights, repetitions, contents, reader)
+        write_headers(partial, layout, converted.data)
+        carry_files(source.iteration / TOKENIZER, partial)
+        finish(target)
+    except OSError as error:
+        raise WeightsError([Problem(str(target), f"cannot be written: {error.strerror or error}")]) from error
+    return converted.notes
+
+
+def _read_document(iteration: Path) -> Document:
+    file = iteration / DOCUMENT
+    if not file.is_file():
+        message = f"has no {DOCUMENT}, the document of the model: write one there"
+        raise WeightsError([Problem(str(iteration), message)])
+    return Document.load(str(file))
+
+
+def _find_missing(weights: Sequence[Weight], contents: Contents, metadata: Metadata) -> Iterator[Problem]:
+    """Yield what the checkpoint lacks of the weights."""
+    for weight in weights:
+        shape = contents.shapes.get(weight.name)
+        if shape is None or not weight.fits(shape):
+            yield Problem(weight.name, f"Megatron-Core has no such parameter of the shape {list(weight.shape)}")
+            continue
+        for piece in contents.pieces[weight.name]:
+            stored = metadata.state_dict_metadata.get(piece.key)
+            if not isinstance(stored, TensorStorageMetadata):
+                yield Problem(piece.key, f"missing in the checkpoint: {weight.name} is made of it")
+            elif not _fits(weight, tuple(stored.size), piece.full_shape):
+                message = f"expected the shape {list(piece.full_shape)}, got {list(stored.size)}"
+                yield Problem(piece.key, message)
+            elif stored.properties.dtype not in NAMES:
+                yield Problem(piece.key, f"is stored as {stored.properties.dtype}: expected bf16, fp16 or fp32")
+
+
+def _fits(weight: Weight, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether a tensor has the shape, apart from rows that pad the vocabulary."""
+    return stored == expected or (weight.per_token and stored[1:] == expected[1:] and stored[0] >= weight.shape[0])
+
+
+def _find_unknown(contents: Contents, metadata: Metadata) -> Iterator[Problem]:
+    known = {piece.key for pieces in contents.pieces.values() for piece in pieces}
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata) and key not in known and not key.startswith(_OTHERS):
+            yield Problem(key, f"no parameter of the model in {DOCUMENT} is made of it")
+
+
+def _read_precisions(iteration: Path) -> dict[str, str]:
+    """Return the precisions that tensors had in the folder that the checkpoint was imported from."""
+    file = iteration / PRECISIONS
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict) or not all(one in ITEM_BYTES for one in found.values()):
+            raise ValueError(f"expected a mapping from tensors to {', '.join(ITEM_BYTES)}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise WeightsError([Problem(str(file), f"cannot be read: {error}")]) from error
+    return found
+
+
+def _list_tensors(
+    weights: Sequence[Weight],
+    repetitions: Sequence[Repetition],
+    contents: Contents,
+    metadata: Metadata,
+    precisions: Mapping[str, str],
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield the tensors to write: name, dtype, shape."""
+    seen: set[str] = set()
+    for weight in weights:
+        stored = metadata.state_dict_metadata[contents.pieces[weight.name][0].key]
+        assert isinstance(stored, TensorStorageMetadata)
+        dtype = NAMES[stored.properties.dtype]
+        for part in weight.forms[0]:
+            if part.tensor not in seen:
+                seen.add(part.tensor)
+                for tensor in (part.tensor, *(one.tensor for one in repetitions if one.of == part.tensor)):
+                    yield tensor, precisions.get(part.tensor, dtype), part.shape
+
+
+def _write_tensors(
+    folder: Path,
+    layout: FileLayout,
+    weights: Sequence[Weight],
+    repetitions: Sequence[Repetition],
+    contents: Contents,
+    reader: CheckpointReader,
+) -> None:
+    writer = TensorWriter(folder, layout)
+    for weight in weights:
+        placement = Placement(name=weight.name, full_name=weight.name, shape=torch.Size(weight.shape))
+        regions = list(find_regions(weight.forms[0], placement))
+        # A transposed tensor would be written number by number.
+        is_transposed = any(part.transposed for part in weight.forms[0])
+        step = weight.shape[0] if is_transposed else max(1, WINDOW // (4 * math.prod(weight.shape[1:])))
+        for first in range(0, weight.shape[0], step):
+            last = min(first + step, weight.shape[0])
+            rows = _read_rows(contents.pieces[weight.name], range(first, last), reader)
+            if not weight.forms[0]:
+                if rows.count_nonzero():
+                    _raise_any([Problem(weight.name, "is not zero, but transformers has no such parameter")])
+                continue
+            if weight.factor != 1.0:
+                rows = rows.float() / weight.factor
+            writer.write(repeat_regions(cut_regions(regions, first, last), repetitions), rows)
+    writer.close()
+
+
+def _read_rows(pieces: Sequence[Piece], rows: range, reader: CheckpointReader) -> torch.Tensor:
+    """Return rows of a parameter."""
+    found = []
+    for piece in pieces:
+        first, last = max(piece.rows.start, rows.start), min(piece.rows.stop, rows.stop)
+        if first < last:
+            taken = piece.cut(range(first, last))
+            found.append(reader.read(taken.key, taken.offset, taken.shape).flatten(0, piece.axis))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _raise_any(problems: list[Problem]) -> None:
+    if problems:
+        raise WeightsError(problems)
