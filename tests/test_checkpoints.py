@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -178,6 +179,40 @@ def test_mismatches_are_named_before_anything_is_loaded(saved: Path) -> None:
 def test_an_iteration_is_not_overwritten(saved: Path) -> None:
     (error,) = run_ranks(attempt, 1, Run({}, 1, save=str(saved)))
     assert error == f"{saved / 'iter_0000001'} exists: save to another folder, or remove it"
+
+
+def save_on_a_small_disk(run: Run) -> str:
+    from bridge.dist.patch import Replacement, replace_attributes
+
+    with replace_attributes(Replacement(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))):  # type: ignore[attr-defined]
+        return attempt(run)
+
+
+def save_on_a_full_disk(run: Run) -> str:
+    """Return the error of a run whose second rank finds no space on its disk."""
+    import torch
+
+    from bridge.dist.patch import Replacement, replace_attributes
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    is_full = torch.distributed.get_rank() == 1
+    with replace_attributes(*[Replacement(os, "fsync", fail)] * is_full):
+        return attempt(run)
+
+
+def test_a_disk_that_is_too_small_is_refused_first(tmp_path: Path) -> None:
+    (error,) = run_ranks(save_on_a_small_disk, 1, Run({}, 1, save=str(tmp_path)))
+    assert "needs 0.001 GB" in error
+    assert "0.000 GB left" in error
+
+
+def test_a_rank_that_cannot_write_leaves_no_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(save_on_a_full_disk, 2, Run({"tp": 2}, 1, save=str(tmp_path)))
+    assert first == second
+    assert "the data cannot be read or written" in first  # megatron-core logs which error it was
+    assert [file.name for file in tmp_path.iterdir()] == ["iter_0000001.partial"]
 
 
 @pytest.mark.parametrize("wrapper", ["megatron-fsdp", "torch-fsdp2"])

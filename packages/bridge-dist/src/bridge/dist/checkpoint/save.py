@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
@@ -29,7 +31,7 @@ from bridge.dist.checkpoint.state import (
     make_model_state,
     uses_distributed_optimizer,
 )
-from bridge.dist.checkpoint.together import raise_together
+from bridge.dist.checkpoint.together import gather, raise_together
 from bridge.dist.errors import CheckpointError
 
 
@@ -87,6 +89,7 @@ def save_checkpoint(
     }
     if optimizer is None:
         state["args"].no_save_optim = True
+    _check_space(state, partial)
     with raise_together():
         dist_checkpointing.save(state, str(partial), content_metadata=content)
         if is_first:
@@ -108,6 +111,20 @@ def check_target(folder: str | Path, step: int) -> None:
             if iteration.exists():
                 raise CheckpointError(f"{iteration} exists: save to another folder, or remove it")
             iteration.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_space(state: dict[str, Any], folder: Path) -> None:
+    """Check that the tensors of all ranks fit on the disk. Collective over all ranks.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    parts = [one for one in nested_values(state) if isinstance(one, ShardedTensor | ShardedTensorFactory)]
+    needed = sum(gather(sum(part.data.nbytes for part in parts if is_main_replica(part.replica_id))))
+    with raise_together() as problems:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            problems.append(f"{folder} needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left")
 
 
 def _make_arguments(

@@ -36,7 +36,7 @@ def collect_report(
     whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
     shapes = {name: placement.logical_shape(get_vocab_size(config)) for name, placement in whole.items()}
     transformer, training = job.make_builder(config).transformer_config, job.training
-    loaded = job.weights or job.modelopt_checkpoint
+    loaded = job.weights or job.checkpoint or job.modelopt_checkpoint
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     in_half_precision = transformer.bf16 or transformer.fp16
     return BuildReport(
