@@ -184,7 +184,7 @@ def test_an_iteration_is_not_overwritten(saved: Path) -> None:
 def save_on_a_small_disk(run: Run) -> str:
     from bridge.dist.patch import Replacement, replace_attributes
 
-    with replace_attributes(Replacement(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))):  # type: ignore[attr-defined]
+    with replace_attributes(Replacement(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))):
         return attempt(run)
 
 
@@ -349,6 +349,22 @@ def test_the_command_saves_and_goes_on(tmp_path: Path) -> None:
     assert halves == whole
     assert (tmp_path / "second" / "iter_0000003" / ".metadata").is_file()
     assert build("--load", second)["losses"] == []
+
+
+def test_a_checkpoint_is_the_file_of_a_command(saved: Path) -> None:
+    for folder in (saved, saved / "iter_0000001"):
+        code, out, err = run_command("show", str(folder))
+        assert code == 0, err
+        assert "hidden_size: 32" in out
+    code, out, err = run_command("build", str(saved), "--steps", "1", "--global-batch-size", "4", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["weights"] == str(saved)
+    assert report["losses"] == run_ranks(train, 1, Run({}, 2))[0][1:]
+    assert run_command("build", str(saved), "--random-init", "--json")[0] == 0
+    code, _, err = run_command("verify", str(saved))
+    assert code == 1
+    assert "verify does not load Megatron checkpoints" in err
 
 
 def test_the_command_refuses_before_training(saved: Path, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
         CheckpointError: They do not.
     """
     parts = [one for one in nested_values(state) if isinstance(one, ShardedTensor | ShardedTensorFactory)]
-    needed = sum(gather(sum(part.data.nbytes for part in parts if is_main_replica(part.replica_id))))
+    tensors = [part.data for part in parts if is_main_replica(part.replica_id)]
+    mine: int = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    needed = sum(gather(mine))
     with raise_together() as problems:
         free = shutil.disk_usage(folder).free
         if needed > free:

@@ -82,7 +82,7 @@ def build(
 ) -> None:
     """Build FILE's model as distributed stages; with --steps train them.
 
-    FILE is a document, the name of a preset, a Hugging Face folder, or - for standard input.
+    FILE is a document, the name of a preset, a Hugging Face folder, a Megatron checkpoint, or - for standard input.
 
     Initial weights depend on the parameter's name only, and the global batch is the same under every layout: losses and
     gradient norms do not depend on the layout. If FILE is a folder, its weights are loaded. With --load of a checkpoint
@@ -108,7 +108,7 @@ def build(
             dp=dp,
             distributed_optimizer=distributed_optimizer,
         )
-        checkpoint = load if _is_checkpoint_to_resume(document, load) else None
+        checkpoint = _choose_checkpoint(document, load, random_init=random_init)
         weights = None if checkpoint else _choose_weights(document, load, random_init=random_init)
         if weights is not None:
             found = check_weights(weights, is_file=load is None)
@@ -144,8 +144,14 @@ def build(
         _print_report(report, as_json=as_json)
 
 
-def _is_checkpoint_to_resume(document: Document, load: Path | None) -> bool:
-    return load is not None and is_checkpoint(load) and not document.data.get("restore_modelopt_state")
+def _choose_checkpoint(document: Document, load: Path | None, *, random_init: bool) -> Path | None:
+    """Return the Megatron checkpoint to go on from: that of --load, or FILE; None if it is neither."""
+    source = load
+    if source is None and is_folder(document.source) and not random_init:
+        source = Path(document.source)
+    if source is None or document.data.get("restore_modelopt_state") or not is_checkpoint(source):
+        return None
+    return source
 
 
 def _choose_weights(document: Document, load: Path | None, *, random_init: bool) -> Path | None:

@@ -11,7 +11,8 @@ import click
 
 from bridge.config import Document
 from bridge.config.documents.folders import is_folder
-from bridge.dist.errors import ComparisonError, LayoutError
+from bridge.dist.checkpoint.folder import is_checkpoint
+from bridge.dist.errors import CheckpointError, ComparisonError, LayoutError
 from bridge.dist.loaders import check_weights
 from bridge.dist.run.commands.options import SIZE, add_training_options, device_option, make_train_options
 from bridge.dist.run.commands.output import print_notes, print_parts
@@ -69,6 +70,8 @@ def verify(
     weights = None
     if is_folder(document.source) and not random_init:
         weights = Path(document.source)
+        if is_checkpoint(weights):
+            raise CheckpointError(f"{file}: verify does not load Megatron checkpoints: add --random-init")
         print_notes(file, [note for note in check_weights(weights, is_file=True) if note not in notes])
 
     from bridge.dist.run import verify as verification
