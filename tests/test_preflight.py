@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule
-from preflight_cases import CASES, EVERY_CASE, NOT_SHOWN
+from preflight_cases import CASES, EVERY_CASE, NO_REPRODUCTION
 from preflight_cases.setting import (
     CONTEXT_PARALLEL,
     EXPERTS,
@@ -55,8 +55,8 @@ def list_rules() -> list[preflight.Rule]:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert sorted(CASES) == sorted(rule.name for rule in list_rules() if rule.not_shown is None)
-    assert sorted(NOT_SHOWN) == sorted(rule.name for rule in list_rules() if rule.not_shown is not None)
+    assert sorted(CASES) == sorted(rule.name for rule in list_rules() if rule.no_reproduction is None)
+    assert sorted(NO_REPRODUCTION) == sorted(rule.name for rule in list_rules() if rule.no_reproduction is not None)
 
 
 def test_every_rule_has_a_reason() -> None:

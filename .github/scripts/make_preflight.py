@@ -41,9 +41,9 @@ come last.
 def make_section(rule: Rule) -> str:
     """Return the section about a rule."""
     message = find_problems(EVERY_CASE[rule.name].refused, EVERY_CASE[rule.name].world_size)[0].rpartition(" [")[0]
-    origin = f"Seen in {rule.seen}." if rule.seen else "Follows from arithmetic."
+    origin = f"Observed in {rule.observed_in}." if rule.observed_in else "Follows from arithmetic."
     why = " ".join(rule.why.replace("``", "`").split())
-    unseen = f" The common test does not show the failure: {rule.not_shown}." if rule.not_shown else ""
+    unseen = f" The common test does not reproduce the failure: {rule.no_reproduction}." if rule.no_reproduction else ""
     return f"## {rule.name}\n\n{why} {origin}{unseen}\n\n> {message}\n"
 
 

@@ -14,14 +14,14 @@ CASES: dict[str, Case] = {
     **machine.CASES,
     **models.CASES,
 }
-NOT_SHOWN: dict[str, Case] = {
-    **sizes.NOT_SHOWN,
-    **pipeline.NOT_SHOWN,
-    **layers.NOT_SHOWN,
-    **torch_fsdp2.NOT_SHOWN,
-    **megatron_fsdp.NOT_SHOWN,
-    **machine.NOT_SHOWN,
-    **models.NOT_SHOWN,
+NO_REPRODUCTION: dict[str, Case] = {
+    **sizes.NO_REPRODUCTION,
+    **pipeline.NO_REPRODUCTION,
+    **layers.NO_REPRODUCTION,
+    **torch_fsdp2.NO_REPRODUCTION,
+    **megatron_fsdp.NO_REPRODUCTION,
+    **machine.NO_REPRODUCTION,
+    **models.NO_REPRODUCTION,
 }
-"""Cases of rules with ``not_shown``: no process of these tests shows the outcome without the rule."""
-EVERY_CASE = CASES | NOT_SHOWN
+"""Cases of rules with ``no_reproduction``: the common test does not reproduce the failure."""
+EVERY_CASE = CASES | NO_REPRODUCTION

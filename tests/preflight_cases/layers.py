@@ -16,7 +16,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "recomputed-mlp-with-biases": Case(
         refused=Setting(transformer={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
         advised=Setting(

@@ -22,7 +22,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "connections-of-split-layers": Case(
         refused=Setting(sizes=TENSOR_PARALLEL, environment=connections(8)),
         advised=Setting(sizes=TENSOR_PARALLEL, environment=connections(1)),

@@ -44,7 +44,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "megatron-fsdp-grouped-parameters": Case(
         refused=Setting(**megatron_fsdp(), assigned={"moe_single_grouped_weight": True}),
         advised=Setting(**megatron_fsdp()),

@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "modelopt-virtual-pipeline": Case(
         refused=Setting(sizes=INTERLEAVED, transformer=OVERLAPPED_P2P, model=MODELOPT),
         advised=Setting(sizes=PIPELINE, transformer={"num_layers": 4}, model=MODELOPT),

@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "pipeline-layout": Case(
         refused=Setting(sizes=PIPELINE, assigned={"pipeline_model_parallel_layout": "Et|L"}),
         advised=Setting(sizes=PIPELINE, assigned={"pipeline_model_parallel_layout": "Et|tL"}),

@@ -37,7 +37,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "sequences-without-tensor-parallelism": Case(
         refused=Setting(assigned={"sequence_parallel": True}),
         advised=Setting(sizes=TENSOR_PARALLEL, transformer={"sequence_parallel": True}),

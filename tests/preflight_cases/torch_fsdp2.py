@@ -22,7 +22,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-NOT_SHOWN: dict[str, Case] = {
+NO_REPRODUCTION: dict[str, Case] = {
     "torch-fsdp2-fused-gradients": Case(
         refused=Setting(transformer={"gradient_accumulation_fusion": True}, flags=TORCH_FSDP2),
         advised=Setting(flags=TORCH_FSDP2),

@@ -118,22 +118,22 @@ Problems = Callable[[Setup], Iterator[str]]
 class Rule:
     """A combination that is known not to work.
 
-    ``name`` is short and stable. ``why`` says what happens without the rule, ``seen`` in which version (None: it
-    follows by arithmetic). ``problems`` yields the conflicts of a setup, each with what to set. ``not_shown`` says why
-    no test demonstrates the failure, if none does.
+    ``name`` is short and stable. ``why`` says what happens without the rule, ``observed_in`` in which version (None: it
+    follows by arithmetic). ``problems`` yields the conflicts of a setup, each with what to set.
+    ``no_reproduction`` says why the common test does not reproduce the failure, if it does not.
     """
 
     name: str
     why: str
     problems: Problems
-    seen: str | None = None
-    not_shown: str | None = None
+    observed_in: str | None = None
+    no_reproduction: str | None = None
     is_first: bool = False
     """Whether the rules after this one rely on it: they are skipped if it finds a problem."""
 
 
 def rule(
-    *, seen: str | None = None, not_shown: str | None = None, is_first: bool = False
+    *, observed_in: str | None = None, no_reproduction: str | None = None, is_first: bool = False
 ) -> Callable[[Problems], Rule]:
     """Turn a function into a rule, named like the function with dashes; its docstring is the rule's ``why``."""
 
@@ -142,8 +142,8 @@ def rule(
             name=problems.__name__.replace("_", "-"),
             why=cleandoc(problems.__doc__ or ""),
             problems=problems,
-            seen=seen,
-            not_shown=not_shown,
+            observed_in=observed_in,
+            no_reproduction=no_reproduction,
             is_first=is_first,
         )
 

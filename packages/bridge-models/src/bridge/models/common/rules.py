@@ -11,10 +11,10 @@ from bridge.dist.checks.preflight import Rule, Setup, rule
 from bridge.models.common.vocab import find_vocabulary_problem
 
 VALIDATED = "validate() of the configuration refuses it too"
-"""Reason that no test builds what a rule refuses, for ``not_shown``."""
+"""Reason that the common test does not reproduce a failure, for ``no_reproduction``."""
 
 
-@rule(not_shown=VALIDATED)
+@rule(no_reproduction=VALIDATED)
 def vocabulary_divides(setup: Setup) -> Iterator[str]:
     """Each tensor-parallel rank holds an equal part of the embedding."""
     if (problem := find_vocabulary_problem(setup.model, setup.layout.tp)) is not None:

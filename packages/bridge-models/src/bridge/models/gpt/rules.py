@@ -10,7 +10,7 @@ from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
 from bridge.models.modelopt.rules import MODELOPT_RULES
 
 
-@rule(seen=MEGATRON, not_shown=VALIDATED)
+@rule(observed_in=MEGATRON, no_reproduction=VALIDATED)
 def predictions_in_a_pipeline(setup: Setup) -> Iterator[str]:
     """The last stage has its own copy of the position embedding, and the two copies are not kept in sync."""
     if (problem := find_prediction_problem(setup.model, setup.layout.pp)) is not None:

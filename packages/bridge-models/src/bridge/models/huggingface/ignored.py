@@ -77,7 +77,7 @@ IGNORED = frozenset(
 )
 """Fields that do not affect the model in any architecture."""
 
-MARKERS = (
+WRITTEN_BY_OTHER_TOOLS = (
     # the program that wrote the file, or the kernel that it used
     "*flash_attn*",
     "*flash_attention*",
@@ -95,9 +95,9 @@ MARKERS = (
     "use_sdpa",
     "use_xformers*",
 )
-"""Patterns of fields that no version of transformers reads: other programs leave them in a config.json."""
+"""Patterns of fields that other tools write to config.json, and that no version of transformers reads."""
 
-HARMLESS: Mapping[str, tuple[Any, ...]] = {
+NO_EFFECT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "embd_pdrop": (0,),
     "embedding_multiplier": (1,),
     "ep_size": (1,),
@@ -135,14 +135,14 @@ def refuse_unknown(t: Translation, name: str, known: Iterable[str]) -> None:
 def _explain_no_effect(t: Translation, name: str) -> str | None:
     """Return why an unknown field does not affect the model; None if it may."""
     value = t.given[name]
-    if any(fnmatchcase(name, pattern) for pattern in MARKERS):
-        return "another program wrote it, and transformers does not read it"
+    if any(fnmatchcase(name, pattern) for pattern in WRITTEN_BY_OTHER_TOOLS):
+        return "written by another tool, and not read by transformers"
     if value is None or value is False:
-        return "it is off, and unknown to Bridge"
+        return "disabled, and not a field that Bridge knows"
     if value in ("", [], {}):
-        return "it is empty, and unknown to Bridge"
+        return "empty, and not a field that Bridge knows"
     # Not a boolean, because 1 == True.
-    if any(value == harmless and type(value) is not bool for harmless in HARMLESS.get(name, ())):
+    if any(value == harmless and type(value) is not bool for harmless in NO_EFFECT_VALUES.get(name, ())):
         return f"{describe_value(value)} has no effect"
     if name == "layer_types" and isinstance(value, list) and all(kind == FULL for kind in value):
         return f"all layers of {t.model_type} use full attention"

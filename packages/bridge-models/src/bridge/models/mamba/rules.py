@@ -14,7 +14,7 @@ from bridge.models.mamba.pattern import split_pattern
 from bridge.models.modelopt.rules import MODELOPT_RULES
 
 
-@rule(not_shown=VALIDATED)
+@rule(no_reproduction=VALIDATED)
 def hybrid_stages(setup: Setup) -> Iterator[str]:
     """The pattern of a hybrid model must match the number of pipeline stages, or its layers must divide equally."""
     try:
@@ -78,7 +78,7 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def mamba_params_dtype(setup: Setup) -> Iterator[str]:
     """A Mamba layer casts its input to ``params_dtype``, regardless of the dtype of its weights: the first forward pass
     fails with mixed dtypes.
@@ -89,7 +89,7 @@ def mamba_params_dtype(setup: Setup) -> Iterator[str]:
         yield f"params_dtype is {config.params_dtype}, but Mamba layers compute in {half}: set params_dtype to {half}"
 
 
-@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+@rule(observed_in=MEGATRON, no_reproduction="it needs Transformer Engine")
 def mamba_offloading(setup: Setup) -> Iterator[str]:
     """HybridStack silently ignores ``cpu_offloading``, which only TransformerBlock implements."""
     if setup.transformer.cpu_offloading:

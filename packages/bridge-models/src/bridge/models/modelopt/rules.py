@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from bridge.dist.checks.preflight import Rule, Setup, rule
 
 MODELOPT = "nvidia-modelopt 0.47"
-"""The version that the rules about ModelOpt were seen in."""
+"""The version in which the failures that these rules prevent were observed."""
 
-_SHOWN = "it takes a checkpoint of a quantised model: tests/test_modelopt.py shows it"
+_NO_REPRODUCTION = "it needs a checkpoint of a quantised model; tests/test_modelopt.py reproduces it"
 
 
-@rule(seen=MODELOPT, not_shown=_SHOWN)
+@rule(observed_in=MODELOPT, no_reproduction=_NO_REPRODUCTION)
 def modelopt_virtual_pipeline(setup: Setup) -> Iterator[str]:
     """ModelOpt stores the state of one stage per rank: saving a checkpoint raises a ValueError."""
     if _restores(setup) and setup.has_virtual_pipeline:
         yield "ModelOpt does not support virtual pipeline stages: set vp = 1"
 
 
-@rule(seen=MODELOPT, not_shown=_SHOWN)
+@rule(observed_in=MODELOPT, no_reproduction=_NO_REPRODUCTION)
 def modelopt_meta_device(setup: Setup) -> Iterator[str]:
     """The state is restored before wrapping, when parameters on the meta device have no memory: copying fails."""
     if _restores(setup) and setup.transformer.init_model_with_meta_device:
         yield "a ModelOpt state cannot be restored on the meta device: set init_model_with_meta_device = False"
 
 
-@rule(seen=MODELOPT, not_shown=_SHOWN)
+@rule(observed_in=MODELOPT, no_reproduction=_NO_REPRODUCTION)
 def modelopt_experts(setup: Setup) -> Iterator[str]:
     """ModelOpt raises a ValueError when it converts the experts."""
     if _restores(setup) and setup.transformer.num_moe_experts and setup.layout.ep > 1 and setup.layout.tp > 1:

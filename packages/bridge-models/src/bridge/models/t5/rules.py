@@ -9,14 +9,14 @@ from bridge.dist.wrapper import Wrapper
 from bridge.models.common.rules import LANGUAGE_RULES
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def t5_pipeline(setup: Setup) -> Iterator[str]:
     """The pipeline schedules do not know where the decoder starts, and send only one tensor between stages."""
     if setup.layout.pp > 1:
         yield "T5 cannot be split into pipeline stages: set pp = 1"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def t5_context_parallelism(setup: Setup) -> Iterator[str]:
     """Each rank counts positions from zero in its part of a sequence, and cross attention sees only that part."""
     if setup.layout.cp > 1:
@@ -33,7 +33,7 @@ def t5_encoder_divides(setup: Setup) -> Iterator[str]:
             yield f"{name} = {size} is not a multiple of tp = {tp}: choose a multiple, or another tp"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
     """T5Model registers its position embedding under two names, so it is sharded twice: a TypeError while wrapping."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and _positions(setup) == "learned_absolute":
@@ -43,7 +43,7 @@ def t5_torch_fsdp2_learned_positions(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def t5_recomputed_relative_positions(setup: Setup) -> Iterator[str]:
     """All layers share one bias, so recomputation runs backward through its graph more than once: a RuntimeError in the
     first backward pass.

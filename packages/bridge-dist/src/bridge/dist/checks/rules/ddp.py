@@ -8,7 +8,7 @@ from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.wrapper import Wrapper
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def parameter_gather_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
     """Without a distributed optimizer there is nothing to gather: the first forward pass raises a TypeError."""
     gathers = setup.is_wrapped_with(Wrapper.DDP) and setup.ddp.overlap_param_gather
@@ -19,7 +19,7 @@ def parameter_gather_without_distributed_optimizer(setup: Setup) -> Iterator[str
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def instances_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
     """Wrapping raises a bare AssertionError, after the whole model was built."""
     several = setup.is_wrapped_with(Wrapper.DDP) and setup.ddp.num_distributed_optimizer_instances > 1
@@ -30,7 +30,7 @@ def instances_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def average_of_per_token_loss(setup: Setup) -> Iterator[str]:
     """Wrapping raises an AssertionError, after the whole model was built."""
     wrapped = setup.is_wrapped_with(Wrapper.DDP)
@@ -38,7 +38,7 @@ def average_of_per_token_loss(setup: Setup) -> Iterator[str]:
         yield "DDP cannot average gradients of a per-token loss: set average_in_collective = False"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def fp32_reduce_scatter(setup: Setup) -> Iterator[str]:
     """Wrapping or the first step raises a bare AssertionError."""
     wrapped = setup.is_wrapped_with(Wrapper.DDP) and setup.shards_optimizer
@@ -53,7 +53,7 @@ def fp32_reduce_scatter(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def custom_fsdp(setup: Setup) -> Iterator[str]:
     """Megatron does not read this former name of ``use_megatron_fsdp``: stages are wrapped with DDP."""
     if setup.is_wrapped and setup.ddp.use_custom_fsdp and not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):

@@ -9,7 +9,7 @@ from bridge.dist.checks.rules.sizes import has_dense_layers
 from bridge.dist.wrapper import Wrapper
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def experts_without_sequence_parallelism(setup: Setup) -> Iterator[str]:
     """Expert layers raise a ValueError in the first forward pass of training."""
     config, wrapper = setup.transformer, setup.options.wrapper
@@ -17,18 +17,16 @@ def experts_without_sequence_parallelism(setup: Setup) -> Iterator[str]:
         yield "training experts with tp > 1 needs sequence parallelism: set sequence_parallel = True, or tp = 1"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def meta_device_and_cpu_initialization(setup: Setup) -> Iterator[str]:
     """Parallel layers are left on the meta device without an initialiser, and losses are NaN."""
     if setup.transformer.init_model_with_meta_device and setup.transformer.use_cpu_initialization:
         yield "init_model_with_meta_device and use_cpu_initialization leave weights uninitialised: set one to False"
 
 
-@rule(seen=MEGATRON, not_shown="the backward pass does not terminate")
+@rule(observed_in=MEGATRON, no_reproduction="the backward pass does not terminate")
 def recomputed_mlp_with_biases(setup: Setup) -> Iterator[str]:
-    """The recomputed part returns the bias of its last layer, and the backward pass enters that part again and
-    again.
-    """
+    """Recomputing an MLP that returns its bias re-enters the checkpointed function forever."""
     config = setup.transformer
     recomputed = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
     if recomputed and config.add_bias_linear and has_dense_layers(setup):

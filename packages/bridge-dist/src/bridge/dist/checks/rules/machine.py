@@ -12,7 +12,7 @@ _BLACKWELL = (10, 0)
 _OFFLOAD = "NVTE_CPU_OFFLOAD_V1"
 
 
-@rule(seen=MEGATRON, not_shown="it depends on how a GPU orders kernels")
+@rule(observed_in=MEGATRON, no_reproduction="it depends on how a GPU orders kernels")
 def connections_of_split_layers(setup: Setup) -> Iterator[str]:
     """Before Blackwell, a GPU with several connections may start a computation before the communication that should
     overlap with it, and Megatron's layers rely on one connection. If the variable is not set, a warning is logged.
@@ -42,7 +42,7 @@ def _needs_one_connection(setup: Setup) -> bool:
     return before_blackwell and (setup.layout.tp > 1 or setup.layout.cp > 1) and not overlaps_otherwise
 
 
-@rule(seen=MEGATRON, not_shown="it depends on how a GPU orders kernels")
+@rule(observed_in=MEGATRON, no_reproduction="it depends on how a GPU orders kernels")
 def connections_of_fsdp(setup: Setup) -> Iterator[str]:
     """With a single connection, weights that FSDP prefetches wait for the computation that they should overlap with."""
     has_gpu = setup.environment.compute_capability is not None
@@ -64,7 +64,7 @@ NCCL_ALGO may be a list, separated by commas.
 """
 
 
-@rule(seen=MEGATRON, not_shown="a CPU adds in a fixed order anyway")
+@rule(observed_in=MEGATRON, no_reproduction="a CPU adds in a fixed order anyway")
 def deterministic_libraries(setup: Setup) -> Iterator[str]:
     """Layers choose deterministic algorithms, but the libraries that they call keep the faster ones."""
     if not setup.transformer.deterministic_mode or setup.environment.compute_capability is None:
@@ -81,7 +81,7 @@ def deterministic_libraries(setup: Setup) -> Iterator[str]:
             )
 
 
-@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+@rule(observed_in=MEGATRON, no_reproduction="it needs Transformer Engine")
 def offloaded_weights(setup: Setup) -> Iterator[str]:
     """From version 2.10 on, Transformer Engine offloads weights too, unless the variable selects the former
     behaviour.
@@ -94,7 +94,7 @@ def offloaded_weights(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def cuda_graphs(setup: Setup) -> Iterator[str]:
     """The build raises an AssertionError about random states, or graphs are silently left out."""
     implementation = setup.transformer.cuda_graph_impl
@@ -102,7 +102,7 @@ def cuda_graphs(setup: Setup) -> Iterator[str]:
         yield f"cuda_graph_impl is {implementation}, but there is no GPU: set it to none"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def nccl_buffers(setup: Setup) -> Iterator[str]:
     """Wrapping raises a ValueError about an unknown GPU, after the whole model was built."""
     wrapped = setup.is_wrapped_with(Wrapper.DDP) or setup.is_wrapped_with(Wrapper.MEGATRON_FSDP)
@@ -110,7 +110,7 @@ def nccl_buffers(setup: Setup) -> Iterator[str]:
         yield "nccl_ub registers buffers with NCCL, but there is no GPU: set it to False"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_fused_division(setup: Setup) -> Iterator[str]:
     """Only NCCL can multiply while it reduces: the first step raises a RuntimeError."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) or setup.environment.compute_capability is not None:

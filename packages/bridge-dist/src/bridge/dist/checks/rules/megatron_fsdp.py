@@ -10,14 +10,14 @@ from bridge.dist.wrapper import Wrapper
 _STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_pipeline(setup: Setup) -> Iterator[str]:
     """Its device mesh assumes that the whole world is one pipeline stage: wrapping raises an EinopsError."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.pp > 1:
         yield "Megatron-FSDP does not support pipeline parallelism: set pp = 1, or wrap with ddp"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_distributed_optimizer(setup: Setup) -> Iterator[str]:
     """The weights that the model reads are never updated, and each rank clips gradients by its own norm, without an
     error.
@@ -29,14 +29,14 @@ def megatron_fsdp_distributed_optimizer(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_fp16(setup: Setup) -> Iterator[str]:
     """The optimizer unscales gradients that a rank's shard may lack: the first step raises an AttributeError."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.transformer.fp16:
         yield "Megatron-FSDP does not support fp16: set bf16 = True and fp16 = False, or wrap with ddp"
 
 
-@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+@rule(observed_in=MEGATRON, no_reproduction="it needs Transformer Engine")
 def megatron_fsdp_grouped_parameters(setup: Setup) -> Iterator[str]:
     """Megatron-FSDP cannot put the storage of Transformer Engine's grouped parameters into its own buffers."""
     names = ("moe_single_grouped_weight", "moe_single_grouped_bias")
@@ -47,7 +47,7 @@ def megatron_fsdp_grouped_parameters(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_average(setup: Setup) -> Iterator[str]:
     """Wrapping raises an AttributeError about expert groups."""
     wrapped = setup.is_wrapped_with(Wrapper.MEGATRON_FSDP)
@@ -55,7 +55,7 @@ def megatron_fsdp_average(setup: Setup) -> Iterator[str]:
         yield "Megatron-FSDP supports average_in_collective only in models with experts: set it to False"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_single_experts(setup: Setup) -> Iterator[str]:
     """With several microbatches, the gradients of experts that exist on one rank only are wrong, without an error."""
     if setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) and setup.layout.ep > 1 and setup.layout.expert_dp == 1:
@@ -65,7 +65,7 @@ def megatron_fsdp_single_experts(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_strategy(setup: Setup) -> Iterator[str]:
     """Wrapping raises a bare AssertionError."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
@@ -75,7 +75,7 @@ def megatron_fsdp_strategy(setup: Setup) -> Iterator[str]:
         yield f"data_parallel_sharding_strategy {strategy!r} is unknown: choose one of {', '.join(_STRATEGIES)}"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_instances(setup: Setup) -> Iterator[str]:
     """Gradients are reduced within one optimizer instance only: they are wrong, without an error."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
@@ -89,7 +89,7 @@ def megatron_fsdp_instances(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def megatron_fsdp_outer_sharding(setup: Setup) -> Iterator[str]:
     """Gradient norms and clipping are wrong, without an error. With one optimizer instance, training fails outright."""
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):

@@ -9,7 +9,7 @@ from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.layout import find_embedding_ranks, find_prediction_rank
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
     """With two pipeline ranks, the previous and the next rank are the same. Batched sends and receives of different
     virtual stages are matched with each other: gradients are wrong, without an error.
@@ -22,7 +22,7 @@ def interleaving_on_two_ranks(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def interleaving_group_size(setup: Setup) -> Iterator[str]:
     """The interleaved schedule raises a ValueError in the first step."""
     size, pp = setup.transformer.microbatch_group_size_per_vp_stage, setup.layout.pp
@@ -33,7 +33,7 @@ def interleaving_group_size(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def overlapped_and_batched_messages(setup: Setup) -> Iterator[str]:
     """The interleaved schedule raises a ValueError in the first step."""
     config = setup.transformer
@@ -41,14 +41,14 @@ def overlapped_and_batched_messages(setup: Setup) -> Iterator[str]:
         yield "a virtual pipeline cannot use both overlap_p2p_comm and batch_p2p_comm: set batch_p2p_comm = False"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def overlapped_messages_without_interleaving(setup: Setup) -> Iterator[str]:
     """The non-interleaved schedule raises a ValueError in the first step."""
     if setup.layout.pp > 1 and not setup.has_virtual_pipeline and setup.transformer.overlap_p2p_comm:
         yield "a pipeline without virtual stages cannot use overlap_p2p_comm: set it to False, or vp > 1"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def pipeline_dtype(setup: Setup) -> Iterator[str]:
     """The receiving stage allocates a buffer of ``pipeline_dtype``. If the sending stage sends another dtype, the run
     hangs or crashes.
@@ -68,7 +68,7 @@ def pipeline_dtype(setup: Setup) -> Iterator[str]:
 _CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 
 
-@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
 def uneven_pipeline(setup: Setup) -> Iterator[str]:
     """Layers beyond those assigned to the first and the last stage are divided equally over the other ranks, and each
     rank's layers over its virtual stages.
@@ -99,7 +99,7 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
 def pipeline_layout(setup: Setup) -> Iterator[str]:
     """The layout must list every layer, begin with the embedding, end with the loss, and give each rank the same number
     of stages.
@@ -129,7 +129,7 @@ def pipeline_layout(setup: Setup) -> Iterator[str]:
             )
 
 
-@rule(seen=MEGATRON, not_shown="the ranks deadlock")
+@rule(observed_in=MEGATRON, no_reproduction="the ranks deadlock")
 def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
     """The first and a later stage of one rank both hold a copy of the embedding. The gradients of one copy are left
     out, or the ranks deadlock.
@@ -141,7 +141,7 @@ def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def embedding_group(setup: Setup) -> Iterator[str]:
     """A copy of the embedding is trained independently if its rank is not in the group. A rank of the group without a
     copy adds the gradients of the embedding to its output layer.

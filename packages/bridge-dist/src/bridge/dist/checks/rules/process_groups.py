@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def weight_shards(setup: Setup) -> Iterator[str]:
     """Without process groups of their own, weights are split by tensor parallelism alone: the option is silently
     ignored.
@@ -29,7 +29,7 @@ def weight_shards(setup: Setup) -> Iterator[str]:
             )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def context_parallelism_in_two_levels(setup: Setup) -> Iterator[str]:
     """Transformer Engine's attention gets None as its process groups. Attention in PyTorch silently communicates in
     another way.
@@ -45,7 +45,7 @@ def context_parallelism_in_two_levels(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def hybrid_context_parallelism(setup: Setup) -> Iterator[str]:
     """It needs process groups of every size, and samples that state how many ranks share them: the first step raises an
     IndexError.
@@ -57,7 +57,7 @@ def hybrid_context_parallelism(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def pipeline_backend(setup: Setup) -> Iterator[str]:
     """Process groups have the backend of the world, and messages are sent through it, whatever the configuration
     says.
@@ -71,7 +71,7 @@ def pipeline_backend(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def ring_exchange(setup: Setup) -> Iterator[str]:
     """It needs a custom build of torch: the first step raises an AttributeError."""
     missing = not setup.environment.has_ring_exchange
@@ -79,7 +79,7 @@ def ring_exchange(setup: Setup) -> Iterator[str]:
         yield "this build of torch has no ring_exchange: set use_ring_exchange_p2p = False"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def tensor_parallel_overlap(setup: Setup) -> Iterator[str]:
     """Transformer Engine asserts in the first forward pass that its buffers exist. Layers in PyTorch silently overlap
     nothing.
@@ -91,7 +91,7 @@ def tensor_parallel_overlap(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def batch_invariant_kernels(setup: Setup) -> Iterator[str]:
     """Layers report batch invariance, but call the standard kernels."""
     if setup.transformer.batch_invariant_mode and not setup.environment.is_batch_invariant:

@@ -11,7 +11,7 @@ from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.layout import CONFIG_FIELDS, has_custom_split
 
 
-@rule(seen=MEGATRON, is_first=True)
+@rule(observed_in=MEGATRON, is_first=True)
 def values_fit(setup: Setup) -> Iterator[str]:
     """Invalid sizes and contradictory fields raise a bare error during the build or in the first step, or train a
     different model. Documents with such values are refused when they are read.
@@ -114,21 +114,21 @@ def _suggest_counting(layers: int, stages: int) -> str:
 _CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 
 
-@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
 def sequences_without_tensor_parallelism(setup: Setup) -> Iterator[str]:
     """Sequence parallelism splits activations that tensor-parallel ranks would otherwise replicate."""
     if setup.transformer.sequence_parallel and setup.layout.tp == 1:
         yield "sequence_parallel needs tensor parallelism, got tp = 1: set sequence_parallel = False, or tp > 1"
 
 
-@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
 def expert_parallelism_without_experts(setup: Setup) -> Iterator[str]:
     """A model without experts has nothing that expert parallelism could split."""
     if setup.layout.ep > 1 and setup.transformer.num_moe_experts is None:
         yield f"ep = {setup.layout.ep}, but the model has no experts: set ep = 1, or num_moe_experts"
 
 
-@rule(seen=MEGATRON, not_shown=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
 def biases_of_split_experts(setup: Setup) -> Iterator[str]:
     """Megatron does not split the biases of an expert over tensor-parallel ranks."""
     config = setup.transformer

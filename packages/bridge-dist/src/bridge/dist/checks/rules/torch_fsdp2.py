@@ -8,14 +8,14 @@ from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
 from bridge.dist.wrapper import Wrapper
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
     """Experts are sharded over ranks that hold other experts: losses are wrong, or the optimizer fails."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.layout.ep > 1:
         yield "torch FSDP2 computes wrong losses with expert parallelism: set ep = 1, or wrap with ddp"
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
     """The tied weight is sharded in only one of its uses: the first forward pass raises a mixed-tensor error."""
     tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
@@ -26,7 +26,7 @@ def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(seen=MEGATRON)
+@rule(observed_in=MEGATRON)
 def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
     """Megatron's distributed optimizer looks for DDP's buffers: its constructor raises a TypeError. FSDP2 shards the
     optimizer's state itself.
@@ -35,14 +35,14 @@ def torch_fsdp2_distributed_optimizer(setup: Setup) -> Iterator[str]:
         yield "torch FSDP2 does not support Megatron's distributed optimizer: set use_distributed_optimizer = False"
 
 
-@rule(seen=MEGATRON, not_shown="the kernel runs on a GPU only")
+@rule(observed_in=MEGATRON, no_reproduction="the kernel runs on a GPU only")
 def torch_fsdp2_fused_gradients(setup: Setup) -> Iterator[str]:
     """The fused kernel accumulates into a buffer of Megatron (``main_grad``) that FSDP2's parameters do not have."""
     if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.transformer.gradient_accumulation_fusion:
         yield "torch FSDP2 does not support fused gradient accumulation: set gradient_accumulation_fusion = False"
 
 
-@rule(seen=MEGATRON, not_shown="it needs Transformer Engine")
+@rule(observed_in=MEGATRON, no_reproduction="it needs Transformer Engine")
 def torch_fsdp2_quantized_parameters(setup: Setup) -> Iterator[str]:
     """FSDP2 cannot gather the quantised parameters of Transformer Engine 2. megatron.training disables them at
     start-up.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_MORE_NORMS = "it also normalises the output of attention and feed-forward layers, for which there are no layers"
+_MORE_NORMS = "its post-attention and post-MLP norms have no counterpart"
 _CAPS = {
     "attn_logit_softcapping": "Megatron-Core does not cap attention scores",
     "final_logit_softcapping": "Megatron-Core does not cap logits",
