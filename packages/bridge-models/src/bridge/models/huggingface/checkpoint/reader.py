@@ -65,7 +65,7 @@ class CheckpointReader:
                 self._chunks[key] = sorted(
                     _Chunk(tuple(one.offsets), tuple(one.sizes), place.relative_path, place.offset, place.length)
                     for one, place in stored
-                    if place is not None
+                    if place is not None and len(one.offsets) == len(one.sizes) == len(described.size)
                 )
         self._opened: tuple[str, BufferedReader] | None = None
 
@@ -124,7 +124,7 @@ class CheckpointReader:
             file.seek(start + low * item)
             if file.readinto(memoryview(numbers.view(torch.uint8).numpy())) != count * item:
                 raise ValueError("the file is truncated")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except Exception as error:  # a broken pickle or archive can raise anything
             message = f"the chunk at {list(chunk.offset)} cannot be read: {error}"
             raise WeightsError([Problem(key, message, str(self._iteration / chunk.file))]) from error
         return numbers.as_strided(shape, view.strides)
