@@ -27,7 +27,7 @@ GROUP = "bridge.commands"
 # The package of each command, for the message if it is not installed.
 _PACKAGES = {
     **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
-    **dict.fromkeys(("presets", "from-hf", "to-hf", "check-hf"), "bridge-models"),
+    **dict.fromkeys(("presets", "from-hf", "to-hf", "check-hf", "import-hf", "export-hf"), "bridge-models"),
 }
 _TRACEBACK = "--traceback"
 _DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
