@@ -16,7 +16,7 @@ import yaml
 from bridge.config import ModelConfig, TargetError
 from bridge.config.canonical import canonicalize, fingerprint
 from bridge.config.documents.presets import find_preset
-from bridge.config.schema import registrations, registry
+from bridge.config.schema import registry, registry_state
 from bridge.config.schema.table import get_shipped
 
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("public_names.yaml").read_text())
@@ -67,7 +67,7 @@ def test_every_bridge_name_is_in_the_table() -> None:
 def test_builder_names_are_read_and_written_unchanged() -> None:
     for name in NAMES["entry_points"]["bridge.rules"]:
         builder = registry.import_builder(name)
-        accepts = registrations.get_accepted_config(builder)
+        accepts = registry_state.get_accepted_config(builder)
         assert accepts is not None
         assert registry.get_document_name(builder) == accepts.builder == name
 

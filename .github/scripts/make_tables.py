@@ -32,7 +32,7 @@ from bridge.config.schema.inspection import OPEN_CLASSES, describe, describe_ann
 from bridge.config.schema.registry import GROUP
 from bridge.config.schema.table import target_to_json
 from bridge.config.schema.target import Field, Target
-from bridge.config.write.defaults import encode_default
+from bridge.config.write.encoded_defaults import encode_default
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"

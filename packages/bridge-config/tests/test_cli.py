@@ -204,7 +204,7 @@ def test_migrate_does_not_overwrite_a_megatron_file(site: Path) -> None:
     (site / "run_config.yaml").write_text(text)
     done = bridge(site, "migrate", "run_config.yaml", "--write")
     assert done.returncode == 1
-    assert "the file holds more than the model: save to a new file" in done.stderr
+    assert "the file has other sections, which saving would drop: save to a new file" in done.stderr
     assert (site / "run_config.yaml").read_text() == text
     assert bridge(site, "migrate", "run_config.yaml").returncode == 0
 

@@ -15,7 +15,7 @@ import pytest
 from bridge.config import DocumentError, ModelConfig, OmittedWarning, TargetError, register
 from bridge.config.canonical import canonicalize
 from bridge.config.read.decode import check
-from bridge.config.schema import registrations, registry
+from bridge.config.schema import registry, registry_state
 from bridge.config.schema.names import get_qualified_name
 
 Declare = Callable[..., None]
@@ -97,7 +97,7 @@ MOVED = """
 from dataclasses import dataclass
 from typing import ClassVar
 from bridge.config import ModelConfig
-from bridge.config.schema import registrations
+from bridge.config.schema import registry_state
 
 class Kind: ...
 
@@ -113,7 +113,7 @@ class Config(ModelConfig):
 
 class Builder: ...
 
-registrations.register_builder(Builder, Config)
+registry_state.register_builder(Builder, Config)
 """
 
 
@@ -267,7 +267,7 @@ HOSTILE_NAMES = [
     "torch.os.system",
     "torch._dynamo.config",
     "pickle.loads",
-    "bridge.config.schema.registrations.objects",
+    "bridge.config.schema.registry_state.objects",
     "bridge.config.schema.registry.register",
     "../../etc/passwd",
     "",
@@ -372,8 +372,8 @@ def audit_events(document: dict[str, Any]) -> list[str]:
     ],
 )
 def test_malformed_object_mappings_are_refused(value: Any) -> None:
-    registrations.objects.setdefault("test_registry.value2", object())
-    registrations.objects.setdefault("test_registry.function2", print)
+    registry_state.objects.setdefault("test_registry.value2", object())
+    registry_state.objects.setdefault("test_registry.function2", print)
     with pytest.raises(DocumentError):
         ModelConfig.from_dict({"_target_": f"{__name__}.Guarded", "anything": value})
 

@@ -25,7 +25,7 @@ from bridge.config import (
     OmittedWarning,
     register,
 )
-from bridge.config.schema.registrations import register_builder
+from bridge.config.schema.registry_state import register_builder
 from bridge.config.text.parse import parse_yaml
 
 

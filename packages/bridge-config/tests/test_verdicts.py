@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.config import Document, DocumentError, ModelConfig, OmittedWarning, register
-from bridge.config.schema.registrations import register_builder
+from bridge.config.schema.registry_state import register_builder
 from bridge.config.text.parse import parse_yaml
 
 HOME = __name__

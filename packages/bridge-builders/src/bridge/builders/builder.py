@@ -14,7 +14,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.module import Float16Module
 
 from bridge.config import ModelConfig
-from bridge.config.schema.registrations import register_builder
+from bridge.config.schema.registry_state import register_builder
 
 ModelT = TypeVar("ModelT", bound=MegatronModule)
 BuildConfigT = TypeVar("BuildConfigT", bound=ModelConfig)

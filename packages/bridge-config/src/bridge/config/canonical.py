@@ -9,7 +9,7 @@ import rfc8785
 
 from bridge.config.errors import ConfigError
 from bridge.config.read.decode import Checked, check
-from bridge.config.write.encode import encode_made
+from bridge.config.write.encode import encode_parsed_config
 
 _EXACT = 2**53  # RFC 8785 numbers are doubles (ECMAScript): from here on, not every integer is exact
 
@@ -33,7 +33,7 @@ def canonicalize(data: object, *, defaults: bool = False) -> dict[str, Any]:
 
 def canonicalize_checked(checked: Checked) -> dict[str, Any]:
     """Return the canonical form of a checked document."""
-    form = encode_made(checked.made, checked.builder)
+    form = encode_parsed_config(checked.parsed, checked.builder)
     if omitted := checked.present.data.get("_omitted_"):
         form["_omitted_"] = omitted
     return form

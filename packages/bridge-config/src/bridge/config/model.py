@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bridge.config.errors import ConfigError, TargetError
 from bridge.config.problems import describe_value
-from bridge.config.schema import registrations
+from bridge.config.schema import registry_state
 from bridge.config.schema.declaration import check_class, check_definition
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
@@ -56,7 +56,7 @@ class ModelConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_definition(cls)
-        registrations.register_object(cls, get_qualified_name(cls) or "")
+        registry_state.register_object(cls, get_qualified_name(cls) or "")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_class(cls)  # not in __init_subclass__, which runs before @dataclass

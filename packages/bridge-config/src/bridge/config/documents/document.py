@@ -49,7 +49,7 @@ class Document:
 
     _provenance: Provenance = field(default_factory=Provenance, repr=False, compare=False)
     _is_converted: bool = field(default=False, repr=False, compare=False)
-    """True if `migrate` converted a document of another system, whose file holds more than the model."""
+    """True if `migrate` converted a document of another system, whose file has other sections than the model."""
 
     @classmethod
     def load(cls, source: str | FilePath, overrides: Sequence[str] = ()) -> Self:
@@ -289,7 +289,9 @@ class Document:
                 f"{self.source!r} is a preset, which cannot be changed: give a path to save the document to"
             )
         if self._is_converted:
-            raise ConfigError(f"{self.source}: the file holds more than the model: save to a new file")
+            raise ConfigError(
+                f"{self.source}: the file has other sections, which saving would drop: save to a new file"
+            )
         return FilePath(self.source)
 
     def _override(self, text: str) -> None:

@@ -39,7 +39,7 @@ _RUNTIME = frozenset(
         "post_wrap_hooks",
     ]
 )
-_BLOCKS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
+_HETEROGENEOUS_FIELDS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
 class Conversion:
@@ -75,9 +75,9 @@ class Conversion:
         """Record a problem with the value at `path`."""
         self.result.problems.append((path, message))
 
-    def record_move(self, now: Path, before: Path) -> None:
-        """Record that the value at `now` was at `before` in the original."""
-        self.result.moves.append((now, before))
+    def record_move(self, new_path: Path, old_path: Path) -> None:
+        """Record that the value at `new_path` was at `old_path` in the original."""
+        self.result.moves.append((new_path, old_path))
 
     def leave_out(self, why: str, path: Path) -> None:
         """Note that the value at `path` is left out. Values with the same reason share a note."""
@@ -147,7 +147,7 @@ def choose_transformer(data: Mapping[str, Any], cls: Any = None) -> Any:
     """Return the name of a transformer class with the fields in `data`: `cls`, or one that adds what `cls` lacks."""
     if cls is None and data.get("multi_latent_attention"):
         cls = MLA
-    if cls is None and any(data.get(key) for key in _BLOCKS):
+    if cls is None and any(data.get(key) for key in _HETEROGENEOUS_FIELDS):
         return HETEROGENEOUS
     if cls in (None, TRANSFORMER) and any(data[key] is not None for key in data if str(key).startswith("yarn_")):
         return YARN

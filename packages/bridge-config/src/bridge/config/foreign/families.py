@@ -37,19 +37,19 @@ class Family:
     """The builder that Bridge writes."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Their classes and functions, and the equivalent ones of Bridge."""
+    """Megatron's classes and functions, and their equivalents in Bridge."""
 
     renamed_fields: Mapping[str, str] = field(default_factory=dict)
-    """Their fields that have another name in Bridge."""
+    """Megatron's fields that have another name in Bridge."""
 
     no_effect: frozenset[str] = frozenset()
-    """Their fields that do not affect the model, or repeat other fields."""
+    """Megatron's fields that do not affect the model, or repeat other fields."""
 
-    off_at_zero: frozenset[str] = frozenset()
-    """Their fields without an equivalent that are off at 0."""
+    disabled_when_zero: frozenset[str] = frozenset()
+    """Megatron's fields without an equivalent in Bridge that are disabled by the value 0."""
 
-    only_ours: dict[str, Any] = field(default_factory=dict)
-    """Fields that only Bridge's configuration has, and the values that match their model."""
+    bridge_only_fields: dict[str, Any] = field(default_factory=dict)
+    """Fields that only Bridge's configuration has, and the values that match Megatron's model."""
 
     @property
     def layers(self) -> str:
@@ -150,8 +150,8 @@ HYBRID_FAMILY = Family(
     },
     renamed_fields={"hybrid_override_pattern": "hybrid_layer_pattern", "mamba_stack_spec": "hybrid_stack_spec"},
     no_effect=frozenset(["max_position_embeddings"]),
-    off_at_zero=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
-    only_ours={"scatter_embedding_sequence_parallel": True},
+    disabled_when_zero=frozenset(["hybrid_attention_ratio", "hybrid_mlp_ratio"]),
+    bridge_only_fields={"scatter_embedding_sequence_parallel": True},
 )
 T5_FAMILY = Family(
     config=T5,
@@ -170,6 +170,6 @@ T5_FAMILY = Family(
     },
     renamed_fields={"max_position_embeddings": "seq_length"},
     no_effect=frozenset(["seq_length", "seq_length_dec"]),
-    off_at_zero=frozenset(["encoder_pipeline_model_parallel_size"]),
+    disabled_when_zero=frozenset(["encoder_pipeline_model_parallel_size"]),
 )
 FAMILIES = (GPT_FAMILY, HYBRID_FAMILY, T5_FAMILY)

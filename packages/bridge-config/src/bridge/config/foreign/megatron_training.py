@@ -193,7 +193,7 @@ class _ModelConversion(Conversion):
 
     def _refuse_or_leave_out(self, key: str, value: Any, path: Path) -> None:
         """Handle a field without an equivalent in Bridge."""
-        if key in self._family.no_effect or (key in self._family.off_at_zero and value == 0):
+        if key in self._family.no_effect or (key in self._family.disabled_when_zero and value == 0):
             if value:
                 self.leave_out("no effect on the model", path)
             else:

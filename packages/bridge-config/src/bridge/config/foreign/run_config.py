@@ -33,7 +33,7 @@ from bridge.config.schema.target import Target
 
 _FOREIGN_PREFIXES = ("megatron.training.", "megatron.bridge.")
 # Fields that no configuration of megatron.training has or writes, and the values at which nothing is lost.
-_ONLY_OURS: dict[str, Any] = {
+_BRIDGE_ONLY_FIELDS: dict[str, Any] = {
     "hf_model_id": None,
     "generation_config": None,
     "pre_wrap_hooks": [],
@@ -87,10 +87,10 @@ def to_run_config(data: Mapping[str, Any]) -> Migration:
     if builder != family.builder:
         notes.append(f"left out, specific to Bridge: the builder {builder}")
     section: dict[str, Any] = {"_target_": family.megatron_configs[0], "_builder_": family.megatron_builder}
-    only_ours = _ONLY_OURS | family.only_ours
+    bridge_only_fields = _BRIDGE_ONLY_FIELDS | family.bridge_only_fields
     for key, value in data.items():
-        if key in only_ours:
-            if value != only_ours[key]:
+        if key in bridge_only_fields:
+            if value != bridge_only_fields[key]:
                 notes.append(f"left out, megatron.training has no field for it: {key}")
         elif (field := model.fields.get(key)) is not None and field.init:
             section[key] = _encode_value(value, field.type)

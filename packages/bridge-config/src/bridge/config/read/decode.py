@@ -21,7 +21,7 @@ from bridge.config.schema.names import GENERATION_CONFIG, MODEL_CONFIG
 from bridge.config.schema.registry import get_document_name
 from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import Made
+from bridge.config.schema.values import ParsedConfig
 
 
 def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
@@ -48,7 +48,7 @@ def decode_config[ConfigT](data: object, cls: type[ConfigT]) -> ConfigT:
 class Checked:
     """A valid document, read without constructing its configuration."""
 
-    made: Made
+    parsed: ParsedConfig
     builder: str | None
     """The builder that builds it."""
 
@@ -67,8 +67,8 @@ def check(data: object, *, defaults: bool = False) -> Checked:
         DocumentError: lists all that is wrong with `data`.
     """
     present = migrate_document(data, lookup := TableLookup())
-    made, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_identity, defaults=defaults)
-    return Checked(made, builder or made.target.builder, present)
+    parsed, builder = _read(present, Instance(MODEL_CONFIG), lookup, make=_identity, defaults=defaults)
+    return Checked(parsed, builder or parsed.target.builder, present)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class CurrentDocument:
         return original_path(path, self.steps)
 
 
-def _identity(made: Made) -> Made:
-    return made
+def _identity(parsed: ParsedConfig) -> ParsedConfig:
+    return parsed
 
 
 def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
@@ -112,7 +112,7 @@ def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
         if name == GENERATION_CONFIG:
             return get_shipped(name)  # avoids importing transformers
         try:
-            return lookup.named(name, suggest=False)
+            return lookup.find_by_name(name, suggest=False)
         except TargetError:
             return None
 
@@ -136,14 +136,19 @@ def original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
 
 
 def _read[T](
-    present: CurrentDocument, wanted: Instance, lookup: Lookup, *, make: Callable[[Made], T], defaults: bool = False
+    present: CurrentDocument,
+    wanted: Instance,
+    lookup: Lookup,
+    *,
+    make: Callable[[ParsedConfig], T],
+    defaults: bool = False,
 ) -> tuple[T, str | None]:
     """Read `present`; return the result of `make`, and the builder that the document names."""
     found: ProblemList = []
     problems, cause = present.problems, None
     try:
         described, builder = _read_document(present.data, wanted, lookup, defaults=defaults)
-        made = make(described)
+        parsed = make(described)
     except ReadError as error:
         found, cause = error.problems, error.__cause__
     except TargetError as error:  # a class in an annotation cannot be described
@@ -156,10 +161,12 @@ def _read[T](
         problems[MAX_PROBLEMS:] = [Problem("$", f"{more:,} more problems")]
     if problems:
         raise DocumentError(problems) from cause
-    return made, builder
+    return parsed, builder
 
 
-def _read_document(data: object, wanted: Instance, lookup: Lookup, *, defaults: bool) -> tuple[Made, str | None]:
+def _read_document(
+    data: object, wanted: Instance, lookup: Lookup, *, defaults: bool
+) -> tuple[ParsedConfig, str | None]:
     if not isinstance(data, dict):
         raise make_error(
             f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {describe_value(data)}"
@@ -180,18 +187,18 @@ def _read_document(data: object, wanted: Instance, lookup: Lookup, *, defaults: 
     except ReadError as error:
         found += error.problems
     try:
-        made = reader.config(data, target, is_document=True)
+        parsed = reader.read_config(data, target, is_document=True)
     except ReadError as error:
         raise ReadError(error.problems + found) from error.__cause__
     found += check_settings(data, target)
     if found:
         raise ReadError(found)
-    return made, builder
+    return parsed, builder
 
 
 def _read_class(name: object, wanted: Instance, reader: Reader) -> Target:
     with prefix_path("_target_"):
-        target = reader.class_named(name, (wanted,))
+        target = reader.resolve_class(name, (wanted,))
         if target.name == MODEL_CONFIG:
             raise make_error(f"{target.name} is the abstract base: name a class derived from it")
         return target

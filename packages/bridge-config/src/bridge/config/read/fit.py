@@ -8,7 +8,7 @@ from bridge.config.schema.annotations import Anything, Class, Dtype, Function, I
 from bridge.config.schema.inspection import describe, is_dtype
 from bridge.config.schema.registry import get_document_name
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import EnumMember, Made, Named, Partial
+from bridge.config.schema.values import EnumMember, Named, ParsedConfig, Partial
 
 
 def accepts_instance(member: Member, target: Target) -> bool:
@@ -49,7 +49,7 @@ def accepts_value(value: object, member: Member) -> bool:
             return accepts_object(target, member)
         case Partial():
             return isinstance(member, (Function, Anything))
-        case EnumMember(target) | Made(target):
+        case EnumMember(target) | ParsedConfig(target):
             return accepts_instance(member, target)
     match member:
         case Anything():

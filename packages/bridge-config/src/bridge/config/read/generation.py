@@ -14,8 +14,8 @@ from bridge.config.schema import registry
 from bridge.config.schema.generation import FIELD, GenerationSettings, find_wrong_settings
 from bridge.config.schema.names import GENERATION_CONFIG
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import Made
-from bridge.config.write.defaults import encode_default
+from bridge.config.schema.values import ParsedConfig
+from bridge.config.write.encoded_defaults import encode_default
 
 
 def build_generation_config(settings: GenerationSettings) -> object:
@@ -27,8 +27,8 @@ def build_generation_config(settings: GenerationSettings) -> object:
     if not _is_installed():
         return settings
     try:
-        target = LiveLookup().named(GENERATION_CONFIG)
-        return build(Made(target, dict(settings), composed=tuple(settings)))
+        target = LiveLookup().find_by_name(GENERATION_CONFIG)
+        return build(ParsedConfig(target, dict(settings), composed=tuple(settings)))
     except ReadError as error:
         problems = "; ".join(f"{format_path((FIELD, *path))}: {message}" for path, message in error.problems)
         raise ConfigError(problems) from error.__cause__

@@ -18,11 +18,11 @@ from bridge.config.schema.target import Target
 class Lookup(Protocol):
     """Finds the descriptions that names stand for."""
 
-    def named(self, name: str, *, suggest: bool = True) -> Target:
+    def find_by_name(self, name: str, *, suggest: bool = True) -> Target:
         """Return the description of `name`; raise TargetError if documents may not use it."""
         ...
 
-    def of(self, member: Instance | Class) -> Target | None:
+    def find_class(self, member: Instance | Class) -> Target | None:
         """Return the class that an annotation names; None if only its name is known."""
         ...
 
@@ -30,7 +30,7 @@ class Lookup(Protocol):
         """Return the dtype called `name`, with or without `torch.`; None if there is none."""
         ...
 
-    def for_settings(self, target: Target, value: object) -> Lookup | None:
+    def lookup_for_generation_settings(self, target: Target, value: object) -> Lookup | None:
         """Return the lookup for the generation settings `value` of a config `target` if they are kept as data."""
         ...
 
@@ -38,12 +38,12 @@ class Lookup(Protocol):
 class LiveLookup:
     """Finds the objects of this process: registered, or declared by installed distributions."""
 
-    def named(self, name: str, *, suggest: bool = True) -> Target:
+    def find_by_name(self, name: str, *, suggest: bool = True) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
             return dtype
         return describe(registry.resolve(name, suggest=suggest), name)
 
-    def of(self, member: Instance | Class) -> Target | None:
+    def find_class(self, member: Instance | Class) -> Target | None:
         return describe(member.cls) if member.cls is not None else None
 
     def dtype(self, name: str) -> Target | None:
@@ -52,14 +52,14 @@ class LiveLookup:
         found = vars(torch).get(name.removeprefix("torch.")) if torch else None
         return describe(found) if is_dtype(type(found)) else None
 
-    def for_settings(self, target: Target, value: object) -> Lookup | None:
+    def lookup_for_generation_settings(self, target: Target, value: object) -> Lookup | None:
         return TableLookup() if keeps_data(target.obj, value) else None
 
 
 class TableLookup:
     """Finds descriptions, shipped ones first: verdicts do not depend on which libraries are installed."""
 
-    def named(self, name: str, *, suggest: bool = True) -> Target:
+    def find_by_name(self, name: str, *, suggest: bool = True) -> Target:
         if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
             return dtype
         if registry.is_registered(name):
@@ -69,7 +69,7 @@ class TableLookup:
             return target
         return _describe_by_own_name(registry.resolve(name, suggest=suggest), name)
 
-    def of(self, member: Instance | Class) -> Target | None:
+    def find_class(self, member: Instance | Class) -> Target | None:
         name = member.name if isinstance(member, Instance) else member.bound
         found = get_shipped(name) if name is not None else None
         return found or (describe(member.cls) if member.cls is not None else None)
@@ -78,7 +78,7 @@ class TableLookup:
         canonical = get_shipped_dtypes().get(name.removeprefix("torch."))
         return Target(canonical, "dtype") if canonical is not None else None
 
-    def for_settings(self, target: Target, value: object) -> Lookup | None:
+    def lookup_for_generation_settings(self, target: Target, value: object) -> Lookup | None:
         return None
 
 
@@ -98,7 +98,8 @@ def check_builder(name: str, target: Target, lookup: Lookup, *, suggest: bool = 
     found = (
         get_document_name(accepted)
         if accepted
-        else lookup.named(name, suggest=suggest).accepts or get_document_name(registry.find_accepted_config(name))
+        else lookup.find_by_name(name, suggest=suggest).accepts
+        or get_document_name(registry.find_accepted_config(name))
     )
     if found is None:
         raise TargetError(f"{name!r} is not a ModelBuilder")

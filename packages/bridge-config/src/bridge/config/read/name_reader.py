@@ -29,7 +29,7 @@ from bridge.config.schema.annotations import (
     Plain,
     Type,
 )
-from bridge.config.schema.registrations import get_generation
+from bridge.config.schema.registry_state import get_generation
 from bridge.config.schema.table import get_shipped_dtypes
 from bridge.config.schema.target import Target
 from bridge.config.schema.values import EnumMember, Named
@@ -54,7 +54,7 @@ class NameReader:
         is_live = isinstance(lookup, LiveLookup)
         self._texts, self._classes = get_caches(get_generation()) if is_live else ({}, {})
 
-    def class_named(self, name: object, type_: Type) -> Target:
+    def resolve_class(self, name: object, type_: Type) -> Target:
         """Return the class called `name`, which must derive from one of those in `type_`."""
         target = self._resolve(name, type_)
         for member in type_:
@@ -62,14 +62,14 @@ class NameReader:
                 return target
         raise make_error(f"expected {self._describe_type(type_)}, but {name!r} is {describe_kind(target)}")
 
-    def class_in(self, data: dict[str, Any], type_: Type) -> Target:
+    def find_config_class(self, data: dict[str, Any], type_: Type) -> Target:
         """Return the config class of which the mapping `data` describes an instance."""
         if "_target_" in data:
             name = data["_target_"]
             if type(name) is str and (known := self._classes.get((id(type_), name))) is not None:
                 return known
             with prefix_path("_target_"):
-                target = self.class_named(name, type_)
+                target = self.resolve_class(name, type_)
                 if target.kind != "config":
                     raise make_error(f"{name!r} is not a config: documents describe only dataclasses")
                 self._classes[id(type_), target.name] = target
@@ -84,7 +84,7 @@ class NameReader:
         raise make_mismatch_error(self._describe_type(type_), data)
 
     def _get_target(self, member: Member) -> Target | None:
-        return self._lookup.of(member) if isinstance(member, Instance) else None
+        return self._lookup.find_class(member) if isinstance(member, Instance) else None
 
     def _read_text(self, value: str, type_: Type) -> Any:
         texts = self._texts
@@ -107,7 +107,7 @@ class NameReader:
                     if (dtype := self._lookup.dtype(value)) is not None:
                         return Named(dtype)
                     known += [prefix + name for prefix in ("torch.", "") for name in get_shipped_dtypes()]
-                case Instance(only=only) if (enum := self._lookup.of(member)) and enum.kind == "enum":
+                case Instance(only=only) if (enum := self._lookup.find_class(member)) and enum.kind == "enum":
                     if value in (only or enum.members):
                         return EnumMember(enum, value)
                     known += only or enum.members
@@ -129,9 +129,9 @@ class NameReader:
         try:
             for member in type_:
                 own = member.name if isinstance(member, Instance) else getattr(member, "bound", None)
-                if own == name and (target := self._lookup.of(member)) is not None:  # type: ignore[arg-type]
+                if own == name and (target := self._lookup.find_class(member)) is not None:  # type: ignore[arg-type]
                     return target
-            return self._lookup.named(name, suggest=self._suggest and self._hints > 0)
+            return self._lookup.find_by_name(name, suggest=self._suggest and self._hints > 0)
         except TargetError as error:
             self._hints -= 1
             raise make_error(str(error)) from error
@@ -153,7 +153,7 @@ class NameReader:
             case Choice(values):
                 return "one of " + ", ".join(repr(value) for value in values)
             case Instance(name, _, only):
-                target = self._lookup.of(member)
+                target = self._lookup.find_class(member)
                 if target is not None and target.kind == "enum":
                     return f"one of {', '.join(only or target.members)}"
                 return f"a {name.rpartition('.')[2]}"

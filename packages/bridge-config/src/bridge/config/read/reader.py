@@ -32,8 +32,8 @@ from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.ranges import get_ranges
 from bridge.config.schema.target import Target, cache_shape, get_shape
-from bridge.config.schema.values import Made
-from bridge.config.write.defaults import encode_default
+from bridge.config.schema.values import ParsedConfig
+from bridge.config.write.encoded_defaults import encode_default
 
 _NO_NAMES: frozenset[str] = frozenset()
 
@@ -63,7 +63,7 @@ class Reader(ValueReader):
         self._views: dict[int, View] = {}
         """Configs whose fields were checked, by the id of their mapping."""
 
-    def config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> Made:
+    def read_config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> ParsedConfig:
         """Read the mapping, or the whole document, `data` as an instance of the config class `target`."""
         shape = get_shape("document" if is_document else "config", data)
         plan: Plan | None = target.shapes.get(shape)
@@ -107,7 +107,7 @@ class Reader(ValueReader):
         if self._defaults:
             values |= self._read_defaults(target, values, (name for name in target.init_names if name not in owned))
         compared = None if target.hashed is None else self._get_compared(target, values)
-        return Made(target, values, compared, complete=complete, composed=plan.composed, in_order=plan.in_order)
+        return ParsedConfig(target, values, compared, complete=complete, composed=plan.composed, in_order=plan.in_order)
 
     def _get_compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
         """Return the values that an instance is compared by."""
@@ -123,7 +123,7 @@ class Reader(ValueReader):
             if name not in values and (default := encode_default(target, name)) is not MISSING:
                 # A default may contradict its annotation, or name an object that is not registered.
                 with suppress(ReadError):
-                    found[name] = self.value(default, target.fields[name].type)
+                    found[name] = self.read_value(default, target.fields[name].type)
         self._hints = hints
         return found
 
@@ -145,15 +145,15 @@ class Reader(ValueReader):
 
     def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """Read the value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
-        if key != GENERATION_FIELD or (lookup := self._lookup.for_settings(target, value)) is None:
-            return self.value(value, type_)
-        read = Reader(lookup, self._omitted).value(value, ANYTHING)
-        return GenerationSettings(read.values) if isinstance(read, Made) else read
+        if key != GENERATION_FIELD or (lookup := self._lookup.lookup_for_generation_settings(target, value)) is None:
+            return self.read_value(value, type_)
+        read = Reader(lookup, self._omitted).read_value(value, ANYTHING)
+        return GenerationSettings(read.values) if isinstance(read, ParsedConfig) else read
 
     def _read_unknown(self, key: Any, value: Any, target: Target, inner: Iterable[str]) -> Any:
         """Read a key that is not a field; refuse it unless the class accepts any keyword."""
         if target.open and isinstance(key, str) and key.isidentifier() and not key.startswith("_"):
-            return self.value(value, ANYTHING)
+            return self.read_value(value, ANYTHING)
         hint = ""
         if isinstance(key, str):
             became = describe_change(target, key)
@@ -167,7 +167,7 @@ class Reader(ValueReader):
         value = data.get(target.embeds)
         try:
             if isinstance(value, dict):
-                return self.class_in(value, target.fields[target.embeds].type).field_names
+                return self.find_config_class(value, target.fields[target.embeds].type).field_names
         except ReadError:
             pass
         return frozenset(getattr(type(value), "__dataclass_fields__", ()))

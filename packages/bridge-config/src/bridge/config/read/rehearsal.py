@@ -20,7 +20,7 @@ from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import describe
 from bridge.config.schema.names import MODEL_CONFIG, get_qualified_name
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import EnumMember, Made, Named, Partial
+from bridge.config.schema.values import EnumMember, Named, ParsedConfig, Partial
 
 _PLAIN_TYPES = frozenset[type]().union(*PYTHON_TYPES.values())
 _MODEL: Type = (Instance(MODEL_CONFIG),)
@@ -59,11 +59,11 @@ class Rehearsal:
     def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
         """Check that a config, whose fields were read before, fits a place of this type."""
         try:
-            target = self._reader.class_in(form, type_)
+            target = self._reader.find_config_class(form, type_)
         except ReadError as error:
             return self._add_problems(error, path)
         self.problems += [((*path, *at), message) for at, message in check_file_fields(form, target)]
-        return target.obj is type(value) or self._compare(Made(target, {}), value, path)
+        return target.obj is type(value) or self._compare(ParsedConfig(target, {}), value, path)
 
     def document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document has: its class, its builder and its generation settings."""
@@ -74,11 +74,11 @@ class Rehearsal:
             return
         if "builder" in vars(config):
             try:
-                check_builder(config.builder, self._reader.class_in(data, _MODEL), LiveLookup(), suggest=False)
+                check_builder(config.builder, self._reader.find_config_class(data, _MODEL), LiveLookup(), suggest=False)
             except TargetError as error:
                 self.problems.append((("_builder_",), str(error)))
         if data.get(GENERATION_FIELD) is not None:
-            self.problems += check_settings(data, self._reader.class_in(data, _MODEL))
+            self.problems += check_settings(data, self._reader.find_config_class(data, _MODEL))
 
     def _add_problems(self, error: ReadError, path: Path) -> bool:
         self.problems += [((*path, *at), message) for at, message in error.problems]
@@ -103,7 +103,7 @@ def check_plain_values(config: object) -> ProblemList:
         value = vars(config).get(field.attribute or name, ...)  # ...: the embedded config holds it
         if type(value) in _PLAIN_TYPES and all(isinstance(member, (Plain, Choice)) for member in field.type):
             try:
-                reader.value(value, field.type)
+                reader.read_value(value, field.type)
             except ReadError as error:
                 found += [((name, *at), message) for at, message in error.problems]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -117,8 +117,8 @@ def _find_difference(read: Any, value: Any) -> tuple[Path, str] | None:
         read = build(read)
     if read is value or isinstance(read, GenerationSettings):
         return None
-    if isinstance(read, Made):
-        return _find_made_difference(read, value)
+    if isinstance(read, ParsedConfig):
+        return _find_config_difference(read, value)
     if isinstance(read, Partial):
         return _find_first_difference(
             [("_target_", read.function, value.func), ("_args_", read.args, list(value.args))]
@@ -136,12 +136,12 @@ def _find_difference(read: Any, value: Any) -> tuple[Path, str] | None:
         return _find_first_difference((key, left, right) for (key, left), (_, right) in pairs)
     if isinstance(value, (list, tuple)):
         return _find_first_difference(zip(range(len(value)), read, value, strict=True))
-    if isinstance(value, (set, frozenset)) and any(isinstance(item, (Made, Partial)) for item in read):
+    if isinstance(value, (set, frozenset)) and any(isinstance(item, (ParsedConfig, Partial)) for item in read):
         return None if len(read) == len(value) else ((), "equal items are read back as one")
     return None if read == value else ((), f"{describe_value(value)} is read back as {describe_value(read)}")
 
 
-def _find_made_difference(read: Made, value: Any) -> tuple[Path, str] | None:
+def _find_config_difference(read: ParsedConfig, value: Any) -> tuple[Path, str] | None:
     fields, is_mapping = read.target.fields, isinstance(value, dict)
     if type(value) is not (dict if is_typeddict(read.target.obj) else read.target.obj):
         return (), _describe_type_change(type(value).__qualname__, read.target.short_name)

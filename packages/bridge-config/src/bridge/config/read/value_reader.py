@@ -33,7 +33,7 @@ from bridge.config.schema.annotations import (
     Type,
 )
 from bridge.config.schema.target import Target
-from bridge.config.schema.values import EnumMember, Made, Partial
+from bridge.config.schema.values import EnumMember, ParsedConfig, Partial
 
 _COLLECT: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _BUILTINS = {f"builtins.{kind}": kind for kind in (*_COLLECT, "dict", "float")}
@@ -44,14 +44,14 @@ _FUNCTION_KINDS = frozenset({Function, Anything})
 
 
 class ValueReader(NameReader, ABC):
-    """Reads the values of one document; configs are left to `config`."""
+    """Reads the values of one document; configs are left to `read_config`."""
 
     @abstractmethod
-    def config(self, data: dict[str, Any], target: Target) -> Made:
+    def read_config(self, data: dict[str, Any], target: Target) -> ParsedConfig:
         """Read the mapping `data` as an instance of the config class `target`."""
 
-    def value(self, value: Any, type_: Type) -> Any:
-        """Read `value` in a place of this type."""
+    def read_value(self, value: Any, type_: Type) -> Any:
+        """Read `value` as the given type."""
         kind = type(value)
         if kind is str:
             return self._texts.get((id(type_), value)) or self._read_text(value, type_)
@@ -123,7 +123,7 @@ class ValueReader(NameReader, ABC):
         read = []
         for key, item, type_ in items:
             try:
-                read.append(self.value(item, type_))
+                read.append(self.read_value(item, type_))
             except ReadError as error:
                 found += [((to_path_step(key), *path), message) for path, message in error.problems]
         if found:
@@ -148,7 +148,7 @@ class ValueReader(NameReader, ABC):
                 raise make_error("must be false: documents cannot call functions", "_call_")
             with prefix_path("_target_"):
                 return self._read_named(data.get("_target_"), type_)
-        return self.config(data, self.class_in(data, type_))
+        return self.read_config(data, self.find_config_class(data, type_))
 
     def _try_each(self, attempts: list[Callable[[], Any]]) -> Any:
         """Return the result of the first attempt that raises no ReadError."""
@@ -207,26 +207,30 @@ class ValueReader(NameReader, ABC):
         name, args = keywords.pop("_target_", None), keywords.pop("_args_", [])
         if (mark := keywords.pop("_partial_")) is not True:
             raise make_error(f"expected true, got {describe_value(mark)}", "_partial_")
-        if strange := [key for key in keywords if not isinstance(key, str) or not key.isidentifier() or key[0] == "_"]:
-            raise ReadError([((to_path_step(key),), "unknown key of a partial") for key in strange])
+        if unknown_keys := [
+            key for key in keywords if not isinstance(key, str) or not key.isidentifier() or key[0] == "_"
+        ]:
+            raise ReadError([((to_path_step(key),), "unknown key of a partial") for key in unknown_keys])
         if not isinstance(args, list):
             raise make_error(f"expected a list, got {describe_value(args)}", "_args_")
         if type(name) is not str or (function := self._texts.get((id(_FUNCTION), name))) is None:
             with prefix_path("_target_"):
-                function = self.value(name, _FUNCTION) if type(name) is str else self._read_named(name, _FUNCTION)
+                function = self.read_value(name, _FUNCTION) if type(name) is str else self._read_named(name, _FUNCTION)
         if args:
             with prefix_path("_args_"):
-                args = self.value(args, ANYTHING)
+                args = self.read_value(args, ANYTHING)
         if not _SCALARS.issuperset(map(type, keywords.values())):
             keywords = dict(zip(keywords, self._read_each(keywords.items(), ANYTHING), strict=True))
         return Partial(function, args, keywords)
 
     def _read_enum_member(self, data: dict[str, Any], type_: Type) -> Any:
-        """Read an enumeration member, written as {_target_: module.Enum, _name_: member} where a name would be text."""
+        """Read an enumeration member, written as {_target_: module.Enum, _name_: member} where a bare name
+        would be read as a string.
+        """
         # Megatron Bridge also writes the member's value, under `_args_`.
         _check_keys(data, {"_target_", "_name_", "_args_"})
         with prefix_path("_target_"):
-            target = self.class_named(data.get("_target_"), type_)
+            target = self.resolve_class(data.get("_target_"), type_)
             if target.kind != "enum":
                 raise make_error(f"{data['_target_']!r} is not an enumeration")
         name = data["_name_"]
@@ -275,6 +279,9 @@ def _to_container(kind: str, items: list[Any]) -> Any:
 
 def _check_keys(data: dict[str, Any], keys: set[str]) -> None:
     """Refuse all keys of `data` except `keys`."""
-    if strange := [key for key in data if key not in keys]:
-        beside = " and ".join(sorted(keys & data.keys()))
-        raise ReadError([((to_path_step(key),), f"unknown key beside {beside}") for key in strange])
+    if unknown_keys := [key for key in data if key not in keys]:
+        *others, last = sorted(keys)
+        allowed = f"{', '.join(others)} and {last}"
+        raise ReadError(
+            [((to_path_step(key),), f"unexpected key; only {allowed} are allowed here") for key in unknown_keys]
+        )

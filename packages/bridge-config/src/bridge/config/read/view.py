@@ -10,7 +10,7 @@ from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.table import get_shipped_dtypes
 from bridge.config.schema.target import Target
-from bridge.config.write.defaults import encode_default
+from bridge.config.write.encoded_defaults import encode_default
 
 
 class View:

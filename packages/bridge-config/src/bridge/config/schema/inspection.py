@@ -49,8 +49,8 @@ from bridge.config.schema.names import (
     get_base_names,
     get_qualified_name,
 )
-from bridge.config.schema.registrations import descriptions, get_accepted_config
 from bridge.config.schema.registry import get_document_name, get_document_names
+from bridge.config.schema.registry_state import descriptions, get_accepted_config
 from bridge.config.schema.table import get_shipped
 from bridge.config.schema.target import Field, Target
 from bridge.config.schema.versions import Schema, load_declared_schema

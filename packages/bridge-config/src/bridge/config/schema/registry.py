@@ -15,7 +15,7 @@ from types import MethodType
 from typing import TypeVar
 
 from bridge.config.errors import TargetError, did_you_mean, quote_name
-from bridge.config.schema import registrations
+from bridge.config.schema import registry_state
 from bridge.config.schema.names import get_qualified_name
 from bridge.config.schema.table import get_shipped, get_shipped_aliases, list_nameable
 
@@ -35,8 +35,8 @@ def get_document_name(obj: object) -> str | None:
     own = get_qualified_name(obj)
     if own is None or own in get_declarations():
         return own
-    if isinstance(obj, type) and obj in registrations.given_names:
-        return registrations.given_names[obj]
+    if isinstance(obj, type) and obj in registry_state.given_names:
+        return registry_state.given_names[obj]
     return _get_declared_places().get(own, own)
 
 
@@ -73,7 +73,7 @@ def register(obj: T, name: str | None = None) -> T:
     meant = get_shipped(name) if name != get_qualified_name(obj) else None
     if meant is not None and _get_loaded_by_path(meant.name) is not obj:
         raise TargetError(f"{name!r} already refers to {meant.name}: register {obj!r} under another name")
-    return registrations.register_object(obj, name)
+    return registry_state.register_object(obj, name)
 
 
 @cache
@@ -91,18 +91,18 @@ def refresh() -> None:
     _load_declared.cache_clear()
     _get_declared_places.cache_clear()
     _is_installed.cache_clear()
-    registrations.descriptions.clear()
-    registrations.clear_names()
+    registry_state.descriptions.clear()
+    registry_state.clear_names()
 
 
 def list_known_names() -> list[str]:
     """Return every name that a document of this process may use, sorted."""
-    return sorted({*filter(is_registered, registrations.objects), *get_declarations(), *list_nameable()})
+    return sorted({*filter(is_registered, registry_state.objects), *get_declarations(), *list_nameable()})
 
 
 def is_registered(name: str) -> bool:
     """Return whether `name` is registered in this process and not replaced by a declared name."""
-    return name in registrations.objects and name not in _get_declared_places()
+    return name in registry_state.objects and name not in _get_declared_places()
 
 
 def resolve(name: str, *, suggest: bool = True) -> object:
@@ -116,7 +116,7 @@ def resolve(name: str, *, suggest: bool = True) -> object:
         TargetError: The name is neither registered nor declared, or its declaration is broken.
     """
     if is_registered(name):
-        return registrations.objects[name]
+        return registry_state.objects[name]
     if name not in get_declarations():
         raise TargetError(_explain_unknown(name, suggest=suggest))
     return _load_declared(name)
@@ -151,18 +151,18 @@ def find_document_name(obj: object) -> str | None:
     """
     if isinstance(obj, MethodType):
         return _find_method_name(obj)
-    if id(obj) not in registrations.names:
+    if id(obj) not in registry_state.names:
         name = _search_name(obj)
         if name is None:
             return None
-        registrations.names[id(obj)] = (obj, name)
-    return registrations.names[id(obj)][1]
+        registry_state.names[id(obj)] = (obj, name)
+    return registry_state.names[id(obj)][1]
 
 
 def find_accepted_config(name: str) -> type | None:
     """Return the config class that the ModelBuilder `name` builds; None if this process defines no such builder."""
-    is_defined = name in registrations.builders and name not in _get_declared_places()
-    return registrations.builders[name][1] if is_defined else None
+    is_defined = name in registry_state.builders and name not in _get_declared_places()
+    return registry_state.builders[name][1] if is_defined else None
 
 
 def import_builder(name: str) -> type:
@@ -171,8 +171,8 @@ def import_builder(name: str) -> type:
     Raises:
         TargetError: The builder cannot be imported, or is not a class.
     """
-    if name in registrations.builders:
-        return registrations.builders[name][0]
+    if name in registry_state.builders:
+        return registry_state.builders[name][0]
     place = get_declarations()[name][0].value.replace(":", ".") if name in get_declarations() else name
     module, _, attribute = place.rpartition(".")
     try:
@@ -194,7 +194,7 @@ def _find_method_name(method: MethodType) -> str | None:
 
 
 def _search_name(obj: object) -> str | None:
-    for name, present in registrations.objects.items():
+    for name, present in registry_state.objects.items():
         if present is obj:
             return _get_declared_places().get(name, name)
     aliases = []

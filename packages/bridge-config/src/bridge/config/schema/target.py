@@ -29,7 +29,7 @@ class Field:
     """From the table: the encoded default; MISSING if there is none, or it cannot be encoded."""
 
     make_default: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
-    """From a live class: returns the default itself. It is encoded on demand, see `write.defaults`."""
+    """From a live class: returns the default itself. It is encoded on demand, see `write.encoded_defaults`."""
 
     doc: str = ""
     attribute: str = ""

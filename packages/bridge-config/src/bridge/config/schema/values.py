@@ -55,7 +55,7 @@ class Partial:
 
 
 @dataclass(eq=False)
-class Made(_StandIn):
+class ParsedConfig(_StandIn):
     """An instance of a config class."""
 
     target: Target
@@ -74,5 +74,5 @@ class Made(_StandIn):
 
     def _key(self) -> object:
         if self.compared == ():
-            return Made, id(self)
-        return Made, self.target.name, self.values if self.compared is None else self.compared
+            return ParsedConfig, id(self)
+        return ParsedConfig, self.target.name, self.values if self.compared is None else self.compared

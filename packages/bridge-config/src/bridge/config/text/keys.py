@@ -13,7 +13,10 @@ DUPLICATE = "duplicate key"
 
 
 def find_key_flaw(key: Any, siblings: Container[str], *, is_plain: bool) -> str:
-    """Return why `key` cannot be a key beside `siblings`, or an empty string. `is_plain`: it has no quotes."""
+    """Return why `key` is invalid, or an empty string.
+
+    `siblings` are the other keys of the mapping. `is_plain`: the key has no quotes.
+    """
     if not isinstance(key, str):
         return "keys must be strings: quote this one"
     if len(key) > MAX_KEY:

@@ -23,10 +23,10 @@ from bridge.config.schema.annotations import (
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.registrations import get_generation
 from bridge.config.schema.registry import find_document_name
+from bridge.config.schema.registry_state import get_generation
 from bridge.config.schema.target import Field, Target, cache_shape, get_shape
-from bridge.config.schema.values import EnumMember, Made, Named, Partial
+from bridge.config.schema.values import EnumMember, Named, ParsedConfig, Partial
 from bridge.config.write.cache import UNKNOWN, Plan, get_cached_partial, get_form_cache, make_plan, remember_form
 from bridge.config.write.notation import (
     PLAIN,
@@ -69,9 +69,9 @@ class _UnwritableError(Exception):
         return {"path": format_path(left_out), "reason": f"{at}{self._reason}"}
 
 
-def encode_made(made: Made, builder: str | None) -> dict[str, Any]:
-    """Return the document that was read as `made`, in canonical form."""
-    data: dict[str, Any] = _encode_standin(made, (), (), [])
+def encode_parsed_config(parsed: ParsedConfig, builder: str | None) -> dict[str, Any]:
+    """Return the document that was read as `parsed`, in canonical form."""
+    data: dict[str, Any] = _encode_standin(parsed, (), (), [])
     heading = {"_target_": data.pop("_target_"), "_builder_": builder}
     return {key: value for key, value in heading.items() if value is not None} | data
 
@@ -188,11 +188,11 @@ def _encode(value: Any, type_: Type, path: Path, omitted: Omitted) -> Any:
     raise _UnwritableError(f"a {type(value).__qualname__} has no written form", path)
 
 
-_STANDINS = (Named, EnumMember, Made, Partial, GenerationSettings)
+_STANDINS = (Named, EnumMember, ParsedConfig, Partial, GenerationSettings)
 
 
 def _encode_standin(
-    value: Named | EnumMember | Made | Partial | GenerationSettings, type_: Type, path: Path, omitted: Omitted
+    value: Named | EnumMember | ParsedConfig | Partial | GenerationSettings, type_: Type, path: Path, omitted: Omitted
 ) -> Any:
     """Return the written form of a value that was read without building objects."""
     if isinstance(value, EnumMember):

@@ -14,7 +14,7 @@ from bridge.config.read.view import View
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.registry import get_declarations, import_builder
 from bridge.config.schema.table import get_shipped
-from bridge.config.schema.values import Made
+from bridge.config.schema.values import ParsedConfig
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import MODEL_RULES
 from bridge.dist.document_layout import apply_layout
@@ -139,15 +139,15 @@ def _check(
 
 def _make_views(checked: Checked) -> tuple[View, View | None]:
     """Return views of the whole configuration and of its TransformerConfig, if there is one."""
-    made, data = checked.made, checked.present.data
-    if TRANSFORMER in made.target.bases:
-        view = View(data, made.target)
+    parsed, data = checked.parsed, checked.present.data
+    if TRANSFORMER in parsed.target.bases:
+        view = View(data, parsed.target)
         return view, view
-    inner = made.values.get("transformer")
-    if not isinstance(inner, Made):
-        return View(data, made.target), None
+    inner = parsed.values.get("transformer")
+    if not isinstance(inner, ParsedConfig):
+        return View(data, parsed.target), None
     transformer = View(data["transformer"], inner.target)
-    return View({**data, "transformer": transformer}, made.target, transformer), transformer
+    return View({**data, "transformer": transformer}, parsed.target, transformer), transformer
 
 
 def find_rules(builder: str | None) -> tuple[Rule, ...]:

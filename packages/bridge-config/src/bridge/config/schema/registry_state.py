@@ -1,4 +1,4 @@
-"""The registrations of this process: objects that documents may name, and the builders of configs.
+"""The state of the registry: objects that documents may name, and the builders of configs.
 
 They are kept apart from `bridge.config.schema.registry` so that `import bridge.config` does not load the shipped table
 and the entry points.
