@@ -78,7 +78,7 @@ def join_parts(parts: list[tuple[Any, Any]]) -> Any:
     whole = first.new_full(placement.full_shape, torch.nan)
     rows = torch.arange(placement.full_shape[placement.dim])
     for part, place in parts:
-        whole.index_copy_(place.dim, replace(place, dim=0).cut(rows), part)
+        whole.index_copy_(place.dim, replace(place, dim=0).take_shard(rows), part)
     return whole
 
 
@@ -102,7 +102,7 @@ def load(folder: Path, preset: str, sizes: dict[str, int]) -> set[str]:
         for named in named_parameters(stage, groups):
             name = named.placement.full_name
             whole = join_parts([part[name] for part in saved])
-            assert torch.equal(named.parameter, named.placement.cut(whole)), name
+            assert torch.equal(named.parameter, named.placement.take_shard(whole)), name
             compared.add(name)
     return compared
 

@@ -197,7 +197,7 @@ def test_each_rank_initialises_its_part_of_the_same_weights(options: tuple[str, 
         draw_weights([stage], groups, vocab_size=vocab)
         for placement, parameter, _ in named_parameters(stage, groups):
             whole = drawn[placement.full_name][: placement.logical_shape(vocab)[0]]
-            assert torch.equal(parameter, placement.cut(placement.pad(whole))), placement.full_name
+            assert torch.equal(parameter, placement.take_shard(placement.pad(whole))), placement.full_name
 
 
 class OwnLayers(MegatronModule):

@@ -80,4 +80,4 @@ def test_a_node_sends_its_first_heartbeat_at_once() -> None:
         rank=1, world_size=2, address="localhost", port=port, node=1, nodes=2, local_rank=0, has_agent=True
     )
     with failure_detection.watch_nodes(there):
-        assert torch.distributed.PrefixStore("bridge/0", server).add("beats/1", 0) == 1
+        assert torch.distributed.PrefixStore("bridge/0", server).add("heartbeat/1", 0) == 1

@@ -111,7 +111,7 @@ def compare_gradients(cases: dict[str, Case], folder: Path) -> dict[str, dict[st
         whole = torch.load(folder / f"{case.preset}.pt")
         found[name] = {
             placement.full_name: (
-                (gradient - placement.cut(whole[placement.full_name])).abs().max()
+                (gradient - placement.take_shard(whole[placement.full_name])).abs().max()
                 / whole[placement.full_name].abs().max()
             ).item()
             for placement, gradient in gradients(case)

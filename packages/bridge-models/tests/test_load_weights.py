@@ -106,7 +106,7 @@ def load_on_ranks(
         tensors = [one for stage in stages for find in (named_parameters, named_buffers) for one in find(stage, groups)]
         for placement, tensor, _ in tensors:
             whole = expected.get(placement.full_name, torch.zeros(VOCABULARY))  # T5's bias, which transformers lacks
-            if not torch.equal(placement.cut(placement.pad(whole)), tensor):
+            if not torch.equal(placement.take_shard(placement.pad(whole)), tensor):
                 wrong.append(placement.full_name)
         return stages
 

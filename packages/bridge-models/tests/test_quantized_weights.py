@@ -189,7 +189,7 @@ def test_slices_of_ranks(model: str, ranks: int, request: pytest.FixtureRequest)
             placement = place(name, torch.Size(weight.shape), ranks, rank)
             split += placement.shards > 1
             assert placement.full_shape == weight.shape
-            assert torch.equal(read_part(quantized, placement, reader), placement.cut(whole[name].float())), name
+            assert torch.equal(read_part(quantized, placement, reader), placement.take_shard(whole[name].float())), name
     assert split >= 20 * ranks or ranks == 1
 
 

@@ -121,8 +121,8 @@ def has_custom_split(config: TransformerConfig) -> bool:
     )
 
 
-def find_prediction_rank(config: TransformerConfig) -> int | None:
-    """Return the pipeline rank of multi-token prediction if the pipeline layout places it; None otherwise."""
+def find_mtp_rank(config: TransformerConfig) -> int | None:
+    """Return the pipeline rank of multi-token prediction (MTP) if the pipeline layout places it; None otherwise."""
     layout: Any = config.pipeline_model_parallel_layout
     pp = config.pipeline_model_parallel_size
     if hasattr(layout, "layout"):  # Megatron's own class, by rank and virtual stage
@@ -142,7 +142,7 @@ def find_embedding_ranks(config: TransformerConfig, *, tied: bool) -> list[int] 
         config: The configuration of the pipeline.
         tied: Whether the output layer uses the embedding's weight.
     """
-    predicting = find_prediction_rank(config)
-    if predicting is None:
+    mtp_rank = find_mtp_rank(config)
+    if mtp_rank is None:
         return None
-    return sorted({0, predicting, *([config.pipeline_model_parallel_size - 1] if tied else [])})
+    return sorted({0, mtp_rank, *([config.pipeline_model_parallel_size - 1] if tied else [])})

@@ -64,7 +64,7 @@ class Placement:
         padding = self.full_shape[0] - logical.shape[0]
         return torch.cat([logical, logical.new_zeros(padding, *logical.shape[1:])]) if padding else logical
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+    def take_shard(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's shard of a whole parameter, split as Megatron splits it."""
         if self.shards == 1:
             return whole

@@ -63,7 +63,7 @@ def build_stages(
         ]
     for stage in stages:
         mark_split_parameters(stage)
-        setattr(stage, "model_type", model_type)  # noqa: B010 - a module declares tensors and modules only
+        setattr(stage, "model_type", model_type)  # noqa: B010 - mypy: MegatronModule does not declare `model_type`
     return stages
 
 

@@ -106,7 +106,7 @@ def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None
     finally:
         generator.set_state(state)
     with torch.no_grad():
-        named.parameter.copy_(placement.cut(placement.pad(drawn)))
+        named.parameter.copy_(placement.take_shard(placement.pad(drawn)))
 
 
 def _derive_seed(name: str) -> int:

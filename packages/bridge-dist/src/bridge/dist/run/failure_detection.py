@@ -38,33 +38,33 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @contextlib.contextmanager
-def explain_lost_ranks(place: RankEnvironment) -> Iterator[None]:
+def explain_lost_ranks(env: RankEnvironment) -> Iterator[None]:
     """Turn a lost connection into an error that names the rank that failed first.
 
     Raises:
         LaunchError: Names the rank that was lost or failed.
     """
-    if place.world_size == 1 or _is_pool_rank(place):
+    if env.world_size == 1 or _is_pool_rank(env):
         yield
         return
     try:
-        open_store(place, timeout=_STORE_TIMEOUT).set(f"names/{place.rank}", _make_name(place))
+        open_store(env, timeout=_STORE_TIMEOUT).set(f"names/{env.rank}", _make_name(env))
         yield
     except SystemExit:
-        _report_termination(place)
+        _report_termination(env)
         raise
     except Exception as error:
         cause = _find_cause(error)
         try:
-            verdict = _report_failure(place, open_store(place, timeout=_STORE_TIMEOUT), cause)
+            verdict = _report_failure(env, open_store(env, timeout=_STORE_TIMEOUT), cause)
         except (RuntimeError, LaunchError):
-            verdict = _describe_lost_store(place)
+            verdict = _describe_lost_store(env)
         if cause is None:
             raise LaunchError(verdict) from error
         raise
 
 
-def is_first_to_print(message: str, place: RankEnvironment) -> bool:
+def is_first_to_print(message: str, env: RankEnvironment) -> bool:
     """Return whether this rank should print an error that every rank may have found.
 
     Every rank prints it where the store is unreachable, and where no launcher collects their output.
@@ -72,11 +72,11 @@ def is_first_to_print(message: str, place: RankEnvironment) -> bool:
     if not ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
         return True
     try:
-        store = open_store(place, timeout=_STORE_TIMEOUT)
-        key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+        store = open_store(env, timeout=_STORE_TIMEOUT)
+        key = f"printed/{hashlib.sha256(message.encode()).hexdigest()}"
         count = store.add(key, 1)
         deadline = time.monotonic() + _PRINT_TIMEOUT_S
-        while place.rank == 0 and not place.has_agent and store.add(key, 0) < place.world_size:
+        while env.rank == 0 and not env.has_agent and store.add(key, 0) < env.world_size:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)  # rank 0 serves the store, which the other ranks still need
@@ -99,8 +99,8 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _is_pool_rank(place: RankEnvironment) -> bool:
-    return place.nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and place.has_agent
+def _is_pool_rank(env: RankEnvironment) -> bool:
+    return env.nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and env.has_agent
 
 
 def _find_cause(error: Exception) -> str | None:
@@ -114,22 +114,22 @@ def _find_cause(error: Exception) -> str | None:
     return f"{type(error).__name__}: {text}"
 
 
-def _report_failure(place: RankEnvironment, store: Store, cause: str | None) -> str:
+def _report_failure(env: RankEnvironment, store: Store, cause: str | None) -> str:
     """Report this rank's failure to the others, and return the description of the first failure.
 
     Without a cause, this rank only lost a connection. The first such rank is the listener: it waits for the failure of
     another rank, and if none is reported, it names the ranks that are silent. The others wait for its verdict.
     """
-    store.set(f"ended/{place.rank}", cause or "")
+    store.set(f"ended/{env.rank}", cause or "")
     if cause is not None:
-        return store.compare_set("verdict", "", f"{_make_name(place)} failed first: {cause}").decode()
-    if store.compare_set("listener", "", str(place.rank)).decode() != str(place.rank):
+        return store.compare_set("verdict", "", f"{_make_name(env)} failed first: {cause}").decode()
+    if store.compare_set("listener", "", str(env.rank)).decode() != str(env.rank):
         store.wait(["verdict"], timedelta(seconds=2 * _COLLECT_FAILURES_S))
         return store.get("verdict").decode()
     deadline = time.monotonic() + _COLLECT_FAILURES_S
     while time.monotonic() < deadline and not store.check(["verdict"]):
         time.sleep(0.1)
-    silent = [rank for rank in range(place.world_size) if not store.check([f"ended/{rank}"])]
+    silent = [rank for rank in range(env.world_size) if not store.check([f"ended/{rank}"])]
     verdict = _describe_lost(silent, store) if silent else "ranks lost their connection"
     return store.compare_set("verdict", "", verdict).decode()
 
@@ -139,45 +139,45 @@ def _describe_lost(ranks: Sequence[int], store: Store) -> str:
     return f"lost {', '.join(names)}: killed, or its machine is down"
 
 
-def _make_name(place: RankEnvironment) -> str:
-    return f"rank {place.rank}" + ("" if place.node is None else f" on node {place.node} ({os.uname().nodename})")
+def _make_name(env: RankEnvironment) -> str:
+    return f"rank {env.rank}" + ("" if env.node is None else f" on node {env.node} ({os.uname().nodename})")
 
 
 def _find_name(rank: int, store: Store) -> str:
     return store.get(f"names/{rank}").decode() if store.check([f"names/{rank}"]) else f"rank {rank}"
 
 
-def _describe_lost_store(place: RankEnvironment) -> str:
-    server = "the launcher of node 0" if place.has_agent else "rank 0"
-    return f"lost the store at {place.address}:{place.port}: {server}, which serves it, has ended"
+def _describe_lost_store(env: RankEnvironment) -> str:
+    server = "the launcher of node 0" if env.has_agent else "rank 0"
+    return f"lost the store at {env.address}:{env.port}: {server}, which serves it, has ended"
 
 
 @contextlib.contextmanager
-def watch_nodes(place: RankEnvironment) -> Iterator[None]:
+def watch_nodes(env: RankEnvironment) -> Iterator[None]:
     """Send heartbeats for this node, and end this process when another node stops sending them.
 
     One rank per node does so. Rank 0 watches the nodes and informs the others. A node that never started is reported
     by the agreement check instead.
     """
-    if place.node is None or (place.nodes or 1) == 1 or place.local_rank != 0:
+    if env.node is None or (env.nodes or 1) == 1 or env.local_rank != 0:
         yield
         return
     # A separate connection: a thread that waits on a store blocks other threads that use it.
-    store = open_store(place, timeout=_START_TIMEOUT)
-    store.set(f"names/{place.rank}", _make_name(place))
-    store.add(f"beats/{place.node}", 1)  # at once: a node lost before its first heartbeat would go unnoticed
+    store = open_store(env, timeout=_START_TIMEOUT)
+    store.set(f"names/{env.rank}", _make_name(env))
+    store.add(f"heartbeat/{env.node}", 1)  # at once: a node lost before its first heartbeat would go unnoticed
     done = threading.Event()
-    threading.Thread(target=_send_heartbeats, args=(place, store, done), daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(env, store, done), daemon=True).start()
     try:
         yield
     finally:
         done.set()
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            store.set(f"left/{place.node}", "")
+            store.set(f"exited/{env.node}", "")
 
 
 @contextlib.contextmanager
-def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
+def exit_on_signals(env: RankEnvironment) -> Iterator[None]:
     """End this process at once on SIGTERM and Ctrl-C, even in a collective, where Python runs no signal handler.
 
     The termination is reported, so that the other ranks do not take this rank for the first that failed.
@@ -185,7 +185,7 @@ def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)  # set_wakeup_fd requires it
     before = signal.set_wakeup_fd(writer)  # Python writes each signal's number to this pipe
-    threading.Thread(target=_exit_on_signal, args=(reader, place), daemon=True).start()
+    threading.Thread(target=_exit_on_signal, args=(reader, env), daemon=True).start()
     try:
         yield
     finally:
@@ -193,48 +193,50 @@ def exit_on_signals(place: RankEnvironment) -> Iterator[None]:
         os.close(writer)
 
 
-def _exit_on_signal(reader: int, place: RankEnvironment) -> None:
+def _exit_on_signal(reader: int, env: RankEnvironment) -> None:
     while number := os.read(reader, 1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
-            _report_termination(place)
+            _report_termination(env)
             os._exit(128 + number[0])  # the exit code that shells give a process killed by this signal
     os.close(reader)
 
 
-def _report_termination(place: RankEnvironment) -> None:
+def _report_termination(env: RankEnvironment) -> None:
     with contextlib.suppress(RuntimeError, LaunchError):
-        open_store(place, timeout=_STORE_TIMEOUT).set(f"ended/{place.rank}", "terminated by a signal")
+        open_store(env, timeout=_STORE_TIMEOUT).set(f"ended/{env.rank}", "terminated by a signal")
 
 
-def _send_heartbeats(place: RankEnvironment, store: Store, done: threading.Event) -> None:
+def _send_heartbeats(env: RankEnvironment, store: Store, done: threading.Event) -> None:
     seen: dict[int, tuple[int, float]] = {}
     while not done.wait(_HEARTBEAT_INTERVAL_S):
         try:
-            store.add(f"beats/{place.node}", 1)
-            if place.rank == 0 and (silent := _find_silent_node(place, store, seen)) is not None:
-                there = [rank for rank in range(place.world_size) if f" on node {silent} " in _find_name(rank, store)]
+            store.add(f"heartbeat/{env.node}", 1)
+            if env.rank == 0 and (silent := _find_silent_node(env, store, seen)) is not None:
+                ranks_on_node = [
+                    rank for rank in range(env.world_size) if f" on node {silent} " in _find_name(rank, store)
+                ]
                 verdict = (
-                    _describe_lost(there, store)
-                    if there
+                    _describe_lost(ranks_on_node, store)
+                    if ranks_on_node
                     else f"lost node {silent}, silent for {_HEARTBEAT_TIMEOUT_S:g} s"
                 )
                 store.compare_set("verdict", "", verdict)
-                store.set("silence", "")
-            if store.check(["silence"]):
+                store.set("node_lost", "")
+            if store.check(["node_lost"]):
                 _exit_process(store.get("verdict").decode())
         except RuntimeError:
             if not done.is_set():
-                _exit_process(_describe_lost_store(place))
+                _exit_process(_describe_lost_store(env))
 
 
-def _find_silent_node(place: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
+def _find_silent_node(env: RankEnvironment, store: Store, seen: dict[int, tuple[int, float]]) -> int | None:
     """Return a node whose heartbeats have stopped."""
     now = time.monotonic()
-    for node in range(place.nodes or 1):
-        beats = store.add(f"beats/{node}", 0)
+    for node in range(env.nodes or 1):
+        beats = store.add(f"heartbeat/{node}", 0)
         if node not in seen or seen[node][0] != beats:
             seen[node] = (beats, now)
-        elif beats and now - seen[node][1] > _HEARTBEAT_TIMEOUT_S and not store.check([f"left/{node}"]):
+        elif beats and now - seen[node][1] > _HEARTBEAT_TIMEOUT_S and not store.check([f"exited/{node}"]):
             return node
     return None
 

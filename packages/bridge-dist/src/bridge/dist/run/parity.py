@@ -140,10 +140,13 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _measure_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:
-    local, expected = weight, placement.cut(placement.pad(reference))
+    local, expected = weight, placement.take_shard(placement.pad(reference))
     if isinstance(weight, DTensor):
         if weight.shape != placement.shape:  # Megatron-FSDP's DTensor spans the tensor-parallel shards
-            parts = [replace(placement, shard=shard).cut(placement.pad(reference)) for shard in range(placement.shards)]
+            parts = [
+                replace(placement, shard=shard).take_shard(placement.pad(reference))
+                for shard in range(placement.shards)
+            ]
             expected = torch.cat(parts, dim=placement.dim)
         chunk = gather_and_compute_chunk_metadata(weight)
         local = weight.to_local()

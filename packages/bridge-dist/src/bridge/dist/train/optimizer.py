@@ -22,11 +22,10 @@ _FP16_LOSS_SCALE = 2.0**16  # megatron-core's default, 2**32, overflows: the fir
 
 @contextlib.contextmanager
 def set_up_optimizer(stages: list[MegatronModule], *, use_gloo_process_groups: bool = True) -> Iterator[Any]:
-    """Yield Megatron's Adam with a constant learning rate, and set functions in the stages' configuration meanwhile.
+    """Yield Megatron's Adam with a constant learning rate; temporarily set Megatron's schedule callbacks on the config.
 
-    Megatron's schedule calls these functions. They are removed afterwards, because otherwise
-    configuration, distributed optimizer and stages would form a reference cycle through torch's C++, which Python never
-    frees.
+    The callbacks are removed afterwards, because otherwise configuration, distributed optimizer and stages would form
+    a reference cycle through torch's C++, which Python never frees.
     """
     config = get_model_config(stages[0])
     ddp_config = stages[0].ddp_config

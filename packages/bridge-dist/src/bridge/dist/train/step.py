@@ -80,7 +80,7 @@ def train(
     with set_up_optimizer(stages) as optimizer:
         progress = start(optimizer) if start is not None else Progress()
         for index in range(options.steps):
-            began = _wait_and_read_clock()
+            began = _synchronized_time()
             first = progress.samples + index * options.global_batch_size
             batch = text.make_batch(first, size=options.global_batch_size, seq_length=options.seq_length)
             mine = batch.view(layout.dp, microbatches, options.micro_batch_size, -1)[pg_collection.dp.rank()]
@@ -92,13 +92,13 @@ def train(
             _, grad_norm, _ = optimizer.step()
             loss = _average_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
-            yield Step(loss=loss, grad_norm=norm, seconds=_wait_and_read_clock() - began)
+            yield Step(loss=loss, grad_norm=norm, seconds=_synchronized_time() - began)
         if finish is not None:
             samples = progress.samples + options.steps * options.global_batch_size
             finish(optimizer, Progress(step=progress.step + options.steps, samples=samples))
 
 
-def _wait_and_read_clock() -> float:
+def _synchronized_time() -> float:
     """Wait for the device and return the time in seconds."""
     torch.cuda.synchronize()
     return time.perf_counter()

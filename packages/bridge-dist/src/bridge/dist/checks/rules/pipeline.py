@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
-from bridge.dist.layout import find_embedding_ranks, find_prediction_rank
+from bridge.dist.layout import find_embedding_ranks, find_mtp_rank
 
 
 @rule(observed_in=MEGATRON)
@@ -134,7 +134,7 @@ def predictions_beside_the_embedding(setup: Setup) -> Iterator[str]:
     """The first and a later stage of one rank both hold a copy of the embedding. The gradients of one copy are left
     out, or the ranks deadlock.
     """
-    if setup.has_virtual_pipeline and find_prediction_rank(setup.transformer) == 0:
+    if setup.has_virtual_pipeline and find_mtp_rank(setup.transformer) == 0:
         yield (
             "multi-token prediction on a later virtual stage of the first pipeline rank trains incorrectly: move m to "
             "a stage of another rank in pipeline_model_parallel_layout"
