@@ -63,11 +63,11 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 def format_tensor(name: str) -> str:
     """Return the name of a tensor as messages have it: on one line, of a limited length."""
-    return name if name.isprintable() and len(name) <= _LONGEST_NAME else quote_name(name)
+    return name if name.isprintable() and len(name) <= _MAX_NAME_LENGTH else quote_name(name)
 
 
-_LONGEST_NAME = 200
-_MOST_TENSORS = 1_000_000  # DeepSeek-V3 has 91,991
+_MAX_NAME_LENGTH = 200
+_MAX_TENSORS = 1_000_000  # DeepSeek-V3 has 91,991
 
 
 def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str, Header]:
@@ -77,19 +77,21 @@ def _read_files(folder: Path, files: Mapping[str, Set[str] | None]) -> dict[str,
     for name, listed in files.items():
         file = folder / name
         try:
-            found = {header.name: header for header in islice(_read_file(file), _MOST_TENSORS - len(headers))}
+            found = {header.name: header for header in islice(_read_file(file), _MAX_TENSORS - len(headers))}
         except (SafetensorError, OSError) as error:
             problems.append(Problem(str(file), _explain_broken(file, error)))
             continue
         if listed is not None:
             missing, unlisted = sorted(listed - found.keys()), sorted(found.keys() - listed)
-            problems += [Problem(str(file), f"lacks {format_tensor(one)}, which {INDEX} lists") for one in missing]
             problems += [
-                Problem(str(file), f"has {format_tensor(one)}, which {INDEX} does not list in it") for one in unlisted
+                Problem(str(file), f"{format_tensor(one)} is missing, but listed in {INDEX}") for one in missing
+            ]
+            problems += [
+                Problem(str(file), f"{format_tensor(one)} is not listed in {INDEX} for this file") for one in unlisted
             ]
         headers |= found
-        if len(headers) >= _MOST_TENSORS:
-            raise WeightsError([Problem(str(file), f"the folder has {_MOST_TENSORS:,} tensors or more")])
+        if len(headers) >= _MAX_TENSORS:
+            raise WeightsError([Problem(str(file), f"the folder has {_MAX_TENSORS:,} tensors or more")])
     if problems:
         raise WeightsError(problems)
     return headers
@@ -115,13 +117,13 @@ def _check_regular(file: Path) -> None:
 
 def _explain_broken(file: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return f"is not there, but {INDEX} lists tensors in it"
+        return f"missing, but listed in {INDEX}"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
     with file.open("rb") as stream:
         if stream.read(len(_GIT_LFS)) == _GIT_LFS:
             return "is a Git LFS pointer: fetch the file itself with `git lfs pull`"
-    return f"is not a whole safetensors file: {format_tensor(str(error))}"
+    return f"truncated or invalid safetensors file: {format_tensor(str(error))}"
 
 
 _GIT_LFS = b"version https://git-lfs"
@@ -135,8 +137,8 @@ def _read_index(index: Path) -> dict[str, str]:
     """
     try:
         _check_regular(index)
-        if index.stat().st_size > _LARGEST_INDEX:
-            raise OSError(f"larger than {_LARGEST_INDEX:,} bytes")
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise OSError(f"larger than {_MAX_INDEX_BYTES:,} bytes")
         read = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_make_mapping)
     except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
@@ -151,13 +153,13 @@ def _read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-_LARGEST_INDEX = 30_000_000  # bytes: reading JSON takes twenty times its size; DeepSeek-V3's has 9 MB
+_MAX_INDEX_BYTES = 30_000_000  # bytes: reading JSON takes twenty times its size; DeepSeek-V3's has 9 MB
 
 
 def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("duplicate key")
     return mapping
 
 

@@ -23,27 +23,27 @@ def decoder(
 ) -> Iterator[Entry]:
     """Yield the weights of a Llama-like decoder, with DeepSeek's layers of multi-token prediction if it has any."""
 
-    def layer(index: int, ours: str) -> Iterator[Entry]:
-        theirs = f"model.layers.{index}."
+    def layer(index: int, mcore: str) -> Iterator[Entry]:
+        hf = f"model.layers.{index}."
         # Layers of multi-token prediction are built like the last layer.
         block = experts if sizes.has_experts(min(index, sizes.layers - 1)) else feed_forward
-        yield from norm(sizes, f"{ours}input_layernorm", f"{theirs}input_layernorm")
-        yield from attention(sizes, f"{ours}self_attention.", f"{theirs}self_attn.")
-        yield from norm(sizes, f"{ours}pre_mlp_layernorm", f"{theirs}post_attention_layernorm")
-        yield from block(sizes, f"{ours}mlp.", f"{theirs}mlp.")
+        yield from norm(sizes, f"{mcore}input_layernorm", f"{hf}input_layernorm")
+        yield from attention(sizes, f"{mcore}self_attention.", f"{hf}self_attn.")
+        yield from norm(sizes, f"{mcore}pre_mlp_layernorm", f"{hf}post_attention_layernorm")
+        yield from block(sizes, f"{mcore}mlp.", f"{hf}mlp.")
 
     yield from embedding(sizes, _EMBEDDING)
     for index in range(sizes.layers):
         yield from layer(index, f"decoder.layers.{index}.")
     yield from norm(sizes, "decoder.final_layernorm", "model.norm")
     for depth in range(sizes.predictions):
-        index, ours = sizes.layers + depth, f"mtp.layers.{depth}."
-        theirs = f"model.layers.{index}."
-        yield from norm(sizes, f"{ours}enorm", f"{theirs}enorm")
-        yield from norm(sizes, f"{ours}hnorm", f"{theirs}hnorm")
-        yield from linear(f"{ours}eh_proj", f"{theirs}eh_proj", sizes.hidden, 2 * sizes.hidden, bias=False)
-        yield from layer(index, f"{ours}mtp_model_layer.")
-        yield from norm(sizes, f"{ours}final_layernorm", f"{theirs}shared_head.norm")
+        index, mcore = sizes.layers + depth, f"mtp.layers.{depth}."
+        hf = f"model.layers.{index}."
+        yield from norm(sizes, f"{mcore}enorm", f"{hf}enorm")
+        yield from norm(sizes, f"{mcore}hnorm", f"{hf}hnorm")
+        yield from linear(f"{mcore}eh_proj", f"{hf}eh_proj", sizes.hidden, 2 * sizes.hidden, bias=False)
+        yield from layer(index, f"{mcore}mtp_model_layer.")
+        yield from norm(sizes, f"{mcore}final_layernorm", f"{hf}shared_head.norm")
         head = _EMBEDDING if sizes.tied else OUTPUT
-        yield Repetition(f"{theirs}embed_tokens.weight", _EMBEDDING, is_written=True)
-        yield Repetition(f"{theirs}shared_head.head.weight", head, is_written=True)
+        yield Repetition(f"{hf}embed_tokens.weight", _EMBEDDING, is_written=True)
+        yield Repetition(f"{hf}shared_head.head.weight", head, is_written=True)

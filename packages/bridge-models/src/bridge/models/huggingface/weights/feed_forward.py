@@ -14,7 +14,7 @@ NAMES: Names = ("gate_proj", "up_proj", "down_proj")
 
 
 def feed_forward(
-    sizes: Sizes, ours: str, theirs: str, *, names: Names = NAMES, width: int | None = None
+    sizes: Sizes, mcore: str, hf: str, *, names: Names = NAMES, width: int | None = None
 ) -> Iterator[Entry]:
     """Yield the weights of a feed-forward layer, gated or not, with a tensor for each projection."""
     width = width or sizes.feed_forward
@@ -23,15 +23,15 @@ def feed_forward(
     for kind, columns in (("weight", (sizes.hidden,)), ("bias", ())):
         if kind == "weight" or sizes.biases:
             shape = (width, *columns)
-            parts = stack([f"{theirs}{name}.{kind}" for name in first], shape)
-            yield Weight(f"{ours}linear_fc1.{kind}", (len(first) * width, *columns), (parts,))
-    yield from linear(f"{ours}linear_fc2", f"{theirs}{down}", sizes.hidden, width, bias=sizes.biases)
+            parts = stack([f"{hf}{name}.{kind}" for name in first], shape)
+            yield Weight(f"{mcore}linear_fc1.{kind}", (len(first) * width, *columns), (parts,))
+    yield from linear(f"{mcore}linear_fc2", f"{hf}{down}", sizes.hidden, width, bias=sizes.biases)
 
 
 def fused_feed_forward(
     sizes: Sizes,
-    ours: str,
-    theirs: str,
+    mcore: str,
+    hf: str,
     *,
     first: str = "gate_up_proj",
     down: str = "down_proj",
@@ -41,5 +41,5 @@ def fused_feed_forward(
     width = sizes.feed_forward
     rows = 2 * width if sizes.gated else width
     bias = sizes.biases
-    yield from linear(f"{ours}linear_fc1", f"{theirs}{first}", rows, sizes.hidden, bias=bias, transposed=transposed)
-    yield from linear(f"{ours}linear_fc2", f"{theirs}{down}", sizes.hidden, width, bias=bias, transposed=transposed)
+    yield from linear(f"{mcore}linear_fc1", f"{hf}{first}", rows, sizes.hidden, bias=bias, transposed=transposed)
+    yield from linear(f"{mcore}linear_fc2", f"{hf}{down}", sizes.hidden, width, bias=bias, transposed=transposed)

@@ -21,9 +21,9 @@ def gpt2(sizes: Sizes) -> Iterator[Entry]:
     positions = (sizes.positions, sizes.hidden)
     yield same("embedding.position_embeddings.weight", "transformer.wpe.weight", positions)
     for index in range(sizes.layers):
-        ours, theirs = f"decoder.layers.{index}.", f"transformer.h.{index}."
-        yield from norm(sizes, f"{ours}input_layernorm", f"{theirs}ln_1")
-        yield from _attention(sizes, f"{ours}self_attention.", f"{theirs}attn.")
-        yield from norm(sizes, f"{ours}pre_mlp_layernorm", f"{theirs}ln_2")
-        yield from _feed_forward(sizes, f"{ours}mlp.", f"{theirs}mlp.")
+        mcore, hf = f"decoder.layers.{index}.", f"transformer.h.{index}."
+        yield from norm(sizes, f"{mcore}input_layernorm", f"{hf}ln_1")
+        yield from _attention(sizes, f"{mcore}self_attention.", f"{hf}attn.")
+        yield from norm(sizes, f"{mcore}pre_mlp_layernorm", f"{hf}ln_2")
+        yield from _feed_forward(sizes, f"{mcore}mlp.", f"{hf}mlp.")
     yield from norm(sizes, "decoder.final_layernorm", "transformer.ln_f")

@@ -53,21 +53,21 @@ def t5(sizes: Sizes) -> Iterator[Entry]:
     yield same("decoder.final_layernorm.weight", "decoder.final_layer_norm.weight", (sizes.hidden,), factor=factor)
 
 
-def _layer(sizes: Sizes, ours: str, theirs: str, *, crosses: bool) -> Iterator[Entry]:
-    yield from norm(sizes, f"{ours}input_layernorm", f"{theirs}0.layer_norm")
-    yield from _attention(sizes, f"{ours}self_attention.", f"{theirs}0.SelfAttention.")
+def _layer(sizes: Sizes, mcore: str, hf: str, *, crosses: bool) -> Iterator[Entry]:
+    yield from norm(sizes, f"{mcore}input_layernorm", f"{hf}0.layer_norm")
+    yield from _attention(sizes, f"{mcore}self_attention.", f"{hf}0.SelfAttention.")
     if crosses:
-        yield from norm(sizes, f"{ours}pre_cross_attn_layernorm", f"{theirs}1.layer_norm")
-        yield from _cross_attention(sizes, f"{ours}cross_attention.", f"{theirs}1.EncDecAttention.")
-    last = f"{theirs}{2 if crosses else 1}."
-    yield from norm(sizes, f"{ours}pre_mlp_layernorm", f"{last}layer_norm")
+        yield from norm(sizes, f"{mcore}pre_cross_attn_layernorm", f"{hf}1.layer_norm")
+        yield from _cross_attention(sizes, f"{mcore}cross_attention.", f"{hf}1.EncDecAttention.")
+    last = f"{hf}{2 if crosses else 1}."
+    yield from norm(sizes, f"{mcore}pre_mlp_layernorm", f"{last}layer_norm")
     names = ("wi_0", "wi_1", "wo") if sizes.gated else ("", "wi", "wo")
-    yield from feed_forward(sizes, f"{ours}mlp.", f"{last}DenseReluDense.", names=names)
+    yield from feed_forward(sizes, f"{mcore}mlp.", f"{last}DenseReluDense.", names=names)
 
 
-def _cross_attention(sizes: Sizes, ours: str, theirs: str) -> Iterator[Entry]:
+def _cross_attention(sizes: Sizes, mcore: str, hf: str) -> Iterator[Entry]:
     width, hidden = sizes.heads * sizes.channels, sizes.hidden
-    yield same(f"{ours}linear_q.weight", f"{theirs}q.weight", (width, hidden))
-    parts = interleave(stack([f"{theirs}k.weight", f"{theirs}v.weight"], (width, hidden)), sizes.heads)
-    yield Weight(f"{ours}linear_kv.weight", (2 * width, hidden), (parts,))
-    yield same(f"{ours}linear_proj.weight", f"{theirs}o.weight", (hidden, width))
+    yield same(f"{mcore}linear_q.weight", f"{hf}q.weight", (width, hidden))
+    parts = interleave(stack([f"{hf}k.weight", f"{hf}v.weight"], (width, hidden)), sizes.heads)
+    yield Weight(f"{mcore}linear_kv.weight", (2 * width, hidden), (parts,))
+    yield same(f"{mcore}linear_proj.weight", f"{hf}o.weight", (hidden, width))
