@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Self
 
 from bridge.config.documents.access import copy_data, get_value, remove_value, set_value
-from bridge.config.documents.folders import is_folder, read_folder
+from bridge.config.documents.folders import find_folder_reader, is_folder
 from bridge.config.documents.overrides import describe_override, split_override
 from bridge.config.documents.provenance import Provenance
 from bridge.config.documents.saving import add_schema_line, write_file, write_schema_beside
@@ -65,7 +65,7 @@ class Document:
         """
         source = str(source)
         if is_folder(source):
-            converted = read_folder(source)
+            converted: Document = find_folder_reader(source)(source)
             document = cls(converted.data, source, converted.notes)
             document.override(overrides)
             return document

@@ -7,14 +7,12 @@ folder with that file: `(path) -> Document`. Entry points are read only if the s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bridge.config.documents.presets import find_preset
 from bridge.config.documents.sources import STANDARD_INPUT, make_source_error
-
-if TYPE_CHECKING:
-    from bridge.config.documents.document import Document
 
 GROUP = "bridge.folders"
 
@@ -24,17 +22,17 @@ def is_folder(source: str) -> bool:
     return source != STANDARD_INPUT and os.path.isdir(source) and find_preset(source) is None
 
 
-def read_folder(source: str) -> Document:
-    """Return the document of the model in a folder.
+def find_folder_reader(source: str) -> Callable[[str], Any]:
+    """Return the function that reads a folder as a `Document`.
 
     Raises:
-        DocumentError: no installed distribution reads this folder, or what it describes cannot be converted.
+        DocumentError: no installed distribution reads this folder.
     """
     points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
     for point in points:
         if os.path.lexists(os.path.join(source, point.name)):
-            document: Document = point.load()(source)
-            return document
+            reader: Callable[[str], Any] = point.load()
+            return reader
     if not points:
         raise make_source_error(source, "is a folder: to read Hugging Face folders, pip install bridge-models")
     expected = " or ".join(point.name for point in points)
