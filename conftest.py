@@ -15,7 +15,15 @@ import pytest
 SLOW_NAMES = frozenset(
     {
         # They start processes: ranks, or commands that import torch, take seconds each.
-        *("subprocess", "multiprocessing", "ranks", "environments", "started", "gpu.worker", "bridge.dist.run.pool"),
+        *(
+            "subprocess",
+            "multiprocessing",
+            "ranks",
+            "environments",
+            "process_starts",
+            "gpu.worker",
+            "bridge.dist.run.pool",
+        ),
         "pytester",
         "hypothesis.given",  # tries hundreds of examples
     }

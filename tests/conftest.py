@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from environments import build_wheels
 from isolation import no_attention_backend_chosen  # noqa: F401
-from started import Folder
+from process_starts import Folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the processors
 

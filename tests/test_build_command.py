@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from environments import SMALL_DOCUMENT, run_command, run_in_one_process, run_process
-from started import BRIDGE
+from process_starts import BRIDGE
 
 
 def build(*arguments: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from environments import SMALL_DOCUMENT, run_command, run_in_one_process, run_process
-from started import BRIDGE
+from process_starts import BRIDGE
 
 BAD_INPUT = {
     "an unknown key": ("key.yaml", [], r"key.yaml:5:3: $.transformer.num_layer: ", "did you mean 'num_layers'"),

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from started import Folder
+from process_starts import Folder
 
 LIMIT_S = 60  # after the fault
 STARTING_S = 120  # for imports on a busy machine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from held_by_ranks import (
+from measured_ranks import (
     BATCH,
     LONGER_BATCH,
     WORLD,

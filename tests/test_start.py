@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from process_starts import Folder
 from rank_functions import fsdp2_loads_the_compiler
-from started import Folder
 
 BRIDGE = str(Path(sysconfig.get_path("scripts")) / "bridge")
 

@@ -20,6 +20,6 @@ END
 config=packages/bridge-config/tests dist=packages/bridge-dist/tests models=packages/bridge-models/tests
 "$environment/bin/pytest" -n 2 --dist loadfile -q -p no:cacheprovider \
     $config/test_{model,round_trip,document,saving,paths,text,migrate,canonical,edit}.py packages/bridge-builders/tests \
-    $dist/test_{internals,rank_environment,devices,store,failures,pool,memory,build,options,cpu_install,cpu_redirect,cpu_ranks}.py \
+    $dist/test_{internals,rank_environment,devices,store,failure_detection,pool,memory,build,options,cpu_install,cpu_redirect,cpu_ranks}.py \
     $models/test_{gpt_config,attention,experts,norms}.py \
     -k "not TorchFully and not fsdp2 and not without_the_compiler and not of_different and not installed_megatron_training"

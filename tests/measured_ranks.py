@@ -23,7 +23,7 @@ def record_parameters(stages: list[Any]) -> list[Any]:
     return stages
 
 
-register(record_parameters, "held_by_ranks.record_parameters")
+register(record_parameters, "measured_ranks.record_parameters")
 
 
 def pop_recorded_parameters() -> list[tuple[str, tuple[int, ...], str]]:
@@ -51,7 +51,7 @@ class Case:
     """Whether a CPU saves the same bytes for the backward pass as a GPU, for any routing of tokens."""
 
     def job(self) -> BuildJob:
-        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[held_by_ranks.record_parameters]"])
+        document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[measured_ranks.record_parameters]"])
         replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
         return BuildJob(document=document.data, wrapper=self.wrapper, distributed_optimizer=self.distributed_optimizer)
 

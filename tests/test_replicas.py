@@ -223,7 +223,7 @@ def test_a_hook_that_changes_one_copy_of_a_tied_embedding_is_refused(hook: str, 
     assert first == last
     assert isinstance(first, str)
     assert "after the pre-wrap hooks (" in first
-    assert f"test_copies.{hook})" in first
+    assert f"test_replicas.{hook})" in first
     assert says in first
 
 
