@@ -33,7 +33,11 @@ BAD_INPUT = {
     ),
     "no such file": ("missing.yaml", [], "missing.yaml: $: no such file"),
     "a misspelt file": ("goood.yaml", [], "no such file; did you mean 'good.yaml'?"),
-    "a folder": (".", [], ".: $: is a folder without config.json: give a document, or a folder that has it"),
+    "a folder": (
+        ".",
+        [],
+        ".: $: is a folder without config.json, latest_checkpointed_iteration.txt or metadata.json: give a document",
+    ),
     "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),
     "an override of nothing": ("good.yaml", ["transformer.num_layer=2"], "did you mean 'num_layers'"),
     "a field given to the wrong owner": ("good.yaml", ["num_layers=2"], "give it as transformer.num_layers"),

@@ -144,7 +144,8 @@ def test_errors_about_folders_say_where_and_what_is_expected(
 ) -> None:
     assert bridge("validate", tmp_path)[::2] == (
         1,
-        f"{tmp_path}: $: is a folder without config.json: give a document, or a folder that has it\n",
+        f"{tmp_path}: $: is a folder without config.json, latest_checkpointed_iteration.txt or metadata.json: "
+        "give a document, or a folder that has one\n",
     )
     file = write_config(tmp_path, LLAMA | {"num_hiden_layers": 2})
     assert bridge("validate", tmp_path)[2].startswith(f"{file}:6:2: $.num_hiden_layers: unknown to Bridge")

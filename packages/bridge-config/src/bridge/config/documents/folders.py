@@ -35,5 +35,6 @@ def find_folder_reader(source: str) -> Callable[[str], Any]:
             return reader
     if not points:
         raise make_source_error(source, "is a folder: to read Hugging Face folders, pip install bridge-models")
-    expected = " or ".join(point.name for point in points)
-    raise make_source_error(source, f"is a folder without {expected}: give a document, or a folder that has it")
+    *others, last = [point.name for point in points]
+    expected = f"{', '.join(others)} or {last}" if others else last
+    raise make_source_error(source, f"is a folder without {expected}: give a document, or a folder that has one")
