@@ -12,6 +12,7 @@ import pytest
 from environments import PACKAGES, Environment, uv
 
 HERE = Path(__file__).parent
+AURORA = HERE / "aurora"
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,10 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path], extension: Path) -> Environment:
-    """All four packages and the extension, installed from wheels."""
+    """All four packages and both extensions, installed from wheels."""
     folder = tmp_path_factory.mktemp("environment")
     uv("build", "--wheel", "--out-dir", folder, extension)
+    uv("build", "--wheel", "--out-dir", folder, shutil.copytree(AURORA, folder / "aurora"))
     created = Environment.create(folder / "venv")
     created.borrow_third_party()
     created.install("--no-deps", "--no-index", *(wheels[name] for name in PACKAGES), *folder.glob("*.whl"))
@@ -40,6 +42,41 @@ def mypy(environment: Environment, *args: str | Path, cwd: Path) -> subprocess.C
 def test_extension_type_checks(environment: Environment, extension: Path) -> None:
     checked = mypy(environment, "--strict", "src", cwd=extension)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_an_outside_architecture_type_checks(environment: Environment, extension: Path) -> None:
+    configuration = extension / "pyproject.toml"
+    checked = mypy(environment, "--strict", "--config-file", configuration, "src", cwd=AURORA)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_commands_know_an_outside_architecture(environment: Environment, tmp_path: Path) -> None:
+    config = {"model_type": "aurora", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    document = tmp_path / "document.yaml"
+    converted = environment.run("bridge", "from-hf", tmp_path, "-o", document)
+    assert converted.returncode == 0, converted.stderr
+    written = environment.run("bridge", "to-hf", document)
+    assert json.loads(written.stdout).items() >= config.items()
+    shapes = {
+        "model.tok_embeddings.weight": [32000, 64],
+        "model.layers.0.attention_norm.weight": [64],
+        **{f"model.layers.0.attention.{name}.weight": [64, 64] for name in ("wq", "wk", "wv", "wo")},
+        "model.layers.0.ffn_norm.weight": [64],
+        **{f"model.layers.0.feed_forward.{name}.weight": [5632, 64] for name in ("w1", "w3")},
+        "model.layers.0.feed_forward.w2.weight": [64, 5632],
+        "model.norm.weight": [64],
+        "lm_head.weight": [32000, 64],
+    }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    checked = environment.run("bridge", "check-hf", tmp_path, "--json")
+    report = json.loads(checked.stdout)
+    assert (report["ok"], report["model_type"], report["tensors"]) == (True, "aurora", len(shapes)), report
 
 
 def test_wrong_programs_fail_as_expected(environment: Environment, extension: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     Raises:
         DocumentError: The architecture is unknown, or a document cannot express it exactly: all problems, with the
             paths of their fields in config.json.
+        ConfigError: The entry point of an outside architecture is broken.
     """
     architecture = find_architecture(given)
     fields = _resolve_aliases(given, architecture)
@@ -158,6 +159,7 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
     Raises:
         DocumentError: The document is invalid, or config.json cannot express it exactly: all problems, with the paths
             of their fields in the document.
+        ConfigError: The entry point of an outside architecture is broken.
     """
     fields = read_fields(data)
     _check_sizes(fields)
@@ -176,7 +178,10 @@ def to_hf(data: Mapping[str, Any]) -> Converted:
 
 
 def _find_by_class(target: str) -> list[Architecture]:
-    """Return the architectures whose documents have this config class."""
+    """Return the shipped architectures whose documents have this config class.
+
+    Only a document that names an outside architecture is written as one: what is installed changes no other document.
+    """
     return [one for one in ARCHITECTURES.values() if one.target == target]
 
 

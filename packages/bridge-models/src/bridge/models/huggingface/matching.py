@@ -1,4 +1,4 @@
-"""Find the architecture of a config.json or a document. The order of ``ARCHITECTURES`` does not matter."""
+"""Find the architecture of a config.json or a document."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from bridge.config.errors import DocumentError, Problem, did_you_mean, quote_name
 from bridge.config.problems import describe_value
 from bridge.models.huggingface.architecture import Architecture
+from bridge.models.huggingface.architectures import get_architecture, list_model_types
 from bridge.models.huggingface.document_fields import AFFECTS_COMPUTATION, find_non_defaults
-from bridge.models.huggingface.families import ARCHITECTURES
 from bridge.models.huggingface.families.unsupported import UNSUPPORTED
 from bridge.models.huggingface.translation import Translation, run_steps
 
@@ -22,9 +22,10 @@ def find_architecture(given: Mapping[str, Any]) -> Architecture:
 
     Raises:
         DocumentError: ``model_type`` is missing or not supported.
+        ConfigError: As ``get_architecture``.
     """
     model_type = given.get("model_type")
-    if (text_model := _find_text_model(given)) is not None and model_type not in (*ARCHITECTURES, *UNSUPPORTED):
+    if (text_model := _find_text_model(given)) is not None and model_type not in (*list_model_types(), *UNSUPPORTED):
         raise make_error(
             "$.text_config",
             f"the language model, {text_model}, is in this field: save the field as a config.json of its own",
@@ -34,12 +35,12 @@ def find_architecture(given: Mapping[str, Any]) -> Architecture:
         raise make_error(
             "$.model_type", missing if model_type is None else f"expected a string, got {describe_value(model_type)}"
         )
-    if model_type in UNSUPPORTED:
+    architecture = get_architecture(model_type)
+    if architecture is None and model_type in UNSUPPORTED:
         raise DocumentError(_explain_unsupported(model_type, given))
-    architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
-        near = did_you_mean(model_type, ARCHITECTURES)
-        known = ", ".join(ARCHITECTURES)
+        near = did_you_mean(model_type, list_model_types())
+        known = ", ".join(list_model_types())
         raise make_error("$.model_type", f"unknown architecture {quote_name(model_type)}{near}; supported are {known}")
     return architecture
 
@@ -63,16 +64,17 @@ def find_declared_architecture(fields: Mapping[str, Any]) -> Architecture | None
 
     Raises:
         DocumentError: The architecture is unknown, or has another config class.
+        ConfigError: As ``get_architecture``.
     """
     metadata = fields.get("extra_checkpoint_metadata") or {}
     model_type = metadata.get(MODEL_TYPE)
     if model_type is None:
         return None
     path = f"$.extra_checkpoint_metadata.{MODEL_TYPE}"
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = get_architecture(model_type) if isinstance(model_type, str) else None
     if architecture is None:
         raise make_error(
-            path, f"unknown architecture {describe_value(model_type)}; supported are {', '.join(ARCHITECTURES)}"
+            path, f"unknown architecture {describe_value(model_type)}; supported are {', '.join(list_model_types())}"
         )
     if architecture.target != fields["_target_"]:
         raise make_error(path, f"{model_type} needs the _target_ {architecture.target}, got {fields['_target_']}")
