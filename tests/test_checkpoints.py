@@ -278,7 +278,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         lambda one, bad: (one / ".metadata").write_bytes(
             b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n(N}X\x07\x00\x00\x00version\x88stb."
         ),
-        "it changes the class Metadata",
+        "it changes Metadata",
     ),
     "another object": (lambda one, bad: (one / ".metadata").write_bytes(pickle.dumps([])), "it holds a list"),
     "no pickle": (lambda one, bad: (one / ".metadata").write_bytes(b"{}"), ".metadata cannot be read"),

@@ -48,6 +48,9 @@ _CLASSES: tuple[type, ...] = (
     _MEM_FORMAT_ENCODING,
     _StorageInfo,
 )
+_CHANGEABLE: tuple[Any, ...] = (*_CLASSES, Path, _get_layout)
+"""The names whose attributes Python lets a pickle set; ``torch.Size`` and data types refuse it."""
+
 _MISSING = object()
 _GLOBALS: dict[tuple[str, str], object] = {
     **{(one.__module__, one.__qualname__): one for one in _CLASSES},
@@ -77,7 +80,7 @@ def read_metadata(iteration: Path) -> Metadata:
     """
     file = iteration / METADATA
     try:
-        with file.open("rb") as opened, _keep_classes():
+        with file.open("rb") as opened, _keep_globals():
             metadata: object = _MetadataUnpickler(opened).load()
     except Exception as error:  # a broken pickle can raise anything
         raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from None
@@ -90,22 +93,27 @@ def read_metadata(iteration: Path) -> Metadata:
 
 
 @contextlib.contextmanager
-def _keep_classes() -> Iterator[None]:
-    """Undo changes of the classes that pickles may name: a pickle can set their attributes.
+def _keep_globals() -> Iterator[None]:
+    """Undo changes of what pickles may name, also after an error: a pickle can set attributes of classes and functions.
 
     Raises:
         UnpicklingError: There were any.
     """
-    before = [dict(vars(one)) for one in _CLASSES]
-    yield
-    for one, attributes in zip(_CLASSES, before, strict=True):
-        if changed := [name for name, value in vars(one).items() if attributes.get(name, _MISSING) is not value]:
-            for name in changed:
-                if name in attributes:
-                    setattr(one, name, attributes[name])
-                else:
-                    delattr(one, name)
-            raise pickle.UnpicklingError(f"it changes the class {one.__name__}")
+    before = [dict(vars(one)) for one in _CHANGEABLE]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for one, attributes in zip(_CHANGEABLE, before, strict=True):
+            for name in {**attributes, **vars(one)}:
+                if vars(one).get(name, _MISSING) is not attributes.get(name, _MISSING):
+                    changed.append(one.__name__)
+                    if name in attributes:
+                        setattr(one, name, attributes[name])
+                    else:
+                        delattr(one, name)
+    if changed:
+        raise pickle.UnpicklingError(f"it changes {', '.join(dict.fromkeys(changed))}")
 
 
 def _check_types(metadata: object) -> Metadata:
