@@ -12,7 +12,8 @@ METADATA = ".metadata"
 FORMAT = "metadata.json"
 DOCUMENT = "bridge.yaml"
 RUN_CONFIG = "run_config.yaml"
-_RELEASE = "release"  # in place of an iteration, by converters of Megatron-LM
+RELEASE = "release"
+"""The folder of a checkpoint that no training run wrote: Megatron starts at iteration 0 and asks for no optimizer."""
 
 
 def name_iteration(step: int) -> str:
@@ -34,9 +35,9 @@ def find_iteration(folder: Path) -> Path:
     iteration = folder
     if (folder / TRACKER).is_file():
         latest = (folder / TRACKER).read_text(errors="replace").strip()
-        if latest != _RELEASE and not (latest.isascii() and latest.isdecimal()):
+        if latest != RELEASE and not (latest.isascii() and latest.isdecimal()):
             raise CheckpointError(f"{folder / TRACKER} must hold the number of an iteration, got {latest[:40]!r}")
-        iteration = folder / (_RELEASE if latest == _RELEASE else name_iteration(int(latest)))
+        iteration = folder / (RELEASE if latest == RELEASE else name_iteration(int(latest)))
     if not iteration.is_dir():
         raise CheckpointError(f"there is no folder {iteration}: pass the folder of a Megatron checkpoint")
     _check_format(iteration)

@@ -17,6 +17,7 @@ from bridge.dist.checkpoint.random_states import KEY, collect_random_states, res
 from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.checkpoint.state import (
     OPTIMIZER,
+    OPTIMIZER_PREFIXES,
     SHARDING_TYPE,
     add_groups,
     check_wrapper,
@@ -85,7 +86,7 @@ def load_checkpoint(
 
 def _has_optimizer(checkpoint: Checkpoint) -> bool:
     return OPTIMIZER in checkpoint.common or any(
-        name.startswith((f"{OPTIMIZER}.", "chained_0.")) for name in checkpoint.metadata.state_dict_metadata
+        name.startswith(OPTIMIZER_PREFIXES) for name in checkpoint.metadata.state_dict_metadata
     )
 
 

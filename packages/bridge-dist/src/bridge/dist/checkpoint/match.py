@@ -11,11 +11,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from bridge.dist.checkpoint.reader import Checkpoint
-from bridge.dist.checkpoint.state import OPTIMIZER
+from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
 from bridge.dist.checkpoint.together import gather
 from bridge.dist.errors import CheckpointError
 
-_NOT_MODEL = (f"{OPTIMIZER}.", "chained_")
 _EXTRA_STATE = "_extra_state"  # of Transformer Engine: scales of FP8, which other layers have not
 
 
@@ -29,13 +28,13 @@ def match_state(state: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     asked = [one for one in nested_values(load_preprocess(state)[0]) if isinstance(one, ShardedTensor | ShardedObject)]
     problems = list(_find_problems(asked, checkpoint))
     wanted = {name for names in gather({one.key for one in asked}) for name in names}
-    has_optimizer = any(name.startswith(_NOT_MODEL) for name in wanted)
+    has_optimizer = any(name.startswith(OPTIMIZER_PREFIXES) for name in wanted)
     problems += [
         f"{name}: the checkpoint has this tensor, but the model has not: it is of another model"
         for name, one in sorted(stored.items())
         if isinstance(one, TensorStorageMetadata)
         and name not in wanted
-        and (has_optimizer or not name.startswith(_NOT_MODEL))
+        and (has_optimizer or not name.startswith(OPTIMIZER_PREFIXES))
     ]
     return problems
 

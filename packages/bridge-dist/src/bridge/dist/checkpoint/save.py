@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
-from bridge.config import Document, DocumentError, ModelConfig
-from bridge.config.canonical import canonicalize
-from bridge.config.foreign.run_config import to_run_config
-from bridge.dist.checkpoint.folder import DOCUMENT, RUN_CONFIG, TRACKER, name_iteration
+from bridge.config import Document, ModelConfig
+from bridge.dist.checkpoint.common import make_common_state
+from bridge.dist.checkpoint.document import write_documents
+from bridge.dist.checkpoint.folder import TRACKER, name_iteration
 from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.random_states import KEY, collect_random_states
 from bridge.dist.checkpoint.state import (
@@ -78,22 +76,23 @@ def save_checkpoint(
     state = make_model_state(stages, metadata)
     if optimizer is not None:
         state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=metadata)
-    state |= {
-        KEY: collect_random_states(pg_collection),
-        "args": _make_arguments(
-            stages, pg_collection, samples=progress.samples, distributed_optimizer=distributed_optimizer
-        ),
-        "checkpoint_version": 3.0,  # that of all checkpoints since Megatron-LM 3
-        "iteration": progress.step,
-        "num_floating_point_operations_so_far": 0,
-    }
-    if optimizer is None:
-        state["args"].no_save_optim = True
+    state[KEY] = collect_random_states(pg_collection)
+    state |= make_common_state(
+        stages[0].config,
+        step=progress.step,
+        samples=progress.samples,
+        world_size=torch.distributed.get_world_size(),
+        tensor=pg_collection.tp.size(),
+        pipeline=pg_collection.pp.size(),
+        data=pg_collection.dp.size(),
+        distributed_optimizer=distributed_optimizer,
+        **({"no_save_optim": True} if optimizer is None else {}),
+    )
     _check_space(state, partial)
     with raise_together():
         dist_checkpointing.save(state, str(partial), content_metadata=content)
         if is_first:
-            _write_documents(model, partial)
+            write_documents(Document(model.as_dict()), partial)
             partial.rename(iteration)
             _write_tracker(iteration, progress.step)
     return iteration
@@ -127,40 +126,6 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
         free = shutil.disk_usage(folder).free
         if needed > free:
             problems.append(f"{folder} needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left")
-
-
-def _make_arguments(
-    stages: Sequence[MegatronModule],
-    pg_collection: ProcessGroupCollection,
-    *,
-    samples: int,
-    distributed_optimizer: bool,
-) -> Namespace:
-    """Return the arguments of megatron.training that its ``load_checkpoint`` reads (0.19.2)."""
-    config = stages[0].config
-    return Namespace(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        tensor_model_parallel_size=pg_collection.tp.size(),
-        pipeline_model_parallel_size=pg_collection.pp.size(),
-        data_parallel_size=pg_collection.dp.size(),
-        world_size=torch.distributed.get_world_size(),
-        data_parallel_random_init=False,
-        use_distributed_optimizer=distributed_optimizer,
-        ckpt_fully_parallel_save=True,
-        consumed_train_samples=samples,
-        skipped_train_samples=0,
-        consumed_valid_samples=0,
-    )
-
-
-def _write_documents(model: ModelConfig, folder: Path) -> None:
-    document = Document(model.as_dict())
-    (folder / DOCUMENT).write_text(document.to_yaml())
-    with contextlib.suppress(DocumentError):  # megatron.training has no such model
-        section = to_run_config(canonicalize(document.data)).data
-        (folder / RUN_CONFIG).write_text(Document({"model": section}).to_yaml())
 
 
 def _write_tracker(iteration: Path, step: int) -> None:

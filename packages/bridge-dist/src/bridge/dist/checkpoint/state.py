@@ -13,6 +13,9 @@ from bridge.dist.engine.stages import unwrap
 from bridge.dist.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
+OPTIMIZER_PREFIXES = (f"{OPTIMIZER}.", "chained_")
+"""How the names of an optimizer's tensors begin; all others are those of the model."""
+
 SHARDING_TYPE = "distrib_optim_sharding_type"
 # megatron-core 0.19.2: Megatron-FSDP has a format of its own, and with torch 2.15 no parameter of FSDP2 is found in the
 # optimizer, whose shards would have to be of equal size.

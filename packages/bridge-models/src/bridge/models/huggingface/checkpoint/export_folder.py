@@ -14,6 +14,7 @@ from bridge.config import Document
 from bridge.config.errors import Problem
 from bridge.dist.checkpoint.folder import DOCUMENT, find_iteration
 from bridge.dist.checkpoint.reader import Checkpoint
+from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
 from bridge.dist.engine.placement import Placement
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
@@ -35,9 +36,6 @@ from bridge.models.huggingface.transfer.regions import cut_regions, find_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
 from bridge.models.huggingface.weights.weight import Repetition, Weight
-
-_OTHERS = ("optimizer.", "chained_")
-"""Prefixes of tensors that belong to no model."""
 
 
 def export_folder(
@@ -123,7 +121,7 @@ def _fits(weight: Weight, stored: tuple[int, ...], expected: tuple[int, ...]) ->
 def _find_unknown(contents: Contents, metadata: Metadata) -> Iterator[Problem]:
     known = {piece.key for pieces in contents.pieces.values() for piece in pieces}
     for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata) and key not in known and not key.startswith(_OTHERS):
+        if isinstance(stored, TensorStorageMetadata) and key not in known and not key.startswith(OPTIMIZER_PREFIXES):
             yield Problem(key, f"no parameter of the model in {DOCUMENT} is made of it")
 
 

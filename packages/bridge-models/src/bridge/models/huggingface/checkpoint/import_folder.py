@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from bridge.config import Document
-from bridge.config.canonical import canonicalize
-from bridge.config.errors import DocumentError, Problem
-from bridge.config.foreign.run_config import to_run_config
-from bridge.dist.checkpoint.folder import DOCUMENT, RUN_CONFIG, TRACKER
+from bridge.config.errors import Problem
+from bridge.dist.checkpoint.common import make_common_state
+from bridge.dist.checkpoint.document import write_documents
+from bridge.dist.checkpoint.folder import RELEASE, TRACKER
 from bridge.dist.checkpoint.reader import COMMON_STATE
 from bridge.dist.engine.placement import Placement
 from bridge.models.errors import WeightsError
@@ -30,9 +28,6 @@ from bridge.models.huggingface.transfer.regions import cut_regions, find_regions
 from bridge.models.huggingface.transfer.tensors import TensorReader
 from bridge.models.huggingface.transfer.write import DTYPES, NAMES
 from bridge.models.huggingface.weights.weight import Part, Weight
-
-RELEASE = "release"
-"""The folder of a checkpoint that no training run wrote: Megatron starts at iteration 0 and asks for no optimizer."""
 
 TOKENIZER = "tokenizer"
 PRECISIONS = "huggingface_dtypes.json"
@@ -142,14 +137,8 @@ def _write_tensors(
                 fill(rows, cut_regions(regions, first, last), weight, folder, reader)
                 writer.write_tensor(window.key, window.full_shape, window.offset, rows.reshape(window.shape))
     writer.write_objects(contents.extra_states, None)
-    common = {
-        "args": _make_arguments(contents),
-        "checkpoint_version": 3.0,  # that of all checkpoints since Megatron-LM 3
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": CONTENT,
-    }
-    writer.write_objects([COMMON_STATE], common)
+    common = make_common_state(contents.config, step=0, samples=0, no_save_optim=True, no_save_rng=True)
+    writer.write_objects([COMMON_STATE], common | {"content_metadata": CONTENT})
     writer.close()
     save_config(CheckpointingConfig("torch_dist"), str(iteration))
 
@@ -174,35 +163,9 @@ def _divide(piece: Piece, rows: int) -> Iterator[Piece]:
         yield piece.cut(piece.rows[start : start + rows])
 
 
-def _make_arguments(contents: Contents) -> Namespace:
-    """Return the arguments of megatron.training that its ``load_checkpoint`` reads (0.19.2)."""
-    config = contents.config
-    return Namespace(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        data_parallel_size=1,
-        world_size=1,
-        data_parallel_random_init=False,
-        use_distributed_optimizer=False,
-        ckpt_fully_parallel_save=True,
-        consumed_train_samples=0,
-        skipped_train_samples=0,
-        consumed_valid_samples=0,
-        no_save_optim=True,
-        no_save_rng=True,
-    )
-
-
 def _write_documents(iteration: Path, folder: Folder, dtypes: Mapping[str, torch.dtype], contents: Contents) -> None:
     """Write the document, what Megatron Bridge reads instead, the tokenizer, and the precisions that were changed."""
-    document = Document(folder.document)
-    (iteration / DOCUMENT).write_text(document.to_yaml())
-    with suppress(DocumentError):  # megatron.training has no such model
-        section = to_run_config(canonicalize(document.data)).data
-        (iteration / RUN_CONFIG).write_text(Document({"model": section}).to_yaml())
+    write_documents(Document(folder.document), iteration)
     carry_files(folder.path, iteration / TOKENIZER)
     changed = {}
     for name, (weight, parts) in folder.match.weights.items():
