@@ -50,6 +50,11 @@ def test_a_text_that_is_no_utf_8_cannot_be_tokenized(tmp_path: Path, tokenizer: 
         Text.read(write(tmp_path, b"ab\xff"), vocab_size=301, tokenizer=tokenizer)
 
 
+def test_a_text_without_tokens_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(TrainingError, match="has no tokens: pass a file with more content"):
+        Text.read(write(tmp_path, b" \n"), vocab_size=301, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "[" * 100_000])
 def test_a_broken_tokenizer_is_a_clear_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)

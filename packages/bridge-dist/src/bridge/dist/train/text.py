@@ -56,6 +56,8 @@ class Text:
             raise TrainingError(f"the text {path} is empty: pass a file with content")
         if tokenizer is not None:
             tokens = _tokenize(content, path, tokenizer)
+            if not len(tokens):
+                raise TrainingError(f"the text {path} has no tokens: pass a file with more content")
         else:
             tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
         if (largest := int(tokens.max())) >= vocab_size:
