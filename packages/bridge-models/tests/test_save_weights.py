@@ -23,6 +23,7 @@ from bridge.dist.cpu import cpu_runtime
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, save_weights
 from bridge.models.huggingface.folder.folder import open_folder
+from bridge.models.huggingface.transfer.output import finish, name_partial, prepare
 
 Groups = ProcessGroupCollection
 Built = tuple[Any, ModelConfig]
@@ -92,6 +93,32 @@ def test_tokenizer_is_copied(pg_collection: Groups, tmp_path: Path) -> None:
     save_weights([model], tmp_path / "saved", pg_collection, model=config, source=source)
     names = {file.name for file in (tmp_path / "saved").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_no_folder(pg_collection: Groups, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/proc/self/mem")  # a regular file; its first byte is not readable
+    model, config = build(MODELS["llama"], pg_collection)
+    with pytest.raises(WeightsError, match="saved: cannot be written: Input/output error"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config, source=tmp_path)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_symbolic_link_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").touch()
+    (tmp_path / "saved").symlink_to(tmp_path / "real")
+    (problem,) = prepare(tmp_path / "saved", replaces="config.json")
+    assert problem.message == "is not replaced, as it is a symbolic link: pass the folder that it names"
+
+
+def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prepare(Path(), replaces="config.json") == []
+    (name_partial(Path()) / "new").touch()
+    finish(Path())
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["here", "here/new"]
 
 
 def test_an_existing_folder_is_kept(pg_collection: Groups, tmp_path: Path) -> None:

@@ -43,3 +43,13 @@ class WeightsError(ModelError, ValueError):
 
     def __reduce__(self) -> tuple[type[WeightsError], tuple[list[Problem]]]:
         return WeightsError, (self.problems,)
+
+
+def raise_any(problems: Sequence[Problem]) -> None:
+    """Raise problems with weights, each once.
+
+    Raises:
+        WeightsError: There are any.
+    """
+    if problems:
+        raise WeightsError(list(dict.fromkeys(problems)))

@@ -19,7 +19,9 @@ def compute_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
     options = {"local_files_only": True, "trust_remote_code": False}
     is_encoder_decoder = AutoConfig.from_pretrained(folder, **options).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options).eval()
+    model = kind.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, attn_implementation="eager", **options
+    ).eval()
     others = {"decoder_input_ids": tokens} if is_encoder_decoder else {"use_cache": False}
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=tokens, **others).logits

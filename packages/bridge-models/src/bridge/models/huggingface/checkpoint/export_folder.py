@@ -16,7 +16,7 @@ from bridge.dist.checkpoint.folder import DOCUMENT, find_iteration
 from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
 from bridge.dist.engine.placement import Placement
-from bridge.models.errors import WeightsError
+from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
 from bridge.models.huggingface.checkpoint.import_folder import CONTENT, PRECISIONS, TOKENIZER, WINDOW
 from bridge.models.huggingface.checkpoint.reader import CheckpointReader
@@ -27,6 +27,7 @@ from bridge.models.huggingface.transfer.layout import ITEM_BYTES, SHARD_BYTES, F
 from bridge.models.huggingface.transfer.output import (
     carry_files,
     check_space,
+    describe_failure,
     finish,
     name_partial,
     prepare,
@@ -67,15 +68,15 @@ def export_folder(
     entries = list(find_architecture(converted.data).weights(Sizes(read_fields(document.data))))
     weights = [entry for entry in entries if isinstance(entry, Weight)]
     repetitions = [entry for entry in entries if isinstance(entry, Repetition) and entry.is_written]
-    _raise_any([*_find_missing(weights, contents, source.metadata), *_find_unknown(contents, source.metadata)])
+    raise_any([*_find_missing(weights, contents, source.metadata), *_find_unknown(contents, source.metadata)])
     precisions = _read_precisions(source.iteration)
     layout = lay_out(
         _list_tensors(weights, repetitions, contents, source.metadata, precisions), shard_bytes=shard_bytes
     )
     target = Path(folder)
-    _raise_any(prepare(target, replaces="config.json" if force else None))
+    raise_any(prepare(target, replaces="config.json" if force else None))
     partial = name_partial(target)
-    _raise_any(check_space(partial, sum(layout.sizes.values())))
+    raise_any(check_space(partial, sum(layout.sizes.values())))
     try:
         reader = CheckpointReader(source.iteration, source.metadata)
         _write_tensors(partial, layout, weights, repetitions, contents, reader)
@@ -83,7 +84,7 @@ def export_folder(
         carry_files(source.iteration / TOKENIZER, partial)
         finish(target)
     except OSError as error:
-        raise WeightsError([Problem(str(target), f"cannot be written: {error.strerror or error}")]) from error
+        raise WeightsError([describe_failure(target, error)]) from error
     return converted.notes
 
 
@@ -167,24 +168,23 @@ def _write_tensors(
     contents: Contents,
     reader: CheckpointReader,
 ) -> None:
-    writer = TensorWriter(folder, layout)
-    for weight in weights:
-        placement = Placement(name=weight.name, full_name=weight.name, shape=torch.Size(weight.shape))
-        regions = list(find_regions(weight.forms[0], placement))
-        # A transposed tensor would be written number by number.
-        is_transposed = any(part.transposed for part in weight.forms[0])
-        step = weight.shape[0] if is_transposed else max(1, WINDOW // (4 * math.prod(weight.shape[1:])))
-        for first in range(0, weight.shape[0], step):
-            last = min(first + step, weight.shape[0])
-            rows = _read_rows(contents.pieces[weight.name], range(first, last), reader)
-            if not weight.forms[0]:
-                if rows.count_nonzero():
-                    _raise_any([Problem(weight.name, "is not zero, but transformers has no such parameter")])
-                continue
-            if weight.factor != 1.0:
-                rows = rows.float() / weight.factor
-            writer.write(repeat_regions(cut_regions(regions, first, last), repetitions), rows)
-    writer.close()
+    with TensorWriter(folder, layout) as writer:
+        for weight in weights:
+            placement = Placement(name=weight.name, full_name=weight.name, shape=torch.Size(weight.shape))
+            regions = list(find_regions(weight.forms[0], placement))
+            # A transposed tensor would be written number by number.
+            is_transposed = any(part.transposed for part in weight.forms[0])
+            step = weight.shape[0] if is_transposed else max(1, WINDOW // (4 * math.prod(weight.shape[1:])))
+            for first in range(0, weight.shape[0], step):
+                last = min(first + step, weight.shape[0])
+                rows = _read_rows(contents.pieces[weight.name], range(first, last), reader)
+                if not weight.forms[0]:
+                    if rows.count_nonzero():
+                        raise_any([Problem(weight.name, "is not zero, but transformers has no such parameter")])
+                    continue
+                if weight.factor != 1.0:
+                    rows = rows.float() / weight.factor
+                writer.write(repeat_regions(cut_regions(regions, first, last), repetitions), rows)
 
 
 def _read_rows(pieces: Sequence[Piece], rows: range, reader: CheckpointReader) -> torch.Tensor:
@@ -196,8 +196,3 @@ def _read_rows(pieces: Sequence[Piece], rows: range, reader: CheckpointReader) -
             taken = piece.cut(range(first, last))
             found.append(reader.read(taken.key, taken.offset, taken.shape).flatten(0, piece.axis))
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _raise_any(problems: list[Problem]) -> None:
-    if problems:
-        raise WeightsError(problems)

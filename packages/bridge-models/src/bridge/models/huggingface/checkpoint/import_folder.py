@@ -17,13 +17,20 @@ from bridge.dist.checkpoint.document import write_documents
 from bridge.dist.checkpoint.folder import RELEASE, TRACKER
 from bridge.dist.checkpoint.reader import COMMON_STATE
 from bridge.dist.engine.placement import Placement
-from bridge.models.errors import WeightsError
+from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
 from bridge.models.huggingface.checkpoint.writer import CheckpointWriter
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import Format
 from bridge.models.huggingface.transfer.load import check_repetitions, fill
-from bridge.models.huggingface.transfer.output import carry_files, check_space, finish, name_partial, prepare
+from bridge.models.huggingface.transfer.output import (
+    carry_files,
+    check_space,
+    describe_failure,
+    finish,
+    name_partial,
+    prepare,
+)
 from bridge.models.huggingface.transfer.regions import cut_regions, find_regions
 from bridge.models.huggingface.transfer.tensors import TensorReader
 from bridge.models.huggingface.transfer.write import DTYPES, NAMES
@@ -65,11 +72,11 @@ def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = F
     _check_shapes(contents, opened)
     dtypes = _choose_dtypes(contents, opened)
     target = Path(checkpoint)
-    _raise_any(prepare(target, replaces=TRACKER if force else None))
+    raise_any(prepare(target, replaces=TRACKER if force else None))
     needed = sum(
         math.prod(piece.shape) * dtypes[piece.key].itemsize for each in contents.pieces.values() for piece in each
     )
-    _raise_any(check_space(name_partial(target), needed))
+    raise_any(check_space(name_partial(target), needed))
     iteration = name_partial(target) / RELEASE
     try:
         iteration.mkdir()
@@ -78,7 +85,7 @@ def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = F
         (name_partial(target) / TRACKER).write_text(RELEASE)
         finish(target)
     except OSError as error:
-        raise WeightsError([Problem(str(target), f"cannot be written: {error.strerror or error}")]) from error
+        raise WeightsError([describe_failure(target, error)]) from error
     return [*opened.notes, *_note_quantized(opened)]
 
 
@@ -96,7 +103,7 @@ def _check_shapes(contents: Contents, folder: Folder) -> None:
         elif not known[name][0].fits(shape):
             message = f"Megatron-Core has the shape {list(shape)}, the folder {list(known[name][0].shape)}"
             problems.append(Problem(name, message))
-    _raise_any(problems)
+    raise_any(problems)
 
 
 def _choose_dtypes(contents: Contents, folder: Folder) -> dict[str, torch.dtype]:
@@ -122,24 +129,24 @@ def _find_dtype(weight: Weight, parts: tuple[Part, ...], folder: Folder) -> torc
 def _write_tensors(
     iteration: Path, contents: Contents, folder: Folder, dtypes: Mapping[str, torch.dtype], reader: TensorReader
 ) -> None:
-    writer = CheckpointWriter(iteration)
-    buffer = _Buffer()
-    for name, pieces in contents.pieces.items():
-        weight, parts = folder.match.weights[name]
-        placement = Placement(name=name, full_name=name, shape=torch.Size(contents.shapes[name]))
-        regions = list(find_regions(parts, placement))
-        width = math.prod(contents.shapes[name][1:])
-        for piece in pieces:
-            dtype = dtypes[piece.key]
-            for window in _divide(piece, max(1, WINDOW // (width * dtype.itemsize))):
-                first, last = window.rows.start, window.rows.stop
-                rows = buffer.take((last - first, *contents.shapes[name][1:]), dtype)
-                fill(rows, cut_regions(regions, first, last), weight, folder, reader)
-                writer.write_tensor(window.key, window.full_shape, window.offset, rows.reshape(window.shape))
-    writer.write_objects(contents.extra_states, None)
-    common = make_common_state(contents.config, step=0, samples=0, no_save_optim=True, no_save_rng=True)
-    writer.write_objects([COMMON_STATE], common | {"content_metadata": CONTENT})
-    writer.close()
+    with CheckpointWriter(iteration) as writer:
+        buffer = _Buffer()
+        for name, pieces in contents.pieces.items():
+            weight, parts = folder.match.weights[name]
+            placement = Placement(name=name, full_name=name, shape=torch.Size(contents.shapes[name]))
+            regions = list(find_regions(parts, placement))
+            width = math.prod(contents.shapes[name][1:])
+            for piece in pieces:
+                dtype = dtypes[piece.key]
+                for window in _divide(piece, max(1, WINDOW // (width * dtype.itemsize))):
+                    first, last = window.rows.start, window.rows.stop
+                    rows = buffer.take((last - first, *contents.shapes[name][1:]), dtype)
+                    fill(rows, cut_regions(regions, first, last), weight, folder, reader)
+                    writer.write_tensor(window.key, window.full_shape, window.offset, rows.reshape(window.shape))
+        writer.write_objects(contents.extra_states, None)
+        common = make_common_state(contents.config, step=0, samples=0, no_save_optim=True, no_save_rng=True)
+        writer.write_objects([COMMON_STATE], common | {"content_metadata": CONTENT})
+        writer.finish()
     save_config(CheckpointingConfig("torch_dist"), str(iteration))
 
 
@@ -182,8 +189,3 @@ def _note_quantized(folder: Folder) -> Iterator[str]:
     if quantized:
         stored_as = folder.stored[quantized[0]].format.value
         yield f"{len(quantized):,} tensors stored as {stored_as} are dequantized to BF16, also when they are exported"
-
-
-def _raise_any(problems: list[Problem]) -> None:
-    if problems:
-        raise WeightsError(problems)

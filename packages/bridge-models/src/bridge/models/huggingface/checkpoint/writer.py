@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo  # private; torch 2.6 to 2.15
@@ -67,7 +67,14 @@ class CheckpointWriter:
             self._objects[key] = BytesStorageMetadata()
             self._record(MetadataIndex(key), start, length)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:  # after an error
+            self._file.close()
+
+    def finish(self) -> None:
         """Complete the files and write ``.metadata``."""
         self._close_file()
         metadata = Metadata({**self._tensors, **self._objects})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bridge.config.errors import Problem
@@ -30,7 +32,7 @@ CARRIED = (
 
 def name_partial(folder: Path) -> Path:
     """Return the name of a folder while it is written."""
-    return folder.with_name(f"{folder.name}.partial")
+    return Path(f"{os.path.abspath(folder)}.partial")
 
 
 def prepare(folder: Path, *, replaces: str | None = None) -> list[Problem]:
@@ -45,6 +47,8 @@ def prepare(folder: Path, *, replaces: str | None = None) -> list[Problem]:
             return [Problem(str(folder), "exists: choose another folder, or remove it")]
         if not (folder / replaces).is_file():
             return [Problem(str(folder), f"is not replaced, as it has no {replaces}: choose another folder")]
+        if folder.is_symlink():
+            return [Problem(str(folder), "is not replaced, as it is a symbolic link: pass the folder that it names")]
     partial = name_partial(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,10 +60,18 @@ def prepare(folder: Path, *, replaces: str | None = None) -> list[Problem]:
 
 def check_space(partial: Path, needed: int) -> list[Problem]:
     """Check that the disk has room for this many bytes."""
-    free = shutil.disk_usage(partial).free
+    try:
+        free = shutil.disk_usage(partial).free
+    except OSError as error:  # on a node that does not share the folder
+        return [describe_failure(partial, error)]
     if needed <= free:
         return []
     return [Problem(str(partial), f"needs {needed / 1e9:,.1f} GB, but the disk has {free / 1e9:,.1f} GB left")]
+
+
+def describe_failure(folder: Path, error: OSError) -> Problem:
+    """Return why the file system does not let a folder be written."""
+    return Problem(str(folder), f"cannot be written: {error.strerror or error}")
 
 
 def write_headers(partial: Path, layout: FileLayout, config: dict[str, Any]) -> None:
@@ -81,7 +93,10 @@ def carry_files(source: Path, folder: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Give a folder that is complete its name, in place of the folder that has it."""
-    if os.path.lexists(folder):
-        shutil.rmtree(folder)
-    name_partial(folder).rename(folder)
+    """Give a folder that is complete its name, in place of the folder that has it, which is removed last."""
+    folder = Path(os.path.abspath(folder))
+    with ExitStack() as stack:
+        if os.path.lexists(folder):
+            replaced = TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.replaced.")
+            folder.rename(Path(stack.enter_context(replaced), folder.name))
+        name_partial(folder).rename(folder)

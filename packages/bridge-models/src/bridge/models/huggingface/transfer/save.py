@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from bridge.config import ModelConfig
 from bridge.config.errors import Problem
+from bridge.dist.checkpoint.together import gather
 from bridge.dist.engine.placement import EMBEDDING, Placement, named_buffers, named_parameters
 from bridge.dist.engine.stages import unwrap
-from bridge.models.errors import WeightsError
+from bridge.models.errors import raise_any
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
 from bridge.models.huggingface.matching import find_architecture
@@ -27,6 +28,7 @@ from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.output import (
     carry_files,
     check_space,
+    describe_failure,
     finish,
     name_partial,
     prepare,
@@ -78,23 +80,16 @@ def save_weights(
     if is_first:
         problems += prepare(folder)
     default = _get_default_dtype(stages[0])
-    gathered = _gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
-    _raise_any([problem for found, _ in gathered for problem in found])
+    gathered = gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
+    raise_any([problem for found, _ in gathered for problem in found])
     dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
     layout = lay_out(_list_tensors(weights, repetitions, dtypes, default), shard_bytes=shard_bytes)
-    _raise_any([problem for found in _gather(check_space(partial, sum(layout.sizes.values()))) for problem in found])
-    results = _gather(_write(held, repetitions, partial, layout))
-    _raise_any([problem for found, _ in results for problem in found])
+    raise_any([problem for found in gather(check_space(partial, sum(layout.sizes.values()))) for problem in found])
+    results = gather(_write(held, repetitions, partial, layout))
+    raise_any([problem for found, _ in results for problem in found])
     if sum(written for _, written in results) < layout.tensor_bytes:
-        _raise_any(
-            [Problem(str(partial), "is not whole: no rank holds some of the weights that config.json describes")]
-        )
-    if is_first:
-        write_headers(partial, layout, config)
-        if source is not None:
-            carry_files(Path(source), partial)
-        finish(folder)
-    torch.distributed.barrier()
+        raise_any([Problem(str(partial), "is not whole: no rank holds some of the weights that config.json describes")])
+    raise_any([one for found in gather(_finish(folder, layout, config, source) if is_first else []) for one in found])
 
 
 @dataclass(frozen=True)
@@ -183,26 +178,26 @@ def _write(
     held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Path, layout: FileLayout
 ) -> tuple[list[Problem], int]:
     """Write this rank's rows; return what the file system refused, and the number of bytes."""
-    writer = TensorWriter(folder, layout)
-    try:
-        for one in held:
-            rows = one.rows
-            if one.weight.factor != 1.0:
-                rows = rows.float() / one.weight.factor
-            writer.write(one.list_regions(repetitions), rows)
-        writer.close()
-    except OSError as error:
-        return [Problem(str(folder), f"cannot be written: {error.strerror or error}")], writer.written
+    with TensorWriter(folder, layout) as writer:
+        try:
+            for one in held:
+                rows = one.rows
+                if one.weight.factor != 1.0:
+                    rows = rows.float() / one.weight.factor
+                writer.write(one.list_regions(repetitions), rows)
+            writer.close()
+        except OSError as error:
+            return [describe_failure(folder, error)], writer.written
     return [], writer.written
 
 
-def _gather[T](value: T) -> list[T]:
-    """Return the values of all ranks. Collective."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _raise_any(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise WeightsError(list(dict.fromkeys(problems)))
+def _finish(folder: Path, layout: FileLayout, config: dict[str, Any], source: str | Path | None) -> list[Problem]:
+    """Write all but the tensors, and give the folder its name; return what the file system refused."""
+    try:
+        write_headers(name_partial(folder), layout, config)
+        if source is not None:
+            carry_files(Path(source), name_partial(folder))
+        finish(folder)
+    except OSError as error:
+        return [describe_failure(folder, error)]
+    return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -26,6 +27,12 @@ class TensorWriter:
         self.written = 0
         """Bytes written so far."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def write(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
         """Write rows of one parameter.
 
@@ -41,9 +48,8 @@ class TensorWriter:
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def _write_matrix(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
         """Write all rows of a parameter that belong to one matrix or vector, at once if they are all of it."""
