@@ -112,7 +112,7 @@ def test_the_page_shows_each_recorded_row_and_its_machine() -> None:
         "packages": {"numpy": "2.5.2"},
     }
     data = record.load(Path("nowhere"))
-    rows = [maker.Listed(f"memory:{name}", "What it holds.") for name in ("ddp", "recompute", "other")]
+    rows = [maker.ListedRow(f"memory:{name}", "What it holds.") for name in ("ddp", "recompute", "other")]
     assert "Never run" in maker.make_page(rows, data)
     measured = {"difference": {"value": 0.07, "at_most": 0.05}}
     record.add_row(

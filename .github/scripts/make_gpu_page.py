@@ -23,14 +23,14 @@ PAGE = ROOT / "docs/gpu.md"
 
 sys.path.insert(0, str(ROOT / "tests"))
 from gpu import record  # noqa: E402
-from gpu.names import row_name  # noqa: E402
+from gpu.names import get_row_name  # noqa: E402
 
 HEAD = """\
 <!-- Written by .github/scripts/make_gpu_page.py -->
 
 # On GPUs
 
-A separate suite, `tests/gpu`, repeats on a GPU what the other tests run on a CPU. pytest runs it only on request:
+A separate suite, `tests/gpu`, checks on a GPU what the other tests check on a CPU. pytest runs it only on request:
 
 ```console
 $ uv run pytest -m gpu
@@ -59,41 +59,41 @@ This suite has not run on a GPU yet. No row below is known to pass or to fail.
 """
 
 
-class Listed(NamedTuple):
+class ListedRow(NamedTuple):
     """A row of the suite, with the docstring of its test."""
 
     name: str
     description: str
 
 
-class _Collected:
-    """A pytest plugin that keeps the collected rows."""
+class _RowCollector:
+    """A pytest plugin that stores the collected rows."""
 
-    rows: list[Listed]
+    rows: list[ListedRow]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.rows = [
-            Listed(row_name(item), cleandoc(item.function.__doc__ or ""))
+            ListedRow(get_row_name(item), cleandoc(item.function.__doc__ or ""))
             for item in session.items
             if isinstance(item, pytest.Function)
         ]
 
 
-def list_rows() -> list[Listed]:
+def list_rows() -> list[ListedRow]:
     """Return all rows, in their order.
 
     Raises:
         RuntimeError: pytest cannot collect them.
     """
-    collected = _Collected()
+    collector = _RowCollector()
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = pytest.main(["--collect-only", "-q", "-m", "gpu", str(ROOT / "tests/gpu")], plugins=[collected])
+        code = pytest.main(["--collect-only", "-q", "-m", "gpu", str(ROOT / "tests/gpu")], plugins=[collector])
     if code:
         raise RuntimeError(output.getvalue())
-    return collected.rows
+    return collector.rows
 
 
-def make_page(rows: list[Listed], data: record.Data) -> str:
+def make_page(rows: list[ListedRow], data: record.Data) -> str:
     """Return the page of a record."""
     parts = [HEAD + (make_runs_table(data) if data["runs"] else NEVER)]
     for kind, group in itertools.groupby(rows, lambda row: row.name.partition(":")[0]):
@@ -120,7 +120,7 @@ def list_cells(data: record.Data, name: str) -> Iterator[str]:
         return
     run = f" [{row['run'] + 1}]" if len(data["runs"]) > 1 and row["outcome"] != record.NOT_RUN else ""
     yield f"{row['outcome']}{run}"
-    yield record.described(row).replace("|", "\\|")
+    yield record.describe_row(row).replace("|", "\\|")
 
 
 def make_runs_table(data: record.Data) -> str:

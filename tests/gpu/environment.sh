@@ -1,5 +1,5 @@
-# Sourced by run.sh and te.sh: installs the wheels of .wheels into a folder of their own, in front of what the machine has.
-# The packages' code is that of the working tree; what is installed of them declares entry points and the command.
+# Sourced by run.sh. Installs .wheels into a temporary folder that precedes the machine's packages on the path.
+# Bridge's code comes from the working tree; its wheels provide the entry points and the command.
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
@@ -14,6 +14,6 @@ if [[ -e .wheels/commit ]]; then
     BRIDGE_GPU_COMMIT=$(<.wheels/commit)
     export BRIDGE_GPU_COMMIT
 fi
-# Other plugins of the machine's pytest are none of our business; without network there is one interface.
+# Ignore the machine's pytest plugins, which may fail or change results. Without a network only the loopback is usable.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}

@@ -1,4 +1,4 @@
-"""A whole step of forward and backward passes as one CUDA graph, by megatron-core's wrapper of a schedule."""
+"""Training with one CUDA graph per step, captured by megatron-core's `FullCudaGraphWrapper`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu.training import few_steps, make_job, only_rank
+from gpu.training import join_single_rank, make_job, make_train_options
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -22,13 +22,13 @@ _WARM_UP = 2
 
 
 def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) -> dict[str, list[float]]:
-    """Train five steps, of which those after the first two replay a graph; return losses and gradient norms.
+    """Train five steps; return losses and gradient norms.
 
-    Without ``capture`` no step does.
+    With ``capture``, the steps after the first two replay a graph.
     """
-    job, options = make_job(model, overrides), few_steps()
+    job, options = make_job(model, overrides), make_train_options()
     losses, norms = [], []
-    with only_rank(job) as rank:
+    with join_single_rank(job) as rank:
         builder = job.make_builder(rank.config)
         vocab = get_vocab_size(rank.config)
         assert vocab is not None
@@ -41,9 +41,9 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
             return builder.forward_step(stage, next(samples)["tokens"], rank.groups), _mean
 
         rank.config.pre_wrap_hooks.append(draw)
-        # Graphs replay what the generators were when they were captured, unless they know of them.
+        # A graph repeats the random numbers of its capture unless its generators are registered with it.
         model_parallel_cuda_manual_seed(1234, use_cudagraphable_rng=capture, force_reset_rng=True)
-        # A check for NaN reads the gradients back, which cannot be captured.
+        # No NaN check (DDP's default): it copies to the host, which a graph cannot capture.
         stages = builder.build_distributed_models(rank.groups, DistributedDataParallelConfig())
         text = Text.read(options.text, vocab_size=vocab)
         warm_up = _WARM_UP if capture else options.steps
@@ -74,4 +74,4 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
 
 def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     loss = losses.float().mean()
-    return loss, loss.detach().clone()  # the schedule works in place
+    return loss, loss.detach().clone()  # the schedule modifies the loss in place

@@ -1,4 +1,4 @@
-"""Llama 3.2 1B: what its training holds and how fast it is, by Bridge and by megatron-core's own constructors."""
+"""Memory and speed of training Llama 3.2 1B, with Bridge and with megatron-core alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu.settings import LLAMA, SETTINGS, SMALL_LLAMA, SMALL_SEQUENCE, Setting
-from gpu.training import TEXT, Joined, make_job, only_rank
+from gpu.training import TEXT, JoinedRank, join_single_rank, make_job
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -34,7 +34,7 @@ _WARM_UP, _TIMED, _ROUNDS = 2, 4, 3
 
 
 def plan_memory(name: str) -> dict[str, Any]:
-    """Return the plan of a setting: bytes by kind, FLOPs of a step, and what its layers are."""
+    """Return the plan of a setting: bytes by kind, FLOPs per step, and the layers."""
     setting = SETTINGS[name]
     found = plan(
         Document.load(LLAMA, [f"seq_length={setting.seq_length}", *setting.overrides]),
@@ -55,66 +55,66 @@ def plan_memory(name: str) -> dict[str, Any]:
 
 
 def measure_memory(name: str, small: bool) -> dict[str, int]:
-    """Train two steps under a setting; return bytes of the device.
+    """Train two steps under a setting; return allocated bytes of the GPU.
 
-    ``built`` are held by the wrapped model, ``between_steps`` by model and optimizer, ``peak`` at most in the second
-    step: in the first the optimizer's state is still being made.
+    ``built`` counts the wrapped model, ``between_steps`` the model and the optimizer, ``peak`` the maximum of the
+    second step: the first one still creates the optimizer's state.
     """
     job, options = _prepare(SETTINGS[name], steps=2, small=small)
-    with only_rank(job) as rank:
-        before = _allocated()
+    with join_single_rank(job) as rank:
+        before = _get_allocated_bytes()
         run = build_and_train(job, *rank)
-        built = _allocated()
+        built = _get_allocated_bytes()
         between = peak = 0
         for _ in _train_with_bridge(job, run.stages, rank, options):
-            between, peak = _allocated(), torch.cuda.max_memory_allocated()
+            between, peak = _get_allocated_bytes(), torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
     return {"built": built - before, "between_steps": between - before, "peak": peak - before}
 
 
-class _Timed(NamedTuple):
-    """A step of training."""
+class _TimedStep(NamedTuple):
+    """Loss and duration of a training step."""
 
     loss: float
     seconds: float
 
 
-class _Measured(NamedTuple):
+class _RunCosts(NamedTuple):
     step_seconds: float
     peak: int
     loss: float
 
 
 def measure_speed(name: str, own_layers: bool, small: bool) -> dict[str, dict[str, float]]:
-    """Train by Bridge and by megatron-core alone, in turns; return medians by side.
+    """Train alternately with Bridge and with megatron-core alone; return medians by side.
 
     Args:
         name: The setting.
-        own_layers: Megatron's own local layers on its side; otherwise both sides have Bridge's.
-        small: A small model.
+        own_layers: Use megatron-core's local layers on its side; otherwise both sides use Bridge's.
+        small: Use a small model.
     """
     job, options = _prepare(SETTINGS[name], steps=_WARM_UP + _TIMED, small=small)
-    sides: dict[str, Callable[[BuildJob, Joined, TrainOptions], Iterator[_Timed]]] = {
-        "bridge": _bridge,
-        "megatron": _megatron_with_local_layers if own_layers else _megatron_with_same_layers,
+    sides: dict[str, Callable[[BuildJob, JoinedRank, TrainOptions], Iterator[_TimedStep]]] = {
+        "bridge": _build_and_train_with_bridge,
+        "megatron": _train_with_megatron_layers if own_layers else _train_with_bridge_layers,
     }
-    found: dict[str, list[_Measured]] = {side: [] for side in sides}
-    with only_rank(job) as rank:
+    found: dict[str, list[_RunCosts]] = {side: [] for side in sides}
+    with join_single_rank(job) as rank:
         for turn in range(_ROUNDS):
             for side in list(sides) if turn % 2 else list(reversed(sides)):
-                found[side].append(_measured(sides[side](job, rank, options)))
+                found[side].append(_measure_run(sides[side](job, rank, options)))
     return {
-        side: {field: statistics.median(getattr(each, field) for each in rounds) for field in _Measured._fields}
+        side: {field: statistics.median(getattr(each, field) for each in rounds) for field in _RunCosts._fields}
         for side, rounds in found.items()
     }
 
 
-def _measured(training: Iterator[_Timed]) -> _Measured:
-    before = _allocated()
+def _measure_run(training: Iterator[_TimedStep]) -> _RunCosts:
+    before = _get_allocated_bytes()
     torch.cuda.reset_peak_memory_stats()
-    steps = list(training)  # which builds first
+    steps = list(training)  # the first step builds the model
     peak = torch.cuda.max_memory_allocated() - before
-    return _Measured(statistics.median(step.seconds for step in steps[_WARM_UP:]), peak, steps[0].loss)
+    return _RunCosts(statistics.median(step.seconds for step in steps[_WARM_UP:]), peak, steps[0].loss)
 
 
 def _prepare(setting: Setting, *, steps: int, small: bool) -> tuple[BuildJob, TrainOptions]:
@@ -135,30 +135,32 @@ def _prepare(setting: Setting, *, steps: int, small: bool) -> tuple[BuildJob, Tr
     return job, options
 
 
-def _bridge(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
-    # A configuration of its own: a build adds to its hooks.
+def _build_and_train_with_bridge(job: BuildJob, rank: JoinedRank, options: TrainOptions) -> Iterator[_TimedStep]:
+    # A fresh configuration per round: a build appends to its hooks.
     rank = rank._replace(config=type(rank.config).from_dict(job.document))
     yield from _train_with_bridge(job, build_and_train(job, *rank).stages, rank, options)
 
 
-def _train_with_bridge(job: BuildJob, stages: list[Any], rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
+def _train_with_bridge(
+    job: BuildJob, stages: list[Any], rank: JoinedRank, options: TrainOptions
+) -> Iterator[_TimedStep]:
     text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
     step = job.make_builder(rank.config).forward_step
     for taken in train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=step):
-        yield _Timed(taken.loss, taken.seconds)
+        yield _TimedStep(taken.loss, taken.seconds)
 
 
-def _megatron_with_same_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
-    return _megatron(rank, options, layer_spec(rank.config, vp_stage=None, pp_rank=0))  # type: ignore[arg-type]
+def _train_with_bridge_layers(job: BuildJob, rank: JoinedRank, options: TrainOptions) -> Iterator[_TimedStep]:
+    return _train_with_megatron(rank, options, layer_spec(rank.config, vp_stage=None, pp_rank=0))  # type: ignore[arg-type]
 
 
-def _megatron_with_local_layers(job: BuildJob, rank: Joined, options: TrainOptions) -> Iterator[_Timed]:
+def _train_with_megatron_layers(job: BuildJob, rank: JoinedRank, options: TrainOptions) -> Iterator[_TimedStep]:
     config: Any = rank.config
-    return _megatron(rank, options, get_gpt_layer_local_spec(normalization=config.transformer.normalization))
+    return _train_with_megatron(rank, options, get_gpt_layer_local_spec(normalization=config.transformer.normalization))
 
 
-def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[_Timed]:
-    """Build and train with nothing of Bridge's but its configuration and its text."""
+def _train_with_megatron(rank: JoinedRank, options: TrainOptions, spec: Any) -> Iterator[_TimedStep]:
+    """Build and train with megatron-core; only the configuration and the text are Bridge's."""
     config: Any = rank.config
     transformer = config.transformer
     model_parallel_cuda_manual_seed(1234)
@@ -199,13 +201,13 @@ def _megatron(rank: Joined, options: TrainOptions, spec: Any) -> Iterator[_Timed
             batch = text.make_batch(
                 index * options.global_batch_size, size=options.global_batch_size, seq_length=options.seq_length
             )
-            loss = _step(model, optimizer, batch, options)
-            yield _Timed(loss, time.perf_counter() - start)
-    finally:  # or configuration and optimizer hold each other
+            loss = _run_step(model, optimizer, batch, options)
+            yield _TimedStep(loss, time.perf_counter() - start)
+    finally:  # break the reference cycle of configuration and optimizer, which keeps their memory
         transformer.finalize_model_grads_func = transformer.grad_scale_func = None
 
 
-def _step(model: DistributedDataParallel, optimizer: Any, batch: torch.Tensor, options: TrainOptions) -> float:
+def _run_step(model: DistributedDataParallel, optimizer: Any, batch: torch.Tensor, options: TrainOptions) -> float:
     model.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = get_forward_backward_func()(
@@ -229,12 +231,12 @@ def _forward(samples: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[t
 
     def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = losses.float().mean()
-        return loss, loss.detach().clone()  # the schedule works in place
+        return loss, loss.detach().clone()  # the schedule modifies the loss in place
 
     return losses, reduce
 
 
-def _allocated() -> int:
-    """Bytes in use, with nothing left to collect; the peak starts anew."""
+def _get_allocated_bytes() -> int:
+    """Return the allocated bytes of the GPU after garbage collection."""
     gc.collect()
     return torch.cuda.memory_allocated()

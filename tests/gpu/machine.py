@@ -1,4 +1,4 @@
-"""The machine that rows run on: its devices, and the versions of what matters."""
+"""Description of the machine that rows run on: devices and software versions."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ _PACKAGES = ("megatron-core", "transformer-engine", "nvidia-modelopt", "mamba-ss
 
 
 def describe() -> dict[str, Any]:
-    """Return what a record says of this machine; ``device`` is None where there is no CUDA."""
-    there = torch.cuda.is_available()
+    """Return the description of this machine for the record; ``device`` is None without CUDA."""
+    has_cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if there else None,
-        "devices": torch.cuda.device_count() if there else 0,
-        "memory": torch.cuda.get_device_properties(0).total_memory if there else None,
-        "driver": _driver() if there else None,
+        "device": torch.cuda.get_device_name() if has_cuda else None,
+        "devices": torch.cuda.device_count() if has_cuda else 0,
+        "memory": torch.cuda.get_device_properties(0).total_memory if has_cuda else None,
+        "driver": _find_driver_version() if has_cuda else None,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if there else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "commit": os.environ.get("BRIDGE_GPU_COMMIT") or _commit(),
+        "packages": {name: version for name in _PACKAGES if (version := _find_version(name))},
+        "commit": os.environ.get("BRIDGE_GPU_COMMIT") or _find_commit(),
     }
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _driver() -> str | None:
-    return _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+def _find_driver_version() -> str | None:
+    return _read_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
-def _commit() -> str | None:
-    return _said_by("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
+def _find_commit() -> str | None:
+    return _read_first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
 
 
-def _said_by(*command: str) -> str | None:
+def _read_first_line(*command: str) -> str | None:
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.splitlines()[0].strip() if said.strip() else None
+    return output.splitlines()[0].strip() if output.strip() else None

@@ -1,4 +1,4 @@
-"""A model that ModelOpt quantised, saved, rebuilt by Bridge and trained."""
+"""Restoring and training of a model that ModelOpt quantised and saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import torch
-from gpu.training import few_steps, make_job, only_rank
+from gpu.training import join_single_rank, make_job, make_train_options
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import ModelConfig
@@ -20,7 +20,7 @@ from bridge.dist.wrapper import Wrapper
 
 
 def rebuild_and_train(model: str) -> dict[str, Any]:
-    """Return the largest difference of logits between the quantised model and the rebuilt one, and losses after."""
+    """Restore a quantised model and train it; return the largest difference of its logits, and the losses."""
     with TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model.pt"
         expected = _quantise_and_save(model, checkpoint)
@@ -28,29 +28,29 @@ def rebuild_and_train(model: str) -> dict[str, Any]:
         job = BuildJob(
             document=make_job(model, overrides).document, wrapper=Wrapper.DDP, modelopt_checkpoint=checkpoint
         )
-        with only_rank(job) as rank:
+        with join_single_rank(job) as rank:
             (stage,) = build_and_train(job, *rank).stages
-            found = _logits(unwrap(stage), rank.config)
+            found = _compute_logits(unwrap(stage), rank.config)
         job = BuildJob(
-            document=job.document, wrapper=Wrapper.DDP, modelopt_checkpoint=checkpoint, training=few_steps(2)
+            document=job.document, wrapper=Wrapper.DDP, modelopt_checkpoint=checkpoint, training=make_train_options(2)
         )
-        with only_rank(job) as rank:
+        with join_single_rank(job) as rank:
             steps = build_and_train(job, *rank).steps
     return {"difference": (found - expected).abs().max().item(), "losses": [step.loss for step in steps]}
 
 
 def _quantise_and_save(model: str, checkpoint: Path) -> torch.Tensor:
     job = make_job(model)
-    with only_rank(job) as rank:
+    with join_single_rank(job) as rank:
         model_parallel_cuda_manual_seed(1)
         built = job.make_builder(rank.config).build_model(rank.groups).cuda()
-        mtq.quantize(built, mtq.INT8_DEFAULT_CFG, lambda model: _logits(model, rank.config))
+        mtq.quantize(built, mtq.INT8_DEFAULT_CFG, lambda model: _compute_logits(model, rank.config))
         mto.save(built, checkpoint)
-        return _logits(built, rank.config)
+        return _compute_logits(built, rank.config)
 
 
 @torch.no_grad()
-def _logits(model: Any, config: ModelConfig) -> torch.Tensor:
+def _compute_logits(model: Any, config: ModelConfig) -> torch.Tensor:
     vocab: int = config.vocab_size  # type: ignore[attr-defined]
     tokens = torch.randint(vocab, (2, 16), generator=torch.Generator().manual_seed(7))
     logits: torch.Tensor = model(tokens.cuda(), torch.arange(16).expand(2, -1).cuda(), None)

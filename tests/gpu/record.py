@@ -1,7 +1,7 @@
-"""The record of the suite: a JSON file that is written after each row.
+"""Record of the suite: a JSON file that is written after each row.
 
-``runs`` lists machines with the versions on them; ``rows`` holds, by name, what became of a row when it was last tried,
-and in which of the runs. Of a run of some rows the others stay as they are.
+``runs`` lists machines with their software versions. ``rows`` holds the last outcome of each row, by name, and the
+index of its run. A run of some rows keeps the outcomes of the others.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 RECORD = Path(__file__).parent / "results" / "gpu.json"
-"""The one that is committed."""
+"""The committed record."""
 
 Data = dict[str, Any]
 
 
 def load(path: Path) -> Data:
-    """Read a record; an empty one where there is no file."""
+    """Read a record; return an empty one if the file does not exist."""
     if not path.exists():
         return {"runs": [], "rows": {}}
     data: Data = json.loads(path.read_text())
@@ -28,13 +28,13 @@ def load(path: Path) -> Data:
 
 
 def add_row(data: Data, name: str, row: Data, machine: Data) -> None:
-    """Put a row into a record, in place of what it said of it; that a row was not run replaces nothing.
+    """Add a row to a record, or replace it. A row that was not run does not replace an outcome.
 
     Args:
         data: Changed in place.
-        name: Of the row.
-        row: Its ``outcome``, and what was measured.
-        machine: Where it ran, and with what.
+        name: The name of the row.
+        row: Its ``outcome`` and measurements.
+        machine: The machine and its software versions.
     """
     if row["outcome"] == NOT_RUN and data["rows"].get(name, row)["outcome"] != NOT_RUN:
         return
@@ -48,25 +48,25 @@ def add_row(data: Data, name: str, row: Data, machine: Data) -> None:
 
 
 def write(data: Data, path: Path) -> None:
-    """Write a record so that the file is whole at any time."""
+    """Write a record atomically: a reader never sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data, indent=2) + "\n")
     os.replace(part, path)
 
 
-def figure(name: str, value: float | None, at_most: float | None) -> str:
-    """Say what a figure is, and what it may be."""
-    shown = f"{name} {value:,.0f}" if value is not None and abs(value) >= 1e4 else f"{name} {value:.4g}"
-    return shown if at_most is None else f"{shown} (at most {at_most:g})"
+def format_figure(name: str, value: float | None, at_most: float | None) -> str:
+    """Format a measurement and its limit."""
+    text = f"{name} {value:,.0f}" if value is not None and abs(value) >= 1e4 else f"{name} {value:.4g}"
+    return text if at_most is None else f"{text} (at most {at_most:g})"
 
 
-def described(row: Data) -> str:
-    """Say in one line what became of a row."""
-    figures = [figure(name, **figure_) for name, figure_ in row["figures"].items()]
+def describe_row(row: Data) -> str:
+    """Return one line with the error of a row and its measurements."""
+    figures = [format_figure(name, **figure) for name, figure in row["figures"].items()]
     return "; ".join([*([row["why"]] if "why" in row else []), *figures])
 
 
 if __name__ == "__main__":
     for name, row in load(Path(sys.argv[1]))["rows"].items():
-        print(f"{row['outcome']:8} {name:36} {row['seconds']:5.1f} s  {described(row)}")  # noqa: T201
+        print(f"{row['outcome']:8} {name:36} {row['seconds']:5.1f} s  {describe_row(row)}")  # noqa: T201

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Run the rows of the GPU suite on a machine with a GPU, CUDA, Python 3.12 and torch >= 2.11, without network.
 #
-#     tests/gpu/wheels.sh            # before, where there is a network: fills .wheels
+#     tests/gpu/wheels.sh            # before, on a machine with a network: fills .wheels
 #     tests/gpu/run.sh [--only ROW,...] [--budget SECONDS] [--rehearse]
-#     tests/gpu/run.sh --te          # apart from all this, the rows of Transformer Engine: see te.sh
+#     tests/gpu/run.sh --te          # only the rows that need Transformer Engine or mamba-ssm, see te.sh
 #
-# Nothing of the machine's Python is changed. The record, gpu.json, and a log go to $OUT, or to tests/gpu/results; after
-# each row the record is whole. Rows that are left when the budget (280 s) is spent are not run. --only runs some, by name
-# (family:tiny-fp32) or by its first part (family), and leaves the others in the record as they are. --rehearse runs on the
-# CPU what can be.
+# The machine's Python is not changed. The record (gpu.json) and a log are written to $OUT, by default tests/gpu/results,
+# after each row. Rows that remain after the budget (280 s) are not run. --only selects rows by name (family:tiny-fp32) or
+# by the first part of the name (family); the record keeps the others. --rehearse runs rows on the CPU where possible.
 set -euo pipefail
 started=$(date +%s)
 cd "$(dirname "$0")/../.."
@@ -30,8 +29,8 @@ if [[ -z ${BRIDGE_GPU_REHEARSE:-} ]]; then
     "$python" - <<'END'
 import sys, torch
 if not torch.cuda.is_available():
-    sys.exit(f"torch {torch.__version__} sees no CUDA device: nothing was run")
-print(f"torch {torch.__version__} sees {torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    sys.exit(f"torch {torch.__version__} found no CUDA device: no rows were run (--rehearse runs on the CPU)")
+print(f"torch {torch.__version__} found {torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
 END
 fi
 

@@ -1,4 +1,4 @@
-"""A session of rows: the worker they run in, the time they have, and the record of what became of them."""
+"""State of a session: the worker that runs the rows, the time limit, and the record of outcomes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gpu import record
 from gpu.worker import Worker, WorkerTimeoutError
 
 REHEARSING = "BRIDGE_GPU_REHEARSE" in os.environ
-# What a row needs at least: less is not worth a start.
+# A row is not started with less time than this.
 _SHORTEST_S = 5.0
 
 
 class Session:
-    """The worker of all rows, the machine it is on, and the record."""
+    """The worker of all rows, its machine, and the record."""
 
     def __init__(self) -> None:
         default = record.RECORD.with_name("rehearsal.json") if REHEARSING else record.RECORD
@@ -34,14 +34,14 @@ class Session:
         self.machine: dict[str, Any] = self.worker.run("gpu.machine:describe", limit=120)
 
     @property
-    def is_at_work(self) -> bool:
+    def can_run_rows(self) -> bool:
         """Whether rows can run on this machine."""
         return REHEARSING or self.machine["device"] is not None
 
-    def clip(self, limit: float) -> float:
-        """Return a limit in seconds, or what is left of the session where that is less.
+    def clip_limit(self, limit: float) -> float:
+        """Return the smaller of a limit and the remaining time of the session, in seconds.
 
-        Skips the row when nothing is left.
+        Skips the row if too little time remains.
         """
         left = self.deadline - time.time()
         if left < min(limit, _SHORTEST_S):
@@ -49,14 +49,14 @@ class Session:
         return min(limit, left)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        """Write what became of a row."""
+        """Write the outcome of a row to the record."""
         data = record.load(self.path)
         record.add_row(data, name, row, self.machine)
         record.write(data, self.path)
 
 
 class Row:
-    """One row: runs functions in the worker, or commands, and judges what they return."""
+    """A row, which runs functions in the worker or commands and checks their results."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -71,11 +71,11 @@ class Row:
 
     @property
     def device(self) -> str:
-        """Name of the GPU, empty where there is none."""
+        """Name of the GPU; empty without one."""
         return self._session.machine["device"] or ""
 
     def needs(self, package: str) -> None:
-        """Skip the row where a package is not installed."""
+        """Skip the row if a package is not installed."""
         if package not in self._session.machine["packages"]:
             pytest.skip(f"{package} is not installed")
 
@@ -86,7 +86,7 @@ class Row:
 
     def run(self, function: str, *args: Any, limit: float = 60, fresh: bool = False) -> Any:
         """Run ``module:function`` in the worker, for ``limit`` seconds at most; ``fresh``: in a process of its own."""
-        left = self._session.clip(limit)
+        left = self._session.clip_limit(limit)
         try:
             return self._session.worker.run(function, *args, limit=left, fresh=fresh)
         except WorkerTimeoutError:
@@ -98,32 +98,32 @@ class Row:
         """Run the command `bridge` and return the JSON that it prints.
 
         Raises:
-            RuntimeError: It failed; the message is the last line of what it said.
+            RuntimeError: The command failed; the message is the last line of its standard error.
         """
         script = Path(sys.executable).with_name("bridge")
         command = [script if script.exists() else shutil.which("bridge") or "bridge", *args, "--json"]
-        left = self._session.clip(limit)
-        started = subprocess.Popen(
+        left = self._session.clip_limit(limit)
+        process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         try:
-            stdout, stderr = started.communicate(timeout=left)
+            stdout, stderr = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # its ranks too
-            started.communicate()
+            os.killpg(process.pid, signal.SIGKILL)  # its ranks too
+            process.communicate()
             if left < limit:
                 pytest.skip("out of time")
             raise RuntimeError(f"bridge {args[0]} took longer than {limit:.0f} s") from None
-        if started.returncode:
-            raise RuntimeError(stderr.strip().rpartition("\n")[2] or f"exit code {started.returncode}")
+        if process.returncode:
+            raise RuntimeError(stderr.strip().rpartition("\n")[2] or f"exit code {process.returncode}")
         return json.loads(stdout)
 
     def measure(self, name: str, value: float, *, at_most: float | None = None) -> None:
-        """Record a figure, and what it may be at most; ``judge`` says whether all are."""
+        """Record a measurement and its limit, which ``judge`` checks."""
         self.figures[name] = {"value": value, "at_most": at_most}
 
     def judge(self) -> None:
-        """Fail if a figure is larger than it may be, or not a number."""
+        """Fail the row if a measurement exceeds its limit or is NaN."""
         wrong = [
             f"{name} is {figure['value']:.3g}, more than {figure['at_most']:.3g}"
             for name, figure in self.figures.items()

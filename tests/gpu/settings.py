@@ -1,4 +1,4 @@
-"""What rows train, as plain data: imports nothing, so that rows are listed quickly."""
+"""Models, precisions and settings of the rows. Imports nothing heavy, so that pytest collects quickly."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Tolerance(NamedTuple):
     grad_norm: float
 
 
-# At 16 bits results are rounded to 8 (bfloat16) or 11 bits: five steps of these models in bf16 differ from those in
-# fp32, both on the CPU, by 3e-4 and 4e-3 at most.
+# The significand has 8 bits in bf16 and 11 in fp16. On the CPU, five steps of these models in bf16 differ from fp32 by
+# at most 3e-4 (losses) and 4e-3 (gradient norms).
 TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "bf16": Tolerance(1e-3, 1e-2), "fp16": Tolerance(1e-3, 1e-2)}
 
 LLAMA = "llama-3.2-1b"
 
 
 class Setting(NamedTuple):
-    """A way to train the Llama: overrides, wrapper, batch."""
+    """Training options of the Llama: overrides, wrapper, batch."""
 
     overrides: tuple[str, ...] = ()
     wrapper: str = "ddp"
@@ -56,7 +56,7 @@ SETTINGS = {
     "megatron-fsdp": Setting(wrapper="megatron-fsdp", seq_length=2048, micro_batch_size=2),
 }
 
-# The same Llama, for a rehearsal on the CPU.
+# Overrides that shrink the Llama for a rehearsal on the CPU.
 SMALL_LLAMA = (
     "vocab_size=512",
     "transformer.num_layers=2",

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers and mamba-ssm's kernels beside ours."""
+"""Comparisons of Transformer Engine's layers and mamba-ssm's kernels with those of Bridge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu.settings import LLAMA, PRECISIONS, SMALL_LLAMA, SMALL_SEQUENCE
-from gpu.training import make_job, only_rank
+from gpu.training import join_single_rank, make_job
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.models.backend.scan import selective_scan
@@ -19,18 +19,18 @@ from bridge.models.backend.scan import selective_scan
 _SEQUENCE = 4096
 
 
-def layer_bytes(implementation: str, small: bool) -> int:
-    """Return what a layer of the Llama keeps of a sequence of 4,096 tokens for the backward pass.
+def measure_layer_bytes(implementation: str, small: bool) -> int:
+    """Return the bytes that a layer of the Llama saves for the backward pass of a sequence of 4,096 tokens.
 
     Args:
-        implementation: Megatron's ``transformer_impl``: ``transformer_engine``, or ``local`` for ours.
-        small: A small model.
+        implementation: megatron-core's ``transformer_impl``: ``transformer_engine``, or ``local`` for Bridge's layers.
+        small: Use a small model.
     """
-    few, more = (_kept(layers, implementation, small) for layers in (2, 4))
+    few, more = (_measure_activation_bytes(layers, implementation, small) for layers in (2, 4))
     return (more - few) // 2
 
 
-def _kept(layers: int, implementation: str, small: bool) -> int:
+def _measure_activation_bytes(layers: int, implementation: str, small: bool) -> int:
     length = SMALL_SEQUENCE if small else _SEQUENCE
     overrides = [
         *(SMALL_LLAMA if small else ()),
@@ -39,7 +39,7 @@ def _kept(layers: int, implementation: str, small: bool) -> int:
         f"seq_length={length}",
     ]
     job = make_job(LLAMA, [*PRECISIONS["bf16"], *overrides])
-    with only_rank(job) as rank:
+    with join_single_rank(job) as rank:
         model_parallel_cuda_manual_seed(1)
         builder = job.make_builder(rank.config)
         (stage,) = builder.build_distributed_models(
@@ -55,8 +55,7 @@ def _kept(layers: int, implementation: str, small: bool) -> int:
 
 
 def compare_scans() -> dict[str, float]:
-    """Return how far mamba-ssm's scan and its gradients are from ours, and by how many times it is faster."""
-    theirs = _triton_scan()
+    """Return the relative differences of mamba-ssm's scan and its gradients from Bridge's, and its speed-up."""
     heads, groups, channels, state, length = 16, 4, 64, 64, 1024
     generator = torch.Generator().manual_seed(1)
     shapes = {
@@ -71,18 +70,23 @@ def compare_scans() -> dict[str, float]:
     drawn["a"] = -(1 + 15 * drawn["a"].sigmoid())
     inputs = [tensor.requires_grad_() for tensor in drawn.values()]
 
-    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+    def bridge_scan(*tensors: torch.Tensor) -> torch.Tensor:
         return selective_scan(*tensors, chunk_size=128)[0]
 
+    mamba_chunk_scan = _import_triton_scan()
+
+    def triton_scan(*tensors: torch.Tensor) -> torch.Tensor:
+        return mamba_chunk_scan(*tensors, 128)
+
     found = {}
-    expected, results = _outputs(ours, inputs), _outputs(lambda *tensors: theirs(*tensors, 128), inputs)
+    expected, results = _compute_outputs(bridge_scan, inputs), _compute_outputs(triton_scan, inputs)
     for name, one, other in zip(("output", *shapes), results, expected, strict=True):
         found[name] = ((one - other).norm() / other.norm()).item()
-    return found | {"speed-up": _seconds(ours, inputs) / _seconds(lambda *tensors: theirs(*tensors, 128), inputs)}
+    return found | {"speed-up": _time_scan(bridge_scan, inputs) / _time_scan(triton_scan, inputs)}
 
 
-def _triton_scan() -> Callable[..., torch.Tensor]:
-    """Return mamba-ssm's scan without its package, which imports kernels that are compiled."""
+def _import_triton_scan() -> Callable[..., torch.Tensor]:
+    """Import mamba-ssm's scan without its package, whose `__init__` imports compiled kernels."""
     spec = importlib.util.find_spec("mamba_ssm")
     assert spec is not None
     package = types.ModuleType("mamba_ssm")
@@ -93,18 +97,18 @@ def _triton_scan() -> Callable[..., torch.Tensor]:
     return scan
 
 
-def _outputs(scan: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _compute_outputs(scan: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     output = scan(*inputs)
     return [output, *torch.autograd.grad(output.sin().sum(), inputs)]
 
 
-def _seconds(scan: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
+def _time_scan(scan: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for measured in (False, True):
         if measured:
             start.record()
         for _ in range(5):
-            _outputs(scan, inputs)
+            _compute_outputs(scan, inputs)
     end.record()
     torch.cuda.synchronize()
     milliseconds: float = start.elapsed_time(end)

@@ -1,9 +1,9 @@
-# Sourced by run.sh --te: Transformer Engine and mamba-ssm, which are never required.
+# Sourced by run.sh --te. Installs Transformer Engine and mamba-ssm, which are optional.
 #
-# Their wheels are larger than what may be brought at a time, so that several calls on one machine bring them: each keeps
-# what is in .wheels-te (see wheels.sh --te) in a folder outside the working tree. The call that brings .wheels-te/small,
-# and .wheels, comes last and does the rest. transformer-engine-torch is a source distribution, compiled here. Of
-# mamba-ssm the kernels in Triton are tried; what it compiles is left out.
+# Their wheels exceed the limit of one transfer, so several calls on the same machine bring them in pieces. Each call keeps
+# .wheels-te (see wheels.sh --te) in a folder outside the working tree. The last call brings .wheels-te/small and .wheels,
+# then installs and runs. transformer-engine-torch is a source distribution and is compiled here. Only mamba-ssm's Triton
+# kernels are used; its CUDA extension is not built.
 
 te_rows=te-layers,te-fp8,te-memory,mamba-scan
 te_store=${TMPDIR:-/tmp}/bridge-te
@@ -17,21 +17,21 @@ keep_pieces() {
         cd "$te_store"
         cat piece-?/? >"small/$(cut -d ' ' -f 3 small/SHA256SUMS)"
         cd small && sha256sum --check --quiet SHA256SUMS
-    ) || { echo "run.sh --te: not all pieces of Transformer Engine are here" >&2 && exit 1; }
+    ) || { echo "run.sh --te: pieces of Transformer Engine are missing or damaged: send all of .wheels-te again" >&2 && exit 1; }
 }
 
 install_transformer_engine() {
     local install=("$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile
         --no-cache-dir --disable-pip-version-check --root-user-action ignore --target "$site")
     "${install[@]}" "$te_store"/small/*.whl
-    # Headers of cuDNN and NCCL are in nvidia's packages where the toolkit has none.
+    # The toolkit may lack the headers of cuDNN and NCCL: take them from NVIDIA's Python packages.
     CPLUS_INCLUDE_PATH=$("$python" -c 'import nvidia, pathlib
 folders = [folder for root in nvidia.__path__ for folder in pathlib.Path(root).glob("*/include")]
 print(":".join(map(str, folders)))')
     export CPLUS_INCLUDE_PATH MAX_JOBS=16 TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
     export NVTE_PYTORCH_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
     local source
-    for source in "$te_store"/small/*.tar.gz; do # one that does not build leaves the rows of the other
-        "${install[@]}" "$source" || echo "run.sh --te: $(basename "$source") was not built" >&2
+    for source in "$te_store"/small/*.tar.gz; do # if one fails to build, the rows of the other still run
+        "${install[@]}" "$source" || echo "run.sh --te: $(basename "$source") could not be built" >&2
     done
 }

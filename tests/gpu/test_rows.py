@@ -1,7 +1,7 @@
-"""The rows, most important first: `pytest -m gpu`, or run.sh beside this file.
+"""Rows of the GPU suite, most important first; run them by `pytest -m gpu` or run.sh.
 
-A row's docstring is its description in docs/gpu.md. What runs on the device is in the modules beside this one, which
-only the worker imports: they take seconds.
+The docstring of a row is its description in docs/gpu.md. The code that runs on the device is in the other modules of
+this folder. Only the worker imports them, because the imports take seconds.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ TRAINING = [
 
 
 def compare(row: Row, found: dict[str, Sequence[float | None]], case: str) -> None:
-    """Compare losses and gradient norms with those on the CPU, and judge."""
+    """Fail the row if losses or gradient norms differ too much from those on the CPU."""
     tolerance, expected = TOLERANCES[case.rpartition("-")[2]], REFERENCES["training"][case]
-    row.measure("loss difference", largest(found["losses"], expected["losses"]), at_most=tolerance.loss)
-    norms = largest(found["grad_norms"], expected["grad_norms"])
+    row.measure("loss difference", find_largest_difference(found["losses"], expected["losses"]), at_most=tolerance.loss)
+    norms = find_largest_difference(found["grad_norms"], expected["grad_norms"])
     row.measure("gradient norm difference", norms, at_most=tolerance.grad_norm)
     row.judge()
 
 
-def largest(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
-    """Return the largest relative difference; infinite where one of them is missing or not a number."""
+def find_largest_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+    """Return the largest relative difference; infinity if a value is missing or NaN."""
     differences = [
         math.inf if value is None or other is None or math.isnan(value) else abs(value - other) / abs(other)
         for value, other in zip(values, expected, strict=True)
@@ -51,25 +51,26 @@ def largest(values: Sequence[float | None], expected: Sequence[float | None]) ->
 
 @pytest.mark.parametrize("case", CASES)
 def test_family(row: Row, case: str) -> None:
-    """Five steps of training on CUDA give the losses and gradient norms of the CPU."""
+    """Training on CUDA for five steps gives the same losses and gradient norms as on the CPU."""
     model, _, precision = case.rpartition("-")
     compare(row, row.run("gpu.training:train_model", model, precision), case)
 
 
 def test_launch(row: Row) -> None:
-    """`bridge build` starts a rank on a GPU, which trains as the CPU does."""
-    report = row.bridge("build", "tiny", *TRAINING, *on_cuda(row))
+    """A rank that `bridge build` starts on a GPU gives the same losses and gradient norms as on the CPU."""
+    report = row.bridge("build", "tiny", *TRAINING, *get_device_option(row))
     assert report["device"] == ("cpu" if row.rehearsing else "cuda")
     compare(row, report, "tiny-fp32")
 
 
-def on_cuda(row: Row) -> list[str]:
+def get_device_option(row: Row) -> list[str]:
+    """Return the command-line option that selects the GPU; the CPU in a rehearsal."""
     return ["--device", "cpu" if row.rehearsing else "cuda"]
 
 
 @pytest.mark.parametrize("case", [f"{wrapper}-{precision}" for precision in ("fp32", "bf16") for wrapper in WRAPPERS])
 def test_wrapper(row: Row, case: str) -> None:
-    """With every wrapper, on one device over NCCL, training gives the losses and gradient norms of DDP on the CPU."""
+    """Each wrapper on one GPU with NCCL gives the same losses and gradient norms as DDP on the CPU."""
     name, _, precision = case.rpartition("-")
     found = row.run("gpu.training:train_model", "tiny", precision, (), *WRAPPERS[name])
     compare(row, found, f"tiny-{precision}")
@@ -77,9 +78,10 @@ def test_wrapper(row: Row, case: str) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "recompute", "megatron-fsdp"])
 def test_memory(row: Row, name: str) -> None:
-    """What a 1B Llama holds at most, by `torch.cuda.max_memory_allocated`, is what `bridge plan` says, within 5 %.
+    """The peak memory of a 1B Llama is within 5 % of what `bridge plan` predicts.
 
-    The plan leaves out temporary tensors within a layer and workspaces of kernels.
+    The peak is measured by `torch.cuda.max_memory_allocated`. The plan does not count temporary tensors within a layer
+    and kernel workspaces.
     """
     plan = REFERENCES["plans"][name]
     held = row.run("gpu.llama:measure_memory", name, row.rehearsing)
@@ -98,12 +100,12 @@ def test_memory(row: Row, name: str) -> None:
 
 @pytest.mark.parametrize("layers", ["same-layers", "own-layers"])
 def test_speed(row: Row, layers: str) -> None:
-    """A 1B Llama takes at most 1.02 x the time and memory of megatron-core's own constructors and a plain loop.
+    """A 1B Llama needs at most 1.02 times the step time and memory of a training loop written with megatron-core alone.
 
-    Both take turns in one process. `same-layers` gives them the layers that Bridge chooses without Transformer Engine,
-    `own-layers` leaves megatron-core its local ones.
+    Both run alternately in one process. In `same-layers` both use the layers that Bridge chooses without Transformer
+    Engine. In `own-layers` megatron-core uses its local layers.
     """
-    # Megatron's local attention keeps the scores of all pairs of places.
+    # megatron-core's local attention stores the scores of all pairs of positions, so its sequences are shorter.
     name = "ddp" if layers == "same-layers" else "short"
     sides = row.run("gpu.llama:measure_speed", name, layers == "own-layers", row.rehearsing, limit=90)
     setting, flops = SETTINGS[name], REFERENCES["plans"][name]["flops"]
@@ -117,15 +119,15 @@ def test_speed(row: Row, layers: str) -> None:
     if not row.rehearsing:
         row.measure("time, ratio", bridge["step_seconds"] / megatron["step_seconds"], at_most=1.02)
         row.measure("memory, ratio", bridge["peak"] / megatron["peak"], at_most=1.02)
-    row.measure("first loss, difference", largest([bridge["loss"]], [megatron["loss"]]), at_most=1e-2)
+    row.measure("first loss, difference", find_largest_difference([bridge["loss"]], [megatron["loss"]]), at_most=1e-2)
     row.judge()
 
 
 @pytest.mark.parametrize("way", ["on-device", "meta-ddp", "meta-megatron-fsdp", "meta-torch-fsdp2"])
 def test_initialisation(row: Row, way: str) -> None:
-    """Weights that Megatron draws itself, on the device or after the meta device, start at the loss of a uniform guess.
+    """megatron-core's initialisation, on the GPU or from the meta device, gives the first loss of a uniform guess.
 
-    All are on the device when they are trained.
+    All parameters are on the GPU after training.
     """
     on_meta = way.startswith("meta-")
     overrides = ("transformer.init_model_with_meta_device=true",) if on_meta else ()
@@ -140,19 +142,19 @@ def test_initialisation(row: Row, way: str) -> None:
 
 
 def test_cpu_initialisation(row: Row) -> None:
-    """With `use_cpu_initialization` a model trains on the device."""
+    """A model initialised with `use_cpu_initialization` gives the same losses and gradient norms on the GPU."""
     overrides = ("transformer.use_cpu_initialization=true",)
     compare(row, row.run("gpu.training:train_model", "tiny", "fp32", overrides), "tiny-fp32")
 
 
 def test_fp16(row: Row) -> None:
-    """In fp16 with loss scaling, training gives the losses and gradient norms of the CPU."""
+    """Training in fp16 with loss scaling gives the same losses and gradient norms as on the CPU."""
     compare(row, row.run("gpu.training:train_model", "tiny", "fp16"), "tiny-fp16")
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recompute(row: Row, granularity: str) -> None:
-    """With activations computed again, training gives the losses and gradient norms of the CPU without."""
+    """Activation recomputation gives the same losses and gradient norms as the CPU without it."""
     overrides = [f"transformer.recompute_granularity={granularity}"]
     if granularity == "full":
         overrides += ["transformer.recompute_method=uniform", "transformer.recompute_num_layers=1"]
@@ -160,9 +162,9 @@ def test_recompute(row: Row, granularity: str) -> None:
 
 
 def test_verify(row: Row) -> None:
-    """`bridge verify` on up to two GPUs finds every layout and wrapper equal to one process, or refuses it."""
+    """`bridge verify` on up to two GPUs reports every layout and wrapper as equal to one process or as refused."""
     ranks = 1 if row.rehearsing else min(row.devices, 2)
-    found = row.bridge("verify", "tiny", "--nproc", str(ranks), *TRAINING, *on_cuda(row), limit=150)
+    found = row.bridge("verify", "tiny", "--nproc", str(ranks), *TRAINING, *get_device_option(row), limit=150)
     for verdict in ("equal", "refused"):
         row.measure(verdict, sum(each["verdict"] == verdict for each in found))
     wrong = [each for each in found if each["verdict"] not in ("equal", "refused")]
@@ -171,7 +173,7 @@ def test_verify(row: Row) -> None:
 
 
 def test_plan(row: Row) -> None:
-    """`bridge plan` beside a GPU says what it says elsewhere."""
+    """`bridge plan` reports the same bytes on a machine with a GPU as on one without."""
     setting, expected = SETTINGS["ddp"], REFERENCES["plans"]["ddp"]
     sizes = ["--seq-length", str(setting.seq_length), "--global-batch-size", str(setting.global_batch_size)]
     (found,) = row.bridge("plan", LLAMA, *sizes)["stages"]
@@ -180,7 +182,7 @@ def test_plan(row: Row) -> None:
 
 
 def test_graphs_by_layer(row: Row) -> None:
-    """With `cuda_graph_impl: local`, a CUDA graph for each layer, training gives the losses of the CPU."""
+    """One CUDA graph per layer (`cuda_graph_impl: local`) gives the losses and gradient norms of the CPU."""
     row.needs_cuda()
     overrides = ("transformer.cuda_graph_impl=local", "transformer.use_te_rng_tracker=true")
     found = row.run("gpu.training:train_model", "tiny", "fp32", overrides, fresh=True)
@@ -188,14 +190,14 @@ def test_graphs_by_layer(row: Row) -> None:
 
 
 def test_graph_of_a_step(row: Row) -> None:
-    """With `cuda_graph_impl: full_iteration`, one CUDA graph for a step, training gives the losses of the CPU."""
+    """One CUDA graph per step (`cuda_graph_impl: full_iteration`) gives the losses and gradient norms of the CPU."""
     overrides = ("transformer.cuda_graph_impl=full_iteration", "transformer.use_te_rng_tracker=true")
     found = row.run("gpu.graphs:train_in_one_graph", "tiny", overrides, not row.rehearsing, fresh=True)
     compare(row, found, "tiny-fp32")
 
 
 def test_modelopt(row: Row) -> None:
-    """A model that ModelOpt quantised is rebuilt to the bit, and trains."""
+    """A model quantised by ModelOpt is restored with bitwise equal logits and can be trained."""
     row.needs("nvidia-modelopt")
     found = row.run("gpu.quantised:rebuild_and_train", "tiny")
     row.measure("difference of logits", found["difference"], at_most=0)
@@ -205,40 +207,40 @@ def test_modelopt(row: Row) -> None:
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
 def test_two_devices(row: Row, layout: str) -> None:
-    """On two GPUs over NCCL, training gives the losses and gradient norms of one process on the CPU."""
+    """Training on two GPUs with NCCL gives the same losses and gradient norms as one process on the CPU."""
     if not row.rehearsing and row.devices < 2:
         pytest.skip("needs two devices")
-    report = row.bridge("build", "tiny", "--nproc", "2", f"--{layout[:2]}", "2", *TRAINING, *on_cuda(row))
+    report = row.bridge("build", "tiny", "--nproc", "2", f"--{layout[:2]}", "2", *TRAINING, *get_device_option(row))
     compare(row, report, "tiny-fp32")
 
 
 def test_te_layers(row: Row) -> None:
-    """With Transformer Engine's layers, training in bf16 gives the losses and gradient norms of ours on the CPU."""
+    """Transformer Engine's layers in bf16 give the same losses and gradient norms as Bridge's layers on the CPU."""
     row.needs("transformer-engine")
     compare(row, row.run("gpu.training:train_model", "tiny", "bf16", limit=120), "tiny-bf16")
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_te_fp8(row: Row, recipe: str) -> None:
-    """With Transformer Engine's layers in FP8, training lowers the loss about as in bf16."""
+    """Transformer Engine's layers in FP8 give losses within 2 % of those in bf16 on the CPU."""
     row.needs("transformer-engine")
     overrides = ("transformer.fp8=hybrid", f"transformer.fp8_recipe={recipe}")
     found = row.run("gpu.training:train_model", "tiny", "bf16", overrides, limit=120)
-    difference = largest(found["losses"], REFERENCES["training"]["tiny-bf16"]["losses"])
+    difference = find_largest_difference(found["losses"], REFERENCES["training"]["tiny-bf16"]["losses"])
     row.measure("loss difference", difference, at_most=0.02)
     row.judge()
 
 
 def test_te_memory(row: Row) -> None:
-    """What a layer of the Llama keeps for the backward pass: Transformer Engine's, and ours."""
+    """Activation memory of one layer of a 1B Llama, with Transformer Engine and with Bridge's layers."""
     row.needs("transformer-engine")
     for implementation in ("transformer_engine", "local"):
-        kept = row.run("gpu.te:layer_bytes", implementation, row.rehearsing)
+        kept = row.run("gpu.te:measure_layer_bytes", implementation, row.rehearsing)
         row.measure(f"{implementation}, MiB", kept / 2**20)
 
 
 def test_mamba_scan(row: Row) -> None:
-    """mamba-ssm's scan and its gradients are those of ours, in fp32 as its kernels multiply."""
+    """mamba-ssm's scan and its gradients equal those of Bridge's scan, within the precision of its kernels."""
     row.needs("mamba-ssm")
     found = row.run("gpu.te:compare_scans", limit=120)
     row.measure("times as fast", found.pop("speed-up"))

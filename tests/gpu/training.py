@@ -1,9 +1,8 @@
-"""What rows run in the worker: jobs of one rank, on the GPU over NCCL, or on the CPU over gloo where there is none."""
+"""Training jobs of one rank, on the GPU with NCCL, or without a GPU on the CPU with gloo."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,11 @@ from bridge.dist.train.text import Text
 from bridge.dist.wrapper import Wrapper
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
-"""Not torch's licence, the default: the references may be of another version of torch."""
+"""The training text. The default, torch's licence, changes with the version of torch."""
 
 
-class Joined(NamedTuple):
-    """What the only rank has of a job."""
+class JoinedRank(NamedTuple):
+    """The configuration, layout and process groups of the only rank."""
 
     config: ModelConfig
     layout: Layout
@@ -45,7 +44,7 @@ def make_job(
     distributed_optimizer: bool = False,
     training: TrainOptions | None = None,
 ) -> BuildJob:
-    """Describe a build of a preset."""
+    """Return the build job of a preset."""
     return BuildJob(
         document=Document.load(model, overrides).data,
         wrapper=Wrapper(wrapper),
@@ -54,14 +53,14 @@ def make_job(
     )
 
 
-def few_steps(steps: int = STEPS) -> TrainOptions:
-    """Return what every small model is trained on: several microbatches a step."""
+def make_train_options(steps: int = STEPS) -> TrainOptions:
+    """Return the training options of the small models: several microbatches per step."""
     return TrainOptions(steps=steps, text=TEXT, **BATCH)
 
 
 @contextlib.contextmanager
-def only_rank(job: BuildJob) -> Iterator[Joined]:
-    """Join a world of one rank for a job, and leave it whatever happens: the next row joins another."""
+def join_single_rank(job: BuildJob) -> Iterator[JoinedRank]:
+    """Join a world of one rank for a job, and always leave it, so that the next row can join another."""
     forbid_tf32()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -70,7 +69,7 @@ def only_rank(job: BuildJob) -> Iterator[Joined]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         with join_job(job) as (config, layout, groups):
-            yield Joined(config, layout, groups)
+            yield JoinedRank(config, layout, groups)
     finally:
         if torch.distributed.is_initialized():
             destroy_process_groups()
@@ -84,51 +83,45 @@ def train_model(
     wrapper: str = "ddp",
     distributed_optimizer: bool = False,
 ) -> dict[str, list[float | None]]:
-    """Train a model five steps from weights drawn by name; return losses and gradient norms."""
+    """Train a model five steps from weights initialised by parameter name; return losses and gradient norms."""
     job = make_job(
         model,
         [*PRECISIONS[precision], *overrides],
         wrapper=wrapper,
         distributed_optimizer=distributed_optimizer,
-        training=few_steps(),
+        training=make_train_options(),
     )
-    with only_rank(job) as rank:
-        return _curves(build_and_train(job, *rank))
+    with join_single_rank(job) as rank:
+        return _get_curves(build_and_train(job, *rank))
 
 
-def _curves(run: BuiltRank) -> dict[str, list[float | None]]:
+def _get_curves(run: BuiltRank) -> dict[str, list[float | None]]:
     return {"losses": [step.loss for step in run.steps], "grad_norms": [step.grad_norm for step in run.steps]}
 
 
 def train_as_initialised(model: str, overrides: Sequence[str], wrapper: str) -> dict[str, Any]:
-    """Build a model with Megatron's own initial weights and train it; return where it was built, and the losses.
+    """Train a model with megatron-core's initial weights; return the devices of its parameters, and the losses.
 
-    ``built_on`` names the devices of its parameters before they are moved anywhere.
+    ``built_on`` names the devices before parameters are moved, ``trained_on`` those after training.
     """
     job = make_job(model, overrides, wrapper=wrapper)
     built_on: set[str] = set()
 
-    def note(stages: list[MegatronModule]) -> list[MegatronModule]:
+    def record_devices(stages: list[MegatronModule]) -> list[MegatronModule]:
         built_on.update(parameter.device.type for stage in stages for parameter in stage.parameters())
         return stages
 
-    with only_rank(job) as rank:
-        rank.config.pre_wrap_hooks.append(note)
+    with join_single_rank(job) as rank:
+        rank.config.pre_wrap_hooks.append(record_devices)
         run = build_and_train(job, *rank)
-        losses = train_stages(run.stages, rank, job, few_steps())
+        losses = train_stages(run.stages, rank, job, make_train_options())
         trained_on = {parameter.device.type for stage in run.stages for parameter in stage.parameters()}
     return {"built_on": sorted(built_on), "trained_on": sorted(trained_on), "losses": losses}
 
 
-def train_stages(stages: list[MegatronModule], rank: Joined, job: BuildJob, options: TrainOptions) -> list[float]:
-    """Train stages that were built; return the losses."""
+def train_stages(stages: list[MegatronModule], rank: JoinedRank, job: BuildJob, options: TrainOptions) -> list[float]:
+    """Train built stages; return the losses."""
     builder = job.make_builder(rank.config)
     text = Text.read(options.text, vocab_size=rank.config.vocab_size)  # type: ignore[attr-defined]
     steps = train(stages, rank.groups, rank.layout, text=text, options=options, forward_step=builder.forward_step)
     return [step.loss for step in steps]
-
-
-def uniform_loss(model: str) -> float:
-    """Return the loss of a model that finds all tokens equally likely, about that of an untrained one."""
-    config: Any = Document.load(model).config()
-    return math.log(config.vocab_size)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Collect in .wheels what run.sh installs: our four packages, and what they need beside torch and numpy, for CPython 3.12
-# on x86-64, in the versions of locked.txt. With --te in .wheels-te what te.sh installs and builds.
+# Collect the wheels that run.sh installs in .wheels: Bridge's four packages and their dependencies except torch and numpy,
+# for CPython 3.12 on x86-64, in the versions of locked.txt. With --te, collect what te.sh installs in .wheels-te.
 #
 #     tests/gpu/wheels.sh [--te]
 #
-# A machine without network may take 64 MiB at a time, the working tree included: Transformer Engine comes in pieces.
+# A transfer is limited to 64 MiB, including the working tree, so Transformer Engine is split into pieces.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# The packages' needs, pytest's and ModelOpt's; torch, numpy, psutil, scipy and others are expected there.
+# Dependencies of Bridge, pytest and ModelOpt. Left out are those that the machine must have: torch, numpy, psutil, scipy
+# and others.
 needed="megatron-core rfc8785 click pyyaml rich markdown-it-py mdurl pygments einops pytest pluggy iniconfig packaging
     nvidia-modelopt omegaconf pulp pydantic pydantic-core annotated-types typing-inspection typing-extensions"
 limit=$((64 << 20))
@@ -29,12 +30,12 @@ download() { # download FOLDER REQUIREMENT...
         2> >(grep -v "neither a file nor a directory" >&2)
 }
 
-size() { # size of what is committed or would be, and of folders
+size() { # bytes of the files that git does not ignore, and of folders
     { git ls-files --cached --others --exclude-standard -z && find "$@" -type f -print0; } |
         du --files0-from=- --apparent-size --bytes --total 2>/dev/null | tail -n 1 | cut -f 1
 }
 
-locked() { # NAME==VERSION of each name
+locked() { # print NAME==VERSION of each name
     local name
     for name in "$@"; do
         grep -iE "^$name==" locked.txt | cut -d ' ' -f 1
@@ -58,7 +59,7 @@ rm -rf .wheels-te
 mkdir -p .wheels-te/small
 download .wheels-te "transformer-engine-cu13==$te"
 download .wheels-te/small "transformer-engine==$te" nvdlfw-inspect importlib-metadata zipp
-# pip asks a source distribution for its metadata, which takes torch.
+# pip runs setup.py of a source distribution to read its metadata, which imports torch.
 export MAMBA_SKIP_CUDA_BUILD=TRUE
 uv run --quiet --with pip --with setuptools --with wheel python -m pip download --quiet --no-deps --no-binary=:all: \
     --no-build-isolation --disable-pip-version-check --dest .wheels-te/small \

@@ -1,7 +1,7 @@
-"""A process that runs one function after another, so that what crashes or hangs costs its own row alone.
+"""A process that runs functions one after another, so that a crash or hang fails only its own row.
 
-It imports nothing heavy itself. It is started anew after a crash, a time-out, or a CUDA error that leaves the device
-unusable for the process.
+This module imports nothing heavy. The process is restarted after a crash, a timeout, or a CUDA error that leaves the
+device unusable for the process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# How long after its limit a worker is killed: meanwhile it writes its stacks to the log.
+# Time between the limit and the kill, in which the worker writes its stacks to the log.
 _GRACE_S = 2.0
 
 
 class WorkerError(RuntimeError):
-    """A function raised, or its process died or took too long; the first line says what, the rest where."""
+    """A function raised, died or timed out. The first line is the error, the rest its traceback."""
 
 
 class WorkerTimeoutError(WorkerError):
-    """A function took too long."""
+    """A function exceeded its time limit."""
 
 
 class _Answer(NamedTuple):
@@ -40,10 +40,10 @@ class _Answer(NamedTuple):
 
 
 class Worker:
-    """Calls functions by name, ``module:function``, with plain arguments and results: only the process imports them.
+    """A caller of functions by name, ``module:function``, which only the worker process imports.
 
     Args:
-        log: Gets what the process prints, and its stacks when it hangs.
+        log: The file for the output of the process, and for its stacks when it hangs.
     """
 
     def __init__(self, log: Path) -> None:
@@ -52,15 +52,16 @@ class Worker:
         self._connection: Connection | None = None
 
     def run(self, function: str, *args: Any, limit: float, fresh: bool = False) -> Any:
-        """Return what the function returns.
+        """Run a function in the worker process and return its result.
 
         Args:
-            function: Where it is, ``module:function``; called with ``args``.
-            limit: Seconds it may take, the start of the process included.
-            fresh: Run in a process of its own, which ends afterwards.
+            function: The function, as ``module:function``, called with ``args``.
+            limit: Seconds that it may take, including the start of the process.
+            fresh: Use a new process, which ends afterwards.
 
         Raises:
-            WorkerError: It raised or died; a WorkerTimeoutError: it took longer.
+            WorkerError: The function raised or its process died.
+            WorkerTimeoutError: The function exceeded its limit.
         """
         if fresh:
             self.close()
@@ -71,7 +72,7 @@ class Worker:
                 self.close()
 
     def _run(self, function: str, args: tuple[Any, ...], limit: float) -> Any:
-        connection = self._connected()
+        connection = self._get_connection()
         name = f"{function}{args}"
         connection.send((function, args, limit))
         if not connection.poll(limit + _GRACE_S):
@@ -91,20 +92,20 @@ class Worker:
             raise WorkerError(answer.error)
         return answer.result
 
-    def _connected(self) -> Connection:
+    def _get_connection(self) -> Connection:
         if self._connection is None:
-            # Spawned: a forked process cannot use CUDA once its parent has asked for it.
+            # Not forked: a forked process cannot use CUDA if its parent has initialised it.
             context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._log))
+            self._connection, child_end = context.Pipe()
+            self._process = context.Process(target=_serve, args=(child_end, self._log))
             self._process.start()
-            theirs.close()
+            child_end.close()
         return self._connection
 
     def close(self) -> None:
-        """End the process, and what it started; the next call starts another."""
+        """Kill the process and its children. The next call starts another."""
         if self._process is not None and self._process.pid is not None:
-            for kill in (os.killpg, os.kill):  # it leads no group yet while it starts
+            for kill in (os.killpg, os.kill):  # it becomes the leader of a process group only after its start
                 with contextlib.suppress(ProcessLookupError):
                     kill(self._process.pid, signal.SIGKILL)
             self._process.join()
@@ -121,34 +122,34 @@ def _serve(connection: Connection, log: Path) -> None:
         while True:
             try:
                 function, args, limit = connection.recv()
-            except EOFError:  # the other side is gone
+            except EOFError:  # the parent has closed its end
                 return
             print(f"== {time.strftime('%H:%M:%S')} {function}{args}", file=file)
             faulthandler.dump_traceback_later(limit, file=file)
-            answer = _answer(function, args)
+            answer = _call(function, args)
             faulthandler.cancel_dump_traceback_later()
             connection.send(answer)
 
 
-def _answer(function: str, args: tuple[Any, ...]) -> _Answer:
+def _call(function: str, args: tuple[Any, ...]) -> _Answer:
     environment = dict(os.environ)
     error = result = None
     try:
         module, _, name = function.partition(":")
         result = getattr(importlib.import_module(module), name)(*args)
-    except BaseException as raised:  # an exit is an answer too
+    except BaseException as raised:  # SystemExit is reported too
         traceback.print_exc()
         message = f"{type(raised).__name__}: {raised}".strip()
         error = "\n".join([message.partition("\n")[0], *traceback.format_exception(raised)])
     finally:
-        # megatron-core 0.19.2 notes a model's attention backend there, and refuses another one after that.
+        # megatron-core 0.19.2 stores the attention backend in environment variables and refuses another one later.
         os.environ.clear()
         os.environ.update(environment)
     return _Answer(result, error, usable=_release())
 
 
 def _release() -> bool:
-    """Free what the function left on the device; whether the device can be used on."""
+    """Free the device memory of the function; return whether the device is still usable."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
