@@ -4,8 +4,8 @@
 
 The ways of a comparison take turns. Time is processor time, the median of the rounds. The peak of a process is its
 resident memory, that of a call what Python allocated during it. Both sides hold the same TransformerConfig, of a
-SwiGLU model in bf16; the reference gets hooks, by hand, for what its data has that JSON and YAML have not, and loses
-the activation and the initialisers all the same.
+SwiGLU model in bf16; megatron.training gets hand-written hooks for data that JSON and YAML lack, and still loses
+the activation and the initialisers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import megatron.training.models.gpt as reference
+    import megatron.training.models.gpt as megatron_gpt
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.models.gpt import GPTModelConfig
 
-STDLIB, IMPORT, VALIDATE, REFERENCE = "stdlib imports", "import bridge.config", "bridge validate", "reference import"
+STDLIB, IMPORT, VALIDATE, MEGATRON = (
+    "stdlib imports",
+    "import bridge.config",
+    "bridge validate",
+    "megatron.training import",
+)
 
 
 class Cost(NamedTuple):
@@ -42,27 +47,27 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Costs of ours and of what it is compared with; the target is for the ratio of times."""
+    """Costs of Bridge and of the baseline; the target is the highest ratio of times."""
 
     name: str
-    ours: list[Cost]
-    theirs: list[Cost]
+    bridge: list[Cost]
+    baseline: list[Cost]
     target: float
 
     def row(self) -> str:
         """One line of the table."""
-        (ours, ours_mib), (theirs, theirs_mib) = middle(self.ours), middle(self.theirs)
-        ratio = ours / theirs
+        (bridge, bridge_mib), (baseline, baseline_mib) = middle(self.bridge), middle(self.baseline)
+        ratio = bridge / baseline
         verdict = "met" if ratio <= self.target else "not met"
         return (
-            f"{self.name:40} {ours * 1e3:9.2f} {theirs * 1e3:9.2f} {ratio:8.4f} {self.target:8.4f}  {verdict:7}"
-            f" {ours_mib:8.2f} {theirs_mib:8.2f} {ours_mib / theirs_mib:7.3f}"
+            f"{self.name:40} {bridge * 1e3:9.2f} {baseline * 1e3:9.2f} {ratio:8.4f} {self.target:8.4f}  {verdict:7}"
+            f" {bridge_mib:8.2f} {baseline_mib:8.2f} {bridge_mib / baseline_mib:7.3f}"
         )
 
 
 HEADER = (
-    f"{'':40} {'ours ms':>9} {'its ms':>9} {'ratio':>8} {'target':>8}  {'':7}"
-    f" {'ours MiB':>8} {'its MiB':>8} {'ratio':>7}"
+    f"{'':40} {'Bridge ms':>9} {'Megatron':>9} {'ratio':>8} {'target':>8}  {'':7}"
+    f" {'Bridge':>8} {'Megatron':>8} {'ratio':>7}"
 )
 
 
@@ -84,14 +89,14 @@ def compare_processes(document: Path, rounds: int) -> list[Comparison]:
         STDLIB: partial(ran, "import dataclasses, importlib, typing, json, enum"),
         IMPORT: partial(ran, "import bridge.config"),
         VALIDATE: partial(ran, "from bridge.config.cli.entry import main; main()", "validate", str(document)),
-        REFERENCE: partial(ran, "import megatron.training.models.base", times=1),
+        MEGATRON: partial(ran, "import megatron.training.models.base", times=1),
     }
     by_turns(ways, 1)  # compiles what has not been compiled
     costs = by_turns(ways, rounds)
     return [
         Comparison("import bridge.config / standard library", costs[IMPORT], costs[STDLIB], 1.5),
-        Comparison("import bridge.config / reference", costs[IMPORT], costs[REFERENCE], 1 / 80),
-        Comparison("bridge validate FILE / reference import", costs[VALIDATE], costs[REFERENCE], 1 / 20),
+        Comparison("import bridge.config / megatron.training", costs[IMPORT], costs[MEGATRON], 1 / 80),
+        Comparison("bridge validate FILE / megatron.training import", costs[VALIDATE], costs[MEGATRON], 1 / 20),
     ]
 
 
@@ -121,49 +126,49 @@ def compare_calls(rounds: int) -> list[Comparison]:
 
     from bridge.config import ModelConfig
 
-    ours, theirs = both()
-    ours_data, theirs_data = ours.as_dict(), theirs.as_dict()
-    read, read_theirs = ModelConfig.from_dict, megatron.training.models.base.ModelConfig.from_dict
+    bridge, baseline = both()
+    bridge_data, baseline_data = bridge.as_dict(), baseline.as_dict()
+    read, read_baseline = ModelConfig.from_dict, megatron.training.models.base.ModelConfig.from_dict
     # The keys of what was parsed are not the very strings that the classes have: keyword arguments take longer.
-    parsed = json.loads(json.dumps(ours_data))
-    parsed_theirs = json.loads(json.dumps(theirs_data, default=to_plain), object_hook=from_plain)
+    parsed = json.loads(json.dumps(bridge_data))
+    parsed_baseline = json.loads(json.dumps(baseline_data, default=to_plain), object_hook=from_plain)
     dumper, loader = yaml_hooks()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
 
-        def json_ours() -> object:
-            return read(json.loads(json.dumps(ours.as_dict())))
+        def json_bridge() -> object:
+            return read(json.loads(json.dumps(bridge.as_dict())))
 
-        def json_theirs() -> object:
-            return read_theirs(json.loads(json.dumps(theirs.as_dict(), default=to_plain), object_hook=from_plain))
+        def json_baseline() -> object:
+            return read_baseline(json.loads(json.dumps(baseline.as_dict(), default=to_plain), object_hook=from_plain))
 
-        def yaml_ours() -> object:
+        def yaml_bridge() -> object:
             from bridge.config import Document, load_config
 
-            file.write_text(Document.of(ours).to_yaml())
+            file.write_text(Document.of(bridge).to_yaml())
             return load_config(file)
 
-        def yaml_theirs() -> object:
-            file.write_text(yaml.dump(theirs.as_dict(), Dumper=dumper))
-            return read_theirs(yaml.load(file.read_text(), Loader=loader))
+        def yaml_baseline() -> object:
+            file.write_text(yaml.dump(baseline.as_dict(), Dumper=dumper))
+            return read_baseline(yaml.load(file.read_text(), Loader=loader))
 
         return [
-            compare_call("as_dict", ours.as_dict, theirs.as_dict, 0.35, rounds),
-            compare_call("from_dict", lambda: read(ours_data), lambda: read_theirs(theirs_data), 0.60, rounds),
+            compare_call("as_dict", bridge.as_dict, baseline.as_dict, 0.35, rounds),
+            compare_call("from_dict", lambda: read(bridge_data), lambda: read_baseline(baseline_data), 0.60, rounds),
             compare_call(
-                "from_dict of parsed JSON", lambda: read(parsed), lambda: read_theirs(parsed_theirs), 0.60, rounds
+                "from_dict of parsed JSON", lambda: read(parsed), lambda: read_baseline(parsed_baseline), 0.60, rounds
             ),
-            compare_call("JSON text and back", json_ours, json_theirs, 0.35, rounds),
-            compare_call("YAML text and back", yaml_ours, yaml_theirs, 1.0, rounds),
+            compare_call("JSON text and back", json_bridge, json_baseline, 0.35, rounds),
+            compare_call("YAML text and back", yaml_bridge, yaml_baseline, 1.0, rounds),
         ]
 
 
 def compare_call(
-    name: str, ours: Callable[[], object], theirs: Callable[[], object], target: float, rounds: int
+    name: str, bridge: Callable[[], object], baseline: Callable[[], object], target: float, rounds: int
 ) -> Comparison:
-    ours(), theirs()  # whatever is done once is done
-    costs = by_turns({"ours": partial(called, ours), "theirs": partial(called, theirs)}, rounds)
-    return Comparison(name, costs["ours"], costs["theirs"], target)
+    bridge(), baseline()  # whatever is done once is done
+    costs = by_turns({"bridge": partial(called, bridge), "baseline": partial(called, baseline)}, rounds)
+    return Comparison(name, costs["bridge"], costs["baseline"], target)
 
 
 def called(call: Callable[[], object], *, times: int = 10) -> Cost:
@@ -179,9 +184,9 @@ def called(call: Callable[[], object], *, times: int = 10) -> Cost:
     return Cost(seconds, peak / 2**20)
 
 
-def both() -> tuple[GPTModelConfig, reference.GPTModelConfig]:
+def both() -> tuple[GPTModelConfig, megatron_gpt.GPTModelConfig]:
     """Return a configuration of Bridge and one of megatron.training, with equal transformers."""
-    import megatron.training.models.gpt as reference
+    import megatron.training.models.gpt as megatron_gpt
 
     from bridge.models.gpt import GPTModelConfig
 
@@ -194,7 +199,7 @@ def both() -> tuple[GPTModelConfig, reference.GPTModelConfig]:
     }
     return (
         GPTModelConfig(transformer=transformer(), **surroundings),
-        reference.GPTModelConfig(transformer=transformer(), **surroundings),
+        megatron_gpt.GPTModelConfig(transformer=transformer(), **surroundings),
     )
 
 
