@@ -1,4 +1,4 @@
-"""What the builder and the engine add to constructing Megatron's model directly: time and peak memory, as ratios.
+"""Compare building a model with constructing Megatron's directly: time and peak memory, as ratios.
 
     uv run python tests/benchmarks/build.py [PRESET] [ROUNDS]
 
@@ -27,23 +27,23 @@ class Cost(NamedTuple):
     peak_mib: float
 
 
-def measured(build: Callable[[], object]) -> Cost:
-    before = resident_mib("VmRSS")
+def measure(build: Callable[[], object]) -> Cost:
+    before = read_resident_mib("VmRSS")
     start = time.process_time()
     model = build()
     seconds = time.process_time() - start
-    peak = resident_mib("VmHWM") - before
+    peak = read_resident_mib("VmHWM") - before
     del model
     return Cost(seconds, peak)
 
 
-def resident_mib(which: str) -> float:
+def read_resident_mib(which: str) -> float:
     found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
-def with_bridge(preset: str) -> Cost:
+def build_with_bridge(preset: str) -> Cost:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from bridge.config import load_config
@@ -53,10 +53,10 @@ def with_bridge(preset: str) -> Cost:
     model_parallel_cuda_manual_seed(1)
     config = load_config(preset)
     builder = config.get_builder_cls()(config)
-    return measured(lambda: builder.build_distributed_models(groups, wrap_with_ddp=False))
+    return measure(lambda: builder.build_distributed_models(groups, wrap_with_ddp=False))
 
 
-def with_megatron(preset: str) -> Cost:
+def build_with_megatron(preset: str) -> Cost:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -68,7 +68,7 @@ def with_megatron(preset: str) -> Cost:
     model_parallel_cuda_manual_seed(1)
     config = load_config(preset)
     spec = get_gpt_layer_local_spec(normalization=config.transformer.normalization)
-    return measured(
+    return measure(
         lambda: GPTModel(
             config=config.transformer,
             transformer_layer_spec=spec,
@@ -83,7 +83,7 @@ def with_megatron(preset: str) -> Cost:
 
 
 def main(preset: str = "gpt2-124m", rounds: str = "10") -> None:
-    ways = {"bridge": with_bridge, "megatron": with_megatron}
+    ways = {"bridge": build_with_bridge, "megatron": build_with_megatron}
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for turn in range(int(rounds)):
         order = list(ways) if turn % 2 else list(reversed(ways))  # what runs first finds colder memory

@@ -54,9 +54,9 @@ class Comparison:
     baseline: list[Cost]
     target: float
 
-    def row(self) -> str:
-        """One line of the table."""
-        (bridge, bridge_mib), (baseline, baseline_mib) = middle(self.bridge), middle(self.baseline)
+    def format_row(self) -> str:
+        """Return one line of the table."""
+        (bridge, bridge_mib), (baseline, baseline_mib) = get_median(self.bridge), get_median(self.baseline)
         ratio = bridge / baseline
         verdict = "met" if ratio <= self.target else "not met"
         return (
@@ -71,12 +71,12 @@ HEADER = (
 )
 
 
-def middle(costs: list[Cost]) -> Cost:
+def get_median(costs: list[Cost]) -> Cost:
     return Cost(*(statistics.median(values) for values in zip(*costs, strict=True)))
 
 
-def by_turns(ways: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each way; who goes first alternates, since what runs first finds colder caches."""
+def alternate(ways: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
+    """Return the costs of each way; who goes first alternates, since what runs first finds colder caches."""
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in sorted(ways, reverse=turn % 2 == 1):
@@ -86,13 +86,13 @@ def by_turns(ways: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, l
 
 def compare_processes(document: Path, rounds: int) -> list[Comparison]:
     ways = {
-        STDLIB: partial(ran, "import dataclasses, importlib, typing, json, enum"),
-        IMPORT: partial(ran, "import bridge.config"),
-        VALIDATE: partial(ran, "from bridge.config.cli.entry import main; main()", "validate", str(document)),
-        MEGATRON: partial(ran, "import megatron.training.models.base", times=1),
+        STDLIB: partial(run_process, "import dataclasses, importlib, typing, json, enum"),
+        IMPORT: partial(run_process, "import bridge.config"),
+        VALIDATE: partial(run_process, "from bridge.config.cli.entry import main; main()", "validate", str(document)),
+        MEGATRON: partial(run_process, "import megatron.training.models.base", times=1),
     }
-    by_turns(ways, 1)  # compiles what has not been compiled
-    costs = by_turns(ways, rounds)
+    alternate(ways, 1)  # compiles what has not been compiled
+    costs = alternate(ways, rounds)
     return [
         Comparison("import bridge.config / standard library", costs[IMPORT], costs[STDLIB], 1.5),
         Comparison("import bridge.config / megatron.training", costs[IMPORT], costs[MEGATRON], 1 / 80),
@@ -100,23 +100,25 @@ def compare_processes(document: Path, rounds: int) -> list[Comparison]:
     ]
 
 
-def ran(code: str, *args: str, times: int = 5) -> Cost:
-    """The cost of a whole Python process, the median of so many."""
+def run_process(code: str, *args: str, times: int = 5) -> Cost:
+    """Return the median cost of a Python process that runs `code`."""
     # What the system says about an ended process counts the peak of the one that started it, too.
-    told = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    print_status = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
     costs = []
     for _ in range(times):
         with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen([sys.executable, "-c", f"{told}\n{code}", *args], stdout=output, stderr=output)
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"{print_status}\n{code}", *args], stdout=output, stderr=output
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             output.seek(0)
-            said = output.read()
-        peak = re.search(r"^VmHWM:\s+(\d+) kB", said, re.MULTILINE)
+            printed = output.read()
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", printed, re.MULTILINE)
         if process.returncode or peak is None:
-            raise RuntimeError(f"{code}: exit status {process.returncode}\n{said}")
+            raise RuntimeError(f"{code}: exit status {process.returncode}\n{printed}")
         costs.append(Cost(usage.ru_utime + usage.ru_stime, int(peak[1]) / 1024))
-    return middle(costs)
+    return get_median(costs)
 
 
 def compare_calls(rounds: int) -> list[Comparison]:
@@ -126,13 +128,13 @@ def compare_calls(rounds: int) -> list[Comparison]:
 
     from bridge.config import ModelConfig
 
-    bridge, baseline = both()
+    bridge, baseline = make_configs()
     bridge_data, baseline_data = bridge.as_dict(), baseline.as_dict()
     read, read_baseline = ModelConfig.from_dict, megatron.training.models.base.ModelConfig.from_dict
     # The keys of what was parsed are not the very strings that the classes have: keyword arguments take longer.
     parsed = json.loads(json.dumps(bridge_data))
     parsed_baseline = json.loads(json.dumps(baseline_data, default=to_plain), object_hook=from_plain)
-    dumper, loader = yaml_hooks()
+    dumper, loader = make_yaml_classes()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
 
@@ -167,12 +169,12 @@ def compare_call(
     name: str, bridge: Callable[[], object], baseline: Callable[[], object], target: float, rounds: int
 ) -> Comparison:
     bridge(), baseline()  # whatever is done once is done
-    costs = by_turns({"bridge": partial(called, bridge), "baseline": partial(called, baseline)}, rounds)
+    costs = alternate({"bridge": partial(measure_calls, bridge), "baseline": partial(measure_calls, baseline)}, rounds)
     return Comparison(name, costs["bridge"], costs["baseline"], target)
 
 
-def called(call: Callable[[], object], *, times: int = 10) -> Cost:
-    """The mean time of so many calls, and the peak of one more."""
+def measure_calls(call: Callable[[], object], *, times: int = 10) -> Cost:
+    """Return the mean time of `times` calls, and the peak memory of one more."""
     start = time.process_time()
     for _ in range(times):
         call()
@@ -184,7 +186,7 @@ def called(call: Callable[[], object], *, times: int = 10) -> Cost:
     return Cost(seconds, peak / 2**20)
 
 
-def both() -> tuple[GPTModelConfig, megatron_gpt.GPTModelConfig]:
+def make_configs() -> tuple[GPTModelConfig, megatron_gpt.GPTModelConfig]:
     """Return a configuration of Bridge and one of megatron.training, with equal transformers."""
     import megatron.training.models.gpt as megatron_gpt
 
@@ -245,7 +247,7 @@ def from_plain(data: dict[str, Any]) -> Any:
     return pkgutil.resolve_name(data["_enum_"])[data["member"]] if "_enum_" in data else data
 
 
-def yaml_hooks() -> tuple[type, type]:
+def make_yaml_classes() -> tuple[type, type]:
     """Return a dumper and a loader, those of PyYAML in C, for the data of megatron.training."""
     import torch
     import yaml
@@ -273,10 +275,10 @@ def main(rounds: str = "9") -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder) / "model.yaml"
-        document.write_text(Document.of(both()[0]).to_yaml())
+        document.write_text(Document.of(make_configs()[0]).to_yaml())
         found = compare_processes(document, int(rounds))
     found += compare_calls(int(rounds))
-    print("\n".join([HEADER, *(comparison.row() for comparison in found)]))  # noqa: T201
+    print("\n".join([HEADER, *(comparison.format_row() for comparison in found)]))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many layouts a search plans in a minute, and how long single plans of large jobs take.
+"""Measure how many layouts a search plans in a minute, and how long single plans of large jobs take.
 
 uv run python tests/benchmarks/plan_search.py [PRESET] [GPUS]
 """

@@ -1,4 +1,4 @@
-"""The selective scan against the recurrence it computes: time and peak memory of a training step, as ratios.
+"""Compare the selective scan with the recurrence that it computes: time and peak memory of a step, as ratios.
 
     uv run python tests/benchmarks/selective_scan.py [LENGTH ...]
 
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
     peak_mib: float
 
 
-def measured(length: int, *, by_scan: bool) -> Cost:
+def measure(length: int, *, by_scan: bool) -> Cost:
     import torch
 
     from bridge.models.backend.scan import selective_scan
@@ -37,7 +37,7 @@ def measured(length: int, *, by_scan: bool) -> Cost:
         for shape in [(1, length, HEADS, CHANNELS), (1, length, HEADS), (1, length, 1, STATE), (1, length, 1, STATE)]
     )
     a = -torch.linspace(1, 16, HEADS)
-    before, start = resident_mib("VmRSS"), time.process_time()
+    before, start = read_resident_mib("VmRSS"), time.process_time()
     steps = torch.nn.functional.softplus(dt - 3)
     if by_scan:
         y, _ = selective_scan(x, steps, a, b, c, chunk_size=CHUNK_SIZE)
@@ -49,27 +49,27 @@ def measured(length: int, *, by_scan: bool) -> Cost:
             outputs.append((state @ c[:, at, 0, :, None])[..., 0])
         y = torch.stack(outputs, dim=1)
     y.square().mean().backward()
-    return Cost(time.process_time() - start, resident_mib("VmHWM") - before)
+    return Cost(time.process_time() - start, read_resident_mib("VmHWM") - before)
 
 
-def resident_mib(which: str) -> float:
+def read_resident_mib(which: str) -> float:
     found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
-def with_scan(length: int) -> Cost:
-    return measured(length, by_scan=True)
+def run_scan(length: int) -> Cost:
+    return measure(length, by_scan=True)
 
 
-def with_recurrence(length: int) -> Cost:
-    return measured(length, by_scan=False)
+def run_recurrence(length: int) -> Cost:
+    return measure(length, by_scan=False)
 
 
 def main() -> None:
     sys.stdout.write(f"{'tokens':>8} {'recurrence':>22} {'scan':>22} {'time':>8} {'memory':>8}\n")
     for length in [int(given) for given in sys.argv[1:]] or [512, 2048, 4096]:
-        rounds = [(run_ranks(with_recurrence, 1, length)[0], run_ranks(with_scan, 1, length)[0]) for _ in range(ROUNDS)]
+        rounds = [(run_ranks(run_recurrence, 1, length)[0], run_ranks(run_scan, 1, length)[0]) for _ in range(ROUNDS)]
         recurrence, scan = (
             Cost(*(statistics.median(values) for values in zip(*costs, strict=True)))
             for costs in zip(*rounds, strict=True)

@@ -1,4 +1,4 @@
-"""What the start of `bridge plan tiny` takes, beside the same with torch's compiler and garbage collection, in turns.
+"""Compare the start of `bridge plan tiny` with one that imports torch's compiler, in turns.
 
 uv run python tests/benchmarks/start.py [ROUNDS]
 """
@@ -18,7 +18,7 @@ SIDES = {
 }
 
 
-def processor_seconds(program: str) -> float:
+def measure_processor_seconds(program: str) -> float:
     """Run a program and return the processor time that it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=os.environ)
@@ -31,7 +31,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side, program in SIDES.items():
-            seconds[side].append(processor_seconds(program))
+            seconds[side].append(measure_processor_seconds(program))
     medians = {side: statistics.median(found) for side, found in seconds.items()}
     for side, found in seconds.items():
         sys.stdout.write(f"{side}: {medians[side]:.2f} s, {min(found):.2f} to {max(found):.2f}\n")

@@ -1,4 +1,4 @@
-"""Time and peak memory of loading and saving a folder of 1 GB, beside safetensors alone, in turns.
+"""Compare loading and saving a folder of 1 GB with safetensors alone: time and peak memory, in turns.
 
 uv run python tests/benchmarks/weights.py [ROUNDS]
 
