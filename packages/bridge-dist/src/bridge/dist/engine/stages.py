@@ -78,6 +78,13 @@ def unwrap(stage: MegatronModule) -> MegatronModule:
     return model
 
 
+def strip_wrappers(name: str) -> str:
+    """Return the name that a parameter of a wrapped stage has in the model."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
 def identify_layers(stages: Sequence[MegatronModule]) -> str:
     """Return which layers the stages use: ``transformer_engine``, or ``pytorch`` if none is of Transformer Engine."""
     packages = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from bridge.dist.engine.forward import ForwardStep
 from bridge.dist.engine.placement import Placement
+from bridge.dist.engine.stages import strip_wrappers
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout
 from bridge.dist.run.devices import forbid_tf32
@@ -128,15 +129,9 @@ def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
 def _iter_final_weights(run: BuiltRank) -> Iterator[tuple[Placement, torch.Tensor]]:
     for stage, placements in zip(run.stages, run.placements, strict=True):
         # Not parameters(): with Megatron-FSDP they hold the weights of the last forward pass, before the last update.
-        state = {_strip_wrappers(name): value for name, value in stage.state_dict().items()}
+        state = {strip_wrappers(name): value for name, value in stage.state_dict().items()}
         for placement in placements:
             yield placement, state[placement.name].detach()
-
-
-def _strip_wrappers(name: str) -> str:
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
 
 
 def _measure_difference(weight: torch.Tensor, reference: torch.Tensor, placement: Placement, *, steps: int) -> float:

@@ -18,7 +18,7 @@ from bridge.config import ModelConfig
 from bridge.config.errors import Problem
 from bridge.dist.checkpoint.together import gather
 from bridge.dist.engine.placement import EMBEDDING, Placement, named_buffers, named_parameters
-from bridge.dist.engine.stages import unwrap
+from bridge.dist.engine.stages import strip_wrappers, unwrap
 from bridge.models.errors import raise_any
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
@@ -115,7 +115,7 @@ def _list_held(
 ) -> Iterator[_Held | Problem]:
     """Yield the parameters and buffers of a stage that this rank writes, and what is wrong with them."""
     # The parameters of Megatron-FSDP are those of the last forward pass: its state dict has the last update.
-    state = {name.replace("module.", ""): value for name, value in stage.state_dict().items()}
+    state = {strip_wrappers(name): value for name, value in stage.state_dict().items()}
     named = (*named_parameters(stage, pg_collection), *named_buffers(stage, pg_collection))
     for placement, tensor, _ in named:
         name = canonicalize_name(placement.full_name)
