@@ -509,3 +509,21 @@ def test_megatron_training_loads_what_we_save_and_we_load_what_it_saves(case: st
         assert (iteration, step, samples) == (1, 7, 28)
         assert same
         assert not keys
+
+
+def meet_an_unexpected_error() -> str:
+    """Raise an error of no checkpoint on the second rank, and return what this rank is told."""
+    from bridge.dist.checkpoint.together import raise_together
+    from bridge.dist.errors import CheckpointError
+
+    try:
+        with raise_together():
+            if os.environ["RANK"] == "1":
+                raise MemoryError("no room")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_an_unexpected_error_on_one_rank_ends_all() -> None:
+    assert run_ranks(meet_an_unexpected_error, 2, timeout=30) == ["MemoryError: no room"] * 2

@@ -15,7 +15,7 @@ from bridge.dist.errors import CheckpointError
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[list[str]]:
-    """Yield a list for problems, and raise those of all ranks on every rank, with errors of files and checkpoints.
+    """Yield a list for problems, and raise those of all ranks on every rank, with whatever went wrong on one of them.
 
     Collective over all ranks.
 
@@ -23,6 +23,7 @@ def raise_together() -> Iterator[list[str]]:
         CheckpointError: A rank has a problem.
     """
     problems: list[str] = []
+    cause: BaseException | None = None
     try:
         yield problems
     except OSError as error:
@@ -31,8 +32,11 @@ def raise_together() -> Iterator[list[str]]:
         problems.append(str(error))
     except CheckpointException as error:  # of torch, a BaseException; it read or wrote on this rank alone
         problems += [f"the data cannot be read or written: {failure}" for failure, _ in error.failures.values()]
+    except Exception as error:  # the other ranks would wait for this one
+        problems.append(f"{type(error).__name__}: {error}")
+        cause = error
     if everything := [problem for found in gather(problems) for problem in found]:
-        raise CheckpointError("\n".join(dict.fromkeys(everything)))
+        raise CheckpointError("\n".join(dict.fromkeys(everything))) from cause
 
 
 def gather[T](value: T) -> list[T]:
