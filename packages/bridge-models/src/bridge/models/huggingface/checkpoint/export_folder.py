@@ -36,7 +36,7 @@ from bridge.models.huggingface.transfer.output import (
 from bridge.models.huggingface.transfer.regions import cut_regions, find_regions, repeat_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Repetition, Weight
+from bridge.models.huggingface.weights.weight import Repetition, Weight, list_tensors
 
 
 def export_folder(
@@ -148,16 +148,10 @@ def _list_tensors(
     precisions: Mapping[str, str],
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield the tensors to write: name, dtype, shape."""
-    seen: set[str] = set()
-    for weight in weights:
+    for tensor, part, weight in list_tensors(weights, repetitions):
         stored = metadata.state_dict_metadata[contents.pieces[weight.name][0].key]
         assert isinstance(stored, TensorStorageMetadata)
-        dtype = NAMES[stored.properties.dtype]
-        for part in weight.forms[0]:
-            if part.tensor not in seen:
-                seen.add(part.tensor)
-                for tensor in (part.tensor, *(one.tensor for one in repetitions if one.of == part.tensor)):
-                    yield tensor, precisions.get(part.tensor, dtype), part.shape
+        yield tensor, precisions.get(part.tensor, NAMES[stored.properties.dtype]), part.shape
 
 
 def _write_tensors(

@@ -37,7 +37,7 @@ from bridge.models.huggingface.transfer.output import (
 from bridge.models.huggingface.transfer.regions import Region, cut_regions, find_regions, repeat_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Repetition, Weight
+from bridge.models.huggingface.weights.weight import Repetition, Weight, list_tensors
 
 
 def save_weights(
@@ -83,7 +83,11 @@ def save_weights(
     gathered = gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
     raise_any([problem for found, _ in gathered for problem in found])
     dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
-    layout = lay_out(_list_tensors(weights, repetitions, dtypes, default), shard_bytes=shard_bytes)
+    tensors = (
+        (tensor, dtypes.get(weight.name, default), part.shape)
+        for tensor, part, weight in list_tensors(weights.values(), repetitions)
+    )
+    layout = lay_out(tensors, shard_bytes=shard_bytes)
     raise_any([problem for found in gather(check_space(partial, sum(layout.sizes.values()))) for problem in found])
     results = gather(_write(held, repetitions, partial, layout))
     raise_any([problem for found, _ in results for problem in found])
@@ -159,19 +163,6 @@ def _is_owner(
 def _get_default_dtype(stage: MegatronModule) -> str:
     config = stage.config
     return "BF16" if config.bf16 else "F16" if config.fp16 else NAMES[config.params_dtype]
-
-
-def _list_tensors(
-    weights: Mapping[str, Weight], repetitions: Sequence[Repetition], dtypes: Mapping[str, str], default: str
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield the tensors that the weights are made of: name, dtype, shape."""
-    seen: set[str] = set()
-    for name, weight in weights.items():
-        for part in weight.forms[0]:
-            if part.tensor not in seen:
-                seen.add(part.tensor)
-                for tensor in (part.tensor, *(one.tensor for one in repetitions if one.of == part.tensor)):
-                    yield tensor, dtypes.get(name, default), part.shape
 
 
 def _write(

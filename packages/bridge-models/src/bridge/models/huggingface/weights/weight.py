@@ -5,7 +5,7 @@ One entry serves both directions: reading copies rows of the tensors into the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bridge.models.huggingface.weights.sizes import Sizes
@@ -125,3 +125,14 @@ def norm(sizes: Sizes, name: str, tensor: str, width: int | None = None) -> Iter
     yield same(f"{name}.weight", f"{tensor}.weight", shape)
     if sizes.norms_have_biases:
         yield same(f"{name}.bias", f"{tensor}.bias", shape)
+
+
+def list_tensors(weights: Iterable[Weight], repetitions: Sequence[Repetition]) -> Iterator[tuple[str, Part, Weight]]:
+    """Yield the tensors of a saved folder once each: the name, a part that has the shape, and a weight of it."""
+    seen: set[str] = set()
+    for weight in weights:
+        for part in weight.forms[0]:
+            if part.tensor not in seen:
+                seen.add(part.tensor)
+                for tensor in (part.tensor, *(one.tensor for one in repetitions if one.of == part.tensor)):
+                    yield tensor, part, weight
