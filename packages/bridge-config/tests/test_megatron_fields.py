@@ -228,6 +228,11 @@ def comparable_fields(config: Any) -> dict[str, Any]:
             {"moe_router_group_topk": 2, "moe_router_num_groups": 4},
             {"moe_router_group_topk": 1},
         ),
+        (
+            {"moe_router_topk_limited_devices": 2},
+            {"moe_router_group_topk": 2, "moe_router_num_groups": 1},
+            {"moe_router_group_topk": 1},
+        ),
     ],
 )
 def test_a_class_that_rejects_its_own_state_survives(

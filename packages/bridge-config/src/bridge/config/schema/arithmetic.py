@@ -120,7 +120,9 @@ def _check_routing(config: Any) -> Problems:
     if _reads_layer_kinds(config):
         yield from _check_layer_flags(config, "moe_layer_freq", "0 (dense) or 1 (experts)")
     if experts is None:
-        names = ["moe_router_group_topk"] if config.moe_router_group_topk else []
+        # TransformerConfig derives it from the deprecated field without asking for experts.
+        is_derived = bool(config.moe_router_topk_limited_devices)
+        names = ["moe_router_group_topk"] if config.moe_router_group_topk and not is_derived else []
         if config.moe_ffn_hidden_size is not None and not _is_mixed(config.moe_layer_freq):
             names.append("moe_ffn_hidden_size")
         yield from ((name, "requires num_moe_experts: set num_moe_experts, or remove this field") for name in names)
