@@ -141,7 +141,7 @@ def test_a_provider_is_split_into_model_and_transformer() -> None:
     assert result.data["vocab_size"] == 64
     assert result.data["transformer"] == {
         "_target_": f"{CORE}.TransformerConfig",
-        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "activation_func": "torch.nn.functional.silu",
         "attention_softmax_in_fp32": False,
         "deallocate_pipeline_outputs": True,
         "cross_entropy_loss_fusion": True,
@@ -176,47 +176,48 @@ def test_a_heterogeneous_provider_gives_a_heterogeneous_transformer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "ours"),
+    ("written", "converted"),
     [
-        (
-            {"_target_": BACKEND, "_call_": True, "_args_": [5], "_name_": "auto"},
-            {"_target_": BACKEND, "_name_": "auto"},
-        ),
-        ({"_target_": BACKEND, "_call_": True, "_args_": [1]}, {"_target_": BACKEND, "_name_": "flash"}),
+        ({"_target_": BACKEND, "_call_": True, "_args_": [5], "_name_": "auto"}, "auto"),
+        ({"_target_": BACKEND, "_call_": True, "_args_": [1]}, "flash"),
         ("flash", "flash"),
     ],
 )
-def test_enumerations_are_converted(written: Any, ours: Any) -> None:
+def test_enumerations_are_converted(written: Any, converted: Any) -> None:
     assert (
-        convert_foreign(nested_model({"attention_backend": written})).data["transformer"]["attention_backend"] == ours
+        convert_foreign(nested_model({"attention_backend": written})).data["transformer"]["attention_backend"]
+        == converted
     )
 
 
 @pytest.mark.parametrize(
-    ("written", "ours"),
+    ("written", "converted"),
     [
         ("silu", "silu"),
         ("relu2", "squared_relu"),
         ("gelu_pytorch_tanh", "fast_gelu"),
         ("torch.nn.functional.sigmoid", "torch.sigmoid"),
-        (
-            {"_target_": "torch._C._nn.gelu", "_call_": False},
-            {"_target_": "torch.nn.functional.gelu", "_call_": False},
-        ),
-        (
-            {"_target_": "torch.nn.functional.silu", "_callable_": True},
-            {"_target_": "torch.nn.functional.silu", "_call_": False},
-        ),
+        ({"_target_": "torch._C._nn.gelu", "_call_": False}, "torch.nn.functional.gelu"),
+        ({"_target_": "torch.nn.functional.silu", "_callable_": True}, "torch.nn.functional.silu"),
     ],
 )
-def test_activation_functions_are_converted(written: Any, ours: Any) -> None:
-    assert convert_foreign(nested_model({"activation_func": written})).data["transformer"]["activation_func"] == ours
+def test_activation_functions_are_converted(written: Any, converted: Any) -> None:
+    assert (
+        convert_foreign(nested_model({"activation_func": written})).data["transformer"]["activation_func"] == converted
+    )
+
+
+def test_names_are_written_alone_only_where_the_annotation_determines_their_kind() -> None:
+    dtype = {"_target_": "torch.bfloat16", "_call_": False}
+    data = convert_foreign(nested_model({"params_dtype": dtype}, extra_checkpoint_metadata={"any": dtype})).data
+    assert data["transformer"]["params_dtype"] == "torch.bfloat16"
+    assert data["extra_checkpoint_metadata"] == {"any": dtype}
 
 
 def test_partials_lose_only_empty_arguments() -> None:
     written = {"_target_": "torch.nn.init.normal_", "_partial_": True, "_args_": [], "mean": 0.0, "std": 0.02}
-    ours = {"_target_": "torch.nn.init.normal_", "_partial_": True, "mean": 0.0, "std": 0.02}
-    assert convert_foreign(nested_model({"init_method": written})).data["transformer"]["init_method"] == ours
+    converted = {"_target_": "torch.nn.init.normal_", "_partial_": True, "mean": 0.0, "std": 0.02}
+    assert convert_foreign(nested_model({"init_method": written})).data["transformer"]["init_method"] == converted
     with_argument = written | {"_args_": [0.5]}
     assert convert_foreign(nested_model({"init_method": with_argument})).data["transformer"]["init_method"][
         "_args_"
@@ -243,7 +244,7 @@ def test_megatron_training_layer_specs_are_converted() -> None:
     for module in ("megatron.training.models.gpt", "megatron.bridge.models.gpt_provider"):
         spec = {"_target_": f"{module}.default_layer_spec", "_call_": False}
         found = convert_foreign(flat_provider(transformer_layer_spec=spec)).data["transformer_layer_spec"]
-        assert found == {"_target_": "bridge.models.layer_specs.default_layer_spec", "_call_": False}
+        assert found == "bridge.models.layer_specs.default_layer_spec"
 
 
 def test_the_default_layer_spec_is_left_out() -> None:

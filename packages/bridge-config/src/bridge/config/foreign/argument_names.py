@@ -129,9 +129,20 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
 }
 
 
-@cache
 def load_arguments() -> dict[str, Any]:
     """Return Megatron-LM's arguments and their defaults from the shipped list."""
-    text = files("bridge.config.foreign").joinpath("arguments.json").read_text(encoding="utf-8")
-    arguments: dict[str, Any] = json.loads(text)["arguments"]
+    arguments: dict[str, Any] = _load_list()["arguments"]
     return arguments
+
+
+def get_options(name: str) -> dict[str, Any]:
+    """Return the options of an argument: the constant that each sets, None if it takes a value, [] if several."""
+    options: dict[str, Any] = _load_list()["options"].get(name) or {f"--{name.replace('_', '-')}": None}
+    return options
+
+
+@cache
+def _load_list() -> dict[str, dict[str, Any]]:
+    text = files("bridge.config.foreign").joinpath("arguments.json").read_text(encoding="utf-8")
+    loaded: dict[str, dict[str, Any]] = json.loads(text)
+    return loaded

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, TRANSFORMER, YARN
+from bridge.config.foreign.names import ENUMS, HETEROGENEOUS, MLA, SET_BY_TRAINING_LOOP, TRANSFORMER, YARN
 from bridge.config.migration import Migration
 from bridge.config.paths import Path
-from bridge.config.schema.annotations import Plain, Type, get_inner_type
+from bridge.config.schema.annotations import Dtype, Function, Plain, Type, get_inner_type
 from bridge.config.schema.names import GENERATION_CONFIG
-from bridge.config.schema.table import get_shipped
-from bridge.config.schema.target import Field
+from bridge.config.schema.table import get_shipped, get_shipped_dtypes
+from bridge.config.schema.target import Field, Target
+from bridge.config.write.notation import encode_enum_member, encode_named
 
 _NAMES = {
     # Built-in functions of torch report internal modules as `__module__`.
@@ -24,21 +25,7 @@ _NAMES = {
     "torch.nn.functional.sigmoid": "torch.sigmoid",
 }
 _ACTIVATIONS = {"relu2": "squared_relu", "gelu_pytorch_tanh": "fast_gelu"}
-# Fields that the training loop sets.
-_RUNTIME = frozenset(
-    [
-        "timers",
-        "finalize_model_grads_func",
-        "grad_scale_func",
-        "moe_grad_scale_func",
-        "mtp_grad_scale_func",
-        "no_sync_func",
-        "grad_sync_func",
-        "param_sync_func",
-        "pre_wrap_hooks",
-        "post_wrap_hooks",
-    ]
-)
+_RUNTIME = frozenset((*SET_BY_TRAINING_LOOP, "pre_wrap_hooks", "post_wrap_hooks"))
 _HETEROGENEOUS_FIELDS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
@@ -111,15 +98,16 @@ class Conversion:
         return self._names.get(name, name) if isinstance(name, str) else name
 
     def _convert_value(self, value: Any, type_: Type) -> Any:
-        """Convert a value, either written or a live Python object."""
+        """Convert a value, either written or a live Python object. Names are written alone where a document may."""
         if isinstance(value, Enum):
-            return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", "_name_": value.name}
+            enum = f"{type(value).__module__}.{type(value).__qualname__}"
+            return self._convert_value({"_target_": enum, "_name_": value.name}, type_)
         if isinstance(value, float) and value.is_integer() and _allows_only(type_, "int"):
             return int(value)
         if isinstance(value, list):
             return [self._convert_value(item, get_inner_type(type_)) for item in value]
         if not isinstance(value, dict):
-            return {"_target_": str(value), "_call_": False} if _is_dtype(value) else value
+            return encode_named(str(value), Dtype(), type_) if _is_dtype(value) else value
         name = value.get("_target_")
         if not isinstance(name, str):
             return {key: self._convert_value(item, get_inner_type(type_)) for key, item in value.items()}
@@ -132,10 +120,12 @@ class Conversion:
             )
             return {"_target_": GENERATION_CONFIG, **kept}
         name = self.rename(name)
-        if value.get("_callable_") is True:
-            return {"_target_": name, "_call_": False}
-        if (member := _find_enum_member(name, value)) is not None:
-            return {"_target_": name, "_name_": member}
+        if value.get("_callable_") is True or (value.keys() == {"_target_", "_call_"} and value["_call_"] is False):
+            is_dtype = name.removeprefix("torch.") in get_shipped_dtypes()
+            return encode_named(name, Dtype() if is_dtype else Function(), type_)
+        target = get_shipped(name)
+        if target is not None and (member := _find_enum_member(target, value)) is not None:
+            return encode_enum_member(member, target, type_)
         return {"_target_": name} | {
             key: self._convert_value(item, ())
             for key, item in value.items()
@@ -159,17 +149,16 @@ def is_off(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _find_enum_member(name: str, value: Mapping[str, Any]) -> str | None:
+def _find_enum_member(target: Target, value: Mapping[str, Any]) -> str | None:
     """Return the enum member that a call such as `{_target_: Color, _args_: [1]}` creates; None if unknown."""
-    target = get_shipped(name)
-    if target is None or target.kind != "enum":
+    if target.kind != "enum":
         return None
     match value:
         case {"_name_": str(member)}:
             return member
         case {"_args_": [str(member)]} if member in target.members:
             return member
-        case {"_args_": [int(number)]} if name.startswith(ENUMS) and 0 < number <= len(target.members):
+        case {"_args_": [int(number)]} if target.name.startswith(ENUMS) and 0 < number <= len(target.members):
             return target.members[number - 1]
     return None
 

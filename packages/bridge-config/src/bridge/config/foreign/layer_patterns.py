@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 from typing import Any, cast
 
+from bridge.config.schema.hybrid_pattern import get_layers
+
 _MAX_PATTERN_LENGTH = 10_000
 _MAX_LAYERS = 10_000
 
 
 def count_layers(pattern: object) -> int | None:
     """Return the number of layers in a hybrid pattern, without multi-token prediction; None without a pattern."""
-    return len(pattern.partition("/")[0].replace("|", "")) if isinstance(pattern, str) and pattern else None
+    return len(get_layers(pattern)) if isinstance(pattern, str) and pattern else None
 
 
 def add_mtp_pattern(pattern: Any, predictions: Any, depths: Any) -> Any:

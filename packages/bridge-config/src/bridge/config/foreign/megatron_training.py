@@ -265,7 +265,7 @@ class _ModelConversion(Conversion):
     def _convert_layers(self, data: dict[str, Any]) -> None:
         """Convert layer specs that Bridge selects by default."""
         spec = data.get("transformer_layer_spec") if self._family is T5_FAMILY else self.top.get(self._family.layers)
-        name = str(spec.get("_target_")) if isinstance(spec, dict) else ""
+        name = str(spec.get("_target_") if isinstance(spec, dict) else spec)
         path = (*self.at, self._family.layers)
         if self._is_provider and name in _DEFAULT_SPECS and self.transformer.get(_DEFAULT_SPECS[name]) is not None:
             self.top["transformer_layer_spec"] = None

@@ -19,4 +19,16 @@ YARN = "bridge.models.transformer.YarnTransformerConfig"
 EXTENDED = {YARN: TRANSFORMER}
 """Bridge's transformer configurations, and the base class of each in megatron-core."""
 
+SET_BY_TRAINING_LOOP = (
+    "timers",
+    "finalize_model_grads_func",
+    "grad_scale_func",
+    "moe_grad_scale_func",
+    "mtp_grad_scale_func",
+    "no_sync_func",
+    "grad_sync_func",
+    "param_sync_func",
+)
+"""The fields of a transformer by which a training loop gives functions to Megatron's schedule (0.19.2)."""
+
 ENUMS = f"{_CORE}.enums."  # the values of these enums count from 1
