@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bridge.config.documents.access import copy_data, get_value, remove_value, set_value
 from bridge.config.documents.folders import find_folder_reader, is_folder
+from bridge.config.documents.hub_cache import resolve_repository
 from bridge.config.documents.overrides import describe_override, split_override
 from bridge.config.documents.provenance import Provenance
 from bridge.config.documents.saving import add_schema_line, write_file, write_schema_beside
@@ -57,13 +58,14 @@ class Document:
 
         Args:
             source: A file, the name of a preset, a folder that an installed distribution reads (with bridge-models:
-                of Hugging Face), or `-` for standard input (YAML or JSON).
+                of Hugging Face), a repository in the Hugging Face cache (`org/name`), or `-` for standard input (YAML
+                or JSON).
             overrides: Applied in order: `path=value` sets a value, written in YAML, and `~path` removes one.
 
         Raises:
             DocumentError: the source cannot be read or is not a mapping, or an override is malformed or does not apply.
         """
-        source = str(source)
+        source = resolve_repository(str(source))
         if is_folder(source):
             converted: Document = find_folder_reader(source)(source)
             document = cls(converted.data, source, converted.notes)

@@ -44,7 +44,7 @@ def write_file(file: FilePath, text: str) -> None:
         ConfigError: the file cannot be written.
     """
     target = FilePath(os.path.realpath(file))  # replace the target of a link, not the link
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):  # unlike Path, they accept every name
         raise ConfigError(f"{file} cannot be written: not a regular file")
     written = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:

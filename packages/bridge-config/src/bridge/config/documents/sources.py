@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path as FilePath
 
-from bridge.config.documents.presets import find_preset, list_presets
+from bridge.config.documents.presets import find_preset, list_presets, list_unreadable
 from bridge.config.errors import DocumentError, Problem, find_closest
 from bridge.config.text.limits import MAX_BYTES
 
@@ -73,7 +73,8 @@ def suggest_source(source: str) -> str:
     if source == file.name:
         found |= {name: name for name in list_presets() if name not in found}
     close = find_closest(file.stem if file.suffix in SUFFIXES else file.name, found)
-    return f"; did you mean {source.removesuffix(file.name) + found[close]!r}?" if close is not None else ""
+    suggestion = source if close is None else source.removesuffix(file.name) + found[close]
+    return "" if suggestion == source else f"; did you mean {suggestion!r}?"
 
 
 def check_name(source: str) -> None:
@@ -102,7 +103,7 @@ def _read_preset(name: str) -> str:
         raise make_source_error(name, "expected a .yaml, .yml or .json file: rename it")
     known = list_presets()
     near = suggest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
-    raise make_source_error(name, f"no such file or preset{near}")
+    raise make_source_error(name, "; ".join([f"no such file or preset{near}", *list_unreadable()]))
 
 
 def _decode(raw: bytes, source: str) -> str:
