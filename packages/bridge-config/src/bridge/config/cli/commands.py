@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bridge.config.cli.output import print_json, print_notes, write_output
 from bridge.config.documents.overrides import is_override, suggest_override
-from bridge.config.documents.sources import is_source
-from bridge.config.errors import BridgeError, ConfigError, DocumentError, OmittedWarning, quote_name
+from bridge.config.documents.sources import STANDARD_INPUT, is_preset, is_source
+from bridge.config.errors import BridgeError, DocumentError, OmittedWarning, quote_name
 
 # `bridge --help` loads this module for its help lines, so commands import documents where they run.
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ LAYOUT_CHECKS = "bridge.preflight"
 """The entry-point group of functions that check a document: `(document, sizes, *, wrapper=...) -> problems`."""
 
 _SIZE = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
-_FILE = "FILE is a .yaml, .yml or .json file, the name of a preset, a Hugging Face folder, or - for standard input."
+_FILE = (
+    "FILE is a .yaml, .yml or .json file, the name of a preset, a Hugging Face folder, a repository in the Hugging "
+    "Face cache (org/name), or - for standard input."
+)
 _OVERRIDES = "PATH=VALUE overrides a value, ~PATH removes one."
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
@@ -82,11 +86,11 @@ def validate(
         if not as_json:
             for problem in problems:
                 click.echo(str(problem), err=True)
-            _print_notes(source, notes)
+            print_notes(source, notes)
             if not problems:
                 click.echo(f"{source}: ok")
     if as_json:
-        _print_json(
+        print_json(
             [
                 {"source": source, "ok": not problems, "problems": [asdict(one) for one in problems], "notes": notes}
                 for source, (problems, notes) in verdicts.items()
@@ -105,7 +109,7 @@ def show(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from bridge.config.documents.document import Document
 
     document = Document.load(file, overrides)
-    _print_notes(file, document.notes)
+    print_notes(file, document.notes)
     click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 
@@ -134,7 +138,7 @@ def diff(ctx: click.Context, first: str, second: str, as_written: bool, exit_cod
     one, other = (_load_checked(source, defaults=not as_written) for source in (first, second))
     found = list(find_differences(one, other))
     if as_json:
-        _print_json([asdict(difference) for difference in found])
+        print_json([asdict(difference) for difference in found])
     else:
         for difference in found:
             click.echo(str(difference))
@@ -163,9 +167,9 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         found = document.fingerprint()
     notes = document.notes + omissions
     if as_json:
-        _print_json({"source": file, "fingerprint": found, "notes": notes})
+        print_json({"source": file, "fingerprint": found, "notes": notes})
     else:
-        _print_notes(file, notes)
+        print_notes(file, notes)
         click.echo(found)
 
 
@@ -186,19 +190,13 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
             raise click.UsageError("--output requires TARGET")
         known = list_schema_targets()
         if as_json:
-            _print_json(known)
+            print_json(known)
         else:
             for name, doc in known.items():
                 click.echo(f"{name}\n    {doc}")
         return
     text = json.dumps(make_json_schema(target), indent=2, ensure_ascii=False)
-    if output is None:
-        click.echo(text)
-        return
-    try:
-        output.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
+    write_output(text, output)
 
 
 @click.command(
@@ -228,6 +226,8 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
 
     if write and to_form:
         raise click.UsageError("--write and --to cannot be combined: use one of them")
+    if write and (file == STANDARD_INPUT or is_preset(file)):
+        raise click.UsageError(f"--write changes a file, got {file!r}: leave it out and redirect the output")
     document = Document.load(file)
     with _collect_omissions() as omissions:
         document.check()  # first, since migrating stops at the first problems that it meets
@@ -241,7 +241,7 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
         with _collect_omissions():  # already reported by the check
             converted = to_run_config(canonicalize(document.data))
         document, notes = Document({"model": converted.data}), [*notes, *converted.notes]
-    _print_notes(file, notes)
+    print_notes(file, notes)
     if not write:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
@@ -303,7 +303,7 @@ def _load_checked(source: str, *, defaults: bool) -> Checked:
     document = Document.load(source)
     with _collect_omissions() as omissions:
         checked = document.check(defaults=defaults)
-    _print_notes(source, document.notes + omissions)
+    print_notes(source, document.notes + omissions)
     return checked
 
 
@@ -319,12 +319,3 @@ def _collect_omissions() -> Iterator[list[str]]:
             notes.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _print_notes(source: str, notes: list[str]) -> None:
-    for note in notes:
-        click.echo(f"{source}: note: {note}", err=True)
-
-
-def _print_json(data: object) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

@@ -24,13 +24,24 @@ from bridge.config.tracebacks import format_error
 
 GROUP = "bridge.commands"
 
-# The package of each command, for the message if it is not installed.
-_PACKAGES = {
-    **dict.fromkeys(("build", "verify", "plan", "compare"), "bridge-dist"),
+BRIDGE_PACKAGES = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
+COMMAND_PACKAGES = {
+    **dict.fromkeys(("build", "verify", "plan", "search", "compare"), "bridge-dist"),
     **dict.fromkeys(("presets", "from-hf", "to-hf", "check-hf", "import-hf", "export-hf"), "bridge-models"),
 }
 _TRACEBACK = "--traceback"
-_DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models", "megatron-core", "torch")
+# What `bridge` without arguments prints: tasks, and a command for each.
+_FIRST_COMMANDS = {
+    "See what is installed here": "bridge doctor",
+    "List the models that come with it": "bridge presets",
+    "Train a tiny one for three steps": "bridge build tiny --steps 3",
+    "Split it over two processes": "bridge build tiny --nproc 2 --tp 2",
+    "Compare layouts with one process": "bridge verify tiny --nproc 4",
+    "Plan a job for 64 GPUs": "bridge plan llama-3.1-8b --gpus 64 --tp 4",
+    "Convert a Hugging Face folder": "bridge from-hf FOLDER -o my-model.yaml",
+    "Check a document": "bridge validate my-model.yaml",
+    "Print it with a change": "bridge show my-model.yaml PATH=VALUE",
+}
 
 
 class _Commands(click.Group):
@@ -38,6 +49,13 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_find_commands())
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands with whole sentences; click cuts them off at the width of the terminal."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, command.get_short_help_str(limit=500)) for name, command in commands.items() if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         point = _find_commands().get(cmd_name)
@@ -59,9 +77,10 @@ class _Commands(click.Group):
         name = args[0]
         if name in _find_commands() or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        if name in _PACKAGES:
-            ctx.fail(f"{name!r} comes with {_PACKAGES[name]}, which is not installed: pip install {_PACKAGES[name]}")
-        return ctx.fail(f"no such command {name!r}{did_you_mean(name, {*_find_commands(), *_PACKAGES})}")
+        if name in COMMAND_PACKAGES:
+            package = COMMAND_PACKAGES[name]
+            ctx.fail(f"{name!r} comes with {package}, which is not installed: pip install {package}")
+        return ctx.fail(f"no such command {name!r}{did_you_mean(name, {*_find_commands(), *COMMAND_PACKAGES})}")
 
 
 def _make_traceback_option() -> click.Option:
@@ -73,7 +92,7 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool)
     """Print the version of each distribution from its metadata: importing torch would take seconds."""
     if not value or ctx.resilient_parsing:
         return
-    for name in _DISTRIBUTIONS:
+    for name in (*BRIDGE_PACKAGES, "megatron-core", "torch"):
         try:
             click.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -81,7 +100,7 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool)
     ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.option(
     "--version",
     is_flag=True,
@@ -90,8 +109,25 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, value: bool)
     callback=_print_versions,
     help="Print the versions of Bridge's packages, megatron-core and torch.",
 )
-def bridge() -> None:
+@click.pass_context
+def bridge(ctx: click.Context) -> None:
     """Check, show and convert model configurations, and build distributed models from them."""
+    if ctx.invoked_subcommand is None:
+        _print_first_commands(ctx)
+
+
+def _print_first_commands(ctx: click.Context) -> None:
+    """Print what to do first, with the commands that are installed."""
+    rows = {task: line for task, line in _FIRST_COMMANDS.items() if line.split()[1] in _find_commands()}
+    formatter = ctx.make_formatter()
+    formatter.write("Bridge turns a configuration file into a distributed Megatron-Core model.\n\n")
+    with formatter.indentation():
+        formatter.write_dl(list(rows.items()), col_max=40)
+    formatter.write("\n")
+    if missing := sorted({package for name, package in COMMAND_PACKAGES.items() if name not in _find_commands()}):
+        formatter.write_text(f"More commands come with {' and '.join(missing)}: pip install {missing[-1]}")
+    formatter.write_text("bridge --help lists all commands, bridge COMMAND --help explains one.")
+    click.echo(formatter.getvalue().rstrip("\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
