@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -72,8 +74,8 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bridge(site: Path, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
+def bridge(site: Path, *arguments: str, given: str | None = None, path: str = ".") -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path[:0] = ['.', {path!r}]; from bridge.config.cli.entry import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=site, input=given, capture_output=True, text=True, check=False
     )
@@ -242,6 +244,36 @@ def test_an_ambiguous_preset_name_is_refused_and_others_work(site: Path) -> None
     assert "other_presets" in done.stderr
 
 
+def test_a_broken_distribution_does_not_stop_the_presets_of_others(site: Path) -> None:
+    family = site / "broken_family"
+    (family / "presets").mkdir(parents=True)
+    (family / "__init__.py").write_text("raise ImportError('torch is too old')\n")
+    (family / "presets" / "of-broken-family.yaml").write_text("_target_: extension.Model\n")
+    info = site / "half_installed-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-installed\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[bridge.presets]\na = broken_family.presets\nb = broken_family.absent\n")
+    done = bridge(site, "validate", "small-extension", "of-broken-family")
+    assert (done.returncode, done.stdout) == (0, "small-extension: ok\nof-broken-family: ok\n"), "neither is imported"
+    reason = "the presets of half-installed (broken_family.absent) cannot be read: ImportError: torch is too old"
+    assert done.stderr.count(reason) == 1
+    done = bridge(site, "validate", "elsewhere")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("elsewhere: $: no such file or preset; ")
+    assert done.stderr.splitlines()[-1].endswith(f"; {reason}")
+
+
+def test_presets_in_a_zip_file_are_found(site: Path) -> None:
+    with zipfile.ZipFile(site / "zipped.zip", "w") as archive:
+        archive.writestr("zipped/__init__.py", "")
+        archive.writestr("zipped/presets/__init__.py", "")
+        archive.writestr("zipped/presets/of-zip.yaml", "_target_: extension.Model\n")
+    points = site / "extension-1.0.dist-info" / "entry_points.txt"
+    points.write_text(f"{POINTS}zipped = zipped.presets\n")
+    done = bridge(site, "validate", "of-zip", path="zipped.zip")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "of-zip: ok\n", "")
+
+
 def test_omitted_values_give_a_note(site: Path) -> None:
     omitted = "_target_: extension.Model\n_omitted_: [{path: $.size, reason: a number of the moment}]\n"
     (site / "a.yaml").write_text(omitted)
@@ -320,10 +352,8 @@ def test_a_document_is_read_from_standard_input(site: Path, given: str) -> None:
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("-:")
     written = bridge(site, "migrate", "-", "--write", given=given)
-    assert (written.returncode, written.stderr) == (
-        1,
-        "this document was read from standard input: give a path to save it to\n",
-    )
+    assert written.returncode == 2
+    assert "--write changes a file, got '-': leave it out and redirect the output" in written.stderr
 
 
 def test_diff_exit_code_reports_differences_on_request(site: Path) -> None:
@@ -347,10 +377,11 @@ def test_version_lists_every_package_without_importing_them(site: Path) -> None:
 
 
 def test_commands_of_optional_packages_are_known() -> None:
-    from bridge.config.cli.entry import _PACKAGES
+    from bridge.config.cli.entry import COMMAND_PACKAGES
 
     declared = {point.name: point.dist.name for point in entry_points(group="bridge.commands") if point.dist}
-    assert {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")} == _PACKAGES
+    above = {name: home for name, home in declared.items() if home in ("bridge-dist", "bridge-models")}
+    assert above == COMMAND_PACKAGES
 
 
 def test_an_internal_error_shows_its_location_and_on_request_the_traceback(site: Path) -> None:
@@ -365,3 +396,26 @@ def test_an_internal_error_shows_its_location_and_on_request_the_traceback(site:
     assert whole.returncode == 1
     assert whole.stderr.startswith("Traceback (most recent call last):")
     assert "--traceback" in bridge(site, "show", "--help").stdout
+
+
+def test_without_arguments_it_shows_what_to_do_first() -> None:
+    done = CliRunner().invoke(bridge_command, [])
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert all(line.isprintable() for line in lines)
+    context = click.Context(bridge_command)
+    shown = [line.partition("bridge ")[2].split() for line in lines if line.startswith("  ")]
+    assert len(shown) > 5
+    for name, *words in shown:
+        command = bridge_command.get_command(context, name)
+        assert command is not None
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+
+
+def test_help_shows_whole_sentences() -> None:
+    done = CliRunner().invoke(bridge_command, ["--help"])
+    assert "..." not in done.stdout.partition("Commands:")[2]
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -100,10 +100,7 @@ def test_a_hybrid_provider_is_split_into_model_and_transformer() -> None:
     result = convert_foreign(
         {"model": flat_hybrid(num_layers=2, vocab_size=64, hybrid_stack_spec=spec, mtp_num_layers=0)}
     )
-    assert result.data["hybrid_stack_spec"] == {
-        "_target_": "bridge.models.hybrid_layers.default_stack_spec",
-        "_call_": False,
-    }
+    assert result.data["hybrid_stack_spec"] == "bridge.models.hybrid_layers.default_stack_spec"
     assert result.data["vocab_size"] == 64
     assert result.data["transformer"]["num_layers"] == 2
     assert result.data["transformer"]["mtp_num_layers"] is None

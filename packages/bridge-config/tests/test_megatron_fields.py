@@ -259,6 +259,8 @@ def test_any_valid_config_round_trips_and_keeps_its_fingerprint(data: st.DataObj
     names = [field.name for field in dataclasses.fields(config_class) if field.init and field.name != LIVE_FIELD]
     chosen = data.draw(st.lists(st.sampled_from(names), max_size=6, unique=True))
     given_ = {name: changed_value(name, hints[name], getattr(base, name)) for name in chosen}
+    if given_.get("mtp_num_layers"):
+        given_.pop("moe_layer_freq", None)  # its value here is none of two layers; documents refuse it where it is read
     try:
         transformer = config_class(**{"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4} | given_)
     except Exception:

@@ -29,8 +29,8 @@ import yaml
 MEMORY = 512 * 2**20
 """Bytes of address space that reading one document may add."""
 
-SECONDS = 10
-"""Time limit for reading one document."""
+SECONDS = 4
+"""CPU time limit for reading one document."""
 
 Data = dict[str, Any]
 Entry = dict[str, Any]
@@ -269,7 +269,8 @@ def read_in_child(reader: Reader, data: Data | None, file: Path) -> Data:
         os.close(incoming)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        signal.alarm(10 * SECONDS)  # if it waits
         tracemalloc.start()
         result = read_once(reader, data, file)
         with os.fdopen(outgoing, "w") as stream:

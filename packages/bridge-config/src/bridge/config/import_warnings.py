@@ -13,17 +13,33 @@ _WARNINGS = (
     "absl.logging is not installed",
     "full scope is deprecated",  # raised for a default value that the user did not set
     "MimoModelConfig is experimental",  # raised on import, whether or not the class is used
+    # The distributed optimizer reads .grad of shards that are not leaves when it zeroes gradients. That is harmless:
+    # only the optimizer sets them.
+    "The .grad attribute of a Tensor that is not a leaf",
 )
+_TORCH_WARNINGS = (
+    # Raised when torch 2.15 reads a checkpoint of megatron-core.
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+)
+# Under the CPU runtime its module calls torch in place of the module that raises the warning.
+_MODULES = r"megatron\.core\.|torch\.distributed\.checkpoint\.|bridge\.dist\.cpu\.redirect$"
 _RECORDS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # Bridge builds models of this class
+    # Raised for the default of an option, although the save is synchronous.
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    # Bridge saves to a folder that it made for this checkpoint.
+    "megatron.core.dist_checkpointing.serialization": "Overwriting old incomplete / corrupted checkpoint",
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # megatron-core imports it, but Bridge compiles nothing
 }
 
 
 def silence_imports() -> None:
     """Filter out these messages and no others. Packages call this before they import megatron-core."""
-    known = "|".join(map(re.escape, _WARNINGS))
-    warnings.filterwarnings("ignore", known, UserWarning, module=r"megatron\.core\.")
+    known = "|".join(map(re.escape, _WARNINGS + _TORCH_WARNINGS))
+    for kind in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", known, kind, module=_MODULES)
     for name, message in _RECORDS.items():
         logging.getLogger(name).addFilter(_MessageFilter(message))
 

@@ -110,9 +110,8 @@ class _GenerationField:
             return None  # @dataclass reads the field's default from the class
         value = vars(config).get(GENERATION_FIELD)
         if isinstance(value, GenerationSettings):
-            from bridge.config.read.generation import (
-                build_generation_config,
-            )  # it imports transformers, as nothing before it does
+            # It imports transformers, as nothing before it does.
+            from bridge.config.read.generation import build_generation_config
 
             value = vars(config)[GENERATION_FIELD] = build_generation_config(value)
         return value

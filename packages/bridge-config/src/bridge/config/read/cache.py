@@ -31,10 +31,10 @@ class Plan(NamedTuple):
     """How to read mappings of one shape."""
 
     read: tuple[tuple[str, Type], ...]
-    """The fields whose values stand for something; all others may stay as they are."""
+    """The fields whose values are converted; all others stay as they are."""
 
     left_out: tuple[str, ...]
-    """The keys that are not read: what says what the mapping is, and fields that the class computes."""
+    """The keys that are not read: those such as `_target_`, and fields that the class computes."""
 
     unknown: tuple[Any, ...]
     required: tuple[str, ...]
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """All fields that are not there."""
 
     composed: tuple[str, ...]
-    """The fields whose values may not be what they stand for."""
+    """The fields whose values may contain placeholders, which are built later."""
 
     in_order: bool
     """Whether the fields are all arguments of the constructor, in its order."""
@@ -82,5 +82,5 @@ def make_plan(data: dict[str, Any], target: Target, *, is_document: bool) -> Pla
 
 
 def _is_plain(member: Member) -> bool:
-    """Whether all values of `member` are what they stand for."""
+    """Return whether the values of `member` contain no placeholders."""
     return isinstance(member, (Plain, Choice))

@@ -183,9 +183,8 @@ def _describe_class(cls: type) -> Target:
 def _get_positional(cls: type) -> tuple[str, ...]:
     if not dataclasses.is_dataclass(cls):
         return ()
-    _, *arguments = inspect.signature(
-        cls.__init__
-    ).parameters.values()  # not the fields: a class may define its own __init__
+    # Not the fields: a class may define its own __init__.
+    _, *arguments = inspect.signature(cls.__init__).parameters.values()
     by_position = all(one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
     return tuple(one.name for one in arguments) if by_position else ()
 

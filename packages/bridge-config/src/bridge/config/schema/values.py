@@ -39,9 +39,8 @@ class EnumMember(_StandIn):
     name: str
 
     def _key(self) -> object:
-        enum = (
-            self.target.obj
-        )  # the member itself: an enum may have aliases, and its members may equal numbers or strings
+        # The member itself: an enum may have aliases, and its members may equal numbers or strings.
+        enum = self.target.obj
         return enum[self.name] if enum is not None else (EnumMember, self.target.name, self.name)
 
 
