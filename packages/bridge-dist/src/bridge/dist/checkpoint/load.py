@@ -11,24 +11,24 @@ from megatron.core.transformer import MegatronModule
 
 from bridge.dist.checkpoint.folder import find_iteration
 from bridge.dist.checkpoint.match import match_state
-from bridge.dist.checkpoint.optimizer import make_loading_state, set_optimizer_state
+from bridge.dist.checkpoint.optimizer import make_loading_state, restart
 from bridge.dist.checkpoint.progress import Progress
-from bridge.dist.checkpoint.random_states import KEY, collect_random_states, restore_random_states
+from bridge.dist.checkpoint.random_states import KEY, check_random_states, collect_random_states, restore_random_states
 from bridge.dist.checkpoint.reader import Checkpoint
+from bridge.dist.checkpoint.shards import is_sharded
 from bridge.dist.checkpoint.state import (
     OPTIMIZER,
     OPTIMIZER_PREFIXES,
+    RESHARDABLE,
     SHARDING_TYPE,
     add_groups,
     check_wrapper,
-    list_stage_keys,
     make_model_state,
+    update_computed_parameters,
     uses_distributed_optimizer,
 )
 from bridge.dist.checkpoint.together import raise_together
 from bridge.dist.errors import CheckpointError
-
-_RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 
 
 def load_checkpoint(
@@ -62,26 +62,43 @@ def load_checkpoint(
         has_optimizer = optimizer is not None and _has_optimizer(checkpoint)
         if has_optimizer:
             _check_optimizer(checkpoint, stages, pg_collection)
-    metadata = add_groups(checkpoint.common.get("content_metadata") or {}, pg_collection)
-    state = make_model_state(stages, metadata)
-    if has_optimizer:
-        state[OPTIMIZER] = make_loading_state(optimizer, state, metadata=metadata)
+    metadata = add_groups({SHARDING_TYPE: RESHARDABLE} | checkpoint.content, pg_collection)
+    model = make_model_state(stages, metadata)
+    state = dict(model.state)
+    saved_optimizer = None
+    with raise_together():
+        if has_optimizer:
+            saved_optimizer = make_loading_state(optimizer, model, checkpoint, metadata=metadata)
+            state |= saved_optimizer.state
     if _is_same_layout(checkpoint, pg_collection):
         state[KEY] = collect_random_states(pg_collection)
+    loaded = _read(checkpoint, state)
+    model.take(loaded, () if saved_optimizer is None else saved_optimizer.main_parameters)
+    if saved_optimizer is not None:
+        saved_optimizer.take(loaded)
+    elif optimizer is not None:
+        restart(optimizer, model)
+    for stage in stages:
+        update_computed_parameters(stage)
+    with raise_together():  # what has Megatron's form may have other types within
+        if KEY in state:
+            restore_random_states(loaded[KEY])
+    return Progress(step=checkpoint.step, samples=checkpoint.samples)
+
+
+def _read(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what the checkpoint has for a sharded state dict. Collective.
+
+    Raises:
+        CheckpointError: It has not all of it, more, or something else.
+    """
     with raise_together() as problems:
         problems += match_state(state, checkpoint)
     with raise_together():
         loaded = checkpoint.load(state)
-    for key, stage in zip(list_stage_keys(stages), stages, strict=True):
-        stage.load_state_dict(loaded[key])
-    if has_optimizer:
-        set_optimizer_state(optimizer, loaded[OPTIMIZER])
-    elif optimizer is not None:
-        optimizer.reload_model_params()
-    if KEY in state:
-        restore_random_states(loaded[KEY])
-    samples = checkpoint.get_argument("consumed_train_samples", 0)
-    return Progress(step=checkpoint.common.get("iteration", 0), samples=samples)
+        if KEY in state:
+            check_random_states(loaded[KEY], at=checkpoint.iteration)
+    return loaded
 
 
 def _has_optimizer(checkpoint: Checkpoint) -> bool:
@@ -99,24 +116,19 @@ def _is_same_layout(checkpoint: Checkpoint, pg_collection: ProcessGroupCollectio
 def _check_optimizer(
     checkpoint: Checkpoint, stages: Sequence[MegatronModule], pg_collection: ProcessGroupCollection
 ) -> None:
-    """Check that the optimizer of the checkpoint is of the same kind and can be divided anew.
+    """Check that the optimizer of the checkpoint can be divided anew, or is divided as that of the stages.
 
     Raises:
         CheckpointError: It is not.
     """
-    saved, ours = checkpoint.get_argument("use_distributed_optimizer"), uses_distributed_optimizer(stages)
-    if saved is not None and bool(saved) != ours:
-        kinds = {True: "Megatron's distributed optimizer", False: "an optimizer that is not distributed"}
-        advice = "pass" if saved else "leave out"
-        raise CheckpointError(
-            f"{checkpoint.iteration} was saved by {kinds[bool(saved)]}, but the stages have {kinds[ours]}: "
-            f"{advice} --distributed-optimizer"
-        )
-    sharding = (checkpoint.common.get("content_metadata") or {}).get(SHARDING_TYPE)
+    sharding = checkpoint.content.get(SHARDING_TYPE, RESHARDABLE)
+    if sharding == RESHARDABLE:
+        return
     sizes = tuple(checkpoint.get_argument(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     mine = pg_collection.tp.size(), pg_collection.pp.size()
-    if sharding is not None and sharding not in _RESHARDABLE and sizes != mine:
+    if is_sharded(stages) or not uses_distributed_optimizer(stages) or sizes != mine:
         raise CheckpointError(
-            f"the optimizer in {checkpoint.iteration} can only be loaded with tp, pp = {sizes[0]}, {sizes[1]}, got "
-            f"{mine[0]}, {mine[1]}: use that layout, or save it with --dist-ckpt-optim-fully-reshardable"
+            f"the optimizer in {checkpoint.iteration} is written as {sharding!r}: it can only be loaded with DDP, "
+            f"--distributed-optimizer and tp, pp = {sizes[0]}, {sizes[1]}: use these, or save it with "
+            "--dist-ckpt-optim-fully-reshardable"
         )

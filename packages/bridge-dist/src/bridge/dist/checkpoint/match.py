@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from bridge.dist.checkpoint.optimizer import MAIN
 from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
 from bridge.dist.checkpoint.together import gather
@@ -35,8 +37,16 @@ def match_state(state: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
         if isinstance(one, TensorStorageMetadata)
         and name not in wanted
         and (has_optimizer or not name.startswith(OPTIMIZER_PREFIXES))
+        and not _is_copy(name, stored)
     ]
     return problems
+
+
+def _is_copy(name: str, stored: dict[str, Any]) -> bool:
+    """Return whether a tensor is a main parameter with the numbers of one of the model in fp32."""
+    prefix = next((one for one in MAIN if name.startswith(one)), None)
+    parameter = stored.get(name.removeprefix(prefix)) if prefix else None
+    return isinstance(parameter, TensorStorageMetadata) and parameter.properties.dtype == torch.float32
 
 
 def _keep_extra_state(one: Any, stored: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.serialization import _get_layout  # private; torch pickles a layout with it
 
-from bridge.dist.checkpoint.folder import METADATA
+from bridge.dist.checkpoint.folder import METADATA, open_regular
 from bridge.dist.errors import CheckpointError
 
 _CLASSES: tuple[type, ...] = (
@@ -60,6 +60,8 @@ _GLOBALS: dict[tuple[str, str], object] = {
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 
+_LARGEST_METADATA = 2**30  # bytes; 100 tensors of 1000 ranks take 20 MB
+
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles the classes of ``torch.distributed.checkpoint`` that describe tensors, and no others."""
@@ -80,7 +82,7 @@ def read_metadata(iteration: Path) -> Metadata:
     """
     file = iteration / METADATA
     try:
-        with file.open("rb") as opened, _keep_globals():
+        with open_regular(file, limit=_LARGEST_METADATA) as opened, _keep_globals():
             metadata: object = _MetadataUnpickler(opened).load()
     except Exception as error:  # a broken pickle can raise anything
         raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from None

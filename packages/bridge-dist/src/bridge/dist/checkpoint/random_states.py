@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,7 +13,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import convert_cuda_rng_state, is_graph_safe_cuda_rng_tracker
 
+from bridge.dist.errors import CheckpointError
+
 KEY = "rng_state"
+_TRACKER = "rng_tracker_states"
+_NAMES = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", _TRACKER}
 
 
 def collect_random_states(pg_collection: ProcessGroupCollection) -> ShardedObject:
@@ -25,12 +30,23 @@ def collect_random_states(pg_collection: ProcessGroupCollection) -> ShardedObjec
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+        _TRACKER: get_cuda_rng_tracker().get_states(),
     }
     tp, pp = pg_collection.tp, pg_collection.pp
     return ShardedObject(
         KEY, [state], (pp.size(), tp.size()), (pp.rank(), tp.rank()), replica_id=pg_collection.dp_cp.rank()
     )
+
+
+def check_random_states(states: Any, *, at: Path) -> None:
+    """Check that the random states in the iteration ``at`` a path have Megatron's form.
+
+    Raises:
+        CheckpointError: They have not.
+    """
+    state = states[0] if isinstance(states, list) and len(states) == 1 else None
+    if not isinstance(state, dict) or not state.keys() >= _NAMES or not isinstance(state[_TRACKER], dict):
+        raise CheckpointError(f"the random states of {at} are not those of Megatron: {', '.join(sorted(_NAMES))}")
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
@@ -43,5 +59,5 @@ def restore_random_states(states: list[dict[str, Any]]) -> None:
     tracker = get_cuda_rng_tracker()
     graphs = is_graph_safe_cuda_rng_tracker(tracker)
     tracker.set_states(
-        {name: convert_cuda_rng_state(one, to_graphable=graphs) for name, one in state["rng_tracker_states"].items()}
+        {name: convert_cuda_rng_state(one, to_graphable=graphs) for name, one in state[_TRACKER].items()}
     )

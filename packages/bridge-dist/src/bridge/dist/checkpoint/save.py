@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import queue
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,20 @@ import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
-from bridge.config import Document, ModelConfig
+from bridge.config import ModelConfig
 from bridge.dist.checkpoint.common import make_common_state
-from bridge.dist.checkpoint.document import write_documents
+from bridge.dist.checkpoint.document import describe_model, write_documents
 from bridge.dist.checkpoint.folder import TRACKER, name_iteration
+from bridge.dist.checkpoint.optimizer import make_saving_state
+from bridge.dist.checkpoint.partial import claim, finish, name_partial, replace_file
 from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.random_states import KEY, collect_random_states
 from bridge.dist.checkpoint.state import (
-    OPTIMIZER,
+    SHARDING_TYPE,
     add_groups,
     check_wrapper,
     make_content_metadata,
@@ -30,7 +33,9 @@ from bridge.dist.checkpoint.state import (
     uses_distributed_optimizer,
 )
 from bridge.dist.checkpoint.together import gather, raise_together
+from bridge.dist.checkpoint.tokenizer import TOKENIZER, carry_files
 from bridge.dist.errors import CheckpointError
+from bridge.dist.patch import Replacement, replace_attributes
 
 
 def save_checkpoint(
@@ -41,6 +46,8 @@ def save_checkpoint(
     model: ModelConfig,
     progress: Progress,
     optimizer: Any = None,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Save the stages of all ranks in megatron-core's format torch_dist, laid out as Megatron-LM and Bridge expect.
 
@@ -54,61 +61,78 @@ def save_checkpoint(
         model: The configuration of the model, written as a document and as Megatron Bridge's ``run_config.yaml``.
         progress: Steps taken, which is Megatron's iteration, and samples trained on, after which data go on.
         optimizer: Megatron's optimizer of the stages; None to save only weights.
+        tokenizer: A folder whose tokenizer's files are kept, so that the weights can be exported with them.
+        force: Replace an iteration of this number.
 
     Returns:
         The folder of the iteration.
 
     Raises:
-        CheckpointError: The iteration exists, a rank cannot write it, or the wrapper has no such checkpoint.
+        CheckpointError: The iteration exists, another run writes it, a rank cannot, or Megatron-FSDP shards otherwise.
     """
     iteration = Path(folder) / name_iteration(progress.step)
-    partial = iteration.with_name(f"{iteration.name}.partial")
+    partial = name_partial(iteration)
     is_first = torch.distributed.get_rank() == 0
-    check_target(folder, progress.step)
+    check_target(folder, progress.step, force=force)
     with raise_together():
         check_wrapper(stages)
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)  # of an earlier run
-            partial.mkdir(parents=True)
-    distributed_optimizer = optimizer is not None and uses_distributed_optimizer(stages)
-    content = make_content_metadata(distributed_optimizer=distributed_optimizer)
+            claim(iteration)
+    content = make_content_metadata(distributed_optimizer=optimizer is not None and uses_distributed_optimizer(stages))
+    state = _collect_state(stages, pg_collection, model, optimizer, progress, content)
+    _check_space(state, partial)
+    # megatron-core 0.19.2 keeps this queue in a process of its own, for saves in the background. That process imports
+    # the main module again, which takes seconds for a program that imports megatron-core.
+    results = Replacement(filesystem_async, "_results_queue", queue.SimpleQueue())
+    with raise_together(), replace_attributes(results):
+        dist_checkpointing.save(state, str(partial), content_metadata=content)
+        if is_first:
+            write_documents(describe_model(model), partial, has_optimizer=optimizer is not None, has_random_states=True)
+            if tokenizer is not None:
+                carry_files(Path(tokenizer), partial / TOKENIZER)
+            finish(iteration)
+            replace_file(iteration.parent / TRACKER, str(progress.step))
+    return iteration
+
+
+def _collect_state(
+    stages: Sequence[MegatronModule],
+    pg_collection: ProcessGroupCollection,
+    model: ModelConfig,
+    optimizer: Any,
+    progress: Progress,
+    content: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the sharded state dict of this rank: model, optimizer, random states and what all ranks share."""
     metadata = add_groups(content, pg_collection)
-    state = make_model_state(stages, metadata)
-    if optimizer is not None:
-        state[OPTIMIZER] = optimizer.sharded_state_dict(state, metadata=metadata)
-    state[KEY] = collect_random_states(pg_collection)
-    state |= make_common_state(
+    parameters = make_model_state(stages, metadata)
+    saved_optimizer = {} if optimizer is None else make_saving_state(optimizer, parameters, metadata=metadata)
+    common = make_common_state(
+        model,
         stages[0].config,
         step=progress.step,
         samples=progress.samples,
         world_size=torch.distributed.get_world_size(),
-        tensor=pg_collection.tp.size(),
-        pipeline=pg_collection.pp.size(),
-        data=pg_collection.dp.size(),
-        distributed_optimizer=distributed_optimizer,
+        tp=pg_collection.tp.size(),
+        pp=pg_collection.pp.size(),
+        dp=pg_collection.dp.size(),
+        distributed_optimizer=SHARDING_TYPE in content,
         **({"no_save_optim": True} if optimizer is None else {}),
     )
-    _check_space(state, partial)
-    with raise_together():
-        dist_checkpointing.save(state, str(partial), content_metadata=content)
-        if is_first:
-            write_documents(Document(model.as_dict()), partial)
-            partial.rename(iteration)
-            _write_tracker(iteration, progress.step)
-    return iteration
+    return {**parameters.state, **saved_optimizer, KEY: collect_random_states(pg_collection), **common}
 
 
-def check_target(folder: str | Path, step: int) -> None:
+def check_target(folder: str | Path, step: int, *, force: bool = False) -> None:
     """Check that a checkpoint of this step can be written, before training for it. Collective over all ranks.
 
     Raises:
-        CheckpointError: There is one, or the folder cannot be made.
+        CheckpointError: There is one and ``force`` is not set, or the folder cannot be made.
     """
     with raise_together():
         if torch.distributed.get_rank() == 0:
             iteration = Path(folder) / name_iteration(step)
-            if iteration.exists():
-                raise CheckpointError(f"{iteration} exists: save to another folder, or remove it")
+            if iteration.exists() and not force:
+                raise CheckpointError(f"{iteration} exists: save to another folder, or replace it with --force")
             iteration.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -126,10 +150,3 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
         free = shutil.disk_usage(folder).free
         if needed > free:
             problems.append(f"{folder} needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left")
-
-
-def _write_tracker(iteration: Path, step: int) -> None:
-    """Write the name of the latest iteration, at once."""
-    written = iteration.parent / f"{TRACKER}.partial"
-    written.write_text(str(step))
-    os.replace(written, iteration.parent / TRACKER)

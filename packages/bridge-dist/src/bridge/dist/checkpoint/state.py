@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.core.distributed import FullyShardedDataParallel, TorchFullyShardedDataParallel
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import FullyShardedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
+from bridge.dist.checkpoint.shards import Shard, is_sharded, list_shards
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.errors import CheckpointError
 
@@ -17,25 +21,80 @@ OPTIMIZER_PREFIXES = (f"{OPTIMIZER}.", "chained_")
 """How the names of an optimizer's tensors begin; all others are those of the model."""
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
-# megatron-core 0.19.2: Megatron-FSDP has a format of its own, and with torch 2.15 no parameter of FSDP2 is found in the
-# optimizer, whose shards would have to be of equal size.
-_UNSUPPORTED = {FullyShardedDataParallel: "Megatron-FSDP", TorchFullyShardedDataParallel: "torch FSDP2"}
+RESHARDABLE = "fully_reshardable"
+"""The form of a distributed optimizer in which each tensor has the shape and the name of its parameter."""
+
+_SHARDS = "shards"
+_OTHERS = "others"
 
 
-def make_model_state(stages: Sequence[MegatronModule], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the sharded state dicts of the stages by megatron.training's keys: model, or model0, model1, ..."""
-    keys = list_stage_keys(stages)
-    return {key: unwrap(stage).sharded_state_dict(metadata=metadata) for key, stage in zip(keys, stages, strict=True)}
+@dataclass(frozen=True)
+class ModelState:
+    """The stages of a rank in a checkpoint."""
+
+    state: dict[str, Any]
+    """Sharded state dicts by megatron.training's keys: model, or model0, model1, ..."""
+
+    take: Callable[[dict[str, Any], Collection[torch.Tensor]], None]
+    """Gives the stages what was loaded, but no parameters whose main parameters were loaded to the same place."""
+
+    shards: list[Shard] = field(default_factory=list)
+    """The parameters of all stages, if FSDP divided them."""
 
 
-def list_stage_keys(stages: Sequence[MegatronModule]) -> list[str]:
-    """Return megatron.training's key of each stage."""
-    return ["model"] if len(stages) == 1 else [f"model{index}" for index in range(len(stages))]
+def make_model_state(stages: Sequence[MegatronModule], metadata: dict[str, Any]) -> ModelState:
+    """Return the state of the stages. Collective."""
+    keys = ["model"] if len(stages) == 1 else [f"model{index}" for index in range(len(stages))]
+    by_key = dict(zip(keys, stages, strict=True))
+    if is_sharded(stages):
+        return _make_sharded_state(by_key, metadata)
+
+    def take(loaded: dict[str, Any], _: Collection[torch.Tensor]) -> None:
+        for key, stage in by_key.items():
+            stage.load_state_dict(loaded[key])
+
+    return ModelState({key: unwrap(stage).sharded_state_dict(metadata=metadata) for key, stage in by_key.items()}, take)
+
+
+def _make_sharded_state(stages: dict[str, MegatronModule], metadata: dict[str, Any]) -> ModelState:
+    found = {key: list_shards(stage, metadata) for key, stage in stages.items()}
+    # Megatron-FSDP has parameters in fp32 only; checkpoints have them in the model's precision.
+    rows = {
+        key: [(shard, shard.parameter.to_local().detach().to(shard.dtype)) for shard in shards]
+        for key, (shards, _) in found.items()
+    }
+    parts = {key: [part for shard, values in held for part in shard.cut(values)] for key, held in rows.items()}
+    memory = {key: list_memory(one) for key, one in parts.items()}
+
+    def take(loaded: dict[str, Any], main_parameters: Collection[torch.Tensor]) -> None:
+        for key, stage in stages.items():
+            fill(memory[key], loaded[key][_SHARDS])
+            for shard, values in rows[key]:
+                if shard.main is not shard.parameter or shard.parameter not in main_parameters:
+                    shard.parameter.to_local().detach().copy_(values)
+            unwrap(stage).load_state_dict(loaded[key][_OTHERS], strict=False)
+
+    state = {key: {_SHARDS: parts[key], _OTHERS: others} for key, (_, others) in found.items()}
+    return ModelState(state, take, [shard for shards, _ in found.values() for shard in shards])
+
+
+def fill(memory: Sequence[torch.Tensor | None], loaded: Sequence[torch.Tensor]) -> None:
+    """Copy what was loaded to where it belongs, which is where megatron-core 0.19.2 loads most of it."""
+    for target, values in zip(memory, loaded, strict=True):
+        assert target is not None
+        target.copy_(values)
+
+
+def update_computed_parameters(stage: MegatronModule) -> None:
+    """Give the parameters that Megatron-FSDP computes with the values of those that its optimizer updates."""
+    if isinstance(stage, FullyShardedDataParallel):
+        wrapped: Any = stage.module
+        wrapped.install_optimized_model_weights()
 
 
 def make_content_metadata(*, distributed_optimizer: bool) -> dict[str, Any]:
     """Return how the state is written: every optimizer so that it can be loaded under any layout."""
-    sharding = {SHARDING_TYPE: "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+    sharding = {SHARDING_TYPE: RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficient": False}
     return {
         **(sharding if distributed_optimizer else {}),
         "singleton_local_shards": False,
@@ -50,24 +109,31 @@ def uses_distributed_optimizer(stages: Sequence[MegatronModule]) -> bool:
 
 
 def check_wrapper(stages: Sequence[MegatronModule]) -> None:
-    """Check that megatron-core can save and load the stages in this format.
+    """Check that the parameters of stages are whole, or divided into rows.
 
     Raises:
-        CheckpointError: They are wrapped by FSDP.
+        CheckpointError: Megatron-FSDP shards them in another way.
     """
-    for cls, name in _UNSUPPORTED.items():
-        if any(isinstance(module, cls) for stage in stages for module in stage.modules()):
-            raise CheckpointError(describe_unsupported(name))
-
-
-def describe_unsupported(wrapper: str) -> str:
-    """Return why stages of a wrapper are neither saved nor loaded, and what to do."""
-    return (
-        f"megatron-core cannot save or load {wrapper} in the format torch_dist: wrap with ddp and shard the optimizer "
-        "(--wrap ddp --distributed-optimizer), or save weights as a Hugging Face folder"
-    )
+    for stage in stages:
+        if not isinstance(stage, FullyShardedDataParallel):
+            continue
+        config = stage.ddp_config
+        if (strategy := config.data_parallel_sharding_strategy) != "optim_grads_params":
+            raise CheckpointError(
+                f"Megatron-FSDP with data_parallel_sharding_strategy = {strategy!r} cannot be saved or loaded: set it "
+                "to 'optim_grads_params'"
+            )
+        if config.num_distributed_optimizer_instances > 1:
+            raise CheckpointError(
+                "Megatron-FSDP with num_distributed_optimizer_instances > 1 cannot be saved or loaded: set it to 1"
+            )
 
 
 def add_groups(metadata: dict[str, Any], pg_collection: ProcessGroupCollection) -> dict[str, Any]:
     """Return metadata with the group that megatron-core derives replicas from."""
     return {**metadata, "dp_cp_group": pg_collection.dp_cp}
+
+
+def list_memory(parts: Sequence[ShardedTensor]) -> list[torch.Tensor | None]:
+    """Return the memory of parts that are loaded: megatron-core empties them."""
+    return [part.data for part in parts]
