@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from bridge.models.huggingface import from_hf
+from bridge.models.huggingface.document_fields import read_fields
+from bridge.models.huggingface.fusions import find_fusions
 
 PACKAGE = Path(__file__).parents[2] / "packages/bridge-models"
 PUBLISHED = PACKAGE / "tests/huggingface"
@@ -51,8 +53,11 @@ MODELS = {
     "deepseek-v2-lite": Preset(
         "deepseek-ai/DeepSeek-V2-Lite",
         "DeepSeek-V2-Lite: 16B parameters, multi-latent attention, 64 experts, 6 per token, 2 shared, bf16",
-        # Transformer Engine layers would compute a different model, so Bridge refuses them.
-        **pre_training(4096, 163840, transformer_impl="local"),
+        changes={"seq_length": 4096, "transformer.transformer_impl": "local"},
+        comments={
+            "seq_length": "pre-training length; the published model supports 163840",
+            "transformer_impl": "megatron-core 0.19.2 would normalise the queries in Transformer Engine's layers",
+        },
     ),
     "deepseek-v3": Preset(
         "deepseek-ai/DeepSeek-V3",
@@ -206,6 +211,7 @@ def make_text(preset: Preset) -> str:
     data = from_hf(json.loads(preset.published.read_text()), model_id=preset.model_id).data
     for path, value in preset.changes.items():
         set_field(data, path, value)
+    data["transformer"] |= find_fusions(read_fields(data))  # once more: they depend on fields that were changed
     data["transformer"] = data.pop("transformer")  # keep the longest field last
     lines = yaml.dump(data, Dumper=Dumper, sort_keys=False, width=1000, allow_unicode=True).splitlines()
     for name, comment in preset.comments.items():
