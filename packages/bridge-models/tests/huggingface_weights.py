@@ -62,13 +62,13 @@ def llama(config: Any, weights: Weights) -> Weights:
     if not config.tie_word_embeddings:
         found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.num_hidden_layers):
-        theirs = strip_prefix(weights, f"model.layers.{layer}.")
-        ours = (
-            rename(theirs, {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"})
-            | add_prefix("self_attention.", attention(config, strip_prefix(theirs, "self_attn.")))
-            | add_prefix("mlp.", mlp(strip_prefix(theirs, "mlp.")))
+        hf = strip_prefix(weights, f"model.layers.{layer}.")
+        mcore = (
+            rename(hf, {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"})
+            | add_prefix("self_attention.", attention(config, strip_prefix(hf, "self_attn.")))
+            | add_prefix("mlp.", mlp(strip_prefix(hf, "mlp.")))
         )
-        found |= add_prefix(f"decoder.layers.{layer}.", ours)
+        found |= add_prefix(f"decoder.layers.{layer}.", mcore)
     return found
 
 
@@ -136,10 +136,10 @@ def experts(weights: Weights) -> Weights:
         for name in ("gate_up_proj", "gate_up_proj_bias"):
             weights[name] = torch.cat([weights[name][:, 0::2], weights[name][:, 1::2]], dim=1)
     return {
-        f"{ours}{expert}": tensor
-        for theirs, ours in names.items()
-        if theirs in weights
-        for expert, tensor in enumerate(weights[theirs])
+        f"{mcore}{expert}": tensor
+        for hf, mcore in names.items()
+        if hf in weights
+        for expert, tensor in enumerate(weights[hf])
     }
 
 
@@ -155,15 +155,15 @@ def gpt2(config: Any, weights: Weights) -> Weights:
     if not config.tie_word_embeddings:
         found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.n_layer):
-        theirs = {  # stored as inputs x outputs
+        hf = {  # stored as inputs x outputs
             name: tensor.T if tensor.dim() == 2 else tensor
             for name, tensor in strip_prefix(weights, f"transformer.h.{layer}.").items()
         }
         for kind in ("weight", "bias"):
-            for part, tensor in zip("qkv", theirs[f"attn.c_attn.{kind}"].chunk(3), strict=True):
-                theirs[f"{part}.{kind}"] = tensor
-        ours = fuse(theirs, ["q", "k", "v"], "self_attention.linear_qkv", groups=config.n_head) | rename(
-            theirs,
+            for part, tensor in zip("qkv", hf[f"attn.c_attn.{kind}"].chunk(3), strict=True):
+                hf[f"{part}.{kind}"] = tensor
+        mcore = fuse(hf, ["q", "k", "v"], "self_attention.linear_qkv", groups=config.n_head) | rename(
+            hf,
             {
                 "ln_1": "input_layernorm",
                 "attn.c_proj": "self_attention.linear_proj",
@@ -172,7 +172,7 @@ def gpt2(config: Any, weights: Weights) -> Weights:
                 "mlp.c_proj": "mlp.linear_fc2",
             },
         )
-        found |= add_prefix(f"decoder.layers.{layer}.", ours)
+        found |= add_prefix(f"decoder.layers.{layer}.", mcore)
     return found
 
 
@@ -183,16 +183,16 @@ def mamba(config: Any, weights: Weights) -> Weights:
     if not config.tie_word_embeddings:
         found |= rename(weights, {"lm_head": "output_layer"})
     for layer in range(config.num_hidden_layers):
-        theirs = strip_prefix(weights, f"model.layers.{layer}.")
-        mixer = strip_prefix(theirs, "mixer.")
+        hf = strip_prefix(weights, f"model.layers.{layer}.")
+        mixer = strip_prefix(hf, "mixer.")
         if "in_proj.weight" in mixer:
             named = {name.replace("conv1d.", "conv1d_"): tensor for name, tensor in mixer.items()}
-            ours = add_prefix("mixer.", named) | rename(theirs, {"norm": "norm"})
+            mcore = add_prefix("mixer.", named) | rename(hf, {"norm": "norm"})
         elif "q_proj.weight" in mixer:
-            ours = add_prefix("self_attention.", attention(config, mixer)) | rename(theirs, {"norm": "input_layernorm"})
+            mcore = add_prefix("self_attention.", attention(config, mixer)) | rename(hf, {"norm": "input_layernorm"})
         else:
-            ours = add_prefix("mlp.", mlp(mixer)) | rename(theirs, {"norm": "pre_mlp_layernorm"})
-        found |= add_prefix(f"decoder.layers.{layer}.", ours)
+            mcore = add_prefix("mlp.", mlp(mixer)) | rename(hf, {"norm": "pre_mlp_layernorm"})
+        found |= add_prefix(f"decoder.layers.{layer}.", mcore)
     return found
 
 
@@ -201,7 +201,7 @@ def t5(config: Any, weights: Weights) -> Weights:
     if not config.scale_decoder_outputs:  # transformers 5 ties the output layer all the same
         found |= rename(weights, {"lm_head": "lm_head.output_layer"}) | rename(weights, {"lm_head": "output_layer"})
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        theirs = strip_prefix(weights, f"{stack}.")
+        hf = strip_prefix(weights, f"{stack}.")
         found |= rename(
             weights,
             {
@@ -211,8 +211,8 @@ def t5(config: Any, weights: Weights) -> Weights:
             },
         )
         for layer in range(layers):
-            ours = t5_layer(config, strip_prefix(theirs, f"block.{layer}."))
-            found |= add_prefix(f"{stack}.layers.{layer}.", ours)
+            mcore = t5_layer(config, strip_prefix(hf, f"block.{layer}."))
+            found |= add_prefix(f"{stack}.layers.{layer}.", mcore)
     if config.scale_decoder_outputs:  # a factor on the last norm's output, which Megatron-Core's T5 lacks
         found["decoder.final_layernorm.weight"] = found["decoder.final_layernorm.weight"] * config.d_model**-0.5
     return found

@@ -10,6 +10,7 @@ import pytest
 import torch
 from environments import run_command
 from huggingface_cases import MODELS
+from huggingface_hub import snapshot_download
 from huggingface_models import build_transformers_model
 
 VOCABULARY = 257  # odd, so that tensor-parallel ranks need padding
@@ -42,22 +43,48 @@ def train(folder: Path, *arguments: str) -> dict[str, Any]:
     code, out, err = run_command("build", *arguments, *options)
     assert code == 0, err
     report: dict[str, Any] = json.loads(out)
+    assert err.count("has no tokenizer.json: each byte") == (report["weights"] is not None)
     return report
 
 
-def test_weights_of_a_folder_are_loaded_under_a_layout(folder: Path, loss: float) -> None:
-    report = train(folder, str(folder), "should_pad_vocab=true", "--nproc", "2", "--tp", "2")
+def test_weights_of_a_folder_are_loaded_under_a_layout(folder: Path, loss: float, tmp_path: Path) -> None:
+    """The checkpoint of the run keeps the files that belong to the tokenizer and to generation."""
+    run = str(tmp_path / "run")
+    report = train(folder, str(folder), "should_pad_vocab=true", "--nproc", "2", "--tp", "2", "--save", run)
     assert report["weights"] == str(folder)
     assert report["losses"][0] == pytest.approx(loss, rel=1e-5)
+    code, _, err = run_command("export-hf", run, "-o", str(tmp_path / "exported"))
+    assert code == 0, err
+    assert (tmp_path / "exported" / "generation_config.json").read_bytes() == (
+        folder / "generation_config.json"
+    ).read_bytes()
 
 
-def test_load_takes_the_weights_of_a_folder_into_the_model_of_a_document(
-    folder: Path, loss: float, tmp_path: Path
+def put_into_cache(folder: Path, cache: Path) -> Path:
+    """Make the folder the repository org/llama of a Hugging Face cache, where files are links; return its folder."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--org--llama"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_load_takes_the_weights_of_a_cached_repository_into_the_model_of_a_document(
+    folder: Path, loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = tmp_path / "model.yaml"
-    assert run_command("from-hf", str(folder), "-o", str(document))[0] == 0
-    report = train(folder, str(document), "--load", str(folder), "--nproc", "2", "--pp", "2")
-    assert (report["weights"], report["losses"][0]) == (str(folder), pytest.approx(loss, rel=1e-5))
+    cache, document = tmp_path / "cache", tmp_path / "model.yaml"
+    snapshot = put_into_cache(folder, cache)
+    assert snapshot_download("org/llama", cache_dir=cache, local_files_only=True) == str(snapshot)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    assert run_command("from-hf", "org/llama", "-o", str(document))[0] == 0
+    for command in ("show", "check-hf"):
+        assert run_command(command, "org/llama")[0] == 0
+    report = train(folder, str(document), "--load", "org/llama", "--nproc", "2", "--pp", "2")
+    assert (report["weights"], report["losses"][0]) == (str(snapshot), pytest.approx(loss, rel=1e-5))
 
 
 def test_random_init_draws_the_weights(folder: Path, loss: float) -> None:
@@ -74,7 +101,7 @@ def test_what_cannot_be_loaded_is_refused_before_ranks_start(folder: Path, tmp_p
     assert "To draw the weights instead of loading them, give --random-init" in err
     code, _, err = run_command("build", "tiny", "--load", str(tmp_path / "elsewhere"))
     assert code == 1
-    assert "elsewhere: there are no weights to load here: expected a folder with config.json" in err
+    assert "elsewhere: no such folder: give one with weights, or a Megatron checkpoint" in err
     assert run_command("build", str(folder), "--load", str(folder), "--random-init")[0] == 2
 
 

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from bridge.dist.checkpoint.folder import find_iteration
+from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.errors import CheckpointError
 from bridge.models.commands.checkpoints import export_hf, import_hf
 from bridge.models.errors import WeightsError
@@ -53,8 +55,10 @@ def compare_loaded(folder: str, checkpoint: str, sizes: dict[str, int]) -> list[
     """Return the parameters of this rank that differ between a folder and a checkpoint, each loaded by its own code."""
     import json
 
+    from checkpoint_runs import Run, set_megatron_arguments
     from megatron.core import dist_checkpointing
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.training import checkpointing
 
     from bridge.config import Document, ModelConfig
     from bridge.dist.document_layout import apply_layout
@@ -72,14 +76,21 @@ def compare_loaded(folder: str, checkpoint: str, sizes: dict[str, int]) -> list[
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     stages = job.make_builder(config).build_distributed_models(groups, wrap_with_ddp=False)
     load_weights(stages, folder, groups)
+    (stage,) = stages
+    expected = {name: value.clone() for name, value in stage.state_dict().items() if value is not None}
     wrong = []
-    for stage in stages:
-        expected = {name: value.clone() for name, value in stage.state_dict().items() if value is not None}
+    for by_megatron_training in (False, True):
         for parameter in stage.parameters():
             parameter.data.zero_()
-        metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
-        state = {"model": stage.sharded_state_dict(metadata=metadata)}
-        stage.load_state_dict(dist_checkpointing.load(state, checkpoint)["model"])
+        if by_megatron_training:
+            names = "num_layers", "hidden_size", "num_attention_heads"
+            run = Run(sizes, 0, settings={name: getattr(stage.config, name) for name in names})
+            set_megatron_arguments(run, Path(checkpoint).parent)
+            assert checkpointing.load_checkpoint(stages, None, None)[0] == 0
+        else:
+            metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
+            state = {"model": stage.sharded_state_dict(metadata=metadata)}
+            stage.load_state_dict(dist_checkpointing.load(state, checkpoint)["model"])
         loaded = stage.state_dict()
         wrong += [name for name, value in expected.items() if not torch.equal(value, loaded[name])]
     destroy_process_groups()
@@ -127,6 +138,7 @@ def save_under(folder: str, checkpoint: str, sizes: dict[str, int]) -> None:
     ],
 )
 def test_megatron_loads_the_same_weights(case: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    """By megatron-core, and by the function of megatron.training that continues a run."""
     folder = make_folder(tmp_path, case)
     import_folder(folder, tmp_path / "checkpoint")
     arguments = str(folder), str(tmp_path / "checkpoint" / "release"), sizes
@@ -167,8 +179,13 @@ def test_what_is_no_checkpoint_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"linear_qkv.weight: expected the shape \[3, 64, 32\], got \[2, 64, 32\]"):
         export_folder(checkpoint, exported)
     (iteration / "bridge.yaml").unlink()
-    with pytest.raises(WeightsError, match=r"has no bridge\.yaml"):
+    (iteration / "run_config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"has neither bridge\.yaml nor run_config\.yaml.* --config FILE"):
         export_folder(checkpoint, exported)
+    (tmp_path / "model.yaml").write_text(document)
+    given = [str(checkpoint), "-o", str(tmp_path / "given"), "--config", str(tmp_path / "model.yaml")]
+    assert CliRunner().invoke(export_hf, given).exit_code == 0
+    compare_folders(tmp_path / "given", folder)
     (iteration / "bridge.yaml").write_text(document)
     metadata = (iteration / ".metadata").read_bytes()
     (iteration / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
@@ -178,7 +195,7 @@ def test_what_is_no_checkpoint_of_a_model(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     (iteration / ".metadata").write_bytes(metadata)
     export_folder(checkpoint, exported)
-    with pytest.raises(WeightsError, match="exists"):
+    with pytest.raises(WeightsError, match="exists: choose another folder, or replace it with --force"):
         export_folder(checkpoint, exported)
 
 
@@ -234,7 +251,7 @@ def test_a_checkpoint_that_exists_is_kept(tmp_path: Path) -> None:
     import_folder(folder, checkpoint)
     assert (checkpoint / "release" / "tokenizer" / "tokenizer.json").read_text() == "{}"
     (checkpoint / "iter_0000001").mkdir()
-    with pytest.raises(WeightsError, match="exists"):
+    with pytest.raises(WeightsError, match="exists: choose another folder, or replace it with --force"):
         import_folder(folder, checkpoint)
     assert (checkpoint / "iter_0000001").is_dir()
     import_folder(folder, checkpoint, force=True)
@@ -250,6 +267,27 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(WeightsError, match="GB left"):
         import_folder(folder, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_checkpoint_of_megatron_bridge_is_exported(tmp_path: Path) -> None:
+    """The files of Megatron Bridge: a tracker that is a pickle, and run_config.yaml with the sections of a run."""
+    folder, checkpoint = make_folder(tmp_path, "qwen3"), tmp_path / "checkpoint"
+    import_folder(folder, checkpoint)
+    (checkpoint / "latest_checkpointed_iteration.txt").unlink()
+    iteration = (checkpoint / "release").rename(checkpoint / "iter_0000005")
+    (iteration / "bridge.yaml").unlink()
+    state = {"step": torch.tensor(5, dtype=torch.int32), "consumed_train_samples": torch.tensor(40, dtype=torch.int32)}
+    for file in (checkpoint / "latest_train_state.pt", iteration / "train_state.pt"):
+        torch.save(state, file)
+    with (iteration / "run_config.yaml").open("a") as config:
+        config.write("_target_: megatron.bridge.training.config.ConfigContainer\ntrain: {train_iters: 100}\n")
+    found = Checkpoint(find_iteration(checkpoint))
+    assert (found.iteration, found.step, found.samples) == (iteration, 5, 40)
+    export_folder(checkpoint, tmp_path / "exported")
+    compare_folders(tmp_path / "exported", folder)
+    torch.save([1], iteration / "train_state.pt")
+    with pytest.raises(CheckpointError, match=r"train_state\.pt is not Megatron Bridge's train state"):
+        Checkpoint(iteration)
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -144,14 +144,18 @@ def test_errors_about_folders_say_where_and_what_is_expected(
 ) -> None:
     assert bridge("validate", tmp_path)[::2] == (
         1,
-        f"{tmp_path}: $: is a folder without config.json, latest_checkpointed_iteration.txt or metadata.json: "
+        f"{tmp_path}: $: is a folder without config.json, latest_checkpointed_iteration.txt, "
+        "latest_train_state.pt or metadata.json: "
         "give a document, or a folder that has one\n",
     )
+    (tmp_path / "mine.yaml").touch()
+    assert bridge("validate", tmp_path)[2].endswith(f"; to validate the documents in it, give {tmp_path}/*.yaml\n")
     file = write_config(tmp_path, LLAMA | {"num_hiden_layers": 2})
     assert bridge("validate", tmp_path)[2].startswith(f"{file}:6:2: $.num_hiden_layers: unknown to Bridge")
     write_config(tmp_path, LLAMA)
     code, _, stderr = bridge("migrate", "--write", tmp_path)
-    assert (code, stderr) == (1, f"{tmp_path} is a folder: give a path to save the document to\n")
+    assert code == 2
+    assert f"--write changes a file, got '{tmp_path}': leave it out and redirect the output" in stderr
     assert (
         "override 'vocab_size=0': $.vocab_size: must be at least 1" in bridge("validate", tmp_path, "vocab_size=0")[2]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_cases import MODELS
 from huggingface_weights import Weights, convert_weights
 from ranks import run_ranks
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 
 class Layout(NamedTuple):
@@ -23,9 +25,10 @@ class Layout(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        """The fewest ranks that show the layout; expert parallelism without tensor parallelism takes no more."""
+        """The fewest ranks that show the layout; experts without tensor parallelism take no more."""
         tp, pp, cp = (self.sizes.get(name, 1) for name in ("tp", "pp", "cp"))
-        return max(2, tp * pp * cp * (self.sizes.get("ep", 1) if tp > 1 else 1))
+        replicas = 2 if "fsdp" in self.wrapper else self.sizes.get("ep", 1) if tp > 1 else 1
+        return max(2, tp * pp * cp * replicas)
 
 
 META = "init_model_with_meta_device"
@@ -37,17 +40,20 @@ LAYOUTS = {
     "pp2": Layout({"pp": 2}),
     "pp2 vp2": Layout({"pp": 2, "vp": 2}),
     "ep2": Layout({"ep": 2}),
-    "tp2 etp2": Layout({"tp": 2, "etp": 2}, settings=TP_SP),
+    "tp2 etp1": Layout({"tp": 2, "etp": 1}, settings=TP_SP),
+    "etp2": Layout({"etp": 2}),
     "tp2 ep2": Layout({"tp": 2, "ep": 2, "etp": 1}, settings=TP_SP),
     "cp2": Layout({"cp": 2}),
     "ddp": Layout({}, "ddp"),
-    "megatron-fsdp": Layout({}, "megatron-fsdp"),
-    "torch-fsdp2": Layout({}, "torch-fsdp2"),
+    "tp2 megatron-fsdp": Layout({"tp": 2}, "megatron-fsdp"),
+    "tp2 torch-fsdp2": Layout({"tp": 2}, "torch-fsdp2"),
+    "tp2 etp1 megatron-fsdp": Layout({"tp": 2, "etp": 1}, "megatron-fsdp", TP_SP),
     "tp2 from meta": Layout({"tp": 2}, settings=(META,)),
     "megatron-fsdp from meta": Layout({}, "megatron-fsdp", (META,)),
     "torch-fsdp2 from meta": Layout({}, "torch-fsdp2", (META,)),
 }
-EXPERT_LAYOUTS = ("ep2", "tp2 etp2", "tp2 ep2")
+EXPERT_LAYOUTS = ("ep2", "tp2 etp1", "etp2", "tp2 ep2")
+EXPERTS_FSDP = "tp2 etp1 megatron-fsdp"
 
 
 def make_folder(tmp_path: Path, config: dict[str, Any]) -> tuple[Any, Weights]:
@@ -71,38 +77,62 @@ def compute_expected_logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def load_on_ranks(
-    folder: str, layout: Layout, expected: Weights, saved: str | None = None
-) -> tuple[list[str], list[Any] | None]:
-    """Build a model with the folder's weights on this rank, and save it to another folder.
+def make_document(folder: Path, layout: Layout) -> Any:
+    """Return the document of a folder with a layout."""
+    from bridge.config import Document
+    from bridge.dist.document_layout import apply_layout
+    from bridge.models.huggingface import from_hf
 
-    Returns:
-        The parameters that are not the expected ones cut for this rank, and on the last stage the logits.
-    """
+    document = Document(from_hf(json.loads((folder / "config.json").read_text())).data)
+    apply_layout(document, dict(layout.sizes))
+    document.data["transformer"] |= dict.fromkeys(layout.settings, True)
+    document.data["should_pad_vocab"] = True
+    return document
+
+
+class Loaded(NamedTuple):
+    """What a rank has loaded: the wrong parameters, the bytes that it read, and on the last stage the logits."""
+
+    wrong: list[str]
+    read: int
+    logits: list[Any] | None
+
+
+def load_on_ranks(folder: str, layout: Layout, expected: Weights, saved: str | None = None) -> Loaded:
+    """Build a model with the folder's weights on this rank, compare them, and save them to another folder."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from bridge.config import Document, ModelConfig
-    from bridge.dist.document_layout import apply_layout
+    from bridge.config import ModelConfig
     from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
     from bridge.dist.engine.placement import named_buffers, named_parameters
     from bridge.dist.job import BuildJob
     from bridge.dist.train.logits import compute_logits
     from bridge.dist.wrapper import Wrapper
-    from bridge.models.huggingface import from_hf, load_weights, save_weights
+    from bridge.models.huggingface import load_weights, save_weights
+    from bridge.models.huggingface.transfer.tensors import TensorReader
 
-    document = Document(from_hf(json.loads((Path(folder) / "config.json").read_text())).data)
-    apply_layout(document, dict(layout.sizes))
-    document.data["transformer"] |= dict.fromkeys(layout.settings, True)
-    document.data["should_pad_vocab"] = True
+    document = make_document(Path(folder), layout)
     config: Any = ModelConfig.from_dict(document.data)
     job = BuildJob(document=document.data, wrapper=Wrapper(layout.wrapper))
     sizes = job.finalize(config, torch.distributed.get_world_size())
     groups = create_process_groups(sizes, embedding_ranks=job.find_embedding_ranks(config))
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     wrong: list[str] = []
+    read: list[int] = []
+    unsharded: list[int] = []
+    built: list[Any] = []
+
+    def count(_: object, *taken: torch.Tensor) -> None:
+        read.extend(one.nbytes for one in taken)
+        parameters = [one for stage in built for one in stage.parameters()]
+        unsharded.append(sum(one.numel() for one in parameters if not (one.is_meta or isinstance(one, DTensor))))
 
     def load(stages: list[Any]) -> list[Any]:
+        built[:] = stages
         load_weights(stages, folder, groups)
+        if stages[0].config.init_model_with_meta_device and "fsdp" in layout.wrapper:
+            assert all(one.is_meta for stage in stages for one in stage.parameters())
+            return stages  # they are loaded when they are wrapped
         tensors = [one for stage in stages for find in (named_parameters, named_buffers) for one in find(stage, groups)]
         for placement, tensor, _ in tensors:
             whole = expected.get(placement.full_name, torch.zeros(VOCABULARY))  # T5's bias, which transformers lacks
@@ -112,14 +142,20 @@ def load_on_ranks(
 
     config.pre_wrap_hooks = [load]
     builder = job.make_builder(config)
+    builder.transformer_config.perform_initialization = False
     options = job.make_options(builder.transformer_config)
-    stages = builder.build_distributed_models(
-        groups,
-        ddp_config=options.ddp_config,
-        use_megatron_fsdp=options.use_megatron_fsdp,
-        use_torch_fsdp2=options.use_torch_fsdp2,
-        wrap_with_ddp=options.wrap_with_ddp,
-    )
+    with patch.object(TensorReader, "_count", count):
+        stages = builder.build_distributed_models(
+            groups,
+            ddp_config=options.ddp_config,
+            use_megatron_fsdp=options.use_megatron_fsdp,
+            use_torch_fsdp2=options.use_torch_fsdp2,
+            wrap_with_ddp=options.wrap_with_ddp,
+        )
+    if options.use_torch_fsdp2 and builder.transformer_config.init_model_with_meta_device:
+        modules = [module for stage in stages for module in stage.modules()]
+        largest = max(sum(one.numel() for one in module.parameters(recurse=False)) for module in modules)
+        assert max(unsharded) == largest  # one module at a time
     for stage in stages:
         stage.eval()
     logits = compute_logits(stages, groups, sizes, TOKENS, logits_step=builder.logits_step)
@@ -127,7 +163,16 @@ def load_on_ranks(
         config.pre_wrap_hooks = []
         save_weights(stages, saved, groups, model=config, shard_bytes=20_000)
     destroy_process_groups()
-    return wrong, None if logits is None else logits[..., :VOCABULARY].float().tolist()
+    return Loaded(wrong, sum(read), None if logits is None else logits[..., :VOCABULARY].float().tolist())
+
+
+def count_planned_bytes(folder: Path, layout: Layout) -> dict[int, int]:
+    """Return the bytes that each rank reads, as `bridge check-hf` counts them."""
+    from bridge.models.huggingface.folder.folder import open_folder
+    from bridge.models.huggingface.transfer.reads import count_reads
+
+    reads = count_reads(open_folder(folder), make_document(folder, layout), layout.ranks)
+    return {rank: one.bytes for one in reads for rank in one.ranks}
 
 
 def check(folder: Path, config: dict[str, Any], layout: Layout) -> None:
@@ -135,9 +180,10 @@ def check(folder: Path, config: dict[str, Any], layout: Layout) -> None:
     source, saved = folder / "source", folder / "saved"
     model, expected = make_folder(source, config)
     results = run_ranks(load_on_ranks, layout.ranks, str(source), layout, expected, str(saved))
-    assert [wrong for wrong, _ in results] == [[]] * layout.ranks
+    assert [loaded.wrong for loaded in results] == [[]] * layout.ranks
+    assert dict(enumerate(loaded.read for loaded in results)) == count_planned_bytes(source, layout)
     logits = compute_expected_logits(model)
-    computed = [torch.tensor(found) for _, found in results if found is not None]
+    computed = [torch.tensor(loaded.logits) for loaded in results if loaded.logits is not None]
     assert computed
     for found in computed:
         torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
@@ -161,7 +207,7 @@ def compare_folders(saved: Path, source: Path) -> None:
             torch.testing.assert_close(found[name], tensor, rtol=2**-23, atol=0)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in EXPERT_LAYOUTS])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in (*EXPERT_LAYOUTS, EXPERTS_FSDP)])
 def test_dense_model_under_each_layout(layout: str, tmp_path: Path) -> None:
     check(tmp_path, MODELS["llama"] | {"num_hidden_layers": 4}, LAYOUTS[layout])
 
@@ -172,9 +218,24 @@ def test_experts_under_each_layout(case: str, layout: str, tmp_path: Path) -> No
     check(tmp_path, MODELS[case], LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", ["pp2", "pp2 vp2", "megatron-fsdp"])
+def test_experts_that_fsdp_divides_otherwise_than_other_layers(tmp_path: Path) -> None:
+    check(tmp_path, MODELS["qwen3_moe"], LAYOUTS[EXPERTS_FSDP])
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2 vp2", "tp2 megatron-fsdp"])
 def test_tied_embedding_across_stages(layout: str, tmp_path: Path) -> None:
     check(tmp_path, MODELS["llama 3.2, tied"] | {"num_hidden_layers": 4}, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("wrapper", ["megatron-fsdp", "torch-fsdp2"])
+def test_fsdp_in_bf16_saves_what_it_loaded(wrapper: str, tmp_path: Path) -> None:
+    """Megatron-FSDP divides parameters in fp32, torch FSDP2 those in bf16; the folder has bf16 either way."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    _, expected = make_folder(source, MODELS["llama"] | {"dtype": "bfloat16"})
+    results = run_ranks(load_on_ranks, 2, str(source), Layout({}, wrapper), expected, str(saved))
+    assert [loaded.wrong for loaded in results] == [[], []]
+    assert {tensor.dtype for tensor in read_tensors(saved).values()} == {torch.bfloat16}
+    compare_folders(saved, source)
 
 
 @pytest.mark.parametrize("case", MODELS)

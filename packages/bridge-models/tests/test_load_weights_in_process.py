@@ -81,7 +81,7 @@ def test_multi_token_prediction_is_loaded(state: Weights, pg_collection: Groups,
     loaded = list_tensors(model, pg_collection)
     expected = read_weights(folder)
     assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == []
-    for ours, theirs in {
+    for mcore, hf in {
         "enorm": "enorm",
         "hnorm": "hnorm",
         "eh_proj": "eh_proj",
@@ -91,7 +91,7 @@ def test_multi_token_prediction_is_loaded(state: Weights, pg_collection: Groups,
         "mtp_model_layer.mlp.router": "mlp.gate",
         "mtp_model_layer.mlp.shared_experts.linear_fc2": "mlp.shared_experts.down_proj",
     }.items():
-        assert torch.equal(loaded[f"mtp.layers.0.{ours}.weight"], state[f"{EXTRA}{theirs}.weight"]), ours
+        assert torch.equal(loaded[f"mtp.layers.0.{mcore}.weight"], state[f"{EXTRA}{hf}.weight"]), mcore
     experts = "mtp.layers.0.mtp_model_layer.mlp.experts.linear_fc2.weight"
     for expert in range(16):
         assert torch.equal(loaded[f"{experts}{expert}"], state[f"{EXTRA}mlp.experts.{expert}.down_proj.weight"])

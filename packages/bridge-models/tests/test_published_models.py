@@ -193,6 +193,7 @@ TRAINING_FIELDS = {
     "transformer.bf16",
     "transformer.fp16",
     "transformer.params_dtype",
+    "transformer.cross_entropy_loss_fusion",  # in bf16 only
     "transformer.init_method_std",
     "transformer.transformer_impl",
     "transformer.moe_router_load_balancing_type",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
 from huggingface_weights import Weights
@@ -19,11 +20,12 @@ from weight_folders import read_weights, write
 
 from bridge.config.errors import DocumentError
 from bridge.dist.engine.placement import Placement
+from bridge.models.commands.checkpoints import export_hf, import_hf
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.headers import read_headers
-from bridge.models.huggingface.folder.stored import Stored, pair_scales
+from bridge.models.huggingface.folder.stored import Format, Stored, pair_scales
 from bridge.models.huggingface.transfer.regions import find_regions
-from bridge.models.huggingface.transfer.tensors import TensorReader
+from bridge.models.huggingface.transfer.tensors import TensorReader, count_bytes
 from bridge.models.huggingface.weights.weight import Part
 
 NAME = "x.weight"
@@ -167,13 +169,26 @@ def place(name: str, shape: torch.Size, ranks: int, rank: int) -> Placement:
     return Placement(name=name, full_name=name, shape=mine, shards=ranks, shard=rank, dim=dim, stride=stride)
 
 
-def read_part(folder: Folder, placement: Placement, reader: TensorReader) -> torch.Tensor:
-    """Read a rank's part of a parameter."""
+class CountingReader(TensorReader):
+    """A reader that counts the bytes it takes from files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def _count(self, *taken: torch.Tensor) -> None:
+        super()._count(*taken)
+        self.bytes += sum(one.nbytes for one in taken)
+
+
+def read_part(folder: Folder, placement: Placement, reader: CountingReader) -> torch.Tensor:
+    """Read a rank's part of a parameter: as many bytes as are counted without reading."""
     _, parts = folder.match.weights[placement.name]
     found = torch.full(placement.shape, torch.nan)
     for region in find_regions(parts, placement):
-        stored = folder.stored[region.part.tensor]
+        stored, before = folder.stored[region.part.tensor], reader.bytes
         found[region.local] = reader.read(stored, region.part, region.rows, region.columns).float()
+        assert reader.bytes - before == count_bytes(stored, region.part, region.rows, region.columns)
     return found
 
 
@@ -182,7 +197,7 @@ def read_part(folder: Folder, placement: Placement, reader: TensorReader) -> tor
 def test_slices_of_ranks(model: str, ranks: int, request: pytest.FixtureRequest) -> None:
     quantized, plain = request.getfixturevalue(model)
     whole = read_weights(plain)
-    reader = TensorReader()
+    reader = CountingReader()
     split = 0
     for name, (weight, _) in quantized.match.weights.items():
         for rank in range(ranks):
@@ -191,6 +206,38 @@ def test_slices_of_ranks(model: str, ranks: int, request: pytest.FixtureRequest)
             assert placement.full_shape == weight.shape
             assert torch.equal(read_part(quantized, placement, reader), placement.take_shard(whole[name].float())), name
     assert split >= 20 * ranks or ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "note"),
+    [
+        ("deepseek", "28 tensors stored as FP8 with a scale for each block are dequantized to BF16, also when they"),
+        ("gpt_oss", "4 tensors stored as MXFP4 are dequantized to BF16, also when they are exported"),
+    ],
+)
+def test_a_checkpoint_has_the_dequantized_values(
+    model: str, note: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """From folder to checkpoint to folder: quantized tensors come back as bf16, the others as they were."""
+    quantized, plain = request.getfixturevalue(model)
+    done = CliRunner().invoke(import_hf, [str(quantized.path), "-o", str(tmp_path / "checkpoint")])
+    assert done.exit_code == 0, done.output
+    assert note in done.stderr
+    done = CliRunner().invoke(export_hf, [str(tmp_path / "checkpoint"), "-o", str(tmp_path / "exported")])
+    assert done.exit_code == 0, done.output
+    exported, expected = load_file(tmp_path / "exported" / "model.safetensors"), read_file(plain)
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if quantized.stored[name].format is not Format.PLAIN:
+            tensor = tensor.bfloat16()
+        assert exported[name].dtype == tensor.dtype
+        assert torch.equal(exported[name], tensor), name
+    assert "quantization_config" not in (tmp_path / "exported" / "config.json").read_text()
+    open_folder(tmp_path / "exported")
+
+
+def read_file(folder: Folder) -> Weights:
+    return load_file(folder.path / "model.safetensors")
 
 
 def test_blocks_of_another_size_are_refused(deepseek: tuple[Folder, Folder], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +14,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_cases import MODELS
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file
 
 from bridge.config import ModelConfig
+from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, save_weights
 from bridge.models.huggingface.folder.folder import open_folder
-from bridge.models.huggingface.transfer.output import finish, name_partial, prepare
+from bridge.models.huggingface.transfer.output import prepare
 
 Groups = ProcessGroupCollection
 Built = tuple[Any, ModelConfig]
@@ -84,6 +87,17 @@ def test_copies_of_multi_token_prediction_are_written(pg_collection: Groups, tmp
     open_folder(tmp_path / "saved")
 
 
+def test_a_model_in_training_is_saved(pg_collection: Groups, tmp_path: Path) -> None:
+    """A training loop gives functions to Megatron's schedule in the configuration."""
+    model, config = build(MODELS["llama"], pg_collection)
+    config.transformer.finalize_model_grads_func = finalize_model_grads
+    config.transformer.grad_scale_func = lambda loss: loss
+    with warnings.catch_warnings(action="error"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config)
+    assert config.transformer.finalize_model_grads_func is finalize_model_grads
+    open_folder(tmp_path / "saved")
+
+
 def test_tokenizer_is_copied(pg_collection: Groups, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -93,6 +107,15 @@ def test_tokenizer_is_copied(pg_collection: Groups, tmp_path: Path) -> None:
     save_weights([model], tmp_path / "saved", pg_collection, model=config, source=source)
     names = {file.name for file in (tmp_path / "saved").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("source", ["nothing", "no-org/nothing"])
+def test_a_source_that_does_not_exist_is_refused(source: str, pg_collection: Groups, tmp_path: Path) -> None:
+    """Before anything is written; a name with a slash may be a repository of Hugging Face."""
+    model, config = build(MODELS["llama"], pg_collection)
+    with pytest.raises(WeightsError, match=r"no such (file or )?folder"):
+        save_weights([model], tmp_path / "saved", pg_collection, model=config, source=source)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_tokenizer_that_cannot_be_read_leaves_no_folder(pg_collection: Groups, tmp_path: Path) -> None:
@@ -107,7 +130,7 @@ def test_a_symbolic_link_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "config.json").touch()
     (tmp_path / "saved").symlink_to(tmp_path / "real")
-    (problem,) = prepare(tmp_path / "saved", replaces="config.json")
+    (problem,) = prepare(tmp_path / "saved", replaces="config.json", force=True)
     assert problem.message == "is not replaced, as it is a symbolic link: pass the folder that it names"
 
 
@@ -115,7 +138,7 @@ def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "config.json").touch()
     monkeypatch.chdir(tmp_path / "here")
-    assert prepare(Path(), replaces="config.json") == []
+    assert prepare(Path(), replaces="config.json", force=True) == []
     (name_partial(Path()) / "new").touch()
     finish(Path())
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["here", "here/new"]

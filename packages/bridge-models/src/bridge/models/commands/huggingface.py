@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from bridge.config.cli.output import check_output, print_notes
 from bridge.config.errors import ConfigError
 
 
@@ -23,17 +24,18 @@ from bridge.config.errors import ConfigError
 def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | None, as_json: bool) -> None:
     """Convert a config.json of transformers to a document.
 
-    CONFIG_JSON is the file, a folder with a config.json, or - for standard input; nothing is downloaded. Fields that a
-    document cannot express are errors, all reported at once by name.
+    CONFIG_JSON is the file, a folder with a config.json, a repository in the Hugging Face cache (org/name), or - for
+    standard input; nothing is downloaded. Fields that a document cannot express are errors, all reported at once by
+    name.
     """
     from bridge.config.documents.document import Document
     from bridge.models import huggingface
 
-    _check_output(output, force=force)
+    check_output(output, force=force)
     given = huggingface.load_config_json(source)
     with given.locate_problems():
         converted = huggingface.from_hf(given.data, model_id=model_id)
-    _print_notes(given.source, converted.notes)
+    print_notes(given.source, converted.notes)
     document = Document(converted.data)
     if output is not None:
         # Saving a YAML document may write its JSON Schema beside it.
@@ -69,23 +71,13 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
         output = output / "config.json" if output.is_dir() else output
         if output.suffix != ".json":
             raise ConfigError(f"{output}: expected a .json file, or a folder for config.json")
-        _check_output(output, force=force)
+        check_output(output, force=force)
     document = Document.load(file, overrides)
     with document.locate_problems():
         converted = huggingface.to_hf(document.data)
-    _print_notes(file, converted.notes)
+    print_notes(file, converted.notes)
     written = Document(converted.data)
     if output is not None:
         written.save(output)
     else:
         click.echo(written.to_json())
-
-
-def _check_output(output: Path | None, *, force: bool) -> None:
-    if output is not None and output.exists() and not force:
-        raise ConfigError(f"{output}: file exists: give --force to overwrite it, or another name")
-
-
-def _print_notes(source: str, notes: list[str]) -> None:
-    for note in notes:
-        click.echo(f"{source}: note: {note}", err=True)

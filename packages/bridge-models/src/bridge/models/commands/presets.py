@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources.abc import Traversable
 
 import click
 
+from bridge.config.cli.output import print_json
 from bridge.config.documents.presets import list_presets
 
 
@@ -16,7 +16,7 @@ def presets(*, as_json: bool) -> None:
     """List the presets: documents of known models, which can be named wherever a command takes a FILE."""
     described = {name: _read_description(file) for name, file in list_presets().items()}
     if as_json:
-        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+        print_json(described)
         return
     from rich.console import Console  # takes 0.1 s, which would slow `bridge --help`
     from rich.table import Table

@@ -49,5 +49,6 @@ def check_yarn(position_embedding_type: str, transformer: TransformerConfig) -> 
     if position_embedding_type == "yarn" and not hasattr(transformer, "yarn_rotary_scaling_factor"):
         raise ModelConfigError(
             f"position_embedding_type yarn requires fields yarn_*, which {type(transformer).__name__} does not have: "
-            "use a bridge.models.transformer.YarnTransformerConfig, or set another position_embedding_type"
+            "use a YarnTransformerConfig of bridge.models.common.yarn (in a document, the _target_ "
+            "bridge.models.transformer.YarnTransformerConfig), or set another position_embedding_type"
         )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from bridge.config.documents.document import Document
+from bridge.config.documents.hub_cache import resolve_repository
 from bridge.config.documents.sources import STANDARD_INPUT, read_file, suggest_source
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
@@ -14,7 +15,7 @@ from bridge.config.text.parse import parse_json
 
 
 def load_config_json(source: str) -> Document:
-    """Read a config.json, from a file, a folder or standard input, keeping source positions for errors.
+    """Read a config.json, from a file, a folder, a repository in the Hugging Face cache (`org/name`) or standard input.
 
     Python writes infinity as ``Infinity``, which is not JSON: it becomes ``{"__float__": "Infinity"}``, as version 5
     of transformers writes it.
@@ -22,7 +23,7 @@ def load_config_json(source: str) -> Document:
     Raises:
         DocumentError: The file cannot be read, or is not a JSON object.
     """
-    file = Path(source)
+    file = Path(resolve_repository(source))
     if file.is_dir():
         file /= "config.json"
     name = str(file)

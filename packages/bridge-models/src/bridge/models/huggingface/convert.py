@@ -14,6 +14,7 @@ from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.document_fields import make_document, read_fields
 from bridge.models.huggingface.families import ARCHITECTURES
+from bridge.models.huggingface.fusions import find_fusions
 from bridge.models.huggingface.ignored import IGNORED, QUANTIZATION, refuse_unknown
 from bridge.models.huggingface.matching import (
     MODEL_TYPE,
@@ -73,6 +74,7 @@ def from_hf(given: Mapping[str, Any], *, model_id: str | None = None) -> Convert
     _raise_problems(t)
     data = make_document(t.output, architecture)
     _check(data, fields, architecture)
+    data["transformer"] |= find_fusions(read_fields(data))
     if data.get("seq_length", 0) > _LONG_SEQUENCE:
         t.note(
             f"seq_length is {data['seq_length']:,}, the maximum of the model: training and plans use sequences of this "

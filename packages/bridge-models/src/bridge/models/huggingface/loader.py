@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _REFERENCE = "bridge.models.huggingface.reference"
+_LONGEST_S = 1800
 
 
 class FolderLoader:
@@ -37,7 +38,7 @@ class FolderLoader:
         load_weights(stages, folder, pg_collection)
 
     def compute_logits(self, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits of transformers, which runs in a process of its own."""
+        """Return the logits of transformers, which runs in a process of its own, for half an hour at most."""
         import torch
 
         if find_spec("transformers") is None:
@@ -47,7 +48,12 @@ class FolderLoader:
             torch.save(tokens, given)
             command = [sys.executable, "-m", _REFERENCE, str(folder), str(given), str(computed)]
             environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=False, timeout=_LONGEST_S
+                )
+            except subprocess.TimeoutExpired:
+                raise ComparisonError(f"transformers has not computed them in {_LONGEST_S / 60:.0f} minutes") from None
             if done.returncode:
                 reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
                 raise ComparisonError(f"transformers cannot run the model: {reason}")

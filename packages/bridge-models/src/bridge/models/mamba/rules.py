@@ -8,6 +8,7 @@ from typing import Any
 from bridge.config.schema import hybrid_pattern
 from bridge.config.schema.arithmetic import count_mamba_heads
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.nearest import divides, suggest
 from bridge.models.common.rules import LANGUAGE_RULES, VALIDATED
 from bridge.models.errors import ModelConfigError
 from bridge.models.mamba.pattern import split_pattern
@@ -67,9 +68,11 @@ def mamba_heads_divide(setup: Setup) -> Iterator[str]:
     tp, cp = setup.layout.tp, setup.layout.cp
     heads, groups = count_mamba_heads(setup.transformer), setup.transformer.mamba_num_groups
     if heads % (tp * cp):
-        yield f"Mamba layers have {heads} heads, which is not a multiple of tp x cp = {tp} x {cp}: change tp or cp"
+        product = suggest("tp x cp", tp * cp, divides(heads), largest=heads)
+        yield f"Mamba layers have {heads} heads, which is not a multiple of tp x cp = {tp} x {cp}: choose {product}"
     if groups % tp:
-        yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose a tp that divides it"
+        nearest = suggest("tp", tp, lambda size: groups % size == 0 == heads % (size * cp), largest=groups)
+        yield f"mamba_num_groups = {groups} is not a multiple of tp = {tp}: choose {nearest or 'another cp'}"
     # Context parallelism splits the groups of a rank, or repeats each of them on several ranks.
     elif (groups // tp) % cp and cp % (groups // tp):
         yield (

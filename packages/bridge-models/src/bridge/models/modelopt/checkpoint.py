@@ -5,18 +5,16 @@ Importing this module does not import ModelOpt.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.safe_globals import SAFE_GLOBALS
 
+from bridge.dist import errors
+from bridge.dist.checkpoint.folder import MODELOPT_STATE, find_latest
+from bridge.dist.checkpoint.pickles import load_object
 from bridge.models.errors import CheckpointError
-
-_LATEST_ITERATION_FILE = "latest_checkpointed_iteration.txt"
 
 
 def find_checkpoint(checkpoint: Path) -> Path:
@@ -27,18 +25,19 @@ def find_checkpoint(checkpoint: Path) -> Path:
     """
     if not checkpoint.exists():
         raise CheckpointError(f"there is no {checkpoint} to restore a ModelOpt state from: pass another checkpoint")
-    if (checkpoint / _LATEST_ITERATION_FILE).is_file():
-        # An iteration number, or the word that Megatron's converters write.
-        latest = (checkpoint / _LATEST_ITERATION_FILE).read_text().strip()
-        return find_checkpoint(checkpoint / ("release" if latest == "release" else f"iter_{int(latest):07d}"))
+    if checkpoint.is_dir():
+        try:
+            checkpoint = find_latest(checkpoint)
+        except errors.CheckpointError as error:
+            raise CheckpointError(str(error)) from None
     if checkpoint.is_dir() and not (is_sharded(checkpoint) or any(checkpoint.glob("mp_rank_*"))):
         raise CheckpointError(
             f"{checkpoint} holds no checkpoint of Megatron: pass the folder that it was saved to, with metadata.json "
             "or mp_rank_* in it, or a file of modelopt.torch.opt.save"
         )
-    if is_sharded(checkpoint) and not (checkpoint / "modelopt_state").is_dir():
+    if is_sharded(checkpoint) and not (checkpoint / MODELOPT_STATE).is_dir():
         raise CheckpointError(
-            f"{checkpoint} has no ModelOpt state (no folder modelopt_state): pass the checkpoint of a model that "
+            f"{checkpoint} has no ModelOpt state (no folder {MODELOPT_STATE}): pass the checkpoint of a model that "
             "ModelOpt changed, or set restore_modelopt_state to false"
         )
     return checkpoint
@@ -82,10 +81,9 @@ def read_file(file: Path) -> dict[str, Any]:
         CheckpointError: The file cannot be read, or is not a checkpoint.
     """
     try:
-        with torch.serialization.safe_globals(cast(list[Any], SAFE_GLOBALS)):
-            saved: object = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        saved: object = load_object(file, name=str(file))
+    except errors.CheckpointError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file} holds a {type(saved).__name__}, not a checkpoint: pass another file")
     return saved

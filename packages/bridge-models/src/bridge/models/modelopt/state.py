@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 from contextlib import AbstractContextManager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, Metadata, TensorStorageMetadata
 
+from bridge.dist import errors as dist_errors
+from bridge.dist.checkpoint.folder import MODELOPT_STATE
+from bridge.dist.checkpoint.reader import Checkpoint, read_safely
 from bridge.dist.patch import Replacement, replace_attributes
 from bridge.models.errors import CheckpointError
 from bridge.models.modelopt.attention import convert_attention_as_saved
@@ -62,7 +66,7 @@ def _restore_sharded(stage: MegatronModule, folder: Path) -> MegatronModule:
     """Restore from a distributed checkpoint, which may have been saved under another layout."""
     holder = [stage]
     try:
-        with _ignore_strides():
+        with read_safely(Checkpoint(folder), Checkpoint(folder / MODELOPT_STATE)), _ignore_strides():
             with convert_attention_as_saved(load_sharded_metadata(str(folder))):
                 restore_sharded_modelopt_state(holder, folder)
             (stage,) = holder
@@ -70,8 +74,12 @@ def _restore_sharded(stage: MegatronModule, folder: Path) -> MegatronModule:
             loaded: tuple[dict[str, Any], set[str], set[str]] = dist_checkpointing.load(  # type: ignore[assignment]
                 {"model": described}, str(folder), strict=StrictHandling.RETURN_ALL
             )
+    except dist_errors.CheckpointError as error:
+        raise CheckpointError(str(error)) from error
     except CheckpointException as error:  # from torch, with the errors of all ranks
         causes = [cause for cause, _ in error.failures.values()]
+        if isinstance(causes[0], dist_errors.CheckpointError):
+            raise CheckpointError(str(causes[0])) from error
         raise _make_mismatch_error(folder, str(causes[0])) from error
     except (RuntimeError, CheckpointingException) as error:
         raise _make_mismatch_error(folder, str(error)) from error
@@ -95,14 +103,19 @@ def _ignore_strides() -> AbstractContextManager[None]:
     """
     list_tensors: Any = TorchDistLoadShardedStrategy.load_tensors_metadata
 
-    def list_without_strides(self: object, folder: Path, metadata: Metadata | None = None) -> object:
-        metadata = metadata or FileSystemReader(folder).read_metadata()
-        for stored in metadata.state_dict_metadata.values():
-            if isinstance(stored, TensorStorageMetadata):
-                vars(stored.properties).pop("strides", None)
-        return list_tensors(self, folder, metadata)
+    def list_without_strides(self: object, folder: Path, metadata: Metadata) -> object:
+        stored = {name: _drop_strides(one) for name, one in metadata.state_dict_metadata.items()}
+        return list_tensors(self, folder, replace(metadata, state_dict_metadata=stored))
 
     return replace_attributes(Replacement(TorchDistLoadShardedStrategy, "load_tensors_metadata", list_without_strides))
+
+
+def _drop_strides(stored: STORAGE_TYPES) -> STORAGE_TYPES:
+    if not isinstance(stored, TensorStorageMetadata):
+        return stored
+    properties = copy(stored.properties)
+    vars(properties).pop("strides", None)
+    return replace(stored, properties=properties)
 
 
 def _restore_file(stage: MegatronModule, file: Path) -> MegatronModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.nearest import divides, suggest
 from bridge.dist.wrapper import Wrapper
 from bridge.models.common.rules import LANGUAGE_RULES
 
@@ -30,7 +31,8 @@ def t5_encoder_divides(setup: Setup) -> Iterator[str]:
     for name in ("encoder_num_attention_heads", "encoder_ffn_hidden_size"):
         size: int | None = getattr(setup.model, name)
         if size is not None and size % tp:
-            yield f"{name} = {size} is not a multiple of tp = {tp}: choose a multiple, or another tp"
+            nearest = suggest("tp", tp, divides(size), largest=size)
+            yield f"{name} = {size} is not a multiple of tp = {tp}: choose {nearest}, or another {name}"
 
 
 @rule(observed_in=MEGATRON)

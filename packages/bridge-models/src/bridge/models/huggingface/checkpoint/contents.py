@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
+from bridge.dist.checkpoint.shards import find_rows, identify
 from bridge.dist.cpu import on_meta
 from bridge.dist.document_layout import replace_layout
 from bridge.dist.engine.placement import named_buffers, named_parameters
@@ -30,6 +30,15 @@ from bridge.dist.wrapper import Wrapper
 from bridge.models.huggingface.transfer.names import canonicalize_name
 
 Shape = tuple[int, ...]
+
+CONTENT = {"singleton_local_shards": False}
+"""How megatron.training has its models written."""
+
+PRECISIONS = "huggingface_dtypes.json"
+"""A file of an iteration: the tensors whose precision in the folder is not that of the checkpoint."""
+
+WINDOW = 32 * 2**20
+"""Bytes of a parameter that are held at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,7 @@ class Contents:
     extra_states: list[str]
     """Keys of the layers' extra states, which are empty."""
 
+    model: ModelConfig
     config: TransformerConfig
 
 
@@ -98,7 +108,7 @@ def list_contents(document: Mapping[str, Any], metadata: Mapping[str, Any]) -> C
         for found in (named_parameters, named_buffers):
             for placement, tensor, _ in found(stage, groups):
                 name = canonicalize_name(placement.full_name)
-                names[_identify(tensor)] = name, tensor
+                names[identify(tensor)] = name, tensor
                 shapes[name] = tuple(tensor.shape)
     pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
     extra_states = []
@@ -107,26 +117,15 @@ def list_contents(document: Mapping[str, Any], metadata: Mapping[str, Any]) -> C
             extra_states.append(part.unique_key)
         elif isinstance(part, ShardedTensor) and is_main_replica(part.replica_id):
             assert part.data is not None  # it is of the model that was just built
-            name, tensor = names[_identify(part.data)]
+            name, tensor = names[identify(part.data)]
             pieces[name].append(_make_piece(part, part.data, tensor))
     for found_pieces in pieces.values():
         found_pieces.sort(key=lambda piece: piece.rows.start)
-    return Contents(shapes, pieces, sorted(set(extra_states)), builder.transformer_config)
-
-
-def _identify(tensor: torch.Tensor) -> int:
-    """Return what a tensor and its views have in common, on the meta device too: their storage."""
-    identity: int = tensor.untyped_storage()._cdata
-    return identity
+    return Contents(shapes, pieces, sorted(set(extra_states)), config, builder.transformer_config)
 
 
 def _make_piece(part: ShardedTensor, view: torch.Tensor, parameter: torch.Tensor) -> Piece:
-    """Return which rows of a parameter a part of the checkpoint is: megatron-core cuts parameters into views."""
-    width = math.prod(parameter.shape[1:])
-    first, remainder = divmod(int(view.storage_offset()), width)
-    assert not remainder, part
-    assert view.is_contiguous(), part
-    assert view.shape[1:] == parameter.shape[1:], part
-    rows = range(first, first + len(view))
+    """Return a part of the checkpoint as rows of a parameter."""
+    rows = find_rows(view, parameter)
     shape = (1,) * part.prepend_axis_num + tuple(view.shape)
     return Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), shape, rows, part.prepend_axis_num)

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from bridge.config import Document
 from bridge.config.errors import Problem
-from bridge.dist.checkpoint.folder import DOCUMENT, find_iteration
+from bridge.dist.checkpoint.document import read_folder
+from bridge.dist.checkpoint.folder import find_iteration
+from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
+from bridge.dist.checkpoint.tokenizer import TOKENIZER, carry_files
 from bridge.dist.engine.placement import Placement
 from bridge.models.errors import WeightsError, raise_any
-from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
-from bridge.models.huggingface.checkpoint.import_folder import CONTENT, PRECISIONS, TOKENIZER, WINDOW
+from bridge.models.huggingface.checkpoint.contents import (
+    CONTENT,
+    PRECISIONS,
+    WINDOW,
+    Contents,
+    Piece,
+    list_contents,
+)
 from bridge.models.huggingface.checkpoint.reader import CheckpointReader
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
 from bridge.models.huggingface.matching import find_architecture
 from bridge.models.huggingface.transfer.layout import ITEM_BYTES, SHARD_BYTES, FileLayout, lay_out
 from bridge.models.huggingface.transfer.output import (
-    carry_files,
     check_space,
     describe_failure,
-    finish,
-    name_partial,
     prepare,
     write_headers,
 )
@@ -40,7 +48,12 @@ from bridge.models.huggingface.weights.weight import Repetition, Weight, list_te
 
 
 def export_folder(
-    checkpoint: str | Path, folder: str | Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    document: Document | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write the weights of a checkpoint of the format torch_dist, saved under any layout, as a folder.
 
@@ -50,6 +63,7 @@ def export_folder(
     Args:
         checkpoint: The folder of all iterations, of which the latest is read, or the folder of one iteration.
         folder: Where to write.
+        document: The model; that of the checkpoint by default.
         force: Replace a folder of this name that has a config.json.
         shard_bytes: Most bytes of a file.
 
@@ -61,39 +75,62 @@ def export_folder(
         DocumentError: transformers has no architecture for the model.
         WeightsError: The tensors are not those of the model, the folder exists, or the disk is too small.
     """
-    source = Checkpoint(find_iteration(Path(checkpoint)))
-    document = _read_document(source.iteration)
-    converted = to_hf(document.data)
-    contents = list_contents(document.data, source.common.get("content_metadata") or CONTENT)
-    entries = list(find_architecture(converted.data).weights(Sizes(read_fields(document.data))))
-    weights = [entry for entry in entries if isinstance(entry, Weight)]
-    repetitions = [entry for entry in entries if isinstance(entry, Repetition) and entry.is_written]
-    raise_any([*_find_missing(weights, contents, source.metadata), *_find_unknown(contents, source.metadata)])
-    precisions = _read_precisions(source.iteration)
-    layout = lay_out(
-        _list_tensors(weights, repetitions, contents, source.metadata, precisions), shard_bytes=shard_bytes
-    )
+    source = _read_source(Path(checkpoint), document)
+    layout = lay_out(_list_tensors(source), shard_bytes=shard_bytes)
     target = Path(folder)
-    raise_any(prepare(target, replaces="config.json" if force else None))
+    raise_any(prepare(target, replaces="config.json", force=force))
     partial = name_partial(target)
     raise_any(check_space(partial, sum(layout.sizes.values())))
     try:
-        reader = CheckpointReader(source.iteration, source.metadata)
-        _write_tensors(partial, layout, weights, repetitions, contents, reader)
-        write_headers(partial, layout, converted.data)
+        with CheckpointReader(source.iteration, source.metadata) as reader:
+            _write_tensors(partial, layout, source, reader)
+        write_headers(partial, layout, source.config)
         carry_files(source.iteration / TOKENIZER, partial)
         finish(target)
     except OSError as error:
         raise WeightsError([describe_failure(target, error)]) from error
-    return converted.notes
+    return source.notes
 
 
-def _read_document(iteration: Path) -> Document:
-    file = iteration / DOCUMENT
-    if not file.is_file():
-        message = f"has no {DOCUMENT}, the document of the model: write one there"
-        raise WeightsError([Problem(str(iteration), message)])
-    return Document.load(str(file))
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A checkpoint that has all that the folder needs."""
+
+    iteration: Path
+    metadata: Metadata
+    config: dict[str, Any]
+    """config.json."""
+
+    notes: list[str]
+    contents: Contents
+    weights: list[Weight]
+    repetitions: list[Repetition]
+
+
+def _read_source(checkpoint: Path, document: Document | None) -> _Source:
+    """Read what a checkpoint has, and check that it is all of a model.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        DocumentError: transformers has no architecture for the model.
+        WeightsError: The tensors are not those of the model.
+    """
+    found = Checkpoint(find_iteration(checkpoint))
+    model = document or read_folder(str(found.iteration))
+    converted = to_hf(model.data)
+    contents = list_contents(model.data, found.content or CONTENT)
+    entries = list(find_architecture(converted.data).weights(Sizes(read_fields(model.data))))
+    weights = [entry for entry in entries if isinstance(entry, Weight)]
+    raise_any([*_find_missing(weights, contents, found.metadata), *_find_unknown(contents, found.metadata)])
+    return _Source(
+        iteration=found.iteration,
+        metadata=found.metadata,
+        config=converted.data,
+        notes=converted.notes,
+        contents=contents,
+        weights=weights,
+        repetitions=[entry for entry in entries if isinstance(entry, Repetition) and entry.is_written],
+    )
 
 
 def _find_missing(weights: Sequence[Weight], contents: Contents, metadata: Metadata) -> Iterator[Problem]:
@@ -123,7 +160,7 @@ def _find_unknown(contents: Contents, metadata: Metadata) -> Iterator[Problem]:
     known = {piece.key for pieces in contents.pieces.values() for piece in pieces}
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata) and key not in known and not key.startswith(OPTIMIZER_PREFIXES):
-            yield Problem(key, f"no parameter of the model in {DOCUMENT} is made of it")
+            yield Problem(key, "no parameter of the model is made of it: pass the document of this model")
 
 
 def _read_precisions(iteration: Path) -> dict[str, str]:
@@ -140,30 +177,18 @@ def _read_precisions(iteration: Path) -> dict[str, str]:
     return found
 
 
-def _list_tensors(
-    weights: Sequence[Weight],
-    repetitions: Sequence[Repetition],
-    contents: Contents,
-    metadata: Metadata,
-    precisions: Mapping[str, str],
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _list_tensors(source: _Source) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield the tensors to write: name, dtype, shape."""
-    for tensor, part, weight in list_tensors(weights, repetitions):
-        stored = metadata.state_dict_metadata[contents.pieces[weight.name][0].key]
+    precisions = _read_precisions(source.iteration)
+    for tensor, part, weight in list_tensors(source.weights, source.repetitions):
+        stored = source.metadata.state_dict_metadata[source.contents.pieces[weight.name][0].key]
         assert isinstance(stored, TensorStorageMetadata)
         yield tensor, precisions.get(part.tensor, NAMES[stored.properties.dtype]), part.shape
 
 
-def _write_tensors(
-    folder: Path,
-    layout: FileLayout,
-    weights: Sequence[Weight],
-    repetitions: Sequence[Repetition],
-    contents: Contents,
-    reader: CheckpointReader,
-) -> None:
+def _write_tensors(folder: Path, layout: FileLayout, source: _Source, reader: CheckpointReader) -> None:
     with TensorWriter(folder, layout) as writer:
-        for weight in weights:
+        for weight in source.weights:
             placement = Placement(name=weight.name, full_name=weight.name, shape=torch.Size(weight.shape))
             regions = list(find_regions(weight.forms[0], placement))
             # A transposed tensor would be written number by number.
@@ -171,14 +196,14 @@ def _write_tensors(
             step = weight.shape[0] if is_transposed else max(1, WINDOW // (4 * math.prod(weight.shape[1:])))
             for first in range(0, weight.shape[0], step):
                 last = min(first + step, weight.shape[0])
-                rows = _read_rows(contents.pieces[weight.name], range(first, last), reader)
+                rows = _read_rows(source.contents.pieces[weight.name], range(first, last), reader)
                 if not weight.forms[0]:
                     if rows.count_nonzero():
                         raise_any([Problem(weight.name, "is not zero, but transformers has no such parameter")])
                     continue
                 if weight.factor != 1.0:
                     rows = rows.float() / weight.factor
-                writer.write(repeat_regions(cut_regions(regions, first, last), repetitions), rows)
+                writer.write(repeat_regions(cut_regions(regions, first, last), source.repetitions), rows)
 
 
 def _read_rows(pieces: Sequence[Piece], rows: range, reader: CheckpointReader) -> torch.Tensor:

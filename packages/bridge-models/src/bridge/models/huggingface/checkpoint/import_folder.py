@@ -15,36 +15,32 @@ from bridge.config.errors import Problem
 from bridge.dist.checkpoint.common import make_common_state
 from bridge.dist.checkpoint.document import write_documents
 from bridge.dist.checkpoint.folder import RELEASE, TRACKER
+from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.checkpoint.reader import COMMON_STATE
+from bridge.dist.checkpoint.tokenizer import TOKENIZER, carry_files
 from bridge.dist.engine.placement import Placement
 from bridge.models.errors import WeightsError, raise_any
-from bridge.models.huggingface.checkpoint.contents import Contents, Piece, list_contents
+from bridge.models.huggingface.checkpoint.contents import (
+    CONTENT,
+    PRECISIONS,
+    WINDOW,
+    Contents,
+    Piece,
+    list_contents,
+)
 from bridge.models.huggingface.checkpoint.writer import CheckpointWriter
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import Format
 from bridge.models.huggingface.transfer.load import check_repetitions, fill
 from bridge.models.huggingface.transfer.output import (
-    carry_files,
     check_space,
     describe_failure,
-    finish,
-    name_partial,
     prepare,
 )
 from bridge.models.huggingface.transfer.regions import cut_regions, find_regions
 from bridge.models.huggingface.transfer.tensors import TensorReader
 from bridge.models.huggingface.transfer.write import DTYPES, NAMES
 from bridge.models.huggingface.weights.weight import Part, Weight
-
-TOKENIZER = "tokenizer"
-PRECISIONS = "huggingface_dtypes.json"
-"""The tensors whose precision in the folder is not that of the checkpoint."""
-
-CONTENT = {"singleton_local_shards": False}
-"""How megatron.training has its models written."""
-
-WINDOW = 32 * 2**20
-"""Bytes of a parameter that are held at a time."""
 
 
 def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = False) -> list[str]:
@@ -66,27 +62,29 @@ def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = F
         WeightsError: The tensors are not those of the model, the checkpoint exists, or the disk is too small.
     """
     opened = open_folder(folder)
-    reader = TensorReader()
-    check_repetitions(opened, reader)
-    contents = list_contents(opened.document, CONTENT)
-    _check_shapes(contents, opened)
-    dtypes = _choose_dtypes(contents, opened)
     target = Path(checkpoint)
-    raise_any(prepare(target, replaces=TRACKER if force else None))
-    needed = sum(
-        math.prod(piece.shape) * dtypes[piece.key].itemsize for each in contents.pieces.values() for piece in each
-    )
-    raise_any(check_space(name_partial(target), needed))
-    iteration = name_partial(target) / RELEASE
-    try:
-        iteration.mkdir()
-        _write_tensors(iteration, contents, opened, dtypes, reader)
-        _write_documents(iteration, opened, dtypes, contents)
-        (name_partial(target) / TRACKER).write_text(RELEASE)
-        finish(target)
-    except OSError as error:
-        raise WeightsError([describe_failure(target, error)]) from error
+    with TensorReader() as reader:
+        check_repetitions(opened, reader)
+        contents = list_contents(opened.document, CONTENT)
+        _check_shapes(contents, opened)
+        dtypes = _choose_dtypes(contents, opened)
+        raise_any(prepare(target, replaces=TRACKER, force=force))
+        raise_any(check_space(name_partial(target), _count_bytes(contents, dtypes)))
+        iteration = name_partial(target) / RELEASE
+        try:
+            iteration.mkdir()
+            _write_tensors(iteration, contents, opened, dtypes, reader)
+            _write_documents(iteration, opened, dtypes, contents)
+            (name_partial(target) / TRACKER).write_text(RELEASE)
+            finish(target)
+        except OSError as error:
+            raise WeightsError([describe_failure(target, error)]) from error
     return [*opened.notes, *_note_quantized(opened)]
+
+
+def _count_bytes(contents: Contents, dtypes: Mapping[str, torch.dtype]) -> int:
+    pieces = (piece for each in contents.pieces.values() for piece in each)
+    return sum(math.prod(piece.shape) * dtypes[piece.key].itemsize for piece in pieces)
 
 
 def _check_shapes(contents: Contents, folder: Folder) -> None:
@@ -144,7 +142,9 @@ def _write_tensors(
                     fill(rows, cut_regions(regions, first, last), weight, folder, reader)
                     writer.write_tensor(window.key, window.full_shape, window.offset, rows.reshape(window.shape))
         writer.write_objects(contents.extra_states, None)
-        common = make_common_state(contents.config, step=0, samples=0, no_save_optim=True, no_save_rng=True)
+        common = make_common_state(
+            contents.model, contents.config, step=0, samples=0, no_save_optim=True, no_save_rng=True
+        )
         writer.write_objects([COMMON_STATE], common | {"content_metadata": CONTENT})
         writer.finish()
     save_config(CheckpointingConfig("torch_dist"), str(iteration))
@@ -172,7 +172,7 @@ def _divide(piece: Piece, rows: int) -> Iterator[Piece]:
 
 def _write_documents(iteration: Path, folder: Folder, dtypes: Mapping[str, torch.dtype], contents: Contents) -> None:
     """Write the document, what Megatron Bridge reads instead, the tokenizer, and the precisions that were changed."""
-    write_documents(Document(folder.document), iteration)
+    write_documents(Document(folder.document), iteration, has_optimizer=False, has_random_states=False)
     carry_files(folder.path, iteration / TOKENIZER)
     changed = {}
     for name, (weight, parts) in folder.match.weights.items():

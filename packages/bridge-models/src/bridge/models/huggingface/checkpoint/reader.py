@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -53,7 +53,7 @@ class _Chunk:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint. The last file stays open."""
+    """The tensors of a checkpoint. The last file stays open until ``close``."""
 
     def __init__(self, iteration: Path, metadata: Metadata) -> None:
         self._iteration = iteration
@@ -68,6 +68,18 @@ class CheckpointReader:
                     if place is not None and len(one.offsets) == len(one.sizes) == len(described.size)
                 )
         self._opened: tuple[str, BufferedReader] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the last file."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """Return a part of a tensor.
@@ -151,8 +163,7 @@ class CheckpointReader:
 
     def _open(self, name: str) -> BufferedReader:
         if self._opened is None or self._opened[0] != name:
-            if self._opened is not None:
-                self._opened[1].close()
+            self.close()
             self._opened = name, (self._iteration / name).open("rb")
         return self._opened[1]
 

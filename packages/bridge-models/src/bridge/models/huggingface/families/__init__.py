@@ -1,7 +1,7 @@
 """One file per architecture, named by its ``model_type``, with its table; their order does not matter.
 
-It imports ``fields``, ``architecture``, ``targets`` and ``translation`` of the parent package. No family imports
-another.
+It imports ``architecture``, ``fields``, ``targets``, ``translation`` and ``weights`` of the parent package. No family
+imports another.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ def _read_heads(t: Translation) -> None:
     t["transformer.mamba_num_heads"] = heads
     # Unused, but Megatron-Core requires a multiple of the tensor-parallel size.
     t["transformer.num_attention_heads"] = heads
+    t["transformer.mamba_head_dim"] = t["head_dim"]
 
 
 def _write_heads(t: Translation) -> None:
@@ -31,10 +32,6 @@ def _write_heads(t: Translation) -> None:
             f"all heads together have {heads * channels} channels: must be a multiple of {size}",
         )
     t["num_heads"], t["head_dim"], t["expand"] = heads, channels, heads * channels // size
-
-
-def _read_channels(t: Translation) -> None:
-    t["transformer.mamba_head_dim"] = t["head_dim"]
 
 
 def _write_pattern(t: Translation) -> None:
@@ -57,7 +54,6 @@ MAMBA2 = Architecture(
             _read_heads,
             _write_heads,
         ),
-        Row({}, (), _read_channels, lambda t: None),
         same("state_size", "transformer.mamba_state_dim", COUNT, 128),
         same("n_groups", "transformer.mamba_num_groups", COUNT, 8),
         *mamba_layers(convolution="use_conv_bias", biases=("use_bias",), function="hidden_act"),

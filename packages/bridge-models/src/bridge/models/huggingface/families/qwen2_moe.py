@@ -10,24 +10,14 @@ from bridge.models.huggingface.fields.biases import NO_BIASES
 from bridge.models.huggingface.fields.decoder import decoder
 from bridge.models.huggingface.fields.experts import SPARSE_LAYERS, expert_width, experts, shared_expert
 from bridge.models.huggingface.fields.routers import AUX_LOSS, softmax_router
-from bridge.models.huggingface.fields.row import Row
+from bridge.models.huggingface.fields.row import same
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.fields.windows import window_by_switch
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
-from bridge.models.huggingface.translation import FLAG, Name, Translation
+from bridge.models.huggingface.translation import FLAG
 from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 from bridge.models.huggingface.weights.experts import experts as expert_weights
 
-
-def _read_qkv_bias(t: Translation) -> None:
-    t["transformer.add_qkv_bias"] = t["qkv_bias"]
-
-
-def _write_qkv_bias(t: Translation) -> None:
-    t["qkv_bias"] = t["transformer.add_qkv_bias"]
-
-
-_QKV_BIAS = Row({"qkv_bias": Name(FLAG, True)}, ("transformer.add_qkv_bias",), _read_qkv_bias, _write_qkv_bias)
 QWEN2_MOE = Architecture(
     model_type="qwen2_moe",
     model_class="Qwen2MoeForCausalLM",
@@ -43,7 +33,7 @@ QWEN2_MOE = Architecture(
             num_attention_heads=16,
         ),
         attention=(*heads(16), window_by_switch(alternating=True)),
-        biases=(NO_BIASES, _QKV_BIAS),
+        biases=(NO_BIASES, same("qkv_bias", "transformer.add_qkv_bias", FLAG, True)),
         experts=(
             *experts("num_experts", 60, 4),
             expert_width("moe_intermediate_size", 1408),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from bridge.models.huggingface.architecture import Architecture
 from bridge.models.huggingface.fields.activation import get_function_name, read_function
 from bridge.models.huggingface.fields.biases import NO_BIASES
@@ -138,16 +136,6 @@ def _read_length(t: Translation) -> None:
 _LENGTH = Row({"n_positions": Name(COUNT)}, ("seq_length",), _read_length, lambda t: None)
 
 
-def _write_scores(t: Translation) -> None:
-    scale = t["transformer.softmax_scale"]
-    if scale is None or not math.isclose(scale, 1):
-        t.refuse("transformer.softmax_scale", f"{t.model_type} does not scale attention scores: must be 1.0")
-
-
-def _read_scores(t: Translation) -> None:
-    t["transformer.softmax_scale"] = 1.0
-
-
 def _write_channels(t: Translation) -> None:
     channels = t["transformer.kv_channels"]
     t["d_kv"] = t["transformer.hidden_size"] // t["transformer.num_attention_heads"] if channels is None else channels
@@ -175,7 +163,7 @@ T5 = Architecture(
         _shared_size("encoder_ffn_hidden_size", "transformer.ffn_hidden_size"),
         _shared_size("encoder_num_attention_heads", "transformer.num_attention_heads"),
         _shared_size("encoder_kv_channels", "transformer.kv_channels"),
-        Row({}, ("transformer.softmax_scale",), _read_scores, _write_scores),
+        always("transformer.softmax_scale", 1.0, "{model_type} does not scale attention scores"),
         *rms_norm("layer_norm_epsilon", 1e-6),
         NO_BIASES,
         _FEED_FORWARD,

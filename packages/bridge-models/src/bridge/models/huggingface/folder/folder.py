@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.config.documents.hub_cache import resolve_repository
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
 from bridge.models.errors import WeightsError
@@ -40,6 +43,19 @@ class Folder:
     notes: list[str]
 
 
+@contextlib.contextmanager
+def _pause_collector() -> Iterator[None]:
+    """Do not collect garbage: all objects made here stay, and visiting them repeatedly takes a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_pause_collector()
 def open_folder(path: str | Path) -> Folder:
     """Read config.json and the headers of all tensors, and account for each of them.
 
@@ -48,7 +64,7 @@ def open_folder(path: str | Path) -> Folder:
             weights are quantized in a way that is not read.
         WeightsError: The tensors are not those of the model: all problems, by name.
     """
-    path = Path(path)
+    path = Path(resolve_repository(str(path)))
     config = load_config_json(str(path / "config.json"))  # not "-", which is standard input
     with config.locate_problems():
         _check_quantization(config.data)

@@ -54,11 +54,13 @@ def match(entries: Iterable[Entry], stored: Mapping[str, Stored], *, unused: Seq
         parts = _choose_form(entry, stored)
         found.weights[entry.name] = entry, parts
         for part in parts:
-            if part.tensor in stored and part.tensor not in known:
-                _check_tensor(part, entry, stored[part.tensor], found)
-            elif part.tensor not in stored:
-                missing.setdefault(part.tensor, entry)
+            if part.tensor in known:
+                continue
             known.add(part.tensor)
+            if (tensor := stored.get(part.tensor)) is None:
+                missing[part.tensor] = entry
+            else:
+                _check_tensor(part, entry, tensor, found)
     if not known & stored.keys():
         found.problems.append(_explain_stranger(missing, stored))
         return found

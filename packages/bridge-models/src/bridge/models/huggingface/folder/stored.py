@@ -10,9 +10,8 @@ from bridge.config.errors import Problem
 from bridge.models.huggingface.folder.headers import Header, format_tensor
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
-_MXFP4_BLOCK = 32
+MXFP4_BLOCK = 32
 """Numbers that share a scale, two to a byte."""
-
 
 FP8_BLOCK = 128
 """Rows and columns of a block, as DeepSeek-V3 stores them."""
@@ -26,7 +25,7 @@ class Format(Enum):
     MXFP4 = "MXFP4"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: see Header
 class Stored:
     """A tensor of a folder."""
 
@@ -86,11 +85,11 @@ def _check_scales(values: Header, scales: Header) -> str | None:
 
 
 def _store_mxfp4(values: Header, scales: Header) -> Stored:
-    is_packed = len(values.shape) == 4 and values.shape[3] * 2 == _MXFP4_BLOCK and scales.shape == values.shape[:3]
+    is_packed = len(values.shape) == 4 and values.shape[3] * 2 == MXFP4_BLOCK and scales.shape == values.shape[:3]
     if is_packed and values.dtype == scales.dtype == "U8":
         experts, rows, blocks, _ = values.shape
         # transformers has them as [expert, input, output]
-        return Stored((experts, blocks * _MXFP4_BLOCK, rows), Format.MXFP4, values, scales)
+        return Stored((experts, blocks * MXFP4_BLOCK, rows), Format.MXFP4, values, scales)
     problem = (
         "expected MXFP4, bytes [experts, rows, blocks, 16] and scales [experts, rows, blocks], got "
         f"{values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)} ({format_tensor(scales.name)})"

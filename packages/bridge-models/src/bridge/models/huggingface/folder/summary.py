@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from bridge.models.huggingface.folder.folder import Folder
@@ -56,6 +57,11 @@ def summarize(folder: Folder) -> Summary:
 
 
 def _count_bytes(header: Header) -> int:
-    """Return the size of a tensor. Names of dtypes say the bits: BF16, F8_E4M3, F4; BOOL takes 8."""
-    bits = re.search(r"\d+", header.dtype)
-    return prod(header.shape) * (int(bits[0]) if bits else 8) // 8
+    return prod(header.shape) * _get_bits(header.dtype) // 8
+
+
+@cache
+def _get_bits(dtype: str) -> int:
+    """Return the size of a number. Names of dtypes say it: BF16, F8_E4M3, F4; BOOL takes 8."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) if bits else 8

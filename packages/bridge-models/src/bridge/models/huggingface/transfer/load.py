@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
 from bridge.config.errors import Problem
-from bridge.dist.engine.meta import allocate_stages
+from bridge.dist.engine.meta import load_stage
 from bridge.dist.engine.placement import Placement, named_buffers, named_parameters
+from bridge.dist.engine.stages import unwrap
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import make_problem
@@ -27,8 +29,10 @@ def load_weights(
 ) -> None:
     """Load the weights of a folder into the stages of this rank, before they are wrapped.
 
-    Each rank reads the rows that it holds from memory-mapped files; there is no collective. Stages on the meta device
-    get memory on this rank's device, and nothing of theirs is drawn at random.
+    Each rank reads the rows that it holds from memory-mapped files; there is no collective. Tensors that must equal
+    others are compared by all ranks together, each a share of the rows: only the rank that finds a difference fails.
+    Stages on the meta device get memory on this rank's device, and nothing of theirs is drawn at random. In a pre-wrap
+    hook of a model that FSDP will shard they stay there: the wrapper then loads one module after the other.
 
     Args:
         stages: The stages of this rank, as ``build_stages`` returns them or a pre-wrap hook receives them.
@@ -40,27 +44,44 @@ def load_weights(
         WeightsError: The tensors are not those of the model: all problems, before the first byte is read.
     """
     opened = folder if isinstance(folder, Folder) else open_folder(folder)
-    _check_layers(stages, opened)
-    planned = [(stage, _plan(stage, opened, pg_collection)) for stage in stages]
-    if problems := [problem for _, (_, found) in planned for problem in found]:
-        raise WeightsError(list(dict.fromkeys(problems)))
-    reader = TensorReader()
-    check_repetitions(opened, reader)
-    allocate_stages(stages, loaded={name for _, (known, _) in planned for name in known})
-    for stage, (known, _) in planned:
-        for placement, tensor in _list_tensors(stage, pg_collection):
-            weight, parts = known[placement.name]
-            fill(tensor, find_regions(parts, placement), weight, opened, reader)
+    known = match_stages(stages, opened, pg_collection)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with TensorReader() as reader:
+        check_repetitions(opened, reader, rank=rank, ranks=ranks)
+        for stage, names in zip(stages, known, strict=True):
+            loads = {}
+            for placement, _ in list_tensors(stage, pg_collection):
+                weight, parts = names[placement.name]
+                regions = find_regions(parts, placement)
+                loads[placement.name] = partial(fill, regions=regions, weight=weight, folder=opened, reader=reader)
+            load_stage(unwrap(stage), loads)
 
 
 Known = dict[str, tuple[Weight, tuple[Part, ...]]]
+"""What each parameter of a stage is made of, by its name in the stage."""
 
 
-def _plan(stage: MegatronModule, folder: Folder, pg_collection: ProcessGroupCollection) -> tuple[Known, list[Problem]]:
-    """Return what each parameter of a stage is made of, by its name in the stage."""
+def match_stages(
+    stages: Sequence[MegatronModule], folder: Folder, pg_collection: ProcessGroupCollection
+) -> list[Known]:
+    """Return what the parameters of each stage are made of.
+
+    Raises:
+        WeightsError: The stages are of another model.
+    """
+    _check_layers(stages, folder)
+    matched = [_match_stage(stage, folder, pg_collection) for stage in stages]
+    if problems := [problem for _, found in matched for problem in found]:
+        raise WeightsError(list(dict.fromkeys(problems)))
+    return [known for known, _ in matched]
+
+
+def _match_stage(
+    stage: MegatronModule, folder: Folder, pg_collection: ProcessGroupCollection
+) -> tuple[Known, list[Problem]]:
     known: Known = {}
     problems = []
-    for placement, _ in _list_tensors(stage, pg_collection):
+    for placement, _ in list_tensors(stage, pg_collection):
         name = canonicalize_name(placement.full_name)
         found = folder.match.weights.get(name)
         if found is None:
@@ -73,9 +94,10 @@ def _plan(stage: MegatronModule, folder: Folder, pg_collection: ProcessGroupColl
     return known, problems
 
 
-def _list_tensors(
+def list_tensors(
     stage: MegatronModule, pg_collection: ProcessGroupCollection
 ) -> Iterator[tuple[Placement, torch.Tensor]]:
+    """Yield the parameters and buffers of a stage with their placement."""
     for placement, parameter, _ in named_parameters(stage, pg_collection):
         yield placement, parameter
     for placement, buffer, _ in named_buffers(stage, pg_collection):
@@ -93,15 +115,15 @@ def _check_layers(stages: Sequence[MegatronModule], folder: Folder) -> None:
         raise WeightsError(problems)
 
 
-def check_repetitions(folder: Folder, reader: TensorReader) -> None:
-    """Check that tensors that repeat others equal them.
+def check_repetitions(folder: Folder, reader: TensorReader, *, rank: int = 0, ranks: int = 1) -> None:
+    """Check that tensors that repeat others equal them, in the share of their rows of one rank of many.
 
     Raises:
         WeightsError: They do not.
     """
     problems = []
     for one in folder.match.repeated:
-        if not _are_equal(one, folder, reader):
+        if not _are_equal(one, folder, reader, rank=rank, ranks=ranks):
             reason = (
                 "config.json ties the two: set tie_word_embeddings to false in it"
                 if one.tensor == OUTPUT
@@ -112,12 +134,17 @@ def check_repetitions(folder: Folder, reader: TensorReader) -> None:
         raise WeightsError(problems)
 
 
-def _are_equal(one: Repetition, folder: Folder, reader: TensorReader) -> bool:
+def share_rows(rows: int, *, rank: int, ranks: int) -> range:
+    """Return the rows of a repeated tensor that a rank compares."""
+    return range(rows * rank // ranks, rows * (rank + 1) // ranks)
+
+
+def _are_equal(one: Repetition, folder: Folder, reader: TensorReader, *, rank: int, ranks: int) -> bool:
     first, second = folder.stored[one.tensor], folder.stored[one.of]
-    rows, width = first.shape[0], first.shape[1]
-    step = max(1, CHUNK // (4 * width))
-    for start in range(0, rows, step):
-        taken = range(start, min(start + step, rows))
+    rows = share_rows(first.shape[0], rank=rank, ranks=ranks)
+    step = max(1, CHUNK // (4 * first.shape[1]))
+    for start in range(0, len(rows), step):
+        taken = rows[start : start + step]
         parts = (Part(name, tensor.shape, taken) for name, tensor in ((one.tensor, first), (one.of, second)))
         mine, other = (
             reader.read(tensor, part, taken, slice(None)).clone()

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed
-from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
-from torch.distributed.tensor import DTensor
 
 from bridge.config import ModelConfig
-from bridge.config.errors import Problem
+from bridge.config.documents.hub_cache import resolve_repository
+from bridge.config.errors import DocumentError, Problem
+from bridge.dist.checkpoint.document import describe_model
+from bridge.dist.checkpoint.partial import finish, name_partial
+from bridge.dist.checkpoint.shards import find_divided, find_held_rows, show_whole
+from bridge.dist.checkpoint.state import check_wrapper
 from bridge.dist.checkpoint.together import gather
-from bridge.dist.engine.placement import EMBEDDING, Placement, named_buffers, named_parameters
-from bridge.dist.engine.stages import strip_wrappers, unwrap
+from bridge.dist.checkpoint.tokenizer import carry_files
+from bridge.dist.engine.placement import EMBEDDING, Placement, get_tensor_group, named_buffers, named_parameters
+from bridge.dist.engine.stages import unwrap
 from bridge.models.errors import raise_any
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
@@ -26,11 +30,8 @@ from bridge.models.huggingface.matching import find_architecture
 from bridge.models.huggingface.transfer.layout import SHARD_BYTES, FileLayout, lay_out
 from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.output import (
-    carry_files,
     check_space,
     describe_failure,
-    finish,
-    name_partial,
     prepare,
     write_headers,
 )
@@ -64,36 +65,73 @@ def save_weights(
 
     Raises:
         DocumentError: transformers has no architecture for the model.
-        WeightsError: The folder exists, the disk is too small, or transformers has no place for a weight.
+        WeightsError: The folder exists, ``source`` does not, the disk is too small, or transformers has no place for a
+            weight.
+        CheckpointError: Megatron-FSDP shards the stages otherwise than by default.
     """
+    check_wrapper(stages)
     folder = Path(folder)
-    partial = name_partial(folder)
-    document = model.as_dict()
-    config = to_hf(document).data
-    entries = list(find_architecture(config).weights(Sizes(read_fields(document))))
-    weights = {entry.name: entry for entry in entries if isinstance(entry, Weight)}
-    repetitions = [entry for entry in entries if isinstance(entry, Repetition) and entry.is_written]
-    listed = [one for stage in stages for one in _list_held(stage, weights, pg_collection)]
-    held = [one for one in listed if isinstance(one, _Held)]
+    table = _Table.of(model)
+    listed = [one for stage in stages for one in _list_held(stage, table.weights, pg_collection)]
     problems = [one for one in listed if isinstance(one, Problem)]
     is_first = torch.distributed.get_rank() == 0
+    tokenizer = None
     if is_first:
+        if source is not None:
+            tokenizer, found = _find_source(str(source))
+            problems += found
         problems += prepare(folder)
-    default = _get_default_dtype(stages[0])
-    gathered = gather((problems, {one.weight.name: one.dtype for one in held if one.dtype != default}))
-    raise_any([problem for found, _ in gathered for problem in found])
-    dtypes = {name: dtype for _, found in gathered for name, dtype in found.items()}
+    _raise_gathered(problems)
+    held = [one for one in listed if isinstance(one, _Held)]
+    layout = _lay_out_tensors(table, held, default=_get_default_dtype(stages[0]), shard_bytes=shard_bytes)
+    _write_together(held, table, name_partial(folder), layout)
+    _raise_gathered(_finish(folder, layout, table.config, tokenizer) if is_first else [])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the folder of a model has."""
+
+    config: dict[str, Any]
+    """The content of config.json."""
+
+    weights: Mapping[str, Weight]
+    repetitions: Sequence[Repetition]
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        document = describe_model(model).data
+        config = to_hf(document).data
+        entries = list(find_architecture(config).weights(Sizes(read_fields(document))))
+        weights = {entry.name: entry for entry in entries if isinstance(entry, Weight)}
+        return cls(config, weights, [one for one in entries if isinstance(one, Repetition) and one.is_written])
+
+
+def _raise_gathered(problems: Sequence[Problem]) -> None:
+    """Raise the problems of all ranks on all ranks, if there are any. Collective."""
+    raise_any([problem for found in gather(list(problems)) for problem in found])
+
+
+def _lay_out_tensors(table: _Table, held: Sequence[_Held], *, default: str, shard_bytes: int) -> FileLayout:
+    """Return the place of each tensor, in the precision in which some rank holds it. Collective."""
+    found = gather({one.weight.name: one.dtype for one in held if one.dtype != default})
+    dtypes = {name: dtype for each in found for name, dtype in each.items()}
     tensors = (
         (tensor, dtypes.get(weight.name, default), part.shape)
-        for tensor, part, weight in list_tensors(weights.values(), repetitions)
+        for tensor, part, weight in list_tensors(table.weights.values(), table.repetitions)
     )
-    layout = lay_out(tensors, shard_bytes=shard_bytes)
-    raise_any([problem for found in gather(check_space(partial, sum(layout.sizes.values()))) for problem in found])
-    results = gather(_write(held, repetitions, partial, layout))
-    raise_any([problem for found, _ in results for problem in found])
-    if sum(written for _, written in results) < layout.tensor_bytes:
+    return lay_out(tensors, shard_bytes=shard_bytes)
+
+
+def _write_together(held: Sequence[_Held], table: _Table, partial: Path, layout: FileLayout) -> None:
+    """Write the rows of all ranks, and check that they are all. Collective."""
+    _raise_gathered(check_space(partial, sum(layout.sizes.values())))
+    problems, written = _write(held, table.repetitions, partial, layout)
+    _raise_gathered(problems)
+    total = sum(gather(written))
+    assert total <= layout.tensor_bytes, "ranks have written the same rows"  # the check below counts bytes
+    if total < layout.tensor_bytes:
         raise_any([Problem(str(partial), "is not whole: no rank holds some of the weights that config.json describes")])
-    raise_any([one for found in gather(_finish(folder, layout, config, source) if is_first else []) for one in found])
 
 
 @dataclass(frozen=True)
@@ -118,9 +156,9 @@ def _list_held(
     stage: MegatronModule, weights: Mapping[str, Weight], pg_collection: ProcessGroupCollection
 ) -> Iterator[_Held | Problem]:
     """Yield the parameters and buffers of a stage that this rank writes, and what is wrong with them."""
-    # The parameters of Megatron-FSDP are those of the last forward pass: its state dict has the last update.
-    state = {strip_wrappers(name): value for name, value in stage.state_dict().items()}
-    named = (*named_parameters(stage, pg_collection), *named_buffers(stage, pg_collection))
+    divided = find_divided(stage)
+    with show_whole(stage, divided):
+        named = (*named_parameters(stage, pg_collection), *named_buffers(stage, pg_collection))
     for placement, tensor, _ in named:
         name = canonicalize_name(placement.full_name)
         weight = weights.get(name)
@@ -131,33 +169,32 @@ def _list_held(
             shape = list(placement.full_shape)
             yield Problem(name, f"expected the shape {list(weight.shape)} of config.json, got {shape}")
             continue
-        value = state.get(placement.name)
-        rows, first = _take_chunk(value, placement) if isinstance(value, DTensor) else (tensor.detach(), 0)
+        rows, first = tensor.detach(), 0
+        if (found := divided.get(placement.name)) is not None:
+            rows, first = found.value.to_local().detach(), find_held_rows(found.value, len(tensor)).start
         if not weight.forms[0]:
             if rows.count_nonzero():
                 yield Problem(name, "is not zero, but transformers has no such parameter")
-        elif isinstance(value, DTensor) or _is_owner(stage, placement, tensor, pg_collection):
+        elif _is_owner(stage, placement, tensor, pg_collection, is_divided=found is not None):
             yield _Held(weight, placement, first, rows, NAMES[tensor.dtype])
 
 
-def _take_chunk(value: DTensor, placement: Placement) -> tuple[torch.Tensor, int]:
-    """Return the rows of a parameter that FSDP left on this rank, and the first one's number. Collective."""
-    chunk = gather_and_compute_chunk_metadata(value)
-    spans_shards = value.shape != placement.shape and placement.dim == 0  # Megatron-FSDP's spans tensor-parallel ranks
-    before = placement.shard * placement.shape[0] if spans_shards else 0
-    return value.to_local().detach(), chunk.offsets[0] - before
-
-
 def _is_owner(
-    stage: MegatronModule, placement: Placement, tensor: torch.Tensor, pg_collection: ProcessGroupCollection
+    stage: MegatronModule,
+    placement: Placement,
+    tensor: torch.Tensor,
+    pg_collection: ProcessGroupCollection,
+    *,
+    is_divided: bool,
 ) -> bool:
-    """Return whether this rank is the one to write a parameter, of all that hold the same rows."""
+    """Return whether this rank is the one to write its rows of a parameter, of all that hold the same ones."""
     is_expert = not getattr(tensor, "allreduce", True)
-    tensor_parallel = pg_collection.expt_tp if is_expert else pg_collection.tp
+    tensor_parallel = get_tensor_group(tensor, pg_collection)
     replicas = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
     if placement.full_name == EMBEDDING and not getattr(unwrap(stage), "pre_process", True):
         return False  # a copy on the last pipeline stage
-    return replicas.rank() == 0 and (placement.shards > 1 or tensor_parallel.rank() == 0)
+    # Of a parameter that FSDP divided, each data-parallel rank holds other rows.
+    return (is_divided or replicas.rank() == 0) and (placement.shards > 1 or tensor_parallel.rank() == 0)
 
 
 def _get_default_dtype(stage: MegatronModule) -> str:
@@ -169,25 +206,34 @@ def _write(
     held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Path, layout: FileLayout
 ) -> tuple[list[Problem], int]:
     """Write this rank's rows; return what the file system refused, and the number of bytes."""
-    with TensorWriter(folder, layout) as writer:
-        try:
+    writer = TensorWriter(folder, layout)
+    try:
+        with writer:
             for one in held:
                 rows = one.rows
                 if one.weight.factor != 1.0:
                     rows = rows.float() / one.weight.factor
                 writer.write(one.list_regions(repetitions), rows)
-            writer.close()
-        except OSError as error:
-            return [describe_failure(folder, error)], writer.written
+    except OSError as error:  # also of closing, after which all bytes are on the disk
+        return [describe_failure(folder, error)], writer.written
     return [], writer.written
 
 
-def _finish(folder: Path, layout: FileLayout, config: dict[str, Any], source: str | Path | None) -> list[Problem]:
+def _find_source(source: str) -> tuple[Path | None, list[Problem]]:
+    """Return the folder of a tokenizer, and what is wrong with it."""
+    try:
+        folder = Path(resolve_repository(source))
+    except DocumentError as error:
+        return None, error.problems
+    return folder, [] if folder.is_dir() else [Problem(source, "no such folder: pass one with a tokenizer, or None")]
+
+
+def _finish(folder: Path, layout: FileLayout, config: dict[str, Any], tokenizer: Path | None) -> list[Problem]:
     """Write all but the tensors, and give the folder its name; return what the file system refused."""
     try:
         write_headers(name_partial(folder), layout, config)
-        if source is not None:
-            carry_files(Path(source), name_partial(folder))
+        if tokenizer is not None:
+            carry_files(tokenizer, name_partial(folder))
         finish(folder)
     except OSError as error:
         return [describe_failure(folder, error)]

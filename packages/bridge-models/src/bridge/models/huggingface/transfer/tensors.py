@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 
 from bridge.models.huggingface.folder.headers import Header
-from bridge.models.huggingface.folder.stored import FP8_BLOCK, Format, Stored
+from bridge.models.huggingface.folder.stored import FP8_BLOCK, MXFP4_BLOCK, Format, Stored
+from bridge.models.huggingface.transfer.layout import ITEM_BYTES
 from bridge.models.huggingface.weights.weight import Part
 
 CHUNK = 64 * 2**20
@@ -17,12 +19,22 @@ CHUNK = 64 * 2**20
 
 
 class TensorReader:
-    """Regions of the tensors of a folder. The last file stays open."""
+    """Regions of the tensors of a folder. The last file stays open until ``close``; a later read opens it again."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._file: Any = None
         self._read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the last file, and with it its mapping."""
+        self._path = self._file = None
 
     def read(self, stored: Stored, part: Part, rows: range, columns: slice) -> torch.Tensor:
         """Return rows of a tensor, [rows, columns, ...] as Megatron-Core orders them.
@@ -53,37 +65,62 @@ class TensorReader:
     def _read_fp8(self, stored: Stored, part: Part, rows: range, columns: slice) -> torch.Tensor:
         """Multiply each number by the scale of its block, in fp32 as transformers does."""
         assert stored.scales is not None
-        values, scales = self._map(stored.values), self._map(stored.scales).float()
+        values, scales = self._map(stored.values), self._map(stored.scales)
         if part.transposed:
             values, scales = values.T, scales.T
         taken = values[rows.start : rows.stop : rows.step, columns]
-        row = torch.arange(len(values))[rows.start : rows.stop : rows.step] // FP8_BLOCK
-        column = torch.arange(values.shape[1])[columns] // FP8_BLOCK
-        self._count(taken)
-        return taken.float() * scales[row][:, column]
+        row_blocks = _find_blocks(rows, FP8_BLOCK)
+        column_blocks = _find_blocks(range(values.shape[1])[columns], FP8_BLOCK)
+        factors = scales[row_blocks.start : row_blocks.stop, column_blocks.start : column_blocks.stop]
+        row = torch.arange(len(values))[rows.start : rows.stop : rows.step] // FP8_BLOCK - row_blocks.start
+        column = torch.arange(values.shape[1])[columns] // FP8_BLOCK - column_blocks.start
+        self._count(taken, factors)
+        return taken.float() * factors.float()[row][:, column]
 
     def _read_mxfp4(self, stored: Stored, part: Part, rows: range, columns: slice) -> torch.Tensor:
         """Look up the number of each half byte and multiply it by its block's power of two."""
         assert stored.scales is not None
         assert part.index is not None
-        blocks = self._map(stored.values)[part.index, rows.start : rows.stop : rows.step]
-        exponents = self._map(stored.scales)[part.index, rows.start : rows.stop : rows.step].int() - _BIAS
-        numbers = torch.stack([_FP4[(blocks & 15).int()], _FP4[(blocks >> 4).int()]], dim=-1)  # the low half is first
-        self._count(blocks)
-        scaled = torch.ldexp(numbers.flatten(-2), exponents.unsqueeze(-1))
-        return scaled.flatten(-2)[:, columns]
+        wanted = range(stored.shape[1])[columns]
+        blocks = _find_blocks(wanted, MXFP4_BLOCK)
+        place = part.index, slice(rows.start, rows.stop, rows.step), slice(blocks.start, blocks.stop)
+        values, exponents = self._map(stored.values)[place], self._map(stored.scales)[place]
+        numbers = torch.stack([_FP4[(values & 15).int()], _FP4[(values >> 4).int()]], dim=-1)  # the low half is first
+        self._count(values, exponents)
+        scaled = torch.ldexp(numbers.flatten(-2), exponents.int().unsqueeze(-1) - _BIAS)
+        skipped = blocks.start * MXFP4_BLOCK
+        return scaled.flatten(-2)[:, wanted.start - skipped : wanted.stop - skipped]
 
     def _map(self, header: Header) -> torch.Tensor:
         """Return a whole tensor as a view of its file."""
         if header.file != self._path or self._read >= CHUNK:
-            self._file = None  # closes it, and with it goes the mapping
+            self.close()
             self._file = safe_open(header.file, framework="pt")
             self._path, self._read = header.file, 0
         tensor: torch.Tensor = self._file.get_tensor(header.name)
         return tensor
 
-    def _count(self, taken: torch.Tensor) -> None:
-        self._read += taken.numel() * taken.element_size()
+    def _count(self, *taken: torch.Tensor) -> None:
+        self._read += sum(one.numel() * one.element_size() for one in taken)
+
+
+def count_bytes(stored: Stored, part: Part, rows: range, columns: slice) -> int:
+    """Return how many bytes of its file ``TensorReader.read`` needs for the same arguments, scales included."""
+    shape = stored.shape if part.index is None else stored.shape[1:]
+    shape = shape[::-1] if part.transposed else shape
+    taken = range(shape[1])[columns] if len(shape) > 1 else range(1)
+    if stored.format is Format.PLAIN:
+        return len(rows) * len(taken) * prod(shape[2:]) * ITEM_BYTES[stored.dtype]
+    assert stored.scales is not None
+    if stored.format is Format.BLOCK_FP8:
+        scales = len(_find_blocks(rows, FP8_BLOCK)) * len(_find_blocks(taken, FP8_BLOCK))
+        return len(rows) * len(taken) + scales * ITEM_BYTES[stored.scales.dtype]
+    return len(rows) * len(_find_blocks(taken, MXFP4_BLOCK)) * (MXFP4_BLOCK // 2 + 1)
+
+
+def _find_blocks(numbers: range, size: int) -> range:
+    """Return the blocks that a range of rows or columns touches."""
+    return range(numbers[0] // size, numbers[-1] // size + 1) if numbers else range(0)
 
 
 _BIAS = 127  # of the exponents

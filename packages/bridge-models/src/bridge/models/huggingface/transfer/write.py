@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -47,18 +49,22 @@ class TensorWriter:
             self._write_matrix(group, parameter)
 
     def close(self) -> None:
-        """Close the files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Write the files to the disk, and close them."""
+        descriptors, self._files = list(self._files.values()), {}
+        with ExitStack() as stack:
+            for descriptor in descriptors:
+                stack.callback(os.close, descriptor)
+            for descriptor in descriptors:
+                os.fsync(descriptor)
 
     def _write_matrix(self, regions: Sequence[Region], parameter: torch.Tensor) -> None:
         """Write all rows of a parameter that belong to one matrix or vector, at once if they are all of it."""
         part = regions[0].part
         slot = self._layout.slots[part.tensor]
         shape = part.shape[1:] if part.index is not None else part.shape
-        start = slot.start + (part.index or 0) * _count(shape) * ITEM_BYTES[slot.dtype]
+        start = slot.start + (part.index or 0) * prod(shape) * ITEM_BYTES[slot.dtype]
         values = [_orient(parameter[region.local], part).to(DTYPES[slot.dtype]).cpu() for region in regions]
-        if sum(value.numel() for value in values) == _count(shape):
+        if sum(value.numel() for value in values) == prod(shape):
             matrix = torch.empty(shape, dtype=DTYPES[slot.dtype])
             for region, value in zip(regions, values, strict=True):
                 matrix[_select(region, part, shape)] = value
@@ -71,7 +77,7 @@ class TensorWriter:
         self, slot: Slot, start: int, shape: tuple[int, ...], selected: tuple[slice, ...], value: torch.Tensor
     ) -> None:
         """Write a part of a matrix: consecutive rows at once where they are whole, else row by row."""
-        width = _count(shape[1:])
+        width = prod(shape[1:])
         rows = range(shape[0])[selected[0]]
         columns = range(shape[1])[selected[1]] if len(selected) > 1 else None
         item = ITEM_BYTES[slot.dtype]
@@ -96,13 +102,6 @@ class TensorWriter:
             written = os.pwrite(self._files[slot.file], data, start)
             data, start = data[written:], start + written
             self.written += written
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _orient(rows: torch.Tensor, part: Part) -> torch.Tensor:

@@ -13,7 +13,7 @@ from bridge.models.huggingface.weights.sizes import Sizes
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes four times as long, and the table of DeepSeek-V3 has 75,000
 class Part:
     """Consecutive rows of a parameter: which rows of which tensor they are."""
 
@@ -33,7 +33,7 @@ class Part:
     """Whether the tensor is stored as [input, output], so that its columns are the rows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: see Part
 class Weight:
     """A parameter of the whole, unsharded model."""
 
