@@ -57,8 +57,8 @@ class StepCalls:
         return calls
 
 
-_MESSAGES = ("send", "recv")
-"""Pipeline messages, not counted here: `Work.received` and `Work.passed_on` describe them."""
+_NOT_COUNTED = ("recv", "pp send")
+"""The other side of each message, and messages in the pipeline: `Work.received` and `Work.passed_on` describe those."""
 _FUNCTIONAL = {
     "all_gather_into_tensor": "allgather",
     "all_reduce": "allreduce",
@@ -75,6 +75,11 @@ class Collectives(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Calls.empty()
         self._names = names
+
+    def take(self) -> Calls:
+        """Return the collectives since the last call."""
+        taken, self.calls = self.calls, Calls.empty()
+        return taken
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,8 +98,9 @@ class Collectives(TorchDispatchMode):
         return result
 
     def _count(self, group: ProcessGroup, operation: str, arguments: tuple[Any, ...]) -> None:
-        if group.size() > 1 and operation not in _MESSAGES:
-            key = (self._names.get(group.group_name, "other"), group.size(), operation)
+        name = self._names.get(group.group_name, "other")
+        if group.size() > 1 and operation not in _NOT_COUNTED and f"{name} {operation}" not in _NOT_COUNTED:
+            key = (name, group.size(), operation)
             self.calls.number[key] += 1
             self.calls.size[key] += max(map(count_tensor_bytes, arguments))
 

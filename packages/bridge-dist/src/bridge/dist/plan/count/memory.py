@@ -55,6 +55,14 @@ def held_tensors(stages: Sequence[MegatronModule]) -> Iterator[torch.Tensor]:
         yield from (to_local(buffer) for buffer in unwrap(stage).buffers())
 
 
+def list_weight_workspaces(stage: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the 8-bit copies of weights that layers made in their first forward pass and keep from step to step."""
+    for module in stage.modules():
+        # A name of Transformer Engine 2.17 and its stand-in.
+        for parts in getattr(module, "_fp8_workspaces", {}).values():
+            yield from parts
+
+
 def count_saved_buffer_elements(stage: MegatronModule) -> int:
     """Return the number of elements in the buffers of a stage that checkpoints contain."""
     model = unwrap(stage)
@@ -116,8 +124,14 @@ class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
         self._storages[storage._cdata] = storage  # the reference also prevents reuse of its address
         return tensor
 
-    def total(self) -> int:
-        """Return the bytes saved so far. Unsharded weights that a wrapper has not freed yet count as parameters."""
-        others = (*held_tensors([self._stage]), *(to_local(parameter) for parameter in self._stage.parameters()))
+    def count(self, shared: Sequence[torch.Tensor] = ()) -> tuple[int, int]:
+        """Return the bytes saved so far: those of this microbatch, and those of ``shared`` tensors.
+
+        Unsharded weights that a wrapper has not freed yet count as parameters.
+        """
+        weights = map(to_local, self._stage.parameters())
+        others = (*held_tensors([self._stage]), *weights, *list_weight_workspaces(self._stage))
         cdata = {tensor.untyped_storage()._cdata for tensor in others}
-        return sum(storage.nbytes() for storage in self._storages.values() if storage._cdata not in cdata)
+        saved = {key: storage.nbytes() for key, storage in self._storages.items() if key not in cdata}
+        of_all = {tensor.untyped_storage()._cdata for tensor in shared} & saved.keys()
+        return sum(saved.values()) - sum(saved[key] for key in of_all), sum(saved[key] for key in of_all)

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.config import ModelConfig
 from bridge.dist.engine.builder import DistributedModelBuilder
+from bridge.dist.engine.placement import list_layer_indices
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.attention import ATTENTION_FLOPS, use_fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, count_tensor_bytes, list_groups, map_group_names
-from bridge.dist.plan.count.memory import SavedMemory
+from bridge.dist.plan.count.memory import SavedMemory, count_storage_bytes, list_weight_workspaces
+from bridge.dist.plan.count.operations import OperationCounter
+from bridge.dist.plan.count.shared import record_shared_tensors
+from bridge.dist.plan.results import Operations
 from bridge.dist.train.batch import Batch
 
 
@@ -37,24 +42,49 @@ PassedShapes = dict[int, torch.Size]
 """Shapes that stages pass on, by place in the whole pipeline; only of measured stages."""
 
 
+class PassWork(NamedTuple):
+    """Operations and collectives of a forward or a backward pass."""
+
+    operations: Operations
+    calls: Calls
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Cost of one microbatch in a chunk: bytes saved for the backward pass, FLOPs, collectives.
+    """Cost of one microbatch in a chunk: bytes saved for the backward pass, FLOPs, operations, collectives.
 
-    ``received`` is the message from the previous stage, ``passed_on`` that to the next stage; None at the ends of the
-    pipeline.
+    ``shared`` bytes are saved once for all microbatches. ``workspaces`` are the bytes of 8-bit copies of weights.
+    ``weight_gradient_flops`` is the part of ``flops`` that computes gradients of weights. ``received`` is the message
+    from the previous stage, ``passed_on`` that to the next stage; None at the ends of the pipeline.
     """
 
     kept: int
+    shared: int
+    workspaces: int
     forward_flops: int
     flops: int
-    calls: Calls
+    weight_gradient_flops: int
+    forward: PassWork
+    backward: PassWork
     received: Message | None
     passed_on: Message | None
 
+    @property
+    def calls(self) -> Calls:
+        """The collectives of both passes."""
+        calls = Calls.empty()
+        calls.add(self.forward.calls)
+        calls.add(self.backward.calls)
+        return calls
+
+
+_WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+"""Products of activations with weights; those of two activations, in attention, are batched or fused."""
 
 _WITHIN_LAYERS = ("tp", "cp", "ep", "expt_tp", "tp_ep", "tp_cp")
 """Groups whose ranks share the work of a layer."""
+
+_RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 
 Memo = dict[Any, Work]
 """Cache of the cost of a microbatch, by the signature of a chunk and the sizes of its groups."""
@@ -96,7 +126,14 @@ def _hidden_states_shape(rank: RankStages) -> torch.Size:
 
 def _measure_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size, memo: Memo) -> Work:
     sizes = {kind: group.size() for kind, group in list_groups(rank.groups)}
-    chunk = (_chunk_signature(unwrap(stage)), input_shape, rank.batch.micro_batch_size, rank.batch.seq_length)
+    chunk = (
+        _chunk_signature(unwrap(stage)),
+        _list_precisions(rank.builder.transformer_config, stage),
+        *(repr(getattr(rank.builder.transformer_config, name)) for name in _RECOMPUTE_FIELDS),
+        input_shape,
+        rank.batch.micro_batch_size,
+        rank.batch.seq_length,
+    )
     within = (chunk, *(sizes.get(kind) for kind in _WITHIN_LAYERS))
     anywhere = (chunk, *sizes.items())
     work = memo.get(within) or memo.get(anywhere)
@@ -106,6 +143,12 @@ def _measure_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.S
         stays_within = {group for group, _, _ in work.calls.size} <= set(_WITHIN_LAYERS)
         memo[within if stays_within else anywhere] = work
     return work
+
+
+def _list_precisions(config: TransformerConfig, stage: MegatronModule) -> Any:
+    """Return the 8-bit format and recipe of a chunk, and whether each layer is left in half precision."""
+    in_half = (is_first_last_bf16_layer(config, layer) for layer in list_layer_indices(stage))
+    return (config.fp8, config.fp8_recipe, config.fp8_param, *in_half) if config.fp8 else None
 
 
 def _chunk_signature(model: torch.nn.Module) -> Any:
@@ -123,7 +166,8 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
     received = passed_on = None
     kept, sent = SavedMemory(stage), Collectives(map_group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
-    with kept, flops, sent, use_fused_attention():
+    operations = OperationCounter(model, is_fp8=bool(rank.builder.transformer_config.fp8))
+    with kept, flops, sent, operations, use_fused_attention(), record_shared_tensors() as shared:
         if not getattr(model, "pre_process", True):
             dtype = rank.builder.transformer_config.pipeline_dtype
             stage_input = torch.empty(input_shape, dtype=dtype, requires_grad=True)
@@ -132,7 +176,9 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
         # One token more than the sequence has, because each position predicts the next token.
         tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
         output = rank.builder.forward_step(stage, tokens, rank.groups)
-        forward_flops, bytes_kept = flops.get_total_flops(), kept.total()
+        forward_flops, (bytes_kept, bytes_shared) = flops.get_total_flops(), kept.count(shared)
+        weight_flops = sum(flops.get_flop_counts()["Global"].get(product, 0) for product in _WEIGHT_PRODUCTS)
+        forward = PassWork(operations.take(), sent.take())
         if getattr(model, "post_process", True):
             output.float().mean().backward()  # the loss of a training step, see `run_microbatches`
         else:
@@ -140,9 +186,13 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
             output.backward(torch.empty_like(output))
     return Work(
         kept=bytes_kept,
+        shared=bytes_shared,
+        workspaces=count_storage_bytes(list_weight_workspaces(stage)),
         forward_flops=forward_flops,
         flops=flops.get_total_flops(),
-        calls=sent.calls,
+        weight_gradient_flops=weight_flops,  # each product with a weight has one for its gradient, of the same size
+        forward=forward,
+        backward=PassWork(operations.take(), sent.take()),
         received=received,
         passed_on=passed_on,
     )

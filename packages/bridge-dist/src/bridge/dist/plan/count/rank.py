@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -28,7 +29,9 @@ from bridge.dist.plan.count.memory import (
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work
 from bridge.dist.plan.count.step import run_replicated, run_sharded
 from bridge.dist.plan.virtual_rank.groups import act_as_rank
+from bridge.dist.plan.virtual_rank.latent_rotation import rotate_latents_on_meta
 from bridge.dist.plan.virtual_rank.peers import answer_for_all_ranks
+from bridge.dist.plan.virtual_rank.recomputation import recompute_on_meta
 from bridge.dist.plan.virtual_rank.routing import assume_equal_shares
 from bridge.dist.plan.virtual_rank.sharding import allow_sharding_on_meta
 from bridge.dist.train.batch import Batch
@@ -66,6 +69,13 @@ class Rank:
     """The library of the layers."""
 
 
+@contextlib.contextmanager
+def _replace_kernels() -> Iterator[None]:
+    """Replace what needs values, other ranks or a GPU."""
+    with assume_equal_shares(), answer_for_all_ranks(), recompute_on_meta(), rotate_latents_on_meta():
+        yield
+
+
 def measure_rank(
     job: BuildJob, layout: Layout, batch: Batch, *, rank: int, memo: Memo, passed: PassedShapes | None = None
 ) -> Rank:
@@ -89,7 +99,7 @@ def measure_rank(
     sharding = allow_sharding_on_meta() if is_fsdp else contextlib.nullcontext()
     embedding_ranks = job.find_embedding_ranks(ModelConfig.from_dict(job.document))
     as_this_rank = act_as_rank(layout, rank, embedding_ranks=embedding_ranks)
-    with on_meta(), assume_equal_shares(), as_this_rank as groups, sharding, answer_for_all_ranks():
+    with on_meta(), as_this_rank as groups, sharding, _replace_kernels():
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig.from_dict(job.document)
         builder = make_builder(config)
@@ -125,7 +135,7 @@ def measure_rank(
         step = run_sharded(rank_stages, passed) if options.shards_weights else run_replicated(rank_stages, memo, passed)
         return Rank(
             rank=rank,
-            weights=count_storage_bytes(held_tensors(stages)),
+            weights=count_storage_bytes(held_tensors(stages)) + sum(work.workspaces for work in step.works),
             gradients=step.gradients,
             master=master,
             state=state,

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 from bridge.dist.patch import Replacement, replace_attributes
+from bridge.dist.process.imports import ATTENTION_BACKEND_VARIABLES
 
 _ATTENTION_VARIANT = "megatron.core.transformer.experimental_attention_variant.dsa"
 
@@ -49,9 +50,6 @@ A test fails when a plan leaves another variable changed.
 """
 
 
-_ATTENTION_CHOICE = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-
-
 @contextlib.contextmanager
 def isolate_state() -> Iterator[None]:
     """Start with the global state of a new process within a context; restore the previous state afterwards."""
@@ -85,7 +83,7 @@ def _restore_groups() -> Iterator[None]:
 def _restore_environment() -> Iterator[None]:
     """Restore environment variables: Megatron selects TE's attention through them, and rejects another selection."""
     before = dict(os.environ)
-    for name in _ATTENTION_CHOICE:  # set when this process built another model
+    for name in ATTENTION_BACKEND_VARIABLES:  # set when this process built another model
         os.environ.pop(name, None)
     try:
         yield
