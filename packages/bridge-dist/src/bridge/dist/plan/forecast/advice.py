@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
+from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
 from bridge.dist.wrapper import Wrapper
@@ -56,6 +57,11 @@ def _propose_changes(
             _apply_settings(document, {f"{prefix}sequence_parallel": True}),
             options,
         )
+    pp, dp = planned.layout["pp"], planned.layout["dp"]
+    if dp % 2 == 0:  # on as many GPUs
+        longer = deepcopy(document)
+        apply_layout(longer, {"pp": 2 * pp})
+        yield f"--pp {2 * pp} --dp {dp // 2}", longer, options
     if options.batch.micro_batch_size > 1:
         yield "--micro-batch-size 1", document, replace(options, batch=replace(options.batch, micro_batch_size=1))
 

@@ -1,83 +1,86 @@
-"""Results of a layout search: estimated step times, and why the first is fastest."""
+"""Results of a search: the fastest layouts, and why the first is ahead."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from bridge.dist.layout import Layout
-from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.forecast.timeline import timeline_of
-from bridge.dist.plan.results import Plan
+from bridge.dist.formatting import format_seconds
+from bridge.dist.plan.forecast.space import Choice
+from bridge.dist.plan.results import Plan, StepTime
+
+_SMALLEST_CAUSE = 0.005  # of the step: smaller differences are not named
 
 
-class Candidate(NamedTuple):
-    """A layout that fits: its plan, and the estimated seconds of a step, in total and by part."""
+@dataclass(frozen=True)
+class Candidate:
+    """A planned choice and the estimated time of a step."""
 
+    choice: Choice
     plan: Plan
-    seconds: float
-    parts: dict[str, float]
+    time: StepTime
 
     @property
-    def name(self) -> str:
-        """The layout in words."""
-        return str(Layout(**self.plan.layout))
+    def seconds(self) -> float:
+        """The estimated seconds of a step."""
+        return self.time.step_seconds
+
+    def __lt__(self, other: Candidate) -> bool:
+        return (self.seconds, str(self.choice)) < (other.seconds, str(other.choice))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Results of a search: the layouts that fit, fastest first, and the numbers of those tried, refused, too large."""
+    """Results of a search: the best layouts, fastest first, and how the other choices were decided.
+
+    ``with_ddp`` is the fastest one with DDP if none of the best has it. ``planned`` counts the choices that were
+    planned, ``refused`` those that are not possible, ``too_large`` those that do not fit, and ``slower`` those that
+    were ruled out by a lower bound of their time.
+    """
 
     candidates: list[Candidate]
-    tried: int
+    with_ddp: Candidate | None = None
+    planned: int
     refused: int
     too_large: int
+    slower: int
 
-    def explain_ranking(self) -> str | None:
-        """Explain why the first is faster than the second; None if there are fewer than two."""
-        if len(self.candidates) < 2:
-            return None
-        first, second = self.candidates[:2]
-        gains = {
-            part: second.parts.get(part, 0.0) - first.parts.get(part, 0.0) for part in {**first.parts, **second.parts}
-        }
-        differences = [
-            f"{abs(gain):.3f} s {'less' if gain > 0 else 'more'} of {part}"
-            for part, gain in sorted(gains.items(), key=lambda item: -abs(item[1]))
-            if abs(gain) > 0.01 * first.seconds
-        ]
-        return f"{first.name} is faster than {second.name}: " + (", ".join(differences) or "by less than 1 %")
+    def explain_ranking(self) -> list[str]:
+        """Return how much longer each other one takes than the first, and why."""
+        return [explain_difference(self.candidates[0], other) for other in self.candidates[1:]]
 
     def to_json(self) -> dict[str, object]:
         """Return the results as plain data."""
         return {
             "kind": "search",
-            "tried": self.tried,
+            "planned": self.planned,
             "refused": self.refused,
             "too_large": self.too_large,
+            "slower": self.slower,
             "why": self.explain_ranking(),
-            "candidates": [
-                {
-                    "layout": one.plan.layout,
-                    "seconds": one.seconds,
-                    "parts": one.parts,
-                    "total_bytes": one.plan.worst.total_bytes,
-                }
-                for one in self.candidates
-            ],
+            "candidates": [_describe(one) for one in self.candidates],
+            "with_ddp": None if self.with_ddp is None else _describe(self.with_ddp),
         }
 
 
-def estimate_step(plan: Plan, machine: Machine) -> Candidate:
-    """Estimate the time of a step of a plan: the work of the busiest stage, and its share of pipeline bubbles."""
-    layout = Layout(**plan.layout)
-    by_stage = [machine.seconds(stage, layout) for stage in plan.stages]
-    busiest = max(by_stage, key=lambda seconds: sum(seconds.values()))
-    # Gradients are reduced after the last pass, so no bubble waits for this traffic.
-    at_end = {part: seconds for part, seconds in busiest.items() if part.startswith(("dp", "expt_dp"))}
-    in_pipeline = sum(busiest.values()) - sum(at_end.values())
-    # The bubble is a share of the whole time: waiting / (in_pipeline + waiting).
-    bubble = timeline_of(plan).bubble
-    waiting = in_pipeline * bubble / (1 - bubble)
-    parts = dict(busiest) | {"pipeline bubbles": waiting}
-    return Candidate(plan, sum(parts.values()), parts)
+def _describe(one: Candidate) -> dict[str, object]:
+    return {
+        "layout": one.plan.layout,
+        "settings": one.choice.settings,
+        "micro_batch_size": one.choice.micro_batch_size,
+        "wrap": str(one.choice.wrapper),
+        "distributed_optimizer": one.plan.distributed_optimizer,
+        "total_bytes": one.plan.worst.total_bytes,
+        "time": one.time.to_json(),
+    }
+
+
+def explain_difference(first: Candidate, other: Candidate) -> str:
+    """Say how much longer the other takes than the first, and by which causes, the largest first."""
+    ours, theirs = first.time.parts, other.time.parts
+    differences = {cause: theirs.get(cause, 0.0) - ours.get(cause, 0.0) for cause in {**ours, **theirs}}
+    causes = [
+        f"{format_seconds(abs(seconds))} {'more' if seconds > 0 else 'less'} of {cause}"
+        for cause, seconds in sorted(differences.items(), key=lambda item: -abs(item[1]))
+        if abs(seconds) > _SMALLEST_CAUSE * first.seconds
+    ]
+    return ": ".join([f"{other.seconds / first.seconds - 1:.1%} longer", *filter(None, [", ".join(causes)])])

@@ -1,54 +1,50 @@
-"""Search over the layouts of a number of GPUs, ranked by estimated step time."""
+"""Search for the fastest ways to train a model on a number of GPUs, by estimated step time.
+
+Choices are planned in the order of a lower bound of their time. The search ends when no other choice can be faster than
+the best ones found. Choices that cannot fit the memory of a GPU are ruled out by a lower bound of their memory.
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
 import multiprocessing
 import os
 import signal
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from copy import deepcopy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from itertools import count
 from typing import NamedTuple
 
 from bridge.config import BridgeError, Document
 from bridge.config.tracebacks import format_error
-from bridge.dist.document_layout import replace_layout
+from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.errors import PlanError
+from bridge.dist.formatting import format_gib
 from bridge.dist.job import make_builder
+from bridge.dist.layout import Layout
 from bridge.dist.plan.count.microbatch import Memo
+from bridge.dist.plan.forecast.bounds import Bounds
 from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.forecast.ranking import Candidate, SearchResult, estimate_step
+from bridge.dist.plan.forecast.ranking import Candidate, SearchResult
+from bridge.dist.plan.forecast.space import NO_RECOMPUTE, Choice, Fixed, list_choices, list_recomputations
+from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
+from bridge.dist.plan.results import Plan, default_reserve
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.wrapper import Wrapper
 
-_LARGEST_TP = 8  # the usual number of GPUs in a node: tensor parallelism between nodes is slow
-_LARGEST_VP = 8
-_TOO_LARGE = "too large"
+_MOST_PLANS_OF_CLOSEST = 8  # plans to find the choice that needs the least memory, if none fits
 
 
-def list_layouts(
-    gpus: int, fixed: Mapping[str, int], *, num_layers: int, has_experts: bool
-) -> Iterator[dict[str, int]]:
-    """Yield the sizes of candidate layouts, keeping those in ``fixed``; pre-flight refuses some of them later."""
-    etp = {"etp": fixed["etp"]} if "etp" in fixed else {}
+class Progress(NamedTuple):
+    """The state of a search: numbers of choices that are planned, ruled out by bounds and left, and the best so far."""
 
-    def sizes(axis: str, largest: int) -> list[int]:
-        divisors = [size for size in range(1, largest + 1) if gpus % size == 0]
-        return [fixed[axis]] if axis in fixed else divisors
-
-    cp = fixed.get("cp", 1)
-    for tp in sizes("tp", min(_LARGEST_TP, gpus)):
-        for pp in sizes("pp", min(num_layers, gpus // tp)):
-            if gpus % (tp * pp * cp):
-                continue
-            replicas = gpus // (tp * pp)
-            ep_sizes = [size for size in range(1, replicas + 1) if replicas % size == 0] if has_experts else [1]
-            for ep in [fixed["ep"]] if "ep" in fixed else ep_sizes:
-                largest_vp = 1 if pp == 1 else min(_LARGEST_VP, num_layers // pp)
-                for vp in [fixed["vp"]] if "vp" in fixed else range(1, largest_vp + 1):
-                    yield {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep} | etp
+    planned: int
+    ruled_out: int
+    left: int
+    best: Candidate | None
 
 
 def search(
@@ -56,67 +52,262 @@ def search(
     options: PlanOptions,
     machine: Machine,
     *,
-    fixed: Mapping[str, int],
-    processes: int | None = None,
-    watch: Callable[[Iterator[Candidate | str], int], Iterator[Candidate | str]] = lambda outcomes, total: outcomes,
+    fixed: Fixed | None = None,
+    top: int = 5,
+    executor: Executor | None = None,
+    watch: Callable[[Iterator[Progress]], Iterator[Progress]] = lambda states: states,
 ) -> SearchResult:
-    """Plan every layout of ``options.world_size`` GPUs and rank those that fit by step time.
+    """Find the fastest layouts of ``options.world_size`` GPUs, each with its fastest settings that fit.
 
-    Tensor parallelism implies sequence parallelism. The estimated time of a pass is its FLOPs over the achieved speed
-    plus its bytes over the group's bandwidth. The pipeline runs by Megatron's schedule, then gradients are reduced.
-    Computation and communication do not overlap.
+    If the first one shards weights, the fastest one with DDP is found, too. Recomputation is considered for choices
+    that do not fit without it.
 
     Args:
-        document: The model; its own layout is ignored.
-        options: The batch, the number of GPUs, the wrapper and the memory of a GPU.
-        machine: Speeds to estimate with.
-        fixed: Sizes to keep, by axis.
-        processes: Number of worker processes; by default the number of CPUs.
-        watch: Wraps the iterator of outcomes, given their total number, to show progress.
+        document: The model; its own layout and recomputation are ignored.
+        options: The batch, the number of GPUs and the memory of a GPU.
+        machine: The machine to estimate times for.
+        fixed: What the search must not change.
+        top: The number of layouts to find.
+        executor: Runs one plan at a time; by default, one process for each CPU does.
+        watch: Wraps the iterator of states, to show progress.
 
     Raises:
-        PlanError: No layout fits, or the wrapper shards weights.
+        PlanError: Nothing fits. The message names the choice that needs the least memory.
     """
-    if options.wrapper not in (Wrapper.DDP, Wrapper.NONE):
-        raise PlanError(
-            f"--search supports the wrappers ddp and none, got {options.wrapper}, whose gathering the estimate does "
-            "not cover: omit --wrap, or plan single layouts"
-        )
-    transformer = make_builder(document.config()).transformer_config
-    by_chunks: dict[tuple[int, ...], list[dict[str, int]]] = defaultdict(list)
-    for sizes in list_layouts(
-        options.world_size, fixed, num_layers=transformer.num_layers, has_experts=bool(transformer.num_moe_experts)
-    ):
-        by_chunks[sizes["tp"], sizes["cp"], sizes["ep"]].append(sizes)  # these share measurements
+    found = _Search(document, options, machine, fixed or Fixed(), top)
+    if executor is not None:
+        for _ in watch(found.run(executor, tasks=1)):
+            pass
+        return found.make_result()
     # A fork of this process could deadlock, because torch runs threads.
     context = multiprocessing.get_context("forkserver")
-    # The largest groups first, so that no worker starts one when the others are nearly done.
-    groups = sorted(by_chunks.values(), key=len, reverse=True)
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_start_worker) as pool:
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         try:
-            futures = [pool.submit(_plan_layouts, document, options, machine, sizes) for sizes in groups]
-            outcomes = list(watch(_collect_outcomes(futures), sum(map(len, groups))))
+            for _ in watch(found.run(pool, tasks=workers)):
+                pass
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()  # the pool would wait for them to finish
             raise
-    candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
-    reasons = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
-    too_large = reasons.pop(_TOO_LARGE, 0)
-    refused = reasons.total()
-    if not candidates:
-        advice = ["use more GPUs, activation recomputation or a smaller micro-batch"] if too_large else []
-        advice += [f"{count} are refused because {reason}" for reason, count in reasons.most_common(3)]
-        raise PlanError(
-            f"no layout of {options.world_size} GPUs fits: of {len(outcomes)}, {refused} are refused and "
-            f"{too_large} too large" + "".join(f"\n{line}" for line in advice)
+    return found.make_result()
+
+
+class _Task(NamedTuple):
+    """A choice to plan, or whose layers to measure."""
+
+    choice: Choice
+    is_measurement: bool = False
+
+
+class _Search:
+    """The state of a search."""
+
+    def __init__(self, document: Document, options: PlanOptions, machine: Machine, fixed: Fixed, top: int) -> None:
+        self._document, self._options, self._machine, self._fixed, self._top = document, options, machine, fixed, top
+        self._config = make_builder(document.config()).transformer_config
+        self._bounds = Bounds(document, options, machine, fixed)
+        reserve = default_reserve(options.world_size) if options.reserve is None else options.reserve
+        self._memory = None if options.gpu_memory is None else options.gpu_memory - reserve
+        self._best: dict[Layout, Candidate] = {}
+        self._best_with_ddp: Candidate | None = None
+        self._closest: Candidate | None = None
+        self._refused: Counter[str] = Counter()
+        self._too_large: list[tuple[int, int, Choice]] = []  # a heap, by the lower bound of memory
+        self._open: list[tuple[float, int, Choice]] = []  # a heap, by the lower bound of time
+        self._waiting: dict[object, list[tuple[float, Choice]]] = {}  # for a measurement of their kind
+        self._number = count()  # the order of equal bounds
+        self._planned = self._slower = 0
+
+    def run(self, pool: Executor, *, tasks: int) -> Iterator[Progress]:
+        """Plan choices, several at a time, until no other one can be among the best; yield the state after each."""
+        for choice in list_choices(self._config, self._options, self._fixed):
+            if isinstance(choice, str):
+                self._refused[choice] += 1
+            else:
+                self._add(choice)
+        running: dict[Future[_Outcome], _Task] = {}
+        while True:
+            while len(running) < tasks and (task := self._take_task()) is not None:
+                running[self._submit(pool, task)] = task
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._record(running.pop(future), future.result())
+                yield self._get_progress(len(running))
+        if not self._best:
+            self._find_closest(pool)
+        yield self._get_progress(0)
+
+    def make_result(self) -> SearchResult:
+        """Return the best layouts.
+
+        Raises:
+            PlanError: Nothing fits.
+        """
+        if not self._best:
+            raise PlanError(self._describe_failure())
+        candidates, with_ddp = sorted(self._best.values())[: self._top], self._best_with_ddp
+        is_listed = any(one.choice.wrapper is Wrapper.DDP for one in candidates)
+        return SearchResult(
+            candidates=candidates,
+            with_ddp=None if is_listed else with_ddp,
+            planned=self._planned,
+            refused=self._refused.total(),
+            too_large=len(self._too_large),
+            slower=self._slower,
         )
-    return SearchResult(
-        candidates=sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.name)),
-        tried=len(outcomes),
-        refused=refused,
-        too_large=too_large,
-    )
+
+    def _add(self, choice: Choice, seconds: float = 0.0) -> None:
+        """Add a choice whose time is known to be no less than some seconds."""
+        bound = max(seconds, self._bounds.count_seconds(choice))
+        heapq.heappush(self._open, (bound, next(self._number), choice))
+
+    def _take_task(self) -> _Task | None:
+        """Take the choice with the lowest bound of its time, to plan it or to measure its layers first."""
+        while self._open:
+            bound, _, choice = heapq.heappop(self._open)
+            if bound > max(self._limit, self._limit_with_ddp):
+                self._slower += 1 + len(self._open)
+                self._open.clear()
+                break
+            if self._is_too_large(choice):
+                self._drop(choice)
+                continue
+            is_measured = not self._bounds.list_unmeasured(choice)
+            now = self._bounds.simulate_seconds(choice) if is_measured else self._bounds.count_seconds(choice)
+            if now > bound and self._open and now > self._open[0][0]:
+                self._add(choice, now)
+            elif self._is_slower(choice, now):
+                self._slower += 1
+            elif is_measured:
+                if self._is_possible(choice):
+                    return _Task(choice)
+            elif (kind := self._wait(choice, now)) is not None:
+                return _Task(kind, is_measurement=True)
+        return None
+
+    def _wait(self, choice: Choice, seconds: float) -> Choice | None:
+        """Let a choice wait for a measurement of its layers; return what to measure, if nothing does yet."""
+        kind = self._bounds.list_unmeasured(choice)[0]
+        if kind.kind not in self._waiting and not self._is_possible(choice):
+            return None
+        is_measured = kind.kind in self._waiting
+        self._waiting.setdefault(kind.kind, []).append((seconds, choice))
+        return None if is_measured else kind
+
+    @property
+    def _limit(self) -> float:
+        """The time of the last layout in the list of the best; infinite while the list is not full."""
+        seconds = sorted(one.seconds for one in self._best.values())
+        return seconds[self._top - 1] if len(seconds) >= self._top else math.inf
+
+    @property
+    def _limit_with_ddp(self) -> float:
+        """The time up to which choices with DDP are considered beside a first one that shards weights."""
+        best = self._find_best()
+        if best is None or best.choice.wrapper is Wrapper.DDP:
+            return 0.0
+        return math.inf if self._best_with_ddp is None else self._best_with_ddp.seconds
+
+    def _is_slower(self, choice: Choice, seconds: float) -> bool:
+        """Return whether a choice that takes at least some seconds is slower than all that the search looks for."""
+        same = self._best.get(choice.layout)
+        limit = self._limit if same is None else min(self._limit, same.seconds)
+        return seconds > (max(limit, self._limit_with_ddp) if choice.wrapper is Wrapper.DDP else limit)
+
+    def _is_too_large(self, choice: Choice) -> bool:
+        return self._memory is not None and self._bounds.count_bytes(choice) > self._memory
+
+    def _is_possible(self, choice: Choice) -> bool:
+        try:
+            refuse_before_imports(
+                choice.apply(self._document, self._fixed),
+                wrapper=choice.wrapper,
+                world_size=self._options.world_size,
+                distributed_optimizer=choice.distributed_optimizer,
+            )
+        except BridgeError as error:
+            self._refused[str(error)] += 1
+            return False
+        return True
+
+    def _drop(self, choice: Choice) -> None:
+        """Drop a choice that is too large; consider it with recomputation instead."""
+        heapq.heappush(self._too_large, (self._bounds.count_bytes(choice), next(self._number), choice))
+        if choice.recompute == NO_RECOMPUTE and not self._fixed.fixes_recomputation:
+            for other in list_recomputations(choice, self._config):
+                if self._is_too_large(other):
+                    heapq.heappush(self._too_large, (self._bounds.count_bytes(other), next(self._number), other))
+                else:
+                    self._add(other)
+
+    def _submit(self, pool: Executor, task: _Task) -> Future[_Outcome]:
+        choice = task.choice
+        if task.is_measurement:
+            layers = self._bounds.list_measurable(choice)
+            alone, options = choice.spread(self._options, stages=self._config.num_layers)
+            document = alone.apply(self._document, self._fixed)
+            return pool.submit(_measure_layers, document, layers, options)
+        document = choice.apply(self._document, self._fixed)
+        return pool.submit(_plan_choice, document, choice, choice.change_options(self._options), self._machine)
+
+    def _record(self, task: _Task, outcome: _Outcome) -> None:
+        for message in outcome.messages:
+            relay(message)
+        choice, result = task.choice, outcome.result
+        if task.is_measurement:
+            self._bounds.learn_layers(choice, result if isinstance(result, Plan) else None)
+            for seconds, waiting in self._waiting.pop(choice.kind):
+                self._add(waiting, seconds)
+            return
+        if isinstance(result, str):
+            self._refused[result] += 1
+            return
+        assert isinstance(result, Candidate)
+        self._planned += 1
+        if result.plan.fits is False:
+            self._drop(choice)
+            if self._closest is None or result.plan.worst.total_bytes < self._closest.plan.worst.total_bytes:
+                self._closest = result
+            return
+        if choice.layout not in self._best or result < self._best[choice.layout]:
+            self._best[choice.layout] = result
+        best = self._best_with_ddp
+        if choice.wrapper is Wrapper.DDP and (best is None or result < best):
+            self._best_with_ddp = result
+
+    def _get_progress(self, running: int) -> Progress:
+        ruled_out = self._slower + len(self._too_large)
+        left = len(self._open) + sum(map(len, self._waiting.values())) + running
+        return Progress(self._planned, ruled_out, left, self._find_best())
+
+    def _find_best(self) -> Candidate | None:
+        return min(self._best.values(), default=None)
+
+    def _find_closest(self, pool: Executor) -> None:
+        """Plan those that may need the least memory."""
+        for _ in range(_MOST_PLANS_OF_CLOSEST):
+            if not self._too_large:
+                break
+            bound, _, choice = heapq.heappop(self._too_large)
+            if self._closest is not None and bound >= self._closest.plan.worst.total_bytes:
+                break
+            if self._is_possible(choice):
+                self._record(_Task(choice), self._submit(pool, _Task(choice)).result())
+
+    def _describe_failure(self) -> str:
+        lines = [f"nothing fits on {self._options.world_size} GPUs: {len(self._too_large)} choices are too large"]
+        if self._closest is not None:
+            needed = self._closest.plan.worst.total_bytes
+            lines.append(
+                f"{self._closest.choice} needs the least memory: {format_gib(needed)} GiB, which is "
+                f"{format_gib(needed - (self._memory or 0))} GiB more than a GPU has besides its reserve: "
+                "use more GPUs, or GPUs with more memory"
+            )
+        lines += [f"{number} are refused because {reason}" for reason, number in self._refused.most_common(3)]
+        return "\n".join(lines)
 
 
 def _start_worker() -> None:
@@ -126,41 +317,34 @@ def _start_worker() -> None:
 
 
 _messages: list[str] = []
-"""Messages logged since the last call of _plan_layouts."""
+"""Messages logged since the last call of _plan_choice."""
+_memo: Memo = {}
+"""Measurements of this worker, which plans one model."""
 
 
-class _Outcomes(NamedTuple):
-    """Outcomes of layouts, and the messages logged meanwhile."""
+class _Outcome(NamedTuple):
+    """A planned choice, a plan of single layers or the reason why there is none; and messages logged meanwhile."""
 
-    outcomes: list[Candidate | str]
+    result: Candidate | Plan | str
     messages: list[str]
 
 
-def _collect_outcomes(futures: Sequence[Future[_Outcomes]]) -> Iterator[Candidate | str]:
-    for future in as_completed(futures):
-        tried = future.result()
-        for message in tried.messages:
-            relay(message)
-        yield from tried.outcomes
-
-
-def _plan_layouts(
-    document: Document, options: PlanOptions, machine: Machine, sizes: Sequence[dict[str, int]]
-) -> _Outcomes:
-    """Plan layouts; return a candidate for each, or the reason why there is none."""
+def _plan_choice(document: Document, choice: Choice, options: PlanOptions, machine: Machine) -> _Outcome:
     _messages.clear()
-    memo: Memo = {}
-    outcomes: list[Candidate | str] = []
-    for one in sizes:
-        changed = deepcopy(document)
-        replace_layout(changed, one, sequence_parallel=one["tp"] > 1)
-        try:
-            planned = plan(changed, options, memo=memo)
-        except BridgeError as error:
-            outcomes.append(str(error))
-            continue
-        except Exception as error:  # the model's own exception may not be picklable
-            name = " ".join(f"{axis}{size}" for axis, size in one.items())
-            raise PlanError(f"{name}: {format_error(error)}") from error
-        outcomes.append(_TOO_LARGE if planned.fits is False else estimate_step(planned, machine))
-    return _Outcomes(outcomes, list(_messages))
+    try:
+        planned = plan(document, options, memo=_memo)
+    except BridgeError as error:
+        return _Outcome(str(error), list(_messages))
+    except Exception as error:  # the model's own exception may not be picklable
+        raise PlanError(f"{choice}: {format_error(error)}") from error
+    return _Outcome(Candidate(choice, planned, estimate_time(planned, machine)), list(_messages))
+
+
+def _measure_layers(document: Document, layers: Sequence[int], options: PlanOptions) -> _Outcome:
+    """Plan layers of a document whose pipeline stages have one layer each."""
+    _messages.clear()
+    try:
+        planned = plan(document, options, memo=_memo, stages=layers)
+    except Exception as error:  # a choice without measured layers is planned in any case
+        return _Outcome(str(error), list(_messages))
+    return _Outcome(planned, list(_messages))

@@ -1,18 +1,13 @@
-"""Timeline of a pipeline: each rank runs its passes in order, each as soon as its inputs are ready.
-
-This is an estimate: passes take the given time, and communication takes none.
-"""
+"""Timeline of a pipeline: each rank runs its passes in order, each as soon as its inputs are ready."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bridge.dist.errors import LayoutError
-from bridge.dist.layout import Layout
-from bridge.dist.plan.count.schedule import Pass, list_passes
-from bridge.dist.plan.results import Plan
+from bridge.dist.plan.count.schedule import Pass
 
 
 class TimedPass(NamedTuple):
@@ -47,19 +42,6 @@ class Timeline:
         return sum(self.bubbles) / len(self.ranks)
 
 
-def timeline_of(plan: Plan) -> Timeline:
-    """Return the timeline of a plan's step; the time of a pass is its number of FLOPs."""
-    layout = Layout(**plan.layout)
-    return simulate(
-        [
-            list_passes(layout, stage.pp, plan.microbatches, group_size=plan.microbatch_group_size)
-            for stage in plan.stages
-        ],
-        forward=[[chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
-        backward=[[chunk.flops - chunk.forward_flops for chunk in stage.chunks] for stage in plan.stages],
-    )
-
-
 def simulate(
     orders: Sequence[Sequence[Pass]], *, forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]
 ) -> Timeline:
@@ -88,10 +70,10 @@ def simulate(
             while len(done) < len(order):
                 one = order[len(done)]
                 stage = one.chunk * len(orders) + rank
-                prerequisites = list(_list_prerequisites(one, stage, virtual_stages))
-                if any(need not in ends for need in prerequisites):
+                ready = _find_ready_time(one, stage, virtual_stages, ends)
+                if ready is None:
                     break
-                start = max([done[-1].end if done else 0.0, *(ends[need] for need in prerequisites)])
+                start = max(done[-1].end, ready) if done else ready
                 end = start + (forward if one.forward else backward)[rank][one.chunk]
                 ends[one.forward, stage, one.microbatch] = end
                 done.append(TimedPass(one, start, end))
@@ -100,14 +82,17 @@ def simulate(
     return Timeline(timed)
 
 
-def _list_prerequisites(one: Pass, stage: int, virtual_stages: int) -> Iterator[tuple[bool, int, int]]:
+def _find_ready_time(
+    one: Pass, stage: int, virtual_stages: int, ends: Mapping[tuple[bool, int, int], float]
+) -> float | None:
+    """Return the time when the inputs of a pass are ready; None if the passes that make them have not run."""
     if one.forward:
-        if stage > 0:
-            yield True, stage - 1, one.microbatch
-        return
-    yield True, stage, one.microbatch
-    if stage < virtual_stages - 1:
-        yield False, stage + 1, one.microbatch
+        return ends.get((True, stage - 1, one.microbatch)) if stage > 0 else 0.0
+    own = ends.get((True, stage, one.microbatch))
+    if own is None or stage == virtual_stages - 1:
+        return own
+    later = ends.get((False, stage + 1, one.microbatch))
+    return None if later is None else max(own, later)
 
 
 def _check_all_ran(orders: Sequence[Sequence[Pass]], timed: Sequence[Sequence[TimedPass]]) -> None:
