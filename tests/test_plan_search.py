@@ -1,56 +1,149 @@
-"""A search of layouts: each is planned, and those that fit are ranked."""
+"""A search finds the same as planning everything, with few plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import replace
+import re
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import pytest
 
-from bridge.config import Document
+from bridge.config import BridgeError, Document
 from bridge.dist.document_layout import replace_layout
 from bridge.dist.errors import PlanError
-from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.job import make_builder
+from bridge.dist.layout import Layout
+from bridge.dist.plan.count.microbatch import Memo
+from bridge.dist.plan.forecast.bounds import Bounds
+from bridge.dist.plan.forecast.machine import load_machine
 from bridge.dist.plan.forecast.ranking import Candidate
-from bridge.dist.plan.forecast.search import search
+from bridge.dist.plan.forecast.search import Progress, search
+from bridge.dist.plan.forecast.space import Choice, Fixed, list_choices, list_recomputations
+from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
+
+H100 = load_machine("h100")
+TOP = 3
 
 
-def test_a_search_plans_every_layout_and_ranks_those_that_fit() -> None:
-    document = Document.load("moe-tiny")
-    limit = 4_000_000
-    options = PlanOptions(
-        batch=Batch(seq_length=64, global_batch_size=16), world_size=4, gpu_memory=limit, distributed_optimizer=True
-    )
-    watched: list[tuple[Candidate | str, int]] = []
+class ThisProcess(Executor):
+    """Runs what is submitted at once."""
 
-    def watch(outcomes: Iterator[Candidate | str], total: int) -> Iterator[Candidate | str]:
-        for outcome in outcomes:
-            watched.append((outcome, total))
-            yield outcome
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **options))
+        return future
 
-    found = search(document, options, Machine(), fixed={"tp": 1}, processes=2, watch=watch)
-    assert len(watched) == found.tried
-    assert {total for _, total in watched} == {found.tried}
-    assert found.tried == found.refused + found.too_large + len(found.candidates)
+
+def plan_everything(document: Document, options: PlanOptions, fixed: Fixed) -> tuple[list[Candidate], Candidate]:
+    """Plan every choice; return the fastest of each layout and of DDP among those that fit; check the bounds of all."""
+    bounds, memo = Bounds(document, options, H100, fixed), Memo()
+    config = make_builder(document.config()).transformer_config
+    best: dict[Layout, Candidate] = {}
+    with_ddp: list[Candidate] = []
+
+    def measure_layers(choice: Choice) -> None:
+        for kind in bounds.list_unmeasured(choice):
+            alone, changed = kind.spread(options, stages=config.num_layers)
+            layers = bounds.list_measurable(kind)
+            bounds.learn_layers(kind, plan(alone.apply(document, fixed), changed, memo=memo, stages=layers))
+
+    def try_choice(choice: Choice) -> bool:
+        try:
+            planned = plan(choice.apply(document, fixed), choice.change_options(options), memo=memo)
+        except BridgeError:
+            return True
+        candidate = Candidate(choice, planned, estimate_time(planned, H100))
+        seconds = []
+        for count in (bounds.count_seconds, bounds.count_seconds, bounds.simulate_seconds):
+            seconds.append(count(choice))
+            assert bounds.count_bytes(choice) <= planned.worst.total_bytes, str(choice)
+            measure_layers(choice)
+        assert seconds == sorted(seconds), str(choice)
+        assert seconds[-1] <= candidate.seconds, str(choice)
+        if planned.fits:
+            best[choice.layout] = min(candidate, best.get(choice.layout, candidate))
+            with_ddp.extend([candidate] if choice.wrapper is Wrapper.DDP else [])
+        return bool(planned.fits)
+
+    for choice in list_choices(config, options, fixed):
+        if isinstance(choice, Choice) and not try_choice(choice):
+            for other in list_recomputations(choice, config):
+                try_choice(other)
+    return sorted(best.values()), min(with_ddp)
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory", "fixed"),
+    [
+        ("tiny", 3_150_000, Fixed(sizes={"tp": 2, "vp": 1}, micro_batch_size=2)),
+        ("moe-tiny", 4_000_000, Fixed(sizes={"tp": 1, "vp": 1}, micro_batch_size=1, distributed_optimizer=True)),
+        (
+            "mla-tiny",
+            4_000_000,
+            Fixed(sizes={"tp": 2, "vp": 1}, micro_batch_size=4, wrapper=Wrapper.DDP, distributed_optimizer=True),
+        ),
+    ],
+)
+def test_a_search_finds_what_planning_everything_finds(preset: str, memory: int, fixed: Fixed) -> None:
+    document = Document.load(preset)
+    replace_layout(document, {}, sequence_parallel=False)
+    batch = Batch(seq_length=64, global_batch_size=16)
+    options = PlanOptions(batch=batch, world_size=4, gpu_memory=memory, reserve=0)
+    everything, with_ddp = plan_everything(document, options, fixed)
+    states: list[Progress] = []
+
+    def watch(found: Any) -> Any:
+        for state in found:
+            states.append(state)
+            yield state
+
+    found = search(document, options, H100, fixed=fixed, top=TOP, executor=ThisProcess(), watch=watch)
+    assert [(one.choice, one.seconds) for one in found.candidates] == [
+        (one.choice, one.seconds) for one in everything[:TOP]
+    ]
+    assert all(one.plan.worst.total_bytes <= memory for one in found.candidates)
     assert found.too_large
-    seconds = [candidate.seconds for candidate in found.candidates]
-    assert seconds == sorted(seconds)
-    for candidate in found.candidates:
-        again = deepcopy(document)
-        sizes = {axis: size for axis, size in candidate.plan.layout.items() if axis not in ("dp", "etp")}
-        replace_layout(again, sizes, sequence_parallel=False)
-        assert plan(again, options).stages == candidate.plan.stages
-        assert candidate.plan.worst.total_bytes <= limit
-        assert candidate.seconds == pytest.approx(sum(candidate.parts.values()))
-    assert found.to_json()["kind"] == "search"
-    why = found.explain_ranking()
-    assert why is not None
-    assert why.startswith(f"{found.candidates[0].name} is faster than {found.candidates[1].name}: ")
-    with pytest.raises(PlanError, match=r"no layout of 4 GPUs fits"):
-        search(document, replace(options, gpu_memory=1000), Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
-    odd = replace(options, batch=Batch(seq_length=64, global_batch_size=3))
-    with pytest.raises(PlanError, match=r"0 too large\n\d+ are refused because the global batch of 3 samples does not"):
-        search(document, odd, Machine(), fixed={"tp": 1, "pp": 1}, processes=1)
+    assert states[-1].left == 0
+    assert states[-1].best == found.candidates[0]
+    assert len(found.explain_ranking()) == len(found.candidates) - 1
+    first = search(document, options, H100, fixed=fixed, top=1, executor=ThisProcess())
+    shards = everything[0].choice.wrapper is not Wrapper.DDP
+    assert shards == (preset == "tiny")
+    assert (first.with_ddp and first.with_ddp.choice) == (with_ddp.choice if shards else None)
+
+
+def test_a_search_that_finds_nothing_says_what_needs_the_least_memory() -> None:
+    document = Document.load("tiny")
+    batch = Batch(seq_length=64, global_batch_size=16)
+    options = PlanOptions(batch=batch, world_size=4, gpu_memory=2**20, reserve=0)
+    fixed = Fixed(sizes={"tp": 2, "pp": 2, "vp": 1}, micro_batch_size=1, fields={"recompute_granularity": None})
+    with pytest.raises(PlanError) as raised:
+        search(document, options, H100, fixed=fixed, executor=ThisProcess())
+    first, second = str(raised.value).splitlines()
+    assert first == "nothing fits on 4 GPUs: 1 choices are too large"
+    assert re.fullmatch(
+        r"tp2 pp2, micro-batch 1, ddp needs the least memory: 0\.001 GiB, which is 0\.001 GiB more .*", second
+    )
+
+
+def test_refused_choices_are_counted_by_reason() -> None:
+    options = PlanOptions(batch=Batch(seq_length=64, global_batch_size=3), world_size=4)
+    with pytest.raises(PlanError, match=r"\d+ are refused because the global batch of 3 samples does not divide"):
+        search(Document.load("tiny"), options, H100, fixed=Fixed(sizes={"tp": 1, "pp": 1}), executor=ThisProcess())
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    document = Document.load("tiny", ["transformer.recompute_granularity=selective"])
+    fixed = Fixed(sizes={"tp": 2}, fields={"sequence_parallel": False}, micro_batch_size=4, wrapper=Wrapper.NONE)
+    config = make_builder(document.config()).transformer_config
+    options = PlanOptions(batch=Batch(seq_length=64, global_batch_size=16), world_size=8)
+    choices = [one for one in list_choices(config, options, fixed) if isinstance(one, Choice)]
+    assert {(one.layout.tp, one.micro_batch_size, one.wrapper) for one in choices} == {(2, 4, Wrapper.NONE)}
+    assert {one.layout.pp for one in choices} == {1, 2, 4}
+    changed = choices[-1].apply(document, fixed).data["transformer"]
+    assert (changed["tensor_model_parallel_size"], changed["sequence_parallel"]) == (2, False)
+    assert "recompute_granularity" not in changed

@@ -1,21 +1,26 @@
-"""Measure how many layouts a search plans in a minute, and how long single plans of large jobs take.
+"""Measure how many choices a search decides and plans in a minute, and how long single plans of large jobs take.
 
 uv run python tests/benchmarks/plan_search.py [PRESET] [GPUS]
 """
 
 from __future__ import annotations
 
+import random
 import resource
 import sys
 import time
 
 from bridge.config import Document
 from bridge.dist.document_layout import apply_layout
-from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.job import make_builder
+from bridge.dist.plan.count.microbatch import Memo
+from bridge.dist.plan.forecast.machine import load_machine
 from bridge.dist.plan.forecast.search import search
+from bridge.dist.plan.forecast.space import Choice, Fixed, list_choices
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.run.pool import start_fork_server
 from bridge.dist.train.batch import Batch
+from bridge.dist.wrapper import Wrapper
 
 LARGE = {
     "llama-3.1-405b": (
@@ -49,20 +54,31 @@ def main() -> None:
     sys.stdout.write(f"peak memory of this process: {peak:.2f} GiB\n")
 
     document = Document.load(preset)
+    machine = load_machine("h100")
     options = PlanOptions(
         batch=Batch(seq_length=document.data["seq_length"], global_batch_size=8 * gpus),
         world_size=gpus,
-        distributed_optimizer=True,
-        gpu_memory=80 * 2**30,
+        gpu_memory=machine.memory,
     )
     start = time.perf_counter()
-    outcome = search(document, options, Machine(), fixed={}, processes=2)
+    outcome = search(document, options, machine)
     seconds = time.perf_counter() - start
-    built = outcome.tried - outcome.refused
+    decided = outcome.planned + outcome.too_large + outcome.slower
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     sys.stdout.write(
-        f"{preset} on {gpus} GPUs: {outcome.tried} layouts, {built} of them planned, in {seconds:.1f} s: "
-        f"{60 * built / seconds:.0f} planned a minute\n"
+        f"{preset} on {gpus} GPUs: {decided} choices, {outcome.planned} of them planned, in {seconds:.1f} s: "
+        f"{60 * decided / seconds:,.0f} decided a minute; peak memory of a worker: {peak:.2f} GiB\n"
     )
+    start = time.perf_counter()
+    fixed = Fixed(wrapper=Wrapper.DDP)
+    config = make_builder(document.config()).transformer_config
+    choices = [one for one in list_choices(config, options, fixed) if isinstance(one, Choice)]
+    memo: Memo = {}
+    some = random.Random(0).sample(choices, 60)
+    for choice in some:
+        plan(choice.apply(document, fixed), choice.change_options(options), memo=memo)
+    seconds = time.perf_counter() - start
+    sys.stdout.write(f"random choices with DDP in one process: {60 * len(some) / seconds:.0f} planned a minute\n")
 
 
 if __name__ == "__main__":

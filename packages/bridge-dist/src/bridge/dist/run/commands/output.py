@@ -1,21 +1,12 @@
-"""Printing of tables, lines and notes."""
+"""Printing of tables and lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import click
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-def print_notes(source: str | Path, notes: Iterable[str]) -> None:
-    """Print notes about a file or folder to standard error."""
-    for note in notes:
-        click.echo(f"{source}: note: {note}", err=True)
 
 
 def print_parts(parts: Sequence[RenderableType]) -> None:
