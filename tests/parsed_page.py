@@ -1,7 +1,13 @@
 """A parser of the page of a plan."""
 
+import base64
+import gzip
+import json
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
 
 from bridge.dist.plan.results import Plan
 from bridge.dist.plan.show.page import render_page
@@ -31,6 +37,11 @@ class Element:
         (found,) = self.all(tag, **attributes)
         return found
 
+    def all_elements(self) -> list["Element"]:
+        """Return the elements below this one."""
+        children = [child for child in self.children if isinstance(child, Element)]
+        return [found for child in children for found in (child, *child.all_elements())]
+
     @property
     def text(self) -> str:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
@@ -51,7 +62,7 @@ class StrictParser(HTMLParser):
         assert len(dict(attrs)) == len(attrs), f"{tag} has an attribute twice"
         element = Element(tag, {name: value or "" for name, value in attrs})
         self._open[-1].children.append(element)
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self._open.append(element)
 
     def handle_endtag(self, tag: str) -> None:
@@ -63,6 +74,35 @@ class StrictParser(HTMLParser):
 
 def parse_page(plan: Plan, title: str = "a model") -> Element:
     return StrictParser(render_page(plan, title)).root
+
+
+def read_data(page: Element) -> dict[str, Any]:
+    """Return what the scripts of a page read."""
+    found: dict[str, Any] = json.loads(page.one("script", id="data").text)
+    return found
+
+
+def read_columns(page: Element, chart: str, source: str) -> dict[str, list[Any]]:
+    """Return the columns of a named data source of a chart."""
+    (found,) = _find_models(read_data(page)["charts"][chart]["doc"], source)
+    return {name: _read_column(values) for name, values in found["attributes"]["data"]["entries"]}
+
+
+def _find_models(value: Any, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [found for item in value for found in _find_models(item, name)]
+    if not isinstance(value, dict):
+        return []
+    here = [value] if value.get("name") == "ColumnDataSource" and value["attributes"].get("name") == name else []
+    return here + _find_models(list(value.values()), name)
+
+
+def _read_column(values: Any) -> list[Any]:
+    if isinstance(values, list):
+        return values
+    data = gzip.decompress(base64.b64decode(values["array"]["data"]))
+    array: list[Any] = np.frombuffer(data, values["dtype"]).tolist()
+    return array
 
 
 def rows(table: Element) -> list[dict[str, str]]:

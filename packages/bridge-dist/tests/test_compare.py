@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parsed_page import StrictParser, read_columns, read_data, rows
 from rich.console import Console
 
 from bridge.config import DocumentError
 from bridge.config.cli.entry import main
 from bridge.dist.run.compare import Comparison, compare, render_comparison
+from bridge.dist.run.comparison_page import render_comparison_page
 
 GIB = 2**30
 LAYOUT = {"tp": 2, "pp": 2, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
@@ -47,6 +49,7 @@ PLAN = {
     "kind": "plan",
     **JOB,
     "stages": [stage(0, 4, 8, 2, 4, 2, 0), stage(1, 4, 8, 0, 8, 5, 0)],
+    "time": {"machine": "h100", "step_seconds": 0.4, "tokens_per_second_per_gpu": 20_480.0},
 }  # 20 and 25 GiB in total
 ON_GPUS = {
     "kind": "build",
@@ -95,8 +98,11 @@ def test_a_run_is_compared_with_its_plan() -> None:
     assert rows["reserved"] == ([None, 28 * GIB], [None, None])
     assert rows["parameters"] == ([1_000_000, 1_000_000], [None, 0.0])
     assert rows["layout"][0] == ["tp2 pp2", "tp2 pp2"]
+    assert rows["step_seconds"] == ([0.4, 0.5], [None, pytest.approx(25.0)])
+    assert rows["model_flops_utilization"] == ([None, 0.4], [None, None])
+    assert rows["machine"][0] == ["h100", None]
     assert len(found.notes) == 1
-    assert found.notes[0].startswith("not included in a plan's total: fragmentation of the allocator")
+    assert found.notes[0].startswith("not included in a plan's total: the CUDA context")
     assert found.as_dict()["kind"] == "comparison"
 
 
@@ -120,7 +126,7 @@ def test_the_table_fits_80_columns() -> None:
     assert "…" not in text
     rows = [line.split("  ") for line in text.splitlines()]
     cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
-    assert cells["step, s"] == ["0.500", "0.400 -20.0 %", "-"]
+    assert cells["step, s"] == ["0.500", "0.400 -20.0 %", "0.400 -20.0 %"]
     assert cells["total or allocated, GiB"] == ["26.000", "26.000 +0.0 %", "25.000 -3.8 %"]
     assert cells["model-FLOPs utilisation"] == ["40.0%", "50.0% +25.0 %", "-"]
     assert cells["batch"] == ["8 x 4,096"] * 3
@@ -178,15 +184,83 @@ def test_the_command_without_files_is_a_usage_error(capsys: pytest.CaptureFixtur
     assert "Missing argument 'FILE...'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["compare", "-", "-"], 2, "standard input (-) can be read only once"),
+        (["compare", "plan.json", "--html", "missing/page.html"], 1, "there is no folder "),
+        (["plan", "tiny", "--html", "missing/page.html"], 1, "there is no folder "),
+        (["plan", "tiny", "--html", f"{'a' * 300}.html"], 1, "cannot be written: File name too long"),
+        (["search", "tiny", "--gpus", "2", "-o", "missing/fastest.yaml"], 1, "there is no folder "),
+        (["plan", "tiny", "--tokens", "15T", "--price", "nan"], 2, "'nan' is not a price"),
+        (["plan", "tiny", "--tokens", "15T", "--price", "inf"], 2, "'inf' is not a price"),
+        (["plan", "tiny", "--tokens", "0.4"], 2, "'0.4' is not a number of tokens"),
+        (["plan", "tiny", "--tokens", "9" * 400], 2, "is not a number of tokens"),
+        (["plan", "tiny", "--gpu-memory", "0.1B"], 2, "'0.1B' is not a memory size"),
+        (["plan", "tiny", "--reserve", "9" * 400 + "GiB"], 2, "is not a memory size"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == code
+    assert says in capsys.readouterr().err
+
+
+HOSTILE = "</title><script>alert(1)</script>"
+
+
+def plan_with_page(gib: int, *, command: str = "bridge plan tiny") -> dict[str, Any]:
+    """Return a plan with all that the page shows: two stages, the first with so many GiB of activations."""
+    traffic = [{"group": "tp", "ranks": 2, "operation": HOSTILE, "calls": 1, "bytes": gib * GIB}]
+    stages = [stage(0, 4, 8, 2, 4, gib, 0), stage(1, 4, 8, 2, 4, 5, 0)]
+    return PLAN | {
+        "stages": [one | {"optimizer_bytes": 6 * GIB, "traffic": traffic} for one in stages],
+        "reserve_bytes": 4 * GIB,
+        "gpu_memory": 30 * GIB,
+        "time": {"step_seconds": gib / 10, "parts": {"attention": gib / 10}},
+        "command": command,
+    }
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_page_shows_plans_side_by_side_and_runs_in_the_table() -> None:
+    found = compare_files(
+        **{"a": plan_with_page(2), HOSTILE.replace("/", ""): plan_with_page(9, command=HOSTILE), "run": ON_GPUS}
+    )
+    text = render_comparison_page(found)
+    assert len(text.encode()) < 2_000_000
+    page = StrictParser(text).root
+    assert len(page.all("script")) == 3
+    banners = [" ".join(one.text.split()) for one in page.all("p", class_="banner")]
+    assert banners == [
+        "Fits. 3.000 GiB are left: stage 1 needs the most, 23.000 and the reserve of 4.000 of 30.000 GiB",
+        "Does not fit. 1.000 GiB too much: stage 0 needs the most, 27.000 and the reserve of 4.000 of 30.000 GiB; "
+        "1 of 2 stages do not fit",
+        "A run: its numbers are measured.",
+    ]
+    charts = [f"{name}-{index}" for name in ("memory", "time", "traffic") for index in (0, 1)]
+    assert list(read_data(page)["charts"]) == charts
+    assert read_columns(page, "memory-1", "memory-1")["activations"] == [9, 5]
+    assert read_columns(page, "memory-1", "memory-1")["reserve"] == [4, 4]
+    assert read_columns(page, "time-1", "time-1")["label"] == ["0.900 s, 100.0%"]
+    step = next(row for row in rows(page.one("table", id="table-measures")) if row[""] == "step, s")
+    assert list(step.values()) == ["step, s", "0.200", "0.900 +350.0 %", "0.500 +150.0 %"]
+    assert [one.text for one in page.all("pre")] == ["bridge plan tiny", HOSTILE]
+
+
 def test_files_are_compared_without_torch(folder: Path) -> None:
-    (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "run.json").write_text(json.dumps(ON_GPUS))
+    (folder / "with_page.json").write_text(json.dumps(plan_with_page(2)))
     check = (
         "import sys; from bridge.config.cli.entry import main\n"
-        "try: main(['compare', 'plan.json', 'run.json', '--json'])\n"
+        "try: main(['compare', 'with_page.json', 'run.json', '--html', 'page.html', '--json'])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'megatron', 'megatron.core'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["files"] == ["plan.json", "run.json"]
+    assert json.loads(done.stdout)["files"] == ["with_page.json", "run.json"]
+    assert "Comparison of 2 files" in (folder / "page.html").read_text(encoding="utf-8")

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from math import prod
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge.config import Document, ModelConfig
 from bridge.dist.errors import PlanError
-from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
+from bridge.dist.fusions import choose_fusions
 from bridge.dist.job import BuildJob, get_vocab_size, make_builder
 from bridge.dist.layout import Layout
-from bridge.dist.plan.count.microbatch import Memo, PassedShapes
+from bridge.dist.patch import Replacement, replace_attributes
+from bridge.dist.plan.count.collectives import Calls
+from bridge.dist.plan.count.microbatch import Memo, PassedShapes, PassWork
+from bridge.dist.plan.count.norms import use_fused_norms
 from bridge.dist.plan.count.rank import Rank, measure_rank
 from bridge.dist.plan.count.schedule import compute_peak, list_passes
+from bridge.dist.plan.layers import Layers, check_process, choose_layers
 from bridge.dist.plan.request import PlanRequest
-from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
+from bridge.dist.plan.results import ChunkPlan, PassCost, Plan, StagePlan, Traffic, default_reserve
+from bridge.dist.plan.support import check_supported, leave_out_offloading
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
 from bridge.dist.train.batch import Batch
+from bridge.dist.train.flops import count_model_flops
 from bridge.dist.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Inputs of a plan other than the model; ``gpu_memory`` is in bytes."""
+    """Inputs of a plan other than the model; ``gpu_memory`` and ``reserve`` are in bytes.
+
+    ``reserve`` is kept free on each GPU; None for ``default_reserve``. ``transposes_fp8`` is that of the machine, see
+    ``Machine``; without one, weights in FP8 count twice, as before Blackwell. ``layers`` must be those for which
+    megatron-core was imported: see ``bridge.dist.plan.layers.prepare_process``.
+    """
 
     batch: Batch
     world_size: int
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
     gpu_memory: int | None = None
+    reserve: int | None = None
+    transposes_fp8: bool = True
+    layers: Layers = Layers.INSTALLED
 
 
 def derive_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layout:
@@ -70,98 +88,118 @@ def make_plan_options(document: Document, request: PlanRequest) -> PlanOptions:
     """
     layout = derive_layout(document, gpus=request.gpus, dp=request.dp)
     make_builder(document.config()).check_restore()
-    # A multiple of pp, because the interleaved schedule requires one.
-    microbatches = 2 * layout.pp if layout.pp > 1 else 1
     return PlanOptions(
-        batch=Batch(
-            seq_length=request.seq_length or get_sequence_length(document),
-            micro_batch_size=request.micro_batch_size,
-            global_batch_size=request.global_batch_size or request.micro_batch_size * layout.dp * microbatches,
-        ),
+        batch=request.make_batch(layout, seq_length=request.seq_length or get_sequence_length(document)),
         world_size=layout.world_size,
         wrapper=request.wrapper,
         distributed_optimizer=request.distributed_optimizer,
         gpu_memory=request.gpu_memory,
+        reserve=request.reserve,
+        layers=choose_layers(document, request.layers),
     )
 
 
-def plan(document: Document, options: PlanOptions, *, memo: Memo | None = None) -> Plan:
+def plan(
+    document: Document, options: PlanOptions, *, memo: Memo | None = None, stages: Sequence[int] | None = None
+) -> Plan:
     """Plan the job that a document describes, with its layout.
 
     Args:
         document: Model and layout.
         options: Batch, wrapper and GPUs.
         memo: Cache of chunk measurements from earlier plans of the same model; updated.
+        stages: The pipeline stages to plan, in order; by default all. The plan then has only these, and only their
+            parameters. A stage after one that is not planned must get the hidden states of a sequence.
 
     Raises:
-        PlanError: The token dispatcher cannot be planned, or the installed torch is too old.
+        PlanError: The model has something that a plan cannot count, the installed torch is too old, or megatron-core
+            was imported for other layers.
         BridgeError: The job is not possible, see ``BuildJob.check``, or its batch does not divide over the ranks.
     """
     start = time.perf_counter()
+    check_process(options.layers)
     memo = {} if memo is None else memo
+    document = deepcopy(document)
+    fusions, left_out = [], []
+    if options.layers is Layers.TRANSFORMER_ENGINE:
+        fusions, left_out = choose_fusions(document), leave_out_offloading(document)
     job = BuildJob(document=document.data, wrapper=options.wrapper, distributed_optimizer=options.distributed_optimizer)
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, options.world_size)
     batch, transformer = options.batch, make_builder(config).transformer_config
-    _check_supported(transformer)
-    batch.check_sequence(transformer)
+    check_supported(transformer, options.layers)
     group_size = transformer.microbatch_group_size_per_vp_stage
-    microbatches = batch.count_microbatches(layout, group_size=group_size)
+    microbatches = batch.check(transformer, layout)
     passed: PassedShapes = {}
     # One rank per stage is enough. Stages are measured in order, because each needs the shapes that the one before
     # passes on.
-    ranks = [
-        measure_rank(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed)
-        for pp in range(layout.pp)
-    ]
+    planned = range(layout.pp) if stages is None else stages
+    with _use_kernels(options):
+        ranks = [
+            measure_rank(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed) for pp in planned
+        ]
     return Plan(
         world_size=layout.world_size,
         layout={axis: size for axis, size in asdict(layout).items() if size is not None},
         wrap=str(options.wrapper),
         distributed_optimizer=options.distributed_optimizer,
         layers=ranks[0].layers,
+        fusions=fusions,
+        left_out=left_out,
         seq_length=batch.seq_length,
         micro_batch_size=batch.micro_batch_size,
         global_batch_size=batch.global_batch_size,
         microbatches=microbatches,
         microbatch_group_size=group_size,
-        parameters=_count_parameters(ranks, layout, get_vocab_size(config)),
+        parameters=sum(map(prod, _list_shapes(ranks, layout, get_vocab_size(config)).values())),
         buffers=sum(rank.buffers for rank in ranks),
         gpu_memory=options.gpu_memory,
+        reserve_bytes=default_reserve(layout.world_size) if options.reserve is None else options.reserve,
+        model_flops=count_model_flops(_list_shapes(ranks, layout, get_vocab_size(config)), transformer, batch),
+        has_experts=bool(transformer.num_moe_experts),
+        overlapped=_list_overlapped(transformer),
+        has_cuda_graphs=transformer.cuda_graph_impl != "none",
         stages=[
             _make_stage(pp, rank, layout, microbatches=microbatches, group_size=group_size)
-            for pp, rank in enumerate(ranks)
+            for pp, rank in zip(planned, ranks, strict=True)
         ],
         seconds=time.perf_counter() - start,
     )
 
 
-def _check_supported(transformer: TransformerConfig) -> None:
-    if TORCH < TESTED_THROUGHOUT:
-        raise PlanError(f"plans need torch 2.11 or later, got {torch.__version__}: upgrade torch")
-    if transformer.num_moe_experts and transformer.moe_token_dispatcher_type != "alltoall":
-        raise PlanError(
-            f"moe_token_dispatcher_type {transformer.moe_token_dispatcher_type} cannot be planned: "
-            "its sizes depend on tokens; set it to alltoall"
-        )
+def _use_kernels(options: PlanOptions) -> AbstractContextManager[None]:
+    """Return a context in which layers keep what they keep with the kernels of a GPU."""
+    if options.layers is Layers.PYTORCH:
+        return use_fused_norms()
+    if options.layers is Layers.TRANSFORMER_ENGINE and not options.transposes_fp8:
+        storage = import_module("transformer_engine.pytorch.fp8").WeightStorage  # of the stand-in
+        return replace_attributes(Replacement(storage, "needs_transposed", False))
+    return nullcontext()
 
 
-def _count_parameters(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> int:
-    """Count every parameter of the model once, by its full name, in elements.
+def _list_shapes(ranks: Sequence[Rank], layout: Layout, vocab: int | None) -> dict[str, torch.Size]:
+    """Return the shape of every parameter of the model, once, by its full name.
 
-    Each expert-parallel rank has different experts under the same names, and equally many.
+    Each expert-parallel rank has different experts under the same names, and equally many; the names get its number.
     """
-    elements = {
-        placement.full_name: placement.logical_shape(vocab).numel() * (layout.ep if of_expert else 1)
+    return {
+        f"{index}:{placement.full_name}" if of_expert else placement.full_name: placement.logical_shape(vocab)
         for rank in ranks
         for placement, of_expert in rank.placements
+        for index in range(layout.ep if of_expert else 1)
     }
-    return sum(elements.values())
+
+
+def _list_overlapped(transformer: TransformerConfig) -> list[str]:
+    """Return the groups whose communication within layers Megatron overlaps with computation."""
+    overlapped = {"tp": transformer.tp_comm_overlap, "ep": transformer.overlap_moe_expert_parallel_comm}
+    return [group for group, is_overlapped in overlapped.items() if is_overlapped]
 
 
 def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
     order = list_passes(layout, pp, microbatches, group_size=group_size)
-    activations = compute_peak(order, [chunk.work.kept for chunk in rank.chunks])
+    works = [chunk.work for chunk in rank.chunks]
+    activations = compute_peak(order, [work.kept for work in works]) + sum(work.shared for work in works)
     return StagePlan(
         pp=pp,
         rank=rank.rank,
@@ -184,6 +222,11 @@ def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group
                 activation_bytes=chunk.work.kept,
                 forward_flops=chunk.work.forward_flops,
                 flops=chunk.work.flops,
+                weight_gradient_flops=chunk.work.weight_gradient_flops,
+                forward=_make_pass_cost(chunk.work.forward),
+                backward=_make_pass_cost(chunk.work.backward),
+                received_bytes=chunk.work.received.bytes if chunk.work.received else 0,
+                sent_bytes=chunk.work.passed_on.bytes if chunk.work.passed_on else 0,
             )
             for index, chunk in enumerate(rank.chunks)
         ],
@@ -201,6 +244,14 @@ def _make_traffic(rank: Rank, layout: Layout, microbatches: int) -> list[Traffic
         key = ("pp", layout.pp, "send")
         calls.number[key] += len(sent) * microbatches
         calls.size[key] += sum(sent) * microbatches
+    return _list_traffic(calls)
+
+
+def _make_pass_cost(work: PassWork) -> PassCost:
+    return PassCost(work.operations, _list_traffic(work.calls))
+
+
+def _list_traffic(calls: Calls) -> list[Traffic]:
     return [
         Traffic(group=group, ranks=ranks, operation=operation, calls=calls.number[group, ranks, operation], bytes=size)
         for (group, ranks, operation), size in sorted(calls.size.items())

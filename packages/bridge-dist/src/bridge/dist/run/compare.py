@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rich.console import RenderableType
@@ -13,7 +13,9 @@ from rich.table import Table
 from bridge.config import Document
 from bridge.dist.document_layout import switch_off_dropout
 from bridge.dist.formatting import format_gib
-from bridge.dist.plan.results import NOT_COVERED
+from bridge.dist.plan.forecast.machine import find_machine
+from bridge.dist.plan.layers import Layers, prepare_process
+from bridge.dist.plan.results import NOT_COVERED, RESERVED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.report_file import Part, read_report
@@ -33,6 +35,7 @@ class _Measure(NamedTuple):
 _JOB = (
     _Measure("kind", "kind"),
     _Measure("device", "device"),
+    _Measure("machine", "time estimated for"),
     _Measure("ranks", "ranks", write="{:,}".format),
     _Measure("layout", "layout"),
     _Measure("wrapper", "wrapper"),
@@ -56,6 +59,7 @@ _NUMBERS = (
     _Measure("tokens_per_second_per_gpu", "tokens/s per GPU", "tokens per second", "{:,.0f}".format),
     _Measure("model_flops_utilization", "model-FLOPs utilisation", "share", "{:.1%}".format),
 )
+_TIMES = ("step_seconds", "tokens_per_second_per_gpu", "model_flops_utilization")
 _SAME_JOB = ("ranks", "layout", "wrapper", "layers", "batch", "micro_batch_size", "parameters")
 """Measures that must be equal if the files describe the same job."""
 _STAGE_KEYS = {
@@ -90,12 +94,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The measures of several files, and notes on what cannot be compared.
+    """The contents of several files, their measures, and notes on what cannot be compared.
 
     Memory is that of the largest rank: ``peak`` is the total of a plan, and the allocated peak of a run.
     """
 
     files: list[str]
+    parts: list[Part]
     rows: list[Row]
     notes: list[str]
 
@@ -118,7 +123,7 @@ def compare(files: Sequence[str]) -> Comparison:
         parts.append(_plan_same_job(parts[0]))
     values = [_read_values(part) for part in parts]
     rows = [_make_row(measure, [one.get(measure.name) for one in values]) for measure in (*_JOB, *_NUMBERS)]
-    return Comparison(files=names, rows=rows, notes=list(_list_notes(names, parts, rows)))
+    return Comparison(files=names, parts=parts, rows=rows, notes=list(_list_notes(names, parts, rows)))
 
 
 def render_comparison(comparison: Comparison) -> list[RenderableType]:
@@ -127,19 +132,25 @@ def render_comparison(comparison: Comparison) -> list[RenderableType]:
     table.add_column("", no_wrap=True)
     for file in comparison.files:
         table.add_column(escape(file), justify="right", overflow="fold")
+    for label, cells in list_rows(comparison):
+        table.add_row(label, *map(escape, cells))
+    return [table, *("", *map(escape, comparison.notes))]
+
+
+def list_rows(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """Yield the label and the cells of each measure that any of the files has."""
     measures = {measure.name: measure for measure in (*_JOB, *_NUMBERS)}
     for row in comparison.rows:
         if any(value is not None for value in row.values):
             measure = measures[row.name]
             cells = zip(row.values, row.differences, strict=True)
-            table.add_row(measure.label, *(_format_cell(measure, value, difference) for value, difference in cells))
-    return [table, *("", *map(escape, comparison.notes))]
+            yield measure.label, [_format_cell(measure, value, difference) for value, difference in cells]
 
 
 def _format_cell(measure: _Measure, value: Value, difference: float | None) -> str:
     if value is None:
         return "-"
-    written = escape(measure.write(value))
+    written = measure.write(value)
     return written if difference is None else f"{written} {difference:+.1f} %"
 
 
@@ -171,7 +182,7 @@ def _list_notes(names: Sequence[str], parts: Sequence[Part], rows: Sequence[Row]
         if part.get("seq_length", int) is None:
             yield f"{name} trained no step: its memory covers the build only"
     if len(set(kinds)) > 1:
-        yield f"not included in a plan's total: {'; '.join(NOT_COVERED)}"
+        yield f"not included in a plan's total: {'; '.join((RESERVED, *NOT_COVERED))}"
 
 
 def _read_values(part: Part) -> dict[str, Value]:
@@ -180,6 +191,8 @@ def _read_values(part: Part) -> dict[str, Value]:
         layout.pop("etp", None)
     sharded = ", distributed optimizer" if part.require("distributed_optimizer", bool) else ""
     kind = part.require("kind", str)
+    # A plan has estimates in a mapping of their own.
+    times = part.require_mapping("time") if part.get("time", dict) is not None else part
     values: dict[str, Value] = {
         "kind": kind,
         "ranks": part.require("world_size", int),
@@ -189,8 +202,8 @@ def _read_values(part: Part) -> dict[str, Value]:
         "batch": _format_batch(part),
         "micro_batch_size": part.get("micro_batch_size", int),
         "parameters": part.require("parameters", int),
-        **{name: part.get(name, float) for name in ("step_seconds", "tokens_per_second_per_gpu")},
-        "model_flops_utilization": part.get("model_flops_utilization", float),
+        "machine": times.get("machine", str),
+        **{name: times.get(name, float) for name in _TIMES},
     }
     return values | (_read_build(part) if kind == "build" else _read_fullest_stage(part))
 
@@ -235,9 +248,12 @@ def _plan_same_job(report: Part) -> Part:
             "seq_length", "the build trained no step, so its batch is unknown: run bridge build with --steps"
         )
     hide_gpus()  # planning uses no GPU
+    layers = _choose_layers(report)
+    prepare_process(layers)
     import_megatron(with_compiler=False)
     # These import torch and Megatron, which comparing files does not need.
     from bridge.dist.job import make_builder
+    from bridge.dist.plan.forecast.step_time import estimate_time
     from bridge.dist.plan.plan import PlanOptions, plan
     from bridge.dist.train.batch import Batch
     from bridge.dist.wrapper import Wrapper
@@ -257,5 +273,17 @@ def _plan_same_job(report: Part) -> Part:
         world_size=report.require("world_size", int),
         wrapper=Wrapper(wrapper),
         distributed_optimizer=report.require("distributed_optimizer", bool),
+        layers=layers,
     )
-    return Part(data=plan(document, options).to_json(), source=f"the plan of {report.source}")
+    found = plan(document, options)
+    machine = find_machine(report.get("device_name", str) or "")
+    if machine is not None:
+        found = replace(found, time=estimate_time(found, machine))
+    return Part(data=found.to_json(), source=f"the plan of {report.source}")
+
+
+def _choose_layers(report: Part) -> Layers:
+    """Return the layers that a build had."""
+    if report.require("layers", str) == "transformer_engine":
+        return Layers.TRANSFORMER_ENGINE
+    return Layers.PYTORCH if report.require("device", str) == "cuda" else Layers.INSTALLED

@@ -1,30 +1,27 @@
-"""Tables of the exact numbers of a plan, to copy."""
+"""Rows of the tables with the exact numbers of a plan."""
 
 from __future__ import annotations
 
-from xml.etree.ElementTree import Element
+from collections.abc import Iterator
 
 from bridge.dist.formatting import format_layer_ranges
-from bridge.dist.plan.forecast.timeline import Timeline
-from bridge.dist.plan.results import Plan
-from bridge.dist.plan.show.elements import make_table, node
+from bridge.dist.plan.results import Plan, StepTime
+from bridge.dist.plan.show.words import list_idle_shares
+
+Row = dict[str, str | int]
 
 
-def make_numbers_section(plan: Plan, timeline: Timeline) -> Element:
-    """Make the tables of stages, chunks, traffic and the layout."""
-    return node(
-        "section",
-        node("h2", "Numbers"),
-        node("p", "For one rank of each stage, in bytes and FLOPs per step. Copied numbers have no digit groups."),
-        *make_table("stages", "Stages", _make_stage_rows(plan, timeline), is_open=True),
-        *make_table("chunks", "Chunks, per microbatch", _make_chunk_rows(plan)),
-        *make_table("traffic", "Traffic per step", _make_traffic_rows(plan)),
-        *make_table("layout", "Layout", [{"axis": axis, "size": size} for axis, size in plan.layout.items()]),
-        id="numbers",
-    )
+def make_tables(plan: Plan) -> Iterator[tuple[str, str, list[Row]]]:
+    """Yield the name, caption and rows of each table: stages, chunks, traffic, matrix products and the layout."""
+    yield "stages", "Stages", _make_stage_rows(plan)
+    yield "chunks", "Chunks, per microbatch", _make_chunk_rows(plan)
+    yield "traffic", "Traffic per step", _make_traffic_rows(plan)
+    if plan.time is not None:
+        yield "products", f"Matrix products of stage {plan.time.stage} by shape", _make_product_rows(plan.time)
+    yield "layout", "Layout", [{"axis": axis, "size": size} for axis, size in plan.layout.items()]
 
 
-def _make_stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int]]:
+def _make_stage_rows(plan: Plan) -> list[Row]:
     return [
         {
             "stage": stage.pp,
@@ -39,13 +36,13 @@ def _make_stage_rows(plan: Plan, timeline: Timeline) -> list[dict[str, str | int
             "total": stage.total_bytes,
             "buckets": len(stage.buckets),
             "FLOPs": stage.flops,
-            "idle": f"{bubble:.1%}",
+            "idle": f"{idle:.1%}",
         }
-        for stage, bubble in zip(plan.stages, timeline.bubbles, strict=True)
+        for stage, idle in zip(plan.stages, list_idle_shares(plan), strict=True)
     ]
 
 
-def _make_chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
+def _make_chunk_rows(plan: Plan) -> list[Row]:
     return [
         {
             "stage": stage.pp,
@@ -54,6 +51,7 @@ def _make_chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
             "parameters": chunk.parameters,
             "activations": chunk.activation_bytes,
             "forward FLOPs": chunk.forward_flops,
+            "weight-gradient FLOPs": chunk.weight_gradient_flops,
             "FLOPs": chunk.flops,
         }
         for stage in plan.stages
@@ -61,7 +59,11 @@ def _make_chunk_rows(plan: Plan) -> list[dict[str, str | int]]:
     ]
 
 
-def _make_traffic_rows(plan: Plan) -> list[dict[str, str | int]]:
+def _make_product_rows(time: StepTime) -> list[Row]:
+    return [{**one.product._asdict(), "calls": one.calls, "seconds": f"{one.seconds:.4g}"} for one in time.products]
+
+
+def _make_traffic_rows(plan: Plan) -> list[Row]:
     return [
         {
             "stage": stage.pp,

@@ -1,50 +1,78 @@
-"""A self-contained HTML page for a plan: pictures of memory and schedule, and tables of numbers to copy."""
+"""The page of a plan: self-contained HTML with charts, and tables of numbers to copy."""
 
 from __future__ import annotations
 
-from xml.etree.ElementTree import tostring
+from collections.abc import Iterator, Sequence
 
-from bridge.dist.plan.forecast.timeline import timeline_of
-from bridge.dist.plan.results import Plan
-from bridge.dist.plan.show.elements import node
-from bridge.dist.plan.show.memory_picture import make_memory_section
-from bridge.dist.plan.show.number_tables import make_numbers_section
-from bridge.dist.plan.show.page_style import SCRIPT, STYLE
-from bridge.dist.plan.show.schedule_picture import make_schedule_section
-from bridge.dist.plan.show.words import describe_plan
+from bridge.dist.layout import Layout
+from bridge.dist.plan.forecast.advice import Advice
+from bridge.dist.plan.forecast.machine import Machine
+from bridge.dist.plan.forecast.step_time import make_timeline
+from bridge.dist.plan.results import Origin, Plan
+from bridge.dist.plan.show.bar_chart import make_bar_chart
+from bridge.dist.plan.show.charts import Chart
+from bridge.dist.plan.show.memory_chart import make_memory_chart
+from bridge.dist.plan.show.number_tables import make_tables
+from bridge.dist.plan.show.schedule_chart import make_schedule_chart
+from bridge.dist.plan.show.template import render_template
+from bridge.dist.plan.show.what_if import describe_memory, make_grid
+from bridge.dist.plan.show.words import describe_plan, describe_time, list_largest_traffic
 
 
-def render_page(plan: Plan, title: str) -> str:
-    """Return a plan as an HTML page; ``title`` names the model, such as the name of its file."""
-    timeline = timeline_of(plan)
-    head = node(
-        "head",
-        node("meta", charset="utf-8"),
-        node("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        # The page loads nothing; its style and its only script are inline.
-        node(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-        ),
-        node("title", f"Plan of {title}"),
-        node("style", STYLE),
+def render_page(
+    plan: Plan,
+    title: str,
+    *,
+    machine: Machine | None = None,
+    origin: Origin | None = None,
+    advice: Sequence[Advice] = (),
+) -> str:
+    """Return a plan as an HTML page.
+
+    Args:
+        plan: The plan.
+        title: Names the model, such as the name of its file.
+        machine: The machine that times are estimated for; None for a page without times.
+        origin: The command that made the plan, to show how to repeat it.
+        advice: Changes that need less memory, if the plan does not fit.
+    """
+    grid = make_grid(plan, machine)
+    return render_template(
+        "plan.html",
+        title=f"Plan of {title}",
+        charts=[
+            make_memory_chart("memory", describe_memory(plan), end=grid.planned["end"]),
+            make_schedule_chart(plan, make_timeline(plan, machine), is_timed=machine is not None),
+            *_make_time_chart(plan),
+            *_make_traffic_chart(plan),
+        ],
+        data={"grid": grid.to_json()},
+        subtitle=f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; layers: {plan.layers}",
+        plan=plan,
+        grid=grid,
+        now=grid.planned,
+        advice=advice,
+        origin=origin,
+        statements=describe_plan(plan) | describe_time(plan.time),
+        tables=list(make_tables(plan)),
     )
-    words = [
-        part
-        for subject, statement in describe_plan(plan, timeline).items()
-        for part in (node("dt", subject), node("dd", statement))
-    ]
-    body = node(
-        "body",
-        node(
-            "main",
-            node("h1", f"Plan of {title}"),
-            node("dl", *words),
-            make_memory_section(plan),
-            make_schedule_section(plan, timeline),
-            make_numbers_section(plan, timeline),
-        ),
-        node("script", SCRIPT),
-    )
-    return "<!doctype html>\n" + tostring(node("html", head, body, lang="en"), encoding="unicode", method="html")
+
+
+def _make_time_chart(plan: Plan) -> Iterator[Chart]:
+    if plan.time is not None:
+        yield make_bar_chart("time", plan.time.parts, unit="s", axis="seconds of a step")
+
+
+def _make_traffic_chart(plan: Plan) -> Iterator[Chart]:
+    most = {f"{traffic.group}: {traffic.operation}": (traffic, stage) for traffic, stage in list_largest_traffic(plan)}
+    if most:
+        yield make_bar_chart(
+            "traffic",
+            {name: traffic.bytes / 2**30 for name, (traffic, _) in most.items()},
+            unit="GiB",
+            axis="GiB per step",
+            notes={
+                name: f"{traffic.ranks:,} ranks, {traffic.calls:,} calls; on stage {stage.pp}"
+                for name, (traffic, stage) in most.items()
+            },
+        )

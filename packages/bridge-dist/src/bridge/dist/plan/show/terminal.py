@@ -10,14 +10,21 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bridge.dist.formatting import format_gib, format_layer_ranges
+from bridge.dist.formatting import choose_time_unit, format_gib, format_layer_ranges, format_seconds
 from bridge.dist.plan.forecast.machine import Machine
-from bridge.dist.plan.forecast.ranking import SearchResult
-from bridge.dist.plan.forecast.timeline import timeline_of
-from bridge.dist.plan.results import Plan, StagePlan, Traffic
-from bridge.dist.plan.show.words import KINDS, describe_plan, format_teraflops, list_used_kinds
+from bridge.dist.plan.forecast.ranking import Candidate, SearchResult, explain_difference
+from bridge.dist.plan.results import Plan, StagePlan, StepTime
+from bridge.dist.plan.show.words import (
+    KINDS,
+    describe_plan,
+    describe_time,
+    format_teraflops,
+    list_largest_traffic,
+    list_used_kinds,
+)
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
+_RESERVE_COLOUR = "white"
 _SHORTEST_BAR, _LONGEST_BAR = 10, 60
 
 
@@ -33,9 +40,11 @@ def render_plan(plan: Plan) -> list[RenderableType]:
     ]
     if any(stage.traffic for stage in plan.stages):
         parts += [_make_traffic_table(plan), ""]
+    if plan.time is not None:
+        parts += [_make_time_table(plan.time), ""]
     words = Table.grid(padding=(0, 2))
     words.add_column(style="bold", no_wrap=True)
-    for subject, statement in describe_plan(plan, timeline_of(plan)).items():
+    for subject, statement in {**describe_plan(plan), **describe_time(plan.time)}.items():
         words.add_row(subject, escape(statement))
     return [*parts, words, f"planned in {plan.seconds:.1f} s"]
 
@@ -68,7 +77,7 @@ def _make_memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     table.add_column("", ratio=1)
     for stages in groups:
         stage = stages[0]
-        too_much = plan.gpu_memory is not None and stage.total_bytes > plan.gpu_memory
+        too_much = plan.exceeds_memory(stage)
         table.add_row(
             _format_stages(stages),
             str(sum(len(chunk.layers) for chunk in stage.chunks)),
@@ -100,18 +109,22 @@ def _make_numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
 
 def _make_traffic_table(plan: Plan) -> Table:
     """Show each operation of each group on the stage where it moves the most bytes."""
-    most: dict[tuple[str, int, str], tuple[Traffic, StagePlan]] = {}
-    for stage in plan.stages:
-        for traffic in stage.traffic:
-            key = (traffic.group, traffic.ranks, traffic.operation)
-            if key not in most or traffic.bytes > most[key][0].bytes:
-                most[key] = (traffic, stage)
     table = _make_table("largest traffic of a rank per step", "group", "ranks", "operation")
     for name in ("calls", "GiB", "stage"):
         table.add_column(name, justify="right", no_wrap=True)
-    for traffic, stage in sorted(most.values(), key=lambda one: -one[0].bytes):
+    for traffic, stage in list_largest_traffic(plan):
         names = (escape(traffic.group), f"{traffic.ranks:,}", escape(traffic.operation))
         table.add_row(*names, f"{traffic.calls:,}", format_gib(traffic.bytes), str(stage.pp))
+    return table
+
+
+def _make_time_table(time: StepTime) -> Table:
+    """Show the time of a step by cause, the longest first."""
+    factor, unit = choose_time_unit(time.step_seconds)
+    table = _make_table(f"estimated step on {time.machine}", "cause", unit, "share")
+    table.columns[0].justify = "left"
+    for cause, seconds in time.parts.items():
+        table.add_row(escape(cause), f"{seconds * factor:,.3f}", f"{seconds / time.step_seconds:.1%}")
     return table
 
 
@@ -123,18 +136,25 @@ def _make_legend(plan: Plan) -> Text:
     legend = Text()
     for kind, colour in zip(list_used_kinds(plan), _COLOURS, strict=False):  # the last colour is that of unsharded
         legend.append(kind.name[0].upper(), style=f"{colour} reverse").append(f" {kind.name}  ")
+    if plan.reserve_bytes:
+        legend.append("R", style=f"{_RESERVE_COLOUR} reverse").append(" reserve  ")
     if plan.gpu_memory is not None:
-        legend.append(f"| {format_gib(plan.gpu_memory)} GiB per GPU")
+        legend.append(f"| GPU {format_gib(plan.gpu_memory)} GiB")  # 80 columns with all but one kind
     return legend
 
 
 class _Bar:
-    """A bar for the memory of a stage: the first letter of each kind on its colour, and ``|`` at the limit of a GPU."""
+    """A bar for the memory of a stage: the first letter of each kind on its colour, ``R`` for the reserve, and ``|`` at
+    the limit of a GPU.
+    """
 
     def __init__(self, plan: Plan, stage: StagePlan) -> None:
-        self._sizes = [kind.of(stage) for kind in KINDS]
+        self._parts = [
+            *((kind.name[0].upper(), colour, kind.of(stage)) for kind, colour in zip(KINDS, _COLOURS, strict=True)),
+            ("R", _RESERVE_COLOUR, plan.reserve_bytes),
+        ]
         self._limit = plan.gpu_memory
-        self._scale = max(plan.worst.total_bytes, plan.gpu_memory or 1)
+        self._scale = max(plan.worst.total_bytes + plan.reserve_bytes, plan.gpu_memory or 1)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(_SHORTEST_BAR, _LONGEST_BAR)
@@ -147,9 +167,9 @@ class _Bar:
 
         bar, end = Text(), 0
         # Ends are rounded instead of sizes, so that rounding errors do not add up.
-        for kind, colour, size in zip(KINDS, _COLOURS, self._sizes, strict=True):
+        for letter, colour, size in self._parts:
             end += size
-            bar.append(kind.name[0].upper() * (cells(end) - len(bar)), style=f"{colour} on {colour}")
+            bar.append(letter * (cells(end) - len(bar)), style=f"{colour} on {colour}")
         if self._limit is not None:
             limit = cells(self._limit)
             bar.pad_right(limit - len(bar))
@@ -157,24 +177,35 @@ class _Bar:
         yield bar
 
 
-_MAX_ROWS = 10
-
-
 def render_search(result: SearchResult, machine: Machine) -> list[RenderableType]:
-    """Render the fastest layouts of a search, why the first is fastest, and the assumptions of the estimate."""
-    kinds = list(dict.fromkeys(kind for one in result.candidates[:_MAX_ROWS] for kind in one.parts))
-    table = Table("layout", "GiB", "step, s", *kinds, title="fastest layouts, with estimated seconds per step by kind")
-    for column in table.columns[1:]:
+    """Render the fastest layouts of a search, and why the first is ahead of the others."""
+    best = result.candidates[0]
+    table = Table("", "layout", "settings", "GiB", "step", "tokens/s/GPU", "MFU", title="fastest layouts")
+    for column in (table.columns[0], *table.columns[3:]):
         column.justify = "right"
-    for one in result.candidates[:_MAX_ROWS]:
-        parts = [f"{one.parts.get(kind, 0.0):.3f}" for kind in kinds]
-        table.add_row(one.name, format_gib(one.plan.worst.total_bytes), f"{one.seconds:.3f}", *parts)
+    for place, one in enumerate(result.candidates, start=1):
+        time = one.time
+        table.add_row(
+            str(place),
+            str(one.choice.layout),
+            one.choice.settings,
+            format_gib(one.plan.worst.total_bytes),
+            format_seconds(time.step_seconds),
+            f"{time.tokens_per_second_per_gpu:,.0f}",
+            f"{time.model_flops_utilization:.1%}",
+        )
     notes = [
-        f"{result.tried} layouts: {result.refused} refused, {result.too_large} too large, "
-        f"{len(result.candidates)} fit, {min(_MAX_ROWS, len(result.candidates))} shown",
-        *filter(None, [result.explain_ranking()]),
-        f"the estimate assumes {machine.flops / 1e12:,.0f} TFLOP/s per GPU at {machine.efficiency:.0%} efficiency, "
-        f"{machine.node_bandwidth / 1e9:,.0f} GB/s between the {machine.gpus_per_node} GPUs of a node, "
-        f"{machine.network_bandwidth / 1e9:,.0f} GB/s between nodes, and no overlap",
+        *(f"{place} takes {why}" for place, why in enumerate(result.explain_ranking(), start=2)),
+        *([] if result.with_ddp is None else [_describe_with_ddp(best, result.with_ddp)]),
+        f"{result.planned:,} choices planned; ruled out: {result.refused:,} not possible, "
+        f"{result.too_large:,} too large, {result.slower:,} slower",
+        f'times are estimates for {machine.name} ({best.time.validated}), see "Plan a job" in the documentation',
     ]
     return [table, *(Text(line) for line in notes)]
+
+
+def _describe_with_ddp(best: Candidate, other: Candidate) -> str:
+    size, seconds = format_gib(other.plan.worst.total_bytes), format_seconds(other.time.step_seconds)
+    return (
+        f"the fastest with ddp: {other.choice} ({size} GiB, {seconds}), which takes {explain_difference(best, other)}"
+    )
