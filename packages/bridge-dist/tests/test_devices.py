@@ -51,6 +51,13 @@ def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_ranks_that_would_share_the_only_gpu_use_the_cpu(gpus: pytest.MonkeyPatch) -> None:
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # restored after the test
+    gpus.setattr(torch.cuda, "device_count", lambda: 1)
+    assert prepare(Device.AUTO, None, ranks=2) == "forkserver"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_cuda_with_too_few_gpus_is_an_error(gpus: pytest.MonkeyPatch) -> None:
     assert choose_device(Device.CUDA, local_ranks=2) is Device.CUDA
     with pytest.raises(LaunchError, match=r"3 rank\(s\), 2 visible GPU\(s\); start fewer ranks, or choose"):

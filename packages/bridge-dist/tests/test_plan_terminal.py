@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from example_plans import DEEP, GIB, LARGE, SMALL, render_on_terminal, sizes, words
 
-from bridge.dist.plan.results import NOT_COVERED, Plan, Traffic
+from bridge.dist.plan.results import NOT_COVERED, RESERVED, Plan, Traffic
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE, DEEP], ids=["small", "large", "deep"])
@@ -49,6 +49,20 @@ def test_bars_are_proportional_to_memory(plan: Plan, folded: list[int], width: i
 def test_without_a_limit_the_worst_stage_has_the_longest_bar() -> None:
     first, second = re.findall(r"(W+G+O+A+) *$", render_on_terminal(replace(SMALL, gpu_memory=None)), re.MULTILINE)
     assert len(second) / len(first) == pytest.approx(60 / 76, abs=0.03)
+
+
+def test_a_reserve_counts_towards_the_limit() -> None:
+    plan = replace(SMALL, reserve_bytes=6 * GIB)  # 76 and 60 GiB of 80
+    assert (SMALL.fits, plan.fits, replace(plan, gpu_memory=None).fits) == (True, False, None)
+    assert plan.to_json()["reserve_bytes"] == 6 * GIB
+    shown = render_on_terminal(plan)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "76.000 and the reserve of 6.000 of 80.000 GiB: does not fit, 2.000 GiB too much; 1 of 2" in words(shown)
+    assert f"reserve 6.000 GiB per GPU, an estimate for {RESERVED}" in words(shown)
+    assert "A activations  R reserve  | GPU 80.000 GiB\n" in shown
+    first, second = re.findall(r"(W+G+O+A+[R |]+)$", shown, re.MULTILINE)
+    assert first.rindex("R") > first.index("|") == second.index("|") > second.rindex("R")
+    assert second.count("R") == pytest.approx(6 / 80 * second.index("|"), abs=1)
 
 
 def test_traffic_is_shown_for_the_stage_that_sends_most() -> None:

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from ranks import run_ranks
 
 from bridge.dist import Layout, create_process_groups
-from bridge.dist.run.execute import seed_random_states
+from bridge.dist.engine.seeds import seed_random_states
 
 SEED = 1234
 Draws = tuple[float, float, float, float]

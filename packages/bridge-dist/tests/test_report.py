@@ -39,6 +39,7 @@ ON_GPUS = BuildReport(
     distributed_optimizer=True,
     weights=None,
     layers="pytorch",
+    fusions=[],
     device="cuda",
     device_name="NVIDIA H100 80GB HBM3",
     device_peak_flops=989.4e12,
@@ -48,6 +49,8 @@ ON_GPUS = BuildReport(
     parameters=1_235_814_400,
     padded_parameters=1_235_814_400,
     ranks=[make_rank_report(0, allocated=20 * GIB), make_rank_report(1, allocated=21 * GIB)],
+    iteration=12,
+    saved="run",
     losses=[11.8, 11.7, 11.6],
     grad_norms=[5.0, 4.0, None],
     step_seconds=0.5,
@@ -79,11 +82,13 @@ def test_the_tables_fit_80_columns() -> None:
     assert "…" not in shown
     rows = [line.replace("│", " ").split() for line in shown.splitlines()]
     assert ["1", "21.000", "22.000", "3.000"] in rows
+    assert ["10", "11.800000", "5.000000"] in rows  # the first step after those of a loaded checkpoint
     for said in (
         "step time: 0.500 s",
         "tokens per second: 65,536 (32,768 per rank)",
         "model-FLOPs utilisation: 50.0%",
         "skipped: overflow",
+        "saved iteration 12 to run",
     ):
         assert said in shown
 

@@ -8,8 +8,7 @@ from typing import Any
 from bridge.config import Document
 from bridge.dist.layout import CONFIG_FIELDS
 
-# Fields whose values belong to one layout: another layout must not inherit them.
-_LAYOUT_FIELDS = (
+LAYOUT_FIELDS = (
     *CONFIG_FIELDS.values(),
     "sequence_parallel",
     "pipeline_dtype",
@@ -22,6 +21,7 @@ _LAYOUT_FIELDS = (
     "batch_p2p_comm",
     "overlap_p2p_comm",
 )
+"""Fields whose values belong to one layout: another layout must not inherit them."""
 
 DROPOUT_RATES = ("hidden_dropout", "attention_dropout")
 """The fields of Megatron's TransformerConfig that make losses depend on the layout."""
@@ -33,7 +33,7 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
     They are written to the document's TransformerConfig: under ``transformer`` if there is such a field, else at the
     top level.
     """
-    prefix, fields = _find_transformer(document)
+    prefix, fields = find_transformer(document)
     given = fields.get
     for name, size in sizes.items():
         document.set(prefix + CONFIG_FIELDS[name], size)
@@ -51,8 +51,8 @@ def apply_layout(document: Document, sizes: Mapping[str, int]) -> None:
 
 def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_parallel: bool) -> None:
     """Replace the layout of a document. Sizes that are not given become 1."""
-    prefix, fields = _find_transformer(document)
-    for name in _LAYOUT_FIELDS:
+    prefix, fields = find_transformer(document)
+    for name in LAYOUT_FIELDS:
         if name in fields:
             document.remove(prefix + name)
     document.set(f"{prefix}sequence_parallel", sequence_parallel)
@@ -61,12 +61,12 @@ def replace_layout(document: Document, sizes: Mapping[str, int], *, sequence_par
 
 def switch_off_dropout(document: Document) -> None:
     """Set the dropout rates of a document to zero."""
-    prefix, _ = _find_transformer(document)
+    prefix, _ = find_transformer(document)
     for name in DROPOUT_RATES:
         document.set(prefix + name, 0.0)
 
 
-def _find_transformer(document: Document) -> tuple[str, dict[str, Any]]:
+def find_transformer(document: Document) -> tuple[str, dict[str, Any]]:
     """Return the path prefix of the document's TransformerConfig fields, and the mapping that holds them."""
     embedded = document.data.get("transformer")
     return ("transformer.", embedded) if isinstance(embedded, dict) else ("", document.data)

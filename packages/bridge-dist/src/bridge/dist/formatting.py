@@ -1,4 +1,4 @@
-"""Format bytes and layer ranges for display. Importing this module imports nothing heavy."""
+"""Format bytes, times and layer ranges for display. Importing this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from collections.abc import Sequence
 def format_gib(size: int) -> str:
     """Format bytes as GiB with three decimals."""
     return f"{size / 2**30:,.3f}"
+
+
+def choose_time_unit(seconds: float) -> tuple[float, str]:
+    """Return the unit in which three decimals show a time well: how many of it are in a second, and its name."""
+    return (1, "s") if seconds >= 0.1 or seconds == 0 else (1e3, "ms") if seconds >= 1e-4 else (1e6, "us")
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a time in s, ms or us with three decimals."""
+    factor, unit = choose_time_unit(seconds)
+    return f"{seconds * factor:,.3f} {unit}"
 
 
 def format_layer_ranges(layers: Sequence[int]) -> str:

@@ -50,7 +50,9 @@ PRIVATE_NAMES_OF_PLANS = {
 MEGATRON_NAMES = {
     "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func": "engine.wrap.ddp: restored",
     "megatron.core.models.common.language_module.language_module.LanguageModule._is_in_embd_group": "engine.meta",
+    "megatron.core.dist_checkpointing.load_common_state_dict": "checkpoint.reader: replaced",
     "megatron.core.dist_checkpointing.serialization.load_common_state_dict": "checkpoint.reader: replaced",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue": "checkpoint.save: replaced",
     "megatron.core.dist_checkpointing.strategies.torch.MCoreLoadPlanner": "checkpoint.reader: replaced",
     "megatron.core.dist_checkpointing.strategies.torch._get_filesystem_reader": "checkpoint.reader: replaced",
     "megatron.core.optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": "checkpoint.optimizer",
@@ -67,6 +69,7 @@ MEGATRON_ATTRIBUTES = {
     "allreduce": "engine.placement, engine.wrap: False for parameters of experts",
     "chained_optimizers": "plan.count.memory: the parts of a chained optimizer",
     "embd": "engine.groups: the embedding group of a collection",
+    "ep": "engine.groups: the expert-parallel group of a collection",
     "expt_tp": "engine.placement: the tensor-parallel group of experts",
     "intra_dp_cp": "engine.wrap.ddp: the ranks of one optimizer instance",
     "intra_expt_dp": "engine.wrap.ddp: the same for experts",

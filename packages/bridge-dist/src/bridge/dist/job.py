@@ -14,13 +14,12 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.config import ModelConfig
 from bridge.dist.checkpoint.folder import find_iteration
-from bridge.dist.checkpoint.state import describe_unsupported
 from bridge.dist.checks.preflight import Setup, check
 from bridge.dist.checks.rules import RULES
 from bridge.dist.engine.builder import DistributedModelBuilder
 from bridge.dist.engine.environment import disable_cuda_graphs, inspect_process
 from bridge.dist.engine.options import BuildOptions
-from bridge.dist.errors import BuilderContractError, CheckpointError, TrainingError
+from bridge.dist.errors import BuilderContractError, TrainingError
 from bridge.dist.layout import Layout, find_embedding_ranks
 from bridge.dist.train.refusals import check_training
 from bridge.dist.train.step import TrainOptions
@@ -32,12 +31,13 @@ from bridge.dist.wrapper import Wrapper, make_default_ddp_options
 class BuildJob:
     """One build, as plain data that is sent to every rank.
 
-    ``document`` already contains the ``overrides``; they are kept for the report.
+    ``document`` already contains the ``overrides`` and the ``fusions`` that were chosen; both are kept for the report.
     """
 
     document: dict[str, Any]
     wrapper: Wrapper
     overrides: tuple[str, ...] = ()
+    fusions: tuple[str, ...] = ()
     distributed_optimizer: bool = False
     dp: int | None = None
     training: TrainOptions | None = None
@@ -48,6 +48,8 @@ class BuildJob:
     """A Megatron checkpoint to go on from."""
     save: Path | None = None
     """The folder of Megatron checkpoints to save the model to after the last step."""
+    replace_saved: bool = False
+    """Whether to replace an iteration in ``save`` that has the same number."""
 
     def make_builder(self, config: ModelConfig) -> DistributedModelBuilder[MegatronModule, ModelConfig]:
         """Make the builder that a configuration names.
@@ -62,7 +64,7 @@ class BuildJob:
 
         Raises:
             BuilderContractError: The configuration's builder is not a ``DistributedModelBuilder``.
-            CheckpointError: There is no checkpoint to load, or the wrapper has none.
+            CheckpointError: There is no checkpoint to load.
             LayoutError: The layout does not fit ``world_size`` ranks.
             PreflightError: Configuration, layout and wrapper conflict in a known way.
             TrainingError: The batch sizes do not fit the layout, or the text does not fit the model.
@@ -76,24 +78,13 @@ class BuildJob:
             transformer=transformer, layout=layout, options=options, model=config, environment=inspect_process()
         )
         check(setup, (*RULES, *builder.rules))
-        self._check_checkpoints()
-        if self.training is not None:
-            check_training(self.wrapper, config, transformer)
-            self.training.check_sequence(transformer)
-            self.training.count_microbatches(layout, group_size=transformer.microbatch_group_size_per_vp_stage)
-            read_text(self.training, config)
-        return layout
-
-    def _check_checkpoints(self) -> None:
-        """Check the folders to load and save.
-
-        Raises:
-            CheckpointError: There is no checkpoint to load, or the wrapper has none.
-        """
         if self.checkpoint is not None:
             find_iteration(self.checkpoint)
-        if self.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2) and (self.checkpoint or self.save):
-            raise CheckpointError(describe_unsupported(str(self.wrapper)))
+        if self.training is not None:
+            check_training(self.wrapper, config, transformer, draws_weights=self.weights is None)
+            self.training.check(transformer, layout)
+            read_text(self.training, config)
+        return layout
 
     def finalize(self, config: ModelConfig, world_size: int) -> Layout:
         """Finalize a configuration for the device of this process and return its layout, without the other checks.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.config.schema.pipeline_layout import parse_stages
 from bridge.dist.errors import LayoutError
+from bridge.dist.nearest import suggest, suggest_multiple
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -52,8 +53,15 @@ class Layout:
         if stage % expert:
             raise LayoutError(
                 f"etp x ep = {self.etp} x {self.ep} = {expert} does not divide the {stage} ranks of a pipeline stage "
-                f"(tp x cp x dp = {self.tp} x {self.cp} x {self.dp}): choose ep and etp so that it does"
+                f"(tp x cp x dp = {self.tp} x {self.cp} x {self.dp}): {self._suggest_experts(stage)}"
             )
+
+    def _suggest_experts(self, stage: int) -> str:
+        """Suggest the nearest ep, or, if no ep fits with this etp, to change etp."""
+        etp = self.etp or self.tp
+        if stage % etp:
+            return suggest("choose etp", etp, lambda size: stage % size == 0, largest=stage)
+        return suggest("choose ep", self.ep, lambda size: stage % (etp * size) == 0, largest=stage)
 
     @classmethod
     def of(cls, config: TransformerConfig, world_size: int | None, *, dp: int | None = None) -> Layout:
@@ -74,7 +82,8 @@ class Layout:
         needed = f"tp x pp x cp = {tp} x {pp} x {cp} = {model}"
         if world_size % model:
             raise LayoutError(
-                f"{world_size} ranks do not fit {needed}: start a multiple of {model} ranks, or lower tp, pp or cp"
+                f"{world_size} ranks do not fit {needed}: start {suggest_multiple(world_size, model)} ranks, or lower "
+                "tp, pp or cp"
             )
         if dp is not None and world_size != model * dp:
             raise LayoutError(
@@ -111,13 +120,20 @@ class Layout:
 
 
 def has_custom_split(config: TransformerConfig) -> bool:
-    """Return whether a configuration assigns layers to pipeline stages itself, so that they need not divide evenly."""
+    """Return whether stages of a configuration may have different numbers of layers."""
+    return bool(
+        assigns_layers(config)
+        or config.account_for_embedding_in_pipeline_split
+        or config.account_for_loss_in_pipeline_split
+    )
+
+
+def assigns_layers(config: TransformerConfig) -> bool:
+    """Return whether a configuration assigns layers to pipeline stages, so that no number has to divide evenly."""
     return bool(
         config.pipeline_model_parallel_layout is not None
         or config.num_layers_in_first_pipeline_stage is not None
         or config.num_layers_in_last_pipeline_stage is not None
-        or config.account_for_embedding_in_pipeline_split
-        or config.account_for_loss_in_pipeline_split
     )
 
 

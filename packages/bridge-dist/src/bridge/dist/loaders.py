@@ -63,10 +63,12 @@ def find_loader(folder: Path) -> Loader:
         if os.path.lexists(folder / point.name):
             loader: Loader = point.load()
             return loader
+    if not os.path.lexists(folder):
+        raise LoadError(f"{folder}: no such folder: give one with weights, or a Megatron checkpoint")
     expected = " or ".join(f"a folder with {point.name}" for point in points) or "a folder: pip install bridge-models"
     raise LoadError(
-        f"{folder}: there are no weights to load here: expected {expected}; to restore a checkpoint of ModelOpt, set "
-        "restore_modelopt_state to true"
+        f"{folder}: there are no weights to load here: expected {expected}, or a Megatron checkpoint, which is the "
+        "folder above its iterations; to restore a checkpoint of ModelOpt, set restore_modelopt_state to true"
     )
 
 

@@ -10,9 +10,16 @@ class Wrapper(StrEnum):
     """The data-parallel wrapper of a stage, in the order of `--help`."""
 
     DDP = "ddp"
+    """Megatron-Core's DistributedDataParallel: each rank holds the weights of its stages."""
+
     MEGATRON_FSDP = "megatron-fsdp"
+    """Megatron-FSDP: the options say what it shards over the data-parallel ranks."""
+
     TORCH_FSDP2 = "torch-fsdp2"
+    """PyTorch's fully_shard: every weight is sharded over the data-parallel ranks."""
+
     NONE = "none"
+    """No wrapper: gradients are not averaged over ranks."""
 
 
 def make_default_ddp_options(

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, cast
 
 from bridge.config import BridgeError, Document, DocumentError, Problem
+from bridge.config.canonical import canonicalize_checked
 from bridge.config.read.view import View
 from bridge.config.schema.ranges import TRANSFORMER
 from bridge.config.schema.registry import get_declarations, import_builder
@@ -78,10 +79,11 @@ def refuse_before_imports(
     world_size: int | None = None,
     dp: int | None = None,
     distributed_optimizer: bool = False,
-) -> None:
+) -> Setup | None:
     """Run the checks that need no heavy import, to fail early; the build repeats them and runs the rest.
 
     Documents with targets of other distributions are skipped, because reading them would import those distributions.
+    Return what was checked, for more checks; None if nothing was.
 
     Args:
         document: In its current version, with its layout.
@@ -95,15 +97,16 @@ def refuse_before_imports(
         LayoutError: The layout does not fit the ranks.
         PreflightError: The configuration is known to fail under the layout or with the wrapper.
     """
-    if _names_only_shipped_targets(document.data):
-        _check(
-            document.check(),
-            wrapper,
-            world_size=world_size,
-            dp=dp,
-            distributed_optimizer=distributed_optimizer,
-            rules=_load_declared_rules,
-        )
+    if not _names_only_shipped_targets(document.data):
+        return None
+    return _check(
+        document.check(),
+        wrapper,
+        world_size=world_size,
+        dp=dp,
+        distributed_optimizer=distributed_optimizer,
+        rules=_load_declared_rules,
+    )
 
 
 def _names_only_shipped_targets(value: object) -> bool:
@@ -122,10 +125,10 @@ def _check(
     world_size: int | None = None,
     dp: int | None = None,
     distributed_optimizer: bool = False,
-) -> None:
+) -> Setup | None:
     model, transformer = _make_views(checked)
     if transformer is None:  # its builder keeps it elsewhere, so only a build can check it
-        return
+        return None
     # A view has the attributes of what it stands for.
     config = cast("TransformerConfig", transformer)
     setup = Setup(
@@ -135,11 +138,13 @@ def _check(
         model=cast("ModelConfig", model),
     )
     check(setup, (*MODEL_RULES, *rules(checked.builder)))
+    return setup
 
 
 def _make_views(checked: Checked) -> tuple[View, View | None]:
     """Return views of the whole configuration and of its TransformerConfig, if there is one."""
-    parsed, data = checked.parsed, checked.present.data
+    # In the canonical form every value has one spelling, which rules can compare.
+    parsed, data = checked.parsed, canonicalize_checked(checked)
     if TRANSFORMER in parsed.target.bases:
         view = View(data, parsed.target)
         return view, view

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MEGATRON = "megatron-core 0.19.2"
 """The version in which the behaviour behind Megatron's rules was observed."""
 
+CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
+"""Reason that the common test does not reproduce a failure, for ``no_reproduction``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:

@@ -17,11 +17,12 @@ from bridge.config import ModelConfig
 from bridge.dist.checks.agreement import agree_in_groups, collect_facts, collect_versions, is_alone
 from bridge.dist.checks.preflight import Rule, Setup, check
 from bridge.dist.checks.rules import RULES
+from bridge.dist.checks.rules.layers import describe_rounding
 from bridge.dist.checks.rules.machine import describe_slowdown
 from bridge.dist.checks.stages import check_optimizer_instances, check_torch
 from bridge.dist.engine.environment import inspect_process
 from bridge.dist.engine.groups import get_embedding_ranks, get_layout
-from bridge.dist.engine.meta import initialise_stages
+from bridge.dist.engine.meta import NothingInitialised, initialise_stages, load_while_wrapping
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.precision import wrap_mixed_precision
 from bridge.dist.engine.replicas import check_copies, is_tied, list_user_hooks
@@ -70,12 +71,15 @@ def build_distributed(
         environment=inspect_process(),
     )
     check(setup, (*RULES, *rules))
-    if slower := describe_slowdown(setup):
-        log_single_rank(logger, logging.WARNING, slower)
+    for warning in filter(None, (describe_slowdown(setup), describe_rounding(setup))):
+        log_single_rank(logger, logging.WARNING, warning)
     check_torch(options)
     check_optimizer_instances(pg_collection, options)
-    on_device = torch.device("meta") if config.init_model_with_meta_device else contextlib.nullcontext()
-    with on_device:
+    with contextlib.ExitStack() as stack:
+        if config.init_model_with_meta_device:
+            stack.enter_context(torch.device("meta"))
+            if not config.perform_initialization:
+                stack.enter_context(NothingInitialised())
         built = build_stages(
             build_stage,
             pg_collection,
@@ -83,7 +87,9 @@ def build_distributed(
             model_type=options.model_type,
         )
     tied = is_tied(built)  # before the hooks, which may untie it
-    stages = compose_hooks([pre_wrap_hook])(list(built))
+    is_sharded_from_meta = config.init_model_with_meta_device and options.shards_weights
+    with load_while_wrapping() if is_sharded_from_meta else contextlib.nullcontext():
+        stages = compose_hooks([pre_wrap_hook])(list(built))
     if model is not None and (hooks := list_user_hooks(model.pre_wrap_hooks)):
         check_copies(stages, pg_collection, tied=tied, hooks=hooks)
     return compose_hooks([post_wrap_hook])(prepare_stages(stages, config, pg_collection, options))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -21,6 +23,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 from bridge.dist.patch import Replacement, replace_attributes
 
@@ -28,6 +31,22 @@ logger = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 Share = Callable[[torch.nn.Parameter], None]
+Load = Callable[[torch.Tensor], None]
+
+
+class NothingInitialised(TorchFunctionMode):
+    """Puts the weights of a stage on the meta device whose layers do not initialise them.
+
+    megatron-core 0.19.2 allocates the weights of its own layers on the GPU, also under ``torch.device("meta")``, by
+    ``torch.empty``.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": torch.device("meta")}
+        return func(*args, **(kwargs or {}))
 
 
 def materialize(module: ModuleT, device: torch.device, *, recurse: bool = True) -> ModuleT:
@@ -77,24 +96,44 @@ def initialise_stages(stages: Sequence[MegatronModule], pg_collection: ProcessGr
     _warn_uninitialised(missing)
 
 
-def allocate_stages(stages: Sequence[MegatronModule], loaded: Collection[str]) -> None:
-    """Allocate stages from the meta device on this rank's device, for weights that the caller will load.
+def load_stage(stage: MegatronModule, loads: Mapping[str, Load]) -> None:
+    """Fill tensors of a stage. Those on the meta device are allocated on this rank's device first.
+
+    Under ``load_while_wrapping`` they stay on the meta device: the tensors of a module are filled when the wrapper
+    allocates it.
 
     Args:
-        stages: Changed in place. Stages that are not on the meta device are not changed.
-        loaded: Names of the tensors, within their stages, that the caller loads. Modules with other tensors are
+        stage: Changed in place.
+        loads: What fills each tensor, by its name in the stage. Modules on the meta device that have other tensors are
             initialised.
     """
-    missing: list[str] = []
-    for stage in stages:
-        pending = _find_pending(stage)
-        if pending:
-            materialize(stage, torch.device("cuda"))
+    pending = _find_pending(stage)
+    now = dict(loads)
+    if pending and _loads_while_wrapping.get():
         for module in pending:
-            names = {f"{module.name}.{tensor}".lstrip(".") for tensor in module.tensors}
-            if not names <= set(loaded):
-                missing += [name for name in module.initialise() if name not in loaded]
-    _warn_uninitialised(missing)
+            _loads[module.module] = {tensor: now.pop(name) for tensor, name in module.names.items() if name in now}
+    elif pending:
+        materialize(stage, torch.device("cuda"))
+        others = [module for module in pending if not loads.keys() >= set(module.names.values())]
+        _warn_uninitialised([name for module in others for name in module.initialise() if name not in loads])
+    tensors = dict((*stage.named_parameters(), *stage.named_buffers()))
+    for name, load in now.items():
+        load(tensors[name])
+
+
+@contextlib.contextmanager
+def load_while_wrapping() -> Iterator[None]:
+    """Let ``load_stage`` leave stages on the meta device, for a wrapper that allocates one module at a time."""
+    token = _loads_while_wrapping.set(True)
+    try:
+        yield
+    finally:
+        _loads_while_wrapping.reset(token)
+
+
+_loads_while_wrapping: ContextVar[bool] = ContextVar("loads_while_wrapping", default=False)
+_loads: WeakKeyDictionary[torch.nn.Module, dict[str, Load]] = WeakKeyDictionary()
+"""What fills the tensors of modules on the meta device, by their names in the module."""
 
 
 @contextlib.contextmanager
@@ -179,10 +218,29 @@ class _Pending(NamedTuple):
             else:
                 self.module._buffers[name] = whole
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of the tensors in the stage, by those in the module."""
+        return {name: f"{self.name}.{name}".lstrip(".") for name in self.tensors}
+
     def initialise(self) -> list[str]:
-        """Initialise the allocated tensors; return the names of those that nothing initialised."""
+        """Load or initialise the allocated tensors; return the names of those that nothing initialised."""
         kind = type(self.module)
         reset = getattr(kind, "reset_parameters", None) or getattr(kind, "_reset_parameters", None)
+        loads = _loads.pop(self.module, {})
+        if not loads.keys() >= self.tensors.keys():
+            self._reset(reset)
+        for name, (dtype, attributes) in self.tensors.items():
+            tensor = self.get_tensor(name)
+            tensor.data = tensor.data.to(dtype)  # of the mixed-precision wrapper, which ran on the meta device
+            for attribute, value in attributes.items():
+                vars(tensor).setdefault(attribute, value)
+        for name, load in loads.items():
+            load(self.get_tensor(name))
+        return [full for name, full in self.names.items() if name not in loads and self._is_missing(name, reset)]
+
+    def _reset(self, reset: Callable[[torch.nn.Module], object] | None) -> None:
+        """Initialise the tensors by a method of the module's class, if it has one."""
         with torch.no_grad():
             for name in self.tensors:
                 tensor = self.get_tensor(name)
@@ -196,12 +254,6 @@ class _Pending(NamedTuple):
                 self.initialise_embedding(self.get_tensor("weight"))
             for name, tensor in self.kept.items():  # reset_parameters has overwritten them too
                 self.get_tensor(name).copy_(tensor)
-        for name, (dtype, attributes) in self.tensors.items():
-            tensor = self.get_tensor(name)
-            tensor.data = tensor.data.to(dtype)  # of the mixed-precision wrapper, which ran on the meta device
-            for attribute, value in attributes.items():
-                vars(tensor).setdefault(attribute, value)
-        return [f"{self.name}.{name}".lstrip(".") for name in self.tensors if self._is_missing(name, reset)]
 
     def share(self, share: Share | None) -> None:
         """Call a function with each parameter that was on the meta device."""

@@ -87,5 +87,6 @@ def strip_wrappers(name: str) -> str:
 
 def identify_layers(stages: Sequence[MegatronModule]) -> str:
     """Return which layers the stages use: ``transformer_engine``, or ``pytorch`` if none is of Transformer Engine."""
-    packages = {type(module).__module__.partition(".")[0] for stage in stages for module in stage.modules()}
+    kinds = {kind for stage in stages for module in stage.modules() for kind in type(module).__mro__}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
     return "transformer_engine" if "transformer_engine" in packages else "pytorch"

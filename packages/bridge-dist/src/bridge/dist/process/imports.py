@@ -19,6 +19,9 @@ from typing import Any
 
 from bridge.dist.process.gpu_libraries import hide_without_gpu
 
+ATTENTION_BACKEND_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""Where megatron-core 0.19.2 stores the attention backend of a model; it then refuses to construct one with another."""
+
 _DYNAMO = "torch._dynamo"
 
 
@@ -51,11 +54,6 @@ def _silence_imports() -> None:
     """Silence the warnings of megatron-core, of ModelOpt, and of torch reading a checkpoint."""
     warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch\.distributed\.checkpoint)\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # raised when Python first compiles a file
-    # The distributed optimizer of megatron-core 0.19.2 reads .grad of shards that are not leaves when it zeroes
-    # gradients. That is harmless: only the optimizer sets them. Under the CPU runtime the warning names its file.
-    warnings.filterwarnings(
-        "ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"bridge\.dist\.cpu\.redirect$"
-    )
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

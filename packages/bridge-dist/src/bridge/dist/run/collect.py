@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
 from bridge.config import ModelConfig
+from bridge.dist.checkpoint.together import gather
 from bridge.dist.checks.agreement import collect_versions
 from bridge.dist.engine.placement import Placement, list_layer_indices
 from bridge.dist.engine.stages import identify_layers
@@ -32,7 +33,7 @@ def collect_report(
     memory = read_peak_memory()
     chunks = [_make_chunk_report(index, stage, run.placements[index]) for index, stage in enumerate(run.stages)]
     placements = [placement for stage in run.placements for placement in stage]
-    everyone = _gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _average_seconds(run.steps)))
+    everyone = gather(_Outcome(_make_rank_report(groups, chunks, memory), placements, _average_seconds(run.steps)))
     whole = {placement.full_name: placement for outcome in everyone for placement in outcome.placements}
     shapes = {name: placement.logical_shape(get_vocab_size(config)) for name, placement in whole.items()}
     transformer, training = job.make_builder(config).transformer_config, job.training
@@ -46,6 +47,7 @@ def collect_report(
         distributed_optimizer=job.distributed_optimizer,
         weights=None if loaded is None else str(loaded),
         layers=identify_layers(run.stages),
+        fusions=list(job.fusions),
         device="cpu" if device is None else "cuda",
         device_name=device,
         device_peak_flops=find_peak_flops(device) if device is not None and in_half_precision else None,
@@ -53,6 +55,8 @@ def collect_report(
         parameters=sum(shape.numel() for shape in shapes.values()),
         padded_parameters=sum(placement.full_shape.numel() for placement in whole.values()),
         ranks=[outcome.report for outcome in everyone],
+        iteration=run.iteration,
+        saved=None if job.save is None else str(job.save),
         losses=[step.loss for step in run.steps],
         grad_norms=[step.grad_norm for step in run.steps],
         step_seconds=max((outcome.step_seconds for outcome in everyone if outcome.step_seconds), default=None),
@@ -99,12 +103,6 @@ class _Outcome(NamedTuple):
     report: RankReport
     placements: list[Placement]
     step_seconds: float | None
-
-
-def _gather(mine: _Outcome) -> list[_Outcome]:
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _average_seconds(steps: Sequence[Step]) -> float | None:

@@ -69,25 +69,25 @@ def choose_device(asked: Device, *, local_ranks: int | None, environment: Mappin
     return Device.CPU
 
 
-def choose_gpu(place: RankEnvironment, *, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
+def choose_gpu(rank_environment: RankEnvironment, *, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
     """Return the index of this rank's GPU among the visible GPUs.
 
     Raises:
         LaunchError: There is no GPU for this rank, or LOCAL_RANK is not set.
     """
-    if place.world_size == 1 or _has_own_gpu(gpus, environment):
+    if rank_environment.world_size == 1 or _has_own_gpu(gpus, environment):
         return 0
-    if place.local_rank is None:
+    if rank_environment.local_rank is None:
         raise LaunchError(
-            f"LOCAL_RANK is not set and rank {place.rank} sees {gpus} GPU(s): set it to the rank's number on its node, "
-            f"or set {_VISIBLE} to one GPU for each rank"
+            f"LOCAL_RANK is not set and rank {rank_environment.rank} sees {gpus} GPU(s): set it to the rank's number "
+            f"on its node, or set {_VISIBLE} to one GPU for each rank"
         )
-    if place.local_rank >= gpus:
+    if rank_environment.local_rank >= gpus:
         raise LaunchError(
-            f"rank {place.rank} is number {place.local_rank} on its node, where {gpus} GPU(s) are visible: start one "
-            "rank for each GPU, or choose --device cpu"
+            f"rank {rank_environment.rank} is number {rank_environment.local_rank} on its node, where {gpus} GPU(s) "
+            "are visible: start one rank for each GPU, or choose --device cpu"
         )
-    return place.local_rank
+    return rank_environment.local_rank
 
 
 def forbid_tf32() -> None:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 
 from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
 from bridge.dist.checkpoint.load import load_checkpoint
 from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.save import check_target, save_checkpoint
+from bridge.dist.checkpoint.tokenizer import find_tokenizer_folder
 from bridge.dist.engine.environment import prepare_process
 from bridge.dist.engine.placement import Placement, named_parameters
+from bridge.dist.engine.seeds import seed_random_states
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.job import BuildJob, get_vocab_size, read_text
 from bridge.dist.layout import Layout
@@ -32,18 +31,18 @@ from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
 from bridge.dist.train.step import Step, train
 
-# The default seed of megatron.training, and its offset per pipeline rank.
-_SEED = 1234
-_SEED_STRIDE = 100
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltRank:
-    """A job on this rank: wrapped stages, the placements of their parameters in the whole model, and training steps."""
+    """A job on this rank: wrapped stages, the placements of their parameters in the whole model, and training steps.
+
+    ``iteration`` counts the steps behind the model, those of a loaded checkpoint included.
+    """
 
     stages: list[MegatronModule]
     placements: list[list[Placement]]
     steps: list[Step]
+    iteration: int
 
 
 def build_and_train(
@@ -65,7 +64,59 @@ def build_and_train(
     builder = job.make_builder(config)
     prepare_process(builder.transformer_config)
     seed_random_states(builder.transformer_config, groups)
-    leader = torch.distributed.get_rank() == 0
+    is_leader = torch.distributed.get_rank() == 0
+    if job.training is not None and (dropout := switch_off_dropout(builder.transformer_config)) and is_leader:
+        _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
+    if job.weights is not None:
+        builder.transformer_config.perform_initialization = False
+    placements = _set_hooks(job, config, groups)
+    options = job.make_options(builder.transformer_config)
+    stages = builder.build_distributed_models(
+        groups,
+        ddp_config=options.ddp_config,
+        use_megatron_fsdp=options.use_megatron_fsdp,
+        use_torch_fsdp2=options.use_torch_fsdp2,
+        wrap_with_ddp=options.wrap_with_ddp,
+    )
+    if before_training is not None:
+        before_training(stages)
+    steps: list[Step] = []
+    before = Progress()
+
+    def resume(optimizer: Any = None) -> Progress:
+        nonlocal before
+        before = _resume(job, stages, groups, optimizer)
+        return before
+
+    if job.training is None:
+        _save(job, stages, groups, None, resume())
+    else:
+        text = read_text(job.training, config)
+        mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
+        taken = train(
+            stages,
+            groups,
+            layout,
+            text=text,
+            options=job.training,
+            forward_step=builder.forward_step,
+            start=resume,
+            finish=partial(_save, job, stages, groups),
+        )
+        if is_leader and show_steps:
+            count = job.training.steps
+            taken = show_progress(
+                taken,
+                None,
+                describe=lambda _, step: f"loss {step.loss:.4f}",
+                count=lambda step: (step.number, before.step + count),
+            )
+        steps = list(taken)
+    return BuiltRank(stages=stages, placements=placements, steps=steps, iteration=before.step + len(steps))
+
+
+def _set_hooks(job: BuildJob, config: ModelConfig, groups: ProcessGroupCollection) -> list[list[Placement]]:
+    """Let the build draw or load weights, and return the list to which it appends the placements of each stage."""
     placements: list[list[Placement]] = []
 
     def draw(stages: list[MegatronModule]) -> list[MegatronModule]:
@@ -82,59 +133,26 @@ def build_and_train(
         placements.extend([named.placement for named in named_parameters(stage, groups)] for stage in stages)
         return stages
 
-    # compose_hooks: the last of the model's own hooks may return None. Weights are drawn or loaded first, so
-    # that hooks can change them.
+    # compose_hooks: the last of the model's own hooks may return None. Weights are drawn or loaded first, so that hooks
+    # can change them.
     hooks: list[Hook] = [compose_hooks(config.pre_wrap_hooks), record_placements]
-    if job.training is not None:
-        if (dropout := switch_off_dropout(builder.transformer_config)) and leader:
-            _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
-        if all(one is None for one in (job.modelopt_checkpoint, job.weights, job.checkpoint)):
-            hooks.insert(0, draw)
+    is_loaded = any(one is not None for one in (job.modelopt_checkpoint, job.weights, job.checkpoint))
+    if job.training is not None and not is_loaded:
+        hooks.insert(0, draw)
     if job.weights is not None:
-        builder.transformer_config.perform_initialization = False
         hooks.insert(0, load)
     config.pre_wrap_hooks = hooks
-    options = job.make_options(builder.transformer_config)
-    stages = builder.build_distributed_models(
-        groups,
-        ddp_config=options.ddp_config,
-        use_megatron_fsdp=options.use_megatron_fsdp,
-        use_torch_fsdp2=options.use_torch_fsdp2,
-        wrap_with_ddp=options.wrap_with_ddp,
-    )
-    if before_training is not None:
-        before_training(stages)
-    steps: list[Step] = []
-    if job.training is None:
-        _save(job, stages, groups, None, _resume(job, stages, groups))
-    else:
-        text = read_text(job.training, config)
-        mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
-        taken = train(
-            stages,
-            groups,
-            layout,
-            text=text,
-            options=job.training,
-            forward_step=builder.forward_step,
-            start=partial(_resume, job, stages, groups),
-            finish=partial(_save, job, stages, groups),
-        )
-        if leader and show_steps:
-            taken = show_progress(taken, job.training.steps, describe=lambda _, step: f"loss {step.loss:.4f}")
-        steps = list(taken)
-    return BuiltRank(stages=stages, placements=placements, steps=steps)
+    return placements
 
 
-def _resume(
-    job: BuildJob, stages: list[MegatronModule], groups: ProcessGroupCollection, optimizer: Any = None
-) -> Progress:
+def _resume(job: BuildJob, stages: list[MegatronModule], groups: ProcessGroupCollection, optimizer: Any) -> Progress:
     """Load the job's checkpoint, if it has one, and check that the job's result can be saved."""
     progress = Progress()
     if job.checkpoint is not None:
         progress = load_checkpoint(stages, job.checkpoint, groups, optimizer=optimizer)
     if job.save is not None:
-        check_target(job.save, progress.step + (0 if job.training is None else job.training.steps))
+        last = progress.step + (0 if job.training is None else job.training.steps)
+        check_target(job.save, last, force=job.replace_saved)
     return progress
 
 
@@ -143,24 +161,16 @@ def _save(
 ) -> None:
     if job.save is not None:
         model = ModelConfig.from_dict(job.document)  # that of the build has hooks more
-        save_checkpoint(stages, job.save, groups, model=model, progress=progress, optimizer=optimizer)
-
-
-def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection, *, seed: int = _SEED) -> None:
-    """Seed Python, numpy, torch and Megatron's random states as megatron.training does, differently per pipeline rank.
-
-    Source: ``_set_random_seed`` of megatron.training 0.19.2.
-    """
-    seed += _SEED_STRIDE * groups.pp.rank()
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(
-        seed,
-        te_rng_tracker=config.use_te_rng_tracker,
-        inference_rng_tracker=config.inference_rng_tracker,
-        use_cudagraphable_rng=config.cuda_graph_impl != "none",
-    )
+        save_checkpoint(
+            stages,
+            job.save,
+            groups,
+            model=model,
+            progress=progress,
+            optimizer=optimizer,
+            tokenizer=find_tokenizer_folder(job.weights, job.checkpoint),
+            force=job.replace_saved,
+        )
 
 
 def _print_stderr(message: str) -> None:

@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch.distributed.tensor import DTensor
 
+from bridge.dist.checkpoint.together import gather
 from bridge.dist.engine.forward import ForwardStep
 from bridge.dist.engine.placement import Placement
 from bridge.dist.engine.stages import strip_wrappers
@@ -94,9 +93,7 @@ def compare_logits(
         theirs = saved["logits"]
         ours = logits[..., : theirs.shape[-1]].float().cpu()
         difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    everyone = [0.0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, math.inf if math.isnan(difference) else difference)
-    return max(everyone)
+    return max(gather(math.inf if math.isnan(difference) else difference))
 
 
 def save_weights(run: BuiltRank, file: Path) -> None:
@@ -115,9 +112,7 @@ def compare_weights(run: BuiltRank, weights: Path) -> TrainingResult:
         )
         for placement, weight in _iter_final_weights(run)
     ]
-    largest: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(largest, max(mine))
-    difference, parameter = max(largest)
+    difference, parameter = max(gather(max(mine)))
     return TrainingResult(
         losses=[step.loss for step in run.steps],
         grad_norms=[step.grad_norm for step in run.steps],

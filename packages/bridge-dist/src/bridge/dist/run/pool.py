@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 from bridge.config import BridgeError
 from bridge.config.tracebacks import format_error
 from bridge.dist.errors import LaunchError
-from bridge.dist.process.imports import import_megatron
+from bridge.dist.process.imports import ATTENTION_BACKEND_VARIABLES, import_megatron
 from bridge.dist.process.messages import relay, send_messages
 from bridge.dist.run.rank_environment import RankEnvironment
 
@@ -43,11 +43,14 @@ _KILL_DETECTION_S = 1.0
 _EXIT_TIMEOUT_S = 5.0
 
 
-def start_fork_server(ranks: int, *modules: str) -> None:
-    """Start importing torch, Megatron and ``modules`` for ranks on the CPU while this process checks its input."""
+def start_fork_server(ranks: int, *modules: str, first: Sequence[str] = ()) -> None:
+    """Start importing torch, Megatron and ``modules`` for ranks on the CPU while this process checks its input.
+
+    Modules named in ``first`` are imported before these.
+    """
     # torch would otherwise start a thread per core in every rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD, *modules])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*first, _PRELOAD, *modules])
     forkserver.ensure_running()
 
 
@@ -92,7 +95,7 @@ class RankPool:
     ) -> list[ResultT]:
         """Call a top-level function on the first ``ranks`` ranks and return its results by rank.
 
-        Each rank has torchrun's environment variables, so that it can join a world.
+        Each rank has this process's environment variables, and torchrun's, so that it can join a world.
 
         Args:
             function: Function to call, sent by name; arguments and results are pickled.
@@ -151,7 +154,7 @@ class RankPool:
 
             # Port 0 lets the system choose a free port. One store serves all jobs, separated by their attempt.
             self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
-        place = RankEnvironment(
+        rank_environment = RankEnvironment(
             rank=rank,
             world_size=world_size,
             address=_ADDRESS,
@@ -163,7 +166,7 @@ class RankPool:
             has_agent=True,
             attempt=str(self._jobs),
         )
-        return place.as_variables()
+        return dict(os.environ) | rank_environment.as_variables()
 
 
 class _Task(NamedTuple):
@@ -275,6 +278,7 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
             return
         try:
             task: _Task = pickle.loads(message)  # may raise: it imports the function's module
+            _forget_attention_backend()
             os.environ.update(task.variables)
             result = task.function(*task.args)
             gc.collect()  # models keep process groups alive, whose threads wake a hundred times a second
@@ -283,6 +287,12 @@ def _serve(tasks: Connection, start_method: StartMethod) -> None:
             send(_make_failure(error))
             # Keep connections open until killed: otherwise peers would report a lost connection before this error.
             signal.pause()
+
+
+def _forget_attention_backend() -> None:
+    """Forget the choice of an earlier job, or of the process that started the fork server."""
+    for name in ATTENTION_BACKEND_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def _end_with_parent() -> None:

@@ -37,12 +37,15 @@ class RankReport:
 class BuildReport:
     """A build: its job, its ranks, its training steps.
 
-    ``layers`` names the library of the layers. ``parameters`` excludes vocabulary padding, ``padded_parameters``
-    includes it. Batch sizes are None if nothing was trained. ``step_seconds`` is the mean on the slowest rank without
-    the first step, which warms up; None if there was no other step. ``model_flops`` are the FLOPs that the model needs
-    for a step (``bridge.dist.train.flops``). ``device_peak_flops`` is the dense bf16 peak per second of a rank's
-    device; None for unknown devices and in full precision. ``weights`` is the path that the initial weights were
-    loaded from; None if they were drawn. ``document`` includes ``overrides`` and the layout.
+    ``layers`` names the library of the layers, ``fusions`` the fields of fusions that were set because its layers have
+    them. ``parameters`` excludes vocabulary padding, ``padded_parameters`` includes it. Batch sizes are None if nothing
+    was trained. ``iteration`` counts the training steps behind the model, those of a loaded checkpoint included;
+    ``losses`` and ``grad_norms`` are of the last ones. ``saved`` is the folder that the model was saved to as this
+    iteration; None if it was not saved. ``step_seconds`` is the mean on the slowest rank without the first step, which
+    warms up; None if there was no other step. ``model_flops`` are the FLOPs that the model needs for a step
+    (``bridge.dist.train.flops``). ``device_peak_flops`` is the dense bf16 peak per second of a rank's device; None for
+    unknown devices and in full precision. ``weights`` is the path that the initial weights were loaded from; None if
+    they were drawn. ``document`` includes ``overrides`` and the layout.
     """
 
     world_size: int
@@ -51,6 +54,7 @@ class BuildReport:
     distributed_optimizer: bool
     weights: str | None
     layers: str
+    fusions: list[str]
     device: Literal["cuda", "cpu"]
     device_name: str | None
     device_peak_flops: float | None
@@ -60,6 +64,8 @@ class BuildReport:
     parameters: int
     padded_parameters: int
     ranks: list[RankReport]
+    iteration: int
+    saved: str | None
     losses: list[float]
     grad_norms: list[float | None]
     step_seconds: float | None

@@ -13,12 +13,12 @@ from bridge.dist.run.pool import StartMethod, start_fork_server
 from bridge.dist.run.rank_environment import RankEnvironment
 
 
-def prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> StartMethod:
+def prepare(asked: Device, rank_environment: RankEnvironment | None, *, ranks: int) -> StartMethod:
     """Choose the device for this process and its children, and import megatron-core for it.
 
     Args:
         asked: The device that the user chose.
-        place: This process's rank environment under a launcher; None if it starts the ranks itself.
+        rank_environment: This process's rank environment under a launcher; None if it starts the ranks itself.
         ranks: Number of ranks to start.
 
     Returns:
@@ -28,17 +28,21 @@ def prepare(asked: Device, place: RankEnvironment | None, *, ranks: int) -> Star
         LaunchError: The user chose CUDA, and this machine has fewer GPUs than ranks.
     """
     start_run()
-    if place is not None:
-        os.environ.update(place.as_variables())  # libraries read torchrun's variables, which srun does not set
-    local_ranks = ranks if place is None else place.local_world_size
-    device = choose_device(asked, local_ranks=local_ranks)
+    if rank_environment is not None:
+        # Libraries read torchrun's variables, which srun does not set.
+        os.environ.update(rank_environment.as_variables())
+    local_ranks = ranks if rank_environment is None else rank_environment.local_world_size
+    # A launcher may show each rank another GPU; ranks that this process starts all see the same ones.
+    environment = {} if rank_environment is None else os.environ
+    device = choose_device(asked, local_ranks=local_ranks, environment=environment)
     if device is Device.CUDA:
-        import_megatron(with_compiler=place is not None)  # a process that only starts ranks needs no compiler
+        # A process that only starts ranks needs no compiler.
+        import_megatron(with_compiler=rank_environment is not None)
         return "spawn"
-    if asked is Device.AUTO and (gpus := count_gpus()) and (place is None or place.rank == 0):
+    if asked is Device.AUTO and (gpus := count_gpus()) and (rank_environment is None or rank_environment.rank == 0):
         click.echo(f"{local_ranks} ranks, {gpus} GPU(s): computing on the CPU", err=True)
     hide_gpus()
-    if place is None:
+    if rank_environment is None:
         start_fork_server(ranks)
     import_megatron(with_compiler=False)
     return "forkserver"

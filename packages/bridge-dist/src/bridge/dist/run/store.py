@@ -11,7 +11,7 @@ from bridge.dist.errors import LaunchError
 from bridge.dist.run.rank_environment import RankEnvironment
 
 
-def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
+def open_store(rank_environment: RankEnvironment, *, timeout: timedelta) -> Store:
     """Connect to the store, which rank 0 or the launcher's agent serves.
 
     Does not wait for other ranks: they may disagree on the world size.
@@ -19,14 +19,14 @@ def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
     Raises:
         LaunchError: No store answers at the address, or rank 0 cannot serve one there.
     """
-    where = f"MASTER_ADDR={place.address}, MASTER_PORT={place.port}"
-    serves = place.rank == 0 and not place.has_agent
+    where = f"MASTER_ADDR={rank_environment.address}, MASTER_PORT={rank_environment.port}"
+    serves = rank_environment.rank == 0 and not rank_environment.has_agent
     try:
         # torch retries an unknown host until the timeout, as it does for a host that is not up yet.
-        socket.getaddrinfo(place.address, place.port)
+        socket.getaddrinfo(rank_environment.address, rank_environment.port)
         store = TCPStore(
-            place.address,
-            place.port,
+            rank_environment.address,
+            rank_environment.port,
             is_master=serves,
             timeout=timeout,
             wait_for_workers=False,
@@ -40,7 +40,7 @@ def open_store(place: RankEnvironment, *, timeout: timedelta) -> Store:
                 f"{where}: rank 0 cannot listen there, choose a free port: {_get_first_line(error)}"
             ) from error
         raise LaunchError(f"{where}: rank 0 does not answer there: {_get_first_line(error)}") from error
-    return PrefixStore(f"bridge/{place.attempt}", store)
+    return PrefixStore(f"bridge/{rank_environment.attempt}", store)
 
 
 def _get_first_line(error: Exception) -> str:

@@ -26,6 +26,8 @@ def render_report(report: BuildReport) -> list[RenderableType]:
     if report.padded_parameters != report.parameters:
         total += f" ({report.padded_parameters:,} with the padded vocabulary)"
     parts.append(total)
+    if report.fusions:
+        parts.append(f"fusions of Transformer Engine's layers: {', '.join(report.fusions)}")
     origin = "random" if report.weights is None else f"loaded from {escape(report.weights)}"
     parts.append(f"initial weights: {origin}")
     if report.step_seconds is not None:
@@ -35,6 +37,8 @@ def render_report(report: BuildReport) -> list[RenderableType]:
         parts.append(f"tokens per second: {whole:,.0f} ({report.tokens_per_second_per_gpu:,.0f} per rank)")
     if report.model_flops_utilization is not None:
         parts.append(f"model-FLOPs utilisation: {report.model_flops_utilization:.1%}")
+    if report.saved is not None:
+        parts.append(f"saved iteration {report.iteration} to {escape(report.saved)}")
     return parts
 
 
@@ -51,9 +55,11 @@ def _make_ranks_table(report: BuildReport) -> RenderableType:
     for rank in report.ranks:
         for chunk in rank.chunks:
             first = chunk is rank.chunks[0]
-            place = [str(rank.rank), *(str(getattr(rank, axis)) for axis in axes)] if first else [""] * (len(axes) + 1)
+            coordinates = (
+                [str(rank.rank), *(str(getattr(rank, axis)) for axis in axes)] if first else [""] * (len(axes) + 1)
+            )
             table.add_row(
-                *place,
+                *coordinates,
                 str(chunk.vp_stage),
                 format_layer_ranges(chunk.layers),
                 f"{chunk.parameters:,}",
@@ -82,7 +88,8 @@ def _make_steps_table(report: BuildReport) -> RenderableType:
     table = Table()
     for name in ("step", "loss", "gradient norm"):
         table.add_column(name, justify="right")
-    for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=1):
+    first = report.iteration - len(report.losses) + 1
+    for step, (loss, norm) in enumerate(zip(report.losses, report.grad_norms, strict=True), start=first):
         table.add_row(str(step), f"{loss:.6f}", "skipped: overflow" if norm is None else f"{norm:.6f}")
     return table
 

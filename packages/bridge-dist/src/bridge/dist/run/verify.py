@@ -19,6 +19,7 @@ from bridge.dist.document_layout import switch_off_dropout
 from bridge.dist.errors import LaunchError
 from bridge.dist.job import BuildJob, read_text
 from bridge.dist.loaders import find_loader
+from bridge.dist.run.origin import DRAWN, Origin
 from bridge.dist.run.parity import TrainingResult, train_and_compare, train_reference
 from bridge.dist.run.pool import RankPool, StartMethod
 from bridge.dist.run.splits import WRAPPINGS, Split, Wrapping
@@ -98,8 +99,9 @@ def verify(
     world_size: int,
     cases: Sequence[tuple[Split, Wrapping]],
     start_method: StartMethod = "forkserver",
-    weights: Path | None = None,
+    origin: Origin = DRAWN,
     logits: Path | None = None,
+    save: Path | None = None,
 ) -> Iterator[Row]:
     """Train a document's model on one process, then under each layout on ``world_size`` local processes, and compare.
 
@@ -112,8 +114,9 @@ def verify(
         world_size: The number of ranks.
         cases: The layouts and wrappers to compare.
         start_method: How ranks are started.
-        weights: A folder to load the initial weights from; None draws them.
+        origin: Where the initial weights come from, and with a checkpoint the optimizer and the place in the text.
         logits: The file of ``save_expected_logits``; None compares no logits.
+        save: A folder to save the model of the one process to, after the last step.
 
     Raises:
         BridgeError: The document is invalid, or its training on one process failed.
@@ -122,13 +125,13 @@ def verify(
     switch_off_dropout(document)
     with TemporaryDirectory() as folder, RankPool(start_method=start_method) as pool:
         final_weights = Path(folder) / "weights.pt"
-        alone = _make_job(document, Split(), WRAPPINGS[0], training, weights)
+        alone = replace(_make_job(document, Split(), WRAPPINGS[0], training, origin), save=save)
         allowed = choose_tolerance(_check_job(alone, world_size=1))
         expected = pool.run(train_reference, alone, final_weights, ranks=1)[0]
         for split, wrapping in cases:
             row = Row(layout=split.format_name(world_size), wrapper=str(wrapping), verdict=Verdict.EQUAL)
             try:
-                job = _make_job(document, split, wrapping, training, weights)
+                job = _make_job(document, split, wrapping, training, origin)
                 _check_job(job, world_size=world_size)
             except BridgeError as error:
                 yield replace(row, verdict=Verdict.REFUSED, reason=str(error))
@@ -176,15 +179,13 @@ def _compare_numbers(value: float | None, expected: float | None) -> float:
     return abs(value - expected) / abs(expected)
 
 
-def _make_job(
-    document: Document, split: Split, wrapping: Wrapping, training: TrainOptions, weights: Path | None
-) -> BuildJob:
+def _make_job(document: Document, split: Split, wrapping: Wrapping, training: TrainOptions, origin: Origin) -> BuildJob:
     return BuildJob(
         document=split.apply_to(document).data,
         wrapper=wrapping.wrapper,
         distributed_optimizer=wrapping.distributed_optimizer,
         training=training,
-        weights=weights,
+        **vars(origin),
     )
 
 

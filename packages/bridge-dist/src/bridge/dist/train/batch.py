@@ -1,13 +1,16 @@
-"""The batch of a training step and its division over ranks."""
+"""The batch of a training step and its division over ranks. Importing this module does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from megatron.core.transformer import TransformerConfig
+from typing import TYPE_CHECKING
 
 from bridge.dist.errors import TrainingError
 from bridge.dist.layout import Layout
+from bridge.dist.nearest import find_nearest, suggest_multiple
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,15 @@ class Batch:
     seq_length: int
     global_batch_size: int = 8
     micro_batch_size: int = 1
+
+    def check(self, config: TransformerConfig, layout: Layout) -> int:
+        """Check that the batch divides over the ranks, and return the number of microbatches of each.
+
+        Raises:
+            TrainingError: It does not.
+        """
+        self.check_sequence(config)
+        return self.count_microbatches(layout, group_size=config.microbatch_group_size_per_vp_stage)
 
     def count_microbatches(self, layout: Layout, *, group_size: int | None = None) -> int:
         """Return the number of microbatches that each rank computes per step.
@@ -33,11 +45,12 @@ class Batch:
         if self.global_batch_size % per_round:
             raise TrainingError(
                 f"the global batch of {self.global_batch_size} samples does not divide into microbatches of "
-                f"{self.micro_batch_size} on dp = {layout.dp} ranks: choose a multiple of {per_round}"
+                f"{self.micro_batch_size} on dp = {layout.dp} ranks: choose a multiple of {per_round}, such as "
+                f"{suggest_multiple(self.global_batch_size, per_round)}"
             )
         microbatches = self.global_batch_size // per_round
         if layout.vp > 1 and layout.pp > 1:
-            _check_groups(microbatches, group_size or layout.pp, layout.pp)
+            _check_groups(microbatches, group_size or layout.pp, layout.pp, per_round=per_round)
         return microbatches
 
     def check_sequence(self, config: TransformerConfig) -> None:
@@ -54,21 +67,30 @@ class Batch:
             raise TrainingError(
                 f"samples of {self.seq_length} tokens do not divide into {parts} equal parts "
                 "(2 x cp with context parallelism, times tp with sequence parallelism): "
-                f"choose a multiple of {parts}"
+                f"choose a multiple of {parts}, such as {suggest_multiple(self.seq_length, parts)}"
             )
 
 
-def _check_groups(microbatches: int, group_size: int, pp: int) -> None:
-    """Check the number of microbatches as Megatron's interleaved schedule does in the first step (0.19.2)."""
-    rest = microbatches % group_size
-    if microbatches < group_size or 0 < rest < pp:
+def _check_groups(microbatches: int, group_size: int, pp: int, *, per_round: int) -> None:
+    """Check the number of microbatches as Megatron's interleaved schedule does in the first step (0.19.2).
+
+    ``per_round`` samples are a microbatch on each data-parallel rank.
+    """
+
+    def fits(number: int) -> bool:
+        rest = number % group_size
+        return number >= group_size and (rest == 0 or rest >= pp)
+
+    if not fits(microbatches):
         rule = f"a multiple of {group_size}"
         if group_size != pp:
             rule = (
                 f"at least {group_size} (microbatch_group_size_per_vp_stage), with a remainder of 0 or "
                 f"{pp} to {group_size - 1}"
             )
+        sizes = find_nearest(microbatches, fits, largest=microbatches + group_size)
+        nearest = " or ".join(str(per_round * number) for number in sizes)
         raise TrainingError(
             f"a virtual pipeline on pp = {pp} needs a number of microbatches that is {rule}, got {microbatches}: "
-            "choose another global or micro batch size"
+            f"choose a global batch of {nearest} samples, or another micro batch size"
         )

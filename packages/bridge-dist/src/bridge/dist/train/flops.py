@@ -56,17 +56,17 @@ def count_model_flops(parameters: Mapping[str, Sequence[int]], config: Transform
     """
     matrices = {name: shape for name, shape in parameters.items() if len(shape) > 1}
     tied = not any(map(_OUTPUT.fullmatch, matrices))
-    products = sum(prod(shape) * _count_uses(name, config, tied=tied) for name, shape in matrices.items())
+    products = sum(prod(shape) * count_uses(name, config, tied=tied) for name, shape in matrices.items())
     for name, shape in matrices.items():
         if _AFTER_ATTENTION.fullmatch(name):
-            products += batch.seq_length * shape[1] * (1 + _compute_width_ratio(config))
+            products += batch.seq_length * shape[1] * (1 + compute_width_ratio(config))
         elif _AFTER_SCAN.fullmatch(name):
             products += 2 * shape[1] * config.mamba_state_dim
     # Two FLOPs per multiply-add, and three passes: one forward, and twice its FLOPs backward.
     return round(3 * 2 * products * batch.global_batch_size * batch.seq_length)
 
 
-def _count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
+def count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
     """Return how often a token is multiplied with a matrix, on average."""
     if (_EMBEDDING.fullmatch(name) and not tied) or _LOOKED_UP.fullmatch(name):
         return 0  # rows are looked up, not multiplied
@@ -77,7 +77,7 @@ def _count_uses(name: str, config: TransformerConfig, *, tied: bool) -> float:
     return 1
 
 
-def _compute_width_ratio(config: TransformerConfig) -> float:
+def compute_width_ratio(config: TransformerConfig) -> float:
     """Return a head's query width divided by its value width; they differ in multi-head latent attention."""
     if isinstance(config, MLATransformerConfig):
         return (config.qk_head_dim + config.qk_pos_emb_head_dim) / config.v_head_dim

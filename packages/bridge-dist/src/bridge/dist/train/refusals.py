@@ -46,7 +46,9 @@ def find_unsupported_fields(config: TransformerConfig) -> Iterator[tuple[str, st
             yield name, advice
 
 
-def check_training(wrapper: Wrapper, config: ModelConfig, transformer: TransformerConfig) -> None:
+def check_training(
+    wrapper: Wrapper, config: ModelConfig, transformer: TransformerConfig, *, draws_weights: bool
+) -> None:
     """Check that ``train`` supports a configuration, and that it trains the same under every layout.
 
     Raises:
@@ -61,7 +63,7 @@ def check_training(wrapper: Wrapper, config: ModelConfig, transformer: Transform
             not getattr(config, "parallel_output", True)
         ),
         "init_model_with_meta_device: set it to false, because weights are drawn before wrapping": (
-            transformer.init_model_with_meta_device
+            transformer.init_model_with_meta_device and draws_weights
         ),
     }
     problems |= {f"{field}: {advice}": True for field, advice in find_unsupported_fields(transformer)}

@@ -38,10 +38,12 @@ class TrainOptions(Batch):
 class Step:
     """The result of one training step.
 
-    ``loss`` and ``grad_norm`` are the same on every rank; ``grad_norm`` is None if the step overflowed in fp16.
-    ``seconds`` is the time on this rank until its device had finished.
+    ``number`` is 1 for the first step, and goes on from that of a loaded checkpoint. ``loss`` and ``grad_norm`` are the
+    same on every rank; ``grad_norm`` is None if the step overflowed in fp16. ``seconds`` is the time on this rank until
+    its device had finished.
     """
 
+    number: int
     loss: float
     grad_norm: float | None
     seconds: float
@@ -92,7 +94,8 @@ def train(
             _, grad_norm, _ = optimizer.step()
             loss = _average_loss([output["loss"] for output in outputs], pg_collection)
             norm = None if grad_norm is None else float(grad_norm)
-            yield Step(loss=loss, grad_norm=norm, seconds=_synchronized_time() - began)
+            number = progress.step + index + 1
+            yield Step(number=number, loss=loss, grad_norm=norm, seconds=_synchronized_time() - began)
         if finish is not None:
             samples = progress.samples + options.steps * options.global_batch_size
             finish(optimizer, Progress(step=progress.step + options.steps, samples=samples))

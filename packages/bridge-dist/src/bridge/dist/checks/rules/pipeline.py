@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridge.config.schema.pipeline_layout import parse_stages
-from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.checks.preflight import CONSTRUCTOR, MEGATRON, Rule, Setup, rule
 from bridge.dist.layout import find_embedding_ranks, find_mtp_rank
 
 
@@ -65,10 +65,7 @@ def pipeline_dtype(setup: Setup) -> Iterator[str]:
         )
 
 
-_CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
-
-
-@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=CONSTRUCTOR)
 def uneven_pipeline(setup: Setup) -> Iterator[str]:
     """Layers beyond those assigned to the first and the last stage are divided equally over the other ranks, and each
     rank's layers over its virtual stages.
@@ -99,7 +96,7 @@ def uneven_pipeline(setup: Setup) -> Iterator[str]:
         )
 
 
-@rule(observed_in=MEGATRON, no_reproduction=_CONSTRUCTOR)
+@rule(observed_in=MEGATRON, no_reproduction=CONSTRUCTOR)
 def pipeline_layout(setup: Setup) -> Iterator[str]:
     """The layout must list every layer, begin with the embedding, end with the loss, and give each rank the same number
     of stages.

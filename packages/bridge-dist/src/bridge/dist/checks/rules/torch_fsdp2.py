@@ -16,6 +16,17 @@ def torch_fsdp2_experts(setup: Setup) -> Iterator[str]:
 
 
 @rule(observed_in=MEGATRON)
+def torch_fsdp2_expert_tensor_parallelism(setup: Setup) -> Iterator[str]:
+    """Gradients of experts are reduced over the data-parallel ranks of other layers: losses are wrong."""
+    layout = setup.layout
+    if setup.is_wrapped_with(Wrapper.TORCH_FSDP2) and setup.transformer.num_moe_experts and layout.etp != layout.tp:
+        yield (
+            f"torch FSDP2 computes wrong losses if experts have another tensor-parallel size (etp = {layout.etp}) than "
+            f"other layers (tp = {layout.tp}): set etp = {layout.tp}, or wrap with ddp or megatron-fsdp"
+        )
+
+
+@rule(observed_in=MEGATRON)
 def torch_fsdp2_tied_embeddings(setup: Setup) -> Iterator[str]:
     """The tied weight is sharded in only one of its uses: the first forward pass raises a mixed-tensor error."""
     tied = getattr(setup.model, "share_embeddings_and_output_weights", False)
@@ -54,6 +65,7 @@ def torch_fsdp2_quantized_parameters(setup: Setup) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     torch_fsdp2_experts,
+    torch_fsdp2_expert_tensor_parallelism,
     torch_fsdp2_tied_embeddings,
     torch_fsdp2_distributed_optimizer,
     torch_fsdp2_fused_gradients,
