@@ -36,7 +36,8 @@ class ModelBuilder(ABC, Generic[ModelT, BuildConfigT]):
                 f"{type(self).__name__} expects a {accepted.__name__}, got {type(model_config).__name__}: "
                 "use the builder that get_builder_cls() of this configuration returns"
             )
-        self._model_config = model_config
+        # Annotated, because type checkers would narrow it to what isinstance found.
+        self._model_config: BuildConfigT = model_config
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
