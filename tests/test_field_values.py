@@ -25,6 +25,8 @@ from bridge.dist.job import make_builder
 from bridge.models.common import config as language
 
 DRAWS = int(os.environ.get("BRIDGE_FIELD_DRAWS", "150"))
+TOGETHER = 10
+"""Documents that the rank trains at a time, because making its process groups takes longer."""
 SAMPLE = 16
 
 SMALL = {
@@ -160,16 +162,12 @@ def changes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def train_without_checks(documents: list[dict[str, Any]]) -> list[str | None]:
     """Train each document's model for one step; return the error, or None."""
     warnings.simplefilter("ignore")
-    groups = create_process_groups(Layout()) if not _made else _made[0]
-    _made.append(groups)
+    groups = create_process_groups(Layout())
     for module in (arithmetic, language):
         module.check_live = lambda *_: iter(())  # type: ignore[attr-defined]
     assert hasattr(Reader, "_check_fields")  # otherwise no check would be switched off
     Reader._check_fields = lambda *_: []  # type: ignore[assignment, method-assign]
     return [_find_failure(data, groups) for data in documents]
-
-
-_made: list[ProcessGroupCollection] = []
 
 
 def _find_failure(data: dict[str, Any], groups: ProcessGroupCollection) -> str | None:
@@ -213,14 +211,16 @@ MEANINGLESS = (
 NEEDS_OTHER_LAYERS = "UnsupportedError"
 
 
-@settings(max_examples=DRAWS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(changes())
-def test_documents_refuse_values_that_megatron_cannot_train(change: tuple[str, dict[str, Any]]) -> None:
-    name, values = change
-    data = apply_changes(MODELS[name], values)
-    said = find_problems(data)
-    if said is not None and any(reason in said for reason in MEANINGLESS):
-        return
-    [[failed]] = run_ranks(train_without_checks, 1, [data])
-    if failed is None or not failed.startswith(NEEDS_OTHER_LAYERS):
-        assert (said is None) == (failed is None), f"{name} {values}: documents say {said}, Megatron says {failed}"
+@settings(max_examples=DRAWS // TOGETHER, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(changes(), min_size=TOGETHER, max_size=TOGETHER))
+def test_documents_refuse_values_that_megatron_cannot_train(drawn: list[tuple[str, dict[str, Any]]]) -> None:
+    documents = [apply_changes(MODELS[name], values) for name, values in drawn]
+    judged = [
+        (change, data, said)
+        for change, data in zip(drawn, documents, strict=True)
+        if (said := find_problems(data)) is None or not any(reason in said for reason in MEANINGLESS)
+    ]
+    [failures] = run_ranks(train_without_checks, 1, [data for _, data, _ in judged])
+    for ((name, values), _, said), failed in zip(judged, failures, strict=True):
+        if failed is None or not failed.startswith(NEEDS_OTHER_LAYERS):
+            assert (said is None) == (failed is None), f"{name} {values}: documents say {said}, Megatron says {failed}"

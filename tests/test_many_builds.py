@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from ranks import run_ranks
 
 WARM_UP = 30
-BUILDS = 100
+BUILDS = 45
 # Caches of Megatron, torch and the allocator grow ever more slowly, and not after two hundred builds. A leak of one
-# build would be many times as large: a hundred trained models of a megabyte of weights. Seen: 3 to 21 MB.
+# build would be larger: with one wrapper 15 trained models, each of a megabyte of weights, gradients and two averages.
 ALLOWED_BYTES = 40_000_000
 # DTensor in torch 2.11 never frees its meshes, each with a tensor of ranks; torch 2.15 does.
 MESHES = BUILDS if version("torch").startswith("2.11.") else 0
@@ -88,7 +88,7 @@ def build_many() -> tuple[Resources, Resources, int]:
     return before, count_resources(), started.process_groups
 
 
-def test_a_hundred_builds_leak_no_memory_groups_or_files() -> None:
+def test_many_builds_leak_no_memory_groups_or_files() -> None:
     ((before, after, groups),) = run_ranks(build_many, 1, timeout=600)
     assert after.process_groups == groups == 1  # the world
     assert after.files <= before.files
