@@ -5,11 +5,11 @@ import math
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
-from environments import PACKAGES, Environment, uv
+from environments import PACKAGES, Environment, run_in_one_process, uv
 
 HERE = Path(__file__).parent
 AURORA = HERE / "aurora"
@@ -79,31 +79,60 @@ def test_commands_know_an_outside_architecture(environment: Environment, tmp_pat
     assert (report["ok"], report["model_type"], report["tensors"]) == (True, "aurora", len(shapes)), report
 
 
+def list_expected_errors(programs: list[Path]) -> list[tuple[str, int, str]]:
+    """Return file, line and message of each comment ``# E: message``."""
+    expected = [
+        (program.name, number, message)
+        for program in programs
+        for number, line in enumerate(program.read_text().splitlines(), start=1)
+        for message in re.findall(r"# E: (.*)$", line)
+    ]
+    assert expected
+    return sorted(expected)
+
+
 def test_wrong_programs_fail_as_expected(environment: Environment, extension: Path, tmp_path: Path) -> None:
     shutil.copytree(HERE / "wrong", tmp_path, dirs_exist_ok=True)
     configuration = extension / "pyproject.toml"
     programs = sorted(tmp_path.glob("*.py"))
     checked = mypy(environment, "--config-file", configuration, *programs, cwd=tmp_path)
     found = re.findall(r"^(\S+\.py):(\d+): error: (.*)$", checked.stdout, re.MULTILINE)
-    expected = [
-        (program.name, str(number), message)
-        for program in programs
-        for number, line in enumerate(program.read_text().splitlines(), start=1)
-        for message in re.findall(r"# E: (.*)$", line)
-    ]
-    assert expected
-    assert sorted(found) == sorted(expected), checked.stdout + checked.stderr
+    errors = sorted((name, int(line), message) for name, line, message in found)
+    assert errors == list_expected_errors(programs), checked.stdout + checked.stderr
 
 
-def build(environment: Environment, *args: str, cwd: Path) -> dict[str, Any]:
-    built = environment.run("bridge", "build", "bigram.yaml", *args, "--steps", "3", "--json", cwd=cwd)
-    assert built.returncode == 0, built.stderr
-    report: dict[str, Any] = json.loads(built.stdout)
-    return report
+def test_pyright_reports_the_same_lines(environment: Environment, extension: Path, tmp_path: Path) -> None:
+    """The extension has no error; a wrong program has one on each line on which mypy has one."""
+    programs = sorted(shutil.copytree(HERE / "wrong", tmp_path / "wrong").glob("*.py"))
+    options = {"include": ["wrong", str(extension / "src")], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(options))
+    python = environment.path / "bin" / "python"
+    program = Path(sysconfig.get_path("scripts")) / "basedpyright"
+    command = [program, "--pythonpath", python, "--level", "error", "--outputjson"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    found = json.loads(checked.stdout)["generalDiagnostics"]
+    lines = {(Path(one["file"]).name, one["range"]["start"]["line"] + 1) for one in found}
+    assert lines == {(name, line) for name, line, _ in list_expected_errors(programs)}, found
+
+
+def test_commands_know_the_extension(environment: Environment) -> None:
+    presets = environment.run("bridge", "presets")
+    assert re.search(r"^ *bigram-tiny +Bigram over bytes", presets.stdout, re.MULTILINE), presets
+    shown = environment.run("python", "-X", "importtime", environment.path / "bin/bridge", "show", "bigram-tiny")
+    assert "_target_: bigram.BigramConfig" in shown.stdout
+    assert not re.search(r" (torch|bigram\.model)$", shown.stderr, re.MULTILINE)
+    laid_out = environment.run("bridge", "validate", "bigram-tiny", "--layout", "pp=2")
+    assert (laid_out.returncode, "set pp = 1 [in-one-piece]" in laid_out.stderr) == (1, True), laid_out
+    misspelt = environment.run("bridge", "validate", "bigram-tiny", "loss.temprature=2")
+    assert "did you mean 'temperature'?" in misspelt.stderr, misspelt
 
 
 def test_extension_is_built_and_trained(environment: Environment, extension: Path) -> None:
-    report = build(environment, "--nproc", "2", "--tp", "2", cwd=extension)
+    build = ["build", "bigram-tiny", "--steps", "3", "--json"]
+    lines = [[*build, "--nproc", "2", "--tp", "2"], [*build, "pre_wrap_hooks=[]"]]
+    built = run_in_one_process(lines, extension, python=environment.path / "bin/python")
+    assert not any(code for code, _, _ in built), built
+    report, without_hook = (json.loads(out) for _, out, _ in built)
     assert report["parameters"] == 2 * 256 * 32
     assert [chunk["wrappers"][-1] for rank in report["ranks"] for chunk in rank["chunks"]] == ["BigramModel"] * 2
     assert report["losses"][0] == pytest.approx(
@@ -111,6 +140,5 @@ def test_extension_is_built_and_trained(environment: Environment, extension: Pat
     )  # an untrained model: all bytes are equally likely
 
     # One rank gives the same loss. Without the hook in the document the embedding has a gradient, too.
-    without_hook = build(environment, "pre_wrap_hooks=[]", cwd=extension)
     assert without_hook["losses"][0] == pytest.approx(report["losses"][0], abs=1e-5)
     assert without_hook["grad_norms"][0] > report["grad_norms"][0] * 1.01

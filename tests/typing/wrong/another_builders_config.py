@@ -1,4 +1,4 @@
-from bigram import BigramBuilder
+from bigram.model import BigramBuilder
 from megatron.core.transformer import TransformerConfig
 
 from bridge.models.gpt import GPTModelConfig

@@ -1,4 +1,4 @@
-from bigram import BigramConfig, BigramModel
+from bigram.model import BigramConfig, BigramModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 

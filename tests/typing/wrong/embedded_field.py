@@ -1,4 +1,4 @@
-from bigram import BigramConfig
+from bigram.model import BigramConfig
 from megatron.core.transformer import TransformerConfig
 
 transformer = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)

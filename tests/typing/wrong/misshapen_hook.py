@@ -1,4 +1,4 @@
-from bigram import BigramConfig
+from bigram.model import BigramConfig
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 

@@ -1,4 +1,4 @@
-from bigram import BigramModel
+from bigram.model import BigramModel
 
 from bridge.dist import DistributedModelBuilder
 

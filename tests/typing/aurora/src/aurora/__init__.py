@@ -17,12 +17,12 @@ def weights(sizes: Sizes) -> Iterator[Entry]:
     """Yield the weights of the whole model."""
     yield from embedding(sizes, "model.tok_embeddings.weight")
     for index in range(sizes.layers):
-        ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        yield from norm(sizes, f"{ours}input_layernorm", f"{theirs}attention_norm")
+        mcore, hf = f"decoder.layers.{index}.", f"model.layers.{index}."
+        yield from norm(sizes, f"{mcore}input_layernorm", f"{hf}attention_norm")
         names = ("wq", "wk", "wv", "wo")
-        yield from attention(sizes, f"{ours}self_attention.", f"{theirs}attention.", names=names)
-        yield from norm(sizes, f"{ours}pre_mlp_layernorm", f"{theirs}ffn_norm")
-        yield from feed_forward(sizes, f"{ours}mlp.", f"{theirs}feed_forward.", names=("w1", "w3", "w2"))
+        yield from attention(sizes, f"{mcore}self_attention.", f"{hf}attention.", names=names)
+        yield from norm(sizes, f"{mcore}pre_mlp_layernorm", f"{hf}ffn_norm")
+        yield from feed_forward(sizes, f"{mcore}mlp.", f"{hf}feed_forward.", names=("w1", "w3", "w2"))
     yield from norm(sizes, "decoder.final_layernorm", "model.norm")
 
 

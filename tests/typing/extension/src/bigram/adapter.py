@@ -16,6 +16,7 @@ class Adapter(torch.nn.Module):
     def __init__(self, base: ColumnParallelLinear, rank: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        assert base.weight is not None  # it could be another layer's, given to forward
         outputs, inputs = base.weight.shape  # of this rank: tensor parallelism splits the outputs
         self.down = torch.nn.Linear(inputs, rank, bias=False)  # every rank has a copy
         self.up = torch.nn.Linear(rank, outputs, bias=False)  # every rank has a part, and says so

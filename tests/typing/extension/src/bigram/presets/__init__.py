@@ -1,0 +1,1 @@
+"""Presets: documents that have a name."""
