@@ -10,13 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.settings import LLAMA, PRECISIONS, SMALL_LLAMA, SMALL_SEQUENCE
+from gpu.settings import LLAMA, PRECISIONS, SMALL_LLAMA, SMALL_SEQUENCE, TE_SEQUENCE
 from gpu.training import join_single_rank, make_job
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.models.backend.scan import selective_scan
-
-_SEQUENCE = 4096
 
 
 def measure_layer_bytes(implementation: str, small: bool) -> int:
@@ -31,11 +29,13 @@ def measure_layer_bytes(implementation: str, small: bool) -> int:
 
 
 def _measure_activation_bytes(layers: int, implementation: str, small: bool) -> int:
-    length = SMALL_SEQUENCE if small else _SEQUENCE
+    length = SMALL_SEQUENCE if small else TE_SEQUENCE
     overrides = [
         *(SMALL_LLAMA if small else ()),
         f"transformer.num_layers={layers}",
         f"transformer.transformer_impl={implementation}",
+        # As `bridge build` and `bridge plan` choose it.
+        f"transformer.apply_rope_fusion={str(implementation == 'transformer_engine').lower()}",
         f"seq_length={length}",
     ]
     job = make_job(LLAMA, [*PRECISIONS["bf16"], *overrides])
@@ -46,11 +46,12 @@ def _measure_activation_bytes(layers: int, implementation: str, small: bool) -> 
             rank.groups, job.make_options(builder.transformer_config).ddp_config
         )
         tokens = torch.zeros(1, length + 1, dtype=torch.long).cuda()
-        gc.collect()
-        before = torch.cuda.memory_allocated()
-        losses = builder.forward_step(stage, tokens, rank.groups)
-        after = torch.cuda.memory_allocated()
-        losses.float().mean().backward()
+        for _ in range(2):  # the first pass also allocates workspaces, which later ones share
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            losses = builder.forward_step(stage, tokens, rank.groups)
+            after = torch.cuda.memory_allocated()
+            losses.float().mean().backward()
     return after - before
 
 
