@@ -62,8 +62,8 @@ class Environment:
         return cls(path)
 
     def install(self, *args: str | Path) -> None:
-        """Run `uv pip install` in this environment."""
-        uv("pip", "install", "--quiet", "--python", self.path, *args)
+        """Run `uv pip install` in this environment, without the workspace's constraints: ``args`` has its own."""
+        uv("pip", "install", "--quiet", "--no-config", "--python", self.path, *args)
 
     def check(self) -> None:
         """Run `uv pip check`.
@@ -151,13 +151,15 @@ print(json.dumps(results))
 """
 
 
-def run_in_one_process(lines: Sequence[Sequence[str]], folder: Path) -> list[tuple[int, str, str]]:
+def run_in_one_process(
+    lines: Sequence[Sequence[str]], folder: Path, *, python: str | Path = sys.executable
+) -> list[tuple[int, str, str]]:
     """Run many command lines of `bridge` in one process, because importing Megatron takes seconds.
 
     Returns the exit code, standard output and standard error of each.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _IN_ONE_PROCESS],
+        [python, "-c", _IN_ONE_PROCESS],
         input=json.dumps(lines),
         cwd=folder,
         capture_output=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bridge.dist.plan.results import ChunkPlan, Plan, StagePlan, Traffic
+from bridge.dist.plan.results import ChunkPlan, MatrixProduct, Operations, PassCost, Plan, StagePlan, Traffic
 from bridge.dist.plan.show.terminal import render_plan
 
 GIB = 2**30
@@ -40,11 +40,21 @@ def make_stage(
                 activation_bytes=GIB,
                 forward_flops=flops // 3,
                 flops=flops,
+                weight_gradient_flops=flops // 3,
+                forward=_make_pass_cost(flops // 3),
+                backward=_make_pass_cost(flops - flops // 3),
+                received_bytes=2**24,
+                sent_bytes=2**24,
             )
             for chunk in range(chunks)
         ],
         traffic=[Traffic(group="tp", ranks=8, operation="allgather", calls=12, bytes=traffic)],
     )
+
+
+def _make_pass_cost(flops: int) -> PassCost:
+    product = MatrixProduct(m=8192, n=8192, k=flops // (2 * 8192 * 8192), batch=1, dtype="bfloat16")
+    return PassCost(Operations({product: 1}, {}, activation_bytes=2**28), traffic=[])
 
 
 def make_plan(stages: list[StagePlan], *, gpu_memory: int | None = 80 * GIB, **changes: Any) -> Plan:
@@ -55,6 +65,8 @@ def make_plan(stages: list[StagePlan], *, gpu_memory: int | None = 80 * GIB, **c
         wrap="ddp",
         distributed_optimizer=True,
         layers="pytorch",
+        fusions=[],
+        left_out=[],
         seq_length=8192,
         micro_batch_size=1,
         global_batch_size=8,
@@ -63,6 +75,10 @@ def make_plan(stages: list[StagePlan], *, gpu_memory: int | None = 80 * GIB, **c
         parameters=98_765_432_100,
         buffers=14_848,
         gpu_memory=gpu_memory,
+        reserve_bytes=0,
+        model_flops=10**15,
+        has_experts=False,
+        overlapped=[],
         stages=stages,
         seconds=2.5,
     )

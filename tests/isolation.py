@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from bridge.dist.process.imports import ATTENTION_BACKEND_VARIABLES
+
 
 @pytest.fixture(autouse=True)
 def no_attention_backend_chosen() -> Iterator[None]:
@@ -18,5 +20,5 @@ def no_attention_backend_chosen() -> Iterator[None]:
 
 
 def _forget() -> None:
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+    for name in ATTENTION_BACKEND_VARIABLES:
         os.environ.pop(name, None)

@@ -41,10 +41,8 @@ class Job(NamedTuple):
         return plan(self.document(), PlanOptions(batch=batch, world_size=self.world_size, wrapper=self.wrapper)).stages
 
 
-def train(job: Job, plans: list[Job]) -> tuple[list[float], list[float | None]]:
-    """Make plans, then train two steps; return losses and gradient norms."""
-    for one in plans:
-        one.plan()
+def train(job: Job) -> tuple[list[float], list[float | None]]:
+    """Train two steps; return losses and gradient norms."""
     training = TrainOptions(steps=2, text=find_default_text(), seq_length=16, global_batch_size=2)
     report = run_rank(BuildJob(document=job.document().data, wrapper=job.wrapper, training=training))
     return report.losses, report.grad_norms
@@ -60,6 +58,11 @@ def plan_each_twice(jobs: list[Job]) -> tuple[list[bool], list[str]]:
     after = dict(_state())
     changed = [name for name, (value, _) in before.items() if name not in after or after[name][0] != value]
     return [one == other for one, other in zip(first, again, strict=True)], changed
+
+
+def plan_and_train(plans: list[Job], job: Job) -> tuple[list[bool], list[str], tuple[list[float], list[float | None]]]:
+    """Make all plans twice, then train; return what each of the two functions returns."""
+    return *plan_each_twice(plans), train(job)
 
 
 _GROWS = ("used_ids", "cls_to_fsdp_cls", "_te_version", "_torch_version", "_mamba_ssm_version")

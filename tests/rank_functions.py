@@ -17,6 +17,14 @@ def rank_variables() -> tuple[str, ...]:
     return tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
+def read_variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
 def fail_on(rank: int) -> None:
     if os.environ["RANK"] == str(rank):
         raise ValueError("a mistake")

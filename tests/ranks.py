@@ -1,7 +1,7 @@
 """Run a function on real ranks: one process each, gloo between them, the CPU runtime installed.
 
 The processes are those of Bridge's own pool. They come from a fork server that has imported torch and megatron-core
-once, and stay up from one call to the next as long as the calls are those of one file and end well.
+once, and stay up from one call to the next as long as the calls are those of one test file and end well.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from bridge.dist.errors import LaunchError
 from bridge.dist.run.pool import RankPool, start_fork_server
 
-MOST_THREADS = 60
-"""Ranks with more threads are replaced: leaked process groups keep threads that wake often."""
+MOST_THREADS = 80
+"""Ranks with more threads are replaced: leaked process groups keep threads that wake often. Those that have loaded a
+checkpoint by megatron.training have 68 and stay, because importing it takes seconds."""
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -38,10 +39,10 @@ class _Task(NamedTuple):
 
 
 class _Pool:
-    """The ranks of this process, and the file whose functions they have run."""
+    """The ranks of this process, and the test file that they have run functions for."""
 
     ranks = RankPool()
-    file: str | None = None
+    test_file = ""
 
 
 def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeout: float = 120) -> list[T]:
@@ -60,9 +61,10 @@ def run_ranks[T, *Ts](fn: Callable[[*Ts], T], world_size: int, *args: *Ts, timeo
         raise TypeError(f"{fn.__qualname__} must be a top-level function: every rank loads it from its file")
     file = sys.modules[fn.__module__].__file__
     assert file is not None
-    if _Pool.file != file:  # isolates test files from each other
+    test_file = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
+    if _Pool.test_file != test_file:  # isolates test files from each other
         _Pool.ranks.close()
-        _Pool.file = file
+        _Pool.test_file = test_file
     with _environment(SERVER_ENVIRONMENT):
         start_fork_server(world_size, "pytest")
     task = _Task(fn.__module__, file, fn.__qualname__, pickle.dumps(args))

@@ -81,7 +81,7 @@ def test_a_report_is_compared_with_a_plan_of_the_same_job(one_rank: dict[str, An
     (tmp_path / "small.json").write_text(json.dumps(one_rank | {"micro_batch_size": 3}))
     (tmp_path / "untrained.json").write_text(json.dumps(one_rank | {"seq_length": None}))
     (tmp_path / "edited.json").write_text(json.dumps(one_rank | {"document": {"_target_": "bridge.models.gpt.GPT"}}))
-    plan = ("plan", *PADDED, "--global-batch-size", "8", "--json")
+    plan = ("plan", *PADDED, "--global-batch-size", "8", "--layers", "installed", "--json")
     alone, planned, *wrong = run_in_one_process(
         [["compare", "run.json", "--json"], plan, *(["compare", f"{name}.json"] for name in WRONG_REPORTS)], tmp_path
     )

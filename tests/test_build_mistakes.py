@@ -36,7 +36,8 @@ BAD_INPUT = {
     "a folder": (
         ".",
         [],
-        ".: $: is a folder without config.json, latest_checkpointed_iteration.txt or metadata.json: give a document",
+        ".: $: is a folder without config.json, latest_checkpointed_iteration.txt, latest_train_state.pt or "
+        "metadata.json: give a document",
     ),
     "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),
     "an override of nothing": ("good.yaml", ["transformer.num_layer=2"], "did you mean 'num_layers'"),

@@ -1,19 +1,23 @@
-"""The scripts in docs/cluster.md run unchanged on two simulated nodes of one machine."""
+"""The scripts in docs/cluster.md and docs/training.md run unchanged on two simulated nodes of one machine."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sysconfig
 from pathlib import Path
 
+import numpy
 import pytest
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "cluster.md").read_text()
+PROGRAMS = DOCS / "programs"
 TORCHRUN, SLURM = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 JOB = ("tiny", "--tp", "2", "--steps", "2", "--seq-length", "16", "--json")
 
@@ -41,7 +45,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{folder}:{SCRIPTS}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PATH": f"{folder}:{SCRIPTS}:{os.environ['PATH']}",
+    }
     return subprocess.Popen(
         [folder / script, *arguments],
         env=environment | variables,
@@ -82,8 +90,38 @@ def test_an_error_on_all_ranks_is_reported_once_and_recorded(folder: Path) -> No
     assert "2 ranks do not fit" in recorded.read_text()
 
 
-def test_the_slurm_script_trains_on_two_nodes(folder: Path) -> None:
+def make_slurm_variables() -> dict[str, str]:
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
-    job |= {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    report = read_report(start(folder, "job.sbatch", *JOB, **job))
+    return job | {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+def test_the_slurm_script_trains_on_two_nodes(folder: Path) -> None:
+    report = read_report(start(folder, "job.sbatch", *JOB, **make_slurm_variables()))
     assert report["layout"] == {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
+
+
+def read_losses(process: subprocess.Popen[str]) -> dict[int, float]:
+    """Return the loss of each step that the training script printed, and check that it printed no warning."""
+    written, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Warning" not in errors
+    return {int(step): float(loss) for step, loss in re.findall(r"^step (\d+): loss (\S+),", written, re.MULTILINE)}
+
+
+def test_the_training_script_goes_on_under_another_layout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that torchrun started and that was cut off after step 3 goes on under Slurm."""
+    for name in ("train.py", "train.sbatch"):
+        shutil.copy(PROGRAMS / name, folder)
+    (folder / "train.sbatch").chmod(0o755)
+    numpy.save(folder / "tokens.npy", numpy.fromfile(DOCS.parent / "LICENSE", numpy.uint8))
+    monkeypatch.chdir(folder)
+    torchrun = folder / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec "{SCRIPTS / "torchrun"}" --nproc-per-node 2 "$@"\n')
+    torchrun.chmod(0o755)
+    training = ("tiny", "tokens.npy", "run", "--steps", "6", "--save-every", "3")
+    whole = read_losses(start(folder, "torchrun", "train.py", *training, "--tp", "2"))
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(folder / "run" / "iter_0000006")
+    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = read_losses(start(folder, "train.sbatch", *training, "--pp", "2", **make_slurm_variables()))
+    assert resumed == pytest.approx({step: whole[step] for step in (4, 5, 6)}, abs=2e-5)

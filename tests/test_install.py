@@ -38,6 +38,7 @@ COMMANDS = [
     ["migrate", "other.json"],
     ["migrate", "tiny.yaml", "--to", "run-config"],
     ["migrate", "run_config.yaml"],
+    ["to-megatron-lm", "tiny.yaml"],
 ]
 RUN_CONFIG = """\
 model:
@@ -136,6 +137,19 @@ def test_every_command_prints_the_same_without_torch(light: Environment, documen
     assert alone.returncode == int("five.yaml" in command or command[-1].endswith("Confi"))
 
 
+def test_the_sweep_in_the_documentation_runs_without_torch(light: Environment, documents: Path) -> None:
+    program = ROOT / "docs/programs/sweep.py"
+    settings = ("transformer.num_layers=4,8", "transformer.num_attention_heads=4,5", "transformer.bf16=false,False")
+    swept = light.run("python", program, "tiny.yaml", "swept", *settings, "--", "sbatch", "train.sbatch", cwd=documents)
+    commands = swept.stdout.splitlines()
+    assert [command.split(" swept/")[0] for command in commands] == ["sbatch train.sbatch"] * 2, swept
+    validated = light.run("bridge", "validate", *(command.split()[-1] for command in commands), cwd=documents)
+    assert validated.returncode == 0, validated.stderr
+    assert swept.returncode == 1
+    assert swept.stderr.count("num_attention_heads: must divide hidden_size = 64") == 4
+    assert swept.stderr.count("the same model as") == 2
+
+
 def test_five_errors_give_five_lines_without_torch(light: Environment, documents: Path) -> None:
     done = light.run("bridge", "validate", "five.yaml", cwd=documents)
     assert done.returncode == 1
@@ -154,6 +168,19 @@ def test_a_missing_package_is_named(light: Environment, documents: Path) -> None
     assert "'build' comes with bridge-dist, which is not installed: pip install bridge-dist" in done.stderr
     versions = light.run("bridge", "--version").stdout.splitlines()
     assert versions[1:] == [f"{name} is not installed" for name in (*PACKAGES[1:], "megatron-core", "torch")]
+
+
+def test_what_is_missing_is_shown_without_torch(light: Environment) -> None:
+    first = light.run("bridge")
+    assert first.returncode == 0, first.stderr
+    assert "bridge validate my-model.yaml" in first.stdout
+    assert "bridge build" not in first.stdout
+    assert "More commands come with bridge-dist and bridge-models: pip install" in first.stdout
+    doctor = light.run("bridge", "doctor", "--json")
+    assert doctor.returncode == 0, doctor.stderr
+    found = {finding["name"]: finding for finding in json.loads(doctor.stdout)}
+    assert found["torch"]["value"] == "not installed"
+    assert "adds bridge build, verify, plan" in found["bridge-dist"]["meaning"]
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])

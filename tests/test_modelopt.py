@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
+from tampering import COMMON_STATE, Payload, replace_object
 
 from bridge.config import Document, ModelConfig
 from bridge.dist import Layout
@@ -227,6 +230,32 @@ def check_faults(config: Any, groups: Any, whole: Path, shards: Path) -> None:
             load_sharded_metadata(str(shards))
 
 
+def replace_extra_state(folder: Path, other: object) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    key = next(index.fqn for index in metadata.storage_data if "._extra_state/" in index.fqn)
+    replace_object(folder, key, other)
+
+
+HOSTILE: dict[str, Callable[[Path, object], object]] = {
+    "metadata": lambda folder, bad: (folder / ".metadata").write_bytes(pickle.dumps(bad)),
+    "metadata of the state": lambda folder, bad: (folder / "modelopt_state/.metadata").write_bytes(pickle.dumps(bad)),
+    "common state": lambda folder, bad: replace_object(folder / "modelopt_state", COMMON_STATE, [{"bad": bad}]),
+    "extra state": replace_extra_state,
+}
+
+
+def restore_hostile(config: Any, groups: Any, shards: Path) -> dict[str, str]:
+    """Return the errors of restoring from checkpoints with an object that runs something when it is unpickled."""
+    errors = {}
+    for name, change in HOSTILE.items():
+        folder = shards.parent / name
+        shutil.copytree(shards, folder)
+        change(folder / "iter_0000012", Payload(folder / "ran"))
+        errors[name] = restore_error(config, groups, folder)
+        assert not (folder / "ran").exists()
+    return errors
+
+
 def run_on_one_rank(folder: Path) -> dict[str, Any]:
     import torch
 
@@ -252,6 +281,7 @@ def run_on_one_rank(folder: Path) -> dict[str, Any]:
     check_rebuilt(model, config, groups, shards)
 
     check_faults(config, groups, whole, shards / "iter_0000012")
+    found["hostile"] = restore_hostile(config, groups, shards)
 
     others: dict[str, Changes] = {
         "layers": SMALL | {"transformer.num_layers": 4},
@@ -309,7 +339,7 @@ def test_a_model_changed_by_modelopt_is_rebuilt_bit_by_bit_and_trains(one_rank: 
 
 
 def test_bridge_build_trains_from_the_weights_of_the_checkpoint(one_rank: dict[str, Any], folder: Path) -> None:
-    changes = [f"{path}={value}" for path, value in (SMALL | {"restore_modelopt_state": "true"}).items()]
+    changes = [f"{path}={value}" for path, value in SMALL.items()]
     sizes = ["--steps", "2", "--seq-length", str(TOKENS), "--global-batch-size", "2"]
     command = [BRIDGE, "build", "tiny", *changes, "--load", str(folder / "gpt"), *sizes, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -319,6 +349,7 @@ def test_bridge_build_trains_from_the_weights_of_the_checkpoint(one_rank: dict[s
     assert steps == [pytest.approx(step, rel=1e-5) for step in one_rank["gpt"]]
     assert "quantizers" not in done.stderr
     assert "UserWarning" not in done.stderr
+    assert f"{folder / 'gpt'}: note: has a ModelOpt state: restore_modelopt_state is set to true" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -339,6 +370,11 @@ def test_modelopt_state_of_another_architecture_is_refused(one_rank: dict[str, A
 def test_unsuitable_checkpoint_files_are_refused(one_rank: dict[str, Any]) -> None:
     assert "whole.pt has no ModelOpt state" in one_rank["unchanged"]
     assert "ranks has no mp_rank_00/model_optim_rng.pt" in one_rank["other rank"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_checkpoint_would_run_is_refused(one_rank: dict[str, Any], name: str) -> None:
+    assert "cannot be read: it refers to " in one_rank["hostile"][name]
 
 
 TORCH_FSDP2: dict[str, Any] = {"use_torch_fsdp2": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import pytest
@@ -34,6 +36,12 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     return [step.loss for step in steps], [step.grad_norm for step in steps]
 
 
+@functools.cache
+def _train_alone(overrides: str) -> tuple[list[float], list[float | None]]:
+    """Train a model, given by overrides as JSON, on one rank."""
+    return run_ranks(train_tiny, 1, {}, json.loads(overrides))[0]
+
+
 @pytest.mark.parametrize(
     ("world_size", "sizes", "overrides"),
     [
@@ -61,7 +69,7 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
 def test_other_models_train_the_same_under_layouts(
     world_size: int, sizes: dict[str, int], overrides: dict[str, Any]
 ) -> None:
-    losses, norms = run_ranks(train_tiny, 1, {}, overrides)[0]
+    losses, norms = _train_alone(json.dumps(overrides))
     for found in run_ranks(train_tiny, world_size, sizes, overrides):
         assert found[0] == pytest.approx(losses, rel=1e-5)
         assert found[1] == pytest.approx(norms, rel=1e-5)
@@ -75,7 +83,7 @@ def test_multi_token_prediction_on_another_stage_trains_the_same(pp: int, layout
         "transformer.mtp_num_layers": 1,
         "share_embeddings_and_output_weights": is_tied,
     }
-    losses, norms = run_ranks(train_tiny, 1, {}, model)[0]
+    losses, norms = _train_alone(json.dumps(model))
     split = model | {"transformer.pipeline_model_parallel_layout": layout}
     for found in run_ranks(train_tiny, pp, {"pp": pp}, split):
         assert found[0] == pytest.approx(losses, rel=1e-5)

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from environments import run_in_one_process
+
+from bridge.config import Document
 
 
 def bridge_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(Path(sys.executable).with_name("bridge")), "plan", *arguments], capture_output=True, text=True
     )
+
+
+SEARCH = ["search", "tiny", "transformer.num_layers=8", "--gpus", "4", "--tp", "2", "--wrap", "ddp"]
+SEARCH += [
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "8",
+    "--json",
+    "-o",
+    "fastest.yaml",
+    "--machine",
+    "ours.yaml",
+]
+LINES = {
+    "too little memory": ["plan", "tiny", "--tp", "2", "--gpu-memory", "6MiB", "--reserve", "4.5MiB"],
+    "no tensor parallelism": ["plan", "tiny", "--tp", "0"],
+    "apples": ["plan", "tiny", "--gpu-memory", "80 apples"],
+    "heads": ["plan", "tiny", "--tp", "3"],
+    "search": SEARCH,
+    "search again": SEARCH,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans")
+    (folder / "ours.yaml").write_text("memory_gib: 100\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, tuple[int, str, str]]:
+    return dict(zip(LINES, run_in_one_process(list(LINES.values()), folder), strict=True))
 
 
 def test_the_command_prints_a_plan_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,31 +74,55 @@ def test_the_command_prints_a_plan_and_writes_a_page(tmp_path: Path, monkeypatch
     )
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
-    assert (found["kind"], found["layers"]) == ("plan", "pytorch")
+    assert (found["kind"], found["layers"]) == ("plan", "transformer_engine")
     assert found["world_size"] == 8
     assert found["parameters"] == 241_024
+    assert found["reserve_bytes"] == 4 * 2**30
     assert [stage["pp"] for stage in found["stages"]] == [0, 1]
     assert {"weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "total_bytes", "flops"} < set(
         found["stages"][0]
     )
-    assert "<svg" in page.read_text(encoding="utf-8")
+    assert found["command"].startswith("bridge plan tiny transformer.attention_backend=unfused --tp 2")
+    assert found["overrides"] == ["transformer.attention_backend=unfused"]
+    assert found["versions"]["torch"]
+    written = page.read_text(encoding="utf-8")
+    assert html.escape(found["command"]) in written
+    assert f"torch {found['versions']['torch']}" in written
 
 
-def test_the_command_reports_ranks_that_do_not_fit() -> None:
-    shown = bridge_plan("tiny", "--tp", "2", "--gpu-memory", "3MiB")
-    assert shown.returncode == 1
-    assert "does not fit" in " ".join(shown.stdout.split())
-    assert (
-        "with --distributed-optimizer the largest rank needs" not in shown.stderr
-    )  # with one data-parallel rank nothing is sharded
-    assert "with transformer.sequence_parallel=true the largest rank needs" in shown.stderr
+def test_the_command_reports_ranks_that_do_not_fit(results: dict[str, tuple[int, str, str]]) -> None:
+    code, out, err = results["too little memory"]
+    assert code == 1
+    assert "and the reserve of 0.004 of 0.006 GiB: does not fit" in " ".join(out.split())
+    # With one data-parallel rank nothing is sharded.
+    assert "with --distributed-optimizer the largest rank needs" not in err
+    assert "with transformer.sequence_parallel=true the largest rank needs" in err
 
 
-def test_the_command_refuses_invalid_options() -> None:
-    assert bridge_plan("tiny", "--tp", "0").returncode == 2
-    assert bridge_plan("tiny", "--gpu-memory", "80 apples").returncode == 2
-    assert "--search needs --gpus" in bridge_plan("tiny", "--search").stderr
-    assert "--search does not accept --dp" in bridge_plan("tiny", "--search", "--gpus", "2", "--html", "a.html").stderr
-    refused = bridge_plan("tiny", "--tp", "3")
-    assert refused.returncode == 1
-    assert "num_attention_heads = 4 is not a multiple of tp = 3" in refused.stderr
+def test_the_command_refuses_invalid_options(results: dict[str, tuple[int, str, str]]) -> None:
+    assert results["no tensor parallelism"][0] == 2
+    assert results["apples"][0] == 2
+    code, _, err = results["heads"]
+    assert code == 1
+    assert "num_attention_heads = 4 is not a multiple of tp = 3" in err
+
+
+def test_a_search_writes_a_document_for_the_commands_that_it_prints(
+    folder: Path, results: dict[str, tuple[int, str, str]]
+) -> None:
+    code, out, err = results["search"]
+    assert not code, err
+    found = json.loads(out)
+    best = found["candidates"][0]
+    transformer = Document.load(folder / "fastest.yaml").data["transformer"]
+    assert (transformer["num_layers"], transformer["tensor_model_parallel_size"]) == (8, 2)
+    assert transformer.get("pipeline_model_parallel_size", 1) == best["layout"]["pp"]
+    [(code, out, err)] = run_in_one_process([[*shlex.split(found["commands"][0])[1:], "--json"]], folder)
+    assert not code, err
+    plan = json.loads(out)
+    assert plan["layout"] == best["layout"]
+    assert plan["time"]["step_seconds"] == best["time"]["step_seconds"]
+    assert max(stage["total_bytes"] for stage in plan["stages"]) == best["total_bytes"]
+    code, _, err = results["search again"]
+    assert code == 1
+    assert "file exists: give --force" in err

@@ -9,6 +9,7 @@ from planned_jobs import plan_preset
 
 from bridge.config import Document
 from bridge.dist.document_layout import apply_layout
+from bridge.dist.plan.forecast.advice import advise
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
@@ -95,3 +96,12 @@ def test_a_memo_does_not_change_a_plan() -> None:
     options = PlanOptions(batch=Batch(seq_length=32), world_size=4)
     first, again = (plan(document, options, memo=memo) for _ in range(2))
     assert again.stages == first.stages == plan(document, options).stages
+
+
+def test_a_longer_pipeline_on_as_many_gpus_is_advised() -> None:
+    document = Document.load("tiny")
+    options = PlanOptions(batch=Batch(seq_length=128, global_batch_size=8), world_size=2)
+    planned = plan(document, options)
+    advised = {advice.change: advice.total_bytes for advice in advise(document, options, planned)}
+    apply_layout(document, {"pp": 2})
+    assert advised["--pp 2 --dp 1"] == plan(document, options).worst.total_bytes < planned.worst.total_bytes

@@ -78,7 +78,9 @@ def test_the_plan_of_every_rank_matches_its_measurements(name: str, measured: li
                 master=planned.master,
                 state=planned.state,
                 buckets=planned.buckets,
-                kept=None if not case.keeps_alike else [chunk.work.kept for chunk in planned.chunks],
+                kept=None
+                if not case.keeps_alike
+                else [chunk.work.kept + chunk.work.shared for chunk in planned.chunks],
             )
             == measured[rank][name]
         )

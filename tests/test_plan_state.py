@@ -31,15 +31,12 @@ PLANS = [
 ]
 
 
-def test_a_plan_restores_module_state() -> None:
+TRAINED = Job("moe-tiny", (*BALANCED, *PREDICTS_TWO, "transformer.attention_backend=flash"), {}, 1)
+
+
+def test_plans_restore_module_state_and_training_after_them_gives_the_same_result() -> None:
     start_fork_server(1)
-    alike, changed = launch(planned_ranks.plan_each_twice, PLANS, ranks=1)
+    alike, changed, trained = launch(planned_ranks.plan_and_train, PLANS, TRAINED, ranks=1)
     assert changed == []
     assert alike == [True] * len(PLANS)
-
-
-def test_training_after_plans_gives_the_same_result() -> None:
-    start_fork_server(1)
-    job = Job("moe-tiny", (*BALANCED, *PREDICTS_TWO, "transformer.attention_backend=flash"), {}, 1)
-    alone = launch(planned_ranks.train, job, [], ranks=1)
-    assert launch(planned_ranks.train, job, PLANS, ranks=1) == alone
+    assert trained == launch(planned_ranks.train, TRAINED, ranks=1)

@@ -32,7 +32,7 @@ from ranks import RankError, run_ranks
 from bridge.dist import Layout, create_process_groups, destroy_process_groups
 from bridge.dist.checks import preflight, rules
 from bridge.dist.checks.preflight import Environment
-from bridge.dist.checks.rules import machine, process_groups
+from bridge.dist.checks.rules import layers, machine, process_groups
 from bridge.dist.engine import build
 from bridge.dist.engine.weights import draw_weights
 from bridge.dist.engine.wrap import data_parallel
@@ -129,6 +129,14 @@ def test_an_unset_cuda_device_max_connections_gives_a_warning() -> None:
     assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set")
     for environment in (connections(1), on_gpu((10, 0)), Environment()):
         assert machine.describe_slowdown(make_setup(Setting(sizes=TENSOR_PARALLEL, environment=environment))) is None
+
+
+def test_a_fused_loss_that_rounds_gradients_gives_a_warning() -> None:
+    fused = {"cross_entropy_loss_fusion": True}
+    assert layers.describe_rounding(make_setup(Setting(transformer=fused | {"bf16": True}))) is None
+    warning = layers.describe_rounding(make_setup(Setting(transformer=fused)))
+    assert warning is not None
+    assert "this model computes in fp32: set cross_entropy_loss_fusion = False" in warning
 
 
 def check_existing_groups() -> tuple[list[str], list[str]]:

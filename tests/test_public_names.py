@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import Counter
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -23,6 +26,10 @@ NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("public_names.ya
 DISTRIBUTIONS = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
 DOCUMENTS: dict[str, Any] = NAMES["documents"]
 IN_DOCUMENTS = [name for name in NAMES["entry_points"][registry.GROUP] if "." in name]
+REEXPORTS = ("bridge.models.common.base",)
+"""Packages whose names are those of others."""
+API = Path(__file__).parents[1] / "docs" / "api"
+API_ENTRY = re.compile(r"^\.\. (currentmodule|auto\w+|py:data):: (\S+)", re.M)
 OTHER_LIBRARIES = ("megatron.core.extensions.transformer_engine.", "transformers.")
 
 
@@ -37,6 +44,38 @@ def test_a_package_exports_its_public_names(package: str) -> None:
     for name in module.__all__:
         assert getattr(module, name) is not None
     assert {*module.__all__} <= {*dir(module)}
+
+
+def list_api_entries() -> list[tuple[str, str, str]]:
+    """Return the directive, module and name of each entry in the pages of the API."""
+    entries = []
+    for page in sorted(API.glob("*.md")):
+        module = ""
+        for directive, name in API_ENTRY.findall(page.read_text()):
+            if directive == "currentmodule":
+                module = name
+            else:
+                entries.append((directive, module, name))
+    return entries
+
+
+def test_the_api_has_one_entry_per_public_name() -> None:
+    names = {
+        f"{package}.{name}" for package, names in NAMES["exports"].items() for name in names if package not in REEXPORTS
+    }
+    entries = Counter(f"{module}.{name}" for _, module, name in list_api_entries())
+    assert names - entries.keys() == set()
+    assert [name for name, count in entries.items() if count > 1] == []
+
+
+def test_no_entry_of_the_api_is_private_or_empty() -> None:
+    for directive, module, name in list_api_entries():
+        assert not re.search(r"(^|\.)_", f"{module}.{name}")
+        found = getattr(import_module(module), name)
+        if not directive.endswith("data"):  # the text of a value is in its source, or on the page
+            text = inspect.getdoc(found) or ""
+            assert text, f"{module}.{name} has no docstring"
+            assert not text.startswith(f"{name}("), f"{module}.{name} has the generated docstring of a dataclass"
 
 
 @pytest.mark.parametrize("group", NAMES["entry_points"])

@@ -14,9 +14,11 @@ from test_preflight import CASES, Setting, megatron_fsdp
 
 from bridge.config import Document
 from bridge.dist import check_document
+from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.checks.preflight import Environment
 from bridge.dist.checks.rules import machine
 from bridge.dist.errors import LayoutError, OptionsError
+from bridge.dist.wrapper import Wrapper
 
 DOCUMENT = """\
 _target_: bridge.models.gpt.GPTModelConfig
@@ -133,8 +135,29 @@ def test_documents_and_live_configurations_give_the_same_problems(name: str) -> 
     setting, world_size = CASES[name].refused, CASES[name].world_size
     document = Document.of(setting.make_config())
     layout = {axis: size for axis, size in asdict(setting.make_layout(world_size)).items() if size is not None}
-    found = check_document(document, layout, wrapper=setting.make_options().wrapper)
+    wrapper = setting.make_options().wrapper
+    found = check_document(document, layout, wrapper=wrapper)
     assert [problem.message.rpartition(" ")[2] for problem in found] == [f"[{name}]"]
+    assert spell_out(document)
+    assert check_document(document, layout, wrapper=wrapper) == found
+
+
+def spell_out(document: Document) -> set[str]:
+    """Give dtypes and functions of the transformer in the long form; return their fields."""
+    transformer = document.data["transformer"]
+    named = {
+        field: value for field, value in transformer.items() if isinstance(value, str) and value.startswith("torch.")
+    }
+    for field, value in named.items():
+        transformer[field] = {"_target_": value, "_call_": False}
+    return set(named)
+
+
+def test_a_dtype_in_the_long_form_is_accepted() -> None:
+    overrides = ["transformer.bf16=true", "transformer.pipeline_dtype={_target_: torch.bfloat16, _call_: false}"]
+    document = Document.load("tiny", [*overrides, "transformer.pipeline_model_parallel_size=2"])
+    assert check_document(document, {}) == []
+    refuse_before_imports(document, wrapper=Wrapper.DDP)
 
 
 def test_validate_layout_needs_no_torch() -> None:

@@ -55,7 +55,8 @@ def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
 
 
 def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
-    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *SHORT, "--json")
+    """The cells of tiny on two processes in docs/matrix.md."""
+    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *SHORT, "--steps", "5", "--json")
     assert code == 0, errors
     rows = json.loads(out)
     assert [(row["layout"], row["wrapper"]) for row in rows] == [
@@ -75,13 +76,14 @@ def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
 def test_a_layout_that_trains_incorrectly_is_a_mismatch(tmp_path: Path) -> None:
     (tmp_path / "skewed.py").write_text(SKEWED_HOOK)
     declare(tmp_path, "skewed", {"skewed.skew": "skewed:skew"})
-    code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", "--nproc", "2", *SHORT, path=tmp_path)
+    layouts = ("--nproc", "2", "--only", "dp2 with ddp,tp2 with ddp")
+    code, rows, errors = verify("tiny", "pre_wrap_hooks=[skewed.skew]", *layouts, *SHORT, path=tmp_path)
     assert code == 1, errors
     verdicts = {(row["layout"], row["wrapper"]): row["verdict"] for row in rows}
     assert verdicts["dp2", "ddp"] == "equal"  # the wrapper broadcasts the weights
     assert verdicts["tp2 dp1", "ddp"] == "different"
     assert "final_layernorm" in next(row["parameter"] for row in rows if row["layout"] == "tp2 dp1")
-    other_lines = [line for line in errors.splitlines() if not re.match(r"\d+ of 28: ", line)]
+    other_lines = [line for line in errors.splitlines() if not re.match(r"\d of 4: ", line)]
     assert other_lines == ["Transformer Engine is not installed: building layers in PyTorch"]
 
 
@@ -89,7 +91,8 @@ def test_verify_works_for_an_extension(tmp_path: Path) -> None:
     targets = tomllib.loads((EXTENSION / "pyproject.toml").read_text())["project"]["entry-points"]["bridge.targets"]
     (tmp_path / "bigram").symlink_to(EXTENSION / "src" / "bigram")
     declare(tmp_path, "bigram", targets)
-    code, rows, errors = verify(EXTENSION / "bigram.yaml", "--nproc", "2", *SHORT, path=tmp_path)
+    document = EXTENSION / "src" / "bigram" / "presets" / "bigram-tiny.yaml"
+    code, rows, errors = verify(document, "--nproc", "2", *SHORT, path=tmp_path)
     assert code == 0, (errors, rows)
     equal = {(row["layout"], row["wrapper"]) for row in rows if row["verdict"] == "equal"}
     assert {("dp2", "ddp"), ("dp2", "megatron-fsdp"), ("dp2", "torch-fsdp2"), ("tp2 dp1", "ddp")} <= equal

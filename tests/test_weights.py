@@ -50,6 +50,7 @@ OPTIONS = {
     "biases of experts": (
         "moe-tiny",
         "transformer.add_bias_linear=true",
+        "transformer.bias_dropout_fusion=false",
         "transformer.expert_tensor_parallel_size=1",
     ),
     "sequential experts": ("moe-tiny", "transformer.moe_grouped_gemm=false"),

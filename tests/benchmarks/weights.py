@@ -1,4 +1,6 @@
-"""Compare loading and saving a folder of 1 GB with safetensors alone: time and peak memory, in turns.
+"""Compare loading, saving, importing and exporting a folder of 1 GB with the libraries' own: time and peak memory.
+
+Loading, saving and exporting are compared with safetensors, importing with megatron-core's dist_checkpointing.
 
 uv run python tests/benchmarks/weights.py [ROUNDS]
 
@@ -30,7 +32,7 @@ CONFIG = {
 }
 
 START = """
-import json, sys, time, warnings
+import json, os, sys, time, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 import torch
@@ -62,6 +64,26 @@ with cpu_runtime():
     with on_meta():
         stage = config.get_builder_cls()(config).build_model(groups)
 """
+FSDP2 = """
+import megatron.core.distributed
+from bridge.dist.job import BuildJob
+from bridge.dist.plan.virtual_rank.groups import act_as_rank
+from bridge.dist.wrapper import Wrapper
+document = from_hf(json.loads((folder / "config.json").read_text())).data
+document["transformer"] |= {"params_dtype": "torch.bfloat16", "bf16": True, "init_model_with_meta_device": True}
+job = BuildJob(document=document, wrapper=Wrapper.TORCH_FSDP2)
+config = ModelConfig.from_dict(job.document)
+with cpu_runtime(), act_as_rank(Layout(dp=4), 0) as groups:
+    job.finalize(config, 4)
+    config.transformer.perform_initialization = False
+    config.pre_wrap_hooks = [lambda stages: (load_weights(stages, folder, groups), stages)[1]]
+    builder = job.make_builder(config)
+    ddp_config = job.make_options(builder.transformer_config).ddp_config
+    before, start = read_peak_memory().resident, time.perf_counter()
+    builder.build_distributed_models(
+        groups, ddp_config=ddp_config, use_torch_fsdp2=True, data_parallel_random_init=False
+    )
+"""
 SIDES = {
     "safetensors, read": """
 before, start = read_peak_memory().resident, time.perf_counter()
@@ -78,6 +100,8 @@ with safe_open(folder / "model.safetensors", framework="pt") as file:
     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
 before, start = read_peak_memory().resident, time.perf_counter()
 save_file(tensors, folder.parent / "written.safetensors")
+with (folder.parent / "written.safetensors").open("rb") as written:
+    os.fsync(written.fileno())  # as save_weights does
 """,
     "save_weights": MODEL
     + """
@@ -85,6 +109,33 @@ save_file(tensors, folder.parent / "written.safetensors")
     before, start = read_peak_memory().resident, time.perf_counter()
     save_weights([stage], folder.parent / "written", groups, model=config)
 """,
+    "dist_checkpointing.save": """
+from megatron.core import dist_checkpointing
+torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+with safe_open(folder / "model.safetensors", framework="pt") as file:
+    state = {
+        name: dist_checkpointing.ShardedTensor.from_rank_offsets(name, file.get_tensor(name).clone())
+        for name in file.keys()
+    }
+(folder.parent / "checkpoint").mkdir()
+with cpu_runtime():
+    before, start = read_peak_memory().resident, time.perf_counter()
+    dist_checkpointing.save(state, str(folder.parent / "checkpoint"))
+    os.sync()  # as import_folder waits for the disk
+""",
+    "import_folder": """
+from bridge.models.huggingface.checkpoint.import_folder import import_folder
+before, start = read_peak_memory().resident, time.perf_counter()
+import_folder(folder, folder.parent / "checkpoint")
+""",
+    "export_folder": """
+from bridge.models.huggingface.checkpoint.export_folder import export_folder
+from bridge.models.huggingface.checkpoint.import_folder import import_folder
+import_folder(folder, folder.parent / "checkpoint")
+before, start = read_peak_memory().resident, time.perf_counter()
+export_folder(folder.parent / "checkpoint", folder.parent / "written")
+""",
+    "load_weights, FSDP2, one of four ranks": FSDP2,
 }
 MAKE = """
 generator = torch.Generator().manual_seed(0)
@@ -107,7 +158,8 @@ def run(program: str, folder: Path) -> str:
 
 def remove_written(parent: Path) -> None:
     (parent / "written.safetensors").unlink(missing_ok=True)
-    shutil.rmtree(parent / "written", ignore_errors=True)
+    for name in ("written", "checkpoint"):
+        shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def main() -> None:
@@ -128,8 +180,10 @@ def main() -> None:
     for side, found in results.items():
         memory = max(one["bytes"] for one in found) / 1e6
         sys.stdout.write(f"{side}: {medians[side]:.2f} s, {size / 1e9 / medians[side]:.1f} GB/s, {memory:,.0f} MB\n")
-    read, load, write, save = medians.values()
-    sys.stdout.write(f"speed of safetensors' own: loading {read / load:.2f}, saving {write / save:.2f}\n")
+    read, load, write, save, checkpoint, imported, exported, _ = medians.values()
+    ratios = {"loading": read / load, "saving": write / save, "exporting": write / exported}
+    ratios["importing"] = checkpoint / imported
+    sys.stdout.write(f"of the libraries' speed: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from preflight_cases.setting import EXPERT_PARALLEL, TORCH_FSDP2, Case, Setting
+from preflight_cases.setting import EXPERT_PARALLEL, EXPERTS, TENSOR_PARALLEL, TORCH_FSDP2, Case, Setting
+
+SPLIT = EXPERTS | {"sequence_parallel": True}
 
 CASES: dict[str, Case] = {
     "torch-fsdp2-experts": Case(
         refused=Setting(**EXPERT_PARALLEL, flags=TORCH_FSDP2),
         advised=Setting(**EXPERT_PARALLEL),
         needs_own_processes=True,
+    ),
+    "torch-fsdp2-expert-tensor-parallelism": Case(
+        refused=Setting(
+            sizes=TENSOR_PARALLEL, transformer=SPLIT | {"expert_tensor_parallel_size": 1}, flags=TORCH_FSDP2
+        ),
+        advised=Setting(sizes=TENSOR_PARALLEL, transformer=SPLIT, flags=TORCH_FSDP2),
+        world_size=4,
     ),
     "torch-fsdp2-tied-embeddings": Case(
         refused=Setting(model={"share_embeddings_and_output_weights": True}, flags=TORCH_FSDP2),
