@@ -73,7 +73,7 @@ def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
 
 def _find_place(checked: Checked, path: Path) -> str | None:
     """Return where the original document gives the value at `path`; None if it does not."""
-    place = checked.present.origin(path)
+    place = checked.present.find_origin(path)
     node: Any = checked.present.given
     for step in place:
         try:
@@ -85,7 +85,7 @@ def _find_place(checked: Checked, path: Path) -> str | None:
 
 def _strip_root(place: Path, checked: Checked) -> Path:
     """Return `place` relative to the mapping that describes the model, which may be a section of a larger file."""
-    root = checked.present.origin(())
+    root = checked.present.find_origin(())
     return place[len(root) :] if place[: len(root)] == root else place
 
 

@@ -20,7 +20,7 @@ def encode_config(config: object) -> dict[str, Any]:
     omitted: Omitted = []
     rehearsal = Rehearsal()
     data = encode_mapping(config, (), omitted, rehearsal)
-    rehearsal.document(data, config)
+    rehearsal.check_document(data, config)
     document: dict[str, Any] = {"_target_": data.pop("_target_")}
     if (builder := getattr(config, "builder", None)) is not None:
         document["_builder_"] = builder

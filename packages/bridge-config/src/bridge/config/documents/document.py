@@ -319,7 +319,7 @@ class Document:
             step = convert_foreign(self.data)
         except DocumentError:  # the model is unknown: reading the document reports it
             return path
-        return CurrentDocument(self.data, step.data, (step,)).origin(path)
+        return CurrentDocument(self.data, step.data, (step,)).find_origin(path)
 
     def _parse_inner_path(self, path: str) -> Path:
         steps = parse_path(path)

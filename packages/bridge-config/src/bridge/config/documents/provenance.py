@@ -106,9 +106,9 @@ class Provenance:
         """Return the path in the text of the value that is now at `path`."""
         if not self._migrations:
             return path
-        from bridge.config.read.decode import original_path  # already loaded by the migration
+        from bridge.config.read.decode import find_original_path  # already loaded by the migration
 
-        return original_path(path, self._migrations)
+        return find_original_path(path, self._migrations)
 
 
 def _find_origin(origins: dict[Path, str], path: Path) -> str | None:

@@ -93,12 +93,14 @@ class CurrentDocument:
         found: list[Problem] = []
         for number, step in enumerate(self.steps):
             before = self.steps[:number]
-            found += [Problem(format_path(original_path(path, before)), message) for path, message in step.problems]
+            found += [
+                Problem(format_path(find_original_path(path, before)), message) for path, message in step.problems
+            ]
         return found
 
-    def origin(self, path: Path) -> Path:
+    def find_origin(self, path: Path) -> Path:
         """Return where the value at `path` stands in the original document."""
-        return original_path(path, self.steps)
+        return find_original_path(path, self.steps)
 
 
 def _identity(parsed: ParsedConfig) -> ParsedConfig:
@@ -124,7 +126,7 @@ def migrate_document(data: object, lookup: Lookup) -> CurrentDocument:
         raise DocumentError([Problem("$", "nested too deeply")]) from None
 
 
-def original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
+def find_original_path(path: Path, steps: tuple[Migration, ...]) -> Path:
     """Return where the value at `path` stood before `steps`."""
     for step in reversed(steps):
         came_from = dict(step.moves)
@@ -156,7 +158,7 @@ def _read[T](
     except RecursionError:
         found = [((), "nested too deeply")]
     more = len(problems) + len(found) - MAX_PROBLEMS
-    problems += [Problem(format_path(present.origin(path)), message) for path, message in found[:MAX_PROBLEMS]]
+    problems += [Problem(format_path(present.find_origin(path)), message) for path, message in found[:MAX_PROBLEMS]]
     if more > 0:
         problems[MAX_PROBLEMS:] = [Problem("$", f"{more:,} more problems")]
     if problems:

@@ -26,7 +26,7 @@ class Lookup(Protocol):
         """Return the class that an annotation names; None if only its name is known."""
         ...
 
-    def dtype(self, name: str) -> Target | None:
+    def find_dtype(self, name: str) -> Target | None:
         """Return the dtype called `name`, with or without `torch.`; None if there is none."""
         ...
 
@@ -39,14 +39,14 @@ class LiveLookup:
     """Finds the objects of this process: registered, or declared by installed distributions."""
 
     def find_by_name(self, name: str, *, suggest: bool = True) -> Target:
-        if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
+        if name.startswith("torch.") and (dtype := self.find_dtype(name)) is not None:
             return dtype
         return describe(registry.resolve(name, suggest=suggest), name)
 
     def find_class(self, member: Instance | Class) -> Target | None:
         return describe(member.cls) if member.cls is not None else None
 
-    def dtype(self, name: str) -> Target | None:
+    def find_dtype(self, name: str) -> Target | None:
         torch = sys.modules.get("torch")
         # vars, not getattr: torch imports modules on attribute access.
         found = vars(torch).get(name.removeprefix("torch.")) if torch else None
@@ -60,7 +60,7 @@ class TableLookup:
     """Finds descriptions, shipped ones first: verdicts do not depend on which libraries are installed."""
 
     def find_by_name(self, name: str, *, suggest: bool = True) -> Target:
-        if name.startswith("torch.") and (dtype := self.dtype(name)) is not None:
+        if name.startswith("torch.") and (dtype := self.find_dtype(name)) is not None:
             return dtype
         if registry.is_registered(name):
             return _describe_by_own_name(registry.resolve(name), name)
@@ -74,7 +74,7 @@ class TableLookup:
         found = get_shipped(name) if name is not None else None
         return found or (describe(member.cls) if member.cls is not None else None)
 
-    def dtype(self, name: str) -> Target | None:
+    def find_dtype(self, name: str) -> Target | None:
         canonical = get_shipped_dtypes().get(name.removeprefix("torch."))
         return Target(canonical, "dtype") if canonical is not None else None
 

@@ -28,7 +28,7 @@ def migrate(data: Any, target_of: TargetOf) -> Migration:
     if _is_current(data, (), target_of):
         return Migration(data)
     work = _DocumentMigration(_copy(data), target_of)
-    work.value(work.result.data, (), ())
+    work.migrate_value(work.result.data, (), ())
     return work.finish()
 
 
@@ -50,7 +50,7 @@ def describe_change(target: Target, key: str) -> str:
 _config_fields_cache: dict[int, tuple[Target, dict[str, Type]]] = {}
 
 
-def _config_fields(target: Target) -> dict[str, Type]:
+def _find_config_fields(target: Target) -> dict[str, Type]:
     """Return the fields of a config that may hold configs, and their types."""
     if id(target) not in _config_fields_cache:
         found = {one.name: one.type for one in target.fields.values() if _may_hold_configs(one.type)}
@@ -73,7 +73,7 @@ def _is_current(value: Any, type_: Type, target_of: TargetOf) -> bool:
         version = value.get(VERSION_KEY)
         if (version is not None or VERSION_KEY in value) and not _is_version(version, target):
             return False
-        for name, inner in _config_fields(target).items():
+        for name, inner in _find_config_fields(target).items():
             if type(item := value.get(name)) in _NESTING and item and not _is_current(item, inner, target_of):
                 return False
         return True
@@ -106,20 +106,20 @@ class _DocumentMigration:
             entry["path"] = format_path(path)
         return self.result
 
-    def value(self, value: Any, type_: Type, path: Path) -> None:
+    def migrate_value(self, value: Any, type_: Type, path: Path) -> None:
         """Bring `value`, at `path`, and all configs in it to their current versions."""
         if isinstance(value, list):
             for index, item in enumerate(value):
-                self.value(item, get_inner_type(type_), (*path, index))
+                self.migrate_value(item, get_inner_type(type_), (*path, index))
         elif isinstance(value, dict) and (target := find_config(value, type_, self._target_of)) is not None:
-            self._config(value, target, path)
-            for name, inner in _config_fields(target).items():
-                self.value(value.get(name), inner, (*path, name))
+            self._migrate_config(value, target, path)
+            for name, inner in _find_config_fields(target).items():
+                self.migrate_value(value.get(name), inner, (*path, name))
         elif isinstance(value, dict):
             for key, item in value.items():
-                self.value(item, get_inner_type(type_), (*path, key))
+                self.migrate_value(item, get_inner_type(type_), (*path, key))
 
-    def _config(self, data: dict[str, Any], target: Target, path: Path) -> None:
+    def _migrate_config(self, data: dict[str, Any], target: Target, path: Path) -> None:
         if VERSION_KEY not in data:
             return
         schema, version = target.schema or Schema(), data.pop(VERSION_KEY)
@@ -133,22 +133,22 @@ class _DocumentMigration:
             )
         else:
             for since, changes in schema.after(version):
-                _Step(self, data, path, f"version {since} of {target.short_name}").take(changes)
+                _Step(self, data, path, f"version {since} of {target.short_name}").apply(changes)
             data[VERSION_KEY] = schema.version  # even if the class has no versions: the reader reports that
 
     def _add_problem(self, path: Path, message: str) -> None:
-        self.result.problems.append((self.old(path), message))
+        self.result.problems.append((self.find_origin(path), message))
 
-    def old(self, path: Path) -> Path:
+    def find_origin(self, path: Path) -> Path:
         """Return where the value at `path` stood in the original document."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._old:
                 return self._old[path[:length]] + path[length:]
         return path
 
-    def moved(self, moves: list[tuple[Path, Path]]) -> None:
+    def record_moves(self, moves: list[tuple[Path, Path]]) -> None:
         """Record simultaneous moves, from the first path of each pair to the second."""
-        origins = [(new, self.old(now)) for now, new in moves]
+        origins = [(new, self.find_origin(now)) for now, new in moves]
         for before, after in moves:
             inside = [path for path in self._old if path[: len(before)] == before]
             origins += [(after + path[len(before) :], self._old.pop(path)) for path in inside if path != before]
@@ -170,7 +170,7 @@ class _Step:
         self._path = path
         self._version = version
 
-    def take(self, changes: list[Change]) -> None:
+    def apply(self, changes: list[Change]) -> None:
         """Apply the changes."""
         for change in changes:
             if isinstance(change, Removed):
@@ -185,7 +185,7 @@ class _Step:
         value = self._pop(path)
         if value is MISSING:
             return
-        where = self._work.old((*self._path, *path))
+        where = self._work.find_origin((*self._path, *path))
         if any(_is_same(value, harmless) for harmless in change.harmless):
             note = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(note)
@@ -203,18 +203,18 @@ class _Step:
                 continue
             if reason := self._put(parse_path(change.new), value):
                 self._work.result.problems.append(
-                    (self._work.old(now), f"{self._version} calls it {change.new!r}: {reason}")
+                    (self._work.find_origin(now), f"{self._version} calls it {change.new!r}: {reason}")
                 )
                 continue
             went.append((now, new))
-            note = f"{format_path(self._work.old(now))}: now {format_path(new)}, as {self._version} has it"
+            note = f"{format_path(self._work.find_origin(now))}: now {format_path(new)}, as {self._version} has it"
             self._work.result.notes.append(note)
-        self._work.moved(went)
+        self._work.record_moves(went)
 
     def _change(self, change: Changed) -> None:
         path = parse_path(change.field)
         here = (*self._path, *path)
-        inside = _mapping_at(self._data, path[:-1])
+        inside = _find_mapping(self._data, path[:-1])
         if inside is None:
             return
         value = inside.get(path[-1], MISSING)
@@ -227,13 +227,13 @@ class _Step:
         for old, new in change.values:
             if _is_same(value, old):
                 inside[path[-1]] = _copy(new)
-                note = f"{format_path(self._work.old(here))}: {old!r} is {new!r} since {self._version}"
+                note = f"{format_path(self._work.find_origin(here))}: {old!r} is {new!r} since {self._version}"
                 self._work.result.notes.append(note)
                 return
 
     def _pop(self, path: Path) -> Any:
         """Remove and return the value at `path`; MISSING if there is none."""
-        inside = _mapping_at(self._data, path[:-1])
+        inside = _find_mapping(self._data, path[:-1])
         return inside.pop(path[-1], MISSING) if inside is not None else MISSING
 
     def _put(self, path: Path, value: Any) -> str:
@@ -249,7 +249,7 @@ class _Step:
         return ""
 
 
-def _mapping_at(data: dict[str, Any], path: Path) -> dict[Any, Any] | None:
+def _find_mapping(data: dict[str, Any], path: Path) -> dict[Any, Any] | None:
     """Return the mapping at `path`; None if there is none."""
     inside: Any = data
     for key in path:

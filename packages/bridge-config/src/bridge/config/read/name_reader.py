@@ -104,7 +104,7 @@ class NameReader:
                         return value
                     known += [choice for choice in values if isinstance(choice, str)]
                 case Dtype():
-                    if (dtype := self._lookup.dtype(value)) is not None:
+                    if (dtype := self._lookup.find_dtype(value)) is not None:
                         return Named(dtype)
                     known += [prefix + name for prefix in ("torch.", "") for name in get_shipped_dtypes()]
                 case Instance(only=only) if (enum := self._lookup.find_class(member)) and enum.kind == "enum":

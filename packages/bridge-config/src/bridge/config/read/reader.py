@@ -12,21 +12,13 @@ from dataclasses import MISSING
 from typing import Any
 
 from bridge.config.paths import parse_path
-from bridge.config.problems import (
-    ProblemList,
-    ReadError,
-    make_error,
-    to_path_step,
-)
+from bridge.config.problems import ProblemList, ReadError, make_error, to_path_step
 from bridge.config.read.cache import Plan, make_plan
 from bridge.config.read.lookup import Lookup
 from bridge.config.read.migrate import describe_change
 from bridge.config.read.value_reader import ValueReader
 from bridge.config.read.view import View
-from bridge.config.schema.annotations import (
-    ANYTHING,
-    Type,
-)
+from bridge.config.schema.annotations import ANYTHING, Type
 from bridge.config.schema.arithmetic import CHECKS, check_fields
 from bridge.config.schema.generation import FIELD as GENERATION_FIELD
 from bridge.config.schema.generation import GenerationSettings
@@ -65,22 +57,33 @@ class Reader(ValueReader):
 
     def read_config(self, data: dict[str, Any], target: Target, *, is_document: bool = False) -> ParsedConfig:
         """Read the mapping, or the whole document, `data` as an instance of the config class `target`."""
-        shape = get_shape("document" if is_document else "config", data)
-        plan: Plan | None = target.shapes.get(shape)
-        if plan is None:
-            plan = make_plan(data, target, is_document=is_document)
-            if not plan.unknown:  # unknown keys come from the document, which may have a million of them
-                cache_shape(target, shape, plan)
-        values = dict(data)
-        for key in plan.left_out:
-            del values[key]
-        found: ProblemList = []
+        plan = _get_plan(data, target, is_document=is_document)
         owned = self._find_embedded_fields(data, target) if target.embeds is not None else _NO_NAMES
+        found: ProblemList = []
         if owned:
             belongs = f"belongs to {target.embeds}: give it as {target.embeds}."
             found += [((key,), f"{belongs}{key}") for key in data if key in owned]
         if target.files:
             found += check_file_fields(data, target)
+        values = self._read_values(data, target, plan=plan, owned=owned, found=found)
+        found += [((key,), "required, but missing") for key in plan.required if key not in owned]
+        found += self._check_fields(data, target, found)
+        if found:
+            raise ReadError(found)
+        missing = plan.missing - owned if target.embeds is not None else plan.missing
+        complete = missing <= self._omitted.get(id(data), _NO_NAMES)
+        if self._defaults:
+            values |= self._read_defaults(target, values, (name for name in target.init_names if name not in owned))
+        compared = None if target.hashed is None else self._get_compared(target, values)
+        return ParsedConfig(target, values, compared, complete=complete, composed=plan.composed, in_order=plan.in_order)
+
+    def _read_values(
+        self, data: dict[str, Any], target: Target, *, plan: Plan, owned: frozenset[str], found: ProblemList
+    ) -> dict[str, Any]:
+        """Read the values of a config; add the problems to `found`, except with the fields that are `owned`."""
+        values = dict(data)
+        for key in plan.left_out:
+            del values[key]
         for key in plan.unknown:
             if key not in owned:
                 try:
@@ -94,20 +97,11 @@ class Reader(ValueReader):
                 values[key] = known
                 continue
             try:
-                values[key] = self.field(key, value, type_, target)
+                values[key] = self.read_field(key, value, type_, target)
             except ReadError as error:
                 if key not in owned:
                     found += [((key, *path), message) for path, message in error.problems]
-        found += [((key,), "required, but missing") for key in plan.required if key not in owned]
-        found += self._check_fields(data, target, found)
-        if found:
-            raise ReadError(found)
-        missing = plan.missing - owned if target.embeds is not None else plan.missing
-        complete = missing <= self._omitted.get(id(data), _NO_NAMES)
-        if self._defaults:
-            values |= self._read_defaults(target, values, (name for name in target.init_names if name not in owned))
-        compared = None if target.hashed is None else self._get_compared(target, values)
-        return ParsedConfig(target, values, compared, complete=complete, composed=plan.composed, in_order=plan.in_order)
+        return values
 
     def _get_compared(self, target: Target, values: dict[str, Any]) -> tuple[Any, ...]:
         """Return the values that an instance is compared by."""
@@ -133,7 +127,7 @@ class Reader(ValueReader):
         found: ProblemList = [
             ((name,), message)
             for name, allowed in ranges.items()
-            if (value := data.get(name)) is not None and (message := allowed.problem(value))
+            if (value := data.get(name)) is not None and (message := allowed.find_problem(value))
         ]
         if known:
             found = [problem for problem in found if problem[0] not in {path[:1] for path, _ in known}]
@@ -143,7 +137,7 @@ class Reader(ValueReader):
         view = self._views[id(data)] = View(data, target, self._views.get(id(embedded), embedded))
         return [(parse_path(path), message) for path, message in check_fields(view, target.bases)]
 
-    def field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
+    def read_field(self, key: str, value: Any, type_: Type, target: Target) -> Any:
         """Read the value of a field; generation settings may stay data, see `bridge.config.schema.generation`."""
         if key != GENERATION_FIELD or (lookup := self._lookup.lookup_for_generation_settings(target, value)) is None:
             return self.read_value(value, type_)
@@ -171,6 +165,17 @@ class Reader(ValueReader):
         except ReadError:
             pass
         return frozenset(getattr(type(value), "__dataclass_fields__", ()))
+
+
+def _get_plan(data: dict[str, Any], target: Target, *, is_document: bool) -> Plan:
+    """Return how to read mappings of the shape of `data`, from the cache or made now."""
+    shape = get_shape("document" if is_document else "config", data)
+    plan: Plan | None = target.shapes.get(shape)
+    if plan is None:
+        plan = make_plan(data, target, is_document=is_document)
+        if not plan.unknown:  # unknown keys come from the document, which may have a million of them
+            cache_shape(target, shape, plan)
+    return plan
 
 
 def check_file_fields(data: dict[str, Any], target: Target) -> ProblemList:

@@ -36,7 +36,7 @@ class Rehearsal:
     def _reader(self) -> Reader:
         return Reader(LiveLookup(), suggest=False)
 
-    def field(
+    def check_field(
         self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
     ) -> bool:
         """Read the written form of a field; return whether it is read as `value`.
@@ -51,12 +51,12 @@ class Rehearsal:
             is_whole: whether nothing was left out of `form`; otherwise it cannot be read as `value`.
         """
         try:
-            read = self._reader.field(name, form, type_, target)
+            read = self._reader.read_field(name, form, type_, target)
         except ReadError as error:
             return self._add_problems(error, path)
         return not is_whole or self._compare(read, value, path)
 
-    def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
+    def check_config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
         """Check that a config, whose fields were read before, fits a place of this type."""
         try:
             target = self._reader.find_config_class(form, type_)
@@ -65,12 +65,12 @@ class Rehearsal:
         self.problems += [((*path, *at), message) for at, message in check_file_fields(form, target)]
         return target.obj is type(value) or self._compare(ParsedConfig(target, {}), value, path)
 
-    def document(self, data: dict[str, Any], config: Any) -> None:
+    def check_document(self, data: dict[str, Any], config: Any) -> None:
         """Check what only a whole document has: its class, its builder and its generation settings."""
         if get_qualified_name(type(config)) == MODEL_CONFIG:
             self.problems.append((("_target_",), f"{MODEL_CONFIG} is the abstract base: name a class derived from it"))
             return
-        if not self.config(data, config, _MODEL, ()):
+        if not self.check_config(data, config, _MODEL, ()):
             return
         if "builder" in vars(config):
             try:

@@ -44,7 +44,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
     found = [
         (name, problem)
         for name, allowed in get_ranges(bases).items()
-        if (problem := allowed.problem(getattr(config, name, None)))
+        if (problem := allowed.find_problem(getattr(config, name, None)))
     ]
     for path, message in found or check_fields(config, bases):
         yield prefix + path, message
@@ -52,7 +52,7 @@ def check_live(config: Any, prefix: str = "") -> Problems:
 
 def _check_ranges(config: Any, names: str, allowed: Range) -> list[tuple[str, str]]:
     """Return the problems of fields (separated by spaces) whose range applies to some models only."""
-    return [(name, message) for name in names.split() if (message := allowed.problem(getattr(config, name)))]
+    return [(name, message) for name in names.split() if (message := allowed.find_problem(getattr(config, name)))]
 
 
 # --- Transformers

@@ -64,7 +64,7 @@ def make_json_schema(name: str) -> Json:
     if target is None or target.kind != "config":
         raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, list_schema_targets())}")
     definitions = _Definitions()
-    schema = definitions.mapping(target)
+    schema = definitions.make_mapping(target)
     schema["properties"] |= _make_top_keys(target)
     schema["required"] = ["_target_", *schema["required"]]
     return {"$schema": _DIALECT, **schema, "$defs": definitions.schemas}
@@ -93,7 +93,7 @@ class _Definitions:
         self.schemas: Json = {}
         self._keys: dict[str, str] = {}
 
-    def mapping(self, target: Target) -> Json:
+    def make_mapping(self, target: Target) -> Json:
         """Return the schema of a mapping that describes an instance of the config `target`."""
         embedded = _find_configs(target.fields[target.embeds].type) if target.embeds else []
         # Fields that every embeddable config owns are never allowed here. Fields that only some of them own are allowed
@@ -217,7 +217,7 @@ class _Definitions:
         return {"type": "object", "properties": {"_target_": {"enum": [config.name for config in configs]}}} | schema
 
     def _define_config(self, target: Target) -> Json:
-        return self._define(target.name, lambda: self.mapping(target))
+        return self._define(target.name, lambda: self.make_mapping(target))
 
     def _define(self, name: str, make: Callable[[], Json]) -> Json:
         """Return a reference to the definition `name`, calling `make` on first use."""

@@ -27,7 +27,7 @@ class Range:
     exclusive: bool = False
     """Whether values must be above ``minimum``."""
 
-    def problem(self, value: object) -> str | None:
+    def find_problem(self, value: object) -> str | None:
         """Return the message about a value outside this range; None if it is inside or not an int or float.
 
         Values of the wrong type are reported by the type check.

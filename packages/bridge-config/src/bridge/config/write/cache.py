@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from bridge.config.schema.annotations import (
-    ANYTHING,
-    Anything,
-    Choice,
-    Items,
-    Type,
-)
+from bridge.config.schema.annotations import ANYTHING, Anything, Choice, Items, Type
 from bridge.config.schema.target import Kinds, Target, find_ready_types
 from bridge.config.write.notation import PLAIN, are_plain
 from bridge.config.writethrough import get_shared_names
@@ -108,19 +102,19 @@ def get_form_cache(generation: int) -> FormCache:
     return {}
 
 
-def remember_form(form: Any, value: object, type_: Type, texts: FormCache) -> None:
+def remember_form(form: Any, value: object, type_: Type, forms: FormCache) -> None:
     """Remember that `value` is written as `form` in places of this type."""
-    if len(texts) >= _MAX_FORMS:
-        texts.clear()
+    if len(forms) >= _MAX_FORMS:
+        forms.clear()
     if type(form) in PLAIN:
-        texts[id(type_), id(value)] = form, value
+        forms[id(type_), id(value)] = form, value
     elif type(value) is partial and not value.args and are_plain(value.keywords.values()):
-        texts[id(type_), id(value.func), *value.keywords] = form["_target_"], value.func
+        forms[id(type_), id(value.func), *value.keywords] = form["_target_"], value.func
 
 
-def get_cached_partial(value: partial[Any], type_id: int, texts: FormCache) -> dict[str, Any] | None:
+def get_cached_partial(value: partial[Any], type_id: int, forms: FormCache) -> dict[str, Any] | None:
     """Return the form of a partial with plain arguments if one like it is in the cache: same function and names."""
-    name, function = texts.get((type_id, id(value.func), *value.keywords), UNKNOWN)
+    name, function = forms.get((type_id, id(value.func), *value.keywords), UNKNOWN)
     if function is not value.func or value.args or not are_plain(value.keywords.values()):
         return None
     return {"_target_": name, "_partial_": True, **value.keywords}

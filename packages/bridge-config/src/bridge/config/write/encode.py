@@ -13,13 +13,7 @@ from typing import Any, Protocol
 from bridge.config.errors import quote_name
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import describe_value
-from bridge.config.schema.annotations import (
-    ANYTHING,
-    Dtype,
-    Function,
-    Mapping,
-    Type,
-)
+from bridge.config.schema.annotations import ANYTHING, Dtype, Function, Mapping, Type
 from bridge.config.schema.generation import GenerationSettings
 from bridge.config.schema.inspection import OPEN_CLASSES, describe, is_dtype
 from bridge.config.schema.names import GENERATION_CONFIG
@@ -27,7 +21,15 @@ from bridge.config.schema.registry import find_document_name
 from bridge.config.schema.registry_state import get_generation
 from bridge.config.schema.target import Field, Target, cache_shape, get_shape
 from bridge.config.schema.values import EnumMember, Named, ParsedConfig, Partial
-from bridge.config.write.cache import UNKNOWN, Plan, get_cached_partial, get_form_cache, make_plan, remember_form
+from bridge.config.write.cache import (
+    UNKNOWN,
+    FormCache,
+    Plan,
+    get_cached_partial,
+    get_form_cache,
+    make_plan,
+    remember_form,
+)
 from bridge.config.write.notation import (
     PLAIN,
     are_plain,
@@ -44,13 +46,13 @@ Omitted = list[dict[str, str]]
 class ReadBack(Protocol):
     """Reads back what was just written."""
 
-    def field(
+    def check_field(
         self, name: str, form: Any, value: Any, type_: Type, target: Target, path: Path, *, is_whole: bool
     ) -> bool:
         """Return whether the form of a field is read as `value`; not expected if it is not whole."""
         ...
 
-    def config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
+    def check_config(self, form: dict[str, Any], value: Any, type_: Type, path: Path) -> bool:
         """Return whether a config, whose fields were read before, fits a place of this type."""
         ...
 
@@ -63,7 +65,7 @@ class _UnwritableError(Exception):
         self._reason = reason
         self._path = path
 
-    def entry(self, left_out: Path) -> dict[str, str]:
+    def make_entry(self, left_out: Path) -> dict[str, str]:
         """Return the entry of `_omitted_` for `left_out`: the path of the value, or of one that contains it."""
         at = "" if left_out == self._path else f"{format_path(self._path)}: "
         return {"path": format_path(left_out), "reason": f"{at}{self._reason}"}
@@ -100,38 +102,26 @@ def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack |
     data = _make_heading(target)
     # Values come from `__dict__` where they are there: reading an attribute may turn data into an object.
     data |= state if plan.plain else {name: state[at] if at in state else getattr(obj, at) for name, at in plan.all}
-    texts = get_form_cache(get_generation())
+    forms = get_form_cache(get_generation())
     as_they_are = all(map(isfinite, map(data.__getitem__, plan.floats))) and all(
         data[name] in values for name, values in plan.choices
     )
     for name, type_, type_id in plan.written if as_they_are else plan.not_plain:
         value = data[name]
-        if type(value) is list and name in plan.lists:
-            if plan.lists[name].issuperset(map(type, value)) and are_plain(value):
-                data[name] = value.copy()
-                continue
-        elif type(value) is partial and (form := get_cached_partial(value, type_id, texts)) is not None:
+        if (form := _find_form(name, value, type_id=type_id, plan=plan, forms=forms)) is not MISSING:
             data[name] = form
             continue
-        text, known = texts.get((type_id, id(value)), UNKNOWN)
-        if known is value:
-            data[name] = text
-            continue
-        at, left_out = (*path, name), len(omitted)
         try:
-            if read_back is not None and _is_config(value):
-                data[name] = form = encode_mapping(value, at, omitted, read_back)
-                is_read = read_back.config(form, value, type_, at)
-            else:
-                data[name] = form = _encode(value, type_, at, omitted)
-                is_whole = len(omitted) == left_out
-                is_read = read_back is None or read_back.field(name, form, value, type_, target, at, is_whole=is_whole)
+            form, is_read = _encode_field(
+                name, value, type_=type_, target=target, path=(*path, name), omitted=omitted, read_back=read_back
+            )
         except _UnwritableError as error:
             del data[name]
-            omitted.append(error.entry(at))
-        else:
-            if is_read and read_back is not None:
-                remember_form(form, value, type_, texts)
+            omitted.append(error.make_entry((*path, name)))
+            continue
+        data[name] = form
+        if is_read:
+            remember_form(form, value, type_, forms)
     omitted += [
         {"path": format_path((*path, name)), "reason": "an InitVar, which instances do not keep"}
         for name in plan.dropped
@@ -139,6 +129,39 @@ def encode_mapping(obj: Any, path: Path, omitted: Omitted, read_back: ReadBack |
     if target.open:
         data |= _encode_open_config(obj, path, omitted)
     return data
+
+
+def _find_form(name: str, value: Any, *, type_id: int, plan: Plan, forms: FormCache) -> Any:
+    """Return the written form of a field's value that is a list of plain values, or in the cache; otherwise MISSING."""
+    if type(value) is list and name in plan.lists:
+        if plan.lists[name].issuperset(map(type, value)) and are_plain(value):
+            return value.copy()
+    elif type(value) is partial and (form := get_cached_partial(value, type_id, forms)) is not None:
+        return form
+    form, known = forms.get((type_id, id(value)), UNKNOWN)
+    return form if known is value else MISSING
+
+
+def _encode_field(
+    name: str,
+    value: Any,
+    *,
+    type_: Type,
+    target: Target,
+    path: Path,
+    omitted: Omitted,
+    read_back: ReadBack | None,
+) -> tuple[Any, bool]:
+    """Return the written form of a field, which is at `path`, and whether `read_back` read it as its value."""
+    if read_back is None:
+        return _encode(value, type_, path, omitted), False
+    if _is_config(value):
+        form = encode_mapping(value, path, omitted, read_back)
+        return form, read_back.check_config(form, value, type_, path)
+    left_out = len(omitted)
+    form = _encode(value, type_, path, omitted)
+    is_whole = len(omitted) == left_out
+    return form, read_back.check_field(name, form, value, type_, target, path, is_whole=is_whole)
 
 
 def _is_config(value: object) -> bool:
@@ -244,7 +267,7 @@ def _encode_dict(value: dict[Any, Any], type_: Type, path: Path, omitted: Omitte
             try:
                 data[key] = _encode_item(item, inner, (*path, key), omitted)
             except _UnwritableError as error:
-                omitted.append(error.entry((*path, key)))
+                omitted.append(error.make_entry((*path, key)))
         return data
     path = (*path, "_args_", 0)
     pairs = [
