@@ -133,7 +133,9 @@ def test_overrides_are_yaml_and_apply_in_order(file: Path) -> None:
     ("override", "message"),
     [
         ("vocab_size", "malformed: write vocab_size=VALUE, or ~path to remove"),
+        ("vocab_size = 3", "malformed: write vocab_size=3, or ~path to remove"),
         ("=3", "malformed"),
+        (".block=3", "'.block' is not a path: write it as"),
         ("~vocab_size=3", "malformed"),
         ("~nothing", "$.nothing is not in the document"),
         ("block.size=[1", "not YAML"),
@@ -165,6 +167,12 @@ def test_problems_carry_line_and_column_or_the_override(file: Path) -> None:
         "3:1: $.vocab_sze: unknown key of Model; did you mean 'vocab_size'?",
         "8:5: $.blocks[1].size: expected an integer, got 'x'",
     ]
+
+
+def test_a_config_json_of_hugging_face_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    assert "which `bridge from-hf` converts" in problems(path)[0]
 
 
 def test_a_missing_field_is_reported_at_its_mapping(file: Path) -> None:
@@ -247,7 +255,10 @@ def test_overrides_are_distinguished_from_file_names() -> None:
     assert is_override("a=\0")
     assert is_override('extra_checkpoint_metadata["a b"]=1')
     assert is_override('~extra_checkpoint_metadata["a=\\"b"].c')
+    assert is_override("\u2603=1")
     assert not is_override('a["b=1')
+    assert not is_override("./a=1.yaml")
+    assert not is_override("/a=1.yaml")
 
 
 def test_an_override_may_have_quoted_keys(file: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path as FilePath
 
 from bridge.config.documents.sources import SUFFIXES
 from bridge.config.errors import ConfigError
+from bridge.config.paths import parse_path
 
-_PATH = r'[A-Za-z_$](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
-_FORGOTTEN_EQUALS = re.compile(r"(?P<path>[A-Za-z_$][\w.\[\]]*)(?:[:\s]\s*(?P<value>.*))?", re.DOTALL)
+_PATH = r'[^=\s"./~+-](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
+_ALMOST_AN_OVERRIDE = re.compile(r"(?P<path>[A-Za-z_$][\w.\[\]]*)(?:[:\s]\s*=?\s*(?P<value>.*))?", re.DOTALL)
 _OVERRIDE = re.compile(rf"\+{{0,2}}(?P<path>{_PATH})=(?P<value>.*)|~(?P<removed>{_PATH})", re.DOTALL)
 
 
@@ -20,8 +21,8 @@ def is_override(text: str) -> bool:
 
 
 def suggest_override(text: str) -> str | None:
-    """Suggest an override for text without an equals sign, such as `num_layers` or `num_layers:8`."""
-    match = _FORGOTTEN_EQUALS.fullmatch(text)
+    """Suggest an override for text such as `num_layers`, `num_layers:8` or `num_layers = 8`."""
+    match = _ALMOST_AN_OVERRIDE.fullmatch(text)
     if match is None or FilePath(text).suffix in SUFFIXES:
         return None
     return f"{match['path']}={match['value'] or 'VALUE'}"
@@ -35,6 +36,8 @@ def split_override(text: str) -> tuple[str, str | None]:
     """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
+        if "=" in text:
+            parse_path(text.partition("=")[0].lstrip("+"))  # what is wrong may be its path
         if suggestion := suggest_override(text):
             raise ConfigError(f"malformed: write {suggestion}, or ~path to remove")
         hint = " (one FILE at a time)" if FilePath(text).suffix in SUFFIXES else ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bridge.config.foreign import megatron_args
 from bridge.config.foreign.run_config import read_run_config
 from bridge.config.migration import Migration
@@ -18,3 +21,8 @@ def convert_foreign(data: object) -> Migration:
         DocumentError: Bridge has no configuration for the model.
     """
     return read_run_config(data) or megatron_args.convert_arguments(data) or Migration(data)
+
+
+def is_huggingface(data: Mapping[str, Any]) -> bool:
+    """Return whether a document is the `config.json` of a Hugging Face model, which bridge-models converts."""
+    return "model_type" in data and ("architectures" in data or "transformers_version" in data)

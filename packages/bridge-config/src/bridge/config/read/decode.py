@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.config.errors import ConfigError, DocumentError, OmittedWarning, Problem, TargetError, warn
-from bridge.config.foreign.recognize import convert_foreign
+from bridge.config.foreign.recognize import convert_foreign, is_huggingface
 from bridge.config.migration import Migration
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import MAX_PROBLEMS, ProblemList, ReadError, describe_value, make_error, prefix_path
@@ -174,6 +174,10 @@ def _read_document(
             f"expected a mapping that describes a {wanted.name.rpartition('.')[2]}, got {describe_value(data)}"
         )
     if "_target_" not in data:
+        if is_huggingface(data):
+            raise make_error(
+                "missing '_target_': this is a config.json of Hugging Face, which `bridge from-hf` converts"
+            )
         raise make_error(
             "missing '_target_': give the name of the config class, such as 'bridge.models.gpt.GPTModelConfig'"
         )
