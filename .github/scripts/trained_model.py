@@ -72,7 +72,7 @@ def main() -> None:
         second = second or losses[1]
         differs = abs(losses[0] - expected) > 1e-5 * expected or abs(losses[1] - second) > 1e-4 * second
         if differs or parameters != PARAMETERS:
-            sys.exit(f"{name} differs from transformers, or from the layout before")
+            sys.exit(f"{name} differs from transformers, or from the first layout")
 
 
 if __name__ == "__main__":

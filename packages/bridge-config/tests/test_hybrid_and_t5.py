@@ -9,17 +9,9 @@ import pytest
 from bridge.config.foreign.recognize import convert_foreign
 
 CORE = "megatron.core.transformer.transformer_config"
-
-
 HYBRID = "megatron.training.models.hybrid.HybridModelConfig"
-
-
 HYBRID_PROVIDER = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
-
-
 T5_PROVIDER = "megatron.bridge.models.t5_provider.T5ModelProvider"
-
-
 HYBRID_BUILDER = "megatron.training.models.hybrid.HybridModelBuilder"
 
 

@@ -16,29 +16,13 @@ from bridge.config.errors import DocumentError
 from bridge.config.foreign.recognize import convert_foreign
 
 CORE = "megatron.core.transformer.transformer_config"
-
-
 MEGATRON_TRAINING = "megatron.training.models.gpt.GPTModelConfig"
-
-
 PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-
-
 LLAMA31 = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
-
-
 BACKEND = "megatron.core.transformer.enums.AttnBackend"
-
-
 BRIDGE = "bridge.models.gpt.GPTModelConfig"
-
-
 HYBRID = "megatron.training.models.hybrid.HybridModelConfig"
-
-
 HYBRID_PROVIDER = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
-
-
 T5_PROVIDER = "megatron.bridge.models.t5_provider.T5ModelProvider"
 
 

@@ -111,17 +111,9 @@ class Flatter(Flat):
 
 
 register(WideLayer)
-
-
 register(Inner)
-
-
 register(Color)
-
-
 register_builder(OtherBuilder, Sample)
-
-
 register_builder(ForeignBuilder, Flatter)
 
 

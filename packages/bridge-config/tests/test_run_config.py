@@ -15,17 +15,9 @@ from bridge.config.foreign.run_config import to_run_config
 from bridge.config.schema.registry import get_document_name
 
 CORE = "megatron.core.transformer.transformer_config"
-
-
 MEGATRON_TRAINING = "megatron.training.models.gpt.GPTModelConfig"
-
-
 PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-
-
 BRIDGE = "bridge.models.gpt.GPTModelConfig"
-
-
 HYBRID = "megatron.training.models.hybrid.HybridModelConfig"
 
 

@@ -168,8 +168,6 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 
 
 ALIAS_BOMB = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))"""
-
-
 DEEP_ALIASES = r"""'a0: &a0 [x]\n' + ''.join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))"""
 
 

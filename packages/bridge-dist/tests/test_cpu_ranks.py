@@ -298,5 +298,5 @@ def gather_by_gloo() -> tuple[list[float], list[float]]:
 def test_tensors_of_different_precision_are_gathered_at_once() -> None:
     expected = ([1.0, 1.0, 2.0, 2.0], [3.0, 4.0])
     assert run_ranks(gather_at_once, 2) == [expected] * 2
-    # If gloo can do this, `_not_coalesced` is no longer needed for it.
+    # If gloo can do this, `skip_coalescing` is no longer needed for it.
     assert run_ranks(gather_by_gloo, 2) != [expected] * 2

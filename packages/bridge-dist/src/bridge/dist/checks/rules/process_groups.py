@@ -96,9 +96,9 @@ def batch_invariant_kernels(setup: Setup) -> Iterator[str]:
     """Layers report batch invariance, but call the standard kernels."""
     if setup.transformer.batch_invariant_mode and not setup.environment.is_batch_invariant:
         yield (
-            "batch_invariant_mode needs Megatron's batch-invariant kernels, which are not enabled: set it to False, or "
-            "call "
-            "enable_batch_invariant_mode of megatron.core.transformer.custom_layers.batch_invariant_kernels first"
+            "batch_invariant_mode needs Megatron's batch-invariant kernels, which are not enabled: set it to False, "
+            "or call enable_batch_invariant_mode of "
+            "megatron.core.transformer.custom_layers.batch_invariant_kernels first"
         )
 
 
