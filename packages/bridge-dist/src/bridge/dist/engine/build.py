@@ -25,6 +25,7 @@ from bridge.dist.engine.groups import get_embedding_ranks, get_layout
 from bridge.dist.engine.meta import NothingInitialised, initialise_stages, load_while_wrapping
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.precision import wrap_mixed_precision
+from bridge.dist.engine.release import remember_cuda_graphs
 from bridge.dist.engine.replicas import check_copies, is_tied, list_user_hooks
 from bridge.dist.engine.stages import BuildStage, build_stages
 from bridge.dist.engine.tensor_parallel_attributes import set_default_attributes
@@ -86,6 +87,7 @@ def build_distributed(
             vp_size=config.virtual_pipeline_model_parallel_size,
             model_type=options.model_type,
         )
+    remember_cuda_graphs(built)
     tied = is_tied(built)  # before the hooks, which may untie it
     is_sharded_from_meta = config.init_model_with_meta_device and options.shards_weights
     with load_while_wrapping() if is_sharded_from_meta else contextlib.nullcontext():

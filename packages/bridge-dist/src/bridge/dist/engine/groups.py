@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from bridge.dist.checks.agreement import LONGEST_WAIT, agree_in_world, collect_facts
-from bridge.dist.engine.release import clear_sharding_caches, release_sharded_models
+from bridge.dist.engine.release import clear_sharding_caches, release_cuda_graphs, release_sharded_models
 from bridge.dist.errors import LayoutError
 from bridge.dist.layout import Layout
 
@@ -118,6 +118,7 @@ def make_embedding_selector(ranks: Sequence[int] | None) -> Callable[[list[int]]
 def destroy_process_groups() -> None:
     """Destroy Megatron's process groups and all that were made after them, such as FSDP's. The world stays."""
     parallel_state.destroy_model_parallel()  # only drops its references to them
+    release_cuda_graphs()
     release_sharded_models()
     # megatron-core 0.19.2 caches the results of these with the module as key. The module holds its group, and under
     # Megatron-FSDP, through hooks, the whole model.

@@ -1,4 +1,4 @@
-"""Release models and process groups that megatron-core and torch would otherwise keep alive."""
+"""Release models, CUDA graphs and process groups that megatron-core and torch would otherwise keep alive."""
 
 from __future__ import annotations
 
@@ -8,14 +8,37 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bridge.dist.internals import TESTED_THROUGHOUT, TORCH
 
+_graphed: weakref.WeakSet[CudaGraphManager] = weakref.WeakSet()
 _megatron_fsdp: weakref.WeakSet[Any] = weakref.WeakSet()
 _meshes: weakref.WeakValueDictionary[int, DeviceMesh] = weakref.WeakValueDictionary()
 """Keyed by identity, because meshes of the same ranks compare equal."""
+
+
+def remember_cuda_graphs(stages: Iterable[torch.nn.Module]) -> None:
+    """Remember the layers that megatron-core computes with a CUDA graph each, for ``release_cuda_graphs``."""
+    _graphed.update(module for stage in stages for module in stage.modules() if isinstance(module, CudaGraphManager))
+
+
+def release_cuda_graphs() -> None:
+    """Delete the CUDA graphs of layers.
+
+    NCCL waits forever for graphs that contain its operations before it destroys a group. megatron-core 0.19.2 keeps in
+    a global that graphs were captured, so that no later model of the process could capture its own, and its own
+    function deletes only graphs that are recorded but not captured.
+    """
+    if not _graphed:
+        return
+    for manager in list(_graphed):
+        for runner in manager.cudagraph_runners:
+            runner.fwd_graph = runner.bwd_graph = None
+    _graphed.clear()
+    delete_cuda_graphs()
 
 
 def remember_megatron_fsdp(wrapped: torch.nn.Module) -> None:

@@ -29,4 +29,5 @@ def seed_random_states(config: TransformerConfig, groups: ProcessGroupCollection
         te_rng_tracker=config.use_te_rng_tracker,
         inference_rng_tracker=config.inference_rng_tracker,
         use_cudagraphable_rng=config.cuda_graph_impl != "none",
+        force_reset_rng=True,  # an earlier job of this process may have had another kind of random states
     )
