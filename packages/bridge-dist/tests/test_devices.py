@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import rank_functions
@@ -80,6 +82,23 @@ def test_a_rank_that_sees_one_gpu_uses_it(gpus: pytest.MonkeyPatch) -> None:
     assert choose_device(Device.AUTO, local_ranks=8, environment=shown) is Device.CUDA
     assert choose_gpu(make_rank(3, local_rank=3), gpus=1, environment=shown) == 0
     assert choose_device(Device.AUTO, local_ranks=8, environment={}) is Device.CPU
+
+
+SECOND_OF_TWO = """
+from bridge.dist.run import devices
+devices.count_gpus = lambda: 1
+print(devices.choose_device(devices.Device.AUTO, local_ranks=2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "device"), [("", "cpu"), ("CUDA_VISIBLE_DEVICES=1", "cuda")], ids=["of torchrun", "of a script"]
+)
+def test_a_gpu_that_torchrun_shows_to_all_its_ranks_is_of_none(before: str, device: str) -> None:
+    launcher = [f"{before} {sys.executable} -c '{SECOND_OF_TWO}'; exit $?"]  # a shell that stays, as torchrun does
+    shown = {"CUDA_VISIBLE_DEVICES": "0", "TORCHELASTIC_RUN_ID": "none"}
+    ran = subprocess.run(["sh", "-c", *launcher], capture_output=True, text=True, check=True, env=os.environ | shown)
+    assert ran.stdout.strip() == device
 
 
 def test_a_rank_that_sees_all_gpus_uses_its_local_rank() -> None:

@@ -104,4 +104,15 @@ def forbid_tf32() -> None:
 
 def _has_own_gpu(gpus: int, environment: Mapping[str, str]) -> bool:
     """Return whether the launcher makes only one GPU visible to each rank, as srun does with --gpus-per-task."""
-    return gpus == 1 and _VISIBLE in environment
+    return gpus == 1 and _VISIBLE in environment and not _is_shared_by_torchrun(environment)
+
+
+def _is_shared_by_torchrun(environment: Mapping[str, str]) -> bool:
+    """Return whether this rank inherits its visible GPUs from torchrun, as all ranks of the node then do."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return False
+    try:
+        inherited = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(f"{_VISIBLE}={environment[_VISIBLE]}") in inherited
