@@ -6,17 +6,23 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gpu import record
+from gpu.session import Row, find_error
 from gpu.settings import CASES, SETTINGS
 from gpu.worker import Worker, WorkerError, WorkerTimeoutError
 
 from bridge.config import Document
+from bridge.dist.errors import LaunchError
 
 SUITE = Path(__file__).parent / "gpu"
 REFERENCES = json.loads((SUITE / "references.json").read_text())
@@ -92,8 +98,30 @@ def test_a_crash_or_hang_affects_only_its_own_row(worker: Worker, tmp_path: Path
         worker.run("time:sleep", 60, limit=1)
     assert time.monotonic() - start < 20
     assert "Timeout" in (tmp_path / "worker.log").read_text()  # with the stacks at the time
-    assert worker.run("os:getpid", limit=30, fresh=True) not in (first, second)
+    third = worker.run("os:getpid", limit=30)
+    os.kill(third, signal.SIGKILL)  # while it is idle
+    while Path(f"/proc/{third}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    assert worker.run("os:getpid", limit=30) not in (first, second, third)
     worker.close()
+
+
+def test_a_command_that_fails_is_told_by_its_error_and_its_result_is_kept(tmp_path: Path) -> None:
+    session: Any = SimpleNamespace(log=tmp_path / "gpu.log", clip_limit=lambda limit: limit)
+    row = Row(session)
+    with pytest.raises(RuntimeError, match=r"^bridge.dist.errors.LayoutError: 1 ranks do not fit tp x pp x cp"):
+        row.bridge("build", "tiny", "--tp", "3")
+    assert "Traceback (most recent call last)" in session.log.read_text()
+    (tmp_path / "wrong.yaml").write_text("unknown: 1")
+    (found,) = row.bridge("validate", tmp_path / "wrong.yaml")  # exit code 1, as `bridge verify` if a layout differs
+    assert not found["ok"]
+
+
+def test_the_error_of_a_rank_is_found_before_the_rest_of_its_message() -> None:
+    error = LaunchError("rank 0: RuntimeError: no kernel image\n  File 'x.py', line 1, in f")
+    error.add_note("Traceback (most recent call last):\nRuntimeError: no kernel image\nCompile with more checks.\n")
+    assert find_error("".join(traceback.format_exception(error))) == "RuntimeError: no kernel image"
+    assert find_error("some warning\nlast line\n") == "last line"
 
 
 def test_the_page_shows_each_recorded_row_and_its_machine() -> None:

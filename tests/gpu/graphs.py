@@ -68,7 +68,8 @@ def train_in_one_graph(model: str, overrides: tuple[str, ...], capture: bool) ->
                 _, norm, _ = optimizer.step()
                 losses.append(torch.stack(outputs).mean().item())
                 norms.append(float(norm))
-    assert (FullCudaGraphWrapper.cuda_graph["training"] is not None) == capture
+        assert (FullCudaGraphWrapper.cuda_graph["training"] is not None) == capture
+        schedule.reset_cuda_graph()  # NCCL waits for the graphs that contain its operations before it ends
     return {"losses": losses, "grad_norms": norms}
 
 

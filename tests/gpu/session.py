@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from gpu.worker import Worker, WorkerTimeoutError
 REHEARSING = "BRIDGE_GPU_REHEARSE" in os.environ
 # A row is not started with less time than this.
 _SHORTEST_S = 5.0
+_ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
 
 
 class Session:
@@ -29,7 +31,8 @@ class Session:
         default = record.RECORD.with_name("rehearsal.json") if REHEARSING else record.RECORD
         self.path = Path(os.environ.get("BRIDGE_GPU_RECORD", default))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.worker = Worker(self.path.with_suffix(".log"))
+        self.log = self.path.with_suffix(".log")
+        self.worker = Worker(self.log)
         self.deadline = float(os.environ.get("BRIDGE_GPU_DEADLINE", math.inf))
         self.machine: dict[str, Any] = self.worker.run("gpu.machine:describe", limit=120)
 
@@ -84,11 +87,11 @@ class Row:
         if self.rehearsing:
             pytest.skip("needs CUDA")
 
-    def run(self, function: str, *args: Any, limit: float = 60, fresh: bool = False) -> Any:
-        """Run ``module:function`` in the worker, for ``limit`` seconds at most; ``fresh``: in a process of its own."""
+    def run(self, function: str, *args: Any, limit: float = 60) -> Any:
+        """Run ``module:function`` in the worker, for ``limit`` seconds at most."""
         left = self._session.clip_limit(limit)
         try:
-            return self._session.worker.run(function, *args, limit=left, fresh=fresh)
+            return self._session.worker.run(function, *args, limit=left)
         except WorkerTimeoutError:
             if left < limit:
                 pytest.skip("out of time")
@@ -97,25 +100,30 @@ class Row:
     def bridge(self, *args: str | Path, limit: float = 120) -> Any:
         """Run the command `bridge` and return the JSON that it prints.
 
+        `bridge verify` prints its rows and exits with 1 if one of them differs: these are returned.
+
         Raises:
-            RuntimeError: The command failed; the message is the last line of its standard error.
+            RuntimeError: The command failed; the message is its error. Its standard error is in the log.
         """
         script = Path(sys.executable).with_name("bridge")
-        command = [script if script.exists() else shutil.which("bridge") or "bridge", *args, "--json"]
+        command = [script if script.exists() else shutil.which("bridge") or "bridge", *args, "--json", "--traceback"]
         left = self._session.clip_limit(limit)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=left)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its ranks too
-            process.communicate()
-            if left < limit:
-                pytest.skip("out of time")
-            raise RuntimeError(f"bridge {args[0]} took longer than {limit:.0f} s") from None
-        if process.returncode:
-            raise RuntimeError(stderr.strip().rpartition("\n")[2] or f"exit code {process.returncode}")
+        with self._session.log.open("a+") as log:
+            log.write(f"== {time.strftime('%H:%M:%S')} bridge {' '.join(map(str, args))}\n")
+            log.flush()
+            start = log.tell()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+            try:
+                stdout, _ = process.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if left < limit:
+                    pytest.skip("out of time")
+                raise RuntimeError(f"bridge {args[0]} took longer than {limit:.0f} s") from None
+            log.seek(start)
+            if process.returncode and not stdout:
+                raise RuntimeError(find_error(log.read()) or f"exit code {process.returncode}")
         return json.loads(stdout)
 
     def measure(self, name: str, value: float, *, at_most: float | None = None) -> None:
@@ -130,3 +138,9 @@ class Row:
             if figure["at_most"] is not None and not figure["value"] <= figure["at_most"]  # type: ignore[operator]
         ]
         assert not wrong, "; ".join(wrong)
+
+
+def find_error(stderr: str) -> str:
+    """Return the last line that names an error, of a traceback if there is one; otherwise the last line."""
+    named = _ERROR_LINE.findall(stderr)
+    return named[-1] if named else stderr.strip().rpartition("\n")[2]

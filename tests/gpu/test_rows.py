@@ -196,24 +196,15 @@ def test_graphs_by_layer(row: Row) -> None:
     """One CUDA graph per layer (`cuda_graph_impl: local`) gives the losses and gradient norms of the CPU."""
     row.needs_cuda()
     overrides = ("transformer.cuda_graph_impl=local", "transformer.use_te_rng_tracker=true")
-    found = row.run("gpu.training:train_model", "tiny", "fp32", overrides, fresh=True)
+    found = row.run("gpu.training:train_model", "tiny", "fp32", overrides)
     compare(row, found, "tiny-fp32")
 
 
 def test_graph_of_a_step(row: Row) -> None:
     """One CUDA graph per step (`cuda_graph_impl: full_iteration`) gives the losses and gradient norms of the CPU."""
     overrides = ("transformer.cuda_graph_impl=full_iteration", "transformer.use_te_rng_tracker=true")
-    found = row.run("gpu.graphs:train_in_one_graph", "tiny", overrides, not row.rehearsing, fresh=True)
+    found = row.run("gpu.graphs:train_in_one_graph", "tiny", overrides, not row.rehearsing)
     compare(row, found, "tiny-fp32")
-
-
-def test_modelopt(row: Row) -> None:
-    """A model quantised by ModelOpt is restored with bitwise equal logits and can be trained."""
-    row.needs("nvidia-modelopt")
-    found = row.run("gpu.quantised:rebuild_and_train", "tiny")
-    row.measure("difference of logits", found["difference"], at_most=0)
-    row.judge()
-    assert found["losses"][1] < found["losses"][0]
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
@@ -223,6 +214,16 @@ def test_two_devices(row: Row, layout: str) -> None:
         pytest.skip("needs two devices")
     report = row.bridge("build", "tiny", "--nproc", "2", f"--{layout[:2]}", "2", *TRAINING, *get_device_option(row))
     compare(row, report, "tiny-fp32")
+
+
+def test_modelopt(row: Row) -> None:
+    """A model quantised by ModelOpt is restored with bitwise equal logits and can be trained."""
+    row.needs("nvidia-modelopt")
+    # On the first GPU, ModelOpt compiles its kernels: with nvcc this takes a minute or two.
+    found = row.run("gpu.quantised:rebuild_and_train", "tiny", limit=240)
+    row.measure("difference of logits", found["difference"], at_most=0)
+    row.judge()
+    assert found["losses"][1] < found["losses"][0]
 
 
 def test_te_layers(row: Row) -> None:

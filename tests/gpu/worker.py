@@ -1,7 +1,7 @@
 """A process that runs functions one after another, so that a crash or hang fails only its own row.
 
-This module imports nothing heavy. The process is restarted after a crash, a timeout, or a CUDA error that leaves the
-device unusable for the process.
+This module imports nothing heavy. The process is restarted after a crash, a timeout, a leak of device memory, or a CUDA
+error that leaves the device unusable for the process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Device memory that a function may leave allocated: a leaked model would leave too little for the next one.
+_MOST_HELD = 2**30
 # Time between the limit and the kill, in which the worker writes its stacks to the log.
 _GRACE_S = 2.0
 
@@ -51,36 +53,26 @@ class Worker:
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
 
-    def run(self, function: str, *args: Any, limit: float, fresh: bool = False) -> Any:
+    def run(self, function: str, *args: Any, limit: float) -> Any:
         """Run a function in the worker process and return its result.
 
         Args:
             function: The function, as ``module:function``, called with ``args``.
             limit: Seconds that it may take, including the start of the process.
-            fresh: Use a new process, which ends afterwards.
 
         Raises:
             WorkerError: The function raised or its process died.
             WorkerTimeoutError: The function exceeded its limit.
         """
-        if fresh:
-            self.close()
-        try:
-            return self._run(function, args, limit)
-        finally:
-            if fresh:
-                self.close()
-
-    def _run(self, function: str, args: tuple[Any, ...], limit: float) -> Any:
         connection = self._get_connection()
         name = f"{function}{args}"
-        connection.send((function, args, limit))
-        if not connection.poll(limit + _GRACE_S):
-            self.close()
-            raise WorkerTimeoutError(f"{name} took longer than {limit:.0f} s")
         try:
+            connection.send((function, args, limit))
+            if not connection.poll(limit + _GRACE_S):
+                self.close()
+                raise WorkerTimeoutError(f"{name} took longer than {limit:.0f} s")
             answer: _Answer = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # a ConnectionError if the process had not read the call
             assert self._process is not None
             self._process.join(_GRACE_S)
             code = self._process.exitcode
@@ -93,6 +85,9 @@ class Worker:
         return answer.result
 
     def _get_connection(self) -> Connection:
+        if self._connection is not None and self._connection.poll():
+            # An idle process sends nothing: it has died. NCCL's watchdog does that some time after a CUDA error.
+            self.close()
         if self._connection is None:
             # Not forked: a forked process cannot use CUDA if its parent has initialised it.
             context = multiprocessing.get_context("spawn")
@@ -149,7 +144,7 @@ def _call(function: str, args: tuple[Any, ...]) -> _Answer:
 
 
 def _release() -> bool:
-    """Free the device memory of the function; return whether the device is still usable."""
+    """Free the device memory of the function; return whether the next one finds a working and empty device."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
@@ -160,4 +155,7 @@ def _release() -> bool:
     except RuntimeError:
         traceback.print_exc()
         return False
-    return True
+    held: int = torch.cuda.memory_allocated()
+    if held > _MOST_HELD:
+        sys.stderr.write(f"{held / 2**30:.1f} GiB of the device are still held\n")
+    return held <= _MOST_HELD
