@@ -10,6 +10,7 @@ from bridge.config.canonical import canonicalize_checked, drop_version
 from bridge.config.paths import Path, format_path
 from bridge.config.problems import abbreviate
 from bridge.config.read.decode import Checked
+from bridge.config.read.migrate import is_same
 from bridge.config.text.dump import dump_flow
 
 _NOTHING = object()
@@ -65,7 +66,7 @@ def find_differences(before: Checked, after: Checked) -> Iterator[Difference]:
             yield Difference("removed", format_path(path), before=one, before_path=before_path)
         elif one is _NOTHING:
             yield Difference("added", format_path(path), after=other, after_path=after_path)
-        elif not _is_same(one, other):
+        elif not is_same(one, other):
             yield Difference("changed", format_path(path), one, other, before_path, after_path)
         elif before_path != after_path and before_path is not None and after_path is not None:
             yield Difference("moved", format_path(path), one, other, before_path, after_path)
@@ -99,15 +100,6 @@ def _walk_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from _walk_leaves(item, (*path, index))
     else:
         yield path, value
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two values have the same canonical JSON: 1 equals 1.0 but not true."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _format_side(value: Any, place: str | None) -> str:

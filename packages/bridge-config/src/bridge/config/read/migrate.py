@@ -186,7 +186,7 @@ class _Step:
         if value is MISSING:
             return
         where = self._work.find_origin((*self._path, *path))
-        if any(_is_same(value, harmless) for harmless in change.harmless):
+        if any(is_same(value, harmless) for harmless in change.harmless):
             note = f"{format_path(where)}: {abbreviate(value)} left out, {self._version} removed it: {change.reason}"
             self._work.result.notes.append(note)
         else:
@@ -225,7 +225,7 @@ class _Step:
                 self._work.result.notes.append(note)
             return
         for old, new in change.values:
-            if _is_same(value, old):
+            if is_same(value, old):
                 inside[path[-1]] = _copy(new)
                 note = f"{format_path(self._work.find_origin(here))}: {old!r} is {new!r} since {self._version}"
                 self._work.result.notes.append(note)
@@ -275,9 +275,13 @@ def _follow(path: Path, moves: list[tuple[Path, Path]]) -> Path:
     return path
 
 
-def _is_same(value: Any, other: Any) -> bool:
-    """Return whether two written values are the same: 1 equals 1.0, but not true."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two written values are the same: 1 equals 1.0 but not true, within lists and mappings too."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _copy(data: Any) -> Any:
