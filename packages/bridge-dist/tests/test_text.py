@@ -38,6 +38,15 @@ def test_a_tokenizer_makes_the_tokens(tmp_path: Path, tokenizer: Path) -> None:
     assert text.tokens.tolist() == [7, 9, 300, 0]
 
 
+def test_a_tokenizer_that_cuts_or_pads_reads_the_whole_text(tmp_path: Path, tokenizer: Path) -> None:
+    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded.enable_truncation(max_length=2)
+    loaded.enable_padding(length=9)
+    loaded.save(str(tokenizer))
+    text = Text.read(write(tmp_path, b"the model trains well"), vocab_size=301, tokenizer=tokenizer)
+    assert text.tokens.tolist() == [7, 9, 300, 0]
+
+
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(TrainingError, match="tokens up to 300, but vocab_size is 300: set vocab_size to at least 301"):
         Text.read(write(tmp_path, b"the model trains"), vocab_size=300, tokenizer=tokenizer)

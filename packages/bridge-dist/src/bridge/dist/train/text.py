@@ -90,4 +90,7 @@ def _tokenize(content: bytes, path: Path, tokenizer: Path) -> torch.Tensor:
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises Exception itself
         raise TrainingError(f"cannot read the tokenizer {tokenizer}: {error}") from error
+    # Files that a training run saved may cut or pad texts to the length of its samples; transformers ignores that too.
+    loaded.no_truncation()
+    loaded.no_padding()
     return torch.tensor(loaded.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
