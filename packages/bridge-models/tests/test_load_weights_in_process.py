@@ -18,7 +18,7 @@ from weight_folders import read_weights, write
 
 from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
-from bridge.dist.engine.placement import named_buffers, named_parameters
+from bridge.dist.engine.placement import named_tensors
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, load_weights
 from bridge.models.huggingface.folder.folder import open_folder
@@ -47,8 +47,8 @@ def build_model(config: dict[str, Any], groups: Groups) -> Any:
 
 def list_tensors(model: Any, groups: Groups) -> Weights:
     """Return the parameters and buffers of a model by the names of weight tables."""
-    found = [*named_parameters(model, groups), *named_buffers(model, groups)]
-    return {canonicalize_name(placement.full_name): tensor.detach() for placement, tensor, _ in found}
+    found = named_tensors(model, groups)
+    return {canonicalize_name(placement.full_name): tensor.detach() for placement, tensor in found}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,25 @@ def test_layers_that_config_json_does_not_mention_are_an_error(state: Weights, t
     write(tmp_path, MODELS["deepseek_v3"], state)
     with pytest.raises(WeightsError, match=rf"{EXTRA}.*: unknown"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "left_out"),
+    [
+        ("qwen2", {"model_type": "llama"}, "decoder.layers.1.self_attention.linear_qkv.bias"),
+        ("qwen3", {"model_type": "llama"}, "decoder.layers.0.self_attention.q_layernorm.weight"),
+        ("llama", {"tie_word_embeddings": True}, "output_layer.weight"),
+        ("t5, 1.0", {"num_layers": 1}, "encoder_num_layers"),
+    ],
+)
+def test_weights_that_the_model_lacks_are_an_error(
+    case: str, changes: dict[str, Any], left_out: str, pg_collection: Groups, tmp_path: Path
+) -> None:
+    """A document of a similar model takes all parameters from the folder, but not all of the folder."""
+    build_transformers_model(MODELS[case]).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError) as error:
+        load_weights([build_model(MODELS[case] | changes, pg_collection)], tmp_path, pg_collection)
+    assert left_out in {problem.path for problem in error.value.problems}
 
 
 @pytest.mark.parametrize("case", ["llama 3.2, tied", "gpt2", "t5, 1.0"])

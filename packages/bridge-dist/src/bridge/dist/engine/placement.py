@@ -119,6 +119,16 @@ def named_buffers(stage: MegatronModule, pg_collection: ProcessGroupCollection) 
                 yield NamedBuffer(Placement(name=name, full_name=full_name, shape=buffer.shape), buffer, module)
 
 
+def named_tensors(
+    stage: MegatronModule, pg_collection: ProcessGroupCollection
+) -> Iterator[tuple[Placement, torch.Tensor]]:
+    """Yield all that checkpoints keep of a stage: its parameters and persistent buffers, with their placement."""
+    for placement, parameter, _ in named_parameters(stage, pg_collection):
+        yield placement, parameter
+    for placement, buffer, _ in named_buffers(stage, pg_collection):
+        yield placement, buffer
+
+
 def _make_placement(
     name: str, full_name: str, parameter: torch.nn.Parameter, pg_collection: ProcessGroupCollection
 ) -> Placement:

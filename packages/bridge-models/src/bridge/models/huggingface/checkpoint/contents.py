@@ -22,7 +22,7 @@ from bridge.config import Document, ModelConfig
 from bridge.dist.checkpoint.shards import find_rows, identify
 from bridge.dist.cpu import on_meta
 from bridge.dist.document_layout import replace_layout
-from bridge.dist.engine.placement import named_buffers, named_parameters
+from bridge.dist.engine.placement import named_tensors
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout
 from bridge.dist.plan.virtual_rank.groups import act_as_rank
@@ -105,11 +105,10 @@ def list_contents(document: Mapping[str, Any], metadata: Mapping[str, Any]) -> C
         apply_factories(state)
         names: dict[int, tuple[str, torch.Tensor]] = {}
         shapes: dict[str, Shape] = {}
-        for found in (named_parameters, named_buffers):
-            for placement, tensor, _ in found(stage, groups):
-                name = canonicalize_name(placement.full_name)
-                names[identify(tensor)] = name, tensor
-                shapes[name] = tuple(tensor.shape)
+        for placement, tensor in named_tensors(stage, groups):
+            name = canonicalize_name(placement.full_name)
+            names[identify(tensor)] = name, tensor
+            shapes[name] = tuple(tensor.shape)
     pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
     extra_states = []
     for part in nested_values(state):

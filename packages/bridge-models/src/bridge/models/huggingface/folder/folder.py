@@ -18,7 +18,7 @@ from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.convert import from_hf
 from bridge.models.huggingface.document_fields import read_fields
 from bridge.models.huggingface.folder.headers import format_tensor, read_headers
-from bridge.models.huggingface.folder.match import Match, list_tensors, match
+from bridge.models.huggingface.folder.match import Match, match, name_tensors
 from bridge.models.huggingface.folder.names import rename
 from bridge.models.huggingface.folder.stored import FP8_BLOCK, Stored, pair_scales
 from bridge.models.huggingface.ignored import QUANTIZATION
@@ -74,7 +74,7 @@ def open_folder(path: str | Path) -> Folder:
     sizes = Sizes(fields)
     _check_sizes(path, sizes)
     entries = list(architecture.weights(sizes))
-    known = {name for entry in entries for name in list_tensors(entry)}
+    known = {name for entry in entries for name in name_tensors(entry)}
     stored, outside = rename(pair_scales(read_headers(path)), base=architecture.base, known=known)
     found = match(entries, stored, unused=architecture.unused_tensors)
     if found.problems:

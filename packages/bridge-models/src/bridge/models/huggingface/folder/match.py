@@ -26,7 +26,7 @@ class Match:
     notes: list[str]
 
 
-def list_tensors(entry: Entry) -> set[str]:
+def name_tensors(entry: Entry) -> set[str]:
     """Return the tensors that an entry of a table may be made of."""
     if isinstance(entry, Repetition):
         return {entry.tensor}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,9 +14,9 @@ from megatron.core.transformer import MegatronModule
 
 from bridge.config.errors import Problem
 from bridge.dist.engine.meta import load_stage
-from bridge.dist.engine.placement import Placement, named_buffers, named_parameters
+from bridge.dist.engine.placement import named_tensors
 from bridge.dist.engine.stages import unwrap
-from bridge.models.errors import WeightsError
+from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import make_problem
 from bridge.models.huggingface.transfer.names import canonicalize_name
@@ -50,7 +52,7 @@ def load_weights(
         check_repetitions(opened, reader, rank=rank, ranks=ranks)
         for stage, names in zip(stages, known, strict=True):
             loads = {}
-            for placement, _ in list_tensors(stage, pg_collection):
+            for placement, _ in named_tensors(stage, pg_collection):
                 weight, parts = names[placement.name]
                 regions = find_regions(parts, placement)
                 loads[placement.name] = partial(fill, regions=regions, weight=weight, folder=opened, reader=reader)
@@ -70,18 +72,18 @@ def match_stages(
         WeightsError: The stages are of another model.
     """
     _check_layers(stages, folder)
-    matched = [_match_stage(stage, folder, pg_collection) for stage in stages]
-    if problems := [problem for _, found in matched for problem in found]:
-        raise WeightsError(list(dict.fromkeys(problems)))
+    expected = _group_by_place(folder.match.weights)
+    matched = [_match_stage(stage, folder, expected, pg_collection) for stage in stages]
+    raise_any([problem for _, found in matched for problem in found])
     return [known for known, _ in matched]
 
 
 def _match_stage(
-    stage: MegatronModule, folder: Folder, pg_collection: ProcessGroupCollection
+    stage: MegatronModule, folder: Folder, expected: Mapping[str, Set[str]], pg_collection: ProcessGroupCollection
 ) -> tuple[Known, list[Problem]]:
     known: Known = {}
     problems = []
-    for placement, _ in list_tensors(stage, pg_collection):
+    for placement, _ in named_tensors(stage, pg_collection):
         name = canonicalize_name(placement.full_name)
         found = folder.match.weights.get(name)
         if found is None:
@@ -91,28 +93,63 @@ def _match_stage(
         if not weight.fits(placement.full_shape):
             built, stored = list(placement.full_shape), list(weight.shape)
             problems.append(Problem(name, f"the model has the shape {built}, the folder {stored}"))
-    return known, problems
+    return known, [*problems, *_find_left_out(stage, {weight.name for weight, _ in known.values()}, expected)]
 
 
-def list_tensors(
-    stage: MegatronModule, pg_collection: ProcessGroupCollection
-) -> Iterator[tuple[Placement, torch.Tensor]]:
-    """Yield the parameters and buffers of a stage with their placement."""
-    for placement, parameter, _ in named_parameters(stage, pg_collection):
-        yield placement, parameter
-    for placement, buffer, _ in named_buffers(stage, pg_collection):
-        yield placement, buffer
+def _find_left_out(stage: MegatronModule, names: Set[str], expected: Mapping[str, Set[str]]) -> Iterator[Problem]:
+    """Yield the weights that a stage should have, since it has others of the same place.
+
+    Args:
+        stage: The stage.
+        names: Its parameters and buffers. Other ranks may have other experts of its layers.
+        expected: The weights of the folder, from ``_group_by_place``.
+    """
+    found = _group_by_place(names)
+    model: Any = unwrap(stage)
+    if not model.pre_process:
+        found.pop(_FIRST, None)  # the output layer and multi-token prediction share the word embedding
+    ends = ((_FIRST, model.pre_process), (_LAST, model.post_process))
+    for place in (*found, *(place for place, is_here in ends if is_here and place not in found)):
+        for name in sorted(expected.get(place, set()) - found.get(place, set())):
+            yield Problem(name, "the model has no such parameter, but the folder has: it is of another model")
+
+
+_FIRST, _LAST = "embedding", "output_layer"
+
+
+def _group_by_place(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return parameters by their layer, or the part of the model outside layers: a stage has all of a place, or none.
+
+    The experts of a layer, which ranks share, have one name.
+    """
+    places: dict[str, set[str]] = {}
+    for name in names:
+        layer = _LAYER.match(name)
+        place = layer[0] if layer else name.partition(".")[0]
+        places.setdefault(place, set()).add(_EXPERT.sub(r"\1", name))
+    return places
+
+
+_LAYER = re.compile(r".*?\blayers\.\d+")
+_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))\d+$")
 
 
 def _check_layers(stages: Sequence[MegatronModule], folder: Folder) -> None:
     """Check the sizes that decide how many parameters there are: no single stage would miss those of others."""
-    problems = []
-    for field in ("num_layers", "num_moe_experts", "mtp_num_layers"):
-        built, expected = getattr(stages[0].config, field), folder.fields[f"transformer.{field}"]
-        if (built or 0) != (expected or 0):
-            problems.append(Problem(f"transformer.{field}", f"is {built} in the model, but {expected} in the folder"))
-    if problems:
-        raise WeightsError(problems)
+    sizes = {
+        f"transformer.{field}": (getattr(stages[0].config, field), folder.fields[f"transformer.{field}"])
+        for field in ("num_layers", "num_moe_experts", "mtp_num_layers")
+    }
+    if (encoder := getattr(unwrap(stages[0]), "encoder_config", None)) is not None:
+        layers = folder.fields.get("encoder_num_layers") or folder.fields["transformer.num_layers"]
+        sizes["encoder_num_layers"] = encoder.num_layers, layers
+    raise_any(
+        [
+            Problem(field, f"is {built} in the model, but {expected} in the folder")
+            for field, (built, expected) in sizes.items()
+            if (built or 0) != (expected or 0)
+        ]
+    )
 
 
 def check_repetitions(folder: Folder, reader: TensorReader, *, rank: int = 0, ranks: int = 1) -> None:

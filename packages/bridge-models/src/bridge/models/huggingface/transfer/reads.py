@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.config import Document, ModelConfig
 from bridge.dist.cpu import on_meta
-from bridge.dist.engine.placement import Placement
+from bridge.dist.engine.placement import Placement, named_tensors
 from bridge.dist.engine.stages import build_stages
 from bridge.dist.job import BuildJob
 from bridge.dist.layout import Layout
@@ -19,7 +19,7 @@ from bridge.dist.plan.virtual_rank.groups import act_as_rank
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
 from bridge.dist.wrapper import Wrapper
 from bridge.models.huggingface.folder.folder import Folder
-from bridge.models.huggingface.transfer.load import list_tensors, match_stages, share_rows
+from bridge.models.huggingface.transfer.load import match_stages, share_rows
 from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.regions import find_regions
 from bridge.models.huggingface.transfer.tensors import count_bytes
@@ -88,7 +88,7 @@ def _build_stages(folder: Folder, job: BuildJob, layout: Layout, rank: int) -> l
             # Megatron sets `allreduce` to False on the parameters of experts.
             _Held(canonicalize_name(placement.full_name), placement, not getattr(tensor, "allreduce", True))
             for stage in stages
-            for placement, tensor in list_tensors(stage, groups)
+            for placement, tensor in named_tensors(stage, groups)
         ]
 
 

@@ -127,7 +127,9 @@ def norm(sizes: Sizes, name: str, tensor: str, width: int | None = None) -> Iter
         yield same(f"{name}.bias", f"{tensor}.bias", shape)
 
 
-def list_tensors(weights: Iterable[Weight], repetitions: Sequence[Repetition]) -> Iterator[tuple[str, Part, Weight]]:
+def list_written_tensors(
+    weights: Iterable[Weight], repetitions: Sequence[Repetition]
+) -> Iterator[tuple[str, Part, Weight]]:
     """Yield the tensors of a saved folder once each: the name, a part that has the shape, and a weight of it."""
     seen: set[str] = set()
     for weight in weights:
