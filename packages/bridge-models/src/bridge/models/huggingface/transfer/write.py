@@ -97,7 +97,9 @@ class TensorWriter:
             descriptor = os.open(self._folder / slot.file, os.O_RDWR | os.O_CREAT, 0o666)
             os.ftruncate(descriptor, self._layout.sizes[slot.file])  # every rank, to the same size
             self._files[slot.file] = descriptor
-        data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        # as_strided, since a single number may have any stride, with which it is no bytes
+        flat = values.contiguous().as_strided((values.numel(),), (1,))
+        data = memoryview(flat.view(torch.uint8).numpy())
         while data:  # a write takes 2 GiB at most
             written = os.pwrite(self._files[slot.file], data, start)
             data, start = data[written:], start + written
