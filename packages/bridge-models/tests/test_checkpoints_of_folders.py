@@ -260,6 +260,18 @@ def test_a_checkpoint_that_exists_is_kept(tmp_path: Path) -> None:
         import_folder(folder, folder, force=True)
 
 
+def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "llama")
+    import_folder(folder, folder / "checkpoint")
+    with pytest.raises(WeightsError, match=r"folder: exists, and is not replaced, as .*checkpoint/release is in it"):
+        export_folder(folder / "checkpoint", folder, force=True)
+    inner = (folder / "checkpoint").rename(tmp_path / "checkpoint") / "folder"
+    folder.rename(inner)
+    with pytest.raises(WeightsError, match=r"checkpoint: exists, and is not replaced, as .*checkpoint/folder is in it"):
+        import_folder(inner, tmp_path / "checkpoint", force=True)
+    assert (inner / "model.safetensors").is_file()
+
+
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path, "llama")
     disk = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -291,7 +303,10 @@ def test_a_checkpoint_of_megatron_bridge_is_exported(tmp_path: Path) -> None:
 
 
 def test_the_commands(tmp_path: Path) -> None:
+    """They write to empty folders, too."""
     folder = make_folder(tmp_path, "qwen3")
+    for name in ("checkpoint", "exported"):
+        (tmp_path / name).mkdir()
     done = CliRunner().invoke(import_hf, [str(folder), "-o", str(tmp_path / "checkpoint")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "release"

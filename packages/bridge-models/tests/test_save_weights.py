@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,10 +103,14 @@ def test_tokenizer_is_copied(pg_collection: Groups, tmp_path: Path) -> None:
     source.mkdir()
     (source / "tokenizer.json").write_text("{}")
     (source / "modeling_llama.py").write_text("raise SystemExit")
+    (templates := source / "additional_chat_templates").mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    (templates / "run.py").write_text("raise SystemExit")
     model, config = build(MODELS["llama"], pg_collection)
     save_weights([model], tmp_path / "saved", pg_collection, model=config, source=source)
-    names = {file.name for file in (tmp_path / "saved").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    saved = tmp_path / "saved"
+    names = {str(file.relative_to(saved)) for file in saved.rglob("*") if file.is_file()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/rag.jinja"}
 
 
 @pytest.mark.parametrize("source", ["nothing", "no-org/nothing"])
@@ -131,7 +135,7 @@ def test_a_symbolic_link_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "real" / "config.json").touch()
     (tmp_path / "saved").symlink_to(tmp_path / "real")
     (problem,) = prepare(tmp_path / "saved", replaces="config.json", force=True)
-    assert problem.message == "is not replaced, as it is a symbolic link: pass the folder that it names"
+    assert problem.message == "exists, and is not replaced, as it is a symbolic link: pass the folder that it names"
 
 
 def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +163,7 @@ def test_a_full_disk_is_found_before_writing(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     model, config = build(MODELS["llama"], pg_collection)
-    with pytest.raises(WeightsError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB left"):
+    with pytest.raises(WeightsError, match=r"needs 0\.000 GB, but the disk has 0\.000 GB left"):
         save_weights([model], tmp_path / "saved", pg_collection, model=config)
     assert not (tmp_path / "saved").exists()
 
@@ -181,10 +185,11 @@ def test_a_model_without_some_layers_is_not_saved(pg_collection: Groups, tmp_pat
     assert not (tmp_path / "saved").exists()
 
 
-def save_until_killed(folder: str) -> None:
-    """Save on two ranks, of which the second is killed when it has written its first parameter."""
+def save_on_two_ranks(folder: str, write_on_second: Callable[..., None]) -> None:
+    """Save, and call this on the second rank in place of what writes a parameter."""
     from bridge.dist.engine.groups import create_process_groups
     from bridge.dist.layout import Layout
+    from bridge.dist.patch import Replacement, replace_attributes
     from bridge.models.huggingface.transfer.write import TensorWriter
 
     config: Any = ModelConfig.from_dict(from_hf(MODELS["llama"]).data)
@@ -193,15 +198,28 @@ def save_until_killed(folder: str) -> None:
     groups = create_process_groups(Layout.of(config.transformer, 2))
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     model = config.get_builder_cls()(config).build_model(groups)
-    write = TensorWriter.write
+    replacements = [Replacement(TensorWriter, "write", write_on_second)] if os.environ["RANK"] == "1" else []
+    with replace_attributes(*replacements):
+        save_weights([model], folder, groups, model=config)
 
-    def write_and_die(writer: TensorWriter, *given: Any) -> None:
-        write(writer, *given)
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    TensorWriter.write = write_and_die  # type: ignore[method-assign]
-    save_weights([model], folder, groups, model=config)
+def die(*given: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(*given: Any) -> None:
+    raise MemoryError("no room")
+
+
+def save_until_killed(folder: str) -> None:
+    save_on_two_ranks(folder, die)
+
+
+def save_until_an_error(folder: str) -> str:
+    """Return the error of this rank."""
+    with pytest.raises(WeightsError) as error:
+        save_on_two_ranks(folder, fail)
+    return str(error.value)
 
 
 def test_a_killed_rank_leaves_no_folder(tmp_path: Path) -> None:
@@ -211,3 +229,9 @@ def test_a_killed_rank_leaves_no_folder(tmp_path: Path) -> None:
     assert time.monotonic() - start < 60
     assert not (tmp_path / "saved").exists()
     assert not list((tmp_path / "saved.partial").glob("config.json"))
+
+
+def test_an_error_of_any_kind_on_one_rank_ends_all(tmp_path: Path) -> None:
+    folder = str(tmp_path / "saved")
+    assert run_ranks(save_until_an_error, 2, folder) == [f"{folder}: cannot be written: MemoryError: no room"] * 2
+    assert not (tmp_path / "saved").exists()

@@ -83,13 +83,18 @@ def find_latest(folder: Path) -> Path:
     return iteration
 
 
+def is_free(folder: Path) -> bool:
+    """Return whether a folder can have this name: nothing else has it, or an empty folder."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def check_save_folder(folder: Path, loaded: Path | None) -> None:
     """Check that a folder to save to is new, empty, or that of the run that goes on.
 
     Raises:
         CheckpointError: It is another one.
     """
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+    if is_free(folder):
         return
     if (
         loaded is None

@@ -51,6 +51,14 @@ def claim(folder: Path) -> Path:
     return partial
 
 
+def explain_lack_of_space(folder: Path, needed: int) -> str | None:
+    """Return what is wrong with writing this many bytes to a folder; None if its disk has room for them."""
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return f"needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left"
+
+
 def finish(folder: Path) -> None:
     """Give a folder that is complete its name, in place of the folder that has it, which is removed last.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from bridge.dist.checkpoint.common import make_common_state
 from bridge.dist.checkpoint.document import describe_model, write_documents
 from bridge.dist.checkpoint.folder import TRACKER, name_iteration
 from bridge.dist.checkpoint.optimizer import make_saving_state
-from bridge.dist.checkpoint.partial import claim, finish, name_partial, replace_file
+from bridge.dist.checkpoint.partial import claim, explain_lack_of_space, finish, name_partial, replace_file
 from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.random_states import KEY, collect_random_states
 from bridge.dist.checkpoint.state import (
@@ -80,7 +79,7 @@ def save_checkpoint(
             claim(iteration)
     content = make_content_metadata(distributed_optimizer=optimizer is not None and uses_distributed_optimizer(stages))
     state = _collect_state(stages, pg_collection, model, optimizer, progress, content)
-    _check_space(state, partial)
+    _check_disk(state, partial)
     # megatron-core 0.19.2 keeps this queue in a process of its own, for saves in the background. That process imports
     # the main module again, which takes seconds for a program that imports megatron-core.
     results = Replacement(filesystem_async, "_results_queue", queue.SimpleQueue())
@@ -136,7 +135,7 @@ def check_target(folder: str | Path, step: int, *, force: bool = False) -> None:
             iteration.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_space(state: dict[str, Any], folder: Path) -> None:
+def _check_disk(state: dict[str, Any], folder: Path) -> None:
     """Check that the tensors of all ranks fit on the disk. Collective over all ranks.
 
     Raises:
@@ -147,6 +146,5 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
     mine: int = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     needed = sum(gather(mine))
     with raise_together() as problems:
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            problems.append(f"{folder} needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left")
+        if (lack := explain_lack_of_space(folder, needed)) is not None:
+            problems.append(f"{folder} {lack}")

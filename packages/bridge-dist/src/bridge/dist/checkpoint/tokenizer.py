@@ -13,10 +13,12 @@ TOKENIZER = "tokenizer"
 CARRIED = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -24,6 +26,9 @@ CARRIED = (
     "vocab.txt",
 )
 """Files of a folder of transformers that belong to its tokenizer and to generation."""
+
+_TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates beside the default one, which have names of the user's."""
 
 
 def find_tokenizer_folder(weights: Path | None, checkpoint: Path | None) -> Path | None:
@@ -37,7 +42,8 @@ def find_tokenizer_folder(weights: Path | None, checkpoint: Path | None) -> Path
 
 def carry_files(source: Path, folder: Path) -> None:
     """Copy the files of the tokenizer and of generation that a folder has."""
-    for name in CARRIED:
+    templates = sorted(file.name for file in (source / _TEMPLATES).glob("*.jinja"))
+    for name in (*CARRIED, *(f"{_TEMPLATES}/{template}" for template in templates)):
         if (source / name).is_file():
-            folder.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)

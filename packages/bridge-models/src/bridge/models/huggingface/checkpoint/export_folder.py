@@ -44,7 +44,7 @@ from bridge.models.huggingface.transfer.output import (
 from bridge.models.huggingface.transfer.regions import cut_regions, find_regions, repeat_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Repetition, Weight, list_tensors
+from bridge.models.huggingface.weights.weight import Repetition, Weight, list_written_tensors
 
 
 def export_folder(
@@ -78,7 +78,7 @@ def export_folder(
     source = _read_source(Path(checkpoint), document)
     layout = lay_out(_list_tensors(source), shard_bytes=shard_bytes)
     target = Path(folder)
-    raise_any(prepare(target, replaces="config.json", force=force))
+    raise_any(prepare(target, replaces="config.json", force=force, source=source.iteration))
     partial = name_partial(target)
     raise_any(check_space(partial, sum(layout.sizes.values())))
     try:
@@ -180,7 +180,7 @@ def _read_precisions(iteration: Path) -> dict[str, str]:
 def _list_tensors(source: _Source) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield the tensors to write: name, dtype, shape."""
     precisions = _read_precisions(source.iteration)
-    for tensor, part, weight in list_tensors(source.weights, source.repetitions):
+    for tensor, part, weight in list_written_tensors(source.weights, source.repetitions):
         stored = source.metadata.state_dict_metadata[source.contents.pieces[weight.name][0].key]
         assert isinstance(stored, TensorStorageMetadata)
         yield tensor, precisions.get(part.tensor, NAMES[stored.properties.dtype]), part.shape

@@ -68,7 +68,7 @@ def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = F
         contents = list_contents(opened.document, CONTENT)
         _check_shapes(contents, opened)
         dtypes = _choose_dtypes(contents, opened)
-        raise_any(prepare(target, replaces=TRACKER, force=force))
+        raise_any(prepare(target, replaces=TRACKER, force=force, source=opened.path))
         raise_any(check_space(name_partial(target), _count_bytes(contents, dtypes)))
         iteration = name_partial(target) / RELEASE
         try:

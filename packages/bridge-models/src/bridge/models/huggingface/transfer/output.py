@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from bridge.config.errors import Problem
-from bridge.dist.checkpoint.partial import claim, name_partial
+from bridge.dist.checkpoint.folder import is_free
+from bridge.dist.checkpoint.partial import claim, explain_lack_of_space, name_partial
 from bridge.models.huggingface.folder.headers import INDEX
 from bridge.models.huggingface.transfer.layout import FileLayout
 
 
-def prepare(folder: Path, *, replaces: str | None = None, force: bool = False) -> list[Problem]:
+def prepare(
+    folder: Path, *, replaces: str | None = None, force: bool = False, source: Path | None = None
+) -> list[Problem]:
     """Make the folder that is written to, in place of one that a dead run left.
 
     Args:
         folder: The final name.
-        replaces: A file of the folders that ``force`` may replace; None if the name must be free.
+        replaces: A file of the folders that ``force`` may replace; None if the name must be free. An empty folder is.
         force: Whether such a folder is replaced.
+        source: What is read meanwhile, and must not be in the folder that is replaced.
     """
-    if os.path.lexists(folder):
-        if replaces is None:
-            return [Problem(str(folder), "exists: choose another folder, or remove it")]
-        if not force:
-            return [Problem(str(folder), "exists: choose another folder, or replace it with --force")]
-        if not (folder / replaces).is_file():
-            return [Problem(str(folder), f"is not replaced, as it has no {replaces}: choose another folder")]
-        if folder.is_symlink():
-            return [Problem(str(folder), "is not replaced, as it is a symbolic link: pass the folder that it names")]
+    if not is_free(folder) or folder.is_symlink():
+        reason = _explain_existing(folder, replaces=replaces, force=force, source=source)
+        if reason is not None:
+            return [Problem(str(folder), f"exists{reason}")]
     try:
         claim(folder)
     except OSError as error:
@@ -38,15 +35,26 @@ def prepare(folder: Path, *, replaces: str | None = None, force: bool = False) -
     return []
 
 
+def _explain_existing(folder: Path, *, replaces: str | None, force: bool, source: Path | None) -> str | None:
+    """Return why a folder is not replaced, as the end of a message; None if it is."""
+    if replaces is None:
+        return ": choose another folder, or remove it"
+    if not (folder / replaces).is_file():
+        return f", and is not replaced, as it has no {replaces}: choose another folder"
+    if folder.is_symlink():
+        return ", and is not replaced, as it is a symbolic link: pass the folder that it names"
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+        return f", and is not replaced, as {source} is in it: choose another folder"
+    return None if force else ": choose another folder, or replace it with --force"
+
+
 def check_space(partial: Path, needed: int) -> list[Problem]:
     """Check that the disk has room for this many bytes."""
     try:
-        free = shutil.disk_usage(partial).free
+        lack = explain_lack_of_space(partial, needed)
     except OSError as error:  # on a node that does not share the folder
         return [describe_failure(partial, error)]
-    if needed <= free:
-        return []
-    return [Problem(str(partial), f"needs {needed / 1e9:,.1f} GB, but the disk has {free / 1e9:,.1f} GB left")]
+    return [] if lack is None else [Problem(str(partial), lack)]
 
 
 def describe_failure(folder: Path, error: OSError) -> Problem:

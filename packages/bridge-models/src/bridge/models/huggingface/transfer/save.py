@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +20,11 @@ from bridge.dist.checkpoint.document import describe_model
 from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.checkpoint.shards import find_divided, find_held_rows, show_whole
 from bridge.dist.checkpoint.state import check_wrapper
-from bridge.dist.checkpoint.together import gather
+from bridge.dist.checkpoint.together import gather, share_problems
 from bridge.dist.checkpoint.tokenizer import carry_files
-from bridge.dist.engine.placement import EMBEDDING, Placement, get_tensor_group, named_buffers, named_parameters
+from bridge.dist.engine.placement import EMBEDDING, Placement, get_tensor_group, named_tensors
 from bridge.dist.engine.stages import unwrap
-from bridge.models.errors import raise_any
+from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.convert import to_hf
 from bridge.models.huggingface.document_fields import read_fields
 from bridge.models.huggingface.matching import find_architecture
@@ -38,7 +39,7 @@ from bridge.models.huggingface.transfer.output import (
 from bridge.models.huggingface.transfer.regions import Region, cut_regions, find_regions, repeat_regions
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
-from bridge.models.huggingface.weights.weight import Repetition, Weight, list_tensors
+from bridge.models.huggingface.weights.weight import Repetition, Weight, list_written_tensors
 
 
 def save_weights(
@@ -57,7 +58,7 @@ def save_weights(
 
     Args:
         stages: The stages of this rank, wrapped or not.
-        folder: Where to write; it must not exist.
+        folder: Where to write; if it exists, it must be empty.
         pg_collection: The process groups of this rank.
         model: The configuration of the model, from which config.json is written.
         source: A folder whose tokenizer and generation settings are copied.
@@ -72,20 +73,48 @@ def save_weights(
     check_wrapper(stages)
     folder = Path(folder)
     table = _Table.of(model)
-    listed = [one for stage in stages for one in _list_held(stage, table.weights, pg_collection)]
-    problems = [one for one in listed if isinstance(one, Problem)]
     is_first = torch.distributed.get_rank() == 0
     tokenizer = None
-    if is_first:
-        if source is not None:
-            tokenizer, found = _find_source(str(source))
-            problems += found
-        problems += prepare(folder)
-    _raise_gathered(problems)
-    held = [one for one in listed if isinstance(one, _Held)]
-    layout = _lay_out_tensors(table, held, default=_get_default_dtype(stages[0]), shard_bytes=shard_bytes)
-    _write_together(held, table, name_partial(folder), layout)
-    _raise_gathered(_finish(folder, layout, table.config, tokenizer) if is_first else [])
+    with _raise_together(folder) as problems:
+        listed = [one for stage in stages for one in _list_held(stage, table.weights, pg_collection)]
+        held = [one for one in listed if isinstance(one, _Held)]
+        problems += [one for one in listed if isinstance(one, Problem)]
+        if is_first:
+            if source is not None:
+                tokenizer, found = _find_source(str(source))
+                problems += found
+            problems += prepare(folder)
+    default = _get_default_dtype(stages[0])
+    dtypes = _gather_dtypes(held, default=default)
+    partial = name_partial(folder)
+    with _raise_together(folder) as problems:
+        layout = _lay_out_tensors(table, dtypes, default=default, shard_bytes=shard_bytes)
+        problems += check_space(partial, sum(layout.sizes.values()))
+    with _raise_together(folder):
+        written = _write(held, table.repetitions, partial, layout)
+    _check_whole(written, layout, partial)
+    with _raise_together(folder):
+        if is_first:
+            write_headers(partial, layout, table.config)
+            if tokenizer is not None:
+                carry_files(tokenizer, partial)
+            finish(folder)
+
+
+def _raise_together(folder: Path) -> AbstractContextManager[list[Problem]]:
+    """Yield a list for problems, and raise those of all ranks on every rank, with whatever went wrong on one of them.
+
+    Collective over all ranks.
+    """
+
+    def describe(error: BaseException) -> list[Problem]:
+        if isinstance(error, WeightsError):
+            return error.problems
+        if isinstance(error, OSError):
+            return [describe_failure(folder, error)]
+        return [Problem(str(folder), f"cannot be written: {type(error).__name__}: {error}")]
+
+    return share_problems(describe, WeightsError)
 
 
 @dataclass(frozen=True)
@@ -107,27 +136,27 @@ class _Table:
         return cls(config, weights, [one for one in entries if isinstance(one, Repetition) and one.is_written])
 
 
-def _raise_gathered(problems: Sequence[Problem]) -> None:
-    """Raise the problems of all ranks on all ranks, if there are any. Collective."""
-    raise_any([problem for found in gather(list(problems)) for problem in found])
-
-
-def _lay_out_tensors(table: _Table, held: Sequence[_Held], *, default: str, shard_bytes: int) -> FileLayout:
-    """Return the place of each tensor, in the precision in which some rank holds it. Collective."""
+def _gather_dtypes(held: Sequence[_Held], *, default: str) -> dict[str, str]:
+    """Return the precision in which some rank holds each weight, where it is not the default's. Collective."""
     found = gather({one.weight.name: one.dtype for one in held if one.dtype != default})
-    dtypes = {name: dtype for each in found for name, dtype in each.items()}
+    return {name: dtype for each in found for name, dtype in each.items()}
+
+
+def _lay_out_tensors(table: _Table, dtypes: Mapping[str, str], *, default: str, shard_bytes: int) -> FileLayout:
+    """Return the place of each tensor."""
     tensors = (
         (tensor, dtypes.get(weight.name, default), part.shape)
-        for tensor, part, weight in list_tensors(table.weights.values(), table.repetitions)
+        for tensor, part, weight in list_written_tensors(table.weights.values(), table.repetitions)
     )
     return lay_out(tensors, shard_bytes=shard_bytes)
 
 
-def _write_together(held: Sequence[_Held], table: _Table, partial: Path, layout: FileLayout) -> None:
-    """Write the rows of all ranks, and check that they are all. Collective."""
-    _raise_gathered(check_space(partial, sum(layout.sizes.values())))
-    problems, written = _write(held, table.repetitions, partial, layout)
-    _raise_gathered(problems)
+def _check_whole(written: int, layout: FileLayout, partial: Path) -> None:
+    """Check that the ranks together have written all bytes. Collective.
+
+    Raises:
+        WeightsError: They have not.
+    """
     total = sum(gather(written))
     assert total <= layout.tensor_bytes, "ranks have written the same rows"  # the check below counts bytes
     if total < layout.tensor_bytes:
@@ -158,8 +187,8 @@ def _list_held(
     """Yield the parameters and buffers of a stage that this rank writes, and what is wrong with them."""
     divided = find_divided(stage)
     with show_whole(stage, divided):
-        named = (*named_parameters(stage, pg_collection), *named_buffers(stage, pg_collection))
-    for placement, tensor, _ in named:
+        named = list(named_tensors(stage, pg_collection))
+    for placement, tensor in named:
         name = canonicalize_name(placement.full_name)
         weight = weights.get(name)
         if weight is None:
@@ -168,6 +197,9 @@ def _list_held(
         if not weight.fits(placement.full_shape):
             shape = list(placement.full_shape)
             yield Problem(name, f"expected the shape {list(weight.shape)} of config.json, got {shape}")
+            continue
+        if tensor.dtype not in NAMES:
+            yield Problem(name, f"is of {tensor.dtype}: expected {', '.join(map(str, NAMES))}")
             continue
         rows, first = tensor.detach(), 0
         if (found := divided.get(placement.name)) is not None:
@@ -202,21 +234,15 @@ def _get_default_dtype(stage: MegatronModule) -> str:
     return "BF16" if config.bf16 else "F16" if config.fp16 else NAMES[config.params_dtype]
 
 
-def _write(
-    held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Path, layout: FileLayout
-) -> tuple[list[Problem], int]:
-    """Write this rank's rows; return what the file system refused, and the number of bytes."""
-    writer = TensorWriter(folder, layout)
-    try:
-        with writer:
-            for one in held:
-                rows = one.rows
-                if one.weight.factor != 1.0:
-                    rows = rows.float() / one.weight.factor
-                writer.write(one.list_regions(repetitions), rows)
-    except OSError as error:  # also of closing, after which all bytes are on the disk
-        return [describe_failure(folder, error)], writer.written
-    return [], writer.written
+def _write(held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Path, layout: FileLayout) -> int:
+    """Write this rank's rows, and wait until they are on the disk; return the number of bytes."""
+    with TensorWriter(folder, layout) as writer:
+        for one in held:
+            rows = one.rows
+            if one.weight.factor != 1.0:
+                rows = rows.float() / one.weight.factor
+            writer.write(one.list_regions(repetitions), rows)
+    return writer.written
 
 
 def _find_source(source: str) -> tuple[Path | None, list[Problem]]:
@@ -226,15 +252,3 @@ def _find_source(source: str) -> tuple[Path | None, list[Problem]]:
     except DocumentError as error:
         return None, error.problems
     return folder, [] if folder.is_dir() else [Problem(source, "no such folder: pass one with a tokenizer, or None")]
-
-
-def _finish(folder: Path, layout: FileLayout, config: dict[str, Any], tokenizer: Path | None) -> list[Problem]:
-    """Write all but the tensors, and give the folder its name; return what the file system refused."""
-    try:
-        write_headers(name_partial(folder), layout, config)
-        if tokenizer is not None:
-            carry_files(tokenizer, name_partial(folder))
-        finish(folder)
-    except OSError as error:
-        return [describe_failure(folder, error)]
-    return []
