@@ -19,6 +19,7 @@ from bridge.models.errors import WeightsError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
 _OTHER_FORMATS = {
     ".bin": "PyTorch's pickled weights",
     ".pt": "PyTorch's pickled weights",
@@ -174,6 +175,8 @@ def _explain_missing(folder: Path) -> str:
     files = sorted(folder.iterdir())
     if os.path.lexists(folder / SINGLE):
         return f"{SINGLE} is not a regular file"
+    if (folder / _ADAPTER).exists():
+        return f"has {_ADAPTER}, the changes to another model: merge them into it with PEFT, and save it"
     for file in files:
         if file.suffix == ".safetensors":
             return f"has {quote_name(file.name)}, but neither {SINGLE} nor {INDEX}"
