@@ -320,6 +320,21 @@ def test_a_full_disk_gives_a_message_and_an_exit_code(site: Path, command: str, 
     assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
 
 
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">&-", "standard output is closed: redirect it to a file or to /dev/null\n"),
+        ("<&-", "-: $: cannot be read: standard input is closed\n"),
+        ("0>written", "-: $: cannot be read: Bad file descriptor\n"),
+    ],
+)
+def test_a_closed_stream_gives_a_message_and_an_exit_code(site: Path, redirection: str, message: str) -> None:
+    code = "import sys; from bridge.config.cli.entry import main; main(['validate', '-'])"
+    line = f'exec "$0" -c "$1" {redirection}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, code], cwd=site, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, message)
+
+
 def test_output_is_utf_8_in_any_locale(site: Path) -> None:
     code = "import sys; sys.path.insert(0, '.'); from bridge.config.cli.entry import main; main()"
     done = subprocess.run(

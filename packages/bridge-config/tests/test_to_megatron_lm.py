@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from bridge.config import Document, DocumentError
+from bridge.config import ConfigError, Document, DocumentError
 from bridge.config.cli.megatron_lm import to_megatron_lm as command
 from bridge.config.cli.output import write_output
 from bridge.config.foreign.argument_names import get_options, load_arguments
@@ -161,6 +161,17 @@ def test_a_write_that_fails_keeps_the_file(small: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", fail)
     assert "cannot be written: No space left on device" in str(run(small, "-o", output, "--force").exception)
     assert [(file.name, file.read_text()) for file in tmp_path.glob("model.*")] == [("model.args", "before\n")]
+
+
+def test_a_working_directory_that_is_gone_is_a_clear_error(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert str(run(small, "-o", "a.args").exception) == "a.args cannot be written: No such file or directory"
+    with pytest.raises(ConfigError, match=r"a\.args cannot be written: No such file or directory"):
+        write_output("", Path("a.args"))
 
 
 def test_text_with_names_that_are_not_utf8_is_written(tmp_path: Path) -> None:

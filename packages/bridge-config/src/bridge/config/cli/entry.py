@@ -135,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit codes: 0 success, 1 an error, 2 wrong usage, 128 + N ended by signal N.
     """
+    if sys.stdout is None:  # the next file that is opened would take its place, and get what is printed
+        click.echo("standard output is closed: redirect it to a file or to /dev/null", err=True)
+        sys.exit(1)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # documents are UTF-8, but file names may not be
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -32,18 +32,24 @@ def check_output(file: Path | None, *, force: bool) -> None:
     if file is None:
         return
     try:
-        exists = bool(os.stat(file))
-    except FileNotFoundError:
-        exists = False
-    except OSError as error:  # such as a name that is too long
+        folder, exists = os.path.dirname(os.path.realpath(file)), _exists(file)
+    except OSError as error:  # such as a name that is too long, or a working directory that is gone
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error
     if exists and not force:
         raise ConfigError(f"{file}: file exists: give --force to overwrite it, or another name")
-    folder = os.path.dirname(os.path.realpath(file))
     if not os.path.isdir(folder):
         raise ConfigError(f"{file} cannot be written: there is no folder {folder}: create it, or give another name")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{file} cannot be written: no permission to create files in {folder}: give another name")
+
+
+def _exists(file: Path) -> bool:
+    """Return whether there is such a file; unlike `Path.exists`, raise an OSError if there cannot be one."""
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def write_output(text: str, file: Path | None) -> None:

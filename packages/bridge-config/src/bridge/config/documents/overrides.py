@@ -7,7 +7,7 @@ import re
 from pathlib import Path as FilePath
 
 from bridge.config.documents.sources import SUFFIXES
-from bridge.config.errors import ConfigError
+from bridge.config.errors import ConfigError, quote_name
 from bridge.config.paths import parse_path
 
 _PATH = r'[^=\s"./~+-](?:[^=\s"]|"(?:[^"\\]|\\.)*")*'
@@ -47,4 +47,4 @@ def split_override(text: str) -> tuple[str, str | None]:
 
 def describe_override(text: str) -> str:
     """Return the name of an override for problems with its value."""
-    return f"override {text!r}"
+    return f"override {quote_name(text)}"

@@ -43,9 +43,17 @@ def write_file(file: FilePath, text: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = FilePath(os.path.realpath(file))  # replace the target of a link, not the link
-    if os.path.exists(target) and not os.path.isfile(target):  # unlike Path, they accept every name
-        raise ConfigError(f"{file} cannot be written: not a regular file")
+    try:
+        target = FilePath(os.path.realpath(file))  # replace the target of a link, not the link
+        if os.path.exists(target) and not os.path.isfile(target):  # unlike Path, they accept every name
+            raise ConfigError(f"{file} cannot be written: not a regular file")
+        _replace_file(target, text)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _replace_file(target: FilePath, text: str) -> None:
+    """Write a new file beside `target` and rename it to that name, with the mode of the file before."""
     written = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
         with written.open("xb") as stream:
@@ -55,8 +63,6 @@ def write_file(file: FilePath, text: str) -> None:
         if target.exists():
             shutil.copymode(target, written)
         written.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             written.unlink()

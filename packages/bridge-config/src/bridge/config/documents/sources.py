@@ -47,9 +47,11 @@ def read_file(source: str) -> str:
         DocumentError: the file cannot be read, is not a regular file, is too large, or is not UTF-8.
     """
     check_name(source)
-    if source == STANDARD_INPUT:
-        return _decode(sys.stdin.buffer.read(MAX_BYTES + 1), source)
+    if source == STANDARD_INPUT and sys.stdin is None:
+        raise make_source_error(source, "cannot be read: standard input is closed")
     try:
+        if source == STANDARD_INPUT:
+            return _decode(sys.stdin.buffer.read(MAX_BYTES + 1), source)
         if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device may block forever, or act when opened
             raise make_source_error(source, "cannot be read: not a regular file")
         with open(source, "rb") as stream:

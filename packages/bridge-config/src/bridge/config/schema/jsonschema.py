@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from typing import Any
 
-from bridge.config.errors import TargetError, did_you_mean
+from bridge.config.errors import TargetError, did_you_mean, quote_name
 from bridge.config.schema.annotations import (
     Anything,
     Choice,
@@ -62,7 +62,9 @@ def make_json_schema(name: str) -> Json:
     """
     target = get_shipped(name)
     if target is None or target.kind != "config":
-        raise TargetError(f"{name!r} is not a config with a schema{did_you_mean(name, list_schema_targets())}")
+        raise TargetError(
+            f"{quote_name(name)} is not a config with a schema{did_you_mean(name, list_schema_targets())}"
+        )
     definitions = _Definitions()
     schema = definitions.make_mapping(target)
     schema["properties"] |= _make_top_keys(target)

@@ -5,6 +5,7 @@ Document is imported when a command runs: importing it takes as long as everythi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -68,7 +69,7 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
     from bridge.models import huggingface
 
     if output is not None:
-        output = output / "config.json" if output.is_dir() else output
+        output = output / "config.json" if os.path.isdir(output) else output  # unlike Path, it accepts every name
         if output.suffix != ".json":
             raise ConfigError(f"{output}: expected a .json file, or a folder for config.json")
         check_output(output, force=force)

@@ -24,7 +24,7 @@ def load_config_json(source: str) -> Document:
         DocumentError: The file cannot be read, or is not a JSON object.
     """
     file = Path(resolve_repository(source))
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike Path, it accepts every name
         file /= "config.json"
     name = str(file)
     if source != STANDARD_INPUT and not os.path.exists(file):
