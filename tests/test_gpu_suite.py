@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from gpu import record
 from gpu.session import Row, find_error
-from gpu.settings import CASES, SETTINGS
+from gpu.settings import CASES, SETTINGS, TE_STORAGE
 from gpu.worker import Worker, WorkerError, WorkerTimeoutError
 
 from bridge.config import Document
@@ -43,6 +43,22 @@ def test_every_case_has_a_reference_of_its_current_document() -> None:
     for case, reference in REFERENCES["training"].items():
         fingerprint = Document.load(case.rpartition("-")[0]).fingerprint()
         assert reference["fingerprint"] == fingerprint, f"{case}: run tests/gpu/references.py"
+
+
+def test_te_layers_are_modelled_by_the_sizes_of_the_llama() -> None:
+    """Of the 1B Llama: 2,048 channels, 32 heads and 8 groups of 64, 8,192 values between two products."""
+    assert REFERENCES["te_layers"].keys() == TE_STORAGE.keys()
+    parameters = 2048 * (2048 + 2 * 512 + 2048 + 3 * 8192)
+    bf16, tensorwise = (REFERENCES["te_layers"][storage] for storage in ("bf16", "tensorwise"))
+    # Weights in bf16 and gradients in fp32; in FP8, two copies more of each weight.
+    assert bf16["held"] == pytest.approx(6 * parameters, rel=1e-3)
+    assert tensorwise["held"] == pytest.approx(8 * parameters, rel=1e-3)
+    # For each token: inputs and outputs of two norms, queries, keys, values, the output of attention, the input of the
+    # activation function and its output, and a sum of each head's scores. In FP8, the outputs of the norms and of the
+    # activation function have half the bytes.
+    values = 4 * 2048 + 2048 + 2 * 512 + 2048 + 3 * 8192
+    assert bf16["kept"] == pytest.approx(4096 * (2 * values + 4 * 32), rel=1e-3)
+    assert tensorwise["kept"] == pytest.approx(4096 * (2 * values + 4 * 32 - 2 * 2048 - 8192), rel=1e-3)
 
 
 def test_functions_named_by_rows_exist() -> None:

@@ -21,6 +21,7 @@ def describe() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if has_cuda else None,
         "devices": torch.cuda.device_count() if has_cuda else 0,
         "memory": torch.cuda.get_device_properties(0).total_memory if has_cuda else None,
+        "capability": float("{}.{}".format(*torch.cuda.get_device_capability())) if has_cuda else None,
         "driver": _find_driver_version() if has_cuda else None,
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None,

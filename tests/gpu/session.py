@@ -82,6 +82,11 @@ class Row:
         if package not in self._session.machine["packages"]:
             pytest.skip(f"{package} is not installed")
 
+    def needs_capability(self, least: float) -> None:
+        """Skip the row on a GPU of an older architecture."""
+        if (found := self._session.machine["capability"]) < least:
+            pytest.skip(f"needs compute capability {least}, not {found}")
+
     def needs_cuda(self) -> None:
         """Skip the row in a rehearsal."""
         if self.rehearsing:

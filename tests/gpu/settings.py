@@ -28,7 +28,20 @@ TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "bf16": Tolerance(1e-3, 1e-2), "fp1
 
 LLAMA = "llama-3.2-1b"
 TE_SEQUENCE = 4096
-"""Tokens of a sequence in the rows of Transformer Engine."""
+"""Tokens of a sequence in the rows of Transformer Engine's memory."""
+TE_STORAGE: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    **{
+        recipe: ("transformer.fp8=hybrid", f"transformer.fp8_recipe={recipe}")
+        for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")
+    },
+}
+"""Overrides of the Llama for each storage of weights and activations by Transformer Engine."""
+
+
+def list_te_overrides(storage: str, layers: int) -> list[str]:
+    """Return the overrides of a Llama with some layers, whose memory is measured and modelled."""
+    return [*TE_STORAGE[storage], f"transformer.num_layers={layers}", f"seq_length={TE_SEQUENCE}"]
 
 
 class Setting(NamedTuple):

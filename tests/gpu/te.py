@@ -10,49 +10,46 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.settings import LLAMA, PRECISIONS, SMALL_LLAMA, SMALL_SEQUENCE, TE_SEQUENCE
+from gpu.settings import LLAMA, TE_SEQUENCE, list_te_overrides
 from gpu.training import join_single_rank, make_job
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from bridge.models.backend.scan import selective_scan
 
 
-def measure_layer_bytes(implementation: str, small: bool) -> int:
-    """Return the bytes that a layer of the Llama saves for the backward pass of a sequence of 4,096 tokens.
+def measure_layer(storage: str, implementation: str = "transformer_engine") -> dict[str, int]:
+    """Return the bytes that a layer of the Llama holds all the time, and those it keeps for the backward pass.
 
     Args:
+        storage: A key of ``TE_STORAGE``.
         implementation: megatron-core's ``transformer_impl``: ``transformer_engine``, or ``local`` for Bridge's layers.
-        small: Use a small model.
     """
-    few, more = (_measure_activation_bytes(layers, implementation, small) for layers in (2, 4))
-    return (more - few) // 2
+    few, more = (_measure_model(storage, implementation, layers) for layers in (2, 4))
+    return {kind: (more[kind] - few[kind]) // 2 for kind in few}
 
 
-def _measure_activation_bytes(layers: int, implementation: str, small: bool) -> int:
-    length = SMALL_SEQUENCE if small else TE_SEQUENCE
+def _measure_model(storage: str, implementation: str, layers: int) -> dict[str, int]:
     overrides = [
-        *(SMALL_LLAMA if small else ()),
-        f"transformer.num_layers={layers}",
         f"transformer.transformer_impl={implementation}",
         # As `bridge build` and `bridge plan` choose it.
         f"transformer.apply_rope_fusion={str(implementation == 'transformer_engine').lower()}",
-        f"seq_length={length}",
     ]
-    job = make_job(LLAMA, [*PRECISIONS["bf16"], *overrides])
+    job = make_job(LLAMA, [*list_te_overrides(storage, layers), *overrides])
     with join_single_rank(job) as rank:
         model_parallel_cuda_manual_seed(1)
         builder = job.make_builder(rank.config)
         (stage,) = builder.build_distributed_models(
             rank.groups, job.make_options(builder.transformer_config).ddp_config
         )
-        tokens = torch.zeros(1, length + 1, dtype=torch.long).cuda()
-        for _ in range(2):  # the first pass also allocates workspaces, which later ones share
+        tokens = torch.zeros(1, TE_SEQUENCE + 1, dtype=torch.long).cuda()
+        for _ in range(2):  # the first pass also allocates copies of weights in FP8 and workspaces, which stay
             gc.collect()
-            before = torch.cuda.memory_allocated()
+            held = torch.cuda.memory_allocated()
             losses = builder.forward_step(stage, tokens, rank.groups)
-            after = torch.cuda.memory_allocated()
+            kept = torch.cuda.memory_allocated() - held
             losses.float().mean().backward()
-    return after - before
+            del losses
+    return {"held": held, "kept": kept}
 
 
 def compare_scans() -> dict[str, float]:

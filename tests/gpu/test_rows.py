@@ -18,12 +18,9 @@ from gpu.settings import (
     BATCH,
     CASES,
     LLAMA,
-    PRECISIONS,
     SETTINGS,
-    SMALL_LLAMA,
-    SMALL_SEQUENCE,
     STEPS,
-    TE_SEQUENCE,
+    TE_STORAGE,
     TOLERANCES,
 )
 
@@ -243,27 +240,25 @@ def test_te_fp8(row: Row, recipe: str) -> None:
     row.judge()
 
 
-def test_te_memory(row: Row) -> None:
-    """A layer of a 1B Llama of Transformer Engine keeps within 2 % of the activations that `bridge plan` models.
+@pytest.mark.parametrize("storage", TE_STORAGE)
+def test_te_memory(row: Row, storage: str) -> None:
+    """A layer of a 1B Llama of Transformer Engine holds and keeps within 2 % of the bytes that `bridge plan` models.
 
-    The row also shows what Bridge's layers keep.
+    It holds weights, their copies in FP8, and gradients; it keeps activations for the backward pass. The first row also
+    shows what Bridge's layers keep.
     """
+    row.needs_cuda()
     row.needs("transformer-engine")
-    kept = {}
-    for implementation in ("local", "transformer_engine"):
-        kept[implementation] = row.run("gpu.te:measure_layer_bytes", implementation, row.rehearsing)
-        row.measure(f"{implementation}, MiB", kept[implementation] / 2**20)
-    length = SMALL_SEQUENCE if row.rehearsing else TE_SEQUENCE
-    overrides = (*PRECISIONS["bf16"], *(SMALL_LLAMA if row.rehearsing else ()), f"seq_length={length}")
-    few, more = (
-        row.bridge("plan", LLAMA, *overrides, f"transformer.num_layers={layers}", "--layers", "transformer-engine")
-        for layers in (2, 4)
-    )
-    (before,), (after,) = few["stages"][0]["chunks"], more["stages"][0]["chunks"]
-    planned = (after["activation_bytes"] - before["activation_bytes"]) / 2
-    row.measure("modelled, MiB", planned / 2**20)
-    difference = abs(kept["transformer_engine"] / planned - 1)
-    row.measure("difference", difference, at_most=None if row.rehearsing else 0.02)
+    if storage == "mxfp8":
+        row.needs_capability(10)
+    found = row.run("gpu.te:measure_layer", storage, limit=120)
+    for kind, modelled in REFERENCES["te_layers"][storage].items():
+        row.measure(f"{kind}, modelled MiB", modelled / 2**20)
+        row.measure(f"{kind}, MiB", found[kind] / 2**20)
+        row.measure(f"{kind}, difference", abs(found[kind] / modelled - 1), at_most=0.02)
+    if storage == "bf16":
+        local = row.run("gpu.te:measure_layer", storage, "local")
+        row.measure("kept by Bridge's layers, MiB", local["kept"] / 2**20)
     row.judge()
 
 
