@@ -30,6 +30,11 @@ CASES: dict[str, Case] = {
         advised=Setting(**megatron_fsdp()),
         error="AssertionError",
     ),
+    "megatron-fsdp-unsharded-experts": Case(
+        refused=Setting(**EXPERT_PARALLEL, **megatron_fsdp(data_parallel_sharding_strategy="no_shard")),
+        advised=Setting(**EXPERT_PARALLEL, **megatron_fsdp(data_parallel_sharding_strategy="optim")),
+        world_size=4,
+    ),
     "megatron-fsdp-instances": Case(
         refused=Setting(
             **megatron_fsdp(data_parallel_sharding_strategy="optim", num_distributed_optimizer_instances=2)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
-from bridge.dist.wrapper import Wrapper
-
-_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 
 @rule(observed_in=MEGATRON)
@@ -71,8 +69,22 @@ def megatron_fsdp_strategy(setup: Setup) -> Iterator[str]:
     if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
         return
     strategy = setup.ddp.data_parallel_sharding_strategy
-    if strategy not in _STRATEGIES:
-        yield f"data_parallel_sharding_strategy {strategy!r} is unknown: choose one of {', '.join(_STRATEGIES)}"
+    if strategy not in list(ShardingStrategy):
+        yield f"data_parallel_sharding_strategy {strategy!r} is unknown: choose one of {', '.join(ShardingStrategy)}"
+
+
+@rule(observed_in=MEGATRON)
+def megatron_fsdp_unsharded_experts(setup: Setup) -> Iterator[str]:
+    """Gradient norms, and with them clipping, are wrong, without an error."""
+    if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP) or setup.transformer.num_moe_experts is None:
+        return
+    layout, replicas = setup.layout, setup.layout.dp * setup.layout.cp
+    if setup.ddp.data_parallel_sharding_strategy == ShardingStrategy.NO_SHARD and layout.expert_dp != replicas:
+        yield (
+            "Megatron-FSDP computes wrong gradient norms with data_parallel_sharding_strategy no_shard if experts have "
+            f"another number of data-parallel ranks ({layout.expert_dp}) than other layers ({replicas}): set the "
+            "strategy to optim, optim_grads or optim_grads_params, or wrap with ddp"
+        )
 
 
 @rule(observed_in=MEGATRON)
@@ -109,6 +121,7 @@ RULES: tuple[Rule, ...] = (
     megatron_fsdp_average,
     megatron_fsdp_single_experts,
     megatron_fsdp_strategy,
+    megatron_fsdp_unsharded_experts,
     megatron_fsdp_instances,
     megatron_fsdp_outer_sharding,
 )
