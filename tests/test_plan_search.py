@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from bridge.dist.plan.forecast.space import Choice, Fixed, list_choices, list_re
 from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 H100 = load_machine("h100")
 TOP = 3
@@ -134,6 +135,19 @@ def test_refused_choices_are_counted_by_reason() -> None:
     options = PlanOptions(batch=Batch(seq_length=64, global_batch_size=3), world_size=4)
     with pytest.raises(PlanError, match=r"\d+ are refused because the global batch of 3 samples does not divide"):
         search(Document.load("tiny"), options, H100, fixed=Fixed(sizes={"tp": 1, "pp": 1}), executor=ThisProcess())
+
+
+def test_three_strategies_of_megatron_fsdp_are_tried_or_the_one_that_the_user_sets() -> None:
+    config = make_builder(Document.load("tiny").config()).transformer_config
+    options = PlanOptions(batch=Batch(seq_length=64, global_batch_size=16), world_size=2)
+
+    def list_strategies(fixed: Fixed) -> list[ShardingStrategy | None]:
+        choices = [one for one in list_choices(config, options, fixed) if isinstance(one, Choice)]
+        return [one.sharding_strategy for one in choices if one.wrapper is Wrapper.MEGATRON_FSDP]
+
+    one = Fixed(sizes={"tp": 1, "pp": 1, "cp": 1}, micro_batch_size=1)
+    assert list_strategies(one) == ["optim_grads_params", "optim_grads", "optim"]
+    assert list_strategies(replace(one, sharding_strategy=ShardingStrategy.NO_SHARD)) == ["no_shard"]
 
 
 def test_what_the_user_sets_is_kept() -> None:

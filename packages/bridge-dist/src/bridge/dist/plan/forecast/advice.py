@@ -11,7 +11,7 @@ from bridge.config import BridgeError, Document
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 
 class Advice(NamedTuple):
@@ -39,6 +39,9 @@ def _propose_changes(
 ) -> Iterator[tuple[str, Document, PlanOptions]]:
     if options.wrapper is Wrapper.DDP and not options.distributed_optimizer:
         yield "--distributed-optimizer", document, replace(options, distributed_optimizer=True)
+    everything = ShardingStrategy.OPTIM_GRADS_PARAMS
+    if planned.sharding_strategy not in (None, everything):
+        yield f"--sharding-strategy {everything}", document, replace(options, sharding_strategy=everything)
     # A configuration of another package may hold these fields itself.
     prefix = "transformer." if "transformer" in document.data else ""
     settings = {

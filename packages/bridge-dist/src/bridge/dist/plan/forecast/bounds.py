@@ -22,7 +22,7 @@ from bridge.dist.plan.forecast.space import FULL_RECOMPUTE, NO_RECOMPUTE, Choice
 from bridge.dist.plan.forecast.step_time import compute_length, time_gradients
 from bridge.dist.plan.plan import PlanOptions
 from bridge.dist.plan.results import Plan, Traffic
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 _BELOW = 1 - 1e-9  # so that rounding raises no bound above the real value
 _ABOVE = 1.001  # what may hide communication is not underestimated
@@ -156,6 +156,8 @@ class Bounds:
                 ends.append(max(length, self._time_sharding(choice, chunks)) + optimizer)
             elif choice.wrapper is Wrapper.NONE:
                 ends.append(length)
+            elif choice.wrapper is Wrapper.MEGATRON_FSDP:
+                ends.append(length + self._time_with_whole_weights(choice, chunks) + optimizer)
             else:
                 ends.append(length + self._time_reducing(choice, chunks, rank) + optimizer)
         return min(ends) * _BELOW
@@ -164,7 +166,8 @@ class Bounds:
         """Return the time in which the optimizer reads and writes its memory."""
         master, moments = (4, 8) if self._model.is_half else (0, 8)
         updated = sum(number / shards for number, shards in zip(held, self._count_shards(choice), strict=True))
-        gradients = 2 * updated if _shards_weights(choice) else 4 * sum(held)
+        size = _get_gradient_size(choice, is_half=self._model.is_half)
+        gradients = size * (updated if _shards_gradients(choice) else sum(held))
         return ((2 * (master + moments) + 10) * updated + gradients) / self._machine.memory_speed
 
     def _time_sharding(self, choice: Choice, chunks: Sequence[_Chunk]) -> float:
@@ -181,6 +184,31 @@ class Bounds:
             gathers = self._time_collective(choice, group, "allgather", ranks, size * max(0.0, once))
             seconds.append(gathers + self._time_collective(choice, group, "reduce_scatter", ranks, size * all_))
         return max(seconds)  # each kind of group may be hidden
+
+    def _time_with_whole_weights(self, choice: Choice, chunks: Sequence[_Chunk]) -> float:
+        """Return the exposed time of gathering and reducing under Megatron-FSDP that does not shard weights.
+
+        All weights are gathered once, at the end of a step. Gradients are reduced before that, unless they are sharded:
+        then each microbatch reduces them during its backward pass.
+        """
+        size = 2 if self._model.is_half else 4
+        held = list(zip(_sum_held(chunks), _list_groups(choice), strict=True))
+
+        def time_all(operation: str) -> list[float]:
+            return [
+                self._time_collective(choice, group, operation, ranks, size * number) for number, (group, ranks) in held
+            ]
+
+        if choice.sharding_strategy is ShardingStrategy.NO_SHARD:
+            return sum(time_all("allreduce"))
+        gathered, reduced = sum(time_all("allgather")), time_all("reduce_scatter")
+        if choice.sharding_strategy is ShardingStrategy.OPTIM:
+            return gathered + sum(reduced)
+        if not self._is_measured(choice):  # then it is not known how much the backward pass hides
+            return gathered
+        backward = sum(chunk.cost.backward + self._time_gradients(choice, chunk.held) for chunk in chunks)
+        exposed = sum(max(0.0, seconds - backward * _ABOVE) for seconds in reduced)
+        return gathered + self._count_microbatches(choice) * exposed
 
     def _time_reducing(self, choice: Choice, chunks: Sequence[_Chunk], rank: int) -> float:
         """Return the exposed time of reducing gradients and gathering weights at the end of a step, once measured."""
@@ -215,21 +243,22 @@ class Bounds:
     def _count_held(self, choice: Choice, chunks: Sequence[_Chunk]) -> float:
         """Return the bytes of weights, their 8-bit copies, gradients and optimizer."""
         weight, optimizer = (2, 12) if self._model.is_half else (4, 8)
+        gradient = _get_gradient_size(choice, is_half=self._model.is_half)
         total = sum(chunk.cost.workspaces for chunk in chunks)
         for number, shards in zip(_sum_held(chunks), self._count_shards(choice), strict=True):
-            if _shards_weights(choice):
-                total += (2 * weight + optimizer) * number / shards
-            elif choice.wrapper is Wrapper.NONE:
+            if choice.wrapper is Wrapper.NONE:
                 total += weight * number
-            else:
-                total += (weight + 4 + optimizer / shards) * number
+                continue
+            total += weight * number / (shards if _shards_weights(choice) else 1)
+            total += gradient * number / (shards if _shards_gradients(choice) else 1)
+            total += optimizer * number / shards
         if _shards_weights(choice):  # a layer or an end is gathered as a whole, and so are its gradients
             total += 2 * weight * max(sum(held) for held in self._get_held(choice))
         return total
 
     def _count_shards(self, choice: Choice) -> tuple[int, int]:
         """Return over how many ranks the optimizer state of dense parameters and of routed experts is sharded."""
-        if choice.distributed_optimizer or _shards_weights(choice):
+        if _shards_optimizer(choice):
             return choice.layout.dp * choice.layout.cp, choice.layout.expert_dp
         return 1, 1
 
@@ -334,7 +363,21 @@ def _list_groups(choice: Choice) -> list[tuple[str, int]]:
 
 
 def _shards_weights(choice: Choice) -> bool:
-    return choice.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
+    return choice.wrapper is Wrapper.TORCH_FSDP2 or choice.sharding_strategy is ShardingStrategy.OPTIM_GRADS_PARAMS
+
+
+def _shards_gradients(choice: Choice) -> bool:
+    return _shards_weights(choice) or choice.sharding_strategy is ShardingStrategy.OPTIM_GRADS
+
+
+def _shards_optimizer(choice: Choice) -> bool:
+    strategies = (None, ShardingStrategy.NO_SHARD)
+    return choice.distributed_optimizer or _shards_weights(choice) or choice.sharding_strategy not in strategies
+
+
+def _get_gradient_size(choice: Choice, *, is_half: bool) -> int:
+    """Return the bytes of a gradient: DDP has full precision, FSDP the precision of the weight."""
+    return 2 if is_half and choice.wrapper in (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2) else 4
 
 
 def _list_pure(choice: Choice) -> list[Choice]:

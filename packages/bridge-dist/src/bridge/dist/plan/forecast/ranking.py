@@ -69,6 +69,7 @@ def _describe(one: Candidate) -> dict[str, object]:
         "micro_batch_size": one.choice.micro_batch_size,
         "wrap": str(one.choice.wrapper),
         "distributed_optimizer": one.plan.distributed_optimizer,
+        "sharding_strategy": one.plan.sharding_strategy,
         "total_bytes": one.plan.worst.total_bytes,
         "time": one.time.to_json(),
     }

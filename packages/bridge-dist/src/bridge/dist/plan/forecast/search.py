@@ -227,6 +227,7 @@ class _Search:
                 wrapper=choice.wrapper,
                 world_size=self._options.world_size,
                 distributed_optimizer=choice.distributed_optimizer,
+                sharding_strategy=choice.sharding_strategy,
             )
         except BridgeError as error:
             self._refused[str(error)] += 1

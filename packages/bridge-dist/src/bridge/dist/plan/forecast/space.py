@@ -15,7 +15,7 @@ from bridge.dist.document_layout import find_transformer, replace_layout
 from bridge.dist.errors import LayoutError, TrainingError
 from bridge.dist.layout import Layout
 from bridge.dist.plan.plan import PlanOptions
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 _LARGEST_TP = 8  # tensor parallelism between nodes is slow
 _LARGEST_CP = 16
@@ -56,13 +56,15 @@ class Choice:
     """A point of the space: everything that a search decides about a job.
 
     ``counted`` has the names of the fields that count the embedding or the loss as a layer when layers are divided
-    into stages. ``fp8_recipe`` is None without FP8.
+    into stages. ``sharding_strategy`` is that of Megatron-FSDP, and None with other wrappers. ``fp8_recipe`` is None
+    without FP8.
     """
 
     layout: Layout
     micro_batch_size: int
     wrapper: Wrapper
-    distributed_optimizer: bool
+    distributed_optimizer: bool = False
+    sharding_strategy: ShardingStrategy | None = None
     counted: tuple[str, ...] = ()
     recompute: Recompute = NO_RECOMPUTE
     fp8_recipe: str | None = None
@@ -76,8 +78,9 @@ class Choice:
     @property
     def settings(self) -> str:
         """The choice without the layout, in words."""
-        optimizer = ", distributed optimizer" if self.distributed_optimizer and self.wrapper is Wrapper.DDP else ""
-        words = [f"micro-batch {self.micro_batch_size}", f"{self.wrapper}{optimizer}", str(self.recompute)]
+        sharded = f" {self.sharding_strategy}" if self.sharding_strategy else ""
+        sharded += ", distributed optimizer" if self.distributed_optimizer else ""
+        words = [f"micro-batch {self.micro_batch_size}", f"{self.wrapper}{sharded}", str(self.recompute)]
         return ", ".join(filter(None, [*words, f"fp8 {self.fp8_recipe}" if self.fp8_recipe else ""]))
 
     def __str__(self) -> str:
@@ -115,6 +118,7 @@ class Choice:
             batch=replace(options.batch, micro_batch_size=self.micro_batch_size),
             wrapper=self.wrapper,
             distributed_optimizer=self.distributed_optimizer,
+            sharding_strategy=self.sharding_strategy,
         )
 
     def spread(self, options: PlanOptions, *, stages: int) -> tuple[Choice, PlanOptions]:
@@ -122,7 +126,9 @@ class Choice:
         one = self.layout
         dp = lcm(one.tp * one.cp, one.ep * (one.etp or 1)) // (one.tp * one.cp)
         layout = replace(one, pp=stages, vp=1, dp=dp)
-        choice = replace(self, layout=layout, wrapper=Wrapper.DDP, distributed_optimizer=False, counted=())
+        choice = replace(
+            self, layout=layout, wrapper=Wrapper.DDP, distributed_optimizer=False, sharding_strategy=None, counted=()
+        )
         size = self.micro_batch_size
         batch = replace(options.batch, micro_batch_size=size, global_batch_size=size * dp)
         return choice, replace(choice.change_options(options), batch=batch, world_size=layout.world_size)
@@ -139,6 +145,7 @@ class Fixed:
     micro_batch_size: int | None = None
     wrapper: Wrapper | None = None
     distributed_optimizer: bool | None = None
+    sharding_strategy: ShardingStrategy | None = None
     fp8_recipes: tuple[str | None, ...] = (None,)
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -176,13 +183,12 @@ def list_choices(config: TransformerConfig, options: PlanOptions, fixed: Fixed) 
             except TrainingError as error:
                 yield str(error)
                 continue
-            for wrapper, distributed in _list_wrappers(config, layout, fixed):
+            for wrapping in _list_wrappers(config, layout, fixed):
                 for recipe in fixed.fp8_recipes:
                     yield Choice(
                         layout=layout,
                         micro_batch_size=size,
-                        wrapper=wrapper,
-                        distributed_optimizer=distributed,
+                        **wrapping,
                         counted=counted,
                         fp8_recipe=recipe,
                     )
@@ -228,6 +234,9 @@ def _list_vp(config: TransformerConfig, pp: int) -> list[int]:
     return [vp for vp in range(1, most + 1) if vp == 1 or count_ends(config.num_layers, pp * vp) is not None]
 
 
+_STRATEGIES = (ShardingStrategy.OPTIM_GRADS_PARAMS, ShardingStrategy.OPTIM_GRADS, ShardingStrategy.OPTIM)
+"""Those that a search tries. With `no_shard`, every rank holds and updates everything. DDP does so in less memory:
+Megatron-FSDP copies gradients to full precision for the update, and weights that have it already."""
 _COUNTED = ("account_for_loss_in_pipeline_split", "account_for_embedding_in_pipeline_split")
 
 
@@ -236,8 +245,8 @@ def count_ends(layers: int, stages: int) -> tuple[str, ...] | None:
     return next((_COUNTED[:more] for more in range(len(_COUNTED) + 1) if (layers + more) % stages == 0), None)
 
 
-def _list_wrappers(config: TransformerConfig, layout: Layout, fixed: Fixed) -> Iterator[tuple[Wrapper, bool]]:
-    """Yield the wrappers of a layout, with and without the distributed optimizer; equal ones once."""
+def _list_wrappers(config: TransformerConfig, layout: Layout, fixed: Fixed) -> Iterator[dict[str, Any]]:
+    """Yield the wrappers of a layout and what they shard, as fields of a choice; equal ones once."""
     replicas = layout.dp * layout.cp
     wrappers = [fixed.wrapper] if fixed.wrapper is not None else [Wrapper.DDP]
     # Megatron-FSDP supports no pipeline. In one, FSDP2 would gather weights again for each microbatch. Plans of models
@@ -245,13 +254,15 @@ def _list_wrappers(config: TransformerConfig, layout: Layout, fixed: Fixed) -> I
     if fixed.wrapper is None and replicas > 1 and layout.pp == 1 and not config.num_moe_experts:
         wrappers += [Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2]
     for wrapper in wrappers:
-        if wrapper is not Wrapper.DDP:
-            yield wrapper, False
-            continue
-        if fixed.distributed_optimizer is not None:
-            yield wrapper, fixed.distributed_optimizer
-            continue
-        yield from ((wrapper, distributed) for distributed in ((True, False) if replicas > 1 else (False,)))
+        if wrapper is Wrapper.MEGATRON_FSDP:
+            strategies = _STRATEGIES if fixed.sharding_strategy is None else (fixed.sharding_strategy,)
+            yield from ({"wrapper": wrapper, "sharding_strategy": strategy} for strategy in strategies)
+        elif wrapper is Wrapper.DDP:
+            tried = (True, False) if replicas > 1 else (False,)
+            chosen = tried if fixed.distributed_optimizer is None else (fixed.distributed_optimizer,)
+            yield from ({"wrapper": wrapper, "distributed_optimizer": distributed} for distributed in chosen)
+        else:
+            yield {"wrapper": wrapper}
 
 
 def list_recomputations(choice: Choice, config: TransformerConfig) -> Iterator[Choice]:

@@ -22,6 +22,7 @@ from bridge.dist.plan.show.words import (
     list_largest_traffic,
     list_used_kinds,
 )
+from bridge.dist.wrapper import ShardingStrategy
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan")
 _RESERVE_COLOUR = "white"
@@ -196,12 +197,21 @@ def render_search(result: SearchResult, machine: Machine) -> list[RenderableType
         )
     notes = [
         *(f"{place} takes {why}" for place, why in enumerate(result.explain_ranking(), start=2)),
+        *_describe_unsaved(result),
         *([] if result.with_ddp is None else [_describe_with_ddp(best, result.with_ddp)]),
         f"{result.planned:,} choices planned; ruled out: {result.refused:,} not possible, "
         f"{result.too_large:,} too large, {result.slower:,} slower",
         f'times are estimates for {machine.name} ({best.time.validated}), see "Plan a job" in the documentation',
     ]
     return [table, *(Text(line) for line in notes)]
+
+
+def _describe_unsaved(result: SearchResult) -> Iterator[str]:
+    """Yield a line if some of the best layouts have a strategy of Megatron-FSDP that cannot be saved."""
+    strategies = [one.choice.sharding_strategy for one in result.candidates]
+    unsaved = [one for one in dict.fromkeys(strategies) if one not in (None, ShardingStrategy.OPTIM_GRADS_PARAMS)]
+    if unsaved:
+        yield f"megatron-fsdp cannot save checkpoints with {' and '.join(map(str, unsaved))}"
 
 
 def _describe_with_ddp(best: Candidate, other: Candidate) -> str:

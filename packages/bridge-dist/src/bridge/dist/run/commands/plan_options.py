@@ -17,11 +17,12 @@ from bridge.dist.run.commands.options import (
     MICRO_BATCH_SIZE,
     SIZE,
     SIZES,
+    STRATEGIES,
     WRAPPERS,
     CommandT,
     add_options,
 )
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -64,6 +65,12 @@ _KEPT = (
         "--distributed-optimizer/--no-distributed-optimizer",
         default=None,
         help="With ddp: whether to shard the optimizer state; by default both are tried.",
+    ),
+    click.option(
+        "--sharding-strategy",
+        type=STRATEGIES,
+        callback=lambda ctx, param, value: None if value is None else ShardingStrategy(value),
+        help="With megatron-fsdp: what to shard; by default all but no_shard are tried.",
     ),
     click.option("--micro-batch-size", type=SIZE, help="Samples per forward pass; by default 1, 2, 4 and 8 are tried."),
     click.option(

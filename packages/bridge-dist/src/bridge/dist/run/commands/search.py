@@ -25,12 +25,11 @@ from bridge.dist.plan.layers import choose_layers, list_first_imports, prepare_p
 from bridge.dist.plan.request import PlanRequest
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
-from bridge.dist.run.commands.options import SIZE
+from bridge.dist.run.commands.options import SIZE, check_sharding_strategy
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.commands.plan_options import MACHINE, add_machine_option, add_search_options, make_from_options
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.pool import start_fork_server
-from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from bridge.dist.plan.forecast.ranking import Candidate
@@ -70,6 +69,7 @@ def search(
     also on the precision. What options or overrides set is kept. The layout and the recomputation of FILE itself are
     ignored. Choices are ranked by the step time that `bridge plan` estimates, and must fit the memory of a GPU.
     """
+    check_sharding_strategy(options["wrapper"], options["sharding_strategy"])
     start_run()
     hide_gpus()  # planning uses no GPU
     if output is not None:
@@ -144,6 +144,7 @@ def _find_fixed(document: Document, overrides: Sequence[str], options: dict[str,
         micro_batch_size=options["micro_batch_size"],
         wrapper=options["wrapper"],
         distributed_optimizer=options["distributed_optimizer"],
+        sharding_strategy=options["sharding_strategy"],
         fp8_recipes=(None,) if recipe is None else (None, recipe),
         fields=kept,
     )
@@ -163,8 +164,10 @@ def _list_commands(file: Path, best: Candidate, machine: str) -> list[str]:
     """Return the commands that plan and build a document under the best choice, on as many ranks."""
     plan, choice = best.plan, best.choice
     flags = ["--wrap", str(choice.wrapper)]
-    if choice.distributed_optimizer and choice.wrapper is Wrapper.DDP:
+    if choice.distributed_optimizer:
         flags.append("--distributed-optimizer")
+    if choice.sharding_strategy is not None:
+        flags += ["--sharding-strategy", str(choice.sharding_strategy)]
     sizes = {
         "--micro-batch-size": plan.micro_batch_size,
         "--global-batch-size": plan.global_batch_size,
