@@ -64,6 +64,7 @@ def make_plan(stages: list[StagePlan], *, gpu_memory: int | None = 80 * GIB, **c
         layout={"tp": 8, "pp": len(stages), "vp": vp, "cp": 1, "ep": 1, "etp": 8, "dp": 1},
         wrap="ddp",
         distributed_optimizer=True,
+        sharding_strategy=None,
         layers="pytorch",
         fusions=[],
         left_out=[],

@@ -9,7 +9,7 @@ from bridge.config import Document, ModelConfig, register
 from bridge.dist.document_layout import replace_layout
 from bridge.dist.job import BuildJob, make_builder
 from bridge.dist.train.batch import Batch
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 RECORDED: list[tuple[str, tuple[int, ...], str]] = []
 
@@ -47,13 +47,19 @@ class Case:
     overrides: tuple[str, ...] = ()
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
+    sharding_strategy: ShardingStrategy | None = None
     keeps_alike: bool = True
     """Whether a CPU saves the same bytes for the backward pass as a GPU, for any routing of tokens."""
 
     def job(self) -> BuildJob:
         document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[measured_ranks.record_parameters]"])
         replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
-        return BuildJob(document=document.data, wrapper=self.wrapper, distributed_optimizer=self.distributed_optimizer)
+        return BuildJob(
+            document=document.data,
+            wrapper=self.wrapper,
+            distributed_optimizer=self.distributed_optimizer,
+            sharding_strategy=self.sharding_strategy,
+        )
 
 
 LONGER_BATCH = replace(BATCH, global_batch_size=32)
@@ -196,14 +202,15 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
         pieces = [local(tensor).untyped_storage() for tensor in tensors]
         return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}
 
-    def buffers(stages: list[Any], name: str) -> list[torch.Tensor]:
-        groups = [
-            g
-            for s in stages
-            if isinstance(s, FullyShardedDataParallel)
-            for g in s.param_and_grad_buffer.parameter_groups
-        ]
-        return [getattr(group, name).data for group in groups]
+    def parameter_groups(stages: list[Any]) -> list[Any]:
+        wrapped = [stage for stage in stages if isinstance(stage, FullyShardedDataParallel)]
+        return [group for stage in wrapped for group in stage.param_and_grad_buffer.parameter_groups]
+
+    def weight_tensors(stages: list[Any]) -> list[torch.Tensor]:
+        groups = parameter_groups(stages)
+        if groups and groups[0].model_weight_buffer is None:
+            return [parameter for group in groups for parameter in group.params]
+        return [group.model_weight_buffer.data for group in groups] or [p for s in stages for p in s.parameters()]
 
     def measure_case(case: Case) -> MeasuredSharded:
         job = case.job()
@@ -219,7 +226,8 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
             use_megatron_fsdp=options.use_megatron_fsdp,
             use_torch_fsdp2=options.use_torch_fsdp2,
         )
-        seen = CollectiveRecorder(stages, {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp})
+        of_data = {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp}
+        seen = CollectiveRecorder(stages, of_data, case.sharding_strategy)
         shape = (LONGER_BATCH.count_microbatches(layout), LONGER_BATCH.micro_batch_size, LONGER_BATCH.seq_length + 1)
         with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -230,12 +238,10 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
                     zero_gradients(stages)
                     optimizer.zero_grad()
                     run_microbatches(stages, groups, layout, samples, forward_step=builder.forward_step)
-                    gradients = memory(buffers(stages, "main_grad_buffer"))
+                    gradients = memory(group.main_grad_buffer.data for group in parameter_groups(stages))
                     gradients |= memory(p.grad for stage in stages for p in stage.parameters() if p.grad is not None)
                     if step == 0:
-                        weights = memory(
-                            buffers(stages, "model_weight_buffer") or [p for s in stages for p in s.parameters()]
-                        )
+                        weights = memory(weight_tensors(stages))
                     optimizer.step()
             state = [
                 local(moment)
@@ -258,17 +264,15 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
     class CollectiveRecorder:
         """A recorder of the collectives of some groups and of the memory that the wrapper's objects hold."""
 
-        def __init__(self, stages: list[Any], groups: dict[str, Any]) -> None:
+        def __init__(self, stages: list[Any], groups: dict[str, Any], strategy: ShardingStrategy | None) -> None:
             self.most = 0
+            self._operations = {"all_gather_": "allgather", "reduce_scatter_": "reduce_scatter"}
+            if strategy is ShardingStrategy.NO_SHARD:
+                self._operations["all_reduce"] = "allreduce"
             self.collectives: dict[tuple[str, str], tuple[int, int]] = {}
             self._groups = groups
-            self._buffers = [
-                buffer
-                for stage in stages
-                if isinstance(stage, FullyShardedDataParallel)
-                for group in stage.param_and_grad_buffer.parameter_groups
-                for buffer in (group.model_weight_buffer, group.main_grad_buffer)
-            ]
+            both = [(group.model_weight_buffer, group.main_grad_buffer) for group in parameter_groups(stages)]
+            self._buffers = [buffer for buffers in both for buffer in buffers if buffer is not None]
             states = [m._get_fsdp_state() for s in stages for m in s.modules() if isinstance(m, FSDPModule)]
             sharded = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g]
             self._parameters = [parameter for group in sharded for parameter in group.fsdp_params]
@@ -278,9 +282,8 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
         def watching(self) -> ExitStack:
             stack = ExitStack()
             for name in dir(torch.distributed):
-                operation = {"all_gather_": "allgather", "reduce_scatter_": "reduce_scatter"}
-                known = [value for start, value in operation.items() if name.startswith(start)]
-                if known and name.endswith(("tensor", "single")):
+                known = [value for start, value in self._operations.items() if name.startswith(start)]
+                if known and name.endswith(("tensor", "single", "all_reduce")):
                     stack.enter_context(patch.object(torch.distributed, name, self._collective(name, known[0])))
             stack.enter_context(DTensorRecorder(self))
             for name in ("foreach_all_gather_copy_out", "foreach_reduce"):
@@ -294,8 +297,9 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
                 self._depth += 1
                 try:
                     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-                    if self._depth == 1:
-                        self._collect(operation, kwargs["group"], max(tensors, key=lambda tensor: tensor.numel()))
+                    largest = max(tensors, key=lambda tensor: tensor.numel())
+                    if self._depth == 1 and largest.numel() > 1:  # otherwise it is the gradient norm
+                        self._collect(operation, kwargs.get("group"), largest)
                     return original(*args, **kwargs)
                 finally:
                     self._depth -= 1
@@ -338,7 +342,8 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
                 whole = getattr(parameter, "_unsharded_param", None)
                 if whole is not None and whole.grad is not None:
                     found |= memory([whole.grad])
-            self.most = max(self.most, sum(found.values()))
+            held = memory(buffer.data for buffer in self._buffers)  # they may be gathered and reduced in place
+            self.most = max(self.most, sum(size for at, size in found.items() if at not in held))
 
     class DTensorRecorder(TorchDispatchMode):
         """A recorder of the all-gathers and scatters of DTensors, over all data-parallel ranks."""

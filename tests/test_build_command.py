@@ -12,6 +12,8 @@ import pytest
 from environments import SMALL_DOCUMENT, run_command, run_in_one_process, run_process
 from process_starts import BRIDGE
 
+from bridge.dist.wrapper import ShardingStrategy
+
 
 def build(*arguments: str) -> dict[str, Any]:
     code, out, err = run_command("build", *arguments, "--json")
@@ -145,10 +147,13 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
     assert report["padded_parameters"] == 124_439_808 + (50_432 - 50_257) * 768
 
 
-@pytest.mark.parametrize("wrap", ["megatron-fsdp", "torch-fsdp2"])
-def test_every_wrapper_trains_the_same(wrap: str, one_rank: dict[str, Any]) -> None:
-    report = build(*PADDED, "--steps", "3", "--nproc", "2", "--wrap", wrap)
-    assert report["wrap"] == wrap
+@pytest.mark.parametrize(
+    ("wrap", "strategy"), [*(("megatron-fsdp", strategy) for strategy in ShardingStrategy), ("torch-fsdp2", None)]
+)
+def test_every_wrapper_trains_the_same(wrap: str, strategy: str | None, one_rank: dict[str, Any]) -> None:
+    chosen = [] if strategy is None else ["--sharding-strategy", strategy]
+    report = build(*PADDED, "--steps", "3", "--nproc", "2", "--wrap", wrap, *chosen)
+    assert (report["wrap"], report["sharding_strategy"]) == (wrap, strategy)
     assert [[chunk["layers"] for chunk in rank["chunks"]] for rank in report["ranks"]] == [[[0, 1, 2, 3]]] * 2
     assert report["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
 

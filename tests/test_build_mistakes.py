@@ -63,6 +63,11 @@ BAD_INPUT = {
         ["--nproc", "2", "--pp", "2", "--wrap", "megatron-fsdp"],
         "Megatron-FSDP does not support pipeline parallelism: set pp = 1, or wrap with ddp [megatron-fsdp-pipeline]",
     ),
+    "a checkpoint that cannot be saved": (
+        "good.yaml",
+        ["--steps", "1", "--wrap", "megatron-fsdp", "--sharding-strategy", "optim_grads", "--save", "run"],
+        "--sharding-strategy optim_grads can neither save nor load checkpoints: use optim_grads_params",
+    ),
     "stages that send another dtype than is expected": (
         "good.yaml",
         ["--nproc", "2", "--pp", "2", "transformer.bf16=true", "transformer.pipeline_dtype=torch.float32"],

@@ -38,6 +38,10 @@ LINES = {
     "no tensor parallelism": ["plan", "tiny", "--tp", "0"],
     "apples": ["plan", "tiny", "--gpu-memory", "80 apples"],
     "heads": ["plan", "tiny", "--tp", "3"],
+    **{
+        f"strategy of {command[0]}": [*command, "--sharding-strategy", "optim"]
+        for command in (["plan", "tiny"], ["build", "tiny"], ["search", "tiny", "--gpus", "2", "--wrap", "torch-fsdp2"])
+    },
     "search": SEARCH,
     "search again": SEARCH,
 }
@@ -102,6 +106,10 @@ def test_the_command_reports_ranks_that_do_not_fit(results: dict[str, tuple[int,
 def test_the_command_refuses_invalid_options(results: dict[str, tuple[int, str, str]]) -> None:
     assert results["no tensor parallelism"][0] == 2
     assert results["apples"][0] == 2
+    for command in ("plan", "build", "search"):
+        code, _, err = results[f"strategy of {command}"]
+        assert code == 2
+        assert "--sharding-strategy needs --wrap megatron-fsdp, not" in " ".join(err.split())
     code, _, err = results["heads"]
     assert code == 1
     assert "num_attention_heads = 4 is not a multiple of tp = 3" in err

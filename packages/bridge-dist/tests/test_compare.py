@@ -132,6 +132,14 @@ def test_the_table_fits_80_columns() -> None:
     assert cells["batch"] == ["8 x 4,096"] * 3
 
 
+@pytest.mark.usefixtures("folder")
+def test_files_from_before_the_strategies_have_the_default_one() -> None:
+    before = ON_GPUS | {"wrap": "megatron-fsdp"}
+    found = compare_files(before=before, now=before | {"sharding_strategy": "optim"}, other=ON_GPUS)
+    rows = {row.name: row.values for row in found.rows}
+    assert rows["wrapper"] == ["megatron-fsdp optim_grads_params", "megatron-fsdp optim", "ddp"]
+
+
 WRONG = {
     "no file": (None, "no file.json: $: no such file"),
     "torn": ('{"kind": "build"', "torn.json: $: is not JSON (Expecting ',' delimiter: line 1 column 17"),

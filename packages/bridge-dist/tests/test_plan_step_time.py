@@ -21,6 +21,7 @@ from bridge.dist.plan.forecast.step_time import (
 )
 from bridge.dist.plan.results import AttentionCall, MatrixProduct, Operations, PassCost, Plan, Traffic
 from bridge.dist.plan.show.words import describe_plan, describe_time, list_idle_shares
+from bridge.dist.wrapper import ShardingStrategy
 
 MACHINE = replace(
     load_machine("h100"),
@@ -133,6 +134,48 @@ def test_overlapped_communication_is_partly_exposed() -> None:
     assert estimate_time(_exchange(one, overlapped=[]), MACHINE).parts["tp communication"] == pytest.approx(seconds)
     hidden = estimate_time(_exchange(one, overlapped=["tp"]), MACHINE)
     assert hidden.parts["tp communication"] == pytest.approx(seconds / 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reductions", "gathers", "exposed"),
+    [
+        # Half a second for each gather and reduction, while a microbatch takes an eighth of one for its backward pass.
+        (ShardingStrategy.NO_SHARD, 1, 0, 0.5),
+        (ShardingStrategy.OPTIM, 1, 1, 0.5 + 0.5),
+        (ShardingStrategy.OPTIM_GRADS, 8, 1, 8 * (0.5 - 0.125) + 0.5),
+        (ShardingStrategy.OPTIM_GRADS_PARAMS, 8, 16, 8 * (3 * 0.5 - 0.125)),
+    ],
+)
+def test_each_strategy_of_megatron_fsdp_hides_what_runs_beside_the_passes(
+    strategy: ShardingStrategy, reductions: int, gathers: int, exposed: float
+) -> None:
+    size = int(0.5 * 0.75 * 450e9 * 8 / 7)  # seven eighths at 75 % of 450 GB/s
+
+    def make_traffic(operation: str, calls: int) -> Traffic:
+        return Traffic(group="dp_cp", ranks=8, operation=operation, calls=calls, bytes=calls * size)
+
+    one = make_stage(0, (10, 20, 10, 36))
+    nothing = PassCost(Operations({}, {}, activation_bytes=0), [])
+    # With 1 TB/s, at 80 % of it, memory-bound kernels pass over an activation one and a half times.
+    busy = Operations({}, {}, activation_bytes=int(0.125 * 0.8e12 / 1.5))
+    in_pass = [make_traffic("reduce_scatter", 1)] if reductions == 8 else []
+    chunk = replace(one.chunks[0], parameters=0, forward=nothing, backward=PassCost(busy, in_pass))
+    reduced = "allreduce" if strategy is ShardingStrategy.NO_SHARD else "reduce_scatter"
+    traffic = [make_traffic(reduced, reductions), *([make_traffic("allgather", gathers)] if gathers else [])]
+    layout = {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 8}
+    plan = make_plan(
+        [replace(one, buckets=[], chunks=[chunk], traffic=traffic)],
+        layout=layout,
+        wrap="megatron-fsdp",
+        distributed_optimizer=False,
+        sharding_strategy=strategy,
+    )
+    expected = exposed * (2 if strategy is ShardingStrategy.NO_SHARD else 1)  # an all-reduce sends twice as much
+    found = estimate_time(plan, MACHINE).parts["dp_cp communication"]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert estimate_time(plan, MACHINE, microbatches=16).parts["dp_cp communication"] == pytest.approx(
+        found + (found - (0.5 if gathers == 1 else 0) if reductions == 8 else 0), rel=1e-3
+    )
 
 
 def test_exchanges_of_tokens_have_a_latency_without_cuda_graphs() -> None:

@@ -37,6 +37,7 @@ ON_GPUS = BuildReport(
     layout={"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1},
     wrap="ddp",
     distributed_optimizer=True,
+    sharding_strategy=None,
     weights=None,
     layers="pytorch",
     fusions=[],

@@ -24,7 +24,7 @@ from bridge.dist.layout import Layout, find_embedding_ranks
 from bridge.dist.train.refusals import check_training
 from bridge.dist.train.step import TrainOptions
 from bridge.dist.train.text import Text
-from bridge.dist.wrapper import Wrapper, make_default_ddp_options
+from bridge.dist.wrapper import ShardingStrategy, Wrapper, make_default_ddp_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class BuildJob:
     overrides: tuple[str, ...] = ()
     fusions: tuple[str, ...] = ()
     distributed_optimizer: bool = False
+    sharding_strategy: ShardingStrategy | None = None
+    """What Megatron-FSDP shards; None for its default."""
     dp: int | None = None
     training: TrainOptions | None = None
     modelopt_checkpoint: Path | None = None
@@ -115,6 +117,7 @@ class BuildJob:
             bf16=config.bf16,
             fp16=config.fp16,
             distributed_optimizer=self.distributed_optimizer,
+            sharding_strategy=self.sharding_strategy,
             on_gpu=torch.cuda.is_available(),
         )
         return BuildOptions(

@@ -22,8 +22,37 @@ class Wrapper(StrEnum):
     """No wrapper: gradients are not averaged over ranks."""
 
 
+class ShardingStrategy(StrEnum):
+    """What Megatron-FSDP shards over the data-parallel ranks, by Megatron's names."""
+
+    NO_SHARD = "no_shard"
+    """Nothing."""
+
+    OPTIM = "optim"
+    """The optimizer's state and the full-precision weights."""
+
+    OPTIM_GRADS = "optim_grads"
+    """The gradients as well."""
+
+    OPTIM_GRADS_PARAMS = "optim_grads_params"
+    """The weights as well."""
+
+
+def resolve_sharding_strategy(wrapper: Wrapper, strategy: ShardingStrategy | None) -> ShardingStrategy | None:
+    """Return the strategy of Megatron-FSDP, by default the one that shards everything; None with other wrappers."""
+    if wrapper is not Wrapper.MEGATRON_FSDP:
+        return None
+    return strategy or ShardingStrategy.OPTIM_GRADS_PARAMS
+
+
 def make_default_ddp_options(
-    wrapper: Wrapper, *, bf16: bool, fp16: bool, distributed_optimizer: bool, on_gpu: bool
+    wrapper: Wrapper,
+    *,
+    bf16: bool,
+    fp16: bool,
+    distributed_optimizer: bool,
+    sharding_strategy: ShardingStrategy | None,
+    on_gpu: bool,
 ) -> dict[str, Any]:
     """Return the fields of DistributedDataParallelConfig that `bridge build` sets for a wrapper.
 
@@ -31,15 +60,20 @@ def make_default_ddp_options(
         wrapper: Any but ``none``.
         bf16: Whether the model computes in bf16.
         fp16: Whether it computes in fp16.
-        distributed_optimizer: Whether to shard the optimizer's state; Megatron-FSDP always does.
+        distributed_optimizer: Whether DDP shards the optimizer's state.
+        sharding_strategy: What Megatron-FSDP shards; None for its default.
         on_gpu: Whether the backend is NCCL.
     """
     fsdp = wrapper is Wrapper.MEGATRON_FSDP
+    strategy = resolve_sharding_strategy(wrapper, sharding_strategy) or ShardingStrategy.NO_SHARD
     return {
         "grad_reduce_in_fp32": bf16 or fp16,
         "check_for_nan_in_grad": not fp16,  # with fp16 the loss scaler handles overflows
-        "use_distributed_optimizer": fsdp or distributed_optimizer,
+        "use_distributed_optimizer": fsdp or distributed_optimizer,  # Megatron-FSDP fails without it
+        # Megatron-FSDP sets it in any case. Set here, gradients get buckets, which are reduced during the backward pass
+        # instead of after it.
+        "overlap_grad_reduce": strategy is ShardingStrategy.OPTIM_GRADS,
         "use_megatron_fsdp": fsdp,
-        "data_parallel_sharding_strategy": "optim_grads_params" if fsdp else "no_shard",
+        "data_parallel_sharding_strategy": str(strategy),
         "gradient_reduce_div_fusion": on_gpu,  # gloo has no fused division
     }

@@ -21,7 +21,7 @@ from bridge.dist.checks.rules import MODEL_RULES
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.errors import LayoutError, OptionsError, PreflightError
 from bridge.dist.layout import CONFIG_FIELDS, Layout
-from bridge.dist.wrapper import Wrapper, make_default_ddp_options
+from bridge.dist.wrapper import ShardingStrategy, Wrapper, make_default_ddp_options
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -79,6 +79,7 @@ def refuse_before_imports(
     world_size: int | None = None,
     dp: int | None = None,
     distributed_optimizer: bool = False,
+    sharding_strategy: ShardingStrategy | None = None,
 ) -> Setup | None:
     """Run the checks that need no heavy import, to fail early; the build repeats them and runs the rest.
 
@@ -90,7 +91,8 @@ def refuse_before_imports(
         wrapper: The data-parallel wrapper.
         world_size: Number of ranks; None for as many as the layout needs.
         dp: The expected data-parallel size, if any.
-        distributed_optimizer: Whether the optimizer's state is sharded.
+        distributed_optimizer: Whether DDP shards the optimizer's state.
+        sharding_strategy: What Megatron-FSDP shards; None for its default.
 
     Raises:
         DocumentError: The document has invalid or contradictory values.
@@ -105,6 +107,7 @@ def refuse_before_imports(
         world_size=world_size,
         dp=dp,
         distributed_optimizer=distributed_optimizer,
+        sharding_strategy=sharding_strategy,
         rules=_load_declared_rules,
     )
 
@@ -125,6 +128,7 @@ def _check(
     world_size: int | None = None,
     dp: int | None = None,
     distributed_optimizer: bool = False,
+    sharding_strategy: ShardingStrategy | None = None,
 ) -> Setup | None:
     model, transformer = _make_views(checked)
     if transformer is None:  # its builder keeps it elsewhere, so only a build can check it
@@ -134,7 +138,9 @@ def _check(
     setup = Setup(
         transformer=config,
         layout=Layout.of(config, world_size, dp=dp),
-        options=_DefaultOptions.of(wrapper, config, distributed_optimizer=distributed_optimizer),
+        options=_DefaultOptions.of(
+            wrapper, config, distributed_optimizer=distributed_optimizer, sharding_strategy=sharding_strategy
+        ),
         model=cast("ModelConfig", model),
     )
     check(setup, (*MODEL_RULES, *rules(checked.builder)))
@@ -185,7 +191,14 @@ class _DefaultOptions:
     has_layer_wise_layout: bool = False
 
     @classmethod
-    def of(cls, wrapper: Wrapper, config: Any, *, distributed_optimizer: bool) -> _DefaultOptions:
+    def of(
+        cls,
+        wrapper: Wrapper,
+        config: Any,
+        *,
+        distributed_optimizer: bool,
+        sharding_strategy: ShardingStrategy | None,
+    ) -> _DefaultOptions:
         if wrapper is Wrapper.NONE:
             return cls(wrapper=wrapper, ddp_config=None)
         usual = make_default_ddp_options(
@@ -193,6 +206,7 @@ class _DefaultOptions:
             bf16=config.bf16,
             fp16=config.fp16,
             distributed_optimizer=distributed_optimizer,
+            sharding_strategy=sharding_strategy,
             on_gpu=True,
         )
         return cls(wrapper=wrapper, ddp_config=cast("DistributedDataParallelConfig", _Defaults(usual)))

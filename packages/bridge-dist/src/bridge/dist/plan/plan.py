@@ -31,22 +31,24 @@ from bridge.dist.plan.support import check_supported, leave_out_offloading
 from bridge.dist.plan.virtual_rank.rank_order import rank_of
 from bridge.dist.train.batch import Batch
 from bridge.dist.train.flops import count_model_flops
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper, resolve_sharding_strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Inputs of a plan other than the model; ``gpu_memory`` and ``reserve`` are in bytes.
 
-    ``reserve`` is kept free on each GPU; None for ``default_reserve``. ``transposes_fp8`` is that of the machine, see
-    ``Machine``; without one, weights in FP8 count twice, as before Blackwell. ``layers`` must be those for which
-    megatron-core was imported: see ``bridge.dist.plan.layers.prepare_process``.
+    ``sharding_strategy`` is that of Megatron-FSDP; None for its default. ``reserve`` is kept free on each GPU; None for
+    ``default_reserve``. ``transposes_fp8`` is that of the machine, see ``Machine``; without one, weights in FP8 count
+    twice, as before Blackwell. ``layers`` must be those for which megatron-core was imported: see
+    ``bridge.dist.plan.layers.prepare_process``.
     """
 
     batch: Batch
     world_size: int
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
+    sharding_strategy: ShardingStrategy | None = None
     gpu_memory: int | None = None
     reserve: int | None = None
     transposes_fp8: bool = True
@@ -93,6 +95,7 @@ def make_plan_options(document: Document, request: PlanRequest) -> PlanOptions:
         world_size=layout.world_size,
         wrapper=request.wrapper,
         distributed_optimizer=request.distributed_optimizer,
+        sharding_strategy=request.sharding_strategy,
         gpu_memory=request.gpu_memory,
         reserve=request.reserve,
         layers=choose_layers(document, request.layers),
@@ -123,7 +126,12 @@ def plan(
     fusions, left_out = [], []
     if options.layers is Layers.TRANSFORMER_ENGINE:
         fusions, left_out = choose_fusions(document), leave_out_offloading(document)
-    job = BuildJob(document=document.data, wrapper=options.wrapper, distributed_optimizer=options.distributed_optimizer)
+    job = BuildJob(
+        document=document.data,
+        wrapper=options.wrapper,
+        distributed_optimizer=options.distributed_optimizer,
+        sharding_strategy=options.sharding_strategy,
+    )
     config = ModelConfig.from_dict(job.document)
     layout = job.check(config, options.world_size)
     batch, transformer = options.batch, make_builder(config).transformer_config
@@ -143,6 +151,7 @@ def plan(
         layout={axis: size for axis, size in asdict(layout).items() if size is not None},
         wrap=str(options.wrapper),
         distributed_optimizer=options.distributed_optimizer,
+        sharding_strategy=resolve_sharding_strategy(options.wrapper, options.sharding_strategy),
         layers=ranks[0].layers,
         fusions=fusions,
         left_out=left_out,

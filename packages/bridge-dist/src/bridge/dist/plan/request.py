@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bridge.dist.layout import Layout
 from bridge.dist.plan.layers import Layers
 from bridge.dist.train.batch import Batch
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class PlanRequest:
     gpus: int | None = None
     wrapper: Wrapper = Wrapper.DDP
     distributed_optimizer: bool = False
+    sharding_strategy: ShardingStrategy | None = None
     micro_batch_size: int = 1
     global_batch_size: int | None = None
     seq_length: int | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
+
 NOT_COVERED = (
     "temporary tensors within a layer",
     "CUDA graphs, an optimizer offloaded to CPUs",
@@ -185,21 +187,22 @@ class Origin:
 class Plan:
     """The plan of a job: its layout by axis, its batch, and its pipeline stages.
 
-    ``parameters`` counts every parameter of the model once, without vocabulary padding; ``buffers`` counts the
-    buffers that a checkpoint holds, such as router biases. ``layers`` names the library of the measured layers,
-    ``fusions`` the fields of fusions that were set because its layers have them, ``left_out`` those of the model that
-    the plan does not count. ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``.
-    ``gpu_memory`` is in bytes, None if unknown. ``reserve_bytes`` of it stay free for ``RESERVED``; no stage's total
-    includes them. ``model_flops`` are those of a step, as in build reports. ``has_experts`` tells whether the model has
-    experts. ``overlapped`` lists the groups whose communication within layers the model overlaps with computation.
-    ``has_cuda_graphs`` tells whether the model has its kernels launched by CUDA graphs. ``time`` is an estimate for one
-    machine.
+    ``sharding_strategy`` is what Megatron-FSDP shards; None with other wrappers. ``parameters`` counts every parameter
+    of the model once, without vocabulary padding; ``buffers`` counts the buffers that a checkpoint holds, such as
+    router biases. ``layers`` names the library of the measured layers, ``fusions`` the fields of fusions that were set
+    because its layers have them, ``left_out`` those of the model that the plan does not count.
+    ``microbatch_group_size`` is Megatron's ``microbatch_group_size_per_vp_stage``. ``gpu_memory`` is in bytes, None if
+    unknown. ``reserve_bytes`` of it stay free for ``RESERVED``; no stage's total includes them. ``model_flops`` are
+    those of a step, as in build reports. ``has_experts`` tells whether the model has experts. ``overlapped`` lists the
+    groups whose communication within layers the model overlaps with computation. ``has_cuda_graphs`` tells whether the
+    model has its kernels launched by CUDA graphs. ``time`` is an estimate for one machine.
     """
 
     world_size: int
     layout: dict[str, int]
     wrap: str
     distributed_optimizer: bool
+    sharding_strategy: ShardingStrategy | None
     layers: str
     fusions: list[str]
     left_out: list[str]
@@ -219,6 +222,11 @@ class Plan:
     seconds: float
     has_cuda_graphs: bool = False
     time: StepTime | None = None
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the wrapper shards every weight over the data-parallel ranks."""
+        return self.wrap == Wrapper.TORCH_FSDP2 or self.sharding_strategy is ShardingStrategy.OPTIM_GRADS_PARAMS
 
     @property
     def worst(self) -> StagePlan:

@@ -24,6 +24,7 @@ from bridge.dist.run.peak_memory import PeakMemory, read_peak_memory
 from bridge.dist.run.report import BuildReport, ChunkReport, RankReport
 from bridge.dist.train.flops import count_model_flops, find_peak_flops
 from bridge.dist.train.step import Step
+from bridge.dist.wrapper import resolve_sharding_strategy
 
 
 def collect_report(
@@ -45,6 +46,7 @@ def collect_report(
         layout=asdict(layout),
         wrap=str(job.wrapper),
         distributed_optimizer=job.distributed_optimizer,
+        sharding_strategy=resolve_sharding_strategy(job.wrapper, job.sharding_strategy),
         weights=None if loaded is None else str(loaded),
         layers=identify_layers(run.stages),
         fusions=list(job.fusions),

@@ -19,6 +19,7 @@ from bridge.dist.plan.results import NOT_COVERED, RESERVED
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.report_file import Part, read_report
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 Value = str | int | float | None
 
@@ -189,7 +190,9 @@ def _read_values(part: Part) -> dict[str, Value]:
     layout = {axis: size for axis, size in part.require("layout", dict).items() if size != 1}
     if layout.get("etp") == layout.get("tp"):
         layout.pop("etp", None)
-    sharded = ", distributed optimizer" if part.require("distributed_optimizer", bool) else ""
+    strategy = _read_sharding_strategy(part)
+    sharded = f" {strategy}" if strategy else ""
+    sharded += ", distributed optimizer" if part.require("distributed_optimizer", bool) else ""
     kind = part.require("kind", str)
     # A plan has estimates in a mapping of their own.
     times = part.require_mapping("time") if part.get("time", dict) is not None else part
@@ -206,6 +209,12 @@ def _read_values(part: Part) -> dict[str, Value]:
         **{name: times.get(name, float) for name in _TIMES},
     }
     return values | (_read_build(part) if kind == "build" else _read_fullest_stage(part))
+
+
+def _read_sharding_strategy(part: Part) -> str | None:
+    """Return what Megatron-FSDP shards; files without the key are from when it sharded everything."""
+    is_megatron_fsdp = part.require("wrap", str) == Wrapper.MEGATRON_FSDP
+    return part.get("sharding_strategy", str) or (ShardingStrategy.OPTIM_GRADS_PARAMS if is_megatron_fsdp else None)
 
 
 def _format_batch(part: Part) -> str | None:
@@ -256,7 +265,6 @@ def _plan_same_job(report: Part) -> Part:
     from bridge.dist.plan.forecast.step_time import estimate_time
     from bridge.dist.plan.plan import PlanOptions, plan
     from bridge.dist.train.batch import Batch
-    from bridge.dist.wrapper import Wrapper
 
     document = Document(report.require("document", dict), report.source)
     switch_off_dropout(document)
@@ -264,6 +272,10 @@ def _plan_same_job(report: Part) -> Part:
     wrapper = report.require("wrap", str)
     if wrapper not in list(Wrapper):
         raise report.make_error("wrap", f"expected one of {', '.join(Wrapper)}, got {wrapper!r}")
+    strategy = _read_sharding_strategy(report)
+    if strategy is not None and strategy not in list(ShardingStrategy):
+        expected = ", ".join(ShardingStrategy)
+        raise report.make_error("sharding_strategy", f"expected one of {expected}, got {strategy!r}")
     options = PlanOptions(
         batch=Batch(
             seq_length=report.require("seq_length", int),
@@ -273,6 +285,7 @@ def _plan_same_job(report: Part) -> Part:
         world_size=report.require("world_size", int),
         wrapper=Wrapper(wrapper),
         distributed_optimizer=report.require("distributed_optimizer", bool),
+        sharding_strategy=None if strategy is None else ShardingStrategy(strategy),
         layers=layers,
     )
     found = plan(document, options)

@@ -37,6 +37,7 @@ class RankReport:
 class BuildReport:
     """A build: its job, its ranks, its training steps.
 
+    ``sharding_strategy`` is what Megatron-FSDP shards; None with other wrappers.
     ``layers`` names the library of the layers, ``fusions`` the fields of fusions that were set because its layers have
     them. ``parameters`` excludes vocabulary padding, ``padded_parameters`` includes it. Batch sizes are None if nothing
     was trained. ``iteration`` counts the training steps behind the model, those of a loaded checkpoint included;
@@ -52,6 +53,7 @@ class BuildReport:
     layout: dict[str, int]
     wrap: str
     distributed_optimizer: bool
+    sharding_strategy: str | None
     weights: str | None
     layers: str
     fusions: list[str]

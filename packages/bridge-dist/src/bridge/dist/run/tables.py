@@ -46,7 +46,8 @@ def _make_ranks_table(report: BuildReport) -> RenderableType:
     from rich.table import Table
 
     sizes = " ".join(f"{name}={size}" for name, size in report.layout.items())
-    table = Table(title=f"{report.world_size} rank(s): {sizes}, wrapped with {report.wrap}", title_justify="left")
+    wrapper = " ".join(filter(None, [report.wrap, report.sharding_strategy]))
+    table = Table(title=f"{report.world_size} rank(s): {sizes}, wrapped with {wrapper}", title_justify="left")
     # A coordinate along an axis of size 1 is always 0.
     axes = [axis for axis in ("tp", "pp", "dp", "cp", "ep") if report.layout[axis] > 1]
     for name in ("rank", *axes, "stage", "layers", "parameters"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.train.optimizer import set_up_optimizer
+from bridge.dist.wrapper import ShardingStrategy
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,6 +27,19 @@ def _parameter_groups(stage: FullyShardedDataParallel) -> list[ParameterGroup]:
     return groups
 
 
+def count_parameters(stage: MegatronModule) -> int:
+    """Return the number of elements of the parameters that a rank holds between steps."""
+    parameters: Iterable[torch.Tensor] = stage.parameters()
+    if isinstance(stage, FullyShardedDataParallel) and not _shards_weights(stage):
+        # Its parameters are this rank's part of the optimizer's.
+        parameters = [parameter for group in _parameter_groups(stage) for parameter in group.params]
+    return sum(to_local(parameter).numel() for parameter in parameters)
+
+
+def _shards_weights(stage: FullyShardedDataParallel) -> bool:
+    return bool(stage.ddp_config.data_parallel_sharding_strategy == ShardingStrategy.OPTIM_GRADS_PARAMS)
+
+
 def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
     """Yield the tensors that hold the weights of a stage between steps."""
     if isinstance(stage, FullyShardedDataParallel):
@@ -33,6 +47,8 @@ def weight_tensors(stage: MegatronModule) -> Iterator[torch.Tensor]:
         for group in _parameter_groups(stage):
             if group.model_weight_buffer is not None:
                 yield group.model_weight_buffer.data
+            else:  # the strategy that shards nothing
+                yield from map(to_local, group.params)
     else:
         yield from map(to_local, stage.parameters())
 

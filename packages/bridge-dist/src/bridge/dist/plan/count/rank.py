@@ -20,11 +20,11 @@ from bridge.dist.layout import Layout
 from bridge.dist.plan.count.collectives import StepCalls
 from bridge.dist.plan.count.memory import (
     count_optimizer_bytes,
+    count_parameters,
     count_saved_buffer_elements,
     count_storage_bytes,
     gradient_buckets,
     held_tensors,
-    to_local,
 )
 from bridge.dist.plan.count.microbatch import Memo, PassedShapes, RankStages, Work
 from bridge.dist.plan.count.step import run_replicated, run_sharded
@@ -130,9 +130,9 @@ def measure_rank(
             wrap_with_ddp=options.wrap_with_ddp,
         )
         rank_stages = RankStages(stages, builder, groups, layout, batch)
-        parameters = [sum(to_local(parameter).numel() for parameter in stage.parameters()) for stage in stages]
+        parameters = list(map(count_parameters, stages))
         master, state = count_optimizer_bytes(stages) if options.wrap_with_ddp else (0, 0)
-        step = run_sharded(rank_stages, passed) if options.shards_weights else run_replicated(rank_stages, memo, passed)
+        step = run_sharded(rank_stages, passed) if is_fsdp else run_replicated(rank_stages, memo, passed)
         return Rank(
             rank=rank,
             weights=count_storage_bytes(held_tensors(stages)) + sum(work.workspaces for work in step.works),

@@ -31,7 +31,7 @@ class MeasuredStep(NamedTuple):
 
 
 def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> MeasuredStep:
-    """Measure a step with unsharded weights: run a microbatch through each chunk not in ``memo``, then end the step."""
+    """Measure a step with DDP or no wrapper: run a microbatch through each chunk not in ``memo``, then end the step."""
     works = run_chunks(rank, memo, passed)
     ending, more = Collectives(map_group_names(rank.groups)), Calls.empty()
     for work in works:
@@ -48,7 +48,7 @@ def run_replicated(rank: RankStages, memo: Memo, passed: PassedShapes) -> Measur
 
 
 def run_sharded(rank: RankStages, passed: PassedShapes) -> MeasuredStep:
-    """Measure a step with sharded weights by running whole steps, because gathering depends on the passes before."""
+    """Measure a step with Megatron-FSDP or torch FSDP2 by running whole steps: gathering depends on earlier passes."""
     fewest, round_size = _warm_up_microbatches(rank)
     wanted = rank.batch.count_microbatches(rank.layout, group_size=_group_size(rank))
     with (

@@ -29,6 +29,7 @@ from bridge.dist.plan.results import (
     Traffic,
     TrainingCost,
 )
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 PRODUCTS, ATTENTION, MEMORY_BOUND = "matrix products", "attention", "memory-bound work"
 BUBBLE, OPTIMIZER = "pipeline bubble", "optimizer"
@@ -40,7 +41,7 @@ additions and SwiGLU of a Llama layer move 1.5 times the bytes of these activati
 _EXCHANGE_PASSES = 4
 """Tokens are permuted before and after they are exchanged; each time, a kernel reads and writes them."""
 _BYTES = {"float8": 1, "float32": 4}
-_SHARDING = ("megatron-fsdp", "torch-fsdp2")
+_FSDP = (Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
 _DATA_PARALLEL = ("dp", "dp_cp", "expt_dp")
 _EXPERT_PARALLEL = ("ep", "tp_ep")
 
@@ -147,7 +148,7 @@ class _StageTime:
         parts[MEMORY_BOUND] += exchanged * _EXCHANGE_PASSES / self.machine.memory_speed
         computation = sum(parts.values())
         for group, seconds in self._sum_traffic(cost.traffic).items():
-            if group in _DATA_PARALLEL and self.plan.wrap in _SHARDING:
+            if group in _DATA_PARALLEL and self.plan.wrap in _FSDP:
                 continue  # gathers and reduces ahead of the computation, see `end_step`
             if group in self.plan.overlapped or (group == "tp_ep" and "ep" in self.plan.overlapped):
                 seconds *= self.machine.exposed
@@ -181,14 +182,15 @@ class _StageTime:
         outside = self._list_traffic_outside_passes()
         gathers = [one for one in outside if one.operation.startswith("allgather")]
         others = [one for one in outside if not one.operation.startswith("allgather")]
-        if self.plan.wrap in _SHARDING:
-            repeated = microbatches / self.plan.microbatches
-            for group, seconds in self._sum_traffic(outside).items():
-                calls = sum(one.calls for one in outside if one.group == group)
-                parts[_communication(group)] = max(seconds / calls, seconds * repeated - self.busy * microbatches)
+        if self.plan.shards_weights:
+            parts |= self._time_repeated(outside, microbatches, hidden=self.busy)
         else:
-            # Gradients are reduced during the last backward pass, bucket by bucket, and weights are gathered during
-            # the first forward pass.
+            if self.plan.sharding_strategy == ShardingStrategy.OPTIM_GRADS:
+                reduced = [one for one in others if one.group in _DATA_PARALLEL]
+                others = [one for one in others if one not in reduced]
+                parts |= self._time_repeated(reduced, microbatches, hidden=sum(self.backward))
+            # DDP reduces gradients during the last backward pass, bucket by bucket, and gathers weights during the
+            # first forward pass. Megatron-FSDP, which has no such buckets, does both while nothing else runs.
             for traffic, hidden in ((others, sum(self.backward)), (gathers, sum(self.forward))):
                 for group, seconds in self._sum_traffic(traffic).items():
                     last = seconds / max(1, len(self.stage.buckets))
@@ -200,8 +202,22 @@ class _StageTime:
         parts[OPTIMIZER] = moved / self.machine.memory_speed
         return parts
 
+    def _time_repeated(self, traffic: Sequence[Traffic], microbatches: int, *, hidden: float) -> dict[str, float]:
+        """Return the exposed time of what each microbatch gathers or reduces, of which computation hides a part.
+
+        Args:
+            traffic: The traffic of the planned step.
+            microbatches: The number of microbatches.
+            hidden: Seconds of computation of a microbatch.
+        """
+        repeated, parts = microbatches / self.plan.microbatches, {}
+        for group, seconds in self._sum_traffic(traffic).items():
+            calls = sum(one.calls for one in traffic if one.group == group)
+            parts[_communication(group)] = max(seconds / calls, seconds * repeated - hidden * microbatches)
+        return parts
+
     def _list_traffic_outside_passes(self) -> list[Traffic]:
-        """Return the traffic of a step that no pass contains; that of wrappers that shard weights in any case."""
+        """Return the traffic of a step that no pass contains; with FSDP, all of the data-parallel groups."""
         calls: Counter[tuple[str, int, str]] = Counter()
         size: Counter[tuple[str, int, str]] = Counter()
 
@@ -214,7 +230,7 @@ class _StageTime:
             add(one, 1)
         for chunk in self.stage.chunks:
             for one in (*chunk.forward.traffic, *chunk.backward.traffic):
-                if not (one.group in _DATA_PARALLEL and self.plan.wrap in _SHARDING):
+                if not (one.group in _DATA_PARALLEL and self.plan.wrap in _FSDP):
                     add(one, -self.plan.microbatches)
         return [
             Traffic(group=group, ranks=ranks, operation=operation, calls=number, bytes=size[group, ranks, operation])

@@ -50,9 +50,10 @@ def list_largest_traffic(plan: Plan) -> list[tuple[Traffic, StagePlan]]:
 
 def describe_plan(plan: Plan) -> dict[str, str]:
     """Summarize the whole job and the limits of its numbers, one statement per subject."""
-    optimizer = ", with the distributed optimizer" if plan.distributed_optimizer else ""
+    sharded = f" {plan.sharding_strategy}" if plan.sharding_strategy else ""
+    sharded += ", with the distributed optimizer" if plan.distributed_optimizer else ""
     statements = {
-        "layout": f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; wrapped with {plan.wrap}{optimizer}",
+        "layout": f"{plan.world_size:,} rank(s): {Layout(**plan.layout)}; wrapped with {plan.wrap}{sharded}",
         "batch": (
             f"{plan.global_batch_size:,} samples of {plan.seq_length:,} tokens per step, "
             f"in {plan.microbatches:,} microbatch(es) of {plan.micro_batch_size:,} on each data-parallel rank"

@@ -17,6 +17,7 @@ from bridge.config.tracebacks import format_error
 from bridge.dist.checkpoint.folder import check_save_folder
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
+from bridge.dist.errors import CheckpointError
 from bridge.dist.fusions import choose_fusions
 from bridge.dist.run.commands.inputs import read_inputs
 from bridge.dist.run.commands.options import (
@@ -26,6 +27,7 @@ from bridge.dist.run.commands.options import (
     add_origin_options,
     add_training_options,
     check_batch,
+    check_sharding_strategy,
     device_option,
     make_train_options,
 )
@@ -35,7 +37,7 @@ from bridge.dist.run.origin import choose_origin
 from bridge.dist.run.pool import launch
 from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.start import prepare
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper, resolve_sharding_strategy
 
 if TYPE_CHECKING:
     from bridge.dist.run.report import BuildReport
@@ -67,6 +69,7 @@ def build(
     nproc: int | None,
     wrapper: Wrapper,
     distributed_optimizer: bool,
+    sharding_strategy: ShardingStrategy | None,
     steps: int | None,
     load: Path | None,
     save: Path | None,
@@ -89,6 +92,7 @@ def build(
     gradient norms do not depend on the layout. If FILE is a folder, its weights are loaded. With --load of a checkpoint
     that --save or Megatron-LM wrote, training goes on where it stopped, under any layout.
     """
+    check_sharding_strategy(wrapper, sharding_strategy)
     rank_environment = RankEnvironment.read(os.environ) if nproc is None else None
     if file == STANDARD_INPUT and rank_environment is not None:
         raise click.UsageError("ranks started by torchrun or srun cannot share standard input: pass a file name")
@@ -104,12 +108,15 @@ def build(
             world_size=ranks,
             dp=dp,
             distributed_optimizer=distributed_optimizer,
+            sharding_strategy=sharding_strategy,
         )
         if setup is not None and steps is not None:
             check_batch(
                 setup, seq_length=seq_length, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
             )
         origin = choose_origin(document, inputs.load, random_init=random_init)
+        if save is not None or origin.checkpoint is not None:
+            _check_can_be_saved(wrapper, sharding_strategy)
         if save is not None and not force:
             check_save_folder(save, origin.checkpoint)
         inputs.check_weights(origin)
@@ -134,6 +141,7 @@ def build(
             fusions=tuple(fusions),
             wrapper=wrapper,
             distributed_optimizer=distributed_optimizer,
+            sharding_strategy=sharding_strategy,
             dp=dp,
             training=training,
             **vars(origin),
@@ -145,6 +153,20 @@ def build(
         report = run_rank(job) if rank_environment else launch(run_rank, job, ranks=ranks, start_method=start_method)
     if is_leader:
         _print_report(report, as_json=as_json)
+
+
+def _check_can_be_saved(wrapper: Wrapper, strategy: ShardingStrategy | None) -> None:
+    """Check early, as ``bridge.dist.checkpoint`` does late, that what a wrapper shards can be saved and loaded.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    strategy = resolve_sharding_strategy(wrapper, strategy)
+    if strategy not in (None, ShardingStrategy.OPTIM_GRADS_PARAMS):
+        raise CheckpointError(
+            f"Megatron-FSDP with --sharding-strategy {strategy} can neither save nor load checkpoints: use "
+            f"{ShardingStrategy.OPTIM_GRADS_PARAMS}, or --wrap ddp"
+        )
 
 
 @contextlib.contextmanager

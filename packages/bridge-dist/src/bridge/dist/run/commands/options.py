@@ -17,7 +17,7 @@ from bridge.dist.errors import TrainingError
 from bridge.dist.run.devices import Device
 from bridge.dist.run.origin import Origin
 from bridge.dist.train.batch import Batch
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 if TYPE_CHECKING:
     from bridge.dist.checks.preflight import Setup
@@ -28,6 +28,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., object])
 SIZE = click.IntRange(min=1)
 LOCAL_RANKS = click.IntRange(1, 1024)  # each takes hundreds of megabytes; a hundred thousand would start for minutes
 WRAPPERS = click.Choice([wrapper.value for wrapper in Wrapper])
+STRATEGIES = click.Choice([strategy.value for strategy in ShardingStrategy])
 _LONGEST_DEFAULT_SAMPLE = 128  # tokens
 
 device_option = click.option(
@@ -57,6 +58,13 @@ CHOSEN_WRAPPER = (
         help="Data-parallel wrapper.",
     ),
     click.option("--distributed-optimizer", is_flag=True, help="With ddp: shard the optimizer state."),
+    click.option(
+        "--sharding-strategy",
+        type=STRATEGIES,
+        callback=lambda ctx, param, value: None if value is None else ShardingStrategy(value),
+        help="With megatron-fsdp: shard nothing, the optimizer state, also gradients, or also weights.  [default: "
+        f"{ShardingStrategy.OPTIM_GRADS_PARAMS}]",
+    ),
 )
 MICRO_BATCH_SIZE = click.option(
     "--micro-batch-size", type=SIZE, default=1, show_default=True, help="Samples per forward pass."
@@ -107,6 +115,19 @@ def add_size_options(command: CommandT) -> CommandT:
 def add_layout_options(command: CommandT) -> CommandT:
     """Add the options for the sizes of parallelism and the wrapper to a command."""
     return add_options(command, *SIZES, *CHOSEN_WRAPPER)
+
+
+def check_sharding_strategy(wrapper: Wrapper | None, strategy: ShardingStrategy | None) -> None:
+    """Check that a strategy is given with Megatron-FSDP only, or while the wrapper is to be searched.
+
+    Raises:
+        UsageError: There is another wrapper.
+    """
+    if strategy is not None and wrapper not in (None, Wrapper.MEGATRON_FSDP):
+        raise click.UsageError(
+            f"--sharding-strategy needs --wrap {Wrapper.MEGATRON_FSDP}, not {wrapper}: change the wrapper, or leave "
+            "the strategy out"
+        )
 
 
 def add_origin_options(command: CommandT) -> CommandT:

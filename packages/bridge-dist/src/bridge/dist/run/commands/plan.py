@@ -21,7 +21,13 @@ from bridge.dist.plan.request import PlanRequest
 from bridge.dist.plan.results import Origin
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
-from bridge.dist.run.commands.options import SIZE, CommandKeepingArguments, add_html_option, format_command
+from bridge.dist.run.commands.options import (
+    SIZE,
+    CommandKeepingArguments,
+    add_html_option,
+    check_sharding_strategy,
+    format_command,
+)
 from bridge.dist.run.commands.output import print_parts
 from bridge.dist.run.commands.plan_options import PRICE, TOKENS, add_machine_option, add_plan_options, make_from_options
 from bridge.dist.run.devices import hide_gpus
@@ -57,9 +63,10 @@ def plan(
     """
     if price is not None and tokens is None:
         raise click.UsageError("--price needs --tokens: add the number of tokens to train on")
+    request = make_from_options(PlanRequest, options | {"gpu_memory": options["gpu_memory"] or machine.memory})
+    check_sharding_strategy(request.wrapper, request.sharding_strategy)
     start_run()
     hide_gpus()  # planning uses no GPU
-    request = make_from_options(PlanRequest, options | {"gpu_memory": options["gpu_memory"] or machine.memory})
     document = Document.load(file, overrides)
     print_notes(file, document.migrate())
     _plan_layout(document, request, machine, overrides, tokens=tokens, price=price, html=html, as_json=as_json)
@@ -84,6 +91,7 @@ def _plan_layout(
         world_size=request.gpus,
         dp=request.dp,
         distributed_optimizer=request.distributed_optimizer,
+        sharding_strategy=request.sharding_strategy,
     )
     if setup is not None and (length := request.seq_length or getattr(setup.model, "seq_length", None)):
         request.make_batch(setup.layout, seq_length=length).check(setup.transformer, setup.layout)
