@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -270,6 +271,28 @@ def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"checkpoint: exists, and is not replaced, as .*checkpoint/folder is in it"):
         import_folder(inner, tmp_path / "checkpoint", force=True)
     assert (inner / "model.safetensors").is_file()
+
+
+def test_folders_of_the_other_kind_are_told(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "llama")
+    import_folder(folder, tmp_path / "checkpoint")
+    with pytest.raises(WeightsError, match=r"checkpoint: is a Megatron checkpoint: `bridge export-hf` writes one"):
+        import_folder(tmp_path / "checkpoint", tmp_path / "other")
+    with pytest.raises(WeightsError, match=r"folder: is a Hugging Face folder already"):
+        export_folder(folder, tmp_path / "other")
+
+
+def test_a_disk_that_becomes_full(tmp_path: Path) -> None:
+    """Nothing that looks whole is left."""
+    folder = make_folder(tmp_path, "llama")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))  # bytes
+    try:
+        with pytest.raises(WeightsError, match="checkpoint: cannot be written: File too large"):
+            import_folder(folder, tmp_path / "checkpoint")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

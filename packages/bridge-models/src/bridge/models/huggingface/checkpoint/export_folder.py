@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from bridge.config import Document
 from bridge.config.errors import Problem
 from bridge.dist.checkpoint.document import read_folder
-from bridge.dist.checkpoint.folder import find_iteration
+from bridge.dist.checkpoint.folder import find_iteration, is_checkpoint
 from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.checkpoint.reader import Checkpoint
 from bridge.dist.checkpoint.state import OPTIMIZER_PREFIXES
@@ -115,6 +115,8 @@ def _read_source(checkpoint: Path, document: Document | None) -> _Source:
         DocumentError: transformers has no architecture for the model.
         WeightsError: The tensors are not those of the model.
     """
+    if (checkpoint / "config.json").is_file() and not is_checkpoint(checkpoint):
+        raise WeightsError([Problem(str(checkpoint), "is a Hugging Face folder already: expected a checkpoint")])
     found = Checkpoint(find_iteration(checkpoint))
     model = document or read_folder(str(found.iteration))
     converted = to_hf(model.data)

@@ -53,7 +53,7 @@ class CheckpointWriter:
         described.chunks.append(ChunkStorageMetadata(torch.Size(offset), values.shape))
         stream = self._open()
         start = stream.tell()
-        torch.save(values, stream)
+        _save(values, stream)
         self._record(MetadataIndex(key, offset, len(described.chunks) - 1), start, stream.tell() - start)
 
     def write_objects(self, keys: Sequence[str], value: object) -> None:
@@ -102,3 +102,17 @@ class CheckpointWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+
+def _save(values: torch.Tensor, stream: BinaryIO) -> None:
+    """Write a tensor as torch does.
+
+    Raises:
+        OSError: It cannot be written. torch 2.15 then fails to complete its archive, and raises that RuntimeError.
+    """
+    try:
+        torch.save(values, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

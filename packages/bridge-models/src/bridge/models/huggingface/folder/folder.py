@@ -13,6 +13,7 @@ from typing import Any
 from bridge.config.documents.hub_cache import resolve_repository
 from bridge.config.errors import DocumentError, Problem
 from bridge.config.problems import describe_value
+from bridge.dist.checkpoint.folder import is_checkpoint
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface.config_json import load_config_json
 from bridge.models.huggingface.convert import from_hf
@@ -65,6 +66,9 @@ def open_folder(path: str | Path) -> Folder:
         WeightsError: The tensors are not those of the model: all problems, by name.
     """
     path = Path(resolve_repository(str(path)))
+    if is_checkpoint(path) and not (path / "config.json").exists():
+        message = "is a Megatron checkpoint: `bridge export-hf` writes one as a Hugging Face folder"
+        raise WeightsError([Problem(str(path), message)])
     config = load_config_json(str(path / "config.json"))  # not "-", which is standard input
     with config.locate_problems():
         _check_quantization(config.data)
