@@ -4,8 +4,8 @@ Loading, saving and exporting are compared with safetensors, importing with mega
 
 uv run python tests/benchmarks/weights.py [ROUNDS]
 
-Each side runs in a process of its own. Time excludes imports and the making of the model; memory is the peak above the
-one before. The file is in the page cache, so the disk plays no part.
+Each side runs in a process of its own. Time excludes imports and the making of the model; memory is the peak above what
+the process had before. The file is in the page cache, so the disk plays no part.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ from bridge.dist.run.peak_memory import read_peak_memory
 from bridge.models.huggingface import from_hf, load_weights, save_weights
 import bridge.models.gpt.builder
 folder = Path(sys.argv[1])
+def begin():
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    return read_peak_memory().resident, time.perf_counter()
 """
 END = """
 seconds = time.perf_counter() - start
@@ -66,6 +69,8 @@ with cpu_runtime():
 """
 FSDP2 = """
 import megatron.core.distributed
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from bridge.dist.job import BuildJob
 from bridge.dist.plan.virtual_rank.groups import act_as_rank
 from bridge.dist.wrapper import Wrapper
@@ -79,26 +84,26 @@ with cpu_runtime(), act_as_rank(Layout(dp=4), 0) as groups:
     config.pre_wrap_hooks = [lambda stages: (load_weights(stages, folder, groups), stages)[1]]
     builder = job.make_builder(config)
     ddp_config = job.make_options(builder.transformer_config).ddp_config
-    before, start = read_peak_memory().resident, time.perf_counter()
+    before, start = begin()
     builder.build_distributed_models(
         groups, ddp_config=ddp_config, use_torch_fsdp2=True, data_parallel_random_init=False
     )
 """
 SIDES = {
     "safetensors, read": """
-before, start = read_peak_memory().resident, time.perf_counter()
+before, start = begin()
 with safe_open(folder / "model.safetensors", framework="pt") as file:
     tensors = [file.get_tensor(name).clone() for name in file.keys()]
 """,
     "load_weights": MODEL
     + """
-    before, start = read_peak_memory().resident, time.perf_counter()
+    before, start = begin()
     load_weights([stage], folder, groups)
 """,
     "safetensors, write": """
 with safe_open(folder / "model.safetensors", framework="pt") as file:
     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-before, start = read_peak_memory().resident, time.perf_counter()
+before, start = begin()
 save_file(tensors, folder.parent / "written.safetensors")
 with (folder.parent / "written.safetensors").open("rb") as written:
     os.fsync(written.fileno())  # as save_weights does
@@ -106,7 +111,7 @@ with (folder.parent / "written.safetensors").open("rb") as written:
     "save_weights": MODEL
     + """
     load_weights([stage], folder, groups)
-    before, start = read_peak_memory().resident, time.perf_counter()
+    before, start = begin()
     save_weights([stage], folder.parent / "written", groups, model=config)
 """,
     "dist_checkpointing.save": """
@@ -119,20 +124,20 @@ with safe_open(folder / "model.safetensors", framework="pt") as file:
     }
 (folder.parent / "checkpoint").mkdir()
 with cpu_runtime():
-    before, start = read_peak_memory().resident, time.perf_counter()
+    before, start = begin()
     dist_checkpointing.save(state, str(folder.parent / "checkpoint"))
     os.sync()  # as import_folder waits for the disk
 """,
     "import_folder": """
 from bridge.models.huggingface.checkpoint.import_folder import import_folder
-before, start = read_peak_memory().resident, time.perf_counter()
+before, start = begin()
 import_folder(folder, folder.parent / "checkpoint")
 """,
     "export_folder": """
 from bridge.models.huggingface.checkpoint.export_folder import export_folder
 from bridge.models.huggingface.checkpoint.import_folder import import_folder
 import_folder(folder, folder.parent / "checkpoint")
-before, start = read_peak_memory().resident, time.perf_counter()
+before, start = begin()
 export_folder(folder.parent / "checkpoint", folder.parent / "written")
 """,
     "load_weights, FSDP2, one of four ranks": FSDP2,

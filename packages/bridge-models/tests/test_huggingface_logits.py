@@ -10,30 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from built_models import build_bridge_model
 from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
 from huggingface_weights import Weights, convert_weights
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
-from bridge.models.huggingface import from_hf
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_cpu(pg_collection: ProcessGroupCollection) -> Iterator[None]:
     with cpu_runtime():
         yield
-
-
-def make_bridge_model(config: dict[str, Any], pg_collection: ProcessGroupCollection) -> Any:
-    """Return the model that Bridge builds from the same config.json."""
-    read: Any = ModelConfig.from_dict(from_hf(config).data)
-    read.transformer.use_cpu_initialization = True
-    read.finalize()
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    return read.get_builder_cls()(read).build_model(pg_collection).eval()
 
 
 def load_weights(bridge_model: Any, weights: Weights) -> None:
@@ -48,7 +37,7 @@ def load_weights(bridge_model: Any, weights: Weights) -> None:
 def test_logits_match_transformers(case: str, pg_collection: ProcessGroupCollection) -> None:
     config = MODELS[case]
     transformers_model = build_transformers_model(config)
-    bridge_model = make_bridge_model(config, pg_collection)
+    bridge_model = build_bridge_model(config, pg_collection).eval()
     load_weights(bridge_model, convert_weights(transformers_model.config, transformers_model.state_dict()))
     generator = torch.Generator().manual_seed(3)
     source, tokens = (torch.randint(96, (2, length), generator=generator) for length in (40, 24))

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from built_models import build_bridge_model
 from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
 from huggingface_weights import Weights
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import load_file
 from weight_folders import read_weights, write
 
-from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.engine.placement import named_tensors
 from bridge.models.errors import WeightsError
-from bridge.models.huggingface import from_hf, load_weights
+from bridge.models.huggingface import load_weights
 from bridge.models.huggingface.folder.folder import open_folder
 from bridge.models.huggingface.transfer.names import canonicalize_name
 
@@ -34,15 +33,6 @@ EXTRA = "model.layers.2."
 def _on_cpu(pg_collection: Groups) -> Iterator[None]:
     with cpu_runtime():
         yield
-
-
-def build_model(config: dict[str, Any], groups: Groups) -> Any:
-    """Return the model that Bridge builds from a config.json."""
-    read: Any = ModelConfig.from_dict(from_hf(config).data)
-    read.transformer.use_cpu_initialization = True
-    read.finalize()
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    return read.get_builder_cls()(read).build_model(groups)
 
 
 def list_tensors(model: Any, groups: Groups) -> Weights:
@@ -72,7 +62,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 def test_multi_token_prediction_is_loaded(state: Weights, pg_collection: Groups, tmp_path: Path) -> None:
     folder = open_folder(write(tmp_path, PREDICTING, state))
-    model = build_model(PREDICTING, pg_collection)
+    model = build_bridge_model(PREDICTING, pg_collection)
     built = list_tensors(model, pg_collection)
     assert {name: tuple(tensor.shape) for name, tensor in built.items()} == {
         name: weight.shape for name, (weight, _) in folder.match.weights.items()
@@ -113,7 +103,7 @@ def test_multi_token_prediction_with_another_embedding_is_an_error(
     changed[95, 31] += 1
     write(tmp_path, PREDICTING, state | {f"{EXTRA}{copy}": changed})
     with pytest.raises(WeightsError) as error:
-        load_weights([build_model(PREDICTING, pg_collection)], tmp_path, pg_collection)
+        load_weights([build_bridge_model(PREDICTING, pg_collection)], tmp_path, pg_collection)
     assert str(error.value).startswith(f"{tmp_path}/model.safetensors: {EXTRA}{copy}: differs from {original}, ")
     assert "tie_word_embeddings" not in str(error.value)
 
@@ -139,7 +129,7 @@ def test_weights_that_the_model_lacks_are_an_error(
     """A document of a similar model takes all parameters from the folder, but not all of the folder."""
     build_transformers_model(MODELS[case]).save_pretrained(tmp_path)
     with pytest.raises(WeightsError) as error:
-        load_weights([build_model(MODELS[case] | changes, pg_collection)], tmp_path, pg_collection)
+        load_weights([build_bridge_model(MODELS[case] | changes, pg_collection)], tmp_path, pg_collection)
     assert left_out in {problem.path for problem in error.value.problems}
 
 
@@ -150,7 +140,7 @@ def test_tied_output_layer_that_differs_is_an_error(case: str, pg_collection: Gr
     tensors["lm_head.weight"][-1, -1] += 1
     write(tmp_path, MODELS[case], tensors)
     with pytest.raises(WeightsError) as error:
-        load_weights([build_model(MODELS[case], pg_collection)], tmp_path, pg_collection)
+        load_weights([build_bridge_model(MODELS[case], pg_collection)], tmp_path, pg_collection)
     (problem,) = error.value.problems
     assert (problem.path, problem.file) == ("lm_head.weight", f"{tmp_path}/model.safetensors")
     assert "set tie_word_embeddings to false" in problem.message
@@ -160,7 +150,7 @@ def test_tied_output_layer_that_is_equal_is_loaded(pg_collection: Groups, tmp_pa
     case = MODELS["llama 3.2, tied"]
     model = build_transformers_model(case)
     write(tmp_path, case, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
-    built = build_model(case, pg_collection)
+    built = build_bridge_model(case, pg_collection)
     load_weights([built], tmp_path, pg_collection)
     embedding = list_tensors(built, pg_collection)["embedding.word_embeddings.weight"]
     assert torch.equal(embedding, model.state_dict()["lm_head.weight"])

@@ -112,6 +112,18 @@ def find_divided(stage: MegatronModule) -> dict[str, Divided]:
     }
 
 
+def make_sharded_state_dict(stage: MegatronModule, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return megatron-core's description of a stage.
+
+    In megatron-core 0.19.2 a checkpoint may have other rows that pad the vocabulary, except for T5's bias.
+    """
+    state: dict[str, Any] = unwrap(stage).sharded_state_dict(metadata=metadata)
+    for part in nested_values(state):
+        if isinstance(part, ShardedTensor) and part.key == "lm_head.output_layer.bias":
+            part.allow_shape_mismatch = True
+    return state
+
+
 def list_shards(stage: MegatronModule, metadata: dict[str, Any]) -> tuple[list[Shard], dict[str, Any]]:
     """Return the shards of a stage's parameters, and the other entries of its sharded state dict.
 
@@ -119,7 +131,7 @@ def list_shards(stage: MegatronModule, metadata: dict[str, Any]) -> tuple[list[S
     """
     divided = find_divided(stage)
     with show_whole(stage, divided):
-        state = unwrap(stage).sharded_state_dict(metadata=metadata)
+        state = make_sharded_state_dict(stage, metadata)
         apply_factories(state)
     by_storage = {identify(one.whole): one.whole for one in divided.values()}
     parts: dict[int, list[Part]] = {identity: [] for identity in by_storage}

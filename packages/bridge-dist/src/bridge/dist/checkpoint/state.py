@@ -12,7 +12,7 @@ from megatron.core.distributed import FullyShardedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
-from bridge.dist.checkpoint.shards import Shard, is_sharded, list_shards
+from bridge.dist.checkpoint.shards import Shard, is_sharded, list_shards, make_sharded_state_dict
 from bridge.dist.engine.stages import unwrap
 from bridge.dist.errors import CheckpointError
 
@@ -53,7 +53,7 @@ def make_model_state(stages: Sequence[MegatronModule], metadata: dict[str, Any])
         for key, stage in by_key.items():
             stage.load_state_dict(loaded[key])
 
-    return ModelState({key: unwrap(stage).sharded_state_dict(metadata=metadata) for key, stage in by_key.items()}, take)
+    return ModelState({key: make_sharded_state_dict(stage, metadata) for key, stage in by_key.items()}, take)
 
 
 def _make_sharded_state(stages: dict[str, MegatronModule], metadata: dict[str, Any]) -> ModelState:
