@@ -41,3 +41,9 @@ def test_contradictory_fields_are_reported() -> None:
     # An explicit kv_channels may have any value; a derived one is rounded down, which would lose channels.
     Document(GPT | {"transformer": SIZES | {"hidden_size": 100, "num_attention_heads": 3, "kv_channels": 33}}).check()
     assert "must divide hidden_size = 100, got 3" in problems({}, hidden_size=100, num_attention_heads=3)[0][1]
+
+
+def test_a_size_too_large_for_a_float_is_compared_with_others() -> None:
+    model = {"position_embedding_type": "rope", "rotary_percent": 0.5}
+    Document(GPT | model | {"transformer": SIZES | {"kv_channels": 10**400}}).check()
+    assert problems(model | {"rotary_percent": 1.0}, kv_channels=10**400 + 1)[0][0] == "$.transformer.kv_channels"

@@ -96,6 +96,11 @@ def test_infinity_is_read_as_python_writes_it(bridge: Run, tmp_path: Path) -> No
         ('{"model_type": "lama"}', "unknown architecture 'lama'; did you mean 'llama'?"),
         ('{"model_type": "llama",\n "rope_scaling": {"type": "dynamic"}}', "config.json:2:19: $.rope_scaling.type: "),
         ('{"model_type": "llama", "num_hiden_layers": 2}', "did you mean 'num_hidden_layers'?"),
+        (
+            '{"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, '
+            '"num_experts_per_tok": null}',
+            "$.topk_method: group_limited_greedy needs n_group, topk_group and num_experts_per_tok",
+        ),
     ],
 )
 def test_errors_have_a_position(bridge: Run, tmp_path: Path, content: str, message: str) -> None:
@@ -126,6 +131,9 @@ def test_missing_files_and_unsupported_models_are_errors(bridge: Run, tmp_path: 
     assert (code, out) == (1, "")
     assert "no architecture can express this model; the closest is deepseek_v2" in stderr
     assert "$.transformer.num_moe_experts" in stderr
+    code, out, stderr = bridge("to-hf", "gemma-2b", "transformer.mup_embedding_mult=.inf")
+    assert (code, out) == (1, "")
+    assert "scales embeddings by sqrt(hidden_size): must be 45.2" in stderr
 
 
 def test_every_command_reads_a_folder_as_the_document_of_its_model(bridge: Run, tmp_path: Path) -> None:

@@ -216,13 +216,12 @@ def _check_rotary_channels(model: Any) -> Problems:
         return
     channels = transformer.kv_channels
     share = model.rotary_percent if model.position_embedding_type != "yarn" else 1
-    rotated = int(channels * share)
     if not share:
         yield (
             "rotary_percent",
             "no channels are rotated: set rotary_percent above 0, or set position_embedding_type to none",
         )
-    elif rotated % 2 and rotated == channels:  # if only part is rotated, megatron-core rounds an odd number up
+    elif share == 1 and channels % 2:  # if only part is rotated, megatron-core rounds an odd number up
         yield "transformer.kv_channels", f"must be even, got {channels}: channels are rotated in pairs"
 
 

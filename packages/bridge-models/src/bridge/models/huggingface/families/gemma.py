@@ -14,7 +14,7 @@ from bridge.models.huggingface.fields.rope import rotary
 from bridge.models.huggingface.fields.row import Row, always, only
 from bridge.models.huggingface.fields.sizes import sizes
 from bridge.models.huggingface.targets import ANY_TRANSFORMER, GPT
-from bridge.models.huggingface.translation import FLAG, TEXT, Name, Translation
+from bridge.models.huggingface.translation import FLAG, TEXT, Name, Translation, is_number
 from bridge.models.huggingface.weights.decoder import decoder as decoder_weights
 
 _ZERO_CENTERED = always(
@@ -35,7 +35,7 @@ def _write_embedding_scale(t: Translation) -> None:
     if not t["transformer.use_mup"]:
         raise t.refuse("transformer.use_mup", f"{t.model_type} scales embeddings by mup_embedding_mult: must be true")
     scale, size = t["transformer.mup_embedding_mult"], t["transformer.hidden_size"]
-    if not math.isclose(scale, math.sqrt(size), rel_tol=1e-6):
+    if not (is_number(scale) and math.isclose(scale, math.sqrt(size), rel_tol=1e-6)):
         t.refuse(
             "transformer.mup_embedding_mult",
             f"{t.model_type} scales embeddings by sqrt(hidden_size): must be {math.sqrt(size)}",

@@ -97,8 +97,8 @@ def _read_greedy(t: Translation) -> None:
         return
     # Megatron-Core ranks groups by their best `each // chosen` experts, transformers by their best one.
     groups, chosen, each = t["n_group"], t["topk_group"], t["num_experts_per_tok"]
-    if groups is None or chosen is None:
-        raise t.refuse("topk_method", "group_limited_greedy needs n_group and topk_group")
+    if None in (groups, chosen, each):
+        raise t.refuse("topk_method", "group_limited_greedy needs n_group, topk_group and num_experts_per_tok")
     if chosen < groups and each // chosen != 1:
         raise t.refuse(
             "topk_method",
