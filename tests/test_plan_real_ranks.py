@@ -106,14 +106,10 @@ SHARDED |= {
         preset=preset, sizes=sizes, overrides=overrides, wrapper=Wrapper.MEGATRON_FSDP, sharding_strategy=strategy
     )
     for strategy, preset, name, sizes, overrides in (
-        (ShardingStrategy.NO_SHARD, "tiny", "dp", {}, ()),
         (ShardingStrategy.NO_SHARD, "tiny", "dp, half", {}, HALF),
         (ShardingStrategy.OPTIM, "tiny", "dp", {}, ()),
-        (ShardingStrategy.OPTIM, "tiny", "tp, half", {"tp": 2}, HALF),
         (ShardingStrategy.OPTIM, "moe-tiny", "experts, half", {"ep": 2}, HALF),
-        (ShardingStrategy.OPTIM_GRADS, "tiny", "dp, half", {}, HALF),
-        (ShardingStrategy.OPTIM_GRADS, "tiny", "tp, recomputed", {"tp": 2}, RECOMPUTED),
-        (ShardingStrategy.OPTIM_GRADS, "moe-tiny", "experts", {"ep": 2}, ()),
+        (ShardingStrategy.OPTIM_GRADS, "tiny", "tp, half", {"tp": 2}, HALF),
     )
 }
 

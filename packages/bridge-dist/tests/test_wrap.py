@@ -180,6 +180,8 @@ def test_options_of_megatron_fsdp_do_not_change_the_training_result(one_process:
         **{strategy: fsdp(strategy) for strategy in STRATEGIES},
         **{f"{strategy}, tp2": fsdp(strategy, transformer=TP2) for strategy in STRATEGIES},
         "overlap": fsdp(ddp=OVERLAP | {"overlap_param_gather": True}),
+        "optim_grads, several buckets": fsdp("optim_grads", ddp=OVERLAP),
+        "optim, overlap": fsdp("optim", ddp=OVERLAP | {"overlap_param_gather": True}),
         "fsdp2, tp2": fsdp2(transformer=TP2),
         "fsdp2, overlap": fsdp2(ddp=OVERLAP),
     }
