@@ -31,12 +31,12 @@ BAD_INPUT = {
         ["--nproc", "3", "--tp", "3"],
         "num_attention_heads = 4 is not a multiple of tp = 3",
     ),
-    "no such file": ("missing.yaml", [], "missing.yaml: $: no such file"),
+    "no such file": ("missing.yaml", [], "missing.yaml: no such file"),
     "a misspelt file": ("goood.yaml", [], "no such file; did you mean 'good.yaml'?"),
     "a folder": (
         ".",
         [],
-        ".: $: is a folder without config.json, latest_checkpointed_iteration.txt, latest_train_state.pt or "
+        ".: is a folder without config.json, latest_checkpointed_iteration.txt, latest_train_state.pt or "
         "metadata.json: give a document",
     ),
     "not YAML": ("torn.yaml", [], "torn.yaml:2:2: ", "not YAML"),

@@ -39,7 +39,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "the document's sizes": (
         ["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp"],
         1,
-        ["good.yaml: $: Megatron-FSDP does not support pipeline parallelism", "[megatron-fsdp-pipeline]"],
+        ["good.yaml: Megatron-FSDP does not support pipeline parallelism", "[megatron-fsdp-pipeline]"],
     ),
     "sizes in place of the document's": (
         ["good.yaml", "--layout", "dp=2,pp=1", "--wrap", "megatron-fsdp"],
@@ -78,7 +78,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "the ranks": (
         ["tiny", "transformer.num_moe_experts=4", "transformer.add_bias_linear=false", "--layout", "ep=4,dp=2"],
         1,
-        ["tiny: $: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
+        ["tiny: etp x ep = 1 x 4 = 4 does not divide the 2 ranks"],
     ),
     "errors of reading come first": (["type.yaml", "--layout", "tp=3"], 1, ["type.yaml:5:3: $.transformer.num_layers"]),
     "unknown axis": (["tiny", "--layout", "tp=2,xp=2"], 2, ["unknown layout axes: xp; choose from tp, pp, vp"]),

@@ -44,7 +44,10 @@ class Problem:
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
-        return f"{place}: {self.path}: {self.message}" if place else f"{self.path}: {self.message}"
+        parts = [place, self.path, self.message]
+        if self.path == "$" and self.file is not None and self.line is None:
+            del parts[1]  # the file says where: "model.yaml: no such file"
+        return ": ".join(filter(None, parts))
 
 
 class DocumentError(ConfigError):

@@ -104,7 +104,8 @@ def _read_preset(name: str) -> str:
     if os.path.exists(name):
         raise make_source_error(name, "expected a .yaml, .yml or .json file: rename it")
     known = list_presets()
-    near = suggest_source(name) or (f"; the presets are {', '.join(known)}" if known else "; no presets are installed")
+    presets = f"the presets are {', '.join(known)}" if known else "presets come with bridge-models"
+    near = suggest_source(name) or f"; {presets}"
     raise make_source_error(name, "; ".join([f"no such file or preset{near}", *list_unreadable()]))
 
 
