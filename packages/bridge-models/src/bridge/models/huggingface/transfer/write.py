@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -77,33 +78,57 @@ class TensorWriter:
         self, slot: Slot, start: int, shape: tuple[int, ...], selected: tuple[slice, ...], value: torch.Tensor
     ) -> None:
         """Write a part of a matrix: consecutive rows at once where they are whole, else row by row."""
-        width = prod(shape[1:])
-        rows = range(shape[0])[selected[0]]
-        columns = range(shape[1])[selected[1]] if len(selected) > 1 else None
-        item = ITEM_BYTES[slot.dtype]
-        if rows.step == 1 and (columns is None or len(columns) == shape[1]):
+        if len(shape) == 1:
+            shape, selected, value = (1, *shape), (slice(None), *selected), value[None]
+        rows, columns = (range(size)[one] for size, one in zip(shape[:2], selected, strict=True))
+        inner, item = prod(shape[2:]), ITEM_BYTES[slot.dtype]
+        width = shape[1] * inner
+        if rows.step == 1 and len(columns) == shape[1]:
             self._put(slot, start + rows.start * width * item, value)
             return
-        columns = range(1) if columns is None else columns
-        for row, line in zip(rows, value.reshape(len(rows), len(columns), -1), strict=True):
+        for row, line in zip(rows, value.reshape(len(rows), -1), strict=True):
+            place = start + (row * width + columns.start * inner) * item
             if columns.step == 1:
-                self._put(slot, start + (row * width + columns.start) * item, line)
+                self._put(slot, place, line)
             else:
-                for column, element in zip(columns, line, strict=True):
-                    self._put(slot, start + (row * width + column) * item, element)
+                self._put_apart(slot, place, line, step=columns.step)
 
     def _put(self, slot: Slot, start: int, values: torch.Tensor) -> None:
-        if slot.file not in self._files:
-            descriptor = os.open(self._folder / slot.file, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(descriptor, self._layout.sizes[slot.file])  # every rank, to the same size
-            self._files[slot.file] = descriptor
+        """Write numbers that follow each other."""
+        self._write_bytes(slot, start, values)
+        self.written += values.numel() * values.element_size()
+
+    def _put_apart(self, slot: Slot, start: int, values: torch.Tensor, *, step: int) -> None:
+        """Write every ``step``-th number; other ranks write those between them, maybe at the same time."""
+        file, item = self._open(slot), values.element_size()
+        length = ((len(values) - 1) * step + 1) * item
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX, length, start)
+        except OSError:  # a file system without locks
+            for index, number in enumerate(values):
+                self._write_bytes(slot, start + index * step * item, number)
+        else:
+            line = torch.frombuffer(bytearray(os.pread(file, length, start)), dtype=values.dtype)
+            line[::step] = values
+            self._write_bytes(slot, start, line)
+            fcntl.lockf(file, fcntl.LOCK_UN, length, start)  # closing the file unlocks it, too
+        self.written += len(values) * item
+
+    def _write_bytes(self, slot: Slot, start: int, values: torch.Tensor) -> None:
         # as_strided, since a single number may have any stride, with which it is no bytes
         flat = values.contiguous().as_strided((values.numel(),), (1,))
         data = memoryview(flat.view(torch.uint8).numpy())
         while data:  # a write takes 2 GiB at most
-            written = os.pwrite(self._files[slot.file], data, start)
+            written = os.pwrite(self._open(slot), data, start)
             data, start = data[written:], start + written
-            self.written += written
+
+    def _open(self, slot: Slot) -> int:
+        """Return the file of a tensor."""
+        if slot.file not in self._files:
+            descriptor = os.open(self._folder / slot.file, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(descriptor, self._layout.sizes[slot.file])  # every rank, to the same size
+            self._files[slot.file] = descriptor
+        return self._files[slot.file]
 
 
 def _orient(rows: torch.Tensor, part: Part) -> torch.Tensor:
