@@ -15,6 +15,7 @@ from types import MethodType
 from typing import TypeVar
 
 from bridge.config.errors import TargetError, did_you_mean, quote_name
+from bridge.config.import_warnings import silence_imports
 from bridge.config.schema import registry_state
 from bridge.config.schema.names import get_qualified_name
 from bridge.config.schema.table import get_shipped, get_shipped_aliases, list_nameable
@@ -256,6 +257,7 @@ def _load_declared(name: str) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # import warnings of a library do not concern the document
+            silence_imports()
             return point.load()
     except Exception as error:
         raise TargetError(f"{name!r}, declared by {_get_owner(point)}, cannot be loaded: {error}") from error
