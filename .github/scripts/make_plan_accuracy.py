@@ -21,6 +21,7 @@ import sys
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import log
 from pathlib import Path
@@ -40,7 +41,10 @@ from bridge.dist.run.devices import hide_gpus  # noqa: E402
 if TYPE_CHECKING:
     from published_runs import Run
 
+    from bridge.dist.layout import Layout
     from bridge.dist.plan.results import Plan
+
+    Passes = Sequence[Sequence[float]]
 
 Planned = dict[str, tuple["Run", "Plan"]]
 """Runs and their plans by the key of the run."""
@@ -95,13 +99,14 @@ class Fit:
 
     def __init__(self, planned: Iterable[tuple[Run, Plan]]) -> None:
         self.runs = [(run, plan, run.step_seconds(plan)) for run, plan in planned]
+        self._index = 0  # of the run that is estimated
 
     def search(
         self, machine: Machine, names: Sequence[str], *, rounds: int, steps: Sequence[float] = (0.15, 0.05, 0.02, 0.007)
     ) -> Machine:
         """Return the machine with the constants under which the mean squared logarithmic error is smallest."""
         for _ in range(rounds):
-            with self._keep_bubbles(machine):
+            with self._keep_bubbles():
                 for step in steps:
                     machine = self._descend(machine, names, step)
         return machine
@@ -123,22 +128,32 @@ class Fit:
         return machine
 
     def _loss(self, machine: Machine) -> float:
-        errors = [log(estimate(plan, machine) / seconds) for _, plan, seconds in self.runs]
-        return sum(error**2 for error in errors) / len(errors)
+        squares = 0.0
+        for index, (_, plan, seconds) in enumerate(self.runs):
+            self._index = index
+            squares += log(estimate(plan, machine) / seconds) ** 2
+        return squares / len(self.runs)
 
-    def _keep_bubbles(self, machine: Machine) -> Any:
+    def _keep_bubbles(self) -> AbstractContextManager[None]:
+        """Return a context in which the schedule of each run is simulated once."""
         from bridge.dist.plan.forecast import step_time
 
-        compute = step_time._compute_length
+        compute = step_time.compute_length
         ratios: dict[int, float] = {}
 
-        def length(plan: Plan, layout: Any, stages: Sequence[Any], microbatches: int) -> float:
-            busiest = max(stage.busy for stage in stages) * microbatches
-            if id(plan) not in ratios:
-                ratios[id(plan)] = compute(plan, layout, stages, microbatches) / busiest
-            return ratios[id(plan)] * busiest
+        def length(
+            layout: Layout, *, forward: Passes, backward: Passes, microbatches: int, group_size: int | None
+        ) -> float:
+            stages = zip(forward, backward, strict=True)
+            busiest = max(sum(ahead) + sum(back) for ahead, back in stages) * microbatches
+            if self._index not in ratios:
+                waited = compute(
+                    layout, forward=forward, backward=backward, microbatches=microbatches, group_size=group_size
+                )
+                ratios[self._index] = waited / busiest
+            return ratios[self._index] * busiest
 
-        return replace_attributes(Replacement(step_time, "_compute_length", length))
+        return replace_attributes(Replacement(step_time, "compute_length", length))
 
 
 def is_fitted(run: Run) -> bool:
