@@ -42,6 +42,16 @@ def test_llama_405b_needs_what_its_layouts_were_published_with(job: str, gib: fl
     assert one["fusions"] == ["apply_rope_fusion"]
 
 
+def test_published_recipes_fit_and_the_one_of_8b_is_among_the_fastest(found: dict[str, Any]) -> None:
+    """The bound is that of the fastest choice of a search, or below: so the recipe is within 10 % of the first choice.
+
+    `.github/scripts/compare_recipes.py` searches for all five recipes, which takes minutes.
+    """
+    recipes = found["recipes"]
+    assert recipes["fit"] == {"8b": True, "70b": True, "405b": True}
+    assert recipes["bound"] <= recipes["seconds"] <= 1.1 * recipes["bound"]
+
+
 @pytest.mark.parametrize(
     ("storage", "mib", "bytes_per_parameter"),
     [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from bridge.config import Document
@@ -142,7 +144,28 @@ def measure_experts(preset: str, modules: str) -> float:
     return measure_layer(preset, {"ep": 8}, *(recompute(modules) if modules else ()), seq=4096)
 
 
+def plan_recipes() -> dict[str, Any]:
+    """Plan published recipes: whether each fits, and the time of the 8B one beside a lower bound of every choice's."""
+    from bridge.dist.job import make_builder
+    from bridge.dist.plan.forecast.bounds import Bounds
+    from bridge.dist.plan.forecast.machine import load_machine
+    from bridge.dist.plan.forecast.space import Choice, list_choices
+
+    script = runpy.run_path(str(Path(__file__).parents[1] / ".github/scripts/compare_recipes.py"))
+    recipes = script["RECIPES"]
+    planned = {name: script["plan_published"](recipes[name]) for name in ("8b", "70b", "405b")}
+    document, options, fixed = script["prepare"](recipes["8b"])
+    bounds = Bounds(document, options, load_machine("h100"), fixed)
+    choices = list_choices(make_builder(document.config()).transformer_config, options, fixed)
+    return {
+        "fit": {name: one.plan.fits for name, one in planned.items()},
+        "seconds": planned["8b"].seconds,
+        "bound": min(bounds.count_seconds(one) for one in choices if isinstance(one, Choice)),
+    }
+
+
 CASES: dict[str, Callable[[], Any]] = {
+    "recipes": plan_recipes,
     "ring": plan_ring,
     **{job: partial(plan_same_work, job) for job in SAME_WORK},
     "bf16": measure_dense_layer,

@@ -6,7 +6,9 @@ uv run python .github/scripts/compare_recipes.py [NAME]...
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bridge.config import Document
 from bridge.dist.document_layout import replace_layout
@@ -14,6 +16,11 @@ from bridge.dist.layout import Layout
 from bridge.dist.plan.layers import Layers, list_first_imports, prepare_process
 from bridge.dist.run.pool import start_fork_server
 from bridge.dist.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from bridge.dist.plan.forecast.ranking import Candidate, SearchResult
+    from bridge.dist.plan.forecast.space import Fixed
+    from bridge.dist.plan.plan import PlanOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +71,32 @@ def main() -> None:
 
 def compare(recipe: Recipe) -> str:
     """Return a row: the published layout, the first choice, the first one with DDP, and why the first is ahead."""
-    from bridge.dist.plan.forecast.machine import load_machine
-    from bridge.dist.plan.forecast.ranking import Candidate, explain_difference
-    from bridge.dist.plan.forecast.search import search
-    from bridge.dist.plan.forecast.space import Choice, Fixed, count_ends
-    from bridge.dist.plan.forecast.step_time import estimate_time
-    from bridge.dist.plan.plan import PlanOptions, plan
-    from bridge.dist.train.batch import Batch
+    from bridge.dist.plan.forecast.ranking import explain_difference
 
-    machine = load_machine("h100")
-    document = Document.load(recipe.preset)
-    if recipe.fp8_recipe:
-        # NVIDIA's recipes keep no copies of weights in bf16.
-        for name, value in {"fp8": "hybrid", "fp8_recipe": recipe.fp8_recipe, "fp8_param": True}.items():
-            document.set(f"transformer.{name}", value)
-    replace_layout(document, {}, sequence_parallel=False)
-    fixed = Fixed(fp8_recipes=(recipe.fp8_recipe,), wrapper=recipe.wrapper)
-    options = PlanOptions(
-        batch=Batch(seq_length=recipe.seq_length, global_batch_size=recipe.global_batch_size),
-        world_size=recipe.layout.world_size,
-        gpu_memory=machine.memory,
-        layers=Layers.TRANSFORMER_ENGINE,
+    published = plan_published(recipe)
+    planned = published.plan
+    memory = f"{planned.worst.total_bytes / 2**30:.1f} GiB, {'fits' if planned.fits else 'does not fit'}"
+    sys.stderr.write(f"{published.choice}: {published.seconds:.2f} s, {memory}\n")
+    found = search_layouts(recipe)
+    best = found.candidates[0]
+    columns = (
+        f"{recipe.preset} on {planned.world_size} GPUs",
+        f"{published.choice.layout}: {memory}, {published.seconds:.2f} s",
+        *(f"{one.choice}: {one.seconds:.2f} s" for one in (best, found.with_ddp or best)),
+        explain_difference(best, published),
     )
+    return f"| {' | '.join(columns)} |"
+
+
+def plan_published(recipe: Recipe) -> Candidate:
+    """Plan the published layout of a recipe."""
+    from bridge.dist.plan.forecast.machine import load_machine
+    from bridge.dist.plan.forecast.ranking import Candidate
+    from bridge.dist.plan.forecast.space import Choice, count_ends
+    from bridge.dist.plan.forecast.step_time import estimate_time
+    from bridge.dist.plan.plan import plan
+
+    document, options, fixed = prepare(recipe)
     layers = document.data["transformer"]["num_layers"]
     choice = Choice(
         layout=recipe.layout,
@@ -96,18 +107,38 @@ def compare(recipe: Recipe) -> str:
         fp8_recipe=recipe.fp8_recipe,
     )
     planned = plan(choice.apply(document, fixed), choice.change_options(options))
-    published = Candidate(choice, planned, estimate_time(planned, machine))
-    sys.stderr.write(f"{choice}: {published.seconds:.2f} s, {planned.worst.total_bytes / 2**30:.1f} GiB\n")
-    found = search(document, options, machine, fixed=replace(fixed, wrapper=None), top=1)
-    best = found.candidates[0]
-    memory = f"{planned.worst.total_bytes / 2**30:.1f} GiB, {'fits' if planned.fits else 'does not fit'}"
-    columns = (
-        f"{recipe.preset} on {options.world_size} GPUs",
-        f"{choice.layout}: {memory}, {published.seconds:.2f} s",
-        *(f"{one.choice}: {one.seconds:.2f} s" for one in (best, found.with_ddp or best)),
-        explain_difference(best, published),
+    return Candidate(choice, planned, estimate_time(planned, load_machine("h100")))
+
+
+def search_layouts(recipe: Recipe, *, executor: Executor | None = None) -> SearchResult:
+    """Search for the fastest layout of a recipe's model, GPUs and batch."""
+    from bridge.dist.plan.forecast.machine import load_machine
+    from bridge.dist.plan.forecast.search import search
+
+    document, options, fixed = prepare(recipe)
+    return search(document, options, load_machine("h100"), fixed=fixed, top=1, executor=executor)
+
+
+def prepare(recipe: Recipe) -> tuple[Document, PlanOptions, Fixed]:
+    """Return the model, the options of its plan, and the precision, which a search must not change."""
+    from bridge.dist.plan.forecast.machine import load_machine
+    from bridge.dist.plan.forecast.space import Fixed
+    from bridge.dist.plan.plan import PlanOptions
+    from bridge.dist.train.batch import Batch
+
+    document = Document.load(recipe.preset)
+    if recipe.fp8_recipe:
+        # NVIDIA's recipes keep no copies of weights in bf16.
+        for name, value in {"fp8": "hybrid", "fp8_recipe": recipe.fp8_recipe, "fp8_param": True}.items():
+            document.set(f"transformer.{name}", value)
+    replace_layout(document, {}, sequence_parallel=False)
+    options = PlanOptions(
+        batch=Batch(seq_length=recipe.seq_length, global_batch_size=recipe.global_batch_size),
+        world_size=recipe.layout.world_size,
+        gpu_memory=load_machine("h100").memory,
+        layers=Layers.TRANSFORMER_ENGINE,
     )
-    return f"| {' | '.join(columns)} |"
+    return document, options, Fixed(fp8_recipes=(recipe.fp8_recipe,))
 
 
 if __name__ == "__main__":
