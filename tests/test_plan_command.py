@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -42,6 +43,8 @@ LINES = {
         f"strategy of {command[0]}": [*command, "--sharding-strategy", "optim"]
         for command in (["plan", "tiny"], ["build", "tiny"], ["search", "tiny", "--gpus", "2", "--wrap", "torch-fsdp2"])
     },
+    "no FP8": ["plan", "tiny", "transformer.fp8=hybrid", "--machine", "a100"],
+    "search without FP8": ["search", "tiny", "transformer.fp8=hybrid", "--gpus", "2", "--machine", "a100"],
     "search": SEARCH,
     "search again": SEARCH,
 }
@@ -100,7 +103,10 @@ def test_the_command_reports_ranks_that_do_not_fit(results: dict[str, tuple[int,
     assert "and the reserve of 0.004 of 0.006 GiB: does not fit" in " ".join(out.split())
     # With one data-parallel rank nothing is sharded.
     assert "with --distributed-optimizer the largest rank needs" not in err
-    assert "with transformer.sequence_parallel=true the largest rank needs" in err
+    assert re.search(
+        r"with transformer\.sequence_parallel=true the largest rank needs [\d.]+ GiB .*, and a step takes [\d.]+ [mu]s",
+        err,
+    )
 
 
 def test_the_command_refuses_invalid_options(results: dict[str, tuple[int, str, str]]) -> None:
@@ -113,6 +119,10 @@ def test_the_command_refuses_invalid_options(results: dict[str, tuple[int, str, 
     code, _, err = results["heads"]
     assert code == 1
     assert "num_attention_heads = 4 is not a multiple of tp = 3" in err
+    for line in ("no FP8", "search without FP8"):
+        code, _, err = results[line]
+        assert code == 1
+        assert "transformer.fp8: GPUs of a100 have no FP8: choose another --machine" in err
 
 
 def test_a_search_writes_a_document_for_the_commands_that_it_prints(

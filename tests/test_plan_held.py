@@ -10,6 +10,8 @@ from planned_jobs import plan_preset
 from bridge.config import Document
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.forecast.advice import advise
+from bridge.dist.plan.forecast.machine import load_machine
+from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
@@ -98,10 +100,18 @@ def test_a_memo_does_not_change_a_plan() -> None:
     assert again.stages == first.stages == plan(document, options).stages
 
 
-def test_a_longer_pipeline_on_as_many_gpus_is_advised() -> None:
-    document = Document.load("tiny")
+def test_changes_are_advised_with_their_memory_and_time() -> None:
+    document = Document.load("tiny", ["transformer.add_bias_linear=false"])  # with biases, an MLP cannot be recomputed
     options = PlanOptions(batch=Batch(seq_length=128, global_batch_size=8), world_size=2)
-    planned = plan(document, options)
-    advised = {advice.change: advice.total_bytes for advice in advise(document, options, planned)}
+    planned, machine = plan(document, options), load_machine("h100")
+    advised = {one.change: (one.total_bytes, one.step_seconds) for one in advise(document, options, planned, machine)}
+    some = advised["transformer.recompute_granularity=selective 'transformer.recompute_modules=[mlp]'"]
+    most = advised[
+        "transformer.recompute_granularity=full transformer.recompute_method=uniform transformer.recompute_num_layers=1"
+    ]
+    assert most[0] < some[0] < planned.worst.total_bytes
+    assert most[1] > some[1] > estimate_time(planned, machine).step_seconds
     apply_layout(document, {"pp": 2})
-    assert advised["--pp 2 --dp 1"] == plan(document, options).worst.total_bytes < planned.worst.total_bytes
+    longer = plan(document, options)
+    assert longer.worst.total_bytes < planned.worst.total_bytes
+    assert advised["--pp 2 --dp 1"] == (longer.worst.total_bytes, estimate_time(longer, machine).step_seconds)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from example_plans import SMALL
 
 from bridge.config import DocumentError
 from bridge.dist.errors import PlanError
 from bridge.dist.layout import Layout
 from bridge.dist.plan.forecast.machine import count_ranks_per_domain, find_machine, list_machines, load_machine
+from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.results import Traffic
 
 
@@ -108,7 +110,11 @@ def test_machines_have_names_and_files(tmp_path: Path) -> None:
     assert [load_machine(name).name for name in list_machines()] == list_machines()
     file = tmp_path / "ours.yaml"
     file.write_text("network_bandwidth: 25.0e9\n")
-    assert load_machine(str(file)) == replace(load_machine("h100"), name="ours", network_bandwidth=25e9)
+    assert load_machine(str(file)) == replace(load_machine("h100"), name=str(file), network_bandwidth=25e9)
+    # A file does not pass for the known machine of the same name, whose estimates have known errors.
+    same = tmp_path / "h100.yaml"
+    same.write_text("memory_gib: 40\n")
+    assert estimate_time(SMALL, load_machine(str(same))).validated == "not validated"
     file.write_text("memory_bandwidth: 4.8e12\nfp8_flops: null\ntransposes_fp8: false\n")
     assert load_machine(str(file)).memory_bandwidth == 4.8e12
     file.write_bytes(b"\xff\xfe")

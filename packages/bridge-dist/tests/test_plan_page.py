@@ -14,7 +14,7 @@ from bridge.dist.formatting import format_seconds
 from bridge.dist.plan.forecast.advice import Advice
 from bridge.dist.plan.forecast.machine import list_machines, load_machine
 from bridge.dist.plan.forecast.step_time import compute_training_cost, estimate_time, make_timeline
-from bridge.dist.plan.results import NOT_COVERED, Origin, Plan, Traffic
+from bridge.dist.plan.results import NOT_COVERED, MatrixProduct, Origin, PassCost, Plan, Traffic
 from bridge.dist.plan.show.page import render_page
 from bridge.dist.plan.show.words import list_idle_shares
 from bridge.dist.run.commands import options
@@ -66,6 +66,8 @@ def test_unsharded_memory_is_shown_as_a_separate_kind() -> None:
     assert "unsharded" not in render_on_terminal(SMALL)
     assert read_columns(parse_page(plan), "memory", "memory")["unsharded"] == [8, 8]
     assert "unsharded" not in read_columns(parse_page(SMALL), "memory", "memory")
+    assert [row["unsharded"] for row in rows(parse_page(plan).one("table", id="table-stages"))] == [str(8 * GIB)] * 2
+    assert "unsharded" not in rows(parse_page(SMALL).one("table", id="table-stages"))[0]
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
@@ -181,7 +183,7 @@ def test_the_page_escapes_its_input() -> None:
         plan,
         name,
         origin=Origin(command=name, overrides=[name], versions={name: name}),
-        advice=[Advice(name, 70 * GIB)],
+        advice=[Advice(name, 70 * GIB, 1.5)],
     )
     page = StrictParser(text).root
     assert len(page.all("script")) == 3
@@ -205,11 +207,11 @@ def test_a_plan_without_pipeline_or_limit_has_a_page() -> None:
 
 
 def test_remedies_are_shown_with_their_numbers() -> None:
-    advice = [Advice("--first", 70 * GIB), Advice("--second", 85 * GIB)]
+    advice = [Advice("--first", 70 * GIB, 1.5), Advice("--second", 85 * GIB, 0.002)]
     page = StrictParser(render_page(LARGE, "a model", advice=advice)).root
     assert rows(page.one("section", id="remedies").one("table")) == [
-        {"change": "--first", "GiB": "70.000", "less, GiB": "20.000", "fits": "yes"},
-        {"change": "--second", "GiB": "85.000", "less, GiB": "5.000", "fits": "no"},
+        {"change": "--first", "GiB": "70.000", "less, GiB": "20.000", "step": "1.500 s", "fits": "yes"},
+        {"change": "--second", "GiB": "85.000", "less, GiB": "5.000", "step": "2.000 ms", "fits": "no"},
     ]
 
 
@@ -239,6 +241,16 @@ def test_the_page_has_a_cell_for_each_machine_and_number_of_microbatches() -> No
     assert other["numbers"]["global batch"] == "16"
     assert other["state"] == "fits"  # 180 GB
     assert other["limit"] == f"{b200.memory / GIB:,.3f} GiB"
+
+
+def test_machines_without_fp8_are_not_offered_for_fp8() -> None:
+    chunk = LARGE.stages[0].chunks[0]
+    product = MatrixProduct(1024, 1024, 1024, 1, "float8")
+    forward = PassCost(chunk.forward.operations._replace(products={product: 1}), [])
+    stages = [replace(stage, chunks=[replace(stage.chunks[0], forward=forward)]) for stage in LARGE.stages]
+    page = StrictParser(render_page(replace(LARGE, stages=stages), "a model", machine=load_machine("h100"))).root
+    machines = [one.text for one in page.one("select").all("option")]
+    assert set(list_machines()) - set(machines) == {"a100"}
 
 
 def test_a_page_needs_the_packages_of_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,12 @@ class Plan:
         return self.wrap == Wrapper.TORCH_FSDP2 or self.sharding_strategy is ShardingStrategy.OPTIM_GRADS_PARAMS
 
     @property
+    def product_dtypes(self) -> set[str]:
+        """The data types of the inputs of matrix products."""
+        chunks = [chunk for stage in self.stages for chunk in stage.chunks]
+        return {product.dtype for chunk in chunks for product in chunk.forward.operations.products}
+
+    @property
     def worst(self) -> StagePlan:
         """The stage whose ranks need the most memory."""
         return max(self.stages, key=lambda stage: stage.total_bytes)

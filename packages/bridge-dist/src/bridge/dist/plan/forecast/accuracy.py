@@ -13,12 +13,7 @@ from bridge.dist.plan.results import Plan
 
 def describe_accuracy(plan: Plan, machine: Machine) -> str:
     """Return how far estimates are from published runs of the same kind on the machine."""
-    dtypes = {
-        product.dtype
-        for stage in plan.stages
-        for chunk in stage.chunks
-        for product in chunk.forward.operations.products
-    }
+    dtypes = plan.product_dtypes
     precision = "fp8" if "float8" in dtypes else "bf16" if "bfloat16" in dtypes else "other"
     kind = f"{'MoE' if plan.has_experts else 'dense'} {precision}"
     found = _load_table().get(machine.name, {}).get(kind)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from bridge.config.documents.sources import read_file
@@ -128,7 +127,8 @@ def load_machine(name: str) -> Machine:
         needed = _describe_needed(field, value)
         if needed is not None:
             raise PlanError(f"{name}: {field} must be {needed}, got {describe_value(value)}")
-    return Machine(name=Path(name).stem, **(known["h100"] | found))
+    # The whole path: a file such as h100.yaml must not pass for the known machine, whose errors are published.
+    return Machine(name=name, **(known["h100"] | found))
 
 
 def _describe_needed(field: str, value: object) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bridge.dist.formatting import format_layer_ranges
 from bridge.dist.plan.results import Plan, StepTime
-from bridge.dist.plan.show.words import list_idle_shares
+from bridge.dist.plan.show.words import has_unsharded, list_idle_shares
 
 Row = dict[str, str | int]
 
@@ -27,13 +27,13 @@ def _make_stage_rows(plan: Plan) -> list[Row]:
             "stage": stage.pp,
             "rank": stage.rank,
             "parameters": stage.parameters,
+            "total": stage.total_bytes,
             "weights": stage.weight_bytes,
             "gradients": stage.gradient_bytes,
             "master weights": stage.master_bytes,
             "optimizer state": stage.state_bytes,
             "activations": stage.activation_bytes,
-            "unsharded": stage.unsharded_bytes,
-            "total": stage.total_bytes,
+            **({"unsharded": stage.unsharded_bytes} if has_unsharded(plan) else {}),
             "buckets": len(stage.buckets),
             "FLOPs": stage.flops,
             "idle": f"{idle:.1%}",

@@ -11,7 +11,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bridge.dist.formatting import format_gib
+from bridge.dist.formatting import format_gib, format_seconds
 from bridge.dist.plan.show.charts import Chart
 
 
@@ -41,7 +41,7 @@ def _make_environment() -> Environment:
     )
     # Bokeh reads the keys in the order that it wrote them in; jinja2 would sort them.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters["gib"] = format_gib
+    environment.filters |= {"gib": format_gib, "seconds": format_seconds}
     return environment
 
 

@@ -19,6 +19,7 @@ from bridge.dist.plan.show.words import (
     describe_plan,
     describe_time,
     format_teraflops,
+    has_unsharded,
     list_largest_traffic,
     list_used_kinds,
 )
@@ -91,7 +92,7 @@ def _make_memory_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
 
 def _make_numbers_table(plan: Plan, groups: list[list[StagePlan]]) -> Table:
     table = _make_table("GiB per rank by kind, and TFLOPs per step", "stage", "weights", "gradients")
-    unsharded = ["unsharded"] if len(list_used_kinds(plan)) == len(KINDS) else []
+    unsharded = ["unsharded"] if has_unsharded(plan) else []
     for name in ("master", "state", "activations", *unsharded, "TFLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for stages in groups:

@@ -48,7 +48,9 @@ def make_grid(plan: Plan, machine: Machine | None) -> Grid:
     by_count = list(zip(counts, vary_memory(plan, counts), strict=True))
     machines = [machine]
     if machine is not None:
-        machines += [load_machine(name) for name in list_machines() if name != machine.name]
+        others = [load_machine(name) for name in list_machines() if name != machine.name]
+        has_fp8 = "float8" in plan.product_dtypes
+        machines += [one for one in others if one.fp8_flops is not None or not has_fp8]
     return Grid(
         machines=[one.name for one in machines if one is not None],
         counts=counts,

@@ -34,7 +34,12 @@ KINDS = (
 
 def list_used_kinds(plan: Plan) -> list[Kind]:
     """Return the kinds of memory to show for a plan; unsharded memory only if a stage has some."""
-    return [kind for kind in KINDS if kind.field != "unsharded_bytes" or any(map(kind.of, plan.stages))]
+    return [kind for kind in KINDS if kind.field != "unsharded_bytes" or has_unsharded(plan)]
+
+
+def has_unsharded(plan: Plan) -> bool:
+    """Return whether a stage has unsharded memory."""
+    return any(stage.unsharded_bytes for stage in plan.stages)
 
 
 def list_largest_traffic(plan: Plan) -> list[tuple[Traffic, StagePlan]]:
@@ -69,7 +74,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
     if len(plan.stages) > 1:
         statements["bubbles"] = _describe_bubbles(plan)
     statements["layers"] = _describe_layers(plan)
-    if len(list_used_kinds(plan)) == len(KINDS):
+    if has_unsharded(plan):
         statements["unsharded"] = (
             "peak of unsharded weights and gradients and of the buffers for gathering and reducing; it may not "
             "coincide with the peak of activations, so the total is an upper bound"

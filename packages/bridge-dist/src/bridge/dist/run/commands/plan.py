@@ -14,7 +14,7 @@ from bridge.config import Document
 from bridge.config.cli.output import print_notes, write_output
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
-from bridge.dist.formatting import format_gib
+from bridge.dist.formatting import format_gib, format_seconds
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.layers import choose_layers, prepare_process
 from bridge.dist.plan.request import PlanRequest
@@ -29,7 +29,14 @@ from bridge.dist.run.commands.options import (
     format_command,
 )
 from bridge.dist.run.commands.output import print_parts
-from bridge.dist.run.commands.plan_options import PRICE, TOKENS, add_machine_option, add_plan_options, make_from_options
+from bridge.dist.run.commands.plan_options import (
+    PRICE,
+    TOKENS,
+    add_machine_option,
+    add_plan_options,
+    check_precision,
+    make_from_options,
+)
 from bridge.dist.run.devices import hide_gpus
 
 
@@ -69,6 +76,7 @@ def plan(
     hide_gpus()  # planning uses no GPU
     document = Document.load(file, overrides)
     print_notes(file, document.migrate())
+    check_precision(document, machine)
     _plan_layout(document, request, machine, overrides, tokens=tokens, price=price, html=html, as_json=as_json)
 
 
@@ -115,10 +123,14 @@ def _plan_layout(
         from bridge.dist.plan.show.terminal import render_plan
 
         print_parts(render_plan(found))
-    helpful = advise(document, options, found) if found.fits is False else []
+    helpful = advise(document, options, found, machine) if found.fits is False else []
     for advice in helpful:
         needed = format_gib(advice.total_bytes + found.reserve_bytes)
-        click.echo(f"with {advice.change} the largest rank needs {needed} GiB with its reserve", err=True)
+        step = format_seconds(advice.step_seconds)
+        click.echo(
+            f"with {advice.change} the largest rank needs {needed} GiB with its reserve, and a step takes {step}",
+            err=True,
+        )
     if html is not None:
         from bridge.dist.plan.show.page import render_page
 

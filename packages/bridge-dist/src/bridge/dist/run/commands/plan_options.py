@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
-from bridge.dist.plan.forecast.machine import Machine, load_machine
+from bridge.config import Document
+from bridge.dist.document_layout import find_transformer
+from bridge.dist.errors import PlanError
+from bridge.dist.plan.forecast.machine import Machine, list_machines, load_machine
 from bridge.dist.plan.layers import Layers
 from bridge.dist.run.commands.options import (
     CHOSEN_WRAPPER,
@@ -142,9 +145,22 @@ def add_machine_option(command: CommandT) -> CommandT:
         type=_MachineType(),
         default="h100",
         show_default=True,
-        help="Machine to estimate times for: h100, a100, h200, b200, gb200, gb300, mi300x, or a YAML file with the "
-        "same fields. Its memory is the default of --gpu-memory.",
+        help=f"Machine to estimate times for: {', '.join(list_machines())}, or a YAML file with the same fields. Its "
+        "memory is the default of --gpu-memory.",
     )(command)
+
+
+def check_precision(document: Document, machine: Machine) -> None:
+    """Check that the GPUs of a machine have FP8 if a document needs it.
+
+    Raises:
+        PlanError: They have none.
+    """
+    prefix, transformer = find_transformer(document)
+    if transformer.get("fp8") and machine.fp8_flops is None:
+        raise PlanError(
+            f"{prefix}fp8: GPUs of {machine.name} have no FP8: choose another --machine, or set {prefix}fp8=null"
+        )
 
 
 class _Tokens(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has no type for it

@@ -27,7 +27,13 @@ from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
 from bridge.dist.run.commands.options import SIZE, check_sharding_strategy
 from bridge.dist.run.commands.output import print_parts
-from bridge.dist.run.commands.plan_options import MACHINE, add_machine_option, add_search_options, make_from_options
+from bridge.dist.run.commands.plan_options import (
+    MACHINE,
+    add_machine_option,
+    add_search_options,
+    check_precision,
+    make_from_options,
+)
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.pool import start_fork_server
 
@@ -79,6 +85,7 @@ def search(
     request = make_from_options(PlanRequest, options | {"gpu_memory": options["gpu_memory"] or machine.memory})
     document = Document.load(file, overrides)
     print_notes(file, document.migrate())
+    check_precision(document, machine)
     _refuse_early(document, request)
     layers = choose_layers(document, request.layers)
     prepare_process(layers)
