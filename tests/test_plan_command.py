@@ -47,6 +47,10 @@ LINES = {
     "search without FP8": ["search", "tiny", "transformer.fp8=hybrid", "--gpus", "2", "--machine", "a100"],
     "search": SEARCH,
     "search again": SEARCH,
+    "search with a strategy": [
+        *("search", "tiny", "--gpus", "2", "--tp", "1", "--pp", "1", "--micro-batch-size", "1", "-o", "optim.yaml"),
+        *("--wrap", "megatron-fsdp", "--sharding-strategy", "optim"),
+    ],
 }
 
 
@@ -144,3 +148,12 @@ def test_a_search_writes_a_document_for_the_commands_that_it_prints(
     code, _, err = results["search again"]
     assert code == 1
     assert "file exists: give --force" in err
+
+
+def test_a_search_names_a_strategy_that_saves_no_checkpoints(
+    results: dict[str, tuple[int, str, str]],
+) -> None:
+    code, out, err = results["search with a strategy"]
+    assert not code, err
+    assert "megatron-fsdp cannot save checkpoints with optim\n" in out
+    assert "bridge build optim.yaml --wrap megatron-fsdp --sharding-strategy optim " in out
