@@ -7,6 +7,7 @@ import pytest
 from bridge.config import Document, DocumentError
 
 GPT = {"_target_": "bridge.models.gpt.GPTModelConfig", "vocab_size": 64}
+HYBRID = {"_target_": "bridge.models.mamba.MambaModelConfig", "vocab_size": 64}
 SIZES = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 
 
@@ -47,3 +48,9 @@ def test_a_size_too_large_for_a_float_is_compared_with_others() -> None:
     model = {"position_embedding_type": "rope", "rotary_percent": 0.5}
     Document(GPT | model | {"transformer": SIZES | {"kv_channels": 10**400}}).check()
     assert problems(model | {"rotary_percent": 1.0}, kv_channels=10**400 + 1)[0][0] == "$.transformer.kv_channels"
+
+
+def test_hybrid_layers_without_a_pattern_are_bounded() -> None:
+    assert problems(HYBRID, num_layers=10**30, is_hybrid_model=True) == [
+        ("$.transformer.num_layers", f"must be at most 10000 without hybrid_layer_pattern, got {10**30}")
+    ]

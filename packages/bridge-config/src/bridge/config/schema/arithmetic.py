@@ -227,6 +227,12 @@ def _check_rotary_channels(model: Any) -> Problems:
 
 def _check_hybrid_layers(model: Any) -> Problems:
     pattern, transformer = model.hybrid_layer_pattern, model.transformer
+    if pattern is None and transformer.num_layers > hybrid_pattern.MAX_LAYERS:
+        yield (
+            "transformer.num_layers",
+            f"must be at most {hybrid_pattern.MAX_LAYERS} without hybrid_layer_pattern, got {transformer.num_layers}",
+        )
+        return
     if pattern is None:
         pattern = hybrid_pattern.MAMBA * transformer.num_layers
     elif (message := hybrid_pattern.find_problem(pattern, transformer.num_layers)) is not None:

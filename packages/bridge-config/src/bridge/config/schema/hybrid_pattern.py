@@ -10,6 +10,9 @@ from collections.abc import Iterable
 # Source: class Symbols of megatron.core.models.hybrid.hybrid_layer_allocation, megatron-core 0.19.2.
 MAMBA, ATTENTION, MLP, EXPERTS, LATENT_ATTENTION, SPARSE_ATTENTION, DELTA_NET = "M", "*", "-", "E", "+", "D", "G"
 STAGE, PREDICTION = "|", "/"
+MAX_LAYERS = 10_000
+"""Upper bound on layers without a pattern: it is written out, so a bad document must not exhaust memory."""
+
 MEANINGS = {
     MAMBA: "Mamba",
     ATTENTION: "attention",
