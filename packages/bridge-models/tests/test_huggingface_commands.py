@@ -119,7 +119,7 @@ def test_a_config_json_must_be_a_json_file(bridge: Run, tmp_path: Path) -> None:
 
 def test_a_name_that_is_too_long_is_an_error(bridge: Run, tmp_path: Path) -> None:
     name = tmp_path / f"{'x' * 300}.json"
-    assert bridge("from-hf", name) == (1, "", f"{name}: $: file not found: give a config.json, or a folder with one\n")
+    assert bridge("from-hf", name) == (1, "", f"{name}: file not found: give a config.json, or a folder with one\n")
     assert bridge("to-hf", "gpt2-124m", "-o", name) == (1, "", f"{name} cannot be written: File name too long\n")
 
 
