@@ -90,10 +90,10 @@ def test_help_lists_the_commands_of_every_distribution(site: Path) -> None:
     assert "(cannot be loaded: ModuleNotFoundError" in done.stdout
 
 
-def test_help_imports_no_torch() -> None:
+def test_help_imports_neither_torch_nor_yaml() -> None:
     code = (
         "import sys; from bridge.config.cli.entry import bridge; bridge(['--help'], standalone_mode=False);"
-        "print([name for name in ('torch', 'megatron') if name in sys.modules])"
+        "print([name for name in ('torch', 'megatron', 'yaml') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -386,7 +386,7 @@ def test_version_lists_every_package_without_importing_them(site: Path) -> None:
     done = bridge(site, "--version")
     assert done.stdout.splitlines() == [f"{name} {version(name)}" for name in names]
     code = "import sys; from bridge.config.cli.entry import bridge; bridge(['--version'], standalone_mode=False);"
-    code += "print([name for name in ('torch', 'megatron') if name in sys.modules])"
+    code += "print([name for name in ('torch', 'megatron', 'yaml') if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.splitlines()[-1] == "[]"
 
