@@ -324,8 +324,8 @@ def test_a_full_disk_gives_a_message_and_an_exit_code(site: Path, command: str, 
     ("redirection", "message"),
     [
         (">&-", "standard output is closed: redirect it to a file or to /dev/null\n"),
-        ("<&-", "-: $: cannot be read: standard input is closed\n"),
-        ("0>written", "-: $: cannot be read: Bad file descriptor\n"),
+        ("<&-", "-: cannot be read: standard input is closed\n"),
+        ("0>written", "-: cannot be read: Bad file descriptor\n"),
     ],
 )
 def test_a_closed_stream_gives_a_message_and_an_exit_code(site: Path, redirection: str, message: str) -> None:
