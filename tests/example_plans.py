@@ -38,6 +38,7 @@ def make_stage(
                 layers=[4 * chunk + pp],
                 parameters=1_234_567_890 // chunks,
                 activation_bytes=GIB,
+                temporary_bytes=0,
                 forward_flops=flops // 3,
                 flops=flops,
                 weight_gradient_flops=flops // 3,

@@ -93,6 +93,22 @@ def test_a_fused_activation_keeps_its_input_only() -> None:
     assert more - fused.activation_bytes == 2 * 4 * 128 * 128 * 4  # layers, tokens, ffn_hidden_size, bytes of an fp32
 
 
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        (["bf16=true", "cross_entropy_loss_fusion=true"], 6),  # compiled: in fp32, then in bf16
+        (["bf16=true", "cross_entropy_loss_fusion=false"], 2),  # in place of the probabilities, then in bf16
+        (["cross_entropy_loss_fusion=false"], 0),  # in place of the probabilities
+    ],
+)
+def test_gradients_of_the_logits_count_where_the_loss_is(settings: list[str], size: int) -> None:
+    overrides = [f"transformer.{setting}" for setting in settings]
+    batch = Batch(seq_length=128, micro_batch_size=2, global_batch_size=8)
+    first, last = plan_preset("tiny", {"pp": 2, "tp": 2}, *overrides, world_size=4, batch=batch).stages
+    assert first.activation_bytes == 2 * first.chunks[0].activation_bytes  # two microbatches are in flight
+    assert last.activation_bytes - last.chunks[0].activation_bytes == size * 2 * 128 * 256 // 2  # vocabulary over tp
+
+
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine", "full_iteration"])
 def test_a_plan_ignores_cuda_graphs(implementation: str) -> None:
     graphs = ("transformer.use_te_rng_tracker=true", f"transformer.cuda_graph_impl={implementation}")

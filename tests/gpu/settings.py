@@ -27,7 +27,6 @@ class Tolerance(NamedTuple):
 TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "bf16": Tolerance(1e-3, 1e-2), "fp16": Tolerance(1e-3, 1e-2)}
 
 LLAMA = "llama-3.2-1b"
-LLAMA_VOCABULARY = 128_256
 TE_SEQUENCE = 4096
 """Tokens of a sequence in the rows of Transformer Engine's memory."""
 TE_STORAGE: dict[str, tuple[str, ...]] = {

@@ -208,7 +208,8 @@ def _list_overlapped(transformer: TransformerConfig) -> list[str]:
 def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group_size: int | None) -> StagePlan:
     order = list_passes(layout, pp, microbatches, group_size=group_size)
     works = [chunk.work for chunk in rank.chunks]
-    activations = compute_peak(order, [work.kept for work in works]) + sum(work.shared for work in works)
+    peak = compute_peak(order, [work.kept for work in works], [work.temporary for work in works])
+    activations = peak + sum(work.shared for work in works)
     return StagePlan(
         pp=pp,
         rank=rank.rank,
@@ -229,6 +230,7 @@ def _make_stage(pp: int, rank: Rank, layout: Layout, *, microbatches: int, group
                 layers=chunk.layers,
                 parameters=chunk.parameters,
                 activation_bytes=chunk.work.kept,
+                temporary_bytes=chunk.work.temporary,
                 forward_flops=chunk.work.forward_flops,
                 flops=chunk.work.flops,
                 weight_gradient_flops=chunk.work.weight_gradient_flops,

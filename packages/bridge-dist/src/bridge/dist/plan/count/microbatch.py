@@ -19,6 +19,7 @@ from bridge.dist.engine.stages import unwrap
 from bridge.dist.layout import Layout
 from bridge.dist.plan.count.attention import ATTENTION_FLOPS, use_fused_attention
 from bridge.dist.plan.count.collectives import Calls, Collectives, count_tensor_bytes, list_groups, map_group_names
+from bridge.dist.plan.count.loss import record_logit_gradients
 from bridge.dist.plan.count.memory import SavedMemory, count_storage_bytes, list_weight_workspaces
 from bridge.dist.plan.count.operations import OperationCounter
 from bridge.dist.plan.count.shared import record_shared_tensors
@@ -53,13 +54,15 @@ class PassWork(NamedTuple):
 class Work:
     """Cost of one microbatch in a chunk: bytes saved for the backward pass, FLOPs, operations, collectives.
 
-    ``shared`` bytes are saved once for all microbatches. ``workspaces`` are the bytes of 8-bit copies of weights.
+    ``shared`` bytes are saved once for all microbatches. ``temporary`` bytes exist only when the backward pass starts,
+    for the gradients of the logits. ``workspaces`` are the bytes of 8-bit copies of weights.
     ``weight_gradient_flops`` is the part of ``flops`` that computes gradients of weights. ``received`` is the message
     from the previous stage, ``passed_on`` that to the next stage; None at the ends of the pipeline.
     """
 
     kept: int
     shared: int
+    temporary: int
     workspaces: int
     forward_flops: int
     flops: int
@@ -167,7 +170,15 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
     kept, sent = SavedMemory(stage), Collectives(map_group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     operations = OperationCounter(model, is_fp8=bool(rank.builder.transformer_config.fp8))
-    with kept, flops, sent, operations, use_fused_attention(), record_shared_tensors() as shared:
+    with (
+        kept,
+        flops,
+        sent,
+        operations,
+        use_fused_attention(),
+        record_shared_tensors() as shared,
+        record_logit_gradients() as logit_gradients,
+    ):
         if not getattr(model, "pre_process", True):
             dtype = rank.builder.transformer_config.pipeline_dtype
             stage_input = torch.empty(input_shape, dtype=dtype, requires_grad=True)
@@ -187,6 +198,7 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
     return Work(
         kept=bytes_kept,
         shared=bytes_shared,
+        temporary=max(logit_gradients, default=0),
         workspaces=count_storage_bytes(list_weight_workspaces(stage)),
         forward_flops=forward_flops,
         flops=flops.get_total_flops(),

@@ -71,10 +71,20 @@ def list_passes(layout: Layout, pp_rank: int, microbatches: int, *, group_size: 
     return order + backward[steady:]
 
 
-def compute_peak(order: Sequence[Pass], kept: Sequence[int]) -> int:
-    """Return the peak bytes kept at a time if each microbatch keeps ``kept[chunk]`` bytes between its two passes."""
+def compute_peak(order: Sequence[Pass], kept: Sequence[int], temporary: Sequence[int]) -> int:
+    """Return the peak bytes of activations on a rank.
+
+    Args:
+        order: The passes of the rank.
+        kept: By chunk, the bytes that a microbatch keeps between its two passes.
+        temporary: By chunk, the bytes that its backward pass takes beside them.
+    """
     now = highest = 0
     for one in order:
-        now += kept[one.chunk] if one.forward else -kept[one.chunk]
-        highest = max(highest, now)
+        if one.forward:
+            now += kept[one.chunk]
+            highest = max(highest, now)
+        else:
+            highest = max(highest, now + temporary[one.chunk])
+            now -= kept[one.chunk]
     return highest

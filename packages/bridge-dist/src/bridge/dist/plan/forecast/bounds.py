@@ -116,7 +116,7 @@ class Bounds:
             microbatches = 3 * pp + microbatches % pp
         for rank in {0, min(1, pp - 1), pp - 1}:  # the first chunk of rank 0 may have fewer layers than the others
             kept = [int(chunk.cost.kept * _BELOW) for chunk in stages[rank]]
-            activations = compute_peak(_list_passes(pp, vp, microbatches, rank, self._group_size), kept)
+            activations = compute_peak(_list_passes(pp, vp, microbatches, rank, self._group_size), kept, [0] * vp)
             most = max(most, int(self._count_held(choice, stages[rank])) + activations)
         return most
 

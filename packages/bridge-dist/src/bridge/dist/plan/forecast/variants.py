@@ -29,9 +29,12 @@ def vary_memory(plan: Plan, counts: Sequence[int]) -> list[list[StagePlan]]:
 
 
 def _vary_stage(plan: Plan, stage: StagePlan, counts: Sequence[int]) -> Iterator[StagePlan]:
-    layout, kept = Layout(**plan.layout), [chunk.activation_bytes for chunk in stage.chunks]
+    layout = Layout(**plan.layout)
+    kept, temporary = zip(*((chunk.activation_bytes, chunk.temporary_bytes) for chunk in stage.chunks), strict=True)
     peaks = {
-        count: compute_peak(list_passes(layout, stage.pp, count, group_size=plan.microbatch_group_size), kept)
+        count: compute_peak(
+            list_passes(layout, stage.pp, count, group_size=plan.microbatch_group_size), kept, temporary
+        )
         for count in {plan.microbatches, *counts}
     }
     for count in counts:
