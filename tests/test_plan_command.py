@@ -33,6 +33,10 @@ SEARCH += [
     "fastest.yaml",
     "--machine",
     "ours.yaml",
+    "--reserve",
+    "2GiB",
+    "--layers",
+    "transformer-engine",
 ]
 LINES = {
     "too little memory": ["plan", "tiny", "--tp", "2", "--gpu-memory", "6MiB", "--reserve", "4.5MiB"],
@@ -143,6 +147,7 @@ def test_a_search_writes_a_document_for_the_commands_that_it_prints(
     assert not code, err
     plan = json.loads(out)
     assert plan["layout"] == best["layout"]
+    assert (plan["reserve_bytes"], plan["layers"]) == (2 * 2**30, "transformer_engine")
     assert plan["time"]["step_seconds"] == best["time"]["step_seconds"]
     assert max(stage["total_bytes"] for stage in plan["stages"]) == best["total_bytes"]
     code, _, err = results["search again"]

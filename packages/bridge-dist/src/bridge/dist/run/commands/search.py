@@ -105,7 +105,7 @@ def search(
     if output is not None:
         best = found.candidates[0]
         best.choice.apply(document, fixed).save(output)
-        commands = _list_commands(output, best, click.get_current_context().meta[MACHINE])
+        commands = _list_commands(output, best, click.get_current_context().meta[MACHINE], options)
     if as_json:
         click.echo(json.dumps(found.to_json() | {"commands": commands}, indent=2))
         return
@@ -167,7 +167,7 @@ def _count(state: Progress) -> tuple[int, int]:
     return done, done + state.left
 
 
-def _list_commands(file: Path, best: Candidate, machine: str) -> list[str]:
+def _list_commands(file: Path, best: Candidate, machine: str, options: dict[str, Any]) -> list[str]:
     """Return the commands that plan and build a document under the best choice, on as many ranks."""
     plan, choice = best.plan, best.choice
     flags = ["--wrap", str(choice.wrapper)]
@@ -182,4 +182,9 @@ def _list_commands(file: Path, best: Candidate, machine: str) -> list[str]:
     }
     flags += [str(word) for pair in sizes.items() for word in pair]
     planned = ["bridge", "plan", str(file), "--gpus", str(plan.world_size), "--machine", machine, *flags]
+    for name in ("gpu_memory", "reserve"):
+        if options[name] is not None:
+            planned += [f"--{name.replace('_', '-')}", f"{options[name]}B"]
+    if options["layers"] is not None:
+        planned += ["--layers", options["layers"]]
     return [shlex.join(planned), shlex.join(["bridge", "build", str(file), *flags, "--steps", "10"])]
