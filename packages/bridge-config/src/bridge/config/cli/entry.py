@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from io import TextIOWrapper
 
@@ -30,6 +30,7 @@ COMMAND_PACKAGES = {
     **dict.fromkeys(("presets", "from-hf", "to-hf", "check-hf", "import-hf", "export-hf"), "bridge-models"),
 }
 _TRACEBACK = "--traceback"
+_EXIT_AGAIN_S = 0.2
 # What `bridge` without arguments prints: tasks, and a command for each.
 _FIRST_COMMANDS = {
     "See what is installed here": "bridge doctor",
@@ -165,13 +166,25 @@ def _exit_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _exit(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+    signal.signal(signal.SIGALRM, partial(_exit_again, 128 + number))
+    signal.setitimer(signal.ITIMER_REAL, _EXIT_AGAIN_S, _EXIT_AGAIN_S)
     raise SystemExit(128 + number)
+
+
+def _exit_again(code: int, number: int, frame: object) -> None:
+    """Exit unless that is under way: a library may have caught the exception, as `except:` around an import does."""
+    handled = sys.exception()
+    while handled is not None and not isinstance(handled, SystemExit):
+        handled = handled.__context__
+    if handled is None:
+        raise SystemExit(code)
 
 
 @cache
