@@ -28,6 +28,7 @@ from bridge.config.tracebacks import format_error
 from bridge.dist.errors import LaunchError
 from bridge.dist.process.imports import ATTENTION_BACKEND_VARIABLES, import_megatron
 from bridge.dist.process.messages import relay, send_messages
+from bridge.dist.process.signals import delay_signals
 from bridge.dist.run.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -139,8 +140,9 @@ class RankPool:
             process: BaseProcess = context.Process(  # type: ignore[attr-defined]
                 target=_serve, args=(there, self._start_method)
             )
-            self._ranks.append(_Rank(process, here))
-            process.start()
+            with delay_signals():
+                process.start()
+                self._ranks.append(_Rank(process, here))
             there.close()  # so that reading from the pipe fails once the rank, which has the only other copy, ends
 
     def _end_ranks(self) -> None:

@@ -33,6 +33,7 @@ from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, default_reserve
 from bridge.dist.process.messages import relay, send_messages
+from bridge.dist.process.signals import delay_signals
 from bridge.dist.wrapper import Wrapper
 
 _MOST_PLANS_OF_CLOSEST = 8  # plans to find the choice that needs the least memory, if none fits
@@ -245,6 +246,10 @@ class _Search:
                     self._add(other)
 
     def _submit(self, pool: Executor, task: _Task) -> Future[_Outcome]:
+        with delay_signals():  # the pool starts a process for a task if all are busy
+            return self._start(pool, task)
+
+    def _start(self, pool: Executor, task: _Task) -> Future[_Outcome]:
         choice = task.choice
         if task.is_measurement:
             layers = self._bounds.list_measurable(choice)
