@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from ranks import run_ranks
 
 from bridge.dist import Layout, create_process_groups
+from bridge.dist.checkpoint.random_states import collect_random_states, restore_random_states
 from bridge.dist.engine.seeds import seed_random_states
 
 SEED = 1234
@@ -44,3 +45,24 @@ def test_each_rank_draws_the_same_numbers_as_megatron_lm() -> None:
     stages = {bridge_draws[:3] for bridge_draws, _ in by_rank}
     assert len(stages) == 2  # all states except Megatron's are seeded by stage
     assert len({bridge_draws[3] for bridge_draws, _ in by_rank}) == 4
+
+
+def collect_generator() -> tuple[torch.Tensor, float, float]:
+    """Return the saved state of a generator as CUDA graphs have, and its next number before and after restoring."""
+    groups = create_process_groups(Layout())
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    generator = torch.Generator().manual_seed(SEED)
+    tracker.set_states({"model-parallel-rng": generator})
+    (saved,) = collect_random_states(groups).data
+    before = torch.rand((), generator=generator).item()
+    restore_random_states([saved])
+    with tracker.fork():
+        after = torch.rand(()).item()
+    return saved["rng_tracker_states"]["model-parallel-rng"], before, after
+
+
+def test_generators_of_cuda_graphs_are_saved_as_tensors() -> None:
+    ((state, before, after),) = run_ranks(collect_generator, 1)
+    assert state.dtype == torch.uint8
+    assert before == after

@@ -23,14 +23,16 @@ _NAMES = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state
 def collect_random_states(pg_collection: ProcessGroupCollection) -> ShardedObject:
     """Return the random states of this rank as part of a checkpoint: one for each tensor and pipeline rank.
 
-    Source: ``get_rng_state`` of megatron.training 0.19.2.
+    Source: ``get_rng_state`` of megatron.training 0.19.2, which with CUDA graphs saves generators of the GPU. These
+    cannot be read without one, so here they are tensors, which Megatron reads too.
     """
+    tracker = get_cuda_rng_tracker().get_states()
     state = {
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
-        _TRACKER: get_cuda_rng_tracker().get_states(),
+        _TRACKER: {name: convert_cuda_rng_state(one) for name, one in tracker.items()},
     }
     tp, pp = pg_collection.tp, pg_collection.pp
     return ShardedObject(
