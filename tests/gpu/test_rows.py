@@ -160,6 +160,22 @@ def test_fp16(row: Row) -> None:
     compare(row, row.run("gpu.training:train_model", "tiny", "fp16"), "tiny-fp16")
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", *WRAPPERS])
+def test_checkpoint(row: Row, wrapper: str) -> None:
+    """Training that goes on from a checkpoint gives the losses and gradient norms of training that never stopped."""
+    options = WRAPPERS.get(wrapper, (wrapper, False))
+    compare(row, row.run("gpu.saving:train_in_two_parts", "tiny", *options), "tiny-fp32")
+
+
+@pytest.mark.parametrize(
+    ("model", "wrapper"),
+    [("tiny", "ddp"), ("moe-tiny", "ddp"), ("tiny", "megatron-fsdp"), ("tiny", "torch-fsdp2")],
+)
+def test_folder(row: Row, model: str, wrapper: str) -> None:
+    """Weights saved as a folder of transformers and loaded again give the losses and gradient norms of the CPU."""
+    compare(row, row.run("gpu.saving:train_from_folder", model, wrapper), f"{model}-fp32")
+
+
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recompute(row: Row, granularity: str) -> None:
     """Activation recomputation gives the same losses and gradient norms as the CPU without it."""

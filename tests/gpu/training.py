@@ -28,6 +28,10 @@ TEXT = Path(__file__).parents[2] / "LICENSE"
 """The training text. The default, torch's licence, changes with the version of torch."""
 
 
+Curves = dict[str, list[float | None]]
+"""``losses`` and ``grad_norms`` of the training steps."""
+
+
 class JoinedRank(NamedTuple):
     """The configuration, layout and process groups of the only rank."""
 
@@ -69,6 +73,9 @@ def join_single_rank(job: BuildJob) -> Iterator[JoinedRank]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         with join_job(job) as (config, layout, groups):
+            world = torch.distributed.group.WORLD
+            assert world is not None
+            assert world.bound_device_id is None, "NCCL connects all groups at once, before their first use"
             yield JoinedRank(config, layout, groups)
     finally:
         if torch.distributed.is_initialized():
@@ -82,7 +89,7 @@ def train_model(
     overrides: Sequence[str] = (),
     wrapper: str = "ddp",
     distributed_optimizer: bool = False,
-) -> dict[str, list[float | None]]:
+) -> Curves:
     """Train a model five steps from weights initialised by parameter name; return losses and gradient norms."""
     job = make_job(
         model,
@@ -92,10 +99,11 @@ def train_model(
         training=make_train_options(),
     )
     with join_single_rank(job) as rank:
-        return _get_curves(build_and_train(job, *rank))
+        return get_curves(build_and_train(job, *rank))
 
 
-def _get_curves(run: BuiltRank) -> dict[str, list[float | None]]:
+def get_curves(run: BuiltRank) -> Curves:
+    """Return the losses and gradient norms of the training steps."""
     return {"losses": [step.loss for step in run.steps], "grad_norms": [step.grad_norm for step in run.steps]}
 
 
