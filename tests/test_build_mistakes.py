@@ -23,6 +23,7 @@ BAD_INPUT = {
         ["--nproc", "2", "--pp", "2", "--vp", "4"],
         "4 does not divide into pp x vp",
     ),
+    "virtual stages without a pipeline": ("good.yaml", ["--vp", "2"], "vp = 2 needs a pipeline, but pp = 1"),
     "a world that does not fit": ("good.yaml", ["--nproc", "3", "--tp", "2"], "3 ranks do not fit tp x pp x cp = 2"),
     "a dp that does not fit": ("good.yaml", ["--nproc", "2", "--dp", "3"], "dp is 2 with 2"),
     "experts that do not split": ("good.yaml", ["--nproc", "2", "--etp", "4"], "etp x ep = 4 x 1 = 4 does not divide"),

@@ -17,6 +17,9 @@ from bridge.dist.wrapper import Wrapper
 
 EMBEDDING = "transformer.account_for_embedding_in_pipeline_split"
 LOSS = "transformer.account_for_loss_in_pipeline_split"
+PP = "transformer.pipeline_model_parallel_size"
+VP = "transformer.virtual_pipeline_model_parallel_size"
+STAGES = "transformer.pipeline_model_parallel_layout"
 ASSIGN = "or assign layers to stages in pipeline_model_parallel_layout"
 
 
@@ -73,6 +76,31 @@ CASES = {
         f"127, {ASSIGN}",
         (f"{EMBEDDING}=true",),
         advised={LOSS: True},
+    ),
+    "virtual stages without a pipeline": Case(
+        "tiny", {"vp": 2}, "vp = 2 needs a pipeline, but pp = 1: set pp to 2 or more", advised={"pp": 2}
+    ),
+    "a document's virtual stages on one pipeline rank": Case(
+        "tiny",
+        {"pp": 1},
+        "or vp (virtual_pipeline_model_parallel_size) to 1",
+        (f"{PP}=2", f"{VP}=2"),
+        advised={"vp": 1},
+    ),
+    "virtual stages of a pipeline layout": Case(
+        "tiny",
+        {},
+        "vp = 3 needs a pipeline, but pp = 1: set pp to 2 or more, or vp (virtual_pipeline_model_parallel_size) to 1 "
+        "and pipeline_model_parallel_layout to null",
+        (f"{STAGES}=Et|tt|tL",),
+        advised={STAGES: "null"},
+    ),
+    "a pipeline layout without virtual stages": Case(
+        "tiny",
+        {"vp": 1},
+        "pipeline_model_parallel_layout has 3 stages for pp = 1 ranks, but vp = 1: set pp = 3",
+        (f"{STAGES}=Et|tt|tL",),
+        advised={"pp": 3},
     ),
     "heads": Case("llama-3.1-8b", {"tp": 3}, "choose tp = 2 or 4", advised={"tp": 4}),
     "heads, groups and widths": Case("qwen2.5-7b", {"tp": 3}, "choose tp = 2 or 4", advised={"tp": 4}),

@@ -150,6 +150,14 @@ def test_three_strategies_of_megatron_fsdp_are_tried_or_the_one_that_the_user_se
     assert list_strategies(replace(one, sharding_strategy=ShardingStrategy.NO_SHARD)) == ["no_shard"]
 
 
+def test_virtual_stages_are_searched_with_a_pipeline_only() -> None:
+    config = make_builder(Document.load("tiny").config()).transformer_config
+    options = PlanOptions(batch=Batch(seq_length=64, global_batch_size=16), world_size=2)
+    found = list(list_choices(config, options, Fixed(sizes={"vp": 2}, wrapper=Wrapper.DDP)))
+    assert {(one.layout.pp, one.layout.vp) for one in found if isinstance(one, Choice)} == {(2, 2)}
+    assert any(isinstance(one, str) and "vp = 2 needs a pipeline" in one for one in found)
+
+
 def test_what_the_user_sets_is_kept() -> None:
     document = Document.load("tiny", ["transformer.recompute_granularity=selective"])
     fixed = Fixed(sizes={"tp": 2}, fields={"sequence_parallel": False}, micro_batch_size=4, wrapper=Wrapper.NONE)

@@ -28,7 +28,7 @@ from bridge.dist import (
 from bridge.dist.cpu import on_meta
 from bridge.dist.engine.build import build_distributed
 from bridge.dist.engine.wrap.ddp import compute_bucket_size
-from bridge.dist.errors import BuilderContractError, OptionsError, PreflightError
+from bridge.dist.errors import BuilderContractError, LayoutError, OptionsError, PreflightError
 
 WIDTH = 8
 
@@ -119,12 +119,18 @@ def stage_positions(**transformer: Any) -> list[tuple[Any, ...]]:
     return [stage.place for stage in stages]
 
 
-def test_one_rank_has_one_stage_for_any_virtual_size() -> None:
+def test_one_rank_builds_one_stage_and_refuses_virtual_ones() -> None:
     assert run_ranks(positions_without_pipeline, 1) == [[(True, True, None)]]
 
 
 def positions_without_pipeline() -> list[tuple[Any, ...]]:
-    return stage_positions(virtual_pipeline_model_parallel_size=3)
+    config = make_config()
+    groups = make_groups(config)
+    with pytest.raises(LayoutError, match="vp = 3 needs a pipeline"):
+        StageBuilder(make_config(virtual_pipeline_model_parallel_size=3)).build_distributed_models(
+            groups, wrap_with_ddp=False
+        )
+    return [stage.place for stage in StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)]
 
 
 def test_two_ranks_build_their_virtual_stages() -> None:

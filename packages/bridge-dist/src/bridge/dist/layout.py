@@ -31,7 +31,8 @@ class Layout:
     ``etp`` defaults to ``tp``.
 
     Raises:
-        LayoutError: A size is not positive, or the expert sizes do not divide the ranks of a pipeline stage.
+        LayoutError: A size is not positive, there are virtual stages without a pipeline, or the expert sizes do not
+            divide the ranks of a pipeline stage.
     """
 
     tp: int = 1
@@ -49,6 +50,11 @@ class Layout:
         for name, size in asdict(self).items():
             if size < 1:
                 raise LayoutError(f"{name} must be at least 1, got {size}")
+        if self.vp > 1 and self.pp == 1:
+            raise LayoutError(
+                f"vp = {self.vp} needs a pipeline, but pp = 1: set pp to 2 or more, or vp ({CONFIG_FIELDS['vp']}) to 1 "
+                "and pipeline_model_parallel_layout to null"
+            )
         stage, expert = self.tp * self.cp * self.dp, self.etp * self.ep
         if stage % expert:
             raise LayoutError(

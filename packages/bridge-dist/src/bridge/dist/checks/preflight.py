@@ -101,8 +101,8 @@ class Setup:
 
     @property
     def has_virtual_pipeline(self) -> bool:
-        """Whether a rank holds several stages; a pipeline of one rank is not divided further."""
-        return self.layout.pp > 1 and self.layout.vp > 1
+        """Whether a rank holds several stages."""
+        return self.layout.vp > 1
 
     @property
     def is_fsdp(self) -> bool:

@@ -89,8 +89,7 @@ def create_process_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        # Megatron rejects a virtual pipeline where pp = 1.
-        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 and layout.pp > 1 else None,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,

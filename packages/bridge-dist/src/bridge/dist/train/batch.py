@@ -49,7 +49,7 @@ class Batch:
                 f"{suggest_multiple(self.global_batch_size, per_round)}"
             )
         microbatches = self.global_batch_size // per_round
-        if layout.vp > 1 and layout.pp > 1:
+        if layout.vp > 1:
             _check_groups(microbatches, group_size or layout.pp, layout.pp, per_round=per_round)
         return microbatches
 

@@ -19,7 +19,7 @@ from bridge.models.modelopt.rules import MODELOPT_RULES
 def hybrid_stages(setup: Setup) -> Iterator[str]:
     """The pattern of a hybrid model must match the number of pipeline stages, or its layers must divide equally."""
     try:
-        split_model_pattern(setup.model, setup.layout.pp * (setup.layout.vp if setup.has_virtual_pipeline else 1))
+        split_model_pattern(setup.model, setup.layout.pp * setup.layout.vp)
     except ModelConfigError as error:
         yield str(error)
 

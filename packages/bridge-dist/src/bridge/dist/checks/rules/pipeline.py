@@ -109,9 +109,9 @@ def pipeline_layout(setup: Setup) -> Iterator[str]:
     if len(stages) % pp:
         yield f"pipeline_model_parallel_layout has {len(stages)} stages, not a multiple of pp = {pp}: choose another pp"
     elif len(stages) // pp != vp:
+        fitting = f"vp = {len(stages) // pp}" if pp > 1 else f"pp = {len(stages)}"
         yield (
-            f"pipeline_model_parallel_layout has {len(stages)} stages for pp = {pp} ranks, but vp = {vp}: "
-            f"set vp = {len(stages) // pp}"
+            f"pipeline_model_parallel_layout has {len(stages)} stages for pp = {pp} ranks, but vp = {vp}: set {fitting}"
         )
     if layers[:1] != ["embedding"] or layers[-1:] != ["loss"]:
         yield "pipeline_model_parallel_layout must begin with the embedding (E) and end with the loss (L)"

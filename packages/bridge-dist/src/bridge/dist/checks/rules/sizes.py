@@ -121,7 +121,7 @@ def layers_divide(setup: Setup) -> Iterator[str]:
     if assigns_layers(config) or "|" in (pattern or ""):  # | separates the stages of a hybrid model
         return
     counted = {name: getattr(config, field) for name, field in _COUNTED.items()}
-    pp, vp = setup.layout.pp, setup.layout.vp if setup.has_virtual_pipeline else 1
+    pp, vp = setup.layout.pp, setup.layout.vp
     layers, stages = config.num_layers + sum(counted.values()), pp * vp
     if layers % stages:
         with_ends = " and ".join(name for name, counts in counted.items() if counts)

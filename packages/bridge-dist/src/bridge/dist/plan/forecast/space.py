@@ -208,18 +208,19 @@ def _list_layouts(
                 if gpus % (tp * pp * cp):
                     continue
                 for vp in [fixed["vp"]] if "vp" in fixed else _list_vp(config, pp):
-                    dense = Layout(tp=tp, pp=pp, vp=vp, cp=cp, dp=gpus // (tp * pp * cp))
+                    dense = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "dp": gpus // (tp * pp * cp)}
                     if not experts:
-                        yield _divide_experts(dense, fixed.get("ep", 1), fixed.get("etp"))
+                        yield _try_layout(dense, fixed.get("ep", 1), fixed.get("etp"))
                         continue
                     for etp in [fixed["etp"]] if "etp" in fixed else sorted({1, tp}):
                         for ep in sizes("ep", experts, gpus // (pp * etp)):
-                            yield _divide_experts(dense, ep, etp)
+                            yield _try_layout(dense, ep, etp)
 
 
-def _divide_experts(layout: Layout, ep: int, etp: int | None) -> Layout | str:
+def _try_layout(dense: Mapping[str, int], ep: int, etp: int | None) -> Layout | str:
+    """Return a layout, or why there is none."""
     try:
-        return replace(layout, ep=ep, etp=etp)
+        return Layout(**dense, ep=ep, etp=etp)
     except LayoutError as error:
         return str(error)
 

@@ -100,7 +100,7 @@ def _group_variables(layout: Layout, rank: int, embedding_ranks: Sequence[int] |
         # None on ranks outside of them, as in Megatron.
         state[f"{kind}_GROUP"] = _make_fake_group(members, rank, name=kind) if rank in members else None
         state[f"{kind}_GLOBAL_RANKS"] = members if rank in members else None
-    virtual = layout.vp if layout.vp > 1 and layout.pp > 1 else None
+    virtual = layout.vp if layout.vp > 1 else None
     state["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = None if virtual is None else 0
     state["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = virtual
     return state
