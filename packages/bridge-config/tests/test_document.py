@@ -101,6 +101,7 @@ def test_getting_a_missing_value_is_an_error(file: Path, path: str, message: str
         ("pre_wrap_hooks[0]", r"\$.pre_wrap_hooks is not a list, or not in the document: set the whole list"),
         ("a.b[0].c", r"\$.a is not a list, or not in the document"),
         ("", "is the whole document"),
+        (".".join("a" * 101), "leads more than 100 levels deep"),
     ],
 )
 def test_setting_an_impossible_path_is_an_error(file: Path, path: str, message: str) -> None:

@@ -89,6 +89,7 @@ def test_layer_patterns_are_evaluated(name: str, text: str, value: Any) -> None:
         "__import__('os').getpid()",
         "[x for x in (1,)]",
         "[1]" + "+[1]" * 3000,
+        "+".join(["[0]*9999"] * 900),  # short, but nine million items
     ],
 )
 def test_invalid_layer_patterns_are_refused(text: str) -> None:

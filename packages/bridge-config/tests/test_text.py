@@ -99,6 +99,13 @@ def test_unsupported_yaml_is_refused(text: str, line: int, message: str) -> None
     assert [(problem.file, problem.line) for problem in error.value.problems] == [("file.yaml", line)]
 
 
+@pytest.mark.parametrize("text", ["a: !%s 1", "a: *%s", "a: &%s [*%s]"])
+def test_a_message_about_a_name_of_any_length_is_short(text: str) -> None:
+    with pytest.raises(DocumentError) as error:
+        parse_yaml(text.replace("%s", "x" * 1_000_000))
+    assert len(str(error.value)) < 300
+
+
 def test_all_problems_of_a_yaml_text_are_reported_together() -> None:
     with pytest.raises(DocumentError) as error:
         parse_yaml("a: 012\nb: {c: .nan}\na: 1\n")

@@ -50,6 +50,11 @@ def test_errors_mark_the_invalid_part_of_a_pattern(pattern: str, says: str, arro
     assert marked_pattern(said) == [f"  {pattern}", f"  {arrows}"]
 
 
+def test_a_pattern_too_long_to_show_is_refused() -> None:
+    assert find_problem("M" * 10_000, 10_000) is None
+    assert find_problem("M" * 3_000_000, 3_000_000) == "must have at most 10000 symbols, got 3000000"
+
+
 @pytest.mark.parametrize(("num_layers", "arrows"), [(3, "    ^^"), (6, "      ^")])
 def test_a_wrong_number_of_layers_is_refused(num_layers: int, arrows: str) -> None:
     said = find_problem("M*-|M*", num_layers)

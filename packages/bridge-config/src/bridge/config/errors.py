@@ -72,6 +72,11 @@ def quote_name(name: str) -> str:
     return repr(name) if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]!r}..."
 
 
+def shorten(name: str) -> str:
+    """Return `name` for a message, with a limited length."""
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return the end of a message about the unknown `name`, suggesting the closest known name; empty if none is close.
 

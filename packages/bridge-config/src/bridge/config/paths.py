@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from bridge.config.errors import ConfigError
+from bridge.config.errors import ConfigError, quote_name
 
 Path = tuple[str | int, ...]
 
@@ -30,7 +30,8 @@ def parse_path(text: str) -> Path:
     while position < len(rest):
         step = _STEP.match(rest, position)
         if step is None:
-            raise ConfigError(f"{text!r} is not a path: write it as 'transformer.num_layers' or 'blocks[0].size'")
+            how = "write it as 'transformer.num_layers' or 'blocks[0].size'"
+            raise ConfigError(f"{quote_name(text)} is not a path: {how}")
         path.append(_parse_step(step, text))
         position = step.end()
     return tuple(path)
@@ -41,7 +42,7 @@ def _parse_step(match: re.Match[str], text: str) -> str | int:
     try:
         found: str | int = int(index) if index is not None else json.loads(quoted) if quoted is not None else key
     except ValueError as error:
-        raise ConfigError(f"{text[:100]!r} is not a path: {error}") from error
+        raise ConfigError(f"{quote_name(text)} is not a path: {error}") from error
     return found
 
 

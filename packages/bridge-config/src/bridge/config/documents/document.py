@@ -22,12 +22,13 @@ from bridge.config.documents.sources import (
     make_source_error,
     read_source,
 )
-from bridge.config.errors import ConfigError, DocumentError, Problem
+from bridge.config.errors import ConfigError, DocumentError, Problem, quote_name
 from bridge.config.model import ModelConfig
 from bridge.config.paths import Path, format_path, parse_path
 from bridge.config.problems import describe_value
 from bridge.config.text.dump import dump_json, dump_yaml
 from bridge.config.text.edit import edit_text
+from bridge.config.text.limits import MAX_DEPTH
 from bridge.config.text.parse import ParsedText, parse_json, parse_yaml
 
 # `bridge --help` and `bridge show` need this module, but not the modules that check documents. Those take 30 ms to
@@ -103,7 +104,7 @@ class Document:
         Raises:
             ConfigError: the path leads through a value that is not a mapping, or past the end of a list.
         """
-        steps = self._parse_inner_path(path)
+        steps = _parse_inner_path(path)
         set_value(self.data, steps, value)
         self._provenance.record_set(steps, self.source)  # without a line: the text does not have this value
 
@@ -113,7 +114,7 @@ class Document:
         Raises:
             ConfigError: there is no value.
         """
-        steps = self._parse_inner_path(path)
+        steps = _parse_inner_path(path)
         remove_value(self.data, steps)
         self._provenance.record_removal(steps, self.source)
 
@@ -312,20 +313,14 @@ class Document:
         from bridge.config.foreign.recognize import convert_foreign
         from bridge.config.read.decode import CurrentDocument
 
-        path = parse_path(text)
-        if not path or path[0] in self.data:
+        path = _parse_inner_path(text)
+        if path[0] in self.data:
             return path
         try:
             step = convert_foreign(self.data)
         except DocumentError:  # the model is unknown: reading the document reports it
             return path
         return CurrentDocument(self.data, step.data, (step,)).find_origin(path)
-
-    def _parse_inner_path(self, path: str) -> Path:
-        steps = parse_path(path)
-        if not steps:
-            raise ConfigError(f"{path!r} is the whole document: give a path inside it")
-        return steps
 
 
 def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelConfig:
@@ -335,6 +330,16 @@ def load_config(source: str | FilePath, overrides: Sequence[str] = ()) -> ModelC
         DocumentError: the source cannot be read, or the document has problems; lists every problem.
     """
     return Document.load(source, overrides).config()
+
+
+def _parse_inner_path(text: str) -> Path:
+    """Parse the path of a value that is set or removed, which is not the whole document."""
+    path = parse_path(text)
+    if not path:
+        raise ConfigError(f"{text!r} is the whole document: give a path inside it")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{quote_name(text)} leads more than {MAX_DEPTH} levels deep")
+    return path
 
 
 def _parse(text: str, source: str) -> ParsedText:

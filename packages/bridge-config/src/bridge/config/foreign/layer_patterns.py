@@ -51,7 +51,7 @@ def _evaluate(node: ast.expr) -> int | list[int]:
                 return cast(list[int], numbers)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             first, second = _evaluate(left), _evaluate(right)
-            if isinstance(first, list) and isinstance(second, list):
+            if isinstance(first, list) and isinstance(second, list) and len(first) + len(second) <= _MAX_LAYERS:
                 return first + second
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             part, times = _evaluate(left), _evaluate(right)

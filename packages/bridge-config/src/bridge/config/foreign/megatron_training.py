@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.config.errors import DocumentError, Problem
+from bridge.config.errors import DocumentError, Problem, shorten
 from bridge.config.foreign.conversion import Conversion, choose_transformer
 from bridge.config.foreign.families import BRIDGE, FAMILIES, HYBRID_FAMILY, T5_FAMILY, Family
 from bridge.config.foreign.layer_patterns import add_mtp_pattern, count_layers
@@ -93,7 +93,8 @@ def _find_family(name: str, path: Path) -> tuple[Family, bool]:
             return family, False
         if module in family.provider_modules and "Provider" in cls:
             return family, True
-    message = f"Bridge does not know what {cls} adds: if it only changes defaults of one of these, write that name here"
+    unknown = f"Bridge does not know what {shorten(cls)} adds"
+    message = f"{unknown}: if it only changes defaults of one of these, write that name here"
     known = [family.provider for family in FAMILIES]
     if "Provider" not in cls:
         known = [family.megatron_configs[0] for family in FAMILIES if family.megatron_configs]

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 MAMBA, ATTENTION, MLP, EXPERTS, LATENT_ATTENTION, SPARSE_ATTENTION, DELTA_NET = "M", "*", "-", "E", "+", "D", "G"
 STAGE, PREDICTION = "|", "/"
 MAX_LAYERS = 10_000
-"""Upper bound on layers without a pattern: it is written out, so a bad document must not exhaust memory."""
+"""Upper bound on the symbols of a pattern, and on the layers of a model without one, whose pattern is written out.
+
+A bad document must not exhaust memory."""
 
 MEANINGS = {
     MAMBA: "Mamba",
@@ -43,8 +45,11 @@ def find_problem(pattern: str, num_layers: int) -> str | None:
     """Check a pattern for a decoder of ``num_layers`` layers.
 
     Returns:
-        The message about the first problem, with arrows below the symbols concerned; None if the pattern is valid.
+        The message about the first problem, usually with arrows below the symbols concerned; None if the pattern is
+        valid.
     """
+    if len(pattern) > MAX_LAYERS:
+        return f"must have at most {MAX_LAYERS} symbols, got {len(pattern)}"
     if unknown := [at for at, symbol in enumerate(pattern) if symbol not in {*MEANINGS, STAGE, PREDICTION}]:
         known = ", ".join(f"{symbol} {meaning}" for symbol, meaning in MEANINGS.items())
         return point_at(f"has unknown symbols; use {known}, and | between pipeline stages", pattern, unknown)

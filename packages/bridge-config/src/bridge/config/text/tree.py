@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from bridge.config.errors import DocumentError, Problem
+from bridge.config.errors import DocumentError, Problem, shorten
 from bridge.config.paths import format_path
 from bridge.config.problems import MAX_PROBLEMS
 from bridge.config.text.keys import DUPLICATE, find_key_flaw
@@ -39,9 +39,9 @@ class TreeBuilder:
         """Add an alias of the node with the anchor `name`."""
         target = self._anchors.get(name)
         if target is None:
-            self.add_problem(f"undefined alias *{name}", node.start)
+            self.add_problem(f"undefined alias *{shorten(name)}", node.start)
         elif any(target is opened.node for opened in self._open):
-            self.add_problem(f"the alias *{name} is inside the value that it refers to", node.start)
+            self.add_problem(f"the alias *{shorten(name)} is inside the value that it refers to", node.start)
         else:
             node.alias = target.alias or target
             # Counted as a copy: nested aliases can stand for billions of values ("billion laughs").

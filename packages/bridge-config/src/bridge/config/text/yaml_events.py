@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from bridge.config.errors import shorten
 from bridge.config.text.limits import MAX_DEPTH
 from bridge.config.text.nodes import Node
 from bridge.config.text.scalars import read_plain
@@ -75,5 +76,5 @@ def _build_yaml(builder: TreeBuilder, events: Iterator[Any]) -> None:
 def _check_tag(builder: TreeBuilder, event: Any) -> None:
     """Refuse tags: plain data does not need them, and other tags construct objects."""
     if event.tag is not None:
-        tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+        tag = shorten(event.tag.replace("tag:yaml.org,2002:", "!!"))
         builder.add_problem(f"the tag {tag} is not allowed: write plain data", event.start_mark.index)
