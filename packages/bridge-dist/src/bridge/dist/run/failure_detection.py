@@ -35,6 +35,10 @@ _HEARTBEAT_INTERVAL_S = 2.0
 _HEARTBEAT_TIMEOUT_S = 30.0
 _PRINT_TIMEOUT_S = 3.0
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_CONNECTION_ERRORS = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+# Words of gloo and NCCL about a lost connection. gloo raises a plain RuntimeError; NCCL raises the same exception for
+# faults of this rank's own, such as too little shared memory, which the other ranks do not notice.
+_LOST_CONNECTION = ("gloo", "Connection closed by peer", "ncclRemoteError", "store->get")
 
 
 @contextlib.contextmanager
@@ -56,7 +60,7 @@ def explain_lost_ranks(env: RankEnvironment) -> Iterator[None]:
     except Exception as error:
         cause = _find_cause(error)
         try:
-            verdict = _report_failure(env, open_store(env, timeout=_STORE_TIMEOUT), cause)
+            verdict = _report_failure(env, open_store(env, timeout=_STORE_TIMEOUT), error)
         except (RuntimeError, LaunchError):
             verdict = _describe_lost_store(env)
         if cause is None:
@@ -108,21 +112,21 @@ def _find_cause(error: Exception) -> str | None:
     if isinstance(error, DistError):
         return str(error)
     text = str(error)
-    # gloo raises a plain RuntimeError when it loses a connection, so its message has to be matched.
-    if isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
+    if isinstance(error, _CONNECTION_ERRORS) or any(words in text for words in _LOST_CONNECTION):
         return None
     return f"{type(error).__name__}: {text}"
 
 
-def _report_failure(env: RankEnvironment, store: Store, cause: str | None) -> str:
+def _report_failure(env: RankEnvironment, store: Store, error: Exception) -> str:
     """Report this rank's failure to the others, and return the description of the first failure.
 
     Without a cause, this rank only lost a connection. The first such rank is the listener: it waits for the failure of
     another rank, and if none is reported, it names the ranks that are silent. The others wait for its verdict.
     """
+    cause = _find_cause(error)
     store.set(f"ended/{env.rank}", cause or "")
     if cause is not None:
-        return store.compare_set("verdict", "", f"{_make_name(env)} failed first: {cause}").decode()
+        return _report_cause(env, store, cause)
     if store.compare_set("listener", "", str(env.rank)).decode() != str(env.rank):
         store.wait(["verdict"], timedelta(seconds=2 * _COLLECT_FAILURES_S))
         return store.get("verdict").decode()
@@ -130,8 +134,14 @@ def _report_failure(env: RankEnvironment, store: Store, cause: str | None) -> st
     while time.monotonic() < deadline and not store.check(["verdict"]):
         time.sleep(0.1)
     silent = [rank for rank in range(env.world_size) if not store.check([f"ended/{rank}"])]
-    verdict = _describe_lost(silent, store) if silent else "ranks lost their connection"
+    alive = f"no rank is lost, but {_make_name(env)} lost a connection: {error}"
+    verdict = _describe_lost(silent, store) if silent else alive
     return store.compare_set("verdict", "", verdict).decode()
+
+
+def _report_cause(env: RankEnvironment, store: Store, cause: str) -> str:
+    """Report why this rank failed, unless another rank failed before; return the description of the first failure."""
+    return store.compare_set("verdict", "", f"{_make_name(env)} failed first: {cause}").decode()
 
 
 def _describe_lost(ranks: Sequence[int], store: Store) -> str:
@@ -157,7 +167,8 @@ def watch_nodes(env: RankEnvironment) -> Iterator[None]:
     """Send heartbeats for this node, and end this process when another node stops sending them.
 
     One rank per node does so. Rank 0 watches the nodes and informs the others. A node that never started is reported
-    by the agreement check instead.
+    by the agreement check instead. If this rank fails, the others may wait for it, on a GPU even in a collective that
+    never ends: they end when its heartbeats have stopped.
     """
     if env.node is None or (env.nodes or 1) == 1 or env.local_rank != 0:
         yield
@@ -170,10 +181,14 @@ def watch_nodes(env: RankEnvironment) -> Iterator[None]:
     threading.Thread(target=_send_heartbeats, args=(env, store, done), daemon=True).start()
     try:
         yield
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            _report_cause(env, store, _find_cause(error) or str(error))
+        raise
     finally:
         done.set()
-        with contextlib.suppress(RuntimeError):  # the store may be gone
-            store.set(f"exited/{env.node}", "")
+    with contextlib.suppress(RuntimeError):
+        store.set(f"exited/{env.node}", "")
 
 
 @contextlib.contextmanager
