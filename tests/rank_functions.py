@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -90,3 +91,13 @@ def compiler_modules() -> list[str]:
 def log(message: str) -> str:
     logging.getLogger("bridge.dist.anything").warning(message)
     return message
+
+
+def leave_world_after(seconds: Sequence[float], port: int) -> float:
+    """Join a world whose store rank 0 serves, stay for the seconds of this rank, and return when it was left."""
+    from bridge.dist import join_world
+
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    with join_world():
+        time.sleep(seconds[int(os.environ["RANK"])])
+    return time.monotonic()

@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -21,6 +22,8 @@ from bridge.dist.run.rank_environment import RankEnvironment
 from bridge.dist.run.store import open_store
 
 _OWN_GPU = "its own"
+# Longer than ranks that have finished drift apart while NCCL closes their connections.
+_LONGEST_FAREWELL = timedelta(seconds=30)
 
 
 @contextlib.contextmanager
@@ -68,6 +71,7 @@ def join_world(mine: Facts | None = None) -> Iterator[None]:
             )
             yield
             torch.distributed.destroy_process_group()
+    _leave(rank_environment, store)
 
 
 def _claim_gpu(gpu: int, rank_environment: RankEnvironment, store: Store) -> str:
@@ -82,3 +86,13 @@ def _use_gpu(gpu: int) -> None:
     torch.cuda.set_device(gpu)
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _leave(rank_environment: RankEnvironment, store: Store) -> None:
+    """Let rank 0 leave last if it serves the store: the others would take its end for a failure."""
+    if rank_environment.has_agent:
+        return
+    with contextlib.suppress(RuntimeError):  # a rank that ended otherwise is no error of this one
+        store.set(f"left/{rank_environment.rank}", "")
+        if rank_environment.rank == 0:
+            store.wait([f"left/{rank}" for rank in range(rank_environment.world_size)], _LONGEST_FAREWELL)
