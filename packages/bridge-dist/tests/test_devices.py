@@ -29,6 +29,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(devices, "_DRIVER_FILES", ("/dev/null",))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "can_use_gpus", lambda: True)
     return monkeypatch
 
 
@@ -69,6 +70,20 @@ def test_cuda_with_too_few_gpus_is_an_error(gpus: pytest.MonkeyPatch) -> None:
         choose_device(Device.CUDA, local_ranks=1)
 
 
+def test_gpus_that_torch_cannot_use_are_not_chosen(
+    gpus: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver counts its GPUs even if it is older than torch's CUDA. Here torch really finds none."""
+    gpus.undo()
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # restored after the test
+    gpus.setattr(devices, "_DRIVER_FILES", ("/dev/null",))
+    gpus.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match="--device cuda: there is a driver, but torch can use no GPU"):
+        prepare(Device.CUDA, None, ranks=2)
+    assert prepare(Device.AUTO, None, ranks=2) == "forkserver"
+    assert "but torch can use no GPU" in capsys.readouterr().err
+
+
 def test_hidden_gpus_are_not_counted(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("CUDA_VISIBLE_DEVICES", "0")  # restored after the test
     hide_gpus()
@@ -87,6 +102,7 @@ def test_a_rank_that_sees_one_gpu_uses_it(gpus: pytest.MonkeyPatch) -> None:
 SECOND_OF_TWO = """
 from bridge.dist.run import devices
 devices.count_gpus = lambda: 1
+devices.can_use_gpus = lambda: True
 print(devices.choose_device(devices.Device.AUTO, local_ranks=2))
 """
 

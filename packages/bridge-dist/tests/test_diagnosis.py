@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from bridge.config.cli.entry import bridge
 from bridge.config.diagnosis import Finding
+from bridge.dist.run import devices
 from bridge.dist.run.diagnosis import find_machine
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_JOB_ID", "SLURM_NTASKS")
@@ -75,6 +77,14 @@ def test_hidden_gpus_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find("Devices")["GPUs"].meaning == "CUDA_VISIBLE_DEVICES hides them; ranks compute on the CPU"
     assert find("Launcher")["CUDA_VISIBLE_DEVICES"].value == "(empty)"
+
+
+def test_a_driver_that_is_too_old_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a driver counts its GPUs, but torch can use none."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "_DRIVER_FILES", ("/dev/null",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert find("Devices")["GPUs"].meaning.startswith("there is a driver, but torch can use no GPU")
 
 
 def test_the_command_prints_json_and_lines_of_80_columns() -> None:

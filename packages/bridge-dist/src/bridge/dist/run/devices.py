@@ -17,6 +17,9 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Device files created by the drivers of NVIDIA (/dev/dxg under WSL) and AMD.
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
+UNUSABLE = "there is a driver, but torch can use no GPU (compare its CUDA with the driver's in nvidia-smi)"
+"""What is wrong where ``may_have_gpus``, but not ``can_use_gpus``."""
+
 
 class Device(StrEnum):
     """Device of the ranks; ``auto`` is one GPU per rank if this machine has enough GPUs, else the CPU."""
@@ -40,6 +43,16 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def can_use_gpus() -> bool:
+    """Return whether torch can compute on the visible GPUs: it cannot if the driver is older than torch's CUDA.
+
+    This loads the driver, after which GPUs can no longer be hidden from this process.
+    """
+    import torch  # takes a second: see above
+
+    return torch.cuda.is_available()
+
+
 def hide_gpus() -> None:
     """Hide all GPUs from this process and its children. Call this before CUDA is initialised."""
     os.environ[_VISIBLE] = ""
@@ -54,16 +67,19 @@ def choose_device(asked: Device, *, local_ranks: int | None, environment: Mappin
         environment: Environment variables, read for the visible GPUs.
 
     Raises:
-        LaunchError: CUDA was chosen, and there are fewer GPUs than ranks.
+        LaunchError: CUDA was chosen, and there are fewer GPUs than ranks, or torch cannot use them.
     """
     if asked is Device.CPU:
         return Device.CPU
     gpus = count_gpus()
-    if gpus and (_has_own_gpu(gpus, environment) or (local_ranks or 1) <= gpus):
+    are_enough = gpus > 0 and (_has_own_gpu(gpus, environment) or (local_ranks or 1) <= gpus)
+    if are_enough and can_use_gpus():
         return Device.CUDA
     if asked is Device.CUDA:
         raise LaunchError(
-            f"--device cuda needs one GPU per rank: {local_ranks or 1} rank(s), {gpus} visible GPU(s); "
+            f"--device cuda: {UNUSABLE}: update the driver, install a torch for its CUDA, or choose --device cpu"
+            if are_enough
+            else f"--device cuda needs one GPU per rank: {local_ranks or 1} rank(s), {gpus} visible GPU(s); "
             "start fewer ranks, or choose --device cpu"
         )
     return Device.CPU

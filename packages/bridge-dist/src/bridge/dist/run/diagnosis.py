@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from bridge.config.diagnosis import Finding
 from bridge.dist.errors import LaunchError
 from bridge.dist.formatting import format_gib
-from bridge.dist.run.devices import count_gpus, may_have_gpus
+from bridge.dist.run.devices import UNUSABLE, can_use_gpus, count_gpus, may_have_gpus
 from bridge.dist.run.rank_environment import RankEnvironment
 
 _BRIDGE_PACKAGES = ("bridge-config", "bridge-builders", "bridge-dist", "bridge-models")
@@ -78,8 +78,7 @@ def _get_version(package: str) -> str | None:
 
 
 def _find_devices() -> Iterator[Finding]:
-    count = count_gpus()
-    if count:
+    if (count := count_gpus()) and can_use_gpus():
         import torch  # takes 1 s, and knows the GPUs
 
         for index in range(count):
@@ -91,7 +90,7 @@ def _find_devices() -> Iterator[Finding]:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         reason = "CUDA_VISIBLE_DEVICES hides them" if hidden else "this machine has no driver for one"
     else:
-        reason = "there is a driver, but torch sees no GPU: compare its CUDA with the driver's in nvidia-smi"
+        reason = UNUSABLE
     yield Finding(section="Devices", name="GPUs", value="none", meaning=f"{reason}; ranks compute on the CPU")
     usable = len(os.sched_getaffinity(0))
     yield Finding(section="Devices", name="CPUs", value=str(usable), meaning="shared by all ranks of this machine")

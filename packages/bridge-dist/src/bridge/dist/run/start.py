@@ -8,7 +8,7 @@ import click
 
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
-from bridge.dist.run.devices import Device, choose_device, count_gpus, hide_gpus
+from bridge.dist.run.devices import UNUSABLE, Device, choose_device, count_gpus, hide_gpus
 from bridge.dist.run.pool import StartMethod, start_fork_server
 from bridge.dist.run.rank_environment import RankEnvironment
 
@@ -25,7 +25,7 @@ def prepare(asked: Device, rank_environment: RankEnvironment | None, *, ranks: i
         The start method of ranks on that device.
 
     Raises:
-        LaunchError: The user chose CUDA, and this machine has fewer GPUs than ranks.
+        LaunchError: The user chose CUDA, and this machine has fewer GPUs than ranks, or torch cannot use them.
     """
     start_run()
     if rank_environment is not None:
@@ -40,7 +40,8 @@ def prepare(asked: Device, rank_environment: RankEnvironment | None, *, ranks: i
         import_megatron(with_compiler=rank_environment is not None)
         return "spawn"
     if asked is Device.AUTO and (gpus := count_gpus()) and (rank_environment is None or rank_environment.rank == 0):
-        click.echo(f"{local_ranks} ranks, {gpus} GPU(s): computing on the CPU", err=True)
+        reason = f"{local_ranks} ranks, {gpus} GPU(s)" if (local_ranks or 1) > gpus else UNUSABLE
+        click.echo(f"{reason}: computing on the CPU", err=True)
     hide_gpus()
     if rank_environment is None:
         start_fork_server(ranks)

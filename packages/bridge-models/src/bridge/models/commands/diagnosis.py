@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from bridge.config.diagnosis import Finding
-from bridge.dist.run.devices import count_gpus
+from bridge.dist.run.devices import can_use_gpus, count_gpus
 
 
 def find_layers() -> Iterator[Finding]:
     """Yield which layers models are built from on this machine, and why."""
-    has_gpu = count_gpus() > 0
+    has_gpu = count_gpus() > 0 and can_use_gpus()
     yield _describe("layers", "Transformer Engine", modules=["transformer_engine"], has_gpu=has_gpu)
     yield _describe(
         "Mamba layers", "mamba-ssm and causal-conv1d", modules=["mamba_ssm", "causal_conv1d"], has_gpu=has_gpu
