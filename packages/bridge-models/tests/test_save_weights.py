@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 
 from bridge.config import ModelConfig
 from bridge.dist.checkpoint.partial import finish, name_partial
+from bridge.dist.checkpoint.pickles import read_metadata
 from bridge.dist.cpu import cpu_runtime
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, save_weights
+from bridge.models.huggingface.checkpoint.reader import CheckpointReader
 from bridge.models.huggingface.folder.folder import open_folder
 from bridge.models.huggingface.transfer.output import prepare
 
@@ -183,6 +185,52 @@ def test_a_model_without_some_layers_is_not_saved(pg_collection: Groups, tmp_pat
     with pytest.raises(WeightsError, match="is not whole: no rank holds some of the weights"):
         save_weights([model], tmp_path / "saved", pg_collection, model=config)
     assert not (tmp_path / "saved").exists()
+
+
+def save_after_a_step(folder: str, overlap: bool) -> None:
+    """Save weights and a checkpoint right after a step of the distributed optimizer, on two data-parallel ranks."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from bridge.dist import Progress, save_checkpoint
+    from bridge.dist.engine.groups import create_process_groups
+    from bridge.dist.engine.weights import draw_weights
+    from bridge.dist.layout import Layout
+    from bridge.dist.train.optimizer import set_up_optimizer
+
+    config: Any = ModelConfig.from_dict(from_hf(MODELS["qwen3_moe"]).data)
+    config.finalize()
+    groups = create_process_groups(Layout.of(config.transformer, 2))
+    config.pre_wrap_hooks = [lambda stages: draw_weights(stages, groups, vocab_size=None) or stages]
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+    )
+    stages = config.get_builder_cls()(config).build_distributed_models(groups, ddp)
+    config.pre_wrap_hooks = []
+    with set_up_optimizer(stages) as optimizer:
+        for parameter in stages[0].parameters():
+            parameter.main_grad.fill_(1)
+        optimizer.step()
+        save_weights(stages, f"{folder}/weights", groups, model=config)
+        save_checkpoint(stages, f"{folder}/run", groups, model=config, progress=Progress(step=1), optimizer=optimizer)
+
+
+def read_checkpoint(iteration: Path) -> dict[str, torch.Tensor]:
+    """Return the model's tensors and those of its optimizer."""
+    metadata = read_metadata(iteration)
+    sizes = {key: one.size for key, one in metadata.state_dict_metadata.items() if hasattr(one, "size")}
+    with CheckpointReader(iteration, metadata) as reader:
+        return {key: reader.read(key, [0] * len(size), size) for key, size in sizes.items()}
+
+
+def test_weights_that_are_gathered_with_the_next_forward_pass_are_saved(tmp_path: Path) -> None:
+    """With overlap_param_gather a rank has old values of the parameters that others have updated."""
+    for overlap in (False, True):
+        run_ranks(save_after_a_step, 2, str(tmp_path / str(overlap)), overlap)
+    for read, file in ((load_file, "weights/model.safetensors"), (read_checkpoint, "run/iter_0000001")):
+        expected, found = (read(tmp_path / str(overlap) / file) for overlap in (False, True))
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def save_on_two_ranks(folder: str, write_on_second: Callable[..., None]) -> None:

@@ -27,6 +27,7 @@ from bridge.dist.checkpoint.state import (
     SHARDING_TYPE,
     add_groups,
     check_wrapper,
+    gather_updated_parameters,
     make_content_metadata,
     make_model_state,
     uses_distributed_optimizer,
@@ -67,7 +68,7 @@ def save_checkpoint(
         The folder of the iteration.
 
     Raises:
-        CheckpointError: The iteration exists, another run writes it, a rank cannot, or Megatron-FSDP shards otherwise.
+        CheckpointError: The iteration exists, another run writes it, a rank cannot, or the stages cannot be saved.
     """
     iteration = Path(folder) / name_iteration(progress.step)
     partial = name_partial(iteration)
@@ -77,6 +78,7 @@ def save_checkpoint(
         check_wrapper(stages)
         if is_first:
             claim(iteration)
+    gather_updated_parameters(stages, optimizer)
     content = make_content_metadata(distributed_optimizer=optimizer is not None and uses_distributed_optimizer(stages))
     state = _collect_state(stages, pg_collection, model, optimizer, progress, content)
     _check_disk(state, partial)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import FullyShardedDataParallel
+from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
@@ -90,6 +90,33 @@ def update_computed_parameters(stage: MegatronModule) -> None:
     if isinstance(stage, FullyShardedDataParallel):
         wrapped: Any = stage.module
         wrapped.install_optimized_model_weights()
+
+
+@torch.no_grad()
+def gather_updated_parameters(stages: Sequence[MegatronModule], optimizer: Any = None) -> None:
+    """Gather the parameters that the last step of a distributed optimizer updated, each on one rank.
+
+    With ``overlap_param_gather`` the next forward pass would do so. Collective over the data-parallel ranks. Source:
+    ``force_param_sync`` of megatron.training 0.19.2.
+
+    Args:
+        stages: The stages of this rank, wrapped or not.
+        optimizer: Megatron's optimizer of the stages.
+
+    Raises:
+        CheckpointError: Only the optimizer has the updated parameters, and it is None.
+    """
+    wrapped = [stage for stage in stages if isinstance(stage, DistributedDataParallel)]
+    waiting = [stage for stage in wrapped if stage.ddp_config.overlap_param_gather]
+    if optimizer is not None:
+        optimizer.prepare_model_params_for_param_sync()
+    elif any(stage.ddp_config.reuse_grad_buf_for_mxfp8_param_ag for stage in waiting):
+        raise CheckpointError(
+            "with reuse_grad_buf_for_mxfp8_param_ag and overlap_param_gather only the optimizer has the updated "
+            "parameters: save a checkpoint, and write its weights with `bridge export-hf`"
+        )
+    for stage in waiting:
+        stage.start_param_sync(force_sync=True)
 
 
 def make_content_metadata(*, distributed_optimizer: bool) -> dict[str, Any]:

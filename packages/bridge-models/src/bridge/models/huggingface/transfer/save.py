@@ -19,7 +19,7 @@ from bridge.config.errors import DocumentError, Problem
 from bridge.dist.checkpoint.document import describe_model
 from bridge.dist.checkpoint.partial import finish, name_partial
 from bridge.dist.checkpoint.shards import find_divided, find_held_rows, show_whole
-from bridge.dist.checkpoint.state import check_wrapper
+from bridge.dist.checkpoint.state import check_wrapper, gather_updated_parameters
 from bridge.dist.checkpoint.together import gather, share_problems
 from bridge.dist.checkpoint.tokenizer import carry_files
 from bridge.dist.engine.placement import EMBEDDING, Placement, get_tensor_group, named_tensors
@@ -68,9 +68,11 @@ def save_weights(
         DocumentError: transformers has no architecture for the model.
         WeightsError: The folder exists, ``source`` does not, the disk is too small, or transformers has no place for a
             weight.
-        CheckpointError: Megatron-FSDP shards the stages otherwise than by default.
+        CheckpointError: Megatron-FSDP shards the stages otherwise than by default, or only an optimizer has their
+            parameters.
     """
     check_wrapper(stages)
+    gather_updated_parameters(stages)
     folder = Path(folder)
     table = _Table.of(model)
     is_first = torch.distributed.get_rank() == 0
