@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from quantized_parameters import quantize
 from ranks import run_ranks
 
 from bridge.config import Document
@@ -157,6 +159,19 @@ def test_gpt_oss_20b_has_its_published_number_of_parameters() -> None:
     """The number of elements of the published weights."""
     sizes = find_placements(Document.load("gpt-oss-20b", ["transformer.expert_tensor_parallel_size=1"]), tp=2)
     assert sum(placement.logical_shape(201088).numel() for placement in sizes.values()) == 20_914_757_184
+
+
+def test_the_optimizer_of_parameters_in_fp8_starts_from_what_is_drawn() -> None:
+    """Transformer Engine keeps what it drew itself, which depends on the layout."""
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    with cpu_runtime(), build_rank(Document.load("tiny"), tp=1) as (stage, groups):
+        draw_weights([stage], groups, vocab_size=None)
+        drawn = stage.get_parameter(name).detach().clone()
+        torch.nn.init.zeros_(stage.get_parameter(name))
+        parameter: Any = quantize(stage.get_submodule(name.rpartition(".")[0]), "weight")
+        draw_weights([stage], groups, vocab_size=None)
+    assert torch.equal(parameter.get_high_precision_init_val(), drawn)
+    assert torch.equal(parameter.float(), drawn.to(torch.float8_e4m3fn).float())
 
 
 Weights = dict[str, torch.Tensor]

@@ -13,13 +13,15 @@ from huggingface_cases import MODELS
 from huggingface_models import build_transformers_model
 from huggingface_weights import Weights
 from megatron.core.process_groups_config import ProcessGroupCollection
+from quantized_parameters import quantize
 from safetensors.torch import load_file
 from weight_folders import read_weights, write
 
+from bridge.config import ModelConfig
 from bridge.dist.cpu import cpu_runtime
 from bridge.dist.engine.placement import named_tensors
 from bridge.models.errors import WeightsError
-from bridge.models.huggingface import load_weights
+from bridge.models.huggingface import from_hf, load_weights, save_weights
 from bridge.models.huggingface.folder.folder import open_folder
 from bridge.models.huggingface.transfer.names import canonicalize_name
 
@@ -154,3 +156,34 @@ def test_tied_output_layer_that_is_equal_is_loaded(pg_collection: Groups, tmp_pa
     load_weights([built], tmp_path, pg_collection)
     embedding = list_tensors(built, pg_collection)["embedding.word_embeddings.weight"]
     assert torch.equal(embedding, model.state_dict()["lm_head.weight"])
+
+
+@pytest.mark.parametrize("keeps_exact", [True, False])
+def test_parameters_in_fp8_are_loaded_and_saved(keeps_exact: bool, pg_collection: Groups, tmp_path: Path) -> None:
+    case = MODELS["llama"]
+    build_transformers_model(case).save_pretrained(tmp_path)
+    built = build_bridge_model(case, pg_collection)
+    layer = built.decoder.layers[0].mlp.linear_fc1
+    parameter: Any = quantize(layer, "weight", keeps_exact=keeps_exact)
+    load_weights([built], tmp_path, pg_collection)
+    save_weights([built], tmp_path / "saved", pg_collection, model=ModelConfig.from_dict(from_hf(case).data))
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    exact = read_weights(open_folder(tmp_path))[name]
+    rounded = exact.to(torch.float8_e4m3fn).float()
+    assert torch.equal(parameter.float(), rounded)
+    if keeps_exact:
+        assert torch.equal(parameter.get_high_precision_init_val(), exact)
+    assert torch.equal(read_weights(open_folder(tmp_path / "saved"))[name], rounded)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_another_default_device_changes_nothing(case: str, pg_collection: Groups, tmp_path: Path) -> None:
+    """That of a training script may be its GPU."""
+    build_transformers_model(MODELS[case]).save_pretrained(tmp_path)
+    built = build_bridge_model(MODELS[case], pg_collection)
+    with torch.device("meta"):
+        load_weights([built], tmp_path, pg_collection)
+        config = ModelConfig.from_dict(from_hf(MODELS[case]).data)
+        save_weights([built], tmp_path / "saved", pg_collection, model=config)
+    expected, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "saved"))
+    assert [name for name in saved if not torch.equal(saved[name], expected[name])] == []

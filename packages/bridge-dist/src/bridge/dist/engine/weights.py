@@ -1,4 +1,4 @@
-"""Draw weights by full-model parameter name, so that they are the same under every layout."""
+"""Give parameters values: drawn by full-model name, so that they are the same under every layout, or others."""
 
 from __future__ import annotations
 
@@ -105,8 +105,25 @@ def _draw(named: NamedParameter, initialise: Initialiser, vocab_size: int | None
         initialise(drawn)
     finally:
         generator.set_state(state)
-    with torch.no_grad():
-        named.parameter.copy_(placement.take_shard(placement.pad(drawn)))
+    set_values(named.parameter, lambda values: values.copy_(placement.take_shard(placement.pad(drawn))))
+
+
+@torch.no_grad()
+def set_values(tensor: torch.Tensor, fill: Callable[[torch.Tensor], object]) -> None:
+    """Let a function fill a parameter or a buffer, part by part if it likes.
+
+    Transformer Engine's parameters in FP8 and FP4 take values only as a whole. They keep those from before they were
+    quantized, from which Megatron's optimizers start.
+    """
+    if type(tensor.detach()) is torch.Tensor:
+        fill(tensor)
+        return
+    get_exact: Callable[[], torch.Tensor | None] = getattr(tensor, "get_high_precision_init_val", lambda: None)
+    values = get_exact()
+    if values is None:  # it was built without gradients
+        values = torch.empty(tensor.shape, device=tensor.device)
+    fill(values)
+    tensor.copy_(values)
 
 
 def _derive_seed(name: str) -> int:

@@ -16,6 +16,7 @@ from bridge.config.errors import Problem
 from bridge.dist.engine.meta import load_stage
 from bridge.dist.engine.placement import named_tensors
 from bridge.dist.engine.stages import unwrap
+from bridge.dist.engine.weights import set_values
 from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import make_problem
@@ -55,7 +56,8 @@ def load_weights(
             for placement, _ in named_tensors(stage, pg_collection):
                 weight, parts = names[placement.name]
                 regions = find_regions(parts, placement)
-                loads[placement.name] = partial(fill, regions=regions, weight=weight, folder=opened, reader=reader)
+                copy = partial(fill, regions=regions, weight=weight, folder=opened, reader=reader)
+                loads[placement.name] = partial(set_values, fill=copy)
             load_stage(unwrap(stage), loads)
 
 

@@ -241,7 +241,7 @@ def _write(held: Sequence[_Held], repetitions: Sequence[Repetition], folder: Pat
     with TensorWriter(folder, layout) as writer:
         for one in held:
             rows = one.rows
-            if one.weight.factor != 1.0:
+            if type(rows) is not torch.Tensor or one.weight.factor != 1.0:  # of a class: FP8 with scales, for example
                 rows = rows.float() / one.weight.factor
             writer.write(one.list_regions(repetitions), rows)
     return writer.written
