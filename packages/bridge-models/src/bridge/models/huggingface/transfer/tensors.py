@@ -1,4 +1,7 @@
-"""Read regions of a folder's tensors from memory-mapped files, dequantized where they are quantized."""
+"""Read regions of a folder's tensors from memory-mapped files, dequantized where they are quantized.
+
+Tensors that are made here name their device: a program may have set another default.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +75,8 @@ class TensorReader:
         row_blocks = _find_blocks(rows, FP8_BLOCK)
         column_blocks = _find_blocks(range(values.shape[1])[columns], FP8_BLOCK)
         factors = scales[row_blocks.start : row_blocks.stop, column_blocks.start : column_blocks.stop]
-        row = torch.arange(len(values))[rows.start : rows.stop : rows.step] // FP8_BLOCK - row_blocks.start
-        column = torch.arange(values.shape[1])[columns] // FP8_BLOCK - column_blocks.start
+        row, column = (torch.arange(size, device="cpu") // FP8_BLOCK for size in values.shape)
+        row, column = row[rows.start : rows.stop : rows.step] - row_blocks.start, column[columns] - column_blocks.start
         self._count(taken, factors)
         return taken.float() * factors.float()[row][:, column]
 
@@ -124,4 +127,4 @@ def _find_blocks(numbers: range, size: int) -> range:
 
 
 _BIAS = 127  # of the exponents
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cpu")

@@ -1,4 +1,7 @@
-"""Write regions of tensors into preallocated safetensors files, several processes at once."""
+"""Write regions of tensors into preallocated safetensors files, several processes at once.
+
+Tensors that are made here name their device: a program may have set another default.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class TensorWriter:
         start = slot.start + (part.index or 0) * prod(shape) * ITEM_BYTES[slot.dtype]
         values = [_orient(parameter[region.local], part).to(DTYPES[slot.dtype]).cpu() for region in regions]
         if sum(value.numel() for value in values) == prod(shape):
-            matrix = torch.empty(shape, dtype=DTYPES[slot.dtype])
+            matrix = torch.empty(shape, dtype=DTYPES[slot.dtype], device="cpu")
             for region, value in zip(regions, values, strict=True):
                 matrix[_select(region, part, shape)] = value
             self._put(slot, start, matrix)
