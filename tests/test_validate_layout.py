@@ -86,6 +86,11 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "duplicate axis": (["tiny", "--layout", "tp=2,tp=4"], 2, ["each axis once"]),
     "unknown wrapper": (["tiny", "--layout", "tp=2", "--wrap", "fsdp"], 2, ["unknown wrapper 'fsdp'", "torch-fsdp2"]),
     "wrapper without a layout": (["tiny", "--wrap", "ddp"], 2, ["--wrap requires --layout"]),
+    "values that were left out": (
+        ["tiny", "_omitted_=[{path: $.transformer.init_method, reason: lost}]", "--layout", "tp=2"],
+        0,
+        ["tiny: ok", "tiny: note: the document was written without $.transformer.init_method (lost)"],
+    ),
     "JSON": (["good.yaml", "--layout", "dp=2", "--wrap", "megatron-fsdp", "--json"], 1, ['"ok": false']),
 }
 

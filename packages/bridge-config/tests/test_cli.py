@@ -292,6 +292,19 @@ def test_omitted_values_give_a_note(site: Path) -> None:
     assert result == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
 
 
+def test_a_command_without_a_note_of_its_own_says_once_what_was_left_out(site: Path) -> None:
+    (site / "gpt.yaml").write_text(
+        "_target_: bridge.models.gpt.GPTModelConfig\nvocab_size: 8\n"
+        "transformer: {num_layers: 1, hidden_size: 8, num_attention_heads: 1}\n"
+        "_omitted_: [{path: $.transformer.init_method, reason: a lambda}]\n"
+    )
+    done = bridge(site, "to-megatron-lm", "gpt.yaml")
+    said = "the document was written without $.transformer.init_method (a lambda): defaults are used"
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0] == f"note: {said}"
+    assert done.stderr.count(said) == 1
+
+
 def test_infinity_is_shown_as_readable_json(site: Path) -> None:
     done = bridge(site, "show", "--json", "small-extension", "extra_checkpoint_metadata.a=.inf")
     (site / "a.json").write_text(done.stdout)

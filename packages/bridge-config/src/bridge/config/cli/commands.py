@@ -275,9 +275,10 @@ def _check_document(source: str, overrides: list[str], checks: list[Check]) -> t
         try:
             document = Document.load(source, overrides)
             notes = document.notes + document.check().present.notes
+            problems = [problem for check in checks for problem in check(document)]
         except DocumentError as error:
             return error.problems, omissions
-    return [problem for check in checks for problem in check(document)], notes + omissions
+    return problems, notes + omissions
 
 
 def _load_layout_checks(layout: dict[str, int], wrap: str | None) -> list[Check]:
@@ -316,6 +317,6 @@ def _collect_omissions() -> Iterator[list[str]]:
         yield notes
     for warning in caught:
         if issubclass(warning.category, OmittedWarning):
-            notes.append(str(warning.message))
+            notes += [text for text in [str(warning.message)] if text not in notes]
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -12,14 +12,16 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from io import TextIOWrapper
+from typing import Any
 
 import click
 
-from bridge.config.errors import BridgeError, did_you_mean
+from bridge.config.errors import BridgeError, OmittedWarning, did_you_mean
 from bridge.config.tracebacks import format_error
 
 GROUP = "bridge.commands"
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):  # documents are UTF-8, but file names may not be
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        with _exit_on_signals():
+        with _exit_on_signals(), _show_omissions_as_notes():
             bridge(args=arguments, prog_name="bridge")
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -156,6 +158,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             click.echo(f"{format_error(error)}\n({_TRACEBACK} prints the full traceback)", err=True)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _show_omissions_as_notes() -> Iterator[None]:
+    """Print each OmittedWarning once, as a note. Python would repeat it, each time with a line of click's code."""
+    show, shown = warnings.showwarning, set[str]()
+
+    def show_once(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if not issubclass(category, OmittedWarning):
+            show(message, category, *place, **options)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            click.echo(f"note: {message}", err=True)
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 @contextlib.contextmanager

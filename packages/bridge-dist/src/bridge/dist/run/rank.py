@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from bridge.config import ModelConfig
+from bridge.config import ModelConfig, OmittedWarning
 from bridge.dist.checks.agreement import collect_facts, collect_versions
 from bridge.dist.engine.groups import create_process_groups, destroy_process_groups
 from bridge.dist.job import BuildJob
@@ -40,7 +41,11 @@ def join_job(job: BuildJob) -> Iterator[tuple[ModelConfig, Layout, ProcessGroupC
     process that started the ranks, or by each rank under a launcher; the build repeats the checks that depend on the
     process.
     """
-    with contextlib.redirect_stdout(sys.stderr), join_world(collect_facts(job=job, versions=collect_versions())):
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        warnings.catch_warnings(action="ignore", category=OmittedWarning),  # the check of the job has reported them
+        join_world(collect_facts(job=job, versions=collect_versions())),
+    ):
         config = ModelConfig.from_dict(job.document)
         layout = job.finalize(config, torch.distributed.get_world_size())
         groups = create_process_groups(layout, embedding_ranks=job.find_embedding_ranks(config))
