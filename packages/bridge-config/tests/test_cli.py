@@ -292,6 +292,16 @@ def test_omitted_values_give_a_note(site: Path) -> None:
     assert result == {"source": "a.yaml", "fingerprint": done.stdout.strip(), "notes": [said]}
 
 
+def test_a_schema_replaces_no_file_unasked(site: Path) -> None:
+    (site / "model.yaml").write_text("_target_: extension.Model\n")
+    write = ("schema", "bridge.models.gpt.GPTModelConfig", "-o", "model.yaml")
+    assert bridge(site, *write).stderr == "model.yaml: file exists: give --force to overwrite it, or another name\n"
+    assert (site / "model.yaml").read_text() == "_target_: extension.Model\n"
+    assert bridge(site, *write, "--force").returncode == 0
+    assert json.loads((site / "model.yaml").read_text())["title"] == "GPTModelConfig"
+    assert "`bridge schema` lists those that have one" in bridge(site, "schema", "gpt").stderr
+
+
 def test_a_command_without_a_note_of_its_own_says_once_what_was_left_out(site: Path) -> None:
     (site / "gpt.yaml").write_text(
         "_target_: bridge.models.gpt.GPTModelConfig\nvocab_size: 8\n"

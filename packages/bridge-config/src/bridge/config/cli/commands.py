@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.cli.output import print_json, print_notes, write_output
+from bridge.config.cli.output import check_output, print_json, print_notes, write_output
 from bridge.config.documents.overrides import is_override, suggest_override
 from bridge.config.documents.sources import STANDARD_INPUT, is_preset, is_source
 from bridge.config.errors import BridgeError, DocumentError, OmittedWarning, quote_name
@@ -176,8 +176,9 @@ def fingerprint(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("target", required=False)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the schema to this file.")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
 @_as_json
-def schema(target: str | None, output: Path | None, as_json: bool) -> None:
+def schema(target: str | None, output: Path | None, force: bool, as_json: bool) -> None:
     """Print the JSON Schema for documents of TARGET, for use in editors.
 
     TARGET is the dotted name of a config class; without it, the classes that have a schema are listed. A YAML file
@@ -195,8 +196,8 @@ def schema(target: str | None, output: Path | None, as_json: bool) -> None:
             for name, doc in known.items():
                 click.echo(f"{name}\n    {doc}")
         return
-    text = json.dumps(make_json_schema(target), indent=2, ensure_ascii=False)
-    write_output(text, output)
+    check_output(output, force=force)
+    write_output(json.dumps(make_json_schema(target), indent=2, ensure_ascii=False), output)
 
 
 @click.command(

@@ -62,9 +62,8 @@ def make_json_schema(name: str) -> Json:
     """
     target = get_shipped(name)
     if target is None or target.kind != "config":
-        raise TargetError(
-            f"{quote_name(name)} is not a config with a schema{did_you_mean(name, list_schema_targets())}"
-        )
+        near = did_you_mean(name, list_schema_targets()) or "; `bridge schema` lists those that have one"
+        raise TargetError(f"{quote_name(name)} is not a config with a schema{near}")
     definitions = _Definitions()
     schema = definitions.make_mapping(target)
     schema["properties"] |= _make_top_keys(target)
