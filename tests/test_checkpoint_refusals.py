@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
 import time
@@ -60,31 +62,49 @@ def save_on_a_small_disk(run: Run) -> str:
         return attempt(run)
 
 
-def save_on_a_full_disk(run: Run) -> str:
-    """Return the error of a run whose second rank finds no space on its disk."""
+def save_on_full_disks(run: Run) -> list[str]:
+    """Return the errors of runs whose disk has no space for the tensors of the second rank, or for the metadata.
+
+    The first of them has a real limit, that of the size of files.
+    """
     import torch
+    from torch.distributed.checkpoint import FileSystemWriter
 
     from bridge.dist.patch import Replacement, replace_attributes
 
-    def fail(descriptor: int) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    is_full = torch.distributed.get_rank() == 1
-    with replace_attributes(*[Replacement(os, "fsync", fail)] * is_full):
-        return attempt(run)
+    is_second = torch.distributed.get_rank() == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if is_second else limits[0], limits[1]))  # bytes
+    errors = [attempt(run)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for owner, name, fails in ((os, "fsync", is_second), (FileSystemWriter, "finish", not is_second)):
+        with replace_attributes(*[Replacement(owner, name, fail)] * fails):
+            errors.append(attempt(run))
+    return errors
 
 
 def test_a_disk_that_is_too_small_is_refused_first(tmp_path: Path) -> None:
     (error,) = run_ranks(save_on_a_small_disk, 1, Run({}, 1, save=str(tmp_path)))
-    assert "needs 0.001 GB" in error
-    assert "0.000 GB left" in error
+    needed = re.fullmatch(
+        r".*iter_0000001\.partial needs 0\.(\d{3}) MB, but the disk has 0\.000 MB left: free .*", error
+    )
+    assert needed is not None, error
+    assert int(needed[1]) > 100
 
 
-def test_a_rank_that_cannot_write_leaves_no_checkpoint(tmp_path: Path) -> None:
-    first, second = run_ranks(save_on_a_full_disk, 2, Run({"tp": 2}, 1, save=str(tmp_path)))
+def test_a_rank_that_cannot_write_ends_all_with_its_reason_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(save_on_full_disks, 2, Run({"tp": 2}, 1, save=str(tmp_path)))
     assert first == second
-    assert "the data cannot be read or written" in first  # megatron-core logs which error it was
-    assert [file.name for file in tmp_path.iterdir()] == ["iter_0000001.partial"]
+    partial = tmp_path / "iter_0000001.partial"
+    too_large, *no_space = first
+    assert too_large == f"{partial}: cannot be written: File too large"
+    for error in no_space:
+        assert error.startswith(f"{partial}: cannot be written: No space left on device: the tensors have ")
+        assert error.endswith("B were free before: free some space on this disk, or write to another folder")
+    assert list(tmp_path.iterdir()) == [partial]
 
 
 def die_while_saving(run: Run) -> None:

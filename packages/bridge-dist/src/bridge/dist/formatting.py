@@ -10,6 +10,11 @@ def format_gib(size: int) -> str:
     return f"{size / 2**30:,.3f}"
 
 
+def format_bytes(size: int) -> str:
+    """Format bytes as GB or MB with three decimals, as disks are measured."""
+    return f"{size / 1e9:,.3f} GB" if size >= 1e9 else f"{size / 1e6:,.3f} MB"
+
+
 def choose_time_unit(seconds: float) -> tuple[float, str]:
     """Return the unit in which three decimals show a time well: how many of it are in a second, and its name."""
     return (1, "s") if seconds >= 0.1 or seconds == 0 else (1e3, "ms") if seconds >= 1e-4 else (1e6, "us")

@@ -10,6 +10,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bridge.dist.formatting import format_bytes
+
 _LOCK = ".lock"
 
 _locks: dict[Path, int] = {}
@@ -51,12 +53,14 @@ def claim(folder: Path) -> Path:
     return partial
 
 
-def explain_lack_of_space(folder: Path, needed: int) -> str | None:
-    """Return what is wrong with writing this many bytes to a folder; None if its disk has room for them."""
-    free = shutil.disk_usage(folder).free
+def explain_lack_of_space(needed: int, free: int) -> str | None:
+    """Return what is wrong with writing so many bytes to a disk with so many free; None if it has room for them."""
     if needed <= free:
         return None
-    return f"needs {needed / 1e9:,.3f} GB, but the disk has {free / 1e9:,.3f} GB left"
+    return f"needs {format_bytes(needed)}, but the disk has {format_bytes(free)} left: {MAKE_ROOM}"
+
+
+MAKE_ROOM = "free some space on this disk, or write to another folder"
 
 
 def finish(folder: Path) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 
@@ -20,7 +15,7 @@ from bridge.dist.checkpoint.common import make_common_state
 from bridge.dist.checkpoint.document import describe_model, write_documents
 from bridge.dist.checkpoint.folder import TRACKER, name_iteration
 from bridge.dist.checkpoint.optimizer import make_saving_state
-from bridge.dist.checkpoint.partial import claim, explain_lack_of_space, finish, name_partial, replace_file
+from bridge.dist.checkpoint.partial import claim, finish, name_partial, replace_file
 from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.random_states import KEY, collect_random_states
 from bridge.dist.checkpoint.state import (
@@ -32,10 +27,10 @@ from bridge.dist.checkpoint.state import (
     make_model_state,
     uses_distributed_optimizer,
 )
-from bridge.dist.checkpoint.together import gather, raise_together
+from bridge.dist.checkpoint.together import raise_together
 from bridge.dist.checkpoint.tokenizer import TOKENIZER, carry_files
+from bridge.dist.checkpoint.write import measure, write
 from bridge.dist.errors import CheckpointError
-from bridge.dist.patch import Replacement, replace_attributes
 
 
 def save_checkpoint(
@@ -81,12 +76,9 @@ def save_checkpoint(
     gather_updated_parameters(stages, optimizer)
     content = make_content_metadata(distributed_optimizer=optimizer is not None and uses_distributed_optimizer(stages))
     state = _collect_state(stages, pg_collection, model, optimizer, progress, content)
-    _check_disk(state, partial)
-    # megatron-core 0.19.2 keeps this queue in a process of its own, for saves in the background. That process imports
-    # the main module again, which takes seconds for a program that imports megatron-core.
-    results = Replacement(filesystem_async, "_results_queue", queue.SimpleQueue())
-    with raise_together(), replace_attributes(results):
-        dist_checkpointing.save(state, str(partial), content_metadata=content)
+    target = measure(state, partial)
+    write(state, target, content=content)
+    with raise_together(), target.explain_failure():
         if is_first:
             write_documents(describe_model(model), partial, has_optimizer=optimizer is not None, has_random_states=True)
             if tokenizer is not None:
@@ -135,18 +127,3 @@ def check_target(folder: str | Path, step: int, *, force: bool = False) -> None:
             if iteration.exists() and not force:
                 raise CheckpointError(f"{iteration} exists: save to another folder, or replace it with --force")
             iteration.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _check_disk(state: dict[str, Any], folder: Path) -> None:
-    """Check that the tensors of all ranks fit on the disk. Collective over all ranks.
-
-    Raises:
-        CheckpointError: They do not.
-    """
-    parts = [one for one in nested_values(state) if isinstance(one, ShardedTensor | ShardedTensorFactory)]
-    tensors = [part.data for part in parts if is_main_replica(part.replica_id)]
-    mine: int = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    needed = sum(gather(mine))
-    with raise_together() as problems:
-        if (lack := explain_lack_of_space(folder, needed)) is not None:
-            problems.append(f"{folder} {lack}")

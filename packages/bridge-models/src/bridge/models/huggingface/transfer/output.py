@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _explain_existing(folder: Path, *, replaces: str | None, force: bool, source
 def check_space(partial: Path, needed: int) -> list[Problem]:
     """Check that the disk has room for this many bytes."""
     try:
-        lack = explain_lack_of_space(partial, needed)
+        lack = explain_lack_of_space(needed, shutil.disk_usage(partial).free)
     except OSError as error:  # on a node that does not share the folder
         return [describe_failure(partial, error)]
     return [] if lack is None else [Problem(str(partial), lack)]
