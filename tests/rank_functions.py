@@ -2,11 +2,13 @@
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 
@@ -101,3 +103,16 @@ def leave_world_after(seconds: Sequence[float], port: int) -> float:
     with join_world():
         time.sleep(seconds[int(os.environ["RANK"])])
     return time.monotonic()
+
+
+_executors: list[ProcessPoolExecutor] = []
+
+
+def start_worker_of_a_search() -> int:
+    """Start a worker that is not killed together with this rank, and return its process id."""
+    from bridge.dist.plan.forecast.search import _start_worker
+
+    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker)
+    _executors.append(executor)  # an executor that nothing refers to ends its workers
+    executor.submit(os.setsid).result()
+    return executor.submit(os.getpid).result()

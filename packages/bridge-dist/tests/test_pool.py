@@ -25,6 +25,13 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
+def wait_until_gone(process: int) -> None:
+    deadline = time.monotonic() + 30  # generous, for a busy machine
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_ranks_are_reused_by_the_next_job(pool: RankPool) -> None:
     first = pool.run(rank_functions.process_id, ranks=2)
     assert len(set(first)) == 2
@@ -74,8 +81,7 @@ def test_a_rank_that_exits_is_an_error(pool: RankPool) -> None:
 def test_a_rank_that_was_killed_between_jobs_is_replaced(pool: RankPool) -> None:
     before = pool.run(rank_functions.process_id, ranks=2)
     os.kill(before[1], signal.SIGKILL)
-    while Path(f"/proc/{before[1]}").exists():  # takes a while on a busy machine
-        time.sleep(0.05)
+    wait_until_gone(before[1])
     assert not set(pool.run(rank_functions.process_id, ranks=2)) & {before[1]}
 
 
@@ -89,6 +95,14 @@ def test_no_rank_outlives_the_pool() -> None:
     with RankPool() as pool:
         ranks = pool.run(rank_functions.process_id, ranks=2)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+
+
+def test_a_worker_of_a_search_ends_when_the_search_is_killed() -> None:
+    start_fork_server(1)
+    with RankPool() as pool:
+        (worker,) = pool.run(rank_functions.start_worker_of_a_search, ranks=1)
+        assert Path(f"/proc/{worker}").exists()
+    wait_until_gone(worker)
 
 
 def test_ranks_started_for_gpus_can_initialise_cuda() -> None:

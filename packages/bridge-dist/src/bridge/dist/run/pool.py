@@ -28,6 +28,7 @@ from bridge.config.tracebacks import format_error
 from bridge.dist.errors import LaunchError
 from bridge.dist.process.imports import ATTENTION_BACKEND_VARIABLES, import_megatron
 from bridge.dist.process.messages import relay, send_messages
+from bridge.dist.process.parent import call_when_parent_ends
 from bridge.dist.process.signals import delay_signals
 from bridge.dist.run.rank_environment import RankEnvironment
 
@@ -264,7 +265,7 @@ def _describe_end(rank: int, process: BaseProcess) -> str:
 def _serve(tasks: Connection, start_method: StartMethod) -> None:
     """Run incoming tasks one after the other, as a rank."""
     os.setsid()  # a process group of its own, which is killed together with processes that the function starts
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    call_when_parent_ends(lambda: os.killpg(0, signal.SIGKILL))
     sending = threading.Lock()  # any thread may log a message while the result is sent
 
     def send(answer: object) -> None:
@@ -295,14 +296,6 @@ def _forget_attention_backend() -> None:
     """Forget the choice of an earlier job, or of the process that started the fork server."""
     for name in ATTENTION_BACKEND_VARIABLES:
         os.environ.pop(name, None)
-
-
-def _end_with_parent() -> None:
-    """Wait until the parent process ends, however it does, and kill this rank and its children."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _make_failure(error: BaseException) -> _Failure:

@@ -33,6 +33,7 @@ from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.plan.results import Plan, default_reserve
 from bridge.dist.process.messages import relay, send_messages
+from bridge.dist.process.parent import call_when_parent_ends
 from bridge.dist.process.signals import delay_signals
 from bridge.dist.wrapper import Wrapper
 
@@ -317,8 +318,9 @@ class _Search:
 
 
 def _start_worker() -> None:
-    """Ignore Ctrl-C, which the parent process handles, and collect log messages for the parent."""
+    """Leave Ctrl-C to the parent process, end when it has ended, and collect log messages for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    call_when_parent_ends(lambda: os._exit(1))
     send_messages(_messages.append)
 
 
