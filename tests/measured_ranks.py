@@ -51,6 +51,10 @@ class Case:
     keeps_alike: bool = True
     """Whether a CPU saves the same bytes for the backward pass as a GPU, for any routing of tokens."""
 
+    @property
+    def recomputes(self) -> bool:
+        return any("recompute_granularity" in override for override in self.overrides)
+
     def job(self) -> BuildJob:
         document = Document.load(self.preset, [*self.overrides, "post_wrap_hooks=[measured_ranks.record_parameters]"])
         replace_layout(document, self.sizes, sequence_parallel=self.sequence_parallel)
@@ -66,7 +70,10 @@ LONGER_BATCH = replace(BATCH, global_batch_size=32)
 
 
 class Measured(NamedTuple):
-    """Parameters of a rank, bytes by kind, elements of each bucket, and bytes saved by each chunk."""
+    """Parameters of a rank, bytes by kind, elements of each bucket, and bytes saved by each chunk.
+
+    ``recomputed`` is how far what is saved grows in the backward pass, by chunk without the loss.
+    """
 
     parameters: list[tuple[str, tuple[int, ...], str]]
     weights: int
@@ -75,10 +82,13 @@ class Measured(NamedTuple):
     state: int
     buckets: list[int]
     kept: list[int] | None
+    recomputed: list[int]
 
 
 def measure_ranks(cases: dict[str, Case]) -> dict[str, Measured]:
     """Build and wrap each case on this rank, and run a microbatch through each chunk."""
+    import weakref
+
     import torch
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -120,7 +130,10 @@ def measure_ranks(cases: dict[str, Case]) -> dict[str, Measured]:
         ]
         gradients = [bucket.grad_data for bucket in buckets] or [p for model in models for p in model.parameters()]
         updated = optimized_parameters(stages) if options.wrap_with_ddp else []
-        kept = [forward(stage, model, builder, groups) for stage, model in zip(stages, models, strict=True)]
+        saved = [
+            run(stage, model, builder, groups, with_backward=case.recomputes and not model.post_process)
+            for stage, model in zip(stages, models, strict=True)
+        ]
         return Measured(
             parameters=pop_recorded_parameters(),
             weights=sum(weights.values()),
@@ -128,7 +141,8 @@ def measure_ranks(cases: dict[str, Case]) -> dict[str, Measured]:
             master=sum(size for at, size in storages(updated).items() if at not in weights),
             state=sum(2 * 4 * tensor.numel() for tensor in updated),
             buckets=[bucket.grad_data.numel() for bucket in buckets],
-            kept=None if not case.keeps_alike else kept,
+            kept=[kept for kept, _ in saved] if case.keeps_alike else None,
+            recomputed=[more for _, more in saved if more is not None],
         )
 
     def optimized_parameters(stages: list[Any]) -> list[torch.Tensor]:
@@ -136,25 +150,37 @@ def measure_ranks(cases: dict[str, Case]) -> dict[str, Measured]:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             return [local(p) for part in parts for group in part.param_groups for p in group["params"]]
 
-    def forward(stage: Any, model: Any, builder: Any, groups: Any) -> int:
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def run(stage: Any, model: Any, builder: Any, groups: Any, *, with_backward: bool) -> tuple[int, int | None]:
         config = builder.transformer_config
         others = storages([*model.parameters(), *model.buffers()])
-        pieces: dict[int, Any] = {}
+        existing: weakref.WeakSet[Saved] = weakref.WeakSet()
+        backward: list[int] = []
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in others:
-                pieces[storage.data_ptr()] = storage
-            return tensor
+        def count() -> int:
+            return sum(size for at, size in storages(one.tensor for one in existing).items() if at not in others)
+
+        def save(tensor: torch.Tensor) -> Saved:
+            existing.add(saved := Saved(tensor))
+            if kept is not None:
+                backward.append(count())
+            return saved
 
         if not model.pre_process:
             length = BATCH.seq_length // groups.cp.size() // (groups.tp.size() if config.sequence_parallel else 1)
             shape = (length, BATCH.micro_batch_size, config.hidden_size)
             model.set_input_tensor(torch.randn(shape, dtype=config.pipeline_dtype).requires_grad_())
         tokens = torch.arange(BATCH.micro_batch_size * (BATCH.seq_length + 1)).view(BATCH.micro_batch_size, -1) % 256
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            builder.forward_step(stage, tokens, groups)
-        return sum(storage.nbytes() for storage in pieces.values())
+        kept = None
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+            output = builder.forward_step(stage, tokens, groups)
+            kept = count()
+            if with_backward:
+                output.backward(torch.ones_like(output))
+        return kept, max(backward) - kept if with_backward else None
 
     found = {}
     for name, case in cases.items():

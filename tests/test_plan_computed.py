@@ -85,6 +85,17 @@ def test_recomputation_saves_memory_and_adds_flops() -> None:
     assert again.weight_gradient_flops == once.weight_gradient_flops
 
 
+def test_what_is_recomputed_does_not_depend_on_the_wrapper() -> None:
+    """Weights that are gathered again for it count as unsharded memory."""
+    batch, loss = Batch(seq_length=128, global_batch_size=2), "transformer.cross_entropy_loss_fusion=false"
+    with_ddp, *sharded = (
+        plan_preset("tiny", {}, *RECOMPUTED, loss, world_size=2, batch=batch, wrapper=wrapper).worst.chunks
+        for wrapper in (Wrapper.DDP, Wrapper.MEGATRON_FSDP, Wrapper.TORCH_FSDP2)
+    )
+    assert with_ddp[0].temporary_bytes > 0
+    assert [chunk.temporary_bytes for (chunk,) in sharded] == 2 * [with_ddp[0].temporary_bytes]
+
+
 def test_a_fused_activation_keeps_its_input_only() -> None:
     """The other two are kept without the fusion: the activated gate, and its product with the other half."""
     batch, unfused = Batch(seq_length=128, global_batch_size=1), "transformer.bias_activation_fusion=false"

@@ -31,6 +31,16 @@ CASES = {
     "pp vp": Case(preset="tiny", sizes={"pp": 2, "vp": 2}, distributed_optimizer=True),
     "tp sp": Case(preset="tiny", sizes={"tp": 2}, sequence_parallel=True),
     "tp sp, recomputed": Case(preset="tiny", sizes={"tp": 2}, sequence_parallel=True, overrides=RECOMPUTED),
+    "pp, recomputed": Case(preset="tiny", sizes={"pp": 2}, overrides=RECOMPUTED),
+    "pp, feed-forward layers recomputed": Case(
+        preset="tiny",
+        sizes={"pp": 2},
+        overrides=(
+            "transformer.add_bias_linear=false",
+            "transformer.recompute_granularity=selective",
+            "transformer.recompute_modules=[mlp]",
+        ),
+    ),
     "cp, rotary, grouped queries": Case(
         preset="tiny",
         sizes={"cp": 2},
@@ -81,6 +91,9 @@ def test_the_plan_of_every_rank_matches_its_measurements(name: str, measured: li
                 kept=None
                 if not case.keeps_alike
                 else [chunk.work.kept + chunk.work.shared for chunk in planned.chunks],
+                recomputed=[
+                    chunk.work.temporary for chunk in planned.chunks if case.recomputes and chunk.work.passed_on
+                ],
             )
             == measured[rank][name]
         )

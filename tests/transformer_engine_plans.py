@@ -121,6 +121,20 @@ def measure_dense_layer(*overrides: str, transposes_fp8: bool = True) -> tuple[f
     return kept / 2**20, (more.weight_bytes - few.weight_bytes) / (more.parameters - few.parameters)
 
 
+def measure_recomputed(*overrides: str) -> float:
+    """Return the MiB that the backward pass recomputes at once, in two layers of Llama 3.1 405B."""
+    split = ("transformer.num_layers=4", "transformer.sequence_parallel=true")
+    found = plan_preset("llama-3.1-405b", {"tp": 8, "pp": 2}, *split, *FUSED, *overrides, seq=8192, gbs=2, gpus=16)
+    recomputed: int = found.stages[0].chunks[0].temporary_bytes
+    return recomputed / 2**20
+
+
+def recompute_layers(number: int) -> tuple[str, ...]:
+    """Return overrides that recompute all layers, a number of them at once."""
+    names = {"granularity": "full", "method": "uniform", "num_layers": number}
+    return tuple(f"transformer.recompute_{name}={value}" for name, value in names.items())
+
+
 def plan_ring() -> list[Any]:
     """Return the traffic of a small model whose sequence is split over four ranks."""
     options = {"seq": 64, "gbs": 1, "gpus": 4}
@@ -170,6 +184,10 @@ CASES: dict[str, Callable[[], Any]] = {
     **{job: partial(plan_same_work, job) for job in SAME_WORK},
     "bf16": measure_dense_layer,
     "recomputed attention": partial(measure_dense_layer, *recompute("core_attn")),
+    "recomputed at once: nothing": measure_recomputed,
+    "recomputed at once: a layer": partial(measure_recomputed, *recompute_layers(1)),
+    "recomputed at once: two layers": partial(measure_recomputed, *recompute_layers(2)),
+    "recomputed at once: a feed-forward layer": partial(measure_recomputed, *recompute("mlp")),
     "8-bit weights": partial(
         measure_dense_layer,
         "transformer.fp8=hybrid",

@@ -81,11 +81,11 @@ class PassCost(NamedTuple):
 class ChunkPlan:
     """One virtual pipeline stage on a rank: its layers (indices in the whole model) and the cost of a microbatch.
 
-    ``activation_bytes`` are kept from the forward to the backward pass; beside them, the backward pass takes
-    ``temporary_bytes`` for the gradients of the logits. ``flops`` counts both passes, including recomputation;
-    ``forward_flops`` the forward pass, ``weight_gradient_flops`` the part of the backward pass that computes gradients
-    of weights. ``received_bytes`` come from the previous virtual stage for each microbatch, and ``sent_bytes`` go to
-    the next one.
+    ``activation_bytes`` are kept from the forward to the backward pass, which exceeds them by ``temporary_bytes`` when
+    it holds the gradients of the logits, or what it has recomputed. ``flops`` counts both passes, including
+    recomputation; ``forward_flops`` the forward pass, ``weight_gradient_flops`` the part of the backward pass that
+    computes gradients of weights. ``received_bytes`` come from the previous virtual stage for each microbatch, and
+    ``sent_bytes`` go to the next one.
     """
 
     vp_stage: int
@@ -106,10 +106,10 @@ class ChunkPlan:
 class StagePlan:
     """Memory and work of one rank of a pipeline stage; the other ranks of the stage are the same.
 
-    ``activation_bytes`` is the peak over Megatron's schedule, including what microbatches share and the gradients of
-    the logits. ``buckets`` holds
-    the elements of each gradient bucket, including padding. ``flops`` are those of a step. ``unsharded_bytes`` is the
-    peak of unsharded weights, gradients and communication buffers under a wrapper that shards weights.
+    ``activation_bytes`` is the peak over Megatron's schedule, including what microbatches share and the temporary bytes
+    of a backward pass. ``buckets`` holds the elements of each gradient bucket, including padding. ``flops`` are those
+    of a step. ``unsharded_bytes`` is the peak of unsharded weights, gradients and communication buffers under a wrapper
+    that shards weights.
     ``total_bytes`` is an upper bound, because this peak and that of activations may not coincide.
     """
 

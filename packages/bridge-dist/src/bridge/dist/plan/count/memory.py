@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel
@@ -128,26 +129,34 @@ def count_optimizer_bytes(stages: Sequence[MegatronModule]) -> tuple[int, int]:
 
 
 class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the memory that autograd saves, each storage once, except parameters, buffers and gradients."""
+    """Counts the memory that autograd has saved and not yet freed, except parameters, buffers and gradients."""
 
     def __init__(self, stage: MegatronModule) -> None:
         self._stage = stage
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        super().__init__(self._keep, lambda tensor: tensor)
+        self._saved: WeakSet[_Saved] = WeakSet()
+        super().__init__(self._save, lambda saved: saved.tensor)
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = storage  # the reference also prevents reuse of its address
-        return tensor
+    def _save(self, tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self._saved.add(saved)
+        return saved
 
     def count(self, shared: Sequence[torch.Tensor] = ()) -> tuple[int, int]:
-        """Return the bytes saved so far: those of this microbatch, and those of ``shared`` tensors.
+        """Return the bytes saved now, each storage once: those of this microbatch, and those of ``shared`` tensors.
 
         Unsharded weights that a wrapper has not freed yet count as parameters.
         """
         weights = map(to_local, self._stage.parameters())
         others = (*held_tensors([self._stage]), *weights, *list_weight_workspaces(self._stage))
         cdata = {tensor.untyped_storage()._cdata for tensor in others}
-        saved = {key: storage.nbytes() for key, storage in self._storages.items() if key not in cdata}
-        of_all = {tensor.untyped_storage()._cdata for tensor in shared} & saved.keys()
-        return sum(saved.values()) - sum(saved[key] for key in of_all), sum(saved[key] for key in of_all)
+        storages = (saved.tensor.untyped_storage() for saved in self._saved)
+        sizes = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in cdata}
+        of_all = {tensor.untyped_storage()._cdata for tensor in shared} & sizes.keys()
+        return sum(sizes.values()) - sum(sizes[key] for key in of_all), sum(sizes[key] for key in of_all)
+
+
+class _Saved:
+    """A saved tensor, which exists until autograd frees it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor

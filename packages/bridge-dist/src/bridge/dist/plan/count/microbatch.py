@@ -22,6 +22,7 @@ from bridge.dist.plan.count.collectives import Calls, Collectives, count_tensor_
 from bridge.dist.plan.count.loss import record_logit_gradients
 from bridge.dist.plan.count.memory import SavedMemory, count_storage_bytes, list_weight_workspaces
 from bridge.dist.plan.count.operations import OperationCounter
+from bridge.dist.plan.count.recomputed import watch_recomputation
 from bridge.dist.plan.count.shared import record_shared_tensors
 from bridge.dist.plan.results import Operations
 from bridge.dist.train.batch import Batch
@@ -54,8 +55,9 @@ class PassWork(NamedTuple):
 class Work:
     """Cost of one microbatch in a chunk: bytes saved for the backward pass, FLOPs, operations, collectives.
 
-    ``shared`` bytes are saved once for all microbatches. ``temporary`` bytes exist only when the backward pass starts,
-    for the gradients of the logits. ``workspaces`` are the bytes of 8-bit copies of weights.
+    ``shared`` bytes are saved once for all microbatches. ``temporary`` is by how much the backward pass exceeds
+    ``kept``: by the gradients of the logits, or by what it recomputes. ``workspaces`` are the bytes of 8-bit copies of
+    weights.
     ``weight_gradient_flops`` is the part of ``flops`` that computes gradients of weights. ``received`` is the message
     from the previous stage, ``passed_on`` that to the next stage; None at the ends of the pipeline.
     """
@@ -166,31 +168,29 @@ def _chunk_signature(model: torch.nn.Module) -> Any:
 def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size) -> Work:
     """Run one microbatch forward and backward through a chunk. Chunks with an embedding ignore ``input_shape``."""
     model: Any = unwrap(stage)
-    received = passed_on = None
-    kept, sent = SavedMemory(stage), Collectives(map_group_names(rank.groups))
+    saved, sent = SavedMemory(stage), Collectives(map_group_names(rank.groups))
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     operations = OperationCounter(model, is_fp8=bool(rank.builder.transformer_config.fp8))
+    saved_then: list[int] = []  # whenever a part has been recomputed
     with (
-        kept,
+        saved,
         flops,
         sent,
         operations,
         use_fused_attention(),
         record_shared_tensors() as shared,
         record_logit_gradients() as logit_gradients,
+        watch_recomputation(lambda: saved_then.append(saved.count(shared)[0])),
     ):
-        if not getattr(model, "pre_process", True):
-            dtype = rank.builder.transformer_config.pipeline_dtype
-            stage_input = torch.empty(input_shape, dtype=dtype, requires_grad=True)
-            received = Message.describe(stage_input)
-            model.set_input_tensor(stage_input)
+        received = None if getattr(model, "pre_process", True) else _set_input(model, rank, input_shape)
         # One token more than the sequence has, because each position predicts the next token.
         tokens = torch.empty(rank.batch.micro_batch_size, rank.batch.seq_length + 1, dtype=torch.long)
         output = rank.builder.forward_step(stage, tokens, rank.groups)
-        forward_flops, (bytes_kept, bytes_shared) = flops.get_total_flops(), kept.count(shared)
+        forward_flops, (bytes_kept, bytes_shared) = flops.get_total_flops(), saved.count(shared)
         weight_flops = sum(flops.get_flop_counts()["Global"].get(product, 0) for product in _WEIGHT_PRODUCTS)
         forward = PassWork(operations.take(), sent.take())
         if getattr(model, "post_process", True):
+            passed_on = None
             output.float().mean().backward()  # the loss of a training step, see `run_microbatches`
         else:
             passed_on = Message.describe(output)
@@ -198,7 +198,8 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
     return Work(
         kept=bytes_kept,
         shared=bytes_shared,
-        temporary=max(logit_gradients, default=0),
+        # The gradients of the logits are freed before the first layer is recomputed.
+        temporary=max(0, *logit_gradients, *(size - bytes_kept for size in saved_then)),
         workspaces=count_storage_bytes(list_weight_workspaces(stage)),
         forward_flops=forward_flops,
         flops=flops.get_total_flops(),
@@ -208,3 +209,10 @@ def _run_chunk(rank: RankStages, stage: MegatronModule, input_shape: torch.Size)
         received=received,
         passed_on=passed_on,
     )
+
+
+def _set_input(model: Any, rank: RankStages, shape: torch.Size) -> Message:
+    """Set the input that a chunk gets from the previous stage; return the message."""
+    received = torch.empty(shape, dtype=rank.builder.transformer_config.pipeline_dtype, requires_grad=True)
+    model.set_input_tensor(received)
+    return Message.describe(received)

@@ -50,7 +50,7 @@ def _make_chunk_rows(plan: Plan) -> list[Row]:
             "layers": format_layer_ranges(chunk.layers),
             "parameters": chunk.parameters,
             "activations": chunk.activation_bytes,
-            "gradients of logits": chunk.temporary_bytes,
+            "temporary": chunk.temporary_bytes,
             "forward FLOPs": chunk.forward_flops,
             "weight-gradient FLOPs": chunk.weight_gradient_flops,
             "FLOPs": chunk.flops,
