@@ -163,6 +163,7 @@ def test_verify_goes_on_from_a_checkpoint_under_every_layout(saved_checkpoint: P
     cells = ("--only", "tp2 with ddp,pp2 with torch-fsdp2")
     code, out, err = run_command("verify", str(document), *options, *cells, "--save", str(tmp_path / "run"))
     assert code == 0, err
+    assert f"{tmp_path / 'run'}: written" in err
     assert {row["verdict"] for row in json.loads(out)} == {"equal"}
     assert load_progress(tmp_path / "run") == (2, 8)
     assert choose_origin(Document.load(str(saved_checkpoint)), None, random_init=False) == Origin(

@@ -88,6 +88,7 @@ def test_the_command_prints_a_plan_and_writes_a_page(tmp_path: Path, monkeypatch
         str(page),
     )
     assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.endswith(f"{page}: written\n")
     found = json.loads(shown.stdout)
     assert (found["kind"], found["layers"]) == ("plan", "transformer_engine")
     assert found["world_size"] == 8

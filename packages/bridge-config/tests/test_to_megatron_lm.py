@@ -145,6 +145,7 @@ def test_the_command_writes_a_file_once(small: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.args"
     done = run(small, "-o", output)
     assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr.endswith(f"{output}: written\n")
     assert "--num-layers 4\n" in output.read_text()
     assert "give --force to overwrite it" in str(run(small, "-o", output).exception)
     assert run(small, "-o", output, "--force").exit_code == 0

@@ -62,19 +62,20 @@ def test_from_hf_reads_files_and_folders_and_writes_yaml_or_json(
         1,
         f"{file}: file exists: give --force to overwrite it, or another name\n",
     )
-    assert bridge(*to_folder, "--force") == (0, "", "")
+    assert bridge(*to_folder, "--force") == (0, "", f"{file}: written\n")
     assert json.loads(file.read_text()) == json.loads(back) | {"vocab_size": 64}
 
 
 def test_files_are_overwritten_only_with_force_and_schemas_are_reported(bridge: Run, tmp_path: Path) -> None:
     file, made = write_config(tmp_path, LLAMA), tmp_path / "made.yaml"
     _, _, stderr = bridge("from-hf", file, "-o", made)
-    assert stderr.startswith(f"{tmp_path / 'GPTModelConfig.schema.json'}: JSON Schema of made.yaml, for editors")
+    schema = tmp_path / "GPTModelConfig.schema.json"
+    assert stderr.startswith(f"{made}: written\n{schema}: JSON Schema of made.yaml, for editors")
     made.write_text("mine\n")
     code, _, stderr = bridge("from-hf", file, "-o", made)
     assert (code, made.read_text()) == (1, "mine\n")
     assert "give --force to overwrite it" in stderr
-    assert bridge("from-hf", file, "-o", made, "--force") == (0, "", "")
+    assert bridge("from-hf", file, "-o", made, "--force") == (0, "", f"{made}: written\n")
     assert Document.load(made).data["vocab_size"] == 32000
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bridge.config.cli.output import check_output, print_json, print_notes, write_output
+from bridge.config.cli.output import check_output, print_json, print_notes, print_written, write_output
 from bridge.config.documents.overrides import is_override, suggest_override
 from bridge.config.documents.sources import STANDARD_INPUT, is_preset, is_source
 from bridge.config.errors import BridgeError, DocumentError, OmittedWarning, quote_name
@@ -243,7 +243,9 @@ def migrate(file: str, write: bool, to_form: str | None, as_json: bool) -> None:
             converted = to_run_config(canonicalize(document.data))
         document, notes = Document({"model": converted.data}), [*notes, *converted.notes]
     print_notes(file, notes)
-    if not write:
+    if write:
+        print_written(Path(file))
+    else:
         click.echo(document.to_json() if as_json else document.to_yaml().rstrip("\n"))
 
 

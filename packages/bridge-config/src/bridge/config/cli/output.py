@@ -18,6 +18,11 @@ def print_notes(source: str | Path, notes: Iterable[str]) -> None:
         click.echo(f"{source}: note: {note}", err=True)
 
 
+def print_written(path: Path) -> None:
+    """Tell that an option has written a file or folder, on standard error: standard output may hold JSON."""
+    click.echo(f"{path}: written", err=True)
+
+
 def print_json(data: object) -> None:
     """Print plain data as JSON."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
@@ -53,7 +58,7 @@ def _exists(file: Path) -> bool:
 
 
 def write_output(text: str, file: Path | None) -> None:
-    """Write text and a line end to a file atomically, or print it if there is none.
+    """Write text and a line end to a file atomically, and tell so; or print it if there is none.
 
     Raises:
         ConfigError: The file cannot be written.
@@ -65,3 +70,4 @@ def write_output(text: str, file: Path | None) -> None:
 
         # As on standard output: names of files in the text may not be UTF-8.
         write_file(file, (text + "\n").encode(errors="backslashreplace").decode())
+        print_written(file)

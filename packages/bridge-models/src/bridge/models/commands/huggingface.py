@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bridge.config.cli.output import check_output, print_notes
+from bridge.config.cli.output import check_output, print_notes, print_written
 from bridge.config.errors import ConfigError
 
 
@@ -42,6 +42,7 @@ def from_hf(*, source: str, output: Path | None, force: bool, model_id: str | No
         # Saving a YAML document may write its JSON Schema beside it.
         before = set(output.parent.glob("*.schema.json"))
         document.save(output)
+        print_written(output)
         for schema in set(output.parent.glob("*.schema.json")) - before:
             click.echo(f"{schema}: JSON Schema of {output.name}, for editors; you may delete it", err=True)
     else:
@@ -80,5 +81,6 @@ def to_hf(*, file: str, overrides: tuple[str, ...], output: Path | None, force: 
     written = Document(converted.data)
     if output is not None:
         written.save(output)
+        print_written(output)
     else:
         click.echo(written.to_json())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge.config import ConfigError, Document
-from bridge.config.cli.output import check_output, print_notes
+from bridge.config.cli.output import check_output, print_notes, print_written
 from bridge.config.documents.sources import SUFFIXES
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import LAYOUT_FIELDS, find_transformer, replace_layout
@@ -105,6 +105,7 @@ def search(
     if output is not None:
         best = found.candidates[0]
         best.choice.apply(document, fixed).save(output)
+        print_written(output)
         commands = _list_commands(output, best, click.get_current_context().meta[MACHINE], options)
     if as_json:
         click.echo(json.dumps(found.to_json() | {"commands": commands}, indent=2))

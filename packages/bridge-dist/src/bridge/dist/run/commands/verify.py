@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from bridge.config import Document
+from bridge.config.cli.output import print_written
 from bridge.dist.checkpoint.folder import check_save_folder
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import replace_layout
@@ -131,6 +132,8 @@ def verify(
                 describe=lambda done, _: at_work[done] if done < len(at_work) else "done",
             )
         )
+    if save is not None:
+        print_written(save)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
