@@ -232,7 +232,7 @@ def test_a_class_known_from_an_annotation_is_accepted_only_there() -> None:
 
 def test_the_error_for_an_unknown_name_says_what_to_do() -> None:
     register(object(), "test_registry.something")
-    with pytest.raises(TargetError, match=r"register it .* did you mean 'test_registry.something'"):
+    with pytest.raises(TargetError, match=r"may use here; did you mean 'test_registry.something'\? Otherwise install"):
         registry.resolve("test_registry.somethin")
 
 

@@ -102,6 +102,10 @@ def test_every_field_that_no_argument_expresses_is_named() -> None:
     }
 
 
+def test_one_virtual_stage_is_no_virtual_pipeline() -> None:
+    assert write_arguments("transformer.virtual_pipeline_model_parallel_size=1") == write_arguments()
+
+
 def test_the_default_layers_may_be_named() -> None:
     named = write_arguments("transformer_layer_spec=bridge.models.layer_specs.default_layer_spec")
     assert named == write_arguments()

@@ -79,6 +79,8 @@ def _resolve_derived(model: dict[str, Any]) -> list[str]:
     transformer = model["transformer"]
     if model["transformer_layer_spec"] == LAYERS[GPT]:  # the same as None; converted documents name it
         model["transformer_layer_spec"] = None
+    if transformer["virtual_pipeline_model_parallel_size"] == 1:  # no virtual pipeline, as `bridge search` writes it
+        transformer["virtual_pipeline_model_parallel_size"] = None
     if transformer["ffn_hidden_size"] is None:  # megatron-core: 4 times hidden_size; Megatron-LM: 8/3 if it is gated
         transformer["ffn_hidden_size"] = 4 * transformer["hidden_size"]
     if None in (transformer.get("yarn_mscale", 1.0), transformer.get("yarn_mscale_all_dim", 0.0)):

@@ -140,8 +140,9 @@ def _explain_unknown(name: str, *, suggest: bool) -> str:
             return f"{name!r} is declared by {home}, which is not installed: pip install {home}"
     near = did_you_mean(name, list_known_names()) if suggest else ""
     return (
-        f"{quote_name(name)} is not a name that documents may use here; install the package that provides it, register"
-        f" it (bridge.config.register) or declare it in the entry-point group {GROUP!r}{near}"
+        f"{quote_name(name)} is not a name that documents may use here{f'{near} Otherwise' if near else ';'} install "
+        f"the package that provides it, register it (bridge.config.register) or declare it in the entry-point group "
+        f"{GROUP!r}"
     )
 
 
