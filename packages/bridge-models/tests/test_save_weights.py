@@ -28,7 +28,7 @@ from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, save_weights
 from bridge.models.huggingface.checkpoint.reader import CheckpointReader
 from bridge.models.huggingface.folder.folder import open_folder
-from bridge.models.huggingface.transfer.output import prepare
+from bridge.models.huggingface.transfer.output import check_target, prepare
 
 Groups = ProcessGroupCollection
 Built = tuple[Any, ModelConfig]
@@ -136,7 +136,7 @@ def test_a_symbolic_link_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "config.json").touch()
     (tmp_path / "saved").symlink_to(tmp_path / "real")
-    (problem,) = prepare(tmp_path / "saved", replaces="config.json", force=True)
+    (problem,) = check_target(tmp_path / "saved", replaces="config.json", force=True)
     assert problem.message == "exists, and is not replaced, as it is a symbolic link: pass the folder that it names"
 
 
@@ -144,7 +144,8 @@ def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "config.json").touch()
     monkeypatch.chdir(tmp_path / "here")
-    assert prepare(Path(), replaces="config.json", force=True) == []
+    assert check_target(Path(), replaces="config.json", force=True) == []
+    assert prepare(Path()) == []
     (name_partial(Path()) / "new").touch()
     finish(Path())
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["here", "here/new"]

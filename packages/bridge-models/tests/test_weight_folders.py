@@ -222,3 +222,13 @@ def test_folders_are_opened_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(state)} set()\n"
+
+
+def test_what_is_no_folder_is_told(tmp_path: Path) -> None:
+    """A file in it, and a folder of the cache whose files are gone."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["llama"]))
+    with pytest.raises(WeightsError, match=r"config\.json: is a file: expected a folder with config\.json and saf"):
+        open_folder(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").symlink_to("blobs/nothing")
+    with pytest.raises(WeightsError, match=r"model\.safetensors is a link to nothing"):
+        open_folder(tmp_path)

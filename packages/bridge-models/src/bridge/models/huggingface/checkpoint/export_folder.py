@@ -37,6 +37,7 @@ from bridge.models.huggingface.matching import find_architecture
 from bridge.models.huggingface.transfer.layout import ITEM_BYTES, SHARD_BYTES, FileLayout, lay_out
 from bridge.models.huggingface.transfer.output import (
     check_space,
+    check_target,
     describe_failure,
     prepare,
     write_headers,
@@ -75,10 +76,12 @@ def export_folder(
         DocumentError: transformers has no architecture for the model.
         WeightsError: The tensors are not those of the model, the folder exists, or the disk is too small.
     """
-    source = _read_source(Path(checkpoint), document)
-    layout = lay_out(_list_tensors(source), shard_bytes=shard_bytes)
     target = Path(folder)
-    raise_any(prepare(target, replaces="config.json", force=force, source=source.iteration))
+    iteration = _find_iteration(Path(checkpoint))
+    raise_any(check_target(target, replaces="config.json", force=force, source=iteration))
+    source = _read_source(iteration, document)
+    layout = lay_out(_list_tensors(source), shard_bytes=shard_bytes)
+    raise_any(prepare(target))
     partial = name_partial(target)
     raise_any(check_space(partial, sum(layout.sizes.values())))
     try:
@@ -107,7 +110,19 @@ class _Source:
     repetitions: list[Repetition]
 
 
-def _read_source(checkpoint: Path, document: Document | None) -> _Source:
+def _find_iteration(checkpoint: Path) -> Path:
+    """Return the folder of the iteration to read.
+
+    Raises:
+        CheckpointError: There is none.
+        WeightsError: It is a folder of transformers.
+    """
+    if (checkpoint / "config.json").is_file() and not is_checkpoint(checkpoint):
+        raise WeightsError([Problem(str(checkpoint), "is a Hugging Face folder already: expected a checkpoint")])
+    return find_iteration(checkpoint)
+
+
+def _read_source(iteration: Path, document: Document | None) -> _Source:
     """Read what a checkpoint has, and check that it is all of a model.
 
     Raises:
@@ -115,17 +130,15 @@ def _read_source(checkpoint: Path, document: Document | None) -> _Source:
         DocumentError: transformers has no architecture for the model.
         WeightsError: The tensors are not those of the model.
     """
-    if (checkpoint / "config.json").is_file() and not is_checkpoint(checkpoint):
-        raise WeightsError([Problem(str(checkpoint), "is a Hugging Face folder already: expected a checkpoint")])
-    found = Checkpoint(find_iteration(checkpoint))
-    model = document or read_folder(str(found.iteration))
+    found = Checkpoint(iteration)
+    model = document or read_folder(str(iteration))
     converted = to_hf(model.data)
     contents = list_contents(model.data, found.content or CONTENT)
     entries = list(find_architecture(converted.data).weights(Sizes(read_fields(model.data))))
     weights = [entry for entry in entries if isinstance(entry, Weight)]
     raise_any([*_find_missing(weights, contents, found.metadata), *_find_unknown(contents, found.metadata)])
     return _Source(
-        iteration=found.iteration,
+        iteration=iteration,
         metadata=found.metadata,
         config=converted.data,
         notes=converted.notes,

@@ -34,6 +34,7 @@ from bridge.models.huggingface.folder.stored import Format
 from bridge.models.huggingface.transfer.load import check_repetitions, fill
 from bridge.models.huggingface.transfer.output import (
     check_space,
+    check_target,
     describe_failure,
     prepare,
 )
@@ -63,12 +64,13 @@ def import_folder(folder: str | Path, checkpoint: str | Path, *, force: bool = F
     """
     opened = open_folder(folder)
     target = Path(checkpoint)
+    raise_any(check_target(target, replaces=TRACKER, force=force, source=opened.path))
     with TensorReader() as reader:
         check_repetitions(opened, reader)
         contents = list_contents(opened.document, CONTENT)
         _check_shapes(contents, opened)
         dtypes = _choose_dtypes(contents, opened)
-        raise_any(prepare(target, replaces=TRACKER, force=force, source=opened.path))
+        raise_any(prepare(target))
         raise_any(check_space(name_partial(target), _count_bytes(contents, dtypes)))
         iteration = name_partial(target) / RELEASE
         try:

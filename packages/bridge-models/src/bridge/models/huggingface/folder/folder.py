@@ -69,6 +69,8 @@ def open_folder(path: str | Path) -> Folder:
     if is_checkpoint(path) and not (path / "config.json").exists():
         message = "is a Megatron checkpoint: `bridge export-hf` writes one as a Hugging Face folder"
         raise WeightsError([Problem(str(path), message)])
+    if path.is_file():
+        raise WeightsError([Problem(str(path), "is a file: expected a folder with config.json and safetensors files")])
     config = load_config_json(str(path / "config.json"))  # not "-", which is standard input
     with config.locate_problems():
         _check_quantization(config.data)

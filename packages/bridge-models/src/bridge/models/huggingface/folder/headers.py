@@ -174,7 +174,7 @@ def _explain_missing(folder: Path) -> str:
         return f"expected a folder with config.json and {SINGLE}"
     files = sorted(folder.iterdir())
     if os.path.lexists(folder / SINGLE):
-        return f"{SINGLE} is not a regular file"
+        return f"{SINGLE} is {'not a regular file' if os.path.exists(folder / SINGLE) else 'a link to nothing'}"
     if (folder / _ADAPTER).exists():
         return f"has {_ADAPTER}, the changes to another model: merge them into it with PEFT, and save it"
     for file in files:

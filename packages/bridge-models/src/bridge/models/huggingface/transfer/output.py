@@ -14,10 +14,10 @@ from bridge.models.huggingface.folder.headers import INDEX
 from bridge.models.huggingface.transfer.layout import FileLayout
 
 
-def prepare(
+def check_target(
     folder: Path, *, replaces: str | None = None, force: bool = False, source: Path | None = None
 ) -> list[Problem]:
-    """Make the folder that is written to, in place of one that a dead run left.
+    """Check that a folder can have this name.
 
     Args:
         folder: The final name.
@@ -25,10 +25,14 @@ def prepare(
         force: Whether such a folder is replaced.
         source: What is read meanwhile, and must not be in the folder that is replaced.
     """
-    if not is_free(folder) or folder.is_symlink():
-        reason = _explain_existing(folder, replaces=replaces, force=force, source=source)
-        if reason is not None:
-            return [Problem(str(folder), f"exists{reason}")]
+    if is_free(folder) and not folder.is_symlink():
+        return []
+    reason = _explain_existing(folder, replaces=replaces, force=force, source=source)
+    return [] if reason is None else [Problem(str(folder), f"exists{reason}")]
+
+
+def prepare(folder: Path) -> list[Problem]:
+    """Make the folder that is written to under another name, in place of one that a dead run left."""
     try:
         claim(folder)
     except OSError as error:

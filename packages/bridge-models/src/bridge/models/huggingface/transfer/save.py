@@ -32,6 +32,7 @@ from bridge.models.huggingface.transfer.layout import SHARD_BYTES, FileLayout, l
 from bridge.models.huggingface.transfer.names import canonicalize_name
 from bridge.models.huggingface.transfer.output import (
     check_space,
+    check_target,
     describe_failure,
     prepare,
     write_headers,
@@ -85,7 +86,7 @@ def save_weights(
             if source is not None:
                 tokenizer, found = _find_source(str(source))
                 problems += found
-            problems += prepare(folder)
+            problems += check_target(folder) or prepare(folder)
     default = _get_default_dtype(stages[0])
     dtypes = _gather_dtypes(held, default=default)
     partial = name_partial(folder)
