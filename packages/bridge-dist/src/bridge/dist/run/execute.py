@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule
+from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from bridge.builders import Hook, compose_hooks
 from bridge.config import ModelConfig
@@ -29,7 +28,7 @@ from bridge.dist.loaders import find_loader
 from bridge.dist.run.peak_memory import reset_peak_memory
 from bridge.dist.run.progress import show_progress
 from bridge.dist.train.invariance import mask_vocabulary_padding, switch_off_dropout
-from bridge.dist.train.step import Step, train
+from bridge.dist.train.step import Step, TrainOptions, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +61,7 @@ def build_and_train(
     """
     reset_peak_memory()  # an earlier job of this process may have used more
     builder = job.make_builder(config)
-    prepare_process(builder.transformer_config)
-    seed_random_states(builder.transformer_config, groups)
-    is_leader = torch.distributed.get_rank() == 0
-    if job.training is not None and (dropout := switch_off_dropout(builder.transformer_config)) and is_leader:
-        _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
-    if job.weights is not None:
-        builder.transformer_config.perform_initialization = False
+    _prepare(job, builder.transformer_config, groups)
     placements = _set_hooks(job, config, groups)
     options = job.make_options(builder.transformer_config)
     stages = builder.build_distributed_models(
@@ -81,38 +74,68 @@ def build_and_train(
     if before_training is not None:
         before_training(stages)
     steps: list[Step] = []
+    if job.training is None:
+        progress = _resume(job, stages, groups, None)
+        _save(job, stages, groups, None, progress)
+        iteration = progress.step
+    else:
+        steps = _train(job, config, stages, layout, groups, training=job.training, show_steps=show_steps)
+        iteration = steps[-1].number
+    return BuiltRank(stages=stages, placements=placements, steps=steps, iteration=iteration)
+
+
+def _prepare(job: BuildJob, transformer: TransformerConfig, groups: ProcessGroupCollection) -> None:
+    """Prepare this process and the configuration for the build."""
+    prepare_process(transformer)
+    seed_random_states(transformer, groups)
+    if job.training is not None and (dropout := switch_off_dropout(transformer)) and _is_leader():
+        _print_stderr(f"{' and '.join(dropout)} set to 0: with dropout the losses would depend on the layout")
+    if job.weights is not None:
+        transformer.perform_initialization = False
+
+
+def _train(
+    job: BuildJob,
+    config: ModelConfig,
+    stages: list[MegatronModule],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    *,
+    training: TrainOptions,
+    show_steps: bool,
+) -> list[Step]:
+    """Train the stages, from the job's checkpoint if it has one, and save them if the job asks for it."""
     before = Progress()
 
-    def resume(optimizer: Any = None) -> Progress:
+    def resume(optimizer: Any) -> Progress:
         nonlocal before
         before = _resume(job, stages, groups, optimizer)
         return before
 
-    if job.training is None:
-        _save(job, stages, groups, None, resume())
-    else:
-        text = read_text(job.training, config)
-        mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
-        taken = train(
-            stages,
-            groups,
-            layout,
-            text=text,
-            options=job.training,
-            forward_step=builder.forward_step,
-            start=resume,
-            finish=partial(_save, job, stages, groups),
+    text = read_text(training, config)
+    mask_vocabulary_padding(stages, vocab_size=text.vocab_size)
+    steps = train(
+        stages,
+        groups,
+        layout,
+        text=text,
+        options=training,
+        forward_step=job.make_builder(config).forward_step,
+        start=resume,
+        finish=partial(_save, job, stages, groups),
+    )
+    if show_steps and _is_leader():
+        steps = show_progress(
+            steps,
+            None,
+            describe=lambda _, step: f"loss {step.loss:.4f}",
+            count=lambda step: (step.number, before.step + training.steps),
         )
-        if is_leader and show_steps:
-            count = job.training.steps
-            taken = show_progress(
-                taken,
-                None,
-                describe=lambda _, step: f"loss {step.loss:.4f}",
-                count=lambda step: (step.number, before.step + count),
-            )
-        steps = list(taken)
-    return BuiltRank(stages=stages, placements=placements, steps=steps, iteration=before.step + len(steps))
+    return list(steps)
+
+
+def _is_leader() -> bool:
+    return torch.distributed.get_rank() == 0
 
 
 def _set_hooks(job: BuildJob, config: ModelConfig, groups: ProcessGroupCollection) -> list[list[Placement]]:
