@@ -20,7 +20,7 @@ from bridge.dist.plan.forecast.bounds import Bounds
 from bridge.dist.plan.forecast.machine import load_machine
 from bridge.dist.plan.forecast.ranking import Candidate
 from bridge.dist.plan.forecast.search import Progress, search
-from bridge.dist.plan.forecast.space import Choice, Fixed, list_choices, list_recomputations
+from bridge.dist.plan.forecast.space import NO_RECOMPUTE, Choice, Fixed, Recompute, list_choices, list_recomputations
 from bridge.dist.plan.forecast.step_time import estimate_time
 from bridge.dist.plan.plan import PlanOptions, plan
 from bridge.dist.train.batch import Batch
@@ -117,11 +117,34 @@ def test_a_search_finds_what_planning_everything_finds(preset: str, memory: int,
     assert (first.with_ddp and first.with_ddp.choice) == (with_ddp.choice if shards else None)
 
 
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        Recompute("full", "uniform", 1),
+        Recompute("full", "uniform", 2),
+        Recompute("full", "block", 1),
+        Recompute.of({"recompute_granularity": "selective"}),
+    ],
+)
+def test_the_recomputation_that_the_user_sets_is_part_of_the_bounds(recompute: Recompute) -> None:
+    document = Document.load("tiny", ["transformer.num_layers=16"])
+    options = PlanOptions(batch=Batch(seq_length=512, global_batch_size=16), world_size=4, gpu_memory=2**30, reserve=0)
+    fixed = Fixed(
+        sizes={"tp": 1, "pp": 4, "vp": 1, "cp": 1},
+        micro_batch_size=4,
+        wrapper=Wrapper.DDP,
+        distributed_optimizer=True,
+        recompute=recompute,
+    )
+    found, _ = plan_everything(document, options, fixed)
+    assert [one.choice.recompute for one in found] == [recompute]
+
+
 def test_a_search_that_finds_nothing_says_what_needs_the_least_memory() -> None:
     document = Document.load("tiny")
     batch = Batch(seq_length=64, global_batch_size=16)
     options = PlanOptions(batch=batch, world_size=4, gpu_memory=2**20, reserve=0)
-    fixed = Fixed(sizes={"tp": 2, "pp": 2, "vp": 1}, micro_batch_size=1, fields={"recompute_granularity": None})
+    fixed = Fixed(sizes={"tp": 2, "pp": 2, "vp": 1}, micro_batch_size=1, recompute=NO_RECOMPUTE)
     with pytest.raises(PlanError) as raised:
         search(document, options, H100, fixed=fixed, executor=ThisProcess())
     first, second = str(raised.value).splitlines()

@@ -148,7 +148,11 @@ class ModelLayers:
     def read_costs(self, plan: Plan, choice: Choice) -> tuple[dict[int, LayerCost], Ends | None]:
         """Return the cost of a layer of each kind, and the ends if they were measured, from a plan of such stages."""
         costs = {
-            stage.pp: LayerCost(*seconds[0], stage.chunks[0].activation_bytes, self._count_workspaces(stage, choice))
+            stage.pp: LayerCost(
+                *seconds[0],
+                stage.chunks[0].activation_bytes / choice.recompute.layers_at_once,
+                self._count_workspaces(stage, choice),
+            )
             for stage, seconds in zip(plan.stages, list_chunk_times(plan, self._machine), strict=True)
         }
         last = len(self.order) - 1
@@ -207,7 +211,7 @@ class ModelLayers:
         """Return the bytes of the inputs of matrices, of which the backward pass needs each."""
         hidden = 2 * tokens * self.config.hidden_size
         if choice.recompute.granularity is not None:
-            return hidden
+            return hidden / choice.recompute.layers_at_once
         topk = self.config.moe_router_topk
         size = 1 if self._is_fp8(choice) else 2
         return max(hidden, size * tokens * sum(width * (topk if is_routed else 1) for is_routed, width in inputs))

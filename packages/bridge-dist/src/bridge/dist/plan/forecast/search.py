@@ -239,7 +239,7 @@ class _Search:
     def _drop(self, choice: Choice) -> None:
         """Drop a choice that is too large; consider it with recomputation instead."""
         heapq.heappush(self._too_large, (self._bounds.count_bytes(choice), next(self._number), choice))
-        if choice.recompute == NO_RECOMPUTE and not self._fixed.fixes_recomputation:
+        if choice.recompute == NO_RECOMPUTE and self._fixed.recompute is None:
             for other in list_recomputations(choice, self._config):
                 if self._is_too_large(other):
                     heapq.heappush(self._too_large, (self._bounds.count_bytes(other), next(self._number), other))

@@ -31,6 +31,19 @@ class Recompute(NamedTuple):
     num_layers: int | None = None
     modules: tuple[str, ...] | None = None
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Recompute:
+        """Return the recomputation that fields of a TransformerConfig set."""
+        granularity, method, num_layers, modules = map(fields.get, RECOMPUTE_FIELDS)
+        if granularity == "selective" and not modules:
+            modules = ("core_attn",)  # Megatron's default
+        return cls(granularity, method, num_layers, tuple(modules) if modules else None)
+
+    @property
+    def layers_at_once(self) -> int:
+        """The number of layers that keep one input together, because they are recomputed together."""
+        return (self.num_layers or 1) if self.method == "uniform" else 1
+
     def __str__(self) -> str:
         if self.modules is not None:
             return f"recompute {'+'.join(self.modules)}"
@@ -138,7 +151,7 @@ class Choice:
 class Fixed:
     """What the user has set; None for what the search decides.
 
-    ``fields`` are values of the TransformerConfig that no choice may change.
+    ``fields`` are other values of the TransformerConfig that no choice may change.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -146,13 +159,9 @@ class Fixed:
     wrapper: Wrapper | None = None
     distributed_optimizer: bool | None = None
     sharding_strategy: ShardingStrategy | None = None
+    recompute: Recompute | None = None
     fp8_recipes: tuple[str | None, ...] = (None,)
     fields: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def fixes_recomputation(self) -> bool:
-        """Whether the user has set what is recomputed."""
-        return not self.fields.keys().isdisjoint(RECOMPUTE_FIELDS)
 
     @property
     def fixes_split(self) -> bool:
@@ -161,7 +170,7 @@ class Fixed:
 
 
 def list_choices(config: TransformerConfig, options: PlanOptions, fixed: Fixed) -> Iterator[Choice | str]:
-    """Yield the choices without recomputation, and the reason of each that arithmetic refuses.
+    """Yield the choices without recomputation that no one has set, and the reason of each that arithmetic refuses.
 
     Args:
         config: The model, without a layout.
@@ -190,6 +199,7 @@ def list_choices(config: TransformerConfig, options: PlanOptions, fixed: Fixed) 
                         micro_batch_size=size,
                         **wrapping,
                         counted=counted,
+                        recompute=fixed.recompute or NO_RECOMPUTE,
                         fp8_recipe=recipe,
                     )
 

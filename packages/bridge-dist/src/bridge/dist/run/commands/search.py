@@ -135,7 +135,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 def _find_fixed(document: Document, overrides: Sequence[str], options: dict[str, Any]) -> Fixed:
     """Return what options and overrides set, which the search keeps."""
-    from bridge.dist.plan.forecast.space import RECOMPUTE_FIELDS, Fixed  # imports torch
+    from bridge.dist.plan.forecast.space import RECOMPUTE_FIELDS, Fixed, Recompute  # imports torch
 
     prefix, fields = find_transformer(document)
     paths = {text.removeprefix("+").partition("=")[0] for text in overrides}
@@ -146,6 +146,7 @@ def _find_fixed(document: Document, overrides: Sequence[str], options: dict[str,
     }
     sizes = {axis: kept.pop(name) for axis, name in CONFIG_FIELDS.items() if name in kept}
     given = {axis: options[axis] for axis in CONFIG_FIELDS if options[axis] is not None}
+    recomputation = {name: kept.pop(name) for name in RECOMPUTE_FIELDS if name in kept}
     recipe = options["fp8_recipe"]
     return Fixed(
         sizes=sizes | given,
@@ -153,6 +154,7 @@ def _find_fixed(document: Document, overrides: Sequence[str], options: dict[str,
         wrapper=options["wrapper"],
         distributed_optimizer=options["distributed_optimizer"],
         sharding_strategy=options["sharding_strategy"],
+        recompute=Recompute.of(recomputation) if recomputation else None,
         fp8_recipes=(None,) if recipe is None else (None, recipe),
         fields=kept,
     )
