@@ -117,6 +117,23 @@ def checkpoint_keys(model: Any) -> list[Key]:
     return sorted({(part.key, tuple(part.global_shape)) for part in parts})
 
 
+def list_splits(model: Any) -> dict[str, Any]:
+    """Return how experts are split: dimension and stride. Other layers of Transformer Engine mark theirs themselves."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.dist.engine.placement import named_parameters
+    from bridge.dist.engine.tensor_parallel_attributes import mark_split_parameters
+    from bridge.models.huggingface.transfer.names import canonicalize_name
+
+    mark_split_parameters(model)
+    named = named_parameters(model, ProcessGroupCollection.use_mpu_process_groups())
+    return {
+        canonicalize_name(place.full_name): [place.dim, place.stride]
+        for place, parameter, _ in named
+        if ".experts." in place.full_name and getattr(parameter, "tensor_model_parallel", False)
+    }
+
+
 @contextmanager
 def world_of_one() -> Iterator[None]:
     """Create the process groups and random states of one rank on the CPU."""
@@ -139,15 +156,15 @@ def world_of_one() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[Key]]:
-    """Return the keys of every model, from megatron-core with layers of Transformer Engine."""
+def expected() -> dict[str, tuple[list[Key], dict[str, Any]]]:
+    """Return the keys and splits of every model, from megatron-core with layers of Transformer Engine."""
     tests = Path(__file__).parents[3] / "tests"
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"PYTHONPATH": str(tests)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: [(key, tuple(shape)) for key, shape in keys] for name, keys in found.items()}
+    return {name: ([(key, tuple(shape)) for key, shape in keys], splits) for name, (keys, splits) in found.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,8 +174,16 @@ def _world() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpoint_keys_match_transformer_engine(name: str, expected: dict[str, list[Key]]) -> None:
-    assert checkpoint_keys(build(name)) == expected[name]
+def test_checkpoint_keys_match_transformer_engine(name: str, expected: dict[str, tuple[list[Key], Any]]) -> None:
+    assert checkpoint_keys(build(name)) == expected[name][0]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "expert" in name])
+def test_experts_are_split_as_those_of_transformer_engine(
+    name: str, expected: dict[str, tuple[list[Key], dict[str, Any]]]
+) -> None:
+    """How many rows of what a rank reads from a folder, draws and writes depends on it."""
+    assert list_splits(build(name)) == expected[name][1]
 
 
 @pytest.mark.parametrize("name", ["experts", "latent and normalised", "hybrid"])
@@ -193,7 +218,8 @@ def main() -> None:
             and type(module).__module__ != "bridge.models.backend.mixer"  # Transformer Engine has no mixer
         }
         assert not bridge_layers, f"the expected keys would come from layers of Bridge: {bridge_layers}"
-        sys.stdout.write(json.dumps({name: checkpoint_keys(model) for name, model in models.items()}))
+        found = {name: (checkpoint_keys(model), list_splits(model)) for name, model in models.items()}
+        sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":
