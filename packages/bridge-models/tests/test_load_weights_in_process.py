@@ -187,3 +187,17 @@ def test_another_default_device_changes_nothing(case: str, pg_collection: Groups
         save_weights([built], tmp_path / "saved", pg_collection, model=config)
     expected, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "saved"))
     assert [name for name in saved if not torch.equal(saved[name], expected[name])] == []
+
+
+def test_rows_of_gates_in_another_order_are_refused(pg_collection: Groups, tmp_path: Path) -> None:
+    """A fused kernel of Transformer Engine reads them so; Megatron-Core reorders its input where it is missing."""
+    case = MODELS["qwen3_moe"]
+    build_transformers_model(case).save_pretrained(tmp_path)
+    config: Any = ModelConfig.from_dict(from_hf(case).data)
+    config.transformer.moe_mlp_glu_interleave_size = 8
+    config.finalize()
+    built = config.get_builder_cls()(config).build_model(pg_collection)
+    with pytest.raises(WeightsError, match=r"^transformer\.moe_mlp_glu_interleave_size: is set, .*: set it to null$"):
+        load_weights([built], tmp_path, pg_collection)
+    with pytest.raises(WeightsError, match=r"^transformer\.moe_mlp_glu_interleave_size: is set, "):
+        save_weights([built], tmp_path / "saved", pg_collection, model=config)

@@ -21,7 +21,7 @@ from bridge.models.errors import WeightsError, raise_any
 from bridge.models.huggingface.folder.folder import Folder, open_folder
 from bridge.models.huggingface.folder.stored import make_problem
 from bridge.models.huggingface.transfer.names import canonicalize_name
-from bridge.models.huggingface.transfer.regions import Region, find_regions
+from bridge.models.huggingface.transfer.regions import Region, check_row_order, find_regions
 from bridge.models.huggingface.transfer.tensors import CHUNK, TensorReader
 from bridge.models.huggingface.weights.language_model import OUTPUT
 from bridge.models.huggingface.weights.weight import Part, Repetition, Weight
@@ -137,7 +137,11 @@ _EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))\d+$")
 
 
 def _check_layers(stages: Sequence[MegatronModule], folder: Folder) -> None:
-    """Check the sizes that decide how many parameters there are: no single stage would miss those of others."""
+    """Check the sizes that decide how many parameters there are: no single stage would miss those of others.
+
+    Raises:
+        WeightsError: They differ, or the model has rows in another order.
+    """
     sizes = {
         f"transformer.{field}": (getattr(stages[0].config, field), folder.fields[f"transformer.{field}"])
         for field in ("num_layers", "num_moe_experts", "mtp_num_layers")
@@ -145,13 +149,12 @@ def _check_layers(stages: Sequence[MegatronModule], folder: Folder) -> None:
     if (encoder := getattr(unwrap(stages[0]), "encoder_config", None)) is not None:
         layers = folder.fields.get("encoder_num_layers") or folder.fields["transformer.num_layers"]
         sizes["encoder_num_layers"] = encoder.num_layers, layers
-    raise_any(
-        [
-            Problem(field, f"is {built} in the model, but {expected} in the folder")
-            for field, (built, expected) in sizes.items()
-            if (built or 0) != (expected or 0)
-        ]
-    )
+    problems = [
+        Problem(field, f"is {built} in the model, but {expected} in the folder")
+        for field, (built, expected) in sizes.items()
+        if (built or 0) != (expected or 0)
+    ]
+    raise_any([*problems, *check_row_order(stages[0].config)])
 
 
 def check_repetitions(folder: Folder, reader: TensorReader, *, rank: int = 0, ranks: int = 1) -> None:

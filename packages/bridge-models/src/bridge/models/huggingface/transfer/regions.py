@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megatron.core.transformer import TransformerConfig
+
+from bridge.config.errors import Problem
 from bridge.dist.engine.placement import Placement
 from bridge.models.huggingface.weights.weight import Part, Repetition
 
@@ -37,6 +40,16 @@ def find_regions(parts: Sequence[Part], placement: Placement) -> Iterator[Region
                 yield Region(slice(here, here + last - first), part, rows, columns)
             start = stop
         local += len(piece)
+
+
+def check_row_order(config: TransformerConfig) -> list[Problem]:
+    """Check that the rows of gate and up projections do not alternate, for a fused kernel of Transformer Engine."""
+    names = ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size")
+    return [
+        Problem(f"transformer.{name}", "is set, so rows are in another order than in a folder: set it to null")
+        for name in names
+        if getattr(config, name) is not None
+    ]
 
 
 def cut_regions(regions: Iterable[Region], first: int, last: int) -> Iterator[Region]:

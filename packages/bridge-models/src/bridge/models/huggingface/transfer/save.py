@@ -37,7 +37,13 @@ from bridge.models.huggingface.transfer.output import (
     prepare,
     write_headers,
 )
-from bridge.models.huggingface.transfer.regions import Region, cut_regions, find_regions, repeat_regions
+from bridge.models.huggingface.transfer.regions import (
+    Region,
+    check_row_order,
+    cut_regions,
+    find_regions,
+    repeat_regions,
+)
 from bridge.models.huggingface.transfer.write import NAMES, TensorWriter
 from bridge.models.huggingface.weights.sizes import Sizes
 from bridge.models.huggingface.weights.weight import Repetition, Weight, list_written_tensors
@@ -81,7 +87,7 @@ def save_weights(
     with _raise_together(folder) as problems:
         listed = [one for stage in stages for one in _list_held(stage, table.weights, pg_collection)]
         held = [one for one in listed if isinstance(one, _Held)]
-        problems += [one for one in listed if isinstance(one, Problem)]
+        problems += [one for one in listed if isinstance(one, Problem)] + check_row_order(stages[0].config)
         if is_first:
             if source is not None:
                 tokenizer, found = _find_source(str(source))
