@@ -53,7 +53,8 @@ def start_fork_server(ranks: int, *modules: str, first: Sequence[str] = ()) -> N
     # torch would otherwise start a thread per core in every rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     multiprocessing.get_context("forkserver").set_forkserver_preload([*first, _PRELOAD, *modules])
-    forkserver.ensure_running()
+    with delay_signals():
+        forkserver.ensure_running()
 
 
 def launch(
