@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,33 @@ def test_a_killed_agent_is_named(node: int, nodes: Nodes) -> None:
         assert f"lost rank 1 on node 1 ({socket.gethostname()}): killed" in nodes.output()
     else:
         assert ": the launcher of node 0, which serves it, has ended" in nodes.output()
+
+
+AGENT = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+
+
+def test_a_rank_dies_with_an_agent_that_is_killed_while_it_starts(tmp_path: Path) -> None:
+    """The agent serves the store, which the rank would try to reach for ten minutes."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-c", AGENT, SCRIPTS / "bridge", "build", "tiny"]
+    with (tmp_path / "output").open("wb") as output:
+        agent = subprocess.Popen(command, env=os.environ | place | torchrun, stdout=output, stderr=output)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    wait_until(lambda: children.read_text())
+    rank = Path(f"/proc/{children.read_text().strip()}")
+    wait_until(lambda: "libtorch" in (rank / "maps").read_text())  # it imports torch, for a second or more
+    agent.kill()
+    agent.wait()
+    try:
+        wait_until(lambda: not rank.exists())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(rank.name), signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

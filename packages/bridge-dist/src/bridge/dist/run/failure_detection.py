@@ -7,7 +7,6 @@ their pool watches them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import signal
@@ -34,7 +33,6 @@ _HEARTBEAT_INTERVAL_S = 2.0
 # within a minute.
 _HEARTBEAT_TIMEOUT_S = 30.0
 _PRINT_TIMEOUT_S = 3.0
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _CONNECTION_ERRORS = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
 # Words of gloo and NCCL about a lost connection. gloo raises a plain RuntimeError; NCCL raises the same exception for
 # faults of this rank's own, such as too little shared memory, which the other ranks do not notice.
@@ -95,12 +93,6 @@ def record_for_launcher(error: BaseException) -> None:
         handler = get_error_handler()
         handler.initialize()
         handler.record_exception(error)
-
-
-def die_with_launcher() -> None:
-    """Let the kernel kill this process when torchrun's agent ends; nothing else would."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _is_pool_rank(env: RankEnvironment) -> bool:

@@ -19,6 +19,7 @@ from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.errors import CheckpointError
 from bridge.dist.fusions import choose_fusions
+from bridge.dist.process.parent import die_with_launcher
 from bridge.dist.run.commands.inputs import read_inputs
 from bridge.dist.run.commands.options import (
     LOCAL_RANKS,
@@ -175,9 +176,9 @@ def _report_errors(rank_environment: RankEnvironment | None) -> Iterator[None]:
     if rank_environment is None:
         yield
         return
+    die_with_launcher()
     from bridge.dist.run import failure_detection  # imports torch, which `bridge -h` must not wait for
 
-    failure_detection.die_with_launcher()
     try:
         with failure_detection.exit_on_signals(rank_environment), failure_detection.watch_nodes(rank_environment):
             yield
