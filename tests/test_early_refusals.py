@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,11 +10,11 @@ import pytest
 from bridge.config import BridgeError, Document
 from bridge.dist.checks.document import refuse_before_imports
 from bridge.dist.document_layout import apply_layout
-from bridge.dist.errors import TrainingError
+from bridge.dist.errors import PreflightError, TrainingError
 from bridge.dist.layout import Layout
 from bridge.dist.nearest import find_nearest, suggest, suggest_multiple
 from bridge.dist.train.batch import Batch
-from bridge.dist.wrapper import Wrapper
+from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 EMBEDDING = "transformer.account_for_embedding_in_pipeline_split"
 LOSS = "transformer.account_for_loss_in_pipeline_split"
@@ -137,6 +138,37 @@ def test_an_impossible_layout_is_refused_with_the_nearest_that_works(name: str) 
     if case.advised:
         sizes = {axis: size for axis, size in case.advised.items() if "." not in axis}
         refuse(case, case.sizes | sizes, *(f"{path}={value}" for path, value in case.advised.items() if "." in path))
+
+
+ONLY_FULLY_SHARDED = "with data_parallel_sharding_strategy {}: set the strategy to optim_grads_params"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "refusal"),
+    [
+        ("tensorwise", {"wrapper": Wrapper.DDP}, "fp8_param needs a distributed optimizer"),
+        ("tensorwise", {"wrapper": Wrapper.DDP, "distributed_optimizer": True}, None),
+        ("mxfp8", {"wrapper": Wrapper.DDP, "distributed_optimizer": True}, "cannot move weights in MXFP8"),
+        *[
+            (
+                "tensorwise",
+                {"wrapper": Wrapper.MEGATRON_FSDP, "sharding_strategy": strategy},
+                ONLY_FULLY_SHARDED.format(strategy),
+            )
+            for strategy in (ShardingStrategy.NO_SHARD, ShardingStrategy.OPTIM, ShardingStrategy.OPTIM_GRADS)
+        ],
+        ("mxfp8", {"wrapper": Wrapper.MEGATRON_FSDP}, None),
+        ("tensorwise", {"wrapper": Wrapper.TORCH_FSDP2}, "torch FSDP2 does not support FP8 or FP4 parameters"),
+        ("tensorwise", {"wrapper": Wrapper.NONE}, None),
+    ],
+)
+def test_eight_bit_weights_need_a_wrapper_that_updates_them(
+    recipe: str, options: dict[str, Any], refusal: str | None
+) -> None:
+    fields = {"fp8": "hybrid", "fp8_param": "true", "fp8_recipe": recipe}
+    document = Document.load("tiny", [f"transformer.{name}={value}" for name, value in fields.items()])
+    with contextlib.nullcontext() if refusal is None else pytest.raises(PreflightError, match=refusal):
+        refuse_before_imports(document, **options)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ NO_REPRODUCTION: dict[str, Case] = {
     **sizes.NO_REPRODUCTION,
     **pipeline.NO_REPRODUCTION,
     **layers.NO_REPRODUCTION,
+    **ddp.NO_REPRODUCTION,
     **torch_fsdp2.NO_REPRODUCTION,
     **megatron_fsdp.NO_REPRODUCTION,
     **machine.NO_REPRODUCTION,

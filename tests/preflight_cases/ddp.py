@@ -33,3 +33,24 @@ CASES: dict[str, Case] = {
         refused=Setting(ddp={"use_custom_fsdp": True}), advised=Setting(**megatron_fsdp()), is_ignored=True
     ),
 }
+
+FP8 = {"fp8": "hybrid", "fp8_param": True}
+GATHERED = {"use_distributed_optimizer": True, "fp8_param_gather": True}
+
+NO_REPRODUCTION: dict[str, Case] = {
+    "quantized-parameters-without-distributed-optimizer": Case(
+        refused=Setting(transformer=FP8), advised=Setting(transformer=FP8, ddp=GATHERED)
+    ),
+    "quantized-parameters-without-gathering": Case(
+        refused=Setting(transformer=FP8, ddp={"use_distributed_optimizer": True}),
+        advised=Setting(transformer=FP8, ddp=GATHERED),
+    ),
+    "mxfp8-parameters": Case(
+        refused=Setting(transformer=FP8, assigned={"fp8_recipe": "mxfp8"}, ddp=GATHERED),
+        advised=Setting(
+            transformer=FP8,
+            assigned={"fp8_recipe": "mxfp8"},
+            ddp=GATHERED | {"reuse_grad_buf_for_mxfp8_param_ag": True},
+        ),
+    ),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from preflight_cases.ddp import FP8
 from preflight_cases.setting import EXPERT_PARALLEL, EXPERTS, PIPELINE, Case, Setting, megatron_fsdp
 
 CASES: dict[str, Case] = {
@@ -53,5 +54,11 @@ NO_REPRODUCTION: dict[str, Case] = {
     "megatron-fsdp-grouped-parameters": Case(
         refused=Setting(**megatron_fsdp(), assigned={"moe_single_grouped_weight": True}),
         advised=Setting(**megatron_fsdp()),
+    ),
+    "megatron-fsdp-quantized-parameters": Case(
+        refused=Setting(
+            transformer=FP8, **megatron_fsdp(fp8_param_gather=True, data_parallel_sharding_strategy="optim_grads")
+        ),
+        advised=Setting(transformer=FP8, **megatron_fsdp(fp8_param_gather=True)),
     ),
 }

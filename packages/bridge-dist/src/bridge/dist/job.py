@@ -116,6 +116,8 @@ class BuildJob:
             self.wrapper,
             bf16=config.bf16,
             fp16=config.fp16,
+            fp8_param=config.fp8_param,
+            fp4_param=config.fp4_param,
             distributed_optimizer=self.distributed_optimizer,
             sharding_strategy=self.sharding_strategy,
             on_gpu=torch.cuda.is_available(),

@@ -50,6 +50,8 @@ def make_default_ddp_options(
     *,
     bf16: bool,
     fp16: bool,
+    fp8_param: bool,
+    fp4_param: bool,
     distributed_optimizer: bool,
     sharding_strategy: ShardingStrategy | None,
     on_gpu: bool,
@@ -60,6 +62,8 @@ def make_default_ddp_options(
         wrapper: Any but ``none``.
         bf16: Whether the model computes in bf16.
         fp16: Whether it computes in fp16.
+        fp8_param: Whether it keeps weights in 8 bits.
+        fp4_param: Whether it keeps weights in 4 bits.
         distributed_optimizer: Whether DDP shards the optimizer's state.
         sharding_strategy: What Megatron-FSDP shards; None for its default.
         on_gpu: Whether the backend is NCCL.
@@ -70,6 +74,8 @@ def make_default_ddp_options(
         "grad_reduce_in_fp32": bf16 or fp16,
         "check_for_nan_in_grad": not fp16,  # with fp16 the loss scaler handles overflows
         "use_distributed_optimizer": fsdp or distributed_optimizer,  # Megatron-FSDP fails without it
+        "fp8_param_gather": fp8_param,
+        "fp4_param_gather": fp4_param,
         # Megatron-FSDP sets it in any case. Set here, gradients get buckets, which are reduced during the backward pass
         # instead of after it.
         "overlap_grad_reduce": strategy is ShardingStrategy.OPTIM_GRADS,

@@ -205,6 +205,8 @@ class _DefaultOptions:
             wrapper,
             bf16=config.bf16,
             fp16=config.fp16,
+            fp8_param=config.fp8_param,
+            fp4_param=config.fp4_param,
             distributed_optimizer=distributed_optimizer,
             sharding_strategy=sharding_strategy,
             on_gpu=True,

@@ -28,6 +28,10 @@ CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 """Reason that the common test does not reproduce a failure, for ``no_reproduction``."""
 
 
+SOURCE = "it needs Transformer Engine, and was read in the source"
+"""Another one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Environment:
     """The machine and the process of a build; the defaults mean no GPU and nothing set."""

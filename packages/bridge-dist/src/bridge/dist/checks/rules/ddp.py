@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.checks.preflight import MEGATRON, SOURCE, Rule, Setup, rule
 from bridge.dist.wrapper import Wrapper
 
 
@@ -60,10 +60,61 @@ def custom_fsdp(setup: Setup) -> Iterator[str]:
         yield "use_custom_fsdp is a former name without effect: set use_megatron_fsdp instead"
 
 
+_QUANTIZED = {"fp8_param": "fp8_param_gather", "fp4_param": "fp4_param_gather"}
+"""The fields that keep a model's weights in 8 or 4 bits, and those of the wrapper's configuration that go with them."""
+
+
+@rule(observed_in=MEGATRON, no_reproduction=SOURCE)
+def quantized_parameters_without_distributed_optimizer(setup: Setup) -> Iterator[str]:
+    """Only the distributed optimizer has code that quantises the weights it has updated. megatron.training refuses the
+    others.
+    """
+    if not setup.is_wrapped_with(Wrapper.DDP):
+        return
+    if setup.shards_optimizer or setup.options.use_layer_wise_distributed_optimizer:
+        return
+    for name in _QUANTIZED:
+        if getattr(setup.transformer, name):
+            yield (
+                f"{name} needs a distributed optimizer: set use_distributed_optimizer = True "
+                f"(--distributed-optimizer), or {name} = False"
+            )
+
+
+@rule(observed_in=MEGATRON, no_reproduction=SOURCE)
+def quantized_parameters_without_gathering(setup: Setup) -> Iterator[str]:
+    """The distributed optimizer skips quantised weights unless the wrapper's configuration announces them: they are
+    never updated, without an error.
+    """
+    shards = setup.is_wrapped_with(Wrapper.DDP) and setup.shards_optimizer
+    if shards or setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
+        for name, gather in _QUANTIZED.items():
+            if getattr(setup.transformer, name) and not getattr(setup.ddp, gather):
+                yield f"weights with {name} are not updated: set {gather} = True in the configuration of the wrapper"
+
+
+@rule(observed_in=MEGATRON, no_reproduction=SOURCE)
+def mxfp8_parameters(setup: Setup) -> Iterator[str]:
+    """With the distributed optimizer, DDP moves weights into a buffer of its own. Transformer Engine cannot move those
+    in MXFP8.
+    """
+    config = setup.transformer
+    is_mxfp8 = config.fp8_param and config.fp8_recipe == "mxfp8"
+    buffers = setup.is_wrapped_with(Wrapper.DDP) and setup.ddp.use_distributed_optimizer
+    if is_mxfp8 and buffers and not setup.ddp.reuse_grad_buf_for_mxfp8_param_ag:
+        yield (
+            "DDP with a distributed optimizer cannot move weights in MXFP8: set fp8_param = False, another fp8_recipe, "
+            "or reuse_grad_buf_for_mxfp8_param_ag = True in the configurations of the wrapper and of the optimizer"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     parameter_gather_without_distributed_optimizer,
     instances_without_distributed_optimizer,
     average_of_per_token_loss,
     fp32_reduce_scatter,
     custom_fsdp,
+    quantized_parameters_without_distributed_optimizer,
+    quantized_parameters_without_gathering,
+    mxfp8_parameters,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bridge.dist.checks.preflight import MEGATRON, Rule, Setup, rule
+from bridge.dist.checks.preflight import MEGATRON, SOURCE, Rule, Setup, rule
 from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
 
@@ -43,6 +43,21 @@ def megatron_fsdp_grouped_parameters(setup: Setup) -> Iterator[str]:
         yield (
             f"Megatron-FSDP does not support grouped parameters: set {' and '.join(grouped)} to False, or wrap with ddp"
         )
+
+
+@rule(observed_in=MEGATRON, no_reproduction=SOURCE)
+def megatron_fsdp_quantized_parameters(setup: Setup) -> Iterator[str]:
+    """Megatron-FSDP quantises updated weights only where it shards them, and has no code for FP4."""
+    if not setup.is_wrapped_with(Wrapper.MEGATRON_FSDP):
+        return
+    strategy, full = setup.ddp.data_parallel_sharding_strategy, ShardingStrategy.OPTIM_GRADS_PARAMS
+    if setup.transformer.fp8_param and strategy != full:
+        yield (
+            f"Megatron-FSDP does not support FP8 parameters with data_parallel_sharding_strategy {strategy}: set the "
+            f"strategy to {full}, or fp8_param = False"
+        )
+    if setup.transformer.fp4_param:
+        yield "Megatron-FSDP does not support FP4 parameters: set fp4_param = False, or wrap with ddp"
 
 
 @rule(observed_in=MEGATRON)
@@ -118,6 +133,7 @@ RULES: tuple[Rule, ...] = (
     megatron_fsdp_distributed_optimizer,
     megatron_fsdp_fp16,
     megatron_fsdp_grouped_parameters,
+    megatron_fsdp_quantized_parameters,
     megatron_fsdp_average,
     megatron_fsdp_single_experts,
     megatron_fsdp_strategy,

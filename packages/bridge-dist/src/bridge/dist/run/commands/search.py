@@ -36,6 +36,7 @@ from bridge.dist.run.commands.plan_options import (
 )
 from bridge.dist.run.devices import hide_gpus
 from bridge.dist.run.pool import start_fork_server
+from bridge.dist.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from bridge.dist.plan.forecast.ranking import Candidate
@@ -86,7 +87,7 @@ def search(
     document = Document.load(file, overrides)
     print_notes(file, document.migrate())
     check_precision(document, machine)
-    _refuse_early(document, request)
+    _refuse_early(document, request, options)
     layers = choose_layers(document, request.layers)
     prepare_process(layers)
     start_fork_server(os.cpu_count() or 1, "bridge.dist.plan.forecast.search", first=list_first_imports(layers))
@@ -115,13 +116,20 @@ def search(
         click.echo(command)
 
 
-def _refuse_early(document: Document, request: PlanRequest) -> None:
-    """Refuse early what no layout with the sizes to keep could train."""
+def _refuse_early(document: Document, request: PlanRequest, options: dict[str, Any]) -> None:
+    """Refuse early what no layout with the sizes and the wrapper to keep could train."""
     changed = deepcopy(document)
     # Whether virtual stages are possible depends on the number of pipeline ranks.
     sizes = {axis: size for axis, size in request.sizes.items() if axis != "vp" or request.pp}
     replace_layout(changed, sizes, sequence_parallel=sizes.get("tp", 1) > 1)
-    setup = refuse_before_imports(changed, wrapper=request.wrapper, world_size=request.gpus)
+    wrapper = options["wrapper"] or Wrapper.NONE  # without one, the rules about wrappers find nothing
+    setup = refuse_before_imports(
+        changed,
+        wrapper=wrapper,
+        world_size=request.gpus,
+        distributed_optimizer=wrapper is Wrapper.DDP and options["distributed_optimizer"] is not False,
+        sharding_strategy=request.sharding_strategy,
+    )
     if setup is not None and (length := request.seq_length or getattr(setup.model, "seq_length", None)):
         request.make_batch(setup.layout, seq_length=length).check_sequence(setup.transformer)
 
