@@ -8,9 +8,12 @@ make_preflight.py --check    fails if that would change the page
 import sys
 from pathlib import Path
 
+from bridge.dist.process.imports import import_megatron
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/preflight.md"
 
+import_megatron(with_compiler=True)  # quietly, before the tests import it
 sys.path.insert(0, str(ROOT / "tests"))
 from test_preflight import EVERY_CASE, find_problems, list_rules  # type: ignore[import-not-found]  # noqa: E402
 
