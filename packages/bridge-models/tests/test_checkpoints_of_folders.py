@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import shutil
@@ -334,8 +335,10 @@ def test_a_checkpoint_of_megatron_bridge_is_exported(tmp_path: Path) -> None:
         Checkpoint(iteration)
 
 
-def test_the_commands(tmp_path: Path) -> None:
-    """They write to empty folders, too."""
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write to empty folders, too, and run on a machine with a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
     folder = make_folder(tmp_path, "qwen3")
     for name in ("checkpoint", "exported"):
         (tmp_path / name).mkdir()

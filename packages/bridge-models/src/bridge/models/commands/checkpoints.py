@@ -8,6 +8,8 @@ import click
 
 from bridge.config import Document
 from bridge.config.cli.output import print_notes
+from bridge.dist.process.imports import import_megatron
+from bridge.dist.run.devices import hide_gpus
 
 
 @click.command()
@@ -21,6 +23,7 @@ def import_hf(*, folder: Path, output: Path, force: bool) -> None:
     checkpoint is in megatron-core's format torch_dist; beside the weights it has the document, Megatron Bridge's
     run_config.yaml and the tokenizer's files. Tensors keep their precision. No model is held in memory.
     """
+    _import_megatron()
     from bridge.models.huggingface.checkpoint.import_folder import import_folder  # torch takes seconds to import
 
     print_notes(folder, import_folder(folder, output, force=force))
@@ -39,6 +42,7 @@ def export_hf(*, checkpoint: Path, output: Path, config: str | None, force: bool
     it is run. The model is that of its document, which `bridge build --save` and `bridge import-hf` write, or of
     Megatron Bridge's run_config.yaml, or of --config. No model is held in memory.
     """
+    _import_megatron()
     from bridge.models.huggingface.checkpoint.export_folder import export_folder  # torch takes seconds to import
 
     document = None
@@ -47,3 +51,9 @@ def export_hf(*, checkpoint: Path, output: Path, config: str | None, force: bool
         document.migrate()
     print_notes(checkpoint, export_folder(checkpoint, output, document=document, force=force))
     click.echo(f"{output}: the weights in {checkpoint}")
+
+
+def _import_megatron() -> None:
+    """Import megatron-core for a model without memory, which a visible GPU would prevent."""
+    hide_gpus()
+    import_megatron(with_compiler=False)
