@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SETUP = """
 import signal, time
 from bridge.config.cli.entry import _exit_on_signals
@@ -15,6 +17,14 @@ with _exit_on_signals():
         signal.raise_signal(signal.SIGTERM)
     except:
         pass
+    time.sleep(60)
+"""
+SWALLOWED_BY_PYTHON = """
+import weakref
+with _exit_on_signals():
+    function = lambda: None
+    reference = weakref.ref(function, lambda _: signal.raise_signal(signal.SIGTERM))
+    del function
     time.sleep(60)
 """
 CLEANED_UP = """
@@ -33,8 +43,9 @@ def run(code: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_an_exception_that_a_library_swallows_is_raised_again() -> None:
-    assert run(SWALLOWED) == (128 + 15, "")
+@pytest.mark.parametrize("code", [SWALLOWED, SWALLOWED_BY_PYTHON])
+def test_an_exception_that_is_swallowed_is_raised_again(code: str) -> None:
+    assert run(code) == (128 + 15, "")
 
 
 def test_cleaning_up_is_not_interrupted() -> None:

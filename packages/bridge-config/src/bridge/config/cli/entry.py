@@ -184,9 +184,11 @@ def _exit_on_signals() -> Iterator[None]:
     """Exit on SIGINT and SIGTERM by an exception, so that child processes are ended and temporary files removed."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, _exit) for number in numbers}
+    report, sys.unraisablehook = sys.unraisablehook, _report_other_exceptions
     try:
         yield
     finally:
+        sys.unraisablehook = report
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -197,6 +199,12 @@ def _exit(number: int, frame: object) -> None:
     signal.signal(signal.SIGALRM, partial(_exit_again, 128 + number))
     signal.setitimer(signal.ITIMER_REAL, _EXIT_AGAIN_S, _EXIT_AGAIN_S)
     raise SystemExit(128 + number)
+
+
+def _report_other_exceptions(swallowed: Any) -> None:
+    """Report what Python swallows in a callback, as of a weak reference, but not the exit, which is raised again."""
+    if not issubclass(swallowed.exc_type, SystemExit):
+        sys.__unraisablehook__(swallowed)
 
 
 def _exit_again(code: int, number: int, frame: object) -> None:
