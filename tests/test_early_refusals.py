@@ -13,6 +13,8 @@ from bridge.dist.document_layout import apply_layout
 from bridge.dist.errors import PreflightError, TrainingError
 from bridge.dist.layout import Layout
 from bridge.dist.nearest import find_nearest, suggest, suggest_multiple
+from bridge.dist.plan.request import PlanRequest
+from bridge.dist.run.commands.search import _refuse_early as refuse_early
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import ShardingStrategy, Wrapper
 
@@ -169,6 +171,17 @@ def test_eight_bit_weights_need_a_wrapper_that_updates_them(
     document = Document.load("tiny", [f"transformer.{name}={value}" for name, value in fields.items()])
     with contextlib.nullcontext() if refusal is None else pytest.raises(PreflightError, match=refusal):
         refuse_before_imports(document, **options)
+
+
+def test_a_search_refuses_early_only_what_no_wrapper_can_train() -> None:
+    document = Document.load("tiny", ["transformer.fp8=hybrid", "transformer.fp8_param=true"])
+    request = PlanRequest(gpus=2, tp=1, pp=1)
+    for wrapper in (None, Wrapper.DDP, Wrapper.MEGATRON_FSDP):
+        refuse_early(document, request, {"wrapper": wrapper, "distributed_optimizer": None})
+    with pytest.raises(PreflightError, match="fp8_param needs a distributed optimizer"):
+        refuse_early(document, request, {"wrapper": Wrapper.DDP, "distributed_optimizer": False})
+    with pytest.raises(PreflightError, match="torch FSDP2 does not support FP8"):
+        refuse_early(document, request, {"wrapper": Wrapper.TORCH_FSDP2, "distributed_optimizer": None})
 
 
 @pytest.mark.parametrize(

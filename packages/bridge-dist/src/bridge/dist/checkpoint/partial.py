@@ -12,6 +12,9 @@ from tempfile import TemporaryDirectory
 
 from bridge.dist.formatting import format_bytes
 
+MAKE_ROOM = "free some space on this disk, or write to another folder"
+"""What to do about a disk that is full."""
+
 _LOCK = ".lock"
 
 _locks: dict[Path, int] = {}
@@ -58,9 +61,6 @@ def explain_lack_of_space(needed: int, free: int) -> str | None:
     if needed <= free:
         return None
     return f"needs {format_bytes(needed)}, but the disk has {format_bytes(free)} left: {MAKE_ROOM}"
-
-
-MAKE_ROOM = "free some space on this disk, or write to another folder"
 
 
 def finish(folder: Path) -> None:

@@ -29,7 +29,7 @@ CONSTRUCTOR = "the constructor of TransformerConfig refuses it too"
 
 
 SOURCE = "it needs Transformer Engine, and was read in the source"
-"""Another one."""
+"""The same for a rule about layers that need a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

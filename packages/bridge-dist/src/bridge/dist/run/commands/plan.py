@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +18,7 @@ from bridge.dist.formatting import format_gib, format_seconds
 from bridge.dist.plan.forecast.machine import Machine
 from bridge.dist.plan.layers import choose_layers, prepare_process
 from bridge.dist.plan.request import PlanRequest
-from bridge.dist.plan.results import Origin
+from bridge.dist.plan.results import Origin, Plan
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
 from bridge.dist.run.commands.options import (
@@ -38,6 +38,9 @@ from bridge.dist.run.commands.plan_options import (
     make_from_options,
 )
 from bridge.dist.run.devices import hide_gpus
+
+if TYPE_CHECKING:
+    from bridge.dist.plan.forecast.advice import Advice
 
 
 @click.command(cls=CommandKeepingArguments)
@@ -117,20 +120,9 @@ def _plan_layout(
         time = replace(time, training=compute_training_cost(found, time, tokens=tokens, price=price))
     found = replace(found, time=time)
     origin = Origin(command=format_command(), overrides=list(overrides), versions=collect_versions())
-    if as_json:
-        click.echo(json.dumps(found.to_json() | asdict(origin), indent=2))
-    else:
-        from bridge.dist.plan.show.terminal import render_plan
-
-        print_parts(render_plan(found))
+    _print_plan(found, origin, as_json=as_json)
     helpful = advise(document, options, found, machine) if found.fits is False else []
-    for advice in helpful:
-        needed = format_gib(advice.total_bytes + found.reserve_bytes)
-        step = format_seconds(advice.step_seconds)
-        click.echo(
-            f"with {advice.change} the largest rank needs {needed} GiB with its reserve, and a step takes {step}",
-            err=True,
-        )
+    _print_advice(helpful, found)
     if html is not None:
         from bridge.dist.plan.show.page import render_page
 
@@ -139,3 +131,23 @@ def _plan_layout(
         write_output(page, html)
     if found.fits is False:
         raise click.exceptions.Exit(1)
+
+
+def _print_plan(found: Plan, origin: Origin, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found.to_json() | asdict(origin), indent=2))
+        return
+    from bridge.dist.plan.show.terminal import render_plan
+
+    print_parts(render_plan(found))
+
+
+def _print_advice(helpful: Sequence[Advice], found: Plan) -> None:
+    """Print which changes would let a job fit that does not."""
+    for advice in helpful:
+        needed = format_gib(advice.total_bytes + found.reserve_bytes)
+        step = format_seconds(advice.step_seconds)
+        click.echo(
+            f"with {advice.change} the largest rank needs {needed} GiB with its reserve, and a step takes {step}",
+            err=True,
+        )
