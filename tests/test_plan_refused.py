@@ -27,6 +27,8 @@ def test_impossible_layouts_are_refused(preset: str, sizes: dict[str, int], worl
 def test_jobs_that_cannot_be_planned_are_refused() -> None:
     with pytest.raises(PlanError, match="set it to alltoall"):
         plan_preset("moe-tiny", {}, "transformer.moe_token_dispatcher_type=allgather", world_size=1)
+    with pytest.raises(PlanError, match="plans are for up to 1,048,576 GPUs, got 1,000,000,000: choose fewer"):
+        plan_preset("tiny", {}, world_size=10**9)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ from bridge.dist.train.batch import Batch
 from bridge.dist.train.flops import count_model_flops
 from bridge.dist.wrapper import ShardingStrategy, Wrapper, resolve_sharding_strategy
 
+_MOST_RANKS = 2**20
+"""Every rank of a group is listed, which takes seconds and more than 1 GiB for a million."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -42,6 +45,9 @@ class PlanOptions:
     ``default_reserve``. ``transposes_fp8`` is that of the machine, see ``Machine``; without one, weights in FP8 count
     twice, as before Blackwell. ``layers`` must be those for which megatron-core was imported: see
     ``bridge.dist.plan.layers.prepare_process``.
+
+    Raises:
+        PlanError: The job is too large.
     """
 
     batch: Batch
@@ -53,6 +59,10 @@ class PlanOptions:
     reserve: int | None = None
     transposes_fp8: bool = True
     layers: Layers = Layers.INSTALLED
+
+    def __post_init__(self) -> None:
+        if self.world_size > _MOST_RANKS:
+            raise PlanError(f"plans are for up to {_MOST_RANKS:,} GPUs, got {self.world_size:,}: choose fewer")
 
 
 def derive_layout(document: Document, *, gpus: int | None, dp: int | None) -> Layout:
@@ -146,6 +156,7 @@ def plan(
         ranks = [
             measure_rank(job, layout, batch, rank=rank_of(layout, pp=pp), memo=memo, passed=passed) for pp in planned
         ]
+    shapes = _list_shapes(ranks, layout, get_vocab_size(config))
     return Plan(
         world_size=layout.world_size,
         layout={axis: size for axis, size in asdict(layout).items() if size is not None},
@@ -160,11 +171,11 @@ def plan(
         global_batch_size=batch.global_batch_size,
         microbatches=microbatches,
         microbatch_group_size=group_size,
-        parameters=sum(map(prod, _list_shapes(ranks, layout, get_vocab_size(config)).values())),
+        parameters=sum(map(prod, shapes.values())),
         buffers=sum(rank.buffers for rank in ranks),
         gpu_memory=options.gpu_memory,
         reserve_bytes=default_reserve(layout.world_size) if options.reserve is None else options.reserve,
-        model_flops=count_model_flops(_list_shapes(ranks, layout, get_vocab_size(config)), transformer, batch),
+        model_flops=count_model_flops(shapes, transformer, batch),
         has_experts=bool(transformer.num_moe_experts),
         overlapped=_list_overlapped(transformer),
         has_cuda_graphs=transformer.cuda_graph_impl != "none",
