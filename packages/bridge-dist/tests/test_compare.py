@@ -154,6 +154,8 @@ WRONG = {
     "empty": ('{"kind": "build"}', "empty.json: $.layout: is missing: create the file again with this version"),
     "size": (PLAN | {"world_size": "4"}, "size.json: $.world_size: expected an integer, got '4'"),
     "flag": (PLAN | {"world_size": True}, "flag.json: $.world_size: expected an integer, got true"),
+    "huge": (PLAN | {"parameters": 10**400}, "huge.json: $.parameters: expected a number below 1e+30, got 1"),
+    "nan": (PLAN | {"parameters": float("nan")}, "nan.json: $.parameters: expected a number below 1e+30, got nan"),
     "no stages": (PLAN | {"stages": []}, "no stages.json: $.stages: is empty"),
     "stage": (PLAN | {"stages": [3]}, "stage.json: $.stages[0]: expected a mapping, got 3"),
     "bytes": (PLAN | {"stages": [{"pp": 0, "total_bytes": 1}]}, "bytes.json: $.stages[0].weight_bytes: is missing"),

@@ -37,9 +37,11 @@ class Part:
         """Return a value, or None if it is missing.
 
         Raises:
-            DocumentError: It has another type.
+            DocumentError: It has another type, or is a number too large to compute with.
         """
         value = self.data.get(key)
+        if isinstance(value, int | float) and not abs(value) < _TOO_LARGE:  # also finds NaN
+            raise self.make_error(key, f"expected a number below {_TOO_LARGE:.0e}, got {describe_value(value)}")
         if kind is float and type(value) is int:
             value = float(value)
         if value is None or type(value) is kind:
@@ -67,6 +69,7 @@ class Part:
         return DocumentError([Problem(f"{self.path}.{key}", message, self.source)])
 
 
+_TOO_LARGE = 1e30
 _TYPE_NAMES: Mapping[type, str] = {
     str: "a string",
     int: "an integer",
