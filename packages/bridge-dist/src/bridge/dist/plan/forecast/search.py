@@ -305,7 +305,9 @@ class _Search:
                 self._record(_Task(choice), self._submit(pool, _Task(choice)).result())
 
     def _describe_failure(self) -> str:
-        lines = [f"nothing fits on {self._options.world_size} GPUs: {len(self._too_large)} choices are too large"]
+        large = len(self._too_large)
+        choices = "1 choice is" if large == 1 else f"{large} choices are"
+        lines = [f"nothing fits on {self._options.world_size} GPUs: {choices} too large"]
         if self._closest is not None:
             needed = self._closest.plan.worst.total_bytes
             lines.append(
@@ -313,7 +315,10 @@ class _Search:
                 f"{format_gib(needed - (self._memory or 0))} GiB more than a GPU has besides its reserve: "
                 "use more GPUs, or GPUs with more memory"
             )
-        lines += [f"{number} are refused because {reason}" for reason, number in self._refused.most_common(3)]
+        lines += [
+            f"{number} {'is' if number == 1 else 'are'} refused because {reason}"
+            for reason, number in self._refused.most_common(3)
+        ]
         return "\n".join(lines)
 
 
