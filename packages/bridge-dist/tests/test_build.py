@@ -372,6 +372,36 @@ def test_preflight_errors_survive_pickling() -> None:
     assert (error.problems, str(error)) == (("one", "two"), "one\ntwo")
 
 
+def build_layers_in_a_pipeline(config: StageConfig, groups: ProcessGroupCollection, *, numbered: bool) -> str:
+    """Build two stages of two layers each; return the error."""
+
+    def add_layers(stages: list[MegatronModule]) -> list[MegatronModule]:
+        layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+        for number, layer in enumerate(layers if numbered else [], 2 * groups.pp.rank() + 1):
+            layer.layer_number = number  # type: ignore[assignment]
+        stages[0].layers = torch.nn.ModuleList(layers)
+        return stages
+
+    config.pre_wrap_hooks = [add_layers]
+    try:
+        StageBuilder(config).build_distributed_models(groups, wrap_with_ddp=False)
+    except BuilderContractError as error:
+        return str(error)
+    return ""
+
+
+def build_layers_with_and_without_numbers() -> list[str]:
+    config = make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    groups = make_groups(config)
+    return [build_layers_in_a_pipeline(config, groups, numbered=numbered) for numbered in (True, False)]
+
+
+def test_layers_of_one_name_on_two_stages_are_refused_on_every_rank() -> None:
+    for accepted, refused in run_ranks(build_layers_with_and_without_numbers, 2):
+        assert accepted == ""
+        assert "different layers of the same name: layers.0, layers.1; give each layer the attribute" in refused
+
+
 def build_in_groups_of_another_size() -> None:
     groups = make_groups(make_config())
     StageBuilder(make_config(tensor_model_parallel_size=2)).build_distributed_models(groups, wrap_with_ddp=False)

@@ -22,6 +22,7 @@ from bridge.dist.checks.rules.machine import describe_slowdown
 from bridge.dist.checks.stages import check_optimizer_instances, check_torch
 from bridge.dist.engine.environment import inspect_process
 from bridge.dist.engine.groups import get_embedding_ranks, get_layout
+from bridge.dist.engine.layer_names import check_layer_names
 from bridge.dist.engine.meta import NothingInitialised, initialise_stages, load_while_wrapping
 from bridge.dist.engine.options import BuildOptions
 from bridge.dist.engine.precision import wrap_mixed_precision
@@ -55,6 +56,7 @@ def build_distributed(
         AgreementError: The ranks would build different models.
         PreflightError: The configuration does not fit the process groups or the wrapper.
         CopyError: A pre-wrap hook left copies of a parameter different on ranks that hold it.
+        BuilderContractError: Layers of different pipeline stages have the same name.
         HookError: See ``compose_hooks``.
     """
     if not is_alone():  # first: a rank with another configuration would hang in the collectives below
@@ -94,6 +96,7 @@ def build_distributed(
         stages = compose_hooks([pre_wrap_hook])(list(built))
     if model is not None and (hooks := list_user_hooks(model.pre_wrap_hooks)):
         check_copies(stages, pg_collection, tied=tied, hooks=hooks)
+    check_layer_names(stages, pg_collection)
     return compose_hooks([post_wrap_hook])(prepare_stages(stages, config, pg_collection, options))
 
 
