@@ -114,10 +114,7 @@ class BuildJob:
             return BuildOptions(wrap_with_ddp=False)
         ddp = make_default_ddp_options(
             self.wrapper,
-            bf16=config.bf16,
-            fp16=config.fp16,
-            fp8_param=config.fp8_param,
-            fp4_param=config.fp4_param,
+            config,
             distributed_optimizer=self.distributed_optimizer,
             sharding_strategy=self.sharding_strategy,
             on_gpu=torch.cuda.is_available(),

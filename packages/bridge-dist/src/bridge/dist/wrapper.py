@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Wrapper(StrEnum):
@@ -45,13 +45,22 @@ def resolve_sharding_strategy(wrapper: Wrapper, strategy: ShardingStrategy | Non
     return strategy or ShardingStrategy.OPTIM_GRADS_PARAMS
 
 
+class Precision(Protocol):
+    """The fields of TransformerConfig that say how a model computes and keeps its weights."""
+
+    bf16: bool
+    fp16: bool
+    fp8_param: bool
+    fp4_param: bool
+
+    @property
+    def fp8_recipe(self) -> str | None: ...
+
+
 def make_default_ddp_options(
     wrapper: Wrapper,
+    config: Precision,
     *,
-    bf16: bool,
-    fp16: bool,
-    fp8_param: bool,
-    fp4_param: bool,
     distributed_optimizer: bool,
     sharding_strategy: ShardingStrategy | None,
     on_gpu: bool,
@@ -60,22 +69,22 @@ def make_default_ddp_options(
 
     Args:
         wrapper: Any but ``none``.
-        bf16: Whether the model computes in bf16.
-        fp16: Whether it computes in fp16.
-        fp8_param: Whether it keeps weights in 8 bits.
-        fp4_param: Whether it keeps weights in 4 bits.
+        config: The transformer's configuration.
         distributed_optimizer: Whether DDP shards the optimizer's state.
         sharding_strategy: What Megatron-FSDP shards; None for its default.
         on_gpu: Whether the backend is NCCL.
     """
     fsdp = wrapper is Wrapper.MEGATRON_FSDP
     strategy = resolve_sharding_strategy(wrapper, sharding_strategy) or ShardingStrategy.NO_SHARD
+    in_mxfp8 = config.fp8_param and config.fp8_recipe == "mxfp8"
     return {
-        "grad_reduce_in_fp32": bf16 or fp16,
-        "check_for_nan_in_grad": not fp16,  # with fp16 the loss scaler handles overflows
+        "grad_reduce_in_fp32": config.bf16 or config.fp16,
+        "check_for_nan_in_grad": not config.fp16,  # with fp16 the loss scaler handles overflows
         "use_distributed_optimizer": fsdp or distributed_optimizer,  # Megatron-FSDP fails without it
-        "fp8_param_gather": fp8_param,
-        "fp4_param_gather": fp4_param,
+        "fp8_param_gather": config.fp8_param,
+        "fp4_param_gather": config.fp4_param,
+        # Transformer Engine cannot move weights in MXFP8 into a buffer of DDP.
+        "reuse_grad_buf_for_mxfp8_param_ag": in_mxfp8 and wrapper is Wrapper.DDP and distributed_optimizer,
         # Megatron-FSDP sets it in any case. Set here, gradients get buckets, which are reduced during the backward pass
         # instead of after it.
         "overlap_grad_reduce": strategy is ShardingStrategy.OPTIM_GRADS,

@@ -203,10 +203,7 @@ class _DefaultOptions:
             return cls(wrapper=wrapper, ddp_config=None)
         usual = make_default_ddp_options(
             wrapper,
-            bf16=config.bf16,
-            fp16=config.fp16,
-            fp8_param=config.fp8_param,
-            fp4_param=config.fp4_param,
+            config,
             distributed_optimizer=distributed_optimizer,
             sharding_strategy=sharding_strategy,
             on_gpu=True,

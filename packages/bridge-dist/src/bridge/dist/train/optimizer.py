@@ -42,6 +42,7 @@ def set_up_optimizer(stages: list[MegatronModule], *, use_gloo_process_groups: b
             params_dtype=config.params_dtype,
             use_distributed_optimizer=ddp_config.use_distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
+            reuse_grad_buf_for_mxfp8_param_ag=ddp_config.reuse_grad_buf_for_mxfp8_param_ag,
         ),
         stages,
         use_gloo_process_groups=use_gloo_process_groups,
