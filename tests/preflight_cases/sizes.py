@@ -9,6 +9,7 @@ CASES: dict[str, Case] = {
         # Each stage builds all layers, so the model has twice as many.
         refused=Setting(sizes=PIPELINE, assigned={"pipeline_model_parallel_size": 1}),
         advised=Setting(sizes=PIPELINE),
+        error="pipeline stages have different layers of the same name",
     ),
     "values-fit": Case(
         refused=Setting(assigned={"num_query_groups": 3}),
