@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ class Row:
                 pytest.skip("out of time")
             raise
 
-    def bridge(self, *args: str | Path, limit: float = 120) -> Any:
-        """Run the command `bridge` and return the JSON that it prints.
+    def bridge(self, *args: str | Path, launcher: Sequence[str] = (), limit: float = 120) -> Any:
+        """Run the command `bridge`, started by a launcher if one is given, and return the JSON that it prints.
 
         `bridge verify` prints its rows and exits with 1 if one of them differs: these are returned.
 
@@ -111,7 +112,8 @@ class Row:
             RuntimeError: The command failed; the message is its error. Its standard error is in the log.
         """
         script = Path(sys.executable).with_name("bridge")
-        command = [script if script.exists() else shutil.which("bridge") or "bridge", *args, "--json", "--traceback"]
+        found = script if script.exists() else shutil.which("bridge") or "bridge"
+        command = [*launcher, found, *args, "--json", "--traceback"]
         left = self._session.clip_limit(limit)
         with self._session.log.open("a+") as log:
             log.write(f"== {time.strftime('%H:%M:%S')} bridge {' '.join(map(str, args))}\n")

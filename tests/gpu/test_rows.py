@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ WRAPPERS = {
     "distributed-optimizer": ("ddp", True),
     "megatron-fsdp": ("megatron-fsdp", False),
     "torch-fsdp2": ("torch-fsdp2", False),
+}
+LAUNCHERS = {
+    "bridge": [],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--no-python"],
 }
 TRAINING = [
     *("--steps", str(STEPS), "--text", str(TEXT)),
@@ -64,9 +69,10 @@ def test_family(row: Row, case: str) -> None:
     compare(row, row.run("gpu.training:train_model", model, precision), case)
 
 
-def test_launch(row: Row) -> None:
-    """A rank that `bridge build` starts on a GPU gives the same losses and gradient norms as on the CPU."""
-    report = row.bridge("build", "tiny", *TRAINING, *get_device_option(row))
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launch(row: Row, launcher: str) -> None:
+    """A rank that `bridge build` or torchrun starts on a GPU gives the same losses and gradient norms as on the CPU."""
+    report = row.bridge("build", "tiny", *TRAINING, *get_device_option(row), launcher=LAUNCHERS[launcher])
     assert report["device"] == ("cpu" if row.rehearsing else "cuda")
     compare(row, report, "tiny-fp32")
 
@@ -245,12 +251,18 @@ def test_te_layers(row: Row) -> None:
     compare(row, row.run("gpu.training:train_model", "tiny", "bf16", limit=120), "tiny-bf16")
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_te_fp8(row: Row, recipe: str) -> None:
-    """Transformer Engine's layers in FP8 give losses within 2 % of those in bf16 on the CPU."""
+@pytest.mark.parametrize("case", ["delayed", "tensorwise", "tensorwise-weights"])
+def test_te_fp8(row: Row, case: str) -> None:
+    """Transformer Engine's layers in FP8 give losses within 2 % of those in bf16 on the CPU.
+
+    In the last row the weights are in FP8 too, and a distributed optimizer updates them.
+    """
     row.needs("transformer-engine")
-    overrides = ("transformer.fp8=hybrid", f"transformer.fp8_recipe={recipe}")
-    found = row.run("gpu.training:train_model", "tiny", "bf16", overrides, limit=120)
+    recipe, _, weights = case.partition("-")
+    overrides = ["transformer.fp8=hybrid", f"transformer.fp8_recipe={recipe}"]
+    if weights:
+        overrides.append("transformer.fp8_param=true")
+    found = row.run("gpu.training:train_model", "tiny", "bf16", overrides, "ddp", bool(weights), limit=120)
     difference = find_largest_difference(found["losses"], REFERENCES["training"]["tiny-bf16"]["losses"])
     row.measure("loss difference", difference, at_most=0.02)
     row.judge()
