@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from weight_folders import read_weights, write
 
 from bridge.config import ModelConfig
-from bridge.dist.cpu import cpu_runtime
+from bridge.dist.cpu import cpu_runtime, on_meta
 from bridge.dist.engine.placement import named_tensors
 from bridge.models.errors import WeightsError
 from bridge.models.huggingface import from_hf, load_weights, save_weights
@@ -201,3 +201,14 @@ def test_rows_of_gates_in_another_order_are_refused(pg_collection: Groups, tmp_p
         load_weights([built], tmp_path, pg_collection)
     with pytest.raises(WeightsError, match=r"^transformer\.moe_mlp_glu_interleave_size: is set, "):
         save_weights([built], tmp_path / "saved", pg_collection, model=config)
+
+
+def test_weights_in_8_bits_are_not_loaded_from_the_meta_device(pg_collection: Groups, tmp_path: Path) -> None:
+    build_transformers_model(MODELS["llama"]).save_pretrained(tmp_path)
+    with on_meta():
+        built = build_bridge_model(MODELS["llama"], pg_collection)
+    built.config.fp8_param = True
+    with pytest.raises(WeightsError, match=r"^transformer\.fp8_param: .*set transformer\.init_model_with_meta_device"):
+        load_weights([built], tmp_path, pg_collection)
+    built.config.fp8_param = False
+    load_weights([built], tmp_path, pg_collection)

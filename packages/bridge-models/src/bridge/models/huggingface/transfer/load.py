@@ -47,6 +47,7 @@ def load_weights(
         WeightsError: The tensors are not those of the model: all problems, before the first byte is read.
     """
     opened = folder if isinstance(folder, Folder) else open_folder(folder)
+    raise_any([problem for stage in stages for problem in _find_unquantized(stage)])
     known = match_stages(stages, opened, pg_collection)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with TensorReader() as reader:
@@ -59,6 +60,16 @@ def load_weights(
                 copy = partial(fill, regions=regions, weight=weight, folder=opened, reader=reader)
                 loads[placement.name] = partial(set_values, fill=copy)
             load_stage(unwrap(stage), loads)
+
+
+def _find_unquantized(stage: MegatronModule) -> Iterator[Problem]:
+    """Yield the settings that want weights in 8 or 4 bits, if the stage has weights on the meta device."""
+    if any(parameter.is_meta for parameter in stage.parameters()):
+        for name in ("fp8_param", "fp4_param"):
+            if getattr(stage.config, name):
+                reason = "Transformer Engine quantizes weights when it initialises them, and these are loaded"
+                advice = "set transformer.init_model_with_meta_device, or this, to false"
+                yield Problem(f"transformer.{name}", f"{reason} from the meta device: {advice}")
 
 
 Known = dict[str, tuple[Weight, tuple[Part, ...]]]
