@@ -47,7 +47,10 @@ def test_auto_chooses_gpus_if_each_rank_gets_one(gpus: pytest.MonkeyPatch) -> No
 
 def test_ranks_on_gpus_are_spawned_and_others_forked(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # restored after the test
+    gpus.setenv("OMP_NUM_THREADS", "")  # restored after the test
+    del os.environ["OMP_NUM_THREADS"]
     start_method = prepare(Device.AUTO, None, ranks=2)
+    assert int(os.environ["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
     assert launch(rank_functions.is_cuda_usable_after_imports, ranks=1, start_method=start_method)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert prepare(Device.AUTO, None, ranks=3) == "forkserver"

@@ -50,11 +50,18 @@ def start_fork_server(ranks: int, *modules: str, first: Sequence[str] = ()) -> N
 
     Modules named in ``first`` are imported before these.
     """
-    # torch would otherwise start a thread per core in every rank.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    share_cores(ranks)
     multiprocessing.get_context("forkserver").set_forkserver_preload([*first, _PRELOAD, *modules])
     with delay_signals():
         forkserver.ensure_running()
+
+
+def share_cores(ranks: int) -> None:
+    """Let each of some ranks that will start on this machine use its share of the cores, unless the user has chosen.
+
+    torch would otherwise start a thread per core in every rank.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
 
 
 def launch(

@@ -9,7 +9,7 @@ import click
 from bridge.dist.process.imports import import_megatron
 from bridge.dist.process.messages import start_run
 from bridge.dist.run.devices import UNUSABLE, Device, choose_device, count_gpus, hide_gpus
-from bridge.dist.run.pool import StartMethod, start_fork_server
+from bridge.dist.run.pool import StartMethod, share_cores, start_fork_server
 from bridge.dist.run.rank_environment import RankEnvironment
 
 
@@ -36,6 +36,8 @@ def prepare(asked: Device, rank_environment: RankEnvironment | None, *, ranks: i
     environment = {} if rank_environment is None else os.environ
     device = choose_device(asked, local_ranks=local_ranks, environment=environment)
     if device is Device.CUDA:
+        if rank_environment is None:
+            share_cores(ranks)
         # A process that only starts ranks needs no compiler.
         import_megatron(with_compiler=rank_environment is not None)
         return "spawn"
