@@ -24,7 +24,7 @@ def test_a_signal_waits_until_the_context_is_left() -> None:
 
 
 START_AND_WAIT = """
-import multiprocessing, time
+import multiprocessing, signal, time
 from bridge.dist.process.signals import delay_signals
 
 def wait(seconds):
@@ -33,6 +33,7 @@ def wait(seconds):
     print("alive", flush=True)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     child = multiprocessing.get_context("spawn").Process(target=wait, args=(1,))
     with delay_signals():
         child.start()
