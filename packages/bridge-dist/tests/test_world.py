@@ -16,4 +16,4 @@ def test_rank_0_leaves_last_if_it_serves_the_store() -> None:
         port = free.getsockname()[1]
     with RankPool() as pool:
         first, last = pool.run(rank_functions.leave_world_after, (0, 1), port, ranks=2)
-    assert first >= last
+    assert first > last - 0.5  # it would leave a second earlier
