@@ -79,8 +79,7 @@ def build_and_train(
         _save(job, stages, groups, None, progress)
         iteration = progress.step
     else:
-        steps = _train(job, config, stages, layout, groups, training=job.training, show_steps=show_steps)
-        iteration = steps[-1].number
+        steps, iteration = _train(job, config, stages, layout, groups, training=job.training, show_steps=show_steps)
     return BuiltRank(stages=stages, placements=placements, steps=steps, iteration=iteration)
 
 
@@ -103,8 +102,12 @@ def _train(
     *,
     training: TrainOptions,
     show_steps: bool,
-) -> list[Step]:
-    """Train the stages, from the job's checkpoint if it has one, and save them if the job asks for it."""
+) -> tuple[list[Step], int]:
+    """Train the stages, from the job's checkpoint if it has one, and save them if the job asks for it.
+
+    Returns:
+        The steps, and the iteration that they lead to.
+    """
     before = Progress()
 
     def resume(optimizer: Any) -> Progress:
@@ -131,7 +134,8 @@ def _train(
             describe=lambda _, step: f"loss {step.loss:.4f}",
             count=lambda step: (step.number, before.step + training.steps),
         )
-    return list(steps)
+    taken = list(steps)
+    return taken, before.step + len(taken)
 
 
 def _is_leader() -> bool:
