@@ -5,6 +5,7 @@ a fixture or helper of it uses one of SLOW_NAMES: modules, what is imported from
 """
 
 import ast
+import gc
 import os
 from collections.abc import Generator, Iterator
 from functools import cache
@@ -57,6 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if "quick" not in item.keywords}
         items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt imported modules from garbage collection: with torch and Megatron a full collection takes 0.6 s."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # objects still frozen at exit are reported as leaks
 
 
 def is_quick(test: pytest.Function) -> bool:

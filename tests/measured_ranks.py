@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bridge.config import Document, ModelConfig, register
@@ -64,9 +64,6 @@ class Case:
             distributed_optimizer=self.distributed_optimizer,
             sharding_strategy=self.sharding_strategy,
         )
-
-
-LONGER_BATCH = replace(BATCH, global_batch_size=32)
 
 
 class Measured(NamedTuple):
@@ -254,7 +251,7 @@ def train_sharded(cases: dict[str, Case]) -> dict[str, MeasuredSharded]:
         )
         of_data = {"dp_cp": groups.dp_cp, "expt_dp": groups.expt_dp}
         seen = CollectiveRecorder(stages, of_data, case.sharding_strategy)
-        shape = (LONGER_BATCH.count_microbatches(layout), LONGER_BATCH.micro_batch_size, LONGER_BATCH.seq_length + 1)
+        shape = (BATCH.count_microbatches(layout), BATCH.micro_batch_size, BATCH.seq_length + 1)
         with set_up_optimizer(stages) as optimizer:
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             updated = [local(p) for part in parts for group in part.param_groups for p in group["params"]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from measured_ranks import (
     BATCH,
-    LONGER_BATCH,
     WORLD,
     Case,
     Measured,
@@ -139,8 +138,8 @@ def test_the_plan_of_every_sharded_rank_matches_its_measurements(
     job = SHARDED[name].job()
     layout = job.check(ModelConfig.from_dict(job.document), WORLD)
     for rank in (0, WORLD - 1):  # the first and the last rank of every group
-        planned = measure_rank(job, layout, LONGER_BATCH, rank=rank, memo={})
-        calls = planned.traffic.count(LONGER_BATCH.count_microbatches(layout))
+        planned = measure_rank(job, layout, BATCH, rank=rank, memo={})
+        calls = planned.traffic.count(BATCH.count_microbatches(layout))
         assert (
             MeasuredSharded(
                 parameters=pop_recorded_parameters(),
