@@ -27,7 +27,7 @@ def train_tiny(sizes: dict[str, int], overrides: dict[str, Any]) -> tuple[list[f
     for path, value in overrides.items():
         document.set(path, value)
     apply_layout(document, sizes)
-    training = TrainOptions(steps=5, text=find_default_text(), seq_length=32)
+    training = TrainOptions(steps=3, text=find_default_text(), seq_length=32, global_batch_size=4)
     job = BuildJob(document=document.data, wrapper=Wrapper.DDP, training=training)
     config = document.config()
     layout = job.check(config, torch.distributed.get_world_size())

@@ -131,7 +131,7 @@ def build_case(case: Case, *, instances: int = 1) -> Iterator[Built]:
         destroy_process_groups()
 
 
-def train_built(case: Built, *, steps: int = 3) -> Run:
+def train_built(case: Built, *, steps: int = 2) -> Run:
     text = Text.read(find_default_text(), vocab_size=VOCAB)
     options = TrainOptions(steps=steps, text=find_default_text(), seq_length=16, global_batch_size=4)
     taken = list(train(list(case.stages), case.groups, case.layout, text=text, options=options))

@@ -19,10 +19,9 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "tests")]
 from environments import run_in_one_process  # noqa: E402
 
 PARAMETERS = 134_515_008  # SmolLM2-135M's model card
-SAMPLES, LENGTH = 2, 128
+SAMPLES, LENGTH = 2, 64
 TEXT = Path("LICENSE")
 LAYOUTS = {
-    "tp1": [],
     "tp3": ["--nproc", "3", "--tp", "3"],
     "pp2": ["--nproc", "2", "--pp", "2"],
     "dp2": ["--nproc", "2"],
