@@ -66,7 +66,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # objects still frozen at exit are reported as leaks
+    """End the exemption: objects still frozen at exit are reported as leaks."""
+    gc.unfreeze()
 
 
 def is_quick(test: pytest.Function) -> bool:

@@ -56,7 +56,8 @@ def declare(folder: Path, name: str, targets: dict[str, str]) -> None:
 
 def test_every_layout_of_a_correct_model_is_equal_or_refused() -> None:
     """The cells of tiny on two processes in docs/matrix.md."""
-    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *SHORT, "--steps", "5", "--micro-batch-size", "2", "--json")
+    sizes = (*SHORT, "--steps", "5", "--micro-batch-size", "2")
+    code, out, errors = run_command("verify", "tiny", "--nproc", "2", *sizes, "--json")
     assert code == 0, errors
     rows = json.loads(out)
     assert [(row["layout"], row["wrapper"]) for row in rows] == [
