@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from planned_jobs import plan_preset
 
 from bridge.dist.train.batch import Batch
 from bridge.dist.wrapper import Wrapper
+
+
+@functools.cache
+def count_whole(*overrides: str, batch: Batch) -> tuple[int, float]:
+    """Return the parameters and FLOPs of the model on one rank."""
+    whole = plan_preset("tiny", {}, *overrides, world_size=1, batch=batch)
+    return whole.parameters, whole.worst.flops
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper.DDP, Wrapper.TORCH_FSDP2])
@@ -31,11 +40,9 @@ def test_multi_token_prediction_on_its_own_stage_receives_hidden_states(
     )
     batch = Batch(seq_length=64, global_batch_size=8)
     found = plan_preset("tiny", sizes, *changed, world_size=2 * sizes["pp"], wrapper=wrapper, batch=batch)
-    whole = plan_preset("tiny", {}, *changed[:2], world_size=1, batch=batch)
-    assert found.parameters == whole.parameters
-    assert (
-        sum(stage.flops for stage in found.stages) == whole.worst.flops / 2
-    )  # two data-parallel ranks share the batch
+    parameters, flops = count_whole(*changed[:2], batch=batch)
+    assert found.parameters == parameters
+    assert sum(stage.flops for stage in found.stages) == flops / 2  # two data-parallel ranks share the batch
     sent = [traffic.bytes for stage in found.stages for traffic in stage.traffic if traffic.group == "pp"]
     assert sent == [
         4 * (4 * 64 * 64) * times for times in hidden_states

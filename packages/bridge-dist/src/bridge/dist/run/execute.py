@@ -19,6 +19,7 @@ from bridge.dist.checkpoint.progress import Progress
 from bridge.dist.checkpoint.save import check_target, save_checkpoint
 from bridge.dist.checkpoint.tokenizer import find_tokenizer_folder
 from bridge.dist.engine.environment import prepare_process
+from bridge.dist.engine.forward import ForwardStep
 from bridge.dist.engine.placement import Placement, named_parameters
 from bridge.dist.engine.seeds import seed_random_states
 from bridge.dist.engine.weights import draw_weights
@@ -79,7 +80,16 @@ def build_and_train(
         _save(job, stages, groups, None, progress)
         iteration = progress.step
     else:
-        steps, iteration = _train(job, config, stages, layout, groups, training=job.training, show_steps=show_steps)
+        steps, iteration = _train(
+            job,
+            config,
+            stages,
+            layout,
+            groups,
+            training=job.training,
+            forward_step=builder.forward_step,
+            show_steps=show_steps,
+        )
     return BuiltRank(stages=stages, placements=placements, steps=steps, iteration=iteration)
 
 
@@ -101,6 +111,7 @@ def _train(
     groups: ProcessGroupCollection,
     *,
     training: TrainOptions,
+    forward_step: ForwardStep,
     show_steps: bool,
 ) -> tuple[list[Step], int]:
     """Train the stages, from the job's checkpoint if it has one, and save them if the job asks for it.
@@ -123,7 +134,7 @@ def _train(
         layout,
         text=text,
         options=training,
-        forward_step=job.make_builder(config).forward_step,
+        forward_step=forward_step,
         start=resume,
         finish=partial(_save, job, stages, groups),
     )
