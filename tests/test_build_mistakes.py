@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -184,31 +180,3 @@ def test_invalid_calls_in_a_program_are_clear_errors() -> None:
     assert "DEPRECATED" not in done.stderr
     for line, expected in zip(said, WRONG_CALLS.values(), strict=True):
         assert expected in line
-
-
-def test_a_killed_rank_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
-    """The other rank must not wait for the dead one, at any point of the run."""
-    errors = tmp_path / "stderr"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen([BRIDGE, "build", "tiny", "--nproc", "2", "--steps", "100000"], stderr=stderr)
-        ranks = grandchildren(process.pid, 2)
-        os.kill(ranks[1], signal.SIGKILL)
-        assert process.wait(timeout=60) == 1
-    assert re.search(r"^rank [01] was killed: SIGKILL, signal 9", errors.read_text(), re.MULTILINE)
-    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
-
-
-def grandchildren(pid: int, count: int) -> list[int]:
-    """Wait until the fork server has started its children, the ranks."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = [rank for child in children(pid) for rank in children(child)]
-        if len(found) == count:
-            return found
-        time.sleep(0.1)
-    raise TimeoutError(f"no {count} ranks")
-
-
-def children(pid: int) -> list[int]:
-    listed = run_process("ps", "-o", "pid=", "--ppid", str(pid))
-    return [int(child) for child in listed.stdout.split()]

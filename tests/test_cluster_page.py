@@ -118,7 +118,7 @@ def test_the_training_script_goes_on_under_another_layout(folder: Path, monkeypa
     torchrun = folder / "torchrun"
     torchrun.write_text(f'#!/bin/sh\nexec "{SCRIPTS / "torchrun"}" --nproc-per-node 2 "$@"\n')
     torchrun.chmod(0o755)
-    training = ("tiny", "tokens.npy", "run", "--steps", "6", "--save-every", "3")
+    training = ("tiny", "tokens.npy", "run", "--steps", "6", "--save-every", "3", "--global-batch-size", "4")
     whole = read_losses(start(folder, "torchrun", "train.py", *training, "--tp", "2"))
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
     shutil.rmtree(folder / "run" / "iter_0000006")
