@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bridge.config import Document
 from bridge.dist.document_layout import apply_layout
 from bridge.dist.plan.layers import Layers, prepare_process
 from bridge.dist.process.imports import import_megatron
+from bridge.dist.wrapper import ShardingStrategy
 
 FUSED = ("transformer.bias_activation_fusion=true", "transformer.bias_dropout_fusion=true")
 SPLIT = (
@@ -164,17 +166,25 @@ def plan_recipes() -> dict[str, Any]:
     from bridge.dist.plan.forecast.bounds import Bounds
     from bridge.dist.plan.forecast.machine import load_machine
     from bridge.dist.plan.forecast.space import Choice, list_choices
+    from bridge.dist.plan.plan import plan
 
     script = runpy.run_path(str(Path(__file__).parents[1] / ".github/scripts/compare_recipes.py"))
     recipes = script["RECIPES"]
     planned = {name: script["plan_published"](recipes[name]) for name in ("8b", "70b", "405b")}
     document, options, fixed = script["prepare"](recipes["8b"])
     bounds = Bounds(document, options, load_machine("h100"), fixed)
-    choices = list_choices(make_builder(document.config()).transformer_config, options, fixed)
+    config = make_builder(document.config()).transformer_config
+    choice = replace(planned["8b"].choice, sharding_strategy=ShardingStrategy.OPTIM_GRADS_PARAMS)
+    choices = list_choices(config, options, fixed)
+    bound = min(bounds.count_seconds(one) for one in choices if isinstance(one, Choice))
+    alone, changed = choice.spread(options, stages=config.num_layers)
+    layers = bounds.list_measurable(choice)
+    bounds.learn_layers(choice, plan(alone.apply(document, fixed), changed, stages=layers))
     return {
         "fit": {name: one.plan.fits for name, one in planned.items()},
         "seconds": planned["8b"].seconds,
-        "bound": min(bounds.count_seconds(one) for one in choices if isinstance(one, Choice)),
+        "bound": bound,
+        "bound with measured layers": bounds.simulate_seconds(choice),
     }
 
 

@@ -135,12 +135,15 @@ class Choice:
         )
 
     def spread(self, options: PlanOptions, *, stages: int) -> tuple[Choice, PlanOptions]:
-        """Return a choice of the same kind with a pipeline of ``stages`` ranks, and options of a plan of it."""
+        """Return a choice of the same kind with a pipeline of ``stages`` ranks, and options of a plan of it.
+
+        It has the distributed optimizer, without which DDP refuses 8-bit weights.
+        """
         one = self.layout
         dp = lcm(one.tp * one.cp, one.ep * (one.etp or 1)) // (one.tp * one.cp)
         layout = replace(one, pp=stages, vp=1, dp=dp)
         choice = replace(
-            self, layout=layout, wrapper=Wrapper.DDP, distributed_optimizer=False, sharding_strategy=None, counted=()
+            self, layout=layout, wrapper=Wrapper.DDP, distributed_optimizer=True, sharding_strategy=None, counted=()
         )
         size = self.micro_batch_size
         batch = replace(options.batch, micro_batch_size=size, global_batch_size=size * dp)
