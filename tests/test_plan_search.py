@@ -39,18 +39,22 @@ class ThisProcess(Executor):
         return future
 
 
+def measure_layers(
+    bounds: Bounds, choice: Choice, document: Document, options: PlanOptions, fixed: Fixed, memo: Memo
+) -> None:
+    layers = make_builder(document.config()).transformer_config.num_layers
+    for kind in bounds.list_unmeasured(choice):
+        alone, changed = kind.spread(options, stages=layers)
+        measured = plan(alone.apply(document, fixed), changed, memo=memo, stages=bounds.list_measurable(kind))
+        bounds.learn_layers(kind, measured)
+
+
 def plan_everything(document: Document, options: PlanOptions, fixed: Fixed) -> tuple[list[Candidate], Candidate]:
     """Plan every choice; return the fastest of each layout and of DDP among those that fit; check the bounds of all."""
     bounds, memo = Bounds(document, options, H100, fixed), Memo()
     config = make_builder(document.config()).transformer_config
     best: dict[Layout, Candidate] = {}
     with_ddp: list[Candidate] = []
-
-    def measure_layers(choice: Choice) -> None:
-        for kind in bounds.list_unmeasured(choice):
-            alone, changed = kind.spread(options, stages=config.num_layers)
-            layers = bounds.list_measurable(kind)
-            bounds.learn_layers(kind, plan(alone.apply(document, fixed), changed, memo=memo, stages=layers))
 
     def try_choice(choice: Choice) -> bool:
         try:
@@ -62,7 +66,7 @@ def plan_everything(document: Document, options: PlanOptions, fixed: Fixed) -> t
         for count in (bounds.count_seconds, bounds.count_seconds, bounds.simulate_seconds):
             seconds.append(count(choice))
             assert bounds.count_bytes(choice) <= planned.worst.total_bytes, str(choice)
-            measure_layers(choice)
+            measure_layers(bounds, choice, document, options, fixed, memo)
         assert seconds == sorted(seconds), str(choice)
         assert seconds[-1] <= candidate.seconds, str(choice)
         if planned.fits:
@@ -138,6 +142,23 @@ def test_the_recomputation_that_the_user_sets_is_part_of_the_bounds(recompute: R
     )
     found, _ = plan_everything(document, options, fixed)
     assert [one.choice.recompute for one in found] == [recompute]
+
+
+def test_the_bound_of_memory_counts_what_the_backward_pass_recomputes() -> None:
+    """Otherwise a search would plan many choices that do not fit."""
+    document = Document.load("tiny", ["transformer.num_layers=16"])
+    options = PlanOptions(batch=Batch(seq_length=512, global_batch_size=16), world_size=4)
+    choice = Choice(
+        layout=Layout(pp=4, dp=1),
+        micro_batch_size=4,
+        wrapper=Wrapper.DDP,
+        distributed_optimizer=True,
+        recompute=Recompute("full", "uniform", 1),
+    )
+    bounds, memo = Bounds(document, options, H100, Fixed()), Memo()
+    measure_layers(bounds, choice, document, options, Fixed(), memo)
+    planned = plan(choice.apply(document, Fixed()), choice.change_options(options), memo=memo)
+    assert 0.999 * planned.worst.total_bytes <= bounds.count_bytes(choice) <= planned.worst.total_bytes
 
 
 def test_a_search_that_finds_nothing_says_what_needs_the_least_memory() -> None:

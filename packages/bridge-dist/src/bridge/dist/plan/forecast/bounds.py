@@ -29,11 +29,15 @@ _ABOVE = 1.001  # what may hide communication is not underestimated
 
 
 class _Chunk(NamedTuple):
-    """A virtual pipeline stage: the cost of a microbatch, the parameters that it holds, and those of its layers."""
+    """A virtual pipeline stage: the cost of a microbatch, the parameters that it holds, and those of its layers.
+
+    ``temporary`` is a lower bound of the bytes that its backward pass takes beside those kept.
+    """
 
     cost: LayerCost
     held: Held
     layers: Held
+    temporary: float = 0.0
 
 
 class Bounds:
@@ -116,7 +120,8 @@ class Bounds:
             microbatches = 3 * pp + microbatches % pp
         for rank in {0, min(1, pp - 1), pp - 1}:  # the first chunk of rank 0 may have fewer layers than the others
             kept = [int(chunk.cost.kept * _BELOW) for chunk in stages[rank]]
-            activations = compute_peak(_list_passes(pp, vp, microbatches, rank, self._group_size), kept, [0] * vp)
+            temporary = [int(chunk.temporary * _BELOW) for chunk in stages[rank]]
+            activations = compute_peak(_list_passes(pp, vp, microbatches, rank, self._group_size), kept, temporary)
             most = max(most, int(self._count_held(choice, stages[rank])) + activations)
         return most
 
@@ -279,7 +284,16 @@ class Bounds:
         *_, held_first, held_last = self._get_held(choice)
         stages[0][0] = _add_end(stages[0][0], first, held_first)
         stages[-1][-1] = _add_end(stages[-1][-1], last, held_last)
+        stages[-1][-1] = self._add_logits(choice, stages[-1][-1])
         return stages
+
+    def _add_logits(self, choice: Choice, chunk: _Chunk) -> _Chunk:
+        """Add the gradients of the logits to the last chunk."""
+        ends = self._ends.get(_get_ends_key(choice))
+        if ends is None:
+            return chunk._replace(temporary=0.0)
+        # What is after the layers has been freed before one of them is recomputed.
+        return chunk._replace(temporary=max(ends.logits, chunk.temporary - ends.last.kept))
 
     def _count_whole(self, choice: Choice) -> _Chunk:
         """Return the whole model as one chunk, if it is not known how layers are divided."""
@@ -295,7 +309,17 @@ class Bounds:
         for kind, (number, one) in enumerate(zip(kinds, self._get_held(choice), strict=False)):
             cost = cost.plus(self._count_layers(choice, kind, number, of_one_kind=number == sum(kinds)))
             held = held.plus(one, number)
-        return _Chunk(cost, held, held)
+        return _Chunk(cost, held, held, self._count_temporary(choice, kinds))
+
+    def _count_temporary(self, choice: Choice, kinds: tuple[int, ...]) -> float:
+        """Return what the backward pass of a chunk takes at least beside what is kept.
+
+        The last layer, which may be of any kind, is recomputed while all that is kept exists.
+        """
+        measured = self._measured.get(choice.kind)
+        if not measured:
+            return 0.0
+        return min((measured[kind].temporary for kind, number in enumerate(kinds) if number), default=0.0)
 
     def _count_layers(self, choice: Choice, kind: int, number: int, *, of_one_kind: bool) -> LayerCost:
         """Return the cost of a number of layers in a chunk, some of which may be recomputed."""
@@ -349,7 +373,7 @@ class Bounds:
 
 
 def _add_end(chunk: _Chunk, cost: LayerCost, held: Held) -> _Chunk:
-    return _Chunk(chunk.cost.plus(cost), chunk.held.plus(held), chunk.layers)
+    return chunk._replace(cost=chunk.cost.plus(cost), held=chunk.held.plus(held))
 
 
 def _sum_held(chunks: Sequence[_Chunk]) -> Held:

@@ -50,13 +50,15 @@ Part = tuple[tuple[_Shape, int], ...]
 class LayerCost:
     """Seconds of both passes of a microbatch in a layer on a rank, bytes that it keeps, and of 8-bit weight copies.
 
-    Bounds from shapes have the time of both passes in ``backward``.
+    Bounds from shapes have the time of both passes in ``backward``. ``temporary`` bytes, which the backward pass of one
+    layer takes beside those kept, are not part of a sum.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     kept: float = 0.0
     workspaces: float = 0.0
+    temporary: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -85,11 +87,15 @@ class Held(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Measured costs of what is before the layers and after them, and the size of what a pipeline stage passes on."""
+    """Measured costs of what is before the layers and after them, and bytes that a pipeline stage passes on.
+
+    ``logits`` is what their gradients take, or 0 if that is not known.
+    """
 
     first: LayerCost
     last: LayerCost
     message: int
+    logits: float
 
 
 class ModelLayers:
@@ -152,6 +158,7 @@ class ModelLayers:
                 *seconds[0],
                 stage.chunks[0].activation_bytes / choice.recompute.layers_at_once,
                 self._count_workspaces(stage, choice),
+                stage.chunks[0].temporary_bytes,
             )
             for stage, seconds in zip(plan.stages, list_chunk_times(plan, self._machine), strict=True)
         }
@@ -163,7 +170,9 @@ class ModelLayers:
         before, after = (
             costs[place].plus(layers.setdefault(self.order[place], costs[place]), -1) for place in (0, last)
         )
-        return layers, Ends(before, after, plan.stages[0].chunks[0].sent_bytes)
+        # The larger of both is known: the gradients of the logits, or what recomputing the layer takes.
+        logits = costs[last].temporary if costs[last].temporary > layers[self.order[last]].temporary else 0.0
+        return layers, Ends(before, after, plan.stages[0].chunks[0].sent_bytes, logits)
 
     def _count_workspaces(self, stage: StagePlan, choice: Choice) -> float:
         """Return the bytes of 8-bit copies of weights."""
