@@ -1,4 +1,4 @@
-"""Compare published layouts with the first choice of a search: rows of a table in Markdown. It takes minutes a row.
+"""Compare published layouts with the first choice of a search: rows of a table in Markdown. A row takes a minute.
 
 uv run python .github/scripts/compare_recipes.py [NAME]...
 """
