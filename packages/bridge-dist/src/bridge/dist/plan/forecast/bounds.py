@@ -283,17 +283,10 @@ class Bounds:
         first, last = self._get_ends(choice)
         *_, held_first, held_last = self._get_held(choice)
         stages[0][0] = _add_end(stages[0][0], first, held_first)
-        stages[-1][-1] = _add_end(stages[-1][-1], last, held_last)
-        stages[-1][-1] = self._add_logits(choice, stages[-1][-1])
-        return stages
-
-    def _add_logits(self, choice: Choice, chunk: _Chunk) -> _Chunk:
-        """Add the gradients of the logits to the last chunk."""
-        ends = self._ends.get(_get_ends_key(choice))
-        if ends is None:
-            return chunk._replace(temporary=0.0)
         # What is after the layers has been freed before one of them is recomputed.
-        return chunk._replace(temporary=max(ends.logits, chunk.temporary - ends.last.kept))
+        temporary = max(last.temporary, stages[-1][-1].temporary - last.kept)
+        stages[-1][-1] = _add_end(stages[-1][-1], last, held_last)._replace(temporary=temporary)
+        return stages
 
     def _count_whole(self, choice: Choice) -> _Chunk:
         """Return the whole model as one chunk, if it is not known how layers are divided."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -50,8 +50,8 @@ Part = tuple[tuple[_Shape, int], ...]
 class LayerCost:
     """Seconds of both passes of a microbatch in a layer on a rank, bytes that it keeps, and of 8-bit weight copies.
 
-    Bounds from shapes have the time of both passes in ``backward``. ``temporary`` bytes, which the backward pass of one
-    layer takes beside those kept, are not part of a sum.
+    Bounds from shapes have the time of both passes in ``backward``. The backward pass takes ``temporary`` bytes beside
+    those kept; a sum of costs does not have them.
     """
 
     forward: float = 0.0
@@ -89,13 +89,12 @@ class Held(NamedTuple):
 class Ends(NamedTuple):
     """Measured costs of what is before the layers and after them, and bytes that a pipeline stage passes on.
 
-    ``logits`` is what their gradients take, or 0 if that is not known.
+    The ``temporary`` bytes of ``last`` are those of the gradients of the logits, or 0 if they are not known.
     """
 
     first: LayerCost
     last: LayerCost
     message: int
-    logits: float
 
 
 class ModelLayers:
@@ -170,9 +169,10 @@ class ModelLayers:
         before, after = (
             costs[place].plus(layers.setdefault(self.order[place], costs[place]), -1) for place in (0, last)
         )
-        # The larger of both is known: the gradients of the logits, or what recomputing the layer takes.
-        logits = costs[last].temporary if costs[last].temporary > layers[self.order[last]].temporary else 0.0
-        return layers, Ends(before, after, plan.stages[0].chunks[0].sent_bytes, logits)
+        # The plan has the larger of two: the gradients of the logits, and what recomputing the layer takes.
+        if costs[last].temporary > layers[self.order[last]].temporary:
+            after = replace(after, temporary=costs[last].temporary)
+        return layers, Ends(before, after, plan.stages[0].chunks[0].sent_bytes)
 
     def _count_workspaces(self, stage: StagePlan, choice: Choice) -> float:
         """Return the bytes of 8-bit copies of weights."""
