@@ -5,6 +5,7 @@ a fixture or helper of it uses one of SLOW_NAMES: modules, what is imported from
 """
 
 import ast
+import atexit
 import gc
 import os
 from collections.abc import Generator, Iterator
@@ -63,11 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempt imported modules from garbage collection: with torch and Megatron a full collection takes 0.6 s."""
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """End the exemption: objects still frozen at exit are reported as leaks."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # objects still frozen at exit are reported as leaks
 
 
 def is_quick(test: pytest.Function) -> bool:
