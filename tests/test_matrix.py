@@ -44,8 +44,8 @@ RUN_BY_DEFAULT = {
     ("hybrid-tiny", "fp32"): 0,
     ("hybrid-tiny", "bf16"): 1,
 }
-"""Models and precisions of which every second cell runs, as on a chessboard of layouts and wrappers: those with this
-parity. So every layout and every wrapper runs with each of them, and every pair with one of two."""
+"""Models and precisions of which half of the cells run by default, and which half. Layouts and wrappers form a
+chessboard; 0 and 1 are its colours. Each half has every layout and every wrapper, and both together have every pair."""
 STEPS = {"fp32": 5, "bf16": 3}
 WORLDS = (2, 4)
 RUN_WHOLE = "BRIDGE_WHOLE_MATRIX" in os.environ
@@ -100,8 +100,8 @@ def list_runs(model: str, precision: str, world_size: int) -> list[list[Cell]]:
         return every
     if world_size != 2 or (model, precision) not in RUN_BY_DEFAULT:
         return []
-    parity = RUN_BY_DEFAULT[model, precision]
-    return [cells[(row + parity) % 2 :: 2] for row, cells in enumerate(every)]
+    half = RUN_BY_DEFAULT[model, precision]
+    return [cells[(row + half) % 2 :: 2] for row, cells in enumerate(every)]
 
 
 def list_splits(world_size: int) -> list[Split]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from planned_jobs import measure_layers
 
 from bridge.config import BridgeError, Document
 from bridge.dist.document_layout import replace_layout
@@ -39,16 +40,6 @@ class ThisProcess(Executor):
         return future
 
 
-def measure_layers(
-    bounds: Bounds, choice: Choice, document: Document, options: PlanOptions, fixed: Fixed, memo: Memo
-) -> None:
-    layers = make_builder(document.config()).transformer_config.num_layers
-    for kind in bounds.list_unmeasured(choice):
-        alone, changed = kind.spread(options, stages=layers)
-        measured = plan(alone.apply(document, fixed), changed, memo=memo, stages=bounds.list_measurable(kind))
-        bounds.learn_layers(kind, measured)
-
-
 def plan_everything(document: Document, options: PlanOptions, fixed: Fixed) -> tuple[list[Candidate], Candidate]:
     """Plan every choice; return the fastest of each layout and of DDP among those that fit; check the bounds of all."""
     bounds, memo = Bounds(document, options, H100, fixed), Memo()
@@ -66,7 +57,7 @@ def plan_everything(document: Document, options: PlanOptions, fixed: Fixed) -> t
         for count in (bounds.count_seconds, bounds.count_seconds, bounds.simulate_seconds):
             seconds.append(count(choice))
             assert bounds.count_bytes(choice) <= planned.worst.total_bytes, str(choice)
-            measure_layers(bounds, choice, document, options, fixed, memo)
+            measure_layers(bounds, choice, document, options, fixed, memo=memo)
         assert seconds == sorted(seconds), str(choice)
         assert seconds[-1] <= candidate.seconds, str(choice)
         if planned.fits:
@@ -156,7 +147,7 @@ def test_the_bound_of_memory_counts_what_the_backward_pass_recomputes() -> None:
         recompute=Recompute("full", "uniform", 1),
     )
     bounds, memo = Bounds(document, options, H100, Fixed()), Memo()
-    measure_layers(bounds, choice, document, options, Fixed(), memo)
+    measure_layers(bounds, choice, document, options, Fixed(), memo=memo)
     planned = plan(choice.apply(document, Fixed()), choice.change_options(options), memo=memo)
     assert 0.999 * planned.worst.total_bytes <= bounds.count_bytes(choice) <= planned.worst.total_bytes
 

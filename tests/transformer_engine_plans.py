@@ -162,24 +162,22 @@ def measure_experts(preset: str, modules: str) -> float:
 
 def plan_recipes() -> dict[str, Any]:
     """Plan published recipes: whether each fits, and the time of the 8B one beside a lower bound of every choice's."""
+    from planned_jobs import measure_layers
+
     from bridge.dist.job import make_builder
     from bridge.dist.plan.forecast.bounds import Bounds
     from bridge.dist.plan.forecast.machine import load_machine
     from bridge.dist.plan.forecast.space import Choice, list_choices
-    from bridge.dist.plan.plan import plan
 
     script = runpy.run_path(str(Path(__file__).parents[1] / ".github/scripts/compare_recipes.py"))
     recipes = script["RECIPES"]
     planned = {name: script["plan_published"](recipes[name]) for name in ("8b", "70b", "405b")}
     document, options, fixed = script["prepare"](recipes["8b"])
     bounds = Bounds(document, options, load_machine("h100"), fixed)
-    config = make_builder(document.config()).transformer_config
-    choice = replace(planned["8b"].choice, sharding_strategy=ShardingStrategy.OPTIM_GRADS_PARAMS)
-    choices = list_choices(config, options, fixed)
+    choices = list_choices(make_builder(document.config()).transformer_config, options, fixed)
     bound = min(bounds.count_seconds(one) for one in choices if isinstance(one, Choice))
-    alone, changed = choice.spread(options, stages=config.num_layers)
-    layers = bounds.list_measurable(choice)
-    bounds.learn_layers(choice, plan(alone.apply(document, fixed), changed, stages=layers))
+    choice = replace(planned["8b"].choice, sharding_strategy=ShardingStrategy.OPTIM_GRADS_PARAMS)
+    measure_layers(bounds, choice, document, options, fixed)
     return {
         "fit": {name: one.plan.fits for name, one in planned.items()},
         "seconds": planned["8b"].seconds,
